@@ -1,0 +1,43 @@
+"""One configuration for every command: frozen pydantic models, YAML and dotted overrides."""
+
+from rayfin.config.load import (
+    build_config,
+    dump_yaml,
+    leaf_names,
+    load_config,
+    parse_overrides,
+    parse_yaml,
+    with_values,
+)
+from rayfin.config.method import METHOD_CONFIGS, MethodConfig, Section
+from rayfin.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    PublishConfig,
+    ScalingConfig,
+    Space,
+    SweepConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "METHOD_CONFIGS",
+    "Config",
+    "DataConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "PublishConfig",
+    "ScalingConfig",
+    "Section",
+    "Space",
+    "SweepConfig",
+    "TrainConfig",
+    "build_config",
+    "dump_yaml",
+    "leaf_names",
+    "load_config",
+    "parse_overrides",
+    "parse_yaml",
+    "with_values",
+]

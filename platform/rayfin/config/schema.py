@@ -1,0 +1,174 @@
+"""The one configuration: sections as frozen pydantic models, each field documented beneath it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from rayfin.config.method import MethodConfig, QloraConfig, Section
+
+ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
+
+class ModelConfig(Section):
+    name: str = Field("smollm2-135m", min_length=1)
+    """A bundled model, a local directory or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights of the base model; auto is float32 on CPU and bfloat16 on GPUs that have it."""
+
+
+class DataConfig(Section):
+    path: str = Field("pydocs", min_length=1)
+    """`pydocs`, a file (JSONL, JSON, CSV, Parquet), a directory of such files, or a hub id."""
+    format: Literal[
+        "auto", "messages", "instruction", "conversations", "prompt_completion", "text", "preference"
+    ] = "auto"
+    """Shape of the rows; auto looks at the first valid row."""
+    max_length: int = Field(256, ge=8)
+    """Tokens kept of one sample."""
+    val_size: float = Field(0.1, gt=0, lt=1)
+    """Share of the samples held out for evaluation."""
+    max_samples: int | None = Field(None, ge=2)
+    """Use a deterministic sample of this many rows."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a row that can't be used, or leave it out and count it."""
+
+
+class TrainConfig(Section):
+    stage: Literal["sft"] = "sft"
+    """Supervised fine-tuning."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    per_device_train_batch_size: int = Field(4, ge=1)
+    """Samples a device takes at once."""
+    per_device_eval_batch_size: int = Field(16, ge=1)
+    """Samples a device evaluates at once."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Batches summed into one optimizer step."""
+    max_steps: int = Field(60, ge=1)
+    """Optimizer steps."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations; null takes a quarter of max_steps."""
+    save_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints; null takes eval_steps."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of max_steps in which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
+    packing: bool = False
+    """Put several samples into one sequence, kept apart by position ids."""
+    group_by_length: bool = True
+    """Batch samples of similar length, so that little is padded."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the initialisation, the order of samples and dropout."""
+
+    @property
+    def evaluate_every(self) -> int:
+        """Steps between evaluations."""
+        return self.eval_steps or max(1, self.max_steps // 4)
+
+    @property
+    def save_every(self) -> int:
+        """Steps between checkpoints."""
+        return self.save_steps or self.evaluate_every
+
+
+class ScalingConfig(Section):
+    num_workers: int = Field(1, ge=1)
+    """Processes that train one trial together."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """Train on GPUs; auto uses one where there is one."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How several workers share a trial."""
+
+
+class Space(Section):
+    """A range to draw from."""
+
+    space: Literal["uniform", "loguniform", "randint"]
+    """Uniform, log-uniform, or uniform over whole numbers (upper included)."""
+    lower: float
+    """Least value."""
+    upper: float
+    """Greatest value."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Space:
+        if not self.lower < self.upper:
+            raise ValueError(f"lower ({self.lower}) must be less than upper ({self.upper})")
+        if self.space == "loguniform" and self.lower <= 0:
+            raise ValueError(f"lower ({self.lower}) of a loguniform must be above 0")
+        if self.space == "randint" and (self.lower % 1 or self.upper % 1):
+            raise ValueError("lower and upper of a randint must be whole numbers")
+        return self
+
+
+def _choices_or_space(value: Any) -> Any:
+    if isinstance(value, dict):
+        return Space.model_validate(value)
+    if not isinstance(value, (list, tuple, Space)):
+        raise ValueError("give a list of values, or {space, lower, upper}")
+    if isinstance(value, (list, tuple)) and not value:
+        raise ValueError("the list of values is empty; give at least one")
+    return value
+
+
+Axis = Annotated[Space | tuple[Any, ...], BeforeValidator(_choices_or_space)]
+
+
+class SweepConfig(Section):
+    num_samples: int = Field(8, ge=1)
+    """Trials to run."""
+    metric: Literal["eval_loss", "exact_match", "token_accuracy", "perplexity"] = "eval_loss"
+    """What the sweep optimises."""
+    mode: Literal["min", "max"] = "min"
+    """Whether less or more of the metric is better."""
+    search: Literal["auto", "tpe", "random", "grid"] = "auto"
+    """Where the next trial comes from; auto is Optuna's TPE."""
+    scheduler: Literal["asha", "none"] = "asha"
+    """Stop weak trials early, or run all to the end."""
+    grace_period: int | None = Field(None, ge=1)
+    """Steps that every trial may run before ASHA can stop it; null takes train.eval_steps."""
+    reduction_factor: int = Field(3, ge=2)
+    """ASHA keeps one in this many at each rung."""
+    max_concurrent_trials: int | Literal["auto"] = "auto"
+    """Trials at a time; auto is one a GPU, or one on CPU."""
+    max_failures: int = Field(1, ge=0)
+    """Times that a trial whose process died is started again."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the search."""
+    parameters: dict[str, Axis] = Field(default_factory=dict)
+    """Dotted name of a setting -> list of values, or {space, lower, upper}."""
+
+
+class PublishConfig(Section):
+    name: str = Field(pattern=ADAPTER_NAME)
+    """The best trial becomes adapter `name@<version>`."""
+    alias: str | None = Field(None, pattern=ADAPTER_NAME)
+    """An alias to point at the new version, beside `latest`."""
+
+
+class Config(Section):
+    """An experiment: what to train, on what, how, where, and what to do with the result."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    method: MethodConfig = QloraConfig(type="qlora")
+    train: TrainConfig = TrainConfig()
+    scaling: ScalingConfig = ScalingConfig()
+    sweep: SweepConfig = SweepConfig()
+    publish: PublishConfig | None = None
+    """Publish the result as an adapter; null keeps it in the run's directory only."""
+    storage: str = Field("./runs", min_length=1)
+    """Directory (local or NFS) for runs, history and adapters."""
+    history: str | None = None
+    """URL of the trial history; null is SQLite under storage."""

@@ -1,0 +1,78 @@
+"""Every error rayfin raises on purpose: one small tree that survives pickling between Ray processes.
+
+Each class takes one finished sentence that names the value, what is allowed and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RayfinError(Exception):
+    """Base of all errors that rayfin raises on purpose."""
+
+
+class UsageError(RayfinError):
+    """Something the user can mend: the command ends with one line and exit code 2."""
+
+
+class ConfigError(UsageError):
+    """A configuration key, value or combination that can't be used."""
+
+
+class DataError(UsageError):
+    """Training data that can't be read or used."""
+
+
+class ModelError(UsageError):
+    """A base model or tokenizer that can't be found or loaded."""
+
+
+class MethodError(UsageError):
+    """A fine-tuning method that can't be combined with the rest of the configuration."""
+
+
+class StorageError(UsageError):
+    """A file or directory that can't be read or written."""
+
+
+class HistoryError(UsageError):
+    """The trial history can't be opened, read or written."""
+
+
+class AdapterError(UsageError):
+    """An adapter, version or alias that is missing, malformed or not allowed."""
+
+
+class HardwareError(UsageError):
+    """A device or cluster that was asked for and isn't there."""
+
+
+class TrialError(RayfinError):
+    """A trial that could not end well; `status` is what its history row says."""
+
+    status = "failed"
+
+
+class TrialDiverged(TrialError):
+    """The loss became NaN or infinite."""
+
+
+class TrialOutOfMemory(TrialError):
+    """The device or host ran out of memory."""
+
+    status = "oom"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the nearest of `known`, or the empty string."""
+    candidates = sorted(known)
+    # `method.rank` should find `method.r`, and `rank` should find nothing silly: compare whole
+    # names first, then the last dotted part.
+    near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    if not near:
+        tails = {candidate.rpartition(".")[2]: candidate for candidate in candidates}
+        tail = name.rpartition(".")[2]
+        near = [tails[t] for t in difflib.get_close_matches(tail, tails, n=1, cutoff=0.6)]
+    return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,0 +1,65 @@
+"""What this machine has, and what a run would use of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rayfin.errors import HardwareError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Facts about one machine; memory in bytes."""
+
+    device: Literal["cuda", "cpu"]
+    device_name: str
+    device_count: int
+    device_memory: int
+    cpu_count: int
+    host_memory: int
+    bf16: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def cpu_count() -> int:
+    """Processors this process may use (cgroup masks and affinity respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
+    """The hardware a trial would train on; raises HardwareError for a GPU that isn't there."""
+    import psutil
+    import torch
+
+    host_memory = int(psutil.virtual_memory().total)
+    available = torch.cuda.is_available()
+    if use_gpu is True and not available:
+        raise HardwareError(
+            "scaling.use_gpu: true, but torch sees no GPU here; "
+            "install a CUDA build of torch, or set scaling.use_gpu=false"
+        )
+    if use_gpu is False or not available:
+        return Hardware(
+            device="cpu",
+            device_name=platform.processor() or platform.machine(),
+            device_count=0,
+            device_memory=host_memory,
+            cpu_count=cpu_count(),
+            host_memory=host_memory,
+            bf16=False,
+        )
+    properties = torch.cuda.get_device_properties(0)
+    return Hardware(
+        device="cuda",
+        device_name=properties.name,
+        device_count=torch.cuda.device_count(),
+        device_memory=properties.total_memory,
+        cpu_count=cpu_count(),
+        host_memory=host_memory,
+        bf16=torch.cuda.is_bf16_supported(),
+    )
