@@ -1,0 +1,131 @@
+"""Tokenizer and frozen base model, whole or quantised, on CPU or GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from rayfin.config.schema import ModelConfig
+from rayfin.errors import HardwareError, ModelError
+from rayfin.models.quiet import no_cast_warnings, no_progress_bars
+from rayfin.models.source import model_directory
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+Device = Literal["cpu", "cuda"]
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer, padding on the right and never without a pad token; raises ModelError."""
+    from transformers import AutoTokenizer
+
+    directory = model_directory(config, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"model.name: the tokenizer in '{directory}' can't be read ({_first_line(error)}); "
+            "the directory needs a tokenizer.json that belongs to the model"
+        ) from error
+    if tokenizer.pad_token is None:
+        # A new token would need a new row in the embedding, which adapters don't carry. Padding is
+        # masked out of attention and loss, so any token of the vocabulary will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"model.name: the tokenizer in '{directory}' has no pad, eos or unk token; "
+            "name one of them in its tokenizer_config.json"
+        )
+    tokenizer.padding_side = "right"
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def load_base(
+    config: ModelConfig,
+    quantization_bit: Literal[4, 8] | None,
+    device: Device,
+    index: int | None = None,
+) -> PreTrainedModel:
+    """The base model on `device`, frozen and in eval mode; raises ModelError or HardwareError.
+
+    4 bits are NF4 with double quantisation (Dettmers et al. 2023, QLoRA), 8 bits LLM.int8(),
+    both by bitsandbytes. Attention is PyTorch's fused one where the architecture has it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise HardwareError(
+            "model: asked for on a GPU, but torch sees none; set scaling.use_gpu=false"
+        )
+    directory = model_directory(config)
+    dtype = _dtype(config, device)
+    options: dict[str, Any] = {}
+    if quantization_bit is not None:
+        options["quantization_config"] = _quantization(quantization_bit, dtype)
+    if device == "cuda":
+        options["device_map"] = {"": torch.cuda.current_device() if index is None else index}
+    elif quantization_bit is not None:
+        # Without a map, transformers sends quantised weights to a GPU if it finds one.
+        options["device_map"] = {"": "cpu"}
+    with no_progress_bars():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **options,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(
+                f"model.name: '{config.name}' can't be loaded from '{directory}' "
+                f"({_first_line(error)}); it may be damaged: fetch or make it again"
+            ) from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would have filled these with random numbers.
+        raise ModelError(
+            f"model.name: the weights in '{directory}' lack {len(missing)} of the model's tensors "
+            f"('{missing[0]}', …); fetch or make them again"
+        )
+    return cast("PreTrainedModel", model.eval().requires_grad_(False))
+
+
+def _dtype(config: ModelConfig, device: Device) -> torch.dtype:
+    import torch
+
+    if config.dtype != "auto":
+        return cast("torch.dtype", getattr(torch, config.dtype))
+    if device == "cpu":
+        # bfloat16 products are several times slower than float32 ones on most processors.
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _quantization(bits: Literal[4, 8], dtype: torch.dtype) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"method.quantization_bit: {bits} needs bitsandbytes, which isn't installed; "
+            "run: pip install bitsandbytes, or set method.quantization_bit=null"
+        )
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        no_cast_warnings()
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

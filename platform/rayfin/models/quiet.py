@@ -1,0 +1,26 @@
+"""Keeps libraries from writing over rayfin's own progress."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers reads and writes weights without drawing bars."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def no_cast_warnings() -> None:
+    """bitsandbytes' 8-bit layers warn at every call that they cast float32, which is how they work."""
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
