@@ -1,0 +1,229 @@
+"""`rayfin history`: look at the trials that ran, and move them between histories."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rayfin.history import History, SweepSummary, TrialRecord
+
+_STATUSES = ("running", "finished", "stopped", "failed", "oom")
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `history` and its verbs to the command line."""
+    summary = "list, show, export and import trials"
+    history = subparsers.add_parser("history", help=summary, description=summary.capitalize())
+    verbs = history.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--history", metavar="URL", help="sqlite:///PATH or postgresql+psycopg://…")
+    common.add_argument(
+        "--storage", metavar="DIR", default="./runs", help="use the history under DIR (./runs)"
+    )
+    common.add_argument("--json", action="store_true", help="print JSON for machines")
+
+    listing = verbs.add_parser("list", parents=[common], help="the newest trials, or all sweeps")
+    listing.add_argument("--sweep", metavar="ID", help="only this sweep's trials")
+    listing.add_argument("--status", choices=_STATUSES, help="only trials that ended so")
+    listing.add_argument("--limit", type=_count, metavar="N", help="show N trials (20; 0 is all)")
+    listing.add_argument("--sweeps", action="store_true", help="one line a sweep")
+    listing.set_defaults(handler=list_trials)
+
+    show = verbs.add_parser("show", parents=[common], help="everything about one trial")
+    show.add_argument("trial", metavar="TRIAL", help="its id, or the beginning of it")
+    show.set_defaults(handler=show_trial)
+
+    export = verbs.add_parser("export", parents=[common], help="write trials to a file")
+    export.add_argument("path", metavar="FILE", help=".jsonl or .parquet")
+    export.add_argument("--sweep", metavar="ID", help="only this sweep's trials")
+    export.set_defaults(handler=export_trials)
+
+    importing = verbs.add_parser("import", parents=[common], help="add the trials in a file")
+    importing.add_argument(
+        "path",
+        metavar="FILE",
+        help=".jsonl or .parquet export, .csv table, or .json results (a directory, too) of PEFT's "
+        "method_comparison",
+    )
+    importing.set_defaults(handler=import_trials)
+
+
+def list_trials(args: argparse.Namespace) -> int:
+    """`rayfin history list`"""
+    with _open(args) as history:
+        if args.sweeps:
+            sweeps = history.sweeps()
+            _print(args, [_sweep_json(sweep) for sweep in sweeps], _sweep_table(sweeps))
+            return 0
+        # Machines do not expect a page.
+        limit = (0 if args.json else 20) if args.limit is None else args.limit
+        trials = history.trials(
+            sweep_id=args.sweep, status=args.status, limit=limit or None, newest_first=True
+        )
+        table = _trial_table(trials)
+        _print(args, [trial.model_dump(mode="json") for trial in trials], table)
+        if not args.json and len(trials) == limit:
+            print(f"the newest {limit}; --limit 0 shows all")
+    return 0
+
+
+def show_trial(args: argparse.Namespace) -> int:
+    """`rayfin history show TRIAL`"""
+    with _open(args) as history:
+        trial = history.find(args.trial)
+    _print(args, trial.model_dump(mode="json"), _detail_table(trial))
+    return 0
+
+
+def export_trials(args: argparse.Namespace) -> int:
+    """`rayfin history export FILE`"""
+    from rayfin.history import export_history
+
+    with _open(args) as history:
+        count = export_history(history, args.path, sweep_id=args.sweep)
+    _print(args, {"path": args.path, "trials": count}, f"{count} trials -> {args.path}")
+    return 0
+
+
+def import_trials(args: argparse.Namespace) -> int:
+    """`rayfin history import FILE`; a file of which nothing could be used is an error."""
+    from dataclasses import asdict
+
+    from rayfin.errors import HistoryError
+    from rayfin.history import import_history
+
+    with _open(args, create=True) as history:
+        report = import_history(history, args.path)
+        where = history.shown_url
+    if report.skipped and not report.added + report.replaced + report.unchanged:
+        raise HistoryError(
+            f"import: nothing in '{args.path}' could be used "
+            f"({len(report.skipped)} skipped), first: {report.skipped[0]}"
+        )
+    lines = [
+        f"{report.added} added, {report.replaced} replaced, "
+        f"{report.unchanged} unchanged -> {where}",
+        *(f"skipped {problem}" for problem in report.skipped),
+    ]
+    _print(args, asdict(report), "\n".join(lines))
+    return 0
+
+
+def _open(args: argparse.Namespace, *, create: bool = False) -> History:
+    from rayfin.history import History
+    from rayfin.paths import Storage
+
+    if args.history:
+        return History.open(args.history, create=create)
+    # Reading must not leave an empty storage behind.
+    storage = (
+        Storage.open(args.storage) if create else Storage(Path(args.storage).expanduser().resolve())
+    )
+    return History.open(storage.history_url, create=create)
+
+
+def _print(args: argparse.Namespace, value: Any, human: Table | str) -> None:
+    if args.json:
+        print(json.dumps(value, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    # Paths and messages are the user's own text: no markup, no breaking of what may be copied.
+    console = Console(markup=False, highlight=False)
+    console.print(human, soft_wrap=isinstance(human, str))
+
+
+def _trial_table(trials: list[TrialRecord]) -> Table | str:
+    if not trials:
+        return "no trials"
+    table = _table(
+        "trial", "sweep", "status", "method", "lr", ">eval loss", ">exact match", ">train s"
+    )
+    for trial in trials:
+        method = trial.spec.get("method") or {}
+        rank = method.get("r") or method.get("num_virtual_tokens")
+        table.add_row(
+            trial.trial_id,
+            trial.sweep_id,
+            trial.status,
+            f"{method.get('type', '?')}{f' {rank}' if rank else ''}",
+            _figure((trial.spec.get("train") or {}).get("learning_rate"), ".2e"),
+            _figure(trial.metrics.get("eval_loss"), ".4f"),
+            _figure(trial.metrics.get("exact_match"), ".3f"),
+            _figure(trial.metrics.get("train_seconds"), ".1f"),
+        )
+    return table
+
+
+def _sweep_table(sweeps: list[SweepSummary]) -> Table | str:
+    if not sweeps:
+        return "no sweeps"
+    table = _table("sweep", "started", ">trials", "status", ">best eval loss", "best trial")
+    for sweep in sweeps:
+        table.add_row(
+            sweep.sweep_id,
+            f"{sweep.created_at:%Y-%m-%d %H:%M}",
+            str(sweep.trials),
+            ", ".join(f"{count} {status}" for status, count in sweep.counts.items()),
+            _figure(sweep.best_value, ".4f"),
+            sweep.best_trial_id or "-",
+        )
+    return table
+
+
+def _detail_table(trial: TrialRecord) -> Table:
+    table = _table("", "")
+    table.show_header = False
+    for name, value in trial.model_dump(mode="json").items():
+        if name == "curve":
+            table.add_row("curve", f"{len(value)} points (--json shows them)")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                table.add_row(f"{name}.{key}", _short(item))
+        elif value is not None:
+            table.add_row(name, str(value))
+    return table
+
+
+def _sweep_json(sweep: SweepSummary) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(sweep) | {
+        "created_at": sweep.created_at.isoformat(),
+        "updated_at": sweep.updated_at.isoformat(),
+    }
+
+
+def _table(*headers: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in headers:
+        right = header.startswith(">")
+        # An id that is cut can't be copied.
+        table.add_column(
+            header.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+        )
+    return table
+
+
+def _figure(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _short(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
+    return int(text)

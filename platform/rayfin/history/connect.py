@@ -1,0 +1,226 @@
+"""From a history URL to an engine on a database that holds a rayfin history, or one clear error."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    select,
+    text,
+)
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from rayfin.errors import HistoryError
+from rayfin.history.tables import META, SCHEMA_VERSION, TRIALS, metadata
+
+BUSY_SECONDS = 30
+# psycopg applies it to each address of a host; an unreachable one should be known within 5 s.
+CONNECT_SECONDS = 4
+# Any number will do, as long as every rayfin uses the same one.
+_ADVISORY_LOCK = 7_215_366
+
+_FORMS = "sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE"
+_SECRET_OPTIONS = re.compile(r"([?&](?:password|sslpassword)=)[^&]*", re.IGNORECASE)
+
+
+def parse_url(url: str) -> URL:
+    """The URL of a history; raises HistoryError for a scheme that it can't live in."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        raise HistoryError(
+            f"history: '{url}' is not a URL; write {_FORMS} (sqlite:///{url} for a file)"
+        )
+    if scheme == "sqlite":
+        # All of it is the path: make_url would cut a directory's name at a question mark.
+        path = rest.removeprefix("/")
+        if not rest.startswith("/") or path in ("", ":memory:"):
+            raise HistoryError(f"history: '{url}' names no file; write sqlite:///PATH")
+        return URL.create("sqlite", database=str(Path(path).expanduser().absolute()))
+    if scheme not in ("postgresql", "postgresql+psycopg", "postgres"):
+        raise HistoryError(f"history: '{_redact(url)}' is not supported ({scheme}); write {_FORMS}")
+    try:
+        return make_url(f"postgresql+psycopg://{rest}")
+    except (ArgumentError, ValueError):
+        raise HistoryError(
+            f"history: '{_redact(url)}' is not a valid URL; write {_FORMS}"
+        ) from None
+
+
+def shown(url: URL) -> str:
+    """The URL without its password."""
+    if url.get_backend_name() == "sqlite":
+        return f"sqlite:///{url.database}"
+    return _SECRET_OPTIONS.sub(r"\1***", url.render_as_string(hide_password=True))
+
+
+def connect(url: URL, *, create: bool) -> Engine:
+    """An engine on the history at `url`, made if missing and `create`; raises HistoryError."""
+    sqlite = url.get_backend_name() == "sqlite"
+    if sqlite:
+        _check_file(Path(str(url.database)), url, create=create)
+    engine = _sqlite_engine(url) if sqlite else _postgresql_engine(url)
+    try:
+        with translated(url):
+            _ensure_schema(engine, url, create=create)
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+@contextmanager
+def translated(url: URL) -> Iterator[None]:
+    """Turns the database's errors into one line that names the history and the remedy."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None) or error
+        message = " ".join(str(cause).split())
+        if url.password:
+            message = message.replace(str(url.password), "***")
+        raise HistoryError(
+            f"history: '{shown(url)}' can't be used: {message}; {_remedy(url, message)}"
+        ) from None
+
+
+def lock_writers(connection: Connection) -> None:
+    """Until the transaction ends, no other process gets past this line (SQLite: past its begin)."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+
+
+def writing(engine: Engine) -> Engine:
+    """The same engine, whose transactions take SQLite's write lock when they begin."""
+    return engine.execution_options(rayfin_write=True)
+
+
+def _check_file(path: Path, url: URL, *, create: bool) -> None:
+    try:
+        if path.is_file():
+            return
+        if path.exists():
+            raise HistoryError(f"history: '{shown(url)}' is not a file; give the path of a file")
+        if not create:
+            raise HistoryError(
+                f"history: '{shown(url)}' does not exist; run a trial first, "
+                "or name the right one with --history URL or --storage DIR"
+            )
+        if not path.parent.is_dir():
+            raise HistoryError(
+                f"history: '{shown(url)}' can't be made, its directory does not exist; "
+                f"make '{path.parent}' first"
+            )
+    except OSError as error:
+        raise HistoryError(f"history: '{shown(url)}' can't be read ({error.strerror})") from error
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    engine = create_engine(url, connect_args={"timeout": BUSY_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def _configure(connection: Any, _record: Any) -> None:
+        # The driver's own transactions begin late and upgrade their lock, which can fail at once
+        # with "database is locked"; ours begin where SQLAlchemy says so.
+        connection.isolation_level = None
+        _use_wal(connection)
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        write = connection.get_execution_options().get("rayfin_write")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
+
+    return engine
+
+
+def _use_wal(connection: Any) -> None:
+    import sqlite3
+
+    deadline = time.monotonic() + BUSY_SECONDS
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError as error:
+            # SQLite does not wait here: another process opening the same new file has it.
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def _postgresql_engine(url: URL) -> Engine:
+    options = {} if "connect_timeout" in url.query else {"connect_timeout": CONNECT_SECONDS}
+    try:
+        return create_engine(url, connect_args=options, pool_pre_ping=True)
+    except ImportError as error:
+        raise HistoryError(
+            f"history: '{shown(url)}' needs psycopg, which can't be imported ({error}); "
+            "pip install 'rayfin[postgres]'"
+        ) from None
+
+
+def _ensure_schema(engine: Engine, url: URL, *, create: bool) -> None:
+    with engine.connect() as connection:
+        if _holds_history(connection, url):
+            return
+    if not create:
+        raise HistoryError(
+            f"history: '{shown(url)}' holds no rayfin history yet; "
+            "run a trial first, or name another"
+        )
+    with writing(engine).begin() as connection:
+        lock_writers(connection)
+        if not _holds_history(connection, url):
+            metadata.create_all(connection)
+            connection.execute(
+                META.insert().values(key="schema_version", value=str(SCHEMA_VERSION))
+            )
+
+
+def _holds_history(connection: Connection, url: URL) -> bool:
+    """Whether the tables are there; raises HistoryError where this code does not know them."""
+    tables = inspect(connection).get_table_names()
+    if META.name not in tables:
+        # A file belongs to one program; a PostgreSQL database may be shared.
+        if TRIALS.name in tables or (tables and connection.dialect.name == "sqlite"):
+            raise _not_a_history(url, f"it has other tables: {', '.join(sorted(tables)[:5])}")
+        return False
+    version = connection.scalar(select(META.c.value).where(META.c.key == "schema_version"))
+    if version is None or not str(version).isdigit():
+        raise _not_a_history(url, f"its schema version is {version!r}")
+    if int(version) > SCHEMA_VERSION:
+        raise HistoryError(
+            f"history: '{shown(url)}' has schema version {version}, this rayfin knows up to "
+            f"{SCHEMA_VERSION}; upgrade rayfin, or name another history"
+        )
+    return True
+
+
+def _not_a_history(url: URL, why: str) -> HistoryError:
+    return HistoryError(f"history: '{shown(url)}' is not a rayfin history ({why}); name another")
+
+
+def _remedy(url: URL, message: str) -> str:
+    if url.get_backend_name() == "postgresql":
+        return "check that the server runs, and the host, user, password and database of the URL"
+    if "locked" in message:
+        return f"another process has held it for {BUSY_SECONDS} s: end that one, or try again"
+    if "malformed" in message or "not a database" in message:
+        return "the file is damaged or not a history: restore a copy or an export, or name another"
+    return "give a file in a directory that you may write to"
+
+
+def _redact(url: str) -> str:
+    # Up to the last @, for a password may hold one.
+    return _SECRET_OPTIONS.sub(r"\1***", re.sub(r"//.*@", "//***@", url))

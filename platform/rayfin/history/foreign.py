@@ -1,0 +1,82 @@
+"""What the readers of other programs' results share: names, identity, time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from rayfin.history.record import Status, TrialRecord
+
+# Other spellings of rayfin's method types, after `method_name` took case and hyphens away.
+_METHODS = {
+    "ptuning": "p_tuning",
+    "prefix": "prefix_tuning",
+    "prefixtuning": "prefix_tuning",
+    "prompt": "prompt_tuning",
+    "prompttuning": "prompt_tuning",
+    "full_finetuning": "full",
+    "full_fine_tuning": "full",
+    "full_ft": "full",
+    "fft": "full",
+}
+
+
+def method_name(name: str) -> str:
+    """`P-Tuning` -> `p_tuning`; the name of a method that rayfin does not have stays its own."""
+    plain = re.sub(r"[^a-z0-9]+", "_", name.strip().lower()).strip("_")
+    return _METHODS.get(plain, plain)
+
+
+def ran_out_of_memory(message: str) -> bool:
+    return "out of memory" in message.lower() or "outofmemory" in message.lower()
+
+
+def finite(value: Any) -> bool:
+    """Whether `value` is a number that a record can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def parse_time(text: str) -> datetime:
+    """An ISO 8601 time; without a zone it is UTC. Raises ValueError."""
+    time = datetime.fromisoformat(text)
+    return time.replace(tzinfo=UTC) if time.tzinfo is None else time
+
+
+def imported(
+    source: str,
+    content: Any,
+    *,
+    sweep_id: str,
+    status: Status,
+    created_at: datetime,
+    spec: Mapping[str, Any],
+    scenario: Mapping[str, Any],
+    **fields: Any,
+) -> TrialRecord:
+    """The record of a trial that another program ran.
+
+    `content` is what the file says of it: its digest is the trial's id, so that the same result
+    is the same trial however often, and from whatever file, it is imported.
+    """
+    return TrialRecord(
+        trial_id=f"{source}-{_digest(content)}",
+        sweep_id=re.sub(r"[^A-Za-z0-9._:-]+", "-", sweep_id).lstrip("._:-")[:128] or source,
+        # Not comparable with rayfin's own: the data's content and the defaults are not known.
+        fingerprint=f"imported-{_digest(spec)}",
+        status=status,
+        created_at=created_at,
+        updated_at=created_at,
+        spec=dict(spec),
+        scenario={"source": source, **scenario},
+        **fields,
+    )
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,163 @@
+"""The frozen record of one trial, which refuses a state that contradicts itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, Self, get_args
+
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from rayfin.errors import HistoryError
+
+Status = Literal["running", "finished", "stopped", "failed", "oom"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+# Any of these says how good an imported trial was; rayfin's own trials always have eval_loss.
+QUALITY_METRICS = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
+
+_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
+
+
+def now() -> datetime:
+    """The time in UTC, as records hold it."""
+    return datetime.now(UTC)
+
+
+class TrialRecord(BaseModel):
+    """One row of the history.
+
+    Raises HistoryError where status, metrics and error contradict each other, and for NaN, infinity
+    or anything else that JSON can't hold.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    trial_id: str = Field(pattern=_ID)
+    """Unique in a history."""
+    sweep_id: str = Field(pattern=_ID)
+    """The sweep (or import) that it belongs to."""
+    fingerprint: str = Field(min_length=1)
+    """Of what the trial computes; where it runs does not enter."""
+    status: Status
+    """`running`, or how it ended."""
+    created_at: AwareDatetime
+    """When the trial started, UTC."""
+    updated_at: AwareDatetime
+    """When the record last changed, UTC."""
+    spec: dict[str, Any] = {}
+    """Resolved `model`, `data`, `method` and `train` sections."""
+    scenario: dict[str, Any] = {}
+    """Facts under `model`, `data`, `hardware`; `source` is the format of an imported trial."""
+    metrics: dict[str, Any] = {}
+    """eval_loss, exact_match, train_seconds, peak_memory_bytes, trainable_parameters, ..."""
+    curve: list[dict[str, Any]] = []
+    """Measurements along the way: `{step, loss, eval_loss, ...}`."""
+    error: str | None = None
+    """Why it failed; a stopped trial may say why too."""
+    versions: dict[str, str] = {}
+    """Package name -> version."""
+    directory: str | None = None
+    """Where its adapter and checkpoints lie."""
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Self:
+        """The record in a mapping from elsewhere; raises HistoryError where it is malformed."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+                for problem in error.errors()
+            )
+            raise HistoryError(
+                f"trial '{values.get('trial_id')}' is not a trial record: {problems}"
+            ) from None
+
+    def updated(self, **changes: Any) -> Self:
+        """A copy with `changes`, validated again; `updated_at` is now."""
+        return self.parse({**self.model_dump(), "updated_at": now(), **changes})
+
+    @field_validator("created_at", "updated_at")
+    @classmethod
+    def _utc(cls, value: datetime) -> datetime:
+        return value.astimezone(UTC)
+
+    @field_validator("spec", "scenario", "metrics", "curve", "versions")
+    @classmethod
+    def _json(cls, value: Any, info: ValidationInfo) -> Any:
+        return _plain(value, f"trial '{info.data.get('trial_id')}': {info.field_name}")
+
+    @field_validator("error", "directory")
+    @classmethod
+    def _storable(cls, value: str | None) -> str | None:
+        # PostgreSQL refuses NUL in text, and a crash may put anything into a message.
+        return None if value is None else _text(value).replace("\x00", "\N{REPLACEMENT CHARACTER}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        who = f"trial '{self.trial_id}'"
+        if self.status in ("failed", "oom") and not self.error:
+            raise HistoryError(
+                f"{who}: status is '{self.status}' without an error; say what went wrong"
+            )
+        if self.status in ("running", "finished") and self.error is not None:
+            raise HistoryError(
+                f"{who}: status is '{self.status}' with error {self.error[:80]!r}; "
+                "set status to failed, oom or stopped, or leave the error out"
+            )
+        if self.status == "finished":
+            allowed = QUALITY_METRICS if self.scenario.get("source") else ("eval_loss",)
+            if not any(_is_number(self.metrics.get(name)) for name in allowed):
+                raise HistoryError(
+                    f"{who}: status is 'finished' without a number for {' or '.join(allowed)}; "
+                    "record the metric, or set status to failed"
+                )
+        return self
+
+
+def _plain(value: Any, where: str) -> Any:
+    """`value` as plain JSON data; raises HistoryError naming the place of what isn't."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise HistoryError(
+                f"{where} is {value}; only finite numbers are kept: "
+                "leave it out, and set status to failed where the trial diverged"
+            )
+        return float(value)
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise HistoryError(f"{where} has the key {key!r}; JSON takes text keys only")
+        return {_text(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise HistoryError(
+        f"{where} is a {type(value).__name__}, which JSON can't hold; "
+        "give text, numbers, booleans, None, lists or mappings"
+    )
+
+
+def _text(value: str) -> str:
+    """Undecodable bytes of a path or message, which no database takes, become question marks."""
+    return value.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,242 @@
+"""The history: every trial, finished or not, in SQLite or PostgreSQL."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from sqlalchemy import URL, Connection, Engine, Row, Select, func, select
+
+from rayfin.errors import HistoryError, did_you_mean
+from rayfin.history.connect import connect, lock_writers, parse_url, shown, translated, writing
+from rayfin.history.record import STATUSES, Status, TrialRecord
+from rayfin.history.tables import TRIALS
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """One sweep at a glance."""
+
+    sweep_id: str
+    created_at: datetime
+    updated_at: datetime
+    counts: dict[Status, int]
+    """Trials by status; only those that occur."""
+    best_trial_id: str | None
+    best_value: float | None
+    """The best finished trial by the metric that was asked for."""
+
+    @property
+    def trials(self) -> int:
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True)
+class MergeCounts:
+    added: int
+    replaced: int
+    unchanged: int
+
+
+class History:
+    """A trial history; several processes may hold the same one open and write to it.
+
+    Every method raises HistoryError where the database fails. A History is not passed between
+    processes: pass its URL and open it there.
+    """
+
+    def __init__(self, url: URL, engine: Engine) -> None:
+        self._url = url
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: str, *, create: bool = True) -> Self:
+        """The history at `sqlite:///PATH` or `postgresql+psycopg://USER@HOST/DATABASE`.
+
+        Made if missing and `create`. SQLite's WAL needs a local disk: for writers on several
+        machines take PostgreSQL.
+        """
+        parsed = parse_url(url)
+        return cls(parsed, connect(parsed, create=create))
+
+    @property
+    def shown_url(self) -> str:
+        """Its URL without the password, to be printed."""
+        return shown(self._url)
+
+    def put(self, record: TrialRecord) -> None:
+        """Insert the record, or replace the one with its trial_id."""
+        with translated(self._url), writing(self._engine).begin() as connection:
+            _upsert(connection, [record])
+
+    def merge(
+        self, records: Iterable[TrialRecord], *, ignoring: Collection[str] = ()
+    ) -> MergeCounts:
+        """Put all records or none of them; a record older than the one held does not replace it.
+
+        Records that differ in the fields `ignoring` only count as unchanged.
+        """
+        added = replaced = unchanged = 0
+        changed: dict[str, TrialRecord] = {}
+        with translated(self._url), writing(self._engine).begin() as connection:
+            lock_writers(connection)
+            for record in records:
+                held = changed.get(record.trial_id) or _one(
+                    connection, select(TRIALS).where(TRIALS.c.trial_id == record.trial_id)
+                )
+                if held is None:
+                    added += 1
+                elif _same(held, record, ignoring) or record.updated_at < held.updated_at:
+                    unchanged += 1
+                    continue
+                else:
+                    replaced += 1
+                changed[record.trial_id] = record
+            _upsert(connection, list(changed.values()))
+        return MergeCounts(added, replaced, unchanged)
+
+    def get(self, trial_id: str) -> TrialRecord:
+        """The trial with that id; raises HistoryError, naming the nearest id, if there is none."""
+        with translated(self._url), self._engine.connect() as connection:
+            record = _one(connection, select(TRIALS).where(TRIALS.c.trial_id == trial_id))
+            if record is not None:
+                return record
+            known = connection.scalars(select(TRIALS.c.trial_id)).all()
+        raise HistoryError(
+            f"trial '{trial_id}' is not in {self.shown_url}{did_you_mean(trial_id, known)}; "
+            "`rayfin history list` shows all"
+        )
+
+    def find(self, prefix: str) -> TrialRecord:
+        """The one trial whose id is, or starts with, `prefix`; raises HistoryError otherwise."""
+        # Not LIKE: SQLite's ignores case.
+        starts = func.substr(TRIALS.c.trial_id, 1, len(prefix)) == prefix
+        query = select(TRIALS.c.trial_id).where(starts).order_by(TRIALS.c.trial_id).limit(4)
+        with translated(self._url), self._engine.connect() as connection:
+            near = connection.scalars(query).all() if prefix else []
+        if len(near) > 1 and prefix not in near:
+            more = ", ..." if len(near) == 4 else ""
+            raise HistoryError(
+                f"trial '{prefix}' could be any of {', '.join(near[:3])}{more}; give more of its id"
+            )
+        return self.get(near[0] if len(near) == 1 else prefix)
+
+    def trials(
+        self,
+        *,
+        sweep_id: str | None = None,
+        status: Status | None = None,
+        fingerprint: str | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+    ) -> list[TrialRecord]:
+        """The trials that match all that is given, in the order in which they started."""
+        query = select(TRIALS)
+        for column, value in (
+            ("sweep_id", sweep_id),
+            ("status", status),
+            ("fingerprint", fingerprint),
+        ):
+            if value is not None:
+                query = query.where(TRIALS.c[column] == value)
+        order = (TRIALS.c.created_at, TRIALS.c.trial_id)
+        query = query.order_by(*(key.desc() if newest_first else key.asc() for key in order))
+        with translated(self._url), self._engine.connect() as connection:
+            return _many(connection, query.limit(limit))
+
+    def finished(self, fingerprint: str) -> TrialRecord | None:
+        """The newest finished trial that computed what `fingerprint` stands for."""
+        found = self.trials(fingerprint=fingerprint, status="finished", newest_first=True, limit=1)
+        return found[0] if found else None
+
+    def sweeps(
+        self, *, metric: str = "eval_loss", mode: Literal["min", "max"] = "min"
+    ) -> list[SweepSummary]:
+        """All sweeps, oldest first; `metric` and `mode` say which trial is the best."""
+        columns = [
+            TRIALS.c[n]
+            for n in ("sweep_id", "trial_id", "status", "created_at", "updated_at", "metrics")
+        ]
+        rows: dict[str, list[Any]] = {}
+        with translated(self._url), self._engine.connect() as connection:
+            for row in connection.execute(select(*columns).order_by(TRIALS.c.created_at)):
+                rows.setdefault(row.sweep_id, []).append(row)
+        return [_summary(sweep_id, trials, metric, mode) for sweep_id, trials in rows.items()]
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"History({self.shown_url!r})"
+
+
+def _upsert(connection: Connection, records: list[TrialRecord]) -> None:
+    if not records:
+        return
+    # The two dialects spell ON CONFLICT alike, in classes of their own.
+    if connection.dialect.name == "sqlite":
+        from sqlalchemy.dialects.sqlite import insert
+    else:
+        from sqlalchemy.dialects.postgresql import insert  # type: ignore[assignment]
+    statement = insert(TRIALS)
+    new = {c.name: statement.excluded[c.name] for c in TRIALS.columns if c.name != "trial_id"}
+    statement = statement.on_conflict_do_update(index_elements=["trial_id"], set_=new)
+    connection.execute(statement, [record.model_dump() for record in records])
+
+
+def _many(connection: Connection, query: Select[Any]) -> list[TrialRecord]:
+    try:
+        return [_record(row) for row in connection.execute(query)]
+    except ValueError as error:  # JSON that some other program wrote into the table
+        raise HistoryError(
+            f"history: a row can't be read ({error}); restore a copy or an export"
+        ) from error
+
+
+def _one(connection: Connection, query: Select[Any]) -> TrialRecord | None:
+    found = _many(connection, query)
+    return found[0] if found else None
+
+
+def _record(row: Row[Any]) -> TrialRecord:
+    return TrialRecord.parse(row._asdict())
+
+
+def _same(one: TrialRecord, other: TrialRecord, ignoring: Collection[str]) -> bool:
+    return one.model_dump(exclude=set(ignoring)) == other.model_dump(exclude=set(ignoring))
+
+
+def _summary(
+    sweep_id: str, rows: list[Any], metric: str, mode: Literal["min", "max"]
+) -> SweepSummary:
+    counts = Counter(row.status for row in rows)
+    measured = [
+        (float(value), row.trial_id)
+        for row in rows
+        if row.status == "finished" and isinstance(value := row.metrics.get(metric), int | float)
+    ]
+    pick = min if mode == "min" else max
+    value, trial_id = pick(measured, key=lambda pair: pair[0]) if measured else (None, None)
+    return SweepSummary(
+        sweep_id=sweep_id,
+        created_at=min(row.created_at for row in rows),
+        updated_at=max(row.updated_at for row in rows),
+        counts={status: counts[status] for status in STATUSES if counts[status]},
+        best_trial_id=trial_id,
+        best_value=value,
+    )
