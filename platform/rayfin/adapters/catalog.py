@@ -1,0 +1,239 @@
+"""Reading a registry: adapters, their versions and aliases, without a lock.
+
+    <root>/<name>/<version>/{adapter_config.json, adapter_model.safetensors, …, rayfin.json}
+    <root>/<name>/aliases.json
+
+A version appears by one rename and an alias moves by one rename, so a reader never sees half of
+anything. Links below the root are not followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rayfin.adapters.aliases import Aliases
+from rayfin.adapters.files import (
+    METADATA,
+    digest_files,
+    inspect_files,
+    list_files,
+    read_json,
+    storage_errors,
+)
+from rayfin.adapters.ref import LATEST, AdapterRef, check_name, is_name, parse_version
+from rayfin.errors import AdapterError, did_you_mean
+
+ALIASES = "aliases.json"
+
+
+@dataclass(frozen=True)
+class AdapterVersion:
+    """One published version; `path` is a plain PEFT adapter (or model, where FULL)."""
+
+    name: str
+    version: int
+    path: Path
+    metadata: Mapping[str, Any] = field(hash=False)
+    """All of rayfin.json."""
+    peft_type: str
+    base_model: str | None
+    aliases: tuple[str, ...]
+    """Those that pointed here when this was read, sorted."""
+
+    @property
+    def ref(self) -> str:
+        """`name@version`."""
+        return f"{self.name}@{self.version}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "ref": self.ref,
+            "name": self.name,
+            "version": self.version,
+            "aliases": list(self.aliases),
+            "peft_type": self.peft_type,
+            "base_model": self.base_model,
+            "created_at": self.metadata.get("created_at"),
+            "path": str(self.path),
+            "metadata": dict(self.metadata),
+        }
+
+
+class Catalog:
+    """What lies under `root`, read anew at every call. Holds no open file: picklable."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser().resolve()
+
+    def names(self) -> tuple[str, ...]:
+        """Adapters with at least one version, sorted."""
+        found = (path.name for path in _entries(self.root) if is_name(path.name) and _real(path))
+        return tuple(name for name in sorted(found) if self.versions(name))
+
+    def versions(self, name: str) -> tuple[int, ...]:
+        """Published versions of `name`, ascending; empty for an unknown adapter."""
+        # A directory without rayfin.json was not published.
+        numbered = self._numbered(name)
+        return tuple(sorted(at for at, path in numbered.items() if (path / METADATA).is_file()))
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Alias -> version, `latest` included where there is a version."""
+        targets = dict(self._read_aliases(name).targets)
+        if versions := self.versions(name):
+            targets[LATEST] = versions[-1]
+        return dict(sorted(targets.items()))
+
+    def resolve(self, ref: str | AdapterRef) -> AdapterVersion:
+        """The version that `ref` names, a bare name being its latest; raises AdapterError."""
+        ref = AdapterRef.parse(ref)
+        version = self._target(ref)
+        while True:
+            try:
+                return self._read(ref.name, version)
+            except FileNotFoundError as error:
+                # The alias may have moved, and its old version gone, between the two reads.
+                moved = self._target(ref)
+                if moved == version:
+                    raise self._missing(ref, version) from error
+                version = moved
+
+    def scan(self) -> tuple[tuple[AdapterVersion, ...], tuple[AdapterError, ...]]:
+        """All versions by name and number, and why others can't be read."""
+        found: list[AdapterVersion] = []
+        problems: list[AdapterError] = []
+        for name in self.names():
+            try:
+                aliases = self.aliases(name)
+            except AdapterError as error:
+                problems.append(error)
+                continue
+            for version in self.versions(name):
+                try:
+                    found.append(self._read(name, version, aliases))
+                except FileNotFoundError:
+                    pass  # removed since it was listed
+                except AdapterError as error:
+                    problems.append(error)
+        return tuple(found), tuple(problems)
+
+    def verify(self, ref: str | AdapterRef) -> AdapterVersion:
+        """Reads every byte of a version; raises AdapterError for the first thing that is wrong."""
+        version = self.resolve(ref)
+        recorded = version.metadata["files"]
+        mend = f"publish it again and remove this one: rayfin adapters rm {version.ref}"
+        with storage_errors(f"adapter '{version.ref}'"):
+            files = list_files(version.path)
+            files.pop(METADATA)
+            for name in sorted(files.keys() ^ recorded.keys()):
+                state = "is missing" if name in recorded else "was not published with it"
+                raise AdapterError(f"adapter '{version.ref}': {name} {state}; {mend}")
+            inspect_files(version.path, files)
+            for name, digest in digest_files(files).items():
+                if digest != recorded[name]:
+                    raise AdapterError(
+                        f"adapter '{version.ref}': {name} changed since it was published; {mend}"
+                    )
+        return version
+
+    def list(self) -> tuple[AdapterVersion, ...]:
+        """All readable versions, by name and number."""
+        return self.scan()[0]
+
+    def _directory(self, name: str) -> Path:
+        path = self.root / check_name(name)
+        if path.is_symlink():
+            raise AdapterError(f"'{path}' is a link; put the adapter's directory itself there")
+        return path
+
+    def _numbered(self, name: str) -> dict[int, Path]:
+        """Version -> its directory, published or not."""
+        return {
+            version: path
+            for path in _entries(self._directory(name))
+            if (version := parse_version(path.name)) is not None and _real(path)
+        }
+
+    def _read(
+        self, name: str, version: int, aliases: Mapping[str, int] | None = None
+    ) -> AdapterVersion:
+        """Raises FileNotFoundError where there is no such version."""
+        path = self._directory(name) / str(version)
+        if path.is_symlink():
+            raise AdapterError(f"'{path}' is a link; put the version's directory itself there")
+        metadata = read_json(path / METADATA)
+        peft_type, files = metadata.get("peft_type"), metadata.get("files")
+        if not isinstance(peft_type, str) or not _are_digests(files):
+            raise AdapterError(
+                f"'{path / METADATA}' lacks peft_type or files; publish the adapter again and "
+                f"remove this one: rayfin adapters rm {name}@{version}"
+            )
+        aliases = self.aliases(name) if aliases is None else aliases
+        held = sorted(alias for alias, at in aliases.items() if at == version)
+        base_model = metadata.get("base_model")
+        return AdapterVersion(name, version, path, metadata, peft_type, base_model, tuple(held))
+
+    def _read_aliases(self, name: str) -> Aliases:
+        path = self._directory(name) / ALIASES
+        try:
+            value = read_json(path)
+        except FileNotFoundError:
+            value = Aliases(name).as_json(None)
+        try:
+            aliases = Aliases.from_json(name, value)
+        except (AdapterError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise AdapterError(
+                f"'{path}' is damaged ({error}); restore it, or delete it and promote again"
+            ) from error
+        # A publisher that was killed after its rename has used the number all the same.
+        return replace(aliases, newest=max(aliases.newest, *self._numbered(name), 0))
+
+    def _target(self, ref: AdapterRef) -> int:
+        if ref.version is not None:
+            return ref.version
+        if ref.alias is not None and ref.alias != LATEST and self.versions(ref.name):
+            return self._read_aliases(ref.name).target(ref.alias)
+        versions = self.versions(ref.name)
+        if not versions:
+            raise self._unknown(ref.name)
+        return versions[-1]
+
+    def _missing(self, ref: AdapterRef, version: int) -> AdapterError:
+        versions = self.versions(ref.name)
+        if not versions:
+            return self._unknown(ref.name)
+        wanted = "" if ref.version == version else f" (version {version})"
+        known = ", ".join(map(str, versions))
+        return AdapterError(
+            f"adapter '{ref}'{wanted} is not in '{self.root}'; versions of '{ref.name}': {known}"
+        )
+
+    def _unknown(self, name: str) -> AdapterError:
+        names = self.names()
+        known = f"adapters: {', '.join(names[:20])}" if names else "it is empty"
+        return AdapterError(
+            f"adapter '{name}' is not in '{self.root}'{did_you_mean(name, names)}; {known}. "
+            f"Publish one with: rayfin sweep publish.name={name}"
+        )
+
+
+def _are_digests(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        isinstance(digest, dict) and isinstance(digest.get("bytes"), int)
+        for digest in files.values()
+    )
+
+
+def _real(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _entries(directory: Path) -> tuple[Path, ...]:
+    """What lies in `directory`; nothing where it is missing."""
+    with storage_errors(f"'{directory}'"):
+        try:
+            return tuple(directory.iterdir())
+        except FileNotFoundError:
+            return ()

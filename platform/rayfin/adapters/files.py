@@ -1,0 +1,235 @@
+"""The files of one adapter: which belong to it, copying them, and whether they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from rayfin.errors import AdapterError, StorageError
+
+METADATA = "rayfin.json"
+FULL = "FULL"
+"""`peft_type` of a full fine-tune: a whole model instead of an adapter."""
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_MODEL = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+)
+# Suffixes are spelled out so that no pickle is ever taken along.
+_TOKENIZER = (
+    "tokenizer*.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*.jinja",
+    "chat_template*.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an adapter's own files say about it."""
+
+    peft_type: str
+    base_model: str | None
+
+
+def select_files(source: Path) -> dict[str, Path]:
+    """File name -> real path of all that belongs to the adapter in `source`, which is checked.
+
+    A link is followed inside `source` only. Raises AdapterError.
+    """
+    if not source.is_dir():
+        raise AdapterError(
+            f"'{source}' is no directory; give one written by save_pretrained(), with "
+            f"{' and '.join(_ADAPTER)}"
+        )
+    source = source.resolve()
+    with storage_errors(f"'{source}'"):
+        names = sorted(entry.name for entry in source.iterdir())
+        patterns = (*(_ADAPTER if _ADAPTER[0] in names else _MODEL), *_TOKENIZER)
+        chosen = [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
+        files = {name: _inside(source, name) for name in chosen}
+        inspect_files(source, files)
+    return files
+
+
+def list_files(directory: Path) -> dict[str, Path]:
+    """File name -> path of everything in a published version; raises AdapterError for links."""
+    files = {entry.name: entry for entry in sorted(directory.iterdir())}
+    for path in files.values():
+        if path.is_symlink() or not path.is_file():
+            raise AdapterError(f"'{path}' is no regular file; remove it from the adapter")
+    return files
+
+
+def inspect_files(directory: Path, files: Mapping[str, Path]) -> Facts:
+    """What `files` are; raises AdapterError unless configuration and weights are whole.
+
+    Weights are checked by safetensors' own reader: the header parses, every tensor's bytes match
+    its dtype and shape, and the tensors cover the file exactly. No tensor is read.
+    """
+    if "adapter_config.json" in files:
+        config = read_json(files["adapter_config.json"])
+        peft_type = config.get("peft_type")
+        if not isinstance(peft_type, str) or not peft_type:
+            raise AdapterError(
+                f"'{files['adapter_config.json']}' has no peft_type; save the adapter again "
+                "with PEFT's save_pretrained()"
+            )
+        weights = {"adapter_model.safetensors"}
+        facts = Facts(peft_type, _text(config.get("base_model_name_or_path")))
+    else:
+        weights = _model_weights(directory, files)
+        facts = Facts(FULL, _text(read_json(files["config.json"]).get("_name_or_path")))
+    for name in sorted(weights):
+        if name not in files:
+            raise AdapterError(
+                f"'{directory}' has no {name}; save the adapter again with save_pretrained() "
+                "(only safetensors are read)"
+            )
+        check_safetensors(files[name])
+    return facts
+
+
+def _model_weights(directory: Path, files: Mapping[str, Path]) -> set[str]:
+    """Names of the weight files of a full fine-tune."""
+    if "config.json" not in files:
+        raise AdapterError(
+            f"'{directory}' holds neither adapter_config.json (an adapter) nor config.json "
+            "(a full fine-tune); give a directory written by save_pretrained()"
+        )
+    index = files.get("model.safetensors.index.json")
+    if index is None:
+        return {"model.safetensors"}
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise AdapterError(f"'{index}' has no weight_map; save the model again")
+    # Loaders open whatever the index names, so it may name nothing but shards beside it.
+    for shard in map(str, shards.values()):
+        if not fnmatchcase(shard, "model-*.safetensors") or "/" in shard or "\\" in shard:
+            raise AdapterError(
+                f"'{index}' names '{shard}', not a model-*.safetensors beside it; "
+                "save the model again"
+            )
+    return {str(shard) for shard in shards.values()}
+
+
+def check_safetensors(path: Path) -> None:
+    """Raises AdapterError unless `path` is a whole safetensors file with at least one tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as weights:
+            empty = not weights.keys()
+    except (SafetensorError, OSError) as error:
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise AdapterError(
+            f"'{path}' is not a whole safetensors file ({reason}); save or copy the adapter again"
+        ) from error
+    if empty:
+        raise AdapterError(f"'{path}' holds no tensor; save the adapter again")
+
+
+def copy_files(files: Mapping[str, Path], target: Path) -> None:
+    """Copies into `target`, on disk when it returns, and read-only: a version never changes."""
+    for name, path in files.items():
+        copy = target / name
+        shutil.copyfile(path, copy)
+        with copy.open("rb") as written:
+            os.fsync(written.fileno())
+        make_read_only(copy)
+
+
+def make_read_only(path: Path) -> None:
+    path.chmod(path.stat().st_mode & ~0o222)
+
+
+def digest_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """File name -> {sha256 (hexadecimal), bytes}."""
+    digests = {}
+    for name, path in files.items():
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        digests[name] = {"sha256": sha256, "bytes": path.stat().st_size}
+    return digests
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turns the system's refusal to read or write into one StorageError about `what`."""
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except OSError as error:
+        where = f", {error.filename}" if error.filename else ""
+        raise StorageError(
+            f"{what} can't be used ({error.strerror or error}{where}); "
+            "check that it is there, that you may use it, and that the disk has room"
+        ) from error
+
+
+def sync_directory(directory: Path) -> None:
+    """Returns when the names in `directory` are on disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the regular file `path`; raises AdapterError, or FileNotFoundError."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise AdapterError(f"'{path}' is no regular file; put the file itself there")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise AdapterError(
+            f"'{path}' can't be read ({error.strerror or error}); check its permissions"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        # The decoder's own message may run over several lines or quote the file: keep the gist.
+        reason = str(error).partition("\n")[0][:120] or "nested too deeply"
+        raise AdapterError(
+            f"'{path}' is not valid JSON ({reason}); publish the adapter again or restore the file"
+        ) from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"'{path}' holds no JSON object; restore the file")
+    return value
+
+
+def _inside(source: Path, name: str) -> Path:
+    path = (source / name).resolve()
+    if not path.is_relative_to(source):
+        raise AdapterError(
+            f"'{source / name}' is a link out of '{source}'; "
+            "put the file itself there (cp -L follows links)"
+        )
+    if not path.is_file():
+        raise AdapterError(f"'{source / name}' is no regular file; put the file itself there")
+    return path
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None

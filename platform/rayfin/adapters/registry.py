@@ -1,0 +1,231 @@
+"""Writing a registry: publish, promote, roll back, remove. Writers take turns by a lock file."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rayfin.adapters.aliases import Aliases
+from rayfin.adapters.catalog import ALIASES, AdapterVersion, Catalog
+from rayfin.adapters.files import (
+    METADATA,
+    copy_files,
+    digest_files,
+    inspect_files,
+    list_files,
+    make_read_only,
+    select_files,
+    storage_errors,
+    sync_directory,
+)
+from rayfin.adapters.ref import LATEST, AdapterRef, check_alias, check_name
+from rayfin.errors import AdapterError, StorageError
+from rayfin.paths import write_directory_whole, write_json
+
+_LOCK_SECONDS = 600
+# What a killed writer leaves in an adapter's directory: a version not yet in its place or on its
+# way out, or the next aliases.json.
+_LEFTOVER = re.compile(r"\.([1-9][0-9]*|aliases\.json)-.+")
+
+
+class Registry(Catalog):
+    """Adapters under `root`, which the first publish makes."""
+
+    def publish(
+        self,
+        name: str,
+        source: str | Path,
+        metadata: Mapping[str, Any] | None = None,
+        alias: str | None = None,
+    ) -> AdapterVersion:
+        """Copies the adapter or full fine-tune in `source` as the next version of `name`.
+
+        `latest` moves to it, and `alias` too. `metadata` goes into rayfin.json beside the
+        registry's own keys, which win; `metadata["base_model"]` goes before what the files say.
+        Raises AdapterError for what can't be published, StorageError where it can't be written.
+        """
+        directory = self._directory(name)
+        if alias is not None:
+            check_alias(alias)
+        metadata = _plain(metadata or {})
+        files = select_files(Path(source))
+        with self._writing():
+            self._refuse_twin(name)
+            aliases = self._read_aliases(name)
+            version = aliases.newest + 1
+            _clean(directory)
+            with write_directory_whole(directory / str(version)) as temporary:
+                copy_files(files, temporary)
+                described = _describe(temporary, metadata) | {"name": name, "version": version}
+                write_json(temporary / METADATA, metadata | described)
+                make_read_only(temporary / METADATA)
+                sync_directory(temporary)
+            sync_directory(directory)
+            sync_directory(self.root)
+            if alias is not None and alias != LATEST:
+                aliases = aliases.promote(alias, version)
+            self._write_aliases(name, replace(aliases, newest=version))
+            return self._read(name, version)
+
+    def promote(
+        self, name: str, version_or_ref: int | str | AdapterRef, alias: str = "prod"
+    ) -> AdapterVersion:
+        """Points `alias` at a version, given as a number, an alias or a whole reference."""
+        ref = _within(name, version_or_ref)
+        _check_movable(alias)
+        with self._writing(name):
+            version = self.resolve(ref)
+            inspect_files(version.path, list_files(version.path))
+            aliases = self._read_aliases(name)
+            if aliases.targets.get(alias) != version.version:
+                self._write_aliases(name, aliases.promote(alias, version.version))
+            return self._read(name, version.version)
+
+    def rollback(self, name: str, alias: str = "prod") -> AdapterVersion:
+        """Points `alias` back at what it pointed to before; again, and it goes further back."""
+        _check_movable(alias)
+        with self._writing(name):
+            aliases = self._read_aliases(name).rollback(alias)
+            version = aliases.targets[alias]
+            if version not in self.versions(name):
+                raise AdapterError(
+                    f"'{name}@{alias}' can't go back to version {version}, which was removed; "
+                    f"choose one with: rayfin adapters promote {name}@VERSION --alias {alias}"
+                )
+            self._write_aliases(name, aliases)
+            return self._read(name, version)
+
+    def unalias(self, name: str, alias: str) -> None:
+        """Forgets `alias` and what it pointed to before."""
+        _check_movable(alias)
+        with self._writing(name):
+            self._write_aliases(name, self._read_aliases(name).without(alias))
+
+    def remove(self, ref: str | AdapterRef) -> AdapterRef:
+        """Removes one version, readable or not, and returns its reference.
+
+        Refused for a bare name, and while an alias other than `latest` points to the version.
+        """
+        ref = AdapterRef.parse(ref)
+        if ref.version is None and ref.alias is None:
+            raise AdapterError(f"'{ref}' names no version to remove; give one: {ref}@VERSION")
+        with self._writing(ref.name):
+            version = self._target(ref)
+            path = self._numbered(ref.name).get(version)
+            if path is None:
+                raise self._missing(ref, version)
+            aliases = self._read_aliases(ref.name)
+            for alias in sorted(key for key, at in aliases.targets.items() if at == version):
+                raise AdapterError(
+                    f"'{ref.name}@{version}' is what alias '{alias}' points to; first point it "
+                    f"elsewhere (rayfin adapters promote {ref.name}@VERSION --alias {alias}) "
+                    f"or drop it (rayfin adapters unalias {ref.name} --alias {alias})"
+                )
+            # Written first: the number must stay used even if we die right after the rename.
+            self._write_aliases(ref.name, aliases, leaving=version)
+            hidden = path.with_name(f".{version}-removed-{secrets.token_hex(4)}")
+            path.rename(hidden)
+            sync_directory(path.parent)
+            shutil.rmtree(hidden)
+        return AdapterRef(ref.name, version)
+
+    @contextmanager
+    def _writing(self, name: str | None = None) -> Iterator[None]:
+        """Holds the registry's lock; `name` must be there already."""
+        from filelock import FileLock, Timeout
+
+        if name is not None and not self._directory(name).is_dir():
+            raise self._unknown(name)
+        lock = self.root / ".lock"
+        try:
+            with storage_errors(f"registry '{self.root}'"):
+                self.root.mkdir(parents=True, exist_ok=True)
+                if lock.is_symlink():
+                    raise AdapterError(f"'{lock}' is a link; delete it")
+                with FileLock(lock, timeout=_LOCK_SECONDS):
+                    yield
+        except Timeout as error:
+            raise StorageError(
+                f"registry '{self.root}' was locked by another process for {_LOCK_SECONDS} s; "
+                "try again when it is done"
+            ) from error
+
+    def _write_aliases(self, name: str, aliases: Aliases, leaving: int | None = None) -> None:
+        """`leaving` is a version about to go."""
+        # `latest` is written for people and other programs; rayfin looks at the versions.
+        directory = self._directory(name)
+        staying = (version for version in self.versions(name) if version != leaving)
+        write_json(directory / ALIASES, aliases.as_json(max(staying, default=None)))
+        sync_directory(directory)
+
+    def _refuse_twin(self, name: str) -> None:
+        for path in self.root.iterdir():
+            if path.name != name and path.name.lower() == name.lower():
+                raise AdapterError(
+                    f"adapter name '{name}' differs from '{path.name}' only in case, and some "
+                    f"file systems can't tell them apart; publish as '{path.name}' or "
+                    "another name"
+                )
+
+
+def _describe(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The registry's own part of rayfin.json; raises AdapterError unless the files are whole."""
+    files = list_files(directory)
+    facts = inspect_files(directory, files)
+    base_model = metadata.get("base_model")
+    return {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "peft_type": facts.peft_type,
+        "base_model": base_model if isinstance(base_model, str) else facts.base_model,
+        "files": digest_files(files),
+    }
+
+
+def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(metadata), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"adapter metadata can't be written as JSON ({error}); "
+            "give strings, finite numbers, lists and mappings"
+        ) from error
+    return plain
+
+
+def _within(name: str, target: int | str | AdapterRef) -> AdapterRef:
+    """`target` as a reference to a version of `name`."""
+    if isinstance(target, int):
+        return AdapterRef(check_name(name), version=target)
+    if isinstance(target, str) and "@" not in target:
+        target = f"{check_name(name)}@{target}"
+    ref = AdapterRef.parse(target)
+    if ref.name != name:
+        raise AdapterError(
+            f"'{ref}' is no version of '{name}'; an alias points within its own adapter"
+        )
+    return ref
+
+
+def _check_movable(alias: str) -> None:
+    if check_alias(alias) == LATEST:
+        raise AdapterError(
+            f"alias '{LATEST}' always follows the newest version; choose another, such as 'prod'"
+        )
+
+
+def _clean(directory: Path) -> None:
+    """Removes what killed writers left; the caller holds the lock, so no one else is at work."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if _LEFTOVER.fullmatch(path.name) and not path.is_symlink():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
