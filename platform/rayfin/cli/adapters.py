@@ -1,0 +1,230 @@
+"""`rayfin adapters`: list, show, promote, rollback, unalias, rm and verify published adapters."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayfin.adapters import AdapterVersion, Registry
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds `adapters` and its verbs; each sets `handler`, which returns the exit code."""
+    summary = "list, promote, roll back, check and remove published adapters"
+    parser = subparsers.add_parser("adapters", help=summary, description=summary.capitalize())
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    _verb(verbs, "list", "every adapter, its versions and aliases", _list)
+    show = _verb(verbs, "show", "one version and where it comes from", _show)
+    show.add_argument("ref", metavar="NAME[@VERSION|@ALIAS]")
+    promote = _verb(verbs, "promote", "point an alias at a version", _promote)
+    promote.add_argument("ref", metavar="NAME[@VERSION|@ALIAS]")
+    rollback = _verb(verbs, "rollback", "point an alias back at what it was before", _rollback)
+    rollback.add_argument("name", metavar="NAME")
+    unalias = _verb(verbs, "unalias", "drop an alias", _unalias)
+    unalias.add_argument("name", metavar="NAME")
+    for one in (promote, rollback):
+        one.add_argument("--alias", default="prod", help="the alias to move (default: prod)")
+    unalias.add_argument("--alias", required=True, help="the alias to drop")
+    remove = _verb(verbs, "rm", "remove one version", _remove)
+    remove.add_argument("ref", metavar="NAME@VERSION")
+    verify = _verb(verbs, "verify", "check files and checksums", _verify)
+    verify.add_argument(
+        "ref", metavar="NAME[@VERSION|@ALIAS]", nargs="?", help="default: every version"
+    )
+
+
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    handler: Handler,
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(name, help=summary, description=summary.capitalize())
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--storage", default="./runs", help="where runs lie (default: ./runs)")
+    place.add_argument("--root", help="the registry itself (default: STORAGE/adapters)")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _registry(args: argparse.Namespace) -> Registry:
+    from rayfin.adapters import Registry
+    from rayfin.paths import Storage
+
+    # Not Storage.open: looking must not make directories.
+    return Registry(args.root or Storage(Path(args.storage).expanduser()).adapters)
+
+
+def _list(args: argparse.Namespace) -> int:
+    registry = _registry(args)
+    versions, problems = registry.scan()
+    if args.json:
+        _print_json(
+            {
+                "root": str(registry.root),
+                "adapters": [version.as_dict() for version in versions],
+                "problems": [str(problem) for problem in problems],
+            }
+        )
+        return 0
+    if versions:
+        _print_table(
+            ("adapter", "aliases", "type", "base model", "metrics", "created (UTC)"),
+            (
+                (
+                    version.ref,
+                    ", ".join(version.aliases),
+                    version.peft_type,
+                    version.base_model or "",
+                    _brief(version.metadata.get("metrics")),
+                    str(version.metadata.get("created_at", ""))[:16].replace("T", " "),
+                )
+                for version in versions
+            ),
+        )
+    else:
+        print(f"no adapters in {registry.root}; publish one with: rayfin sweep publish.name=NAME")
+    for problem in problems:
+        print(f"unreadable: {problem}", file=sys.stderr)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    registry = _registry(args)
+    version = registry.resolve(args.ref)
+    versions, aliases = registry.versions(version.name), registry.aliases(version.name)
+    if args.json:
+        _print_json({**version.as_dict(), "versions": versions, "all_aliases": aliases})
+        return 0
+    from rayfin.adapters.files import METADATA
+
+    facts = {
+        "adapter": version.ref,
+        "aliases": ", ".join(version.aliases),
+        "type": version.peft_type,
+        "base model": version.base_model or "",
+        "path": str(version.path),
+        "versions": ", ".join(map(str, versions)),
+        "all aliases": ", ".join(f"{alias} -> {at}" for alias, at in aliases.items()),
+    }
+    shown = {"name", "version", "peft_type", "base_model"}
+    rest = {key: value for key, value in version.metadata.items() if key not in shown}
+    files = rest.pop("files")
+    facts |= dict(_leaves(rest))
+    facts |= {name: f"{digest['bytes']:,} bytes" for name, digest in files.items()}
+    _print_table(("", ""), ((key, value) for key, value in facts.items() if value))
+    print(f"everything about it: {version.path / METADATA}")
+    return 0
+
+
+def _promote(args: argparse.Namespace) -> int:
+    from rayfin.adapters import AdapterRef
+
+    ref = AdapterRef.parse(args.ref)
+    return _moved(args, _registry(args).promote(ref.name, ref, args.alias))
+
+
+def _rollback(args: argparse.Namespace) -> int:
+    return _moved(args, _registry(args).rollback(args.name, args.alias))
+
+
+def _moved(args: argparse.Namespace, version: AdapterVersion) -> int:
+    if args.json:
+        _print_json({"alias": args.alias, **version.as_dict()})
+    else:
+        print(f"{version.name}@{args.alias} is now {version.ref}")
+    return 0
+
+
+def _unalias(args: argparse.Namespace) -> int:
+    registry = _registry(args)
+    registry.unalias(args.name, args.alias)
+    if args.json:
+        _print_json({"name": args.name, "aliases": registry.aliases(args.name)})
+    else:
+        print(f"{args.name}@{args.alias} is gone; its version stays")
+    return 0
+
+
+def _remove(args: argparse.Namespace) -> int:
+    registry = _registry(args)
+    removed = registry.remove(args.ref)
+    latest = registry.aliases(removed.name).get("latest")
+    if args.json:
+        _print_json({"removed": str(removed), "latest": latest})
+    else:
+        print(f"removed {removed}; " + (f"latest is {latest}" if latest else "no version is left"))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from rayfin.errors import UsageError
+
+    registry = _registry(args)
+    if args.ref is not None:
+        whole, problems = [registry.verify(args.ref).ref], []
+    else:
+        versions, errors = registry.scan()
+        whole, problems = [], [str(error) for error in errors]
+        for version in versions:
+            try:
+                whole.append(registry.verify(version.ref).ref)
+            except UsageError as error:
+                problems.append(str(error))
+    if args.json:
+        _print_json({"whole": whole, "problems": problems})
+    else:
+        for ref in whole:
+            print(f"{ref}: whole")
+        for problem in problems:
+            print(f"corrupt: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns, box=box.SIMPLE_HEAD, show_header=any(columns))
+    for column in table.columns:
+        column.overflow = "fold"  # a shortened reference or path can't be copied
+    for row in rows:
+        # Text, so that brackets in a name or path are not taken for markup.
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
+def _brief(metrics: Any) -> str:
+    """The figures people compare, of those that are there."""
+    if not isinstance(metrics, dict):
+        return ""
+    figures = ((name, metrics.get(name)) for name in ("eval_loss", "exact_match"))
+    return "\n".join(f"{name} {value:.4g}" for name, value in figures if _number(value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Dotted name and text of every leaf."""
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _leaves(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner if isinstance(inner, str) else json.dumps(inner)
