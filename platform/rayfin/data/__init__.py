@@ -1,0 +1,20 @@
+"""Rows in any common format -> examples -> tokens with a loss mask; and the data's profile."""
+
+from rayfin.data.corpus import load_corpus
+from rayfin.data.examples import BadRow, Corpus, Example, Message, Tokens
+from rayfin.data.profile import DataProfile
+from rayfin.data.render import render_prompt
+from rayfin.data.tokens import TokenizedCorpus, tokenize_corpus
+
+__all__ = [
+    "BadRow",
+    "Corpus",
+    "DataProfile",
+    "Example",
+    "Message",
+    "TokenizedCorpus",
+    "Tokens",
+    "load_corpus",
+    "render_prompt",
+    "tokenize_corpus",
+]

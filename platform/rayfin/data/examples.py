@@ -1,0 +1,64 @@
+"""Samples in the forms that everything after reading works on: normal form, then tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TypedDict
+
+Message = dict[str, str]
+"""One turn: `role` (system, user or assistant) and `content`."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample: a conversation whose last turn is the assistant's, or else plain text."""
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+    def canonical(self) -> str:
+        """The content as JSON that is the same for equal samples, whatever file they came from."""
+        return _canonical(self.text if self.text is not None else self.messages)
+
+    def canonical_prompt(self) -> str:
+        """As `canonical`, without the last answer; of plain text all is taken."""
+        return _canonical(self.text if self.text is not None else self.messages[:-1])
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that can't be used; lines count from 1, in Parquet and JSON arrays rows do."""
+
+    file: str
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The samples of one data set, split; `digest` identifies both splits and their order."""
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    shape: str
+    digest: str
+    skipped: tuple[BadRow, ...] = ()
+
+
+NO_LOSS = -100
+"""The label that PyTorch's cross entropy leaves out."""
+
+
+class Tokens(TypedDict):
+    """One sample: `labels` equals `input_ids` where there is loss and is -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,152 @@
+"""Samples as token ids with a loss mask, and what they are like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rayfin.data.examples import NO_LOSS, Corpus, Example, Tokens
+from rayfin.data.profile import DataProfile, profile_of
+from rayfin.data.render import Rendered, begins_with_bos, render_conversations
+from rayfin.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class TokenizedCorpus:
+    """Both splits, cut to max_length, without the samples that were cut before their answer."""
+
+    train: list[Tokens]
+    eval: list[Tokens]
+    profile: DataProfile
+
+
+def tokenize_corpus(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> TokenizedCorpus:
+    """Token ids and labels of a corpus; loss on the assistant's turns only, on all of a plain text.
+
+    The tokens before the last answer are exactly those that generation sees for the prompt alone.
+    Cut at the right to `max_length`. Raises DataError where that leaves a split without loss.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model.name: its tokenizer {type(tokenizer).__name__} is a slow one without character "
+            "offsets; use a model that has a tokenizer.json"
+        )
+    whole = tokenize_examples([*corpus.train, *corpus.eval], tokenizer)
+    train, held_out = whole[: len(corpus.train)], whole[len(corpus.train) :]
+    kept_train = _cut(train, max_length, "train")
+    kept_eval = _cut(held_out, max_length, "eval")
+    profile = profile_of(
+        corpus,
+        train=kept_train,
+        held_out=kept_eval,
+        truncated=sum(len(sample["input_ids"]) > max_length for sample in whole),
+    )
+    return TokenizedCorpus(kept_train, kept_eval, profile)
+
+
+def tokenize_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+) -> list[Tokens]:
+    """Each sample at its full length, in order."""
+    texts = [example.text for example in examples if example.text is not None]
+    plain = iter(_plain_texts(texts, tokenizer))
+    talks = [example.messages for example in examples if example.text is None]
+    talked = iter(_conversations(render_conversations(talks, tokenizer), tokenizer))
+    return [next(talked if example.text is None else plain) for example in examples]
+
+
+def _plain_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
+    bos = tokenizer.bos_token_id
+    eos = tokenizer.eos_token_id
+    before = [bos] if begins_with_bos(tokenizer) else []
+    samples: list[Tokens] = []
+    for ids, _ in _encode(texts, tokenizer):
+        whole = [*before, *ids] if ids[:1] != before else ids
+        if eos is not None and whole[-1:] != [eos]:
+            whole = [*whole, eos]
+        samples.append({"input_ids": whole, "labels": list(whole)})
+    return samples
+
+
+def _conversations(rendered: list[Rendered], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
+    wholes = _encode([each.text for each in rendered], tokenizer)
+    prompts = [ids for ids, _ in _encode([each.prompt for each in rendered], tokenizer)]
+    # Where a token straddles the border (or the answer's first letter changes how the prompt
+    # splits), training on the whole text would differ from what generation is given.
+    apart = [
+        index
+        for index, ((ids, _), prompt) in enumerate(zip(wholes, prompts, strict=True))
+        if ids[: len(prompt)] != prompt
+    ]
+    answers = _encode([rendered[i].text[rendered[i].answer :] for i in apart], tokenizer)
+    for index, (ids, starts) in zip(apart, answers, strict=True):
+        prompt_starts = _encode([rendered[index].prompt], tokenizer)[0][1]
+        shift = rendered[index].answer
+        wholes[index] = (prompts[index] + ids, prompt_starts + [shift + at for at in starts])
+    return [
+        _masked(ids, starts, each, len(prompt))
+        for (ids, starts), each, prompt in zip(wholes, rendered, prompts, strict=True)
+    ]
+
+
+def _masked(ids: list[int], starts: list[int], rendered: Rendered, prompt_length: int) -> Tokens:
+    """Labels for the tokens that begin in a span; the last span begins at `prompt_length`."""
+    labels = [NO_LOSS] * prompt_length
+    for first, end in rendered.spans[:-1]:
+        for index in range(prompt_length):
+            if first <= starts[index] < end:
+                labels[index] = ids[index]
+    end = rendered.spans[-1][1]
+    labels += [
+        token if start < end else NO_LOSS
+        for token, start in zip(ids[prompt_length:], starts[prompt_length:], strict=True)
+    ]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[list[int], list[int]]]:
+    """(token ids, the character where each token begins) of every text, in one batch."""
+    if not texts:
+        return []
+    batch = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return [
+        (ids, [start for start, _ in offsets])
+        for ids, offsets in zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+    ]
+
+
+def _cut(samples: list[Tokens], max_length: int, split: str) -> list[Tokens]:
+    kept: list[Tokens] = []
+    for sample in samples:
+        ids, labels = sample["input_ids"][:max_length], sample["labels"][:max_length]
+        # A model predicts from the token before: the first one never has loss.
+        if any(label != NO_LOSS for label in labels[1:]):
+            kept.append({"input_ids": ids, "labels": labels})
+    if not kept:
+        shortest = min(_first_label(sample) + 1 for sample in samples)
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        raise DataError(
+            f"data.max_length: {max_length} cuts every answer off the {split} split; "
+            f"give at least {shortest} to reach the first answer, {longest} to cut none"
+        )
+    return kept
+
+
+def _first_label(sample: Tokens) -> int:
+    labels = sample["labels"]
+    return next((i for i in range(1, len(labels)) if labels[i] != NO_LOSS), len(labels))
