@@ -1,0 +1,6 @@
+"""What a sweep found: which settings mattered, and the report people open."""
+
+from rayfin.evaluation.importance import parameter_importance
+from rayfin.evaluation.report import Sample, write_sweep_report
+
+__all__ = ["Sample", "parameter_importance", "write_sweep_report"]

@@ -1,0 +1,118 @@
+"""The names, units and directions of what a trial measures, and how numbers are shown to people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How a metric is called, what kind of number it is and which direction is good."""
+
+    label: str
+    kind: Literal["number", "share", "seconds", "bytes", "count"]
+    better: Literal["less", "more"] | None = None
+
+
+QUANTITIES = {
+    "eval_loss": Quantity("Eval loss", "number", "less"),
+    "perplexity": Quantity("Perplexity", "number", "less"),
+    "exact_match": Quantity("Exact match", "share", "more"),
+    "token_accuracy": Quantity("Token accuracy", "share", "more"),
+    "train_seconds": Quantity("Training time", "seconds"),
+    "trainable_parameters": Quantity("Trainable parameters", "count"),
+    "peak_memory_bytes": Quantity("Peak memory", "bytes"),
+    "tokens_per_second": Quantity("Tokens per second", "number"),
+    "steps": Quantity("Steps", "count"),
+}
+SCORES = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
+COSTS = ("train_seconds", "trainable_parameters", "peak_memory_bytes")
+
+# Least largest value for which an axis uses the unit, unit, and what values are divided by.
+_UNITS: dict[str, tuple[tuple[float, str, float], ...]] = {
+    "seconds": ((7200, "h", 3600), (600, "min", 60), (0, "s", 1)),
+    "bytes": ((2 * 2**30, "GiB", 2**30), (0, "MiB", 2**20)),
+    "count": ((1e9, "billions", 1e9), (1e6, "millions", 1e6), (1e4, "thousands", 1e3), (0, "", 1)),
+    "share": ((0, "%", 0.01),),
+    "number": ((0, "", 1),),
+}
+
+
+def finite(value: Any) -> float | None:
+    """`value` as a float, or None for what is missing, not a number, NaN or infinite."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def unit_for(name: str, values: Iterable[float]) -> tuple[str, float]:
+    """Unit of an axis that shows `values` of the quantity, and what to divide them by."""
+    largest = max((abs(value) for value in values), default=0.0)
+    for least, unit, divisor in _UNITS[QUANTITIES[name].kind]:
+        if largest >= least:
+            return unit, divisor
+    return "", 1.0
+
+
+def show_quantity(name: str, value: Any) -> str:
+    """A metric with its unit: `0.25` of exact_match is `25.0 %`, `150.0` train_seconds `150 s`."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    if QUANTITIES[name].kind == "count" and number < 1e6:
+        return f"{number:,.0f}"
+    if QUANTITIES[name].kind == "share":
+        return f"{number * 100:.1f} %"
+    unit, divisor = unit_for(name, [number])
+    short = {"millions": "M", "billions": "B"}.get(unit, unit)
+    return f"{show_number(number / divisor)} {short}".rstrip()
+
+
+def show_number(value: float) -> str:
+    """Four significant digits without trailing zeros; powers of ten below 0.01."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e6 or abs(value) < 0.01:
+        digits, _, exponent = f"{value:.2e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
+    decimals = max(0, 3 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def show_seconds(seconds: float) -> str:
+    """`48 s`, `12 min 5 s`, `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def show_setting(value: Any) -> str:
+    """A swept value as its YAML would read."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return show_number(value)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(show_setting, value))
+    return str(value)
+
+
+def setting(spec: Mapping[str, Any], name: str) -> tuple[bool, Any]:
+    """Whether the trial specification has the dotted `name`, and its value."""
+    node: Any = spec
+    for part in name.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False, None
+        node = node[part]
+    return True, node

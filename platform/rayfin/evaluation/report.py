@@ -1,0 +1,291 @@
+"""A sweep as one HTML file that needs nothing else: no network, no other file, no server.
+
+`assets/report.html.j2` says what is on the page; tables and texts are in the HTML, so that they
+are there without scripts. The charts are drawn in the browser from one JSON block
+(`chart_data.py`) by the scripts beside the template.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rayfin.config import Config, dump_yaml
+from rayfin.evaluation.chart_data import chart_data, ordered
+from rayfin.evaluation.importance import LEAST_TRIALS, parameter_importance, scored_trials
+from rayfin.evaluation.quantities import (
+    MISSING,
+    QUANTITIES,
+    SCORES,
+    finite,
+    setting,
+    show_number,
+    show_quantity,
+    show_seconds,
+    show_setting,
+)
+from rayfin.paths import Storage, write_text
+
+if TYPE_CHECKING:
+    from rayfin.history.record import TrialRecord
+
+STATUS_WORDS = {
+    "finished": "finished",
+    "stopped": "stopped early",
+    "failed": "failed",
+    "oom": "out of memory",
+    "running": "running or interrupted",
+}
+_SCRIPTS = ("plot.js", "charts.js", "parallel.js", "page.js")
+_TABLE = (*SCORES, "steps", "train_seconds", "tokens_per_second", "peak_memory_bytes",
+          "trainable_parameters")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One evaluation prompt with what the base model and the best adapter answered."""
+
+    prompt: str
+    reference: str
+    base_answer: str
+    adapter_answer: str
+
+
+def write_sweep_report(
+    path: Path,
+    trials: Sequence[TrialRecord],
+    *,
+    config: Config,
+    best: TrialRecord | None,
+    samples: Sequence[Sample] = (),
+    adapter: str | None = None,
+) -> Path:
+    """Writes the report of a sweep to `path` and returns it; `adapter` is `name@version`.
+
+    Trials in any state are welcome, also none at all.
+    """
+    trials = ordered(trials)
+    environment = Environment(
+        loader=PackageLoader("rayfin.evaluation", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        **_assets(),
+        **_header(trials, config),
+        best=_best(trials, best, config, adapter),
+        importance=_importance(trials, config),
+        samples=samples,
+        table=_table(trials, config, best),
+        data=_json(chart_data(trials, config, best)),
+        least_trials=LEAST_TRIALS,
+        config_yaml=_redact(dump_yaml(config)),
+    )
+    write_text(path, page)
+    return path
+
+
+def _assets() -> dict[str, Any]:
+    """Style and script with their hashes: the page's policy lets nothing else apply or run."""
+    folder = files("rayfin.evaluation") / "assets"
+    style = (folder / "report.css").read_text(encoding="utf-8")
+    parts = [(folder / name).read_text(encoding="utf-8") for name in _SCRIPTS]
+    script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
+
+    def digest(text: str) -> str:
+        return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+    return {
+        "style": Markup(style),
+        "script": Markup(script),
+        "style_hash": digest(style),
+        "script_hash": digest(script),
+    }
+
+
+def _header(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:
+    counts: Counter[str] = Counter(trial.status for trial in trials)
+    return {
+        "sweep_id": trials[0].sweep_id if trials else None,
+        "config": config,
+        "counts": [(key, counts[key], word) for key, word in STATUS_WORDS.items() if counts[key]],
+        "when": _when(trials),
+        "hardware": _distinct(_hardware(trial.scenario.get("hardware")) for trial in trials),
+        "versions": _distinct(
+            " · ".join(f"{k} {v}" for k, v in sorted(trial.versions.items())) for trial in trials
+        ),
+        "metric_label": QUANTITIES[config.sweep.metric].label,
+        "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    }
+
+
+def _when(trials: Sequence[TrialRecord]) -> str:
+    if not trials:
+        return MISSING
+    first = min(trial.created_at for trial in trials)
+    last = max(trial.updated_at for trial in trials)
+    return f"{first:%Y-%m-%d %H:%M} UTC, {show_seconds((last - first).total_seconds())}"
+
+
+def _hardware(facts: Any) -> str:
+    """Hardware.as_dict() in words."""
+    if not isinstance(facts, Mapping):
+        return str(facts or "")
+    kind = facts.get("device", "")
+    name = facts.get("device_name") or kind
+    number = facts.get("device_count" if kind == "cuda" else "cpu_count")
+    memory = finite(facts.get("device_memory"))
+    parts = [f"{number} × {name}" if kind == "cuda" else f"{name}, {number} CPU cores"]
+    if memory:
+        parts.append(f"{memory / 2**30:.0f} GiB")
+    return ", ".join(parts)
+
+
+def _distinct(texts: Any) -> list[str]:
+    return [text for text in dict.fromkeys(texts) if text]
+
+
+def _best(
+    trials: Sequence[TrialRecord], best: TrialRecord | None, config: Config, adapter: str | None
+) -> dict[str, Any] | None:
+    if best is None:
+        return None
+    return {
+        "trial_id": best.trial_id,
+        "number": next((i for i, t in enumerate(trials, 1) if t.trial_id == best.trial_id), None),
+        "scores": [row for key in SCORES if (row := _compare(key, best.metrics))],
+        "parameters": [
+            (key, show_setting(value))
+            for key in config.sweep.parameters
+            for has, value in [setting(best.spec, key)]
+            if has
+        ],
+        "costs": [
+            (QUANTITIES[key].label, show_quantity(key, best.metrics[key]))
+            for key in _TABLE[len(SCORES) :]
+            if finite(best.metrics.get(key)) is not None
+        ],
+        "adapter": adapter,
+        "commands": _commands(adapter, config) if adapter else [],
+    }
+
+
+def _commands(adapter: str, config: Config) -> list[str]:
+    """How to look at the published adapter, and how to load it without rayfin."""
+    root = Path(config.storage).expanduser().resolve()
+    name, _, version = adapter.partition("@")
+    # A version directory is a plain PEFT adapter; that layout is part of the registry's promise.
+    path = str(Storage(root).adapters / name / version)
+    return [
+        f"rayfin adapters show {adapter} --storage {shlex.quote(str(root))}",
+        f"model = peft.PeftModel.from_pretrained(base_model, {path!r})",
+    ]
+
+
+def _compare(key: str, metrics: Mapping[str, Any]) -> dict[str, str] | None:
+    """A row base -> best; the change is relative, or in percentage points for shares."""
+    quantity = QUANTITIES[key]
+    base, now = finite(metrics.get(f"base_{key}")), finite(metrics.get(key))
+    if now is None:
+        return None
+    change, verdict = MISSING, ""
+    if base is not None:
+        gain = now - base
+        if quantity.kind == "share":
+            change = f"{gain * 100:+.1f} points"
+        elif base:
+            change = f"{gain / abs(base) * 100:+.1f} %"
+        if gain:
+            verdict = "better" if (gain < 0) == (quantity.better == "less") else "worse"
+        else:
+            verdict = "equal"
+    return {
+        "label": quantity.label,
+        "base": show_quantity(key, base),
+        "best": show_quantity(key, now),
+        "change": change.replace("-", "−"),
+        "verdict": verdict,
+    }
+
+
+def _importance(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:
+    sweep = config.sweep
+    shares = parameter_importance(trials, sweep.metric, sweep.mode, list(sweep.parameters))
+    return {
+        "trials": len(scored_trials(trials, sweep.metric)),
+        "bars": [(name, share * 100) for name, share in shares.items()],
+    }
+
+
+def _table(
+    trials: Sequence[TrialRecord], config: Config, best: TrialRecord | None
+) -> dict[str, Any]:
+    """Columns that any trial has a value for, and a row a trial."""
+    measured = [
+        key for key in _TABLE if any(finite(t.metrics.get(key)) is not None for t in trials)
+    ]
+    names = list(config.sweep.parameters)
+    rows = []
+    for number, trial in enumerate(trials, 1):
+        cells = []
+        for name in names:
+            has, value = setting(trial.spec, name)
+            shown = show_setting(value) if has else MISSING
+            cells.append((shown, finite(value) if finite(value) is not None else shown))
+        for key in measured:
+            value = finite(trial.metrics.get(key))
+            cells.append((show_quantity(key, value), "" if value is None else value))
+        rows.append(
+            {
+                "number": number,
+                "trial_id": trial.trial_id,
+                "best": best is not None and trial.trial_id == best.trial_id,
+                "status": trial.status,
+                "status_word": STATUS_WORDS.get(trial.status, trial.status),
+                "cells": cells,
+                "reason": _reason(trial),
+            }
+        )
+    return {"columns": names + [QUANTITIES[key].label for key in measured], "rows": rows}
+
+
+def _reason(trial: TrialRecord) -> dict[str, str]:
+    """Why a trial is not a finished one: a line, and the whole text where there is more."""
+    text = _redact((trial.error or "").strip())
+    if not text:
+        steps = finite(trial.metrics.get("steps"))
+        stopped = trial.status == "stopped" and steps is not None
+        return {"line": f"after {show_number(steps or 0)} steps" if stopped else "", "rest": ""}
+    # The last line of a traceback is the one that says what happened.
+    lines = text.splitlines()
+    line = (lines[-1] if lines[0].startswith("Traceback") else lines[0]).strip()
+    short = line if len(line) <= 160 else line[:157] + "..."
+    return {"line": short, "rest": text if short != text else ""}
+
+
+def _redact(text: str) -> str:
+    """A report is passed around; the password in a database URL is not."""
+    return re.sub(r"(\w://[^:/@\s]*):[^\s]*@", r"\1:***@", text)
+
+
+def _json(value: Any) -> Markup:
+    """JSON that can stand in a script element whatever the strings in it say."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
