@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import HardwareError, ModelError
+from rayfin.models.checkpoint import REPLACE, check_loadable, read_config
 from rayfin.models.quiet import no_cast_warnings, no_progress_bars
 from rayfin.models.source import model_directory
 
@@ -22,6 +23,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     directory = model_directory(config, weights=False)
+    read_config(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=False, local_files_only=True
@@ -58,23 +60,20 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise HardwareError(
-            "model: asked for on a GPU, but torch sees none; set scaling.use_gpu=false"
-        )
-    directory = model_directory(config)
-    dtype = _dtype(config, device)
     options: dict[str, Any] = {}
-    if quantization_bit is not None:
-        options["quantization_config"] = _quantization(quantization_bit, dtype)
     if device == "cuda":
-        options["device_map"] = {"": torch.cuda.current_device() if index is None else index}
+        options["device_map"] = {"": _gpu(index)}
     elif quantization_bit is not None:
         # Without a map, transformers sends quantised weights to a GPU if it finds one.
         options["device_map"] = {"": "cpu"}
-    with no_progress_bars():
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+    dtype = _dtype(config, device)
+    if quantization_bit is not None:
+        options["quantization_config"] = _quantization(quantization_bit, dtype)
+    directory = model_directory(config)
+    check_loadable(directory, quantization_bit)
+    try:
+        with no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 dtype=dtype,
                 use_safetensors=True,
@@ -83,18 +82,38 @@ def load_base(
                 output_loading_info=True,
                 **options,
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(
-                f"model.name: '{config.name}' can't be loaded from '{directory}' "
-                f"({_first_line(error)}); it may be damaged: fetch or make it again"
-            ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        # Too little memory is no fault of the files.
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise ModelError(
+            f"model.name: '{config.name}' can't be loaded from '{directory}' "
+            f"({_first_line(error)}); {REPLACE}"
+        ) from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
-        # transformers would have filled these with random numbers.
+        # transformers has filled these with random numbers.
         raise ModelError(
             f"model.name: the weights in '{directory}' lack {len(missing)} of the model's tensors "
-            f"('{missing[0]}', …); fetch or make them again"
+            f"('{missing[0]}', …); {REPLACE}"
         )
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
+
+
+def _gpu(index: int | None) -> int:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise HardwareError(
+            "scaling.use_gpu: the model was to go on a GPU, but torch sees none; "
+            "install a CUDA build of torch, or set scaling.use_gpu=false"
+        )
+    if index is not None and not 0 <= index < count:
+        raise HardwareError(
+            f"there is no GPU {index}: torch sees {count}, counted from 0; choose one of those"
+        )
+    return torch.cuda.current_device() if index is None else index
 
 
 def _dtype(config: ModelConfig, device: Device) -> torch.dtype:

@@ -22,5 +22,5 @@ def no_progress_bars() -> Iterator[None]:
 
 
 def no_cast_warnings() -> None:
-    """bitsandbytes' 8-bit layers warn at every call that they cast float32, which is how they work."""
+    """8-bit layers of bitsandbytes would warn at every call that they cast, which is their job."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -55,7 +55,7 @@ def convert_smollm2(directory: Path) -> None:
         pad_token_id=config.pad_token_id,
     ).save_pretrained(directory)
     _tokenizer(reader).save_pretrained(directory)
-    save_file(_weights(reader, config), directory / "model.safetensors", {"format": "pt"})
+    save_file(_weights(reader), directory / "model.safetensors", {"format": "pt"})
 
 
 def _gguf_path() -> Path:
@@ -101,11 +101,14 @@ def _config(reader: GGUFReader) -> LlamaConfig:
     )
 
 
-def _weights(reader: GGUFReader, config: LlamaConfig) -> dict[str, torch.Tensor]:
+def _weights(reader: GGUFReader) -> dict[str, torch.Tensor]:
     import torch
     from gguf.quants import dequantize
 
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {
+        "attn_q": _value(reader, "llama.attention.head_count"),
+        "attn_k": _value(reader, "llama.attention.head_count_kv"),
+    }
     weights = {}
     for tensor in reader.tensors:
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError, did_you_mean
@@ -11,7 +12,9 @@ from rayfin.models.bundled import BUNDLED, bundled_directory
 # Weights are read from safetensors only: a pickle can run code when it is opened.
 _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
-_HUB_TIMEOUT = 10.0
+# The same weights once more, in other formats or for other libraries.
+_OTHER_COPIES = ["*/*", "consolidated*"]
+_HUB_TIMEOUT = 5.0
 
 
 def locate(config: ModelConfig) -> str:
@@ -29,13 +32,13 @@ def is_hub(config: ModelConfig) -> bool:
 
 
 def model_directory(config: ModelConfig, *, weights: bool = True) -> Path:
-    """Where the files of the model lie, hub models downloaded first (their weights if asked for)."""
+    """Where the model's files lie; a hub model is downloaded first, its weights if asked for."""
     name = config.name
     if is_hub(config):
         return _hub_directory(config, weights)
     if config.revision is not None:
         raise ModelError(
-            f"model.revision: '{config.revision}' means nothing for '{name}', which is no hub model; "
+            f"model.revision: '{config.revision}' needs a hub model, and '{name}' is none; "
             "leave it out"
         )
     if name in BUNDLED:
@@ -50,26 +53,51 @@ def _hub_directory(config: ModelConfig, weights: bool) -> Path:
             f"model.name: there is no directory '{name}'; give a directory with config.json and "
             f"safetensors weights, a hub id, or one of: {', '.join(sorted(BUNDLED))}"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import HfApi, snapshot_download
 
+    wanted: dict[str, Any] = {
+        "repo_id": name,
+        "revision": config.revision,
+        "allow_patterns": _CONFIG_FILES + (_WEIGHT_FILES if weights else []),
+        "ignore_patterns": _OTHER_COPIES,
+    }
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=config.revision,
-                allow_patterns=_CONFIG_FILES + (_WEIGHT_FILES if weights else []),
-                etag_timeout=_HUB_TIMEOUT,
-            )
-        )
-    except (OSError, ValueError, HFValidationError) as error:
-        raise ModelError(_not_found(config)) from error
+        # A question with a time limit first: the download would wait minutes on a silent server.
+        HfApi().model_info(name, revision=config.revision, timeout=_HUB_TIMEOUT)
+        return Path(snapshot_download(**wanted))
+    # The hub client lets errors of its HTTP library through, and which one that is, it may change.
+    except Exception as error:  # noqa: BLE001
+        failure = error
+    try:
+        return Path(snapshot_download(**wanted, local_files_only=True))
+    except (OSError, ValueError):
+        raise ModelError(_not_found(config, failure)) from failure
 
 
-def _not_found(config: ModelConfig) -> str:
-    revision = f" at revision '{config.revision}'" if config.revision else ""
+def _not_found(config: ModelConfig, failure: Exception) -> str:
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    match failure:
+        case GatedRepoError():
+            reason = "the hub asks for its terms to be accepted on the model's page, then HF_TOKEN"
+        case RepositoryNotFoundError():
+            reason = "the hub has no public model of that name; a private one needs HF_TOKEN"
+        case RevisionNotFoundError():
+            reason = f"it has no revision '{config.revision}'"
+        case HFValidationError():
+            reason = "it can't be a hub id"
+        case OfflineModeIsEnabled():
+            reason = "HF_HUB_OFFLINE is set and it isn't in the hub's cache"
+        case _:
+            reason = f"the hub can't be reached ({type(failure).__name__})"
     return (
-        f"model.name: '{config.name}' is no bundled model ({', '.join(sorted(BUNDLED))}), no local "
-        f"directory, and could not be had from the Hugging Face hub{revision}"
-        f"{did_you_mean(config.name, BUNDLED)}; check the name and the network, or give a directory"
+        f"model.name: '{config.name}' is neither bundled ({', '.join(sorted(BUNDLED))}) nor a "
+        f"directory here nor to be had from the Hugging Face hub: {reason}"
+        f"{did_you_mean(config.name, BUNDLED)}; check the name, or give a directory"
     )

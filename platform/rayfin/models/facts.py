@@ -1,0 +1,128 @@
+"""What identifies a model, and its sizes: all without loading its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rayfin.config.schema import ModelConfig
+from rayfin.errors import ModelError
+from rayfin.models.bundled import BUNDLED
+from rayfin.models.checkpoint import check_causal, read_config, weight_files
+from rayfin.models.source import is_hub, model_directory
+
+_SAMPLE = 4096
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of a base model; counts are of unquantised weights, tied ones counted once."""
+
+    name: str
+    identity: str
+    architecture: str
+    parameters: int
+    linear_parameters: int
+    """Weights of the linear layers but the output head: what 4 and 8 bits apply to."""
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int | None
+    dtype: str
+    """Of the stored weights."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def identity(config: ModelConfig) -> str:
+    """A stable name of weights and tokenizer, the same wherever they lie; raises ModelError.
+
+    Bundled: `name@version`; hub: `id@commit`; directory: `local@` and 16 hex digits.
+    """
+    if config.name in BUNDLED:
+        return f"{config.name}@{BUNDLED[config.name].version}"
+    directory = model_directory(config, weights=False)
+    if is_hub(config):
+        return f"{config.name}@{directory.name}"
+    return f"local@{_digest(directory)}"
+
+
+def _digest(directory: Path) -> str:
+    """Hashes headers and both ends of every tensor: a trained copy differs, and gigabytes go fast.
+
+    Whole files would take minutes; their first bytes are the embedding, which merged adapters keep.
+    """
+    read_config(directory)
+    digest = hashlib.sha256()
+    for name in ("config.json", *_TOKENIZER_FILES):
+        if (path := directory / name).is_file():
+            digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    for weights in weight_files(directory):
+        digest.update(weights.path.name.encode() + weights.header)
+        with weights.path.open("rb") as file:
+            for first, last in weights.spans:
+                file.seek(first)
+                digest.update(file.read(min(_SAMPLE, last - first)))
+                file.seek(max(first, last - _SAMPLE))
+                digest.update(file.read(min(_SAMPLE, last - first)))
+    return digest.hexdigest()[:16]
+
+
+def describe_model(config: ModelConfig) -> ModelFacts:
+    """The model's facts, from its configuration; raises ModelError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    directory = model_directory(config, weights=False)
+    check_causal(directory)
+    try:
+        settings = AutoConfig.from_pretrained(
+            directory, trust_remote_code=False, local_files_only=True
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model.name: no model can be built from '{directory / 'config.json'}' ({error}); "
+            "check the file"
+        ) from error
+    head = model.get_output_embeddings()
+    text = settings.get_text_config()
+    heads = text.num_attention_heads
+    return ModelFacts(
+        name=config.name,
+        identity=identity(config),
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        linear_parameters=sum(
+            module.weight.numel()
+            for module in model.modules()
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        ),
+        hidden_size=text.hidden_size,
+        # GPT-2 and OPT have names of their own, and GPT-2 leaves its default unsaid.
+        intermediate_size=_first(text, "intermediate_size", "n_inner", "ffn_dim")
+        or 4 * text.hidden_size,
+        num_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=_first(text, "num_key_value_heads") or heads,
+        head_dim=_first(text, "head_dim") or text.hidden_size // heads,
+        vocab_size=text.vocab_size,
+        max_position_embeddings=_first(text, "max_position_embeddings"),
+        dtype=str(settings.dtype or torch.float32).removeprefix("torch."),
+    )
+
+
+def _first(settings: Any, *names: str) -> int | None:
+    """The first of these settings that has a value."""
+    values = (getattr(settings, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
