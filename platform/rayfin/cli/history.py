@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,17 +136,16 @@ def _print(args: argparse.Namespace, value: Any, human: Table | str) -> None:
         return
     from rich.console import Console
 
-    # Paths and messages are the user's own text: no markup, no breaking of what may be copied.
-    console = Console(markup=False, highlight=False)
+    # Paths and messages are the user's own text, not markup; a pipe has no width to keep to.
+    width = None if sys.stdout.isatty() else 200
+    console = Console(markup=False, highlight=False, width=width)
     console.print(human, soft_wrap=isinstance(human, str))
 
 
 def _trial_table(trials: list[TrialRecord]) -> Table | str:
     if not trials:
         return "no trials"
-    table = _table(
-        "trial", "sweep", "status", "method", "lr", ">eval loss", ">exact match", ">train s"
-    )
+    table = _table("trial", "sweep", "status", "method", "lr", ">eval loss", ">match", ">train s")
     for trial in trials:
         method = trial.spec.get("method") or {}
         rank = method.get("r") or method.get("num_virtual_tokens")
@@ -154,7 +154,7 @@ def _trial_table(trials: list[TrialRecord]) -> Table | str:
             trial.sweep_id,
             trial.status,
             f"{method.get('type', '?')}{f' {rank}' if rank else ''}",
-            _figure((trial.spec.get("train") or {}).get("learning_rate"), ".2e"),
+            _figure((trial.spec.get("train") or {}).get("learning_rate"), "g"),
             _figure(trial.metrics.get("eval_loss"), ".4f"),
             _figure(trial.metrics.get("exact_match"), ".3f"),
             _figure(trial.metrics.get("train_seconds"), ".1f"),
@@ -165,7 +165,7 @@ def _trial_table(trials: list[TrialRecord]) -> Table | str:
 def _sweep_table(sweeps: list[SweepSummary]) -> Table | str:
     if not sweeps:
         return "no sweeps"
-    table = _table("sweep", "started", ">trials", "status", ">best eval loss", "best trial")
+    table = _table("sweep", "started", ">trials", "counts", ">best loss", "best trial")
     for sweep in sweeps:
         table.add_row(
             sweep.sweep_id,
@@ -179,7 +179,7 @@ def _sweep_table(sweeps: list[SweepSummary]) -> Table | str:
 
 
 def _detail_table(trial: TrialRecord) -> Table:
-    table = _table("", "")
+    table = _table("field", "value")
     table.show_header = False
     for name, value in trial.model_dump(mode="json").items():
         if name == "curve":
@@ -205,12 +205,14 @@ def _table(*headers: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for header in headers:
-        right = header.startswith(">")
-        # An id that is cut can't be copied.
+        # Where it is narrow, a sweep's name gives way: a trial's id is there to be copied.
         table.add_column(
-            header.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+            header.removeprefix(">"),
+            justify="right" if header.startswith(">") else "left",
+            no_wrap=header not in ("sweep", "counts", "value"),
+            overflow="fold",
         )
     return table
 

@@ -109,6 +109,11 @@ def writing(engine: Engine) -> Engine:
 def _check_file(path: Path, url: URL, *, create: bool) -> None:
     try:
         if path.is_file():
+            with path.open("rb") as file:
+                start = file.read(16)
+            # SQLite takes a file of a few bytes for an empty one, and would write over it.
+            if start and start != b"SQLite format 3\x00":
+                raise _not_a_history(url, "the file is no SQLite database, or is damaged")
             return
         if path.exists():
             raise HistoryError(f"history: '{shown(url)}' is not a file; give the path of a file")
