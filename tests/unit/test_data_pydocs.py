@@ -9,7 +9,8 @@ import pytest
 
 from rayfin.config import DataConfig
 from rayfin.data import Corpus, load_corpus
-from rayfin.data.pydocs import MODULES
+from rayfin.data.pydocs import MODULES, pydocs_examples
+from rayfin.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -33,23 +34,32 @@ def test_questions_are_short_unique_and_do_not_hold_the_answer(corpus: Corpus) -
         assert not re.search(rf"\b{module}\b", question, re.IGNORECASE)
 
 
-def test_same_in_every_process_without_warnings_or_heavy_imports(corpus: Corpus) -> None:
+def test_same_where_other_libraries_patch_the_standard_library(corpus: Corpus) -> None:
     script = (
-        "import sys, rayfin.data as d; from rayfin.config import DataConfig; "
-        "print(d.load_corpus(DataConfig(path='pydocs')).digest); "
-        "print(sorted({'torch', 'ray', 'transformers', 'datasets', 'pyarrow', 'tkinter'} "
-        "& set(sys.modules)))"
+        "import inspect, logging, sys\n"
+        "inspect.getfile.__doc__ = 'Patched by some library.'\n"
+        "logging.Logger.warning_advice = lambda self: self\n"
+        "logging.Logger.warning_advice.__doc__ = 'What some library added here.'\n"
+        "import rayfin.data as d\n"
+        "from rayfin.config import DataConfig\n"
+        "print(d.load_corpus(DataConfig(path='pydocs')).digest)\n"
+        "heavy = {'torch', 'ray', 'transformers', 'datasets', 'pyarrow', 'unittest'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
     )
-    command = [sys.executable, "-W", "error", "-c", script]
+    command = [sys.executable, "-OO", "-W", "error", "-c", script]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert run.stdout.splitlines() == [corpus.digest, "[]"]
 
 
-def test_python_without_docstrings_says_so() -> None:
-    script = (
-        "import rayfin.data.pydocs as p\ntry: p.pydocs_examples()\nexcept Exception as e: print(e)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-OO", "-c", script], capture_output=True, text=True, check=True
-    )
-    assert "run it without -OO" in run.stdout
+def test_a_python_that_cannot_run_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pydocs_examples.cache_clear()
+    monkeypatch.setattr(sys, "executable", "/absent/python")
+    with pytest.raises(DataError, match="running '/absent/python', which failed"):
+        pydocs_examples()
+
+
+def test_a_python_without_docstrings_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pydocs_examples.cache_clear()
+    monkeypatch.setattr("rayfin.data.pydocs._sentences", dict)
+    with pytest.raises(DataError, match="without them; use another Python"):
+        pydocs_examples()

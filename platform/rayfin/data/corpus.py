@@ -28,7 +28,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     skipped: list[BadRow] = []
     if config.path == "pydocs":
-        examples, shape = pydocs_examples(), "messages"
+        examples, shape = list(pydocs_examples()), "messages"
     else:
         examples, shape, skipped = _normal_form(config)
     if len(examples) < 2:
