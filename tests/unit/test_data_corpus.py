@@ -271,6 +271,8 @@ def test_bad_parquet_rows_and_unused_columns(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("absent.jsonl", None, "does not exist; give"),
+        ("x" * 5000, None, "does not exist; give"),
+        ("a\0.jsonl", None, "does not exist; give"),
         ("absent", None, "does not exist; give"),
         ("a.xlsx", b"x", "unsupported extension '.xlsx'; give a file ending in .jsonl"),
         ("a.parquet.gz", b"x", "unsupported extension"),

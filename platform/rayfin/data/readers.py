@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,30 +24,37 @@ _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<spli
 
 def read_rows(path: str) -> Iterator[Row]:
     """All rows behind `data.path` in order; raises DataError where there is nothing to read."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        files = _files_below(local)
-        if not files:
+    local = _existing(path)
+    if local is None:
+        hub = _HUB_ID.fullmatch(path)
+        if hub is None or _reader_of(Path(path)) is not None:
             raise DataError(
-                f"data.path: directory '{path}' has no data file; give files ending in {_allowed()}"
+                f"data.path: '{path}' does not exist; give pydocs, a hub id (owner/name), "
+                f"a directory, or a file ending in {_allowed()}"
             )
-    elif local.exists():
-        if _reader_of(local) is None:
-            raise DataError(
-                f"data.path: '{path}' has an unsupported extension '{local.suffix}'; "
-                f"give a file ending in {_allowed()}"
-            )
-        files = [local]
-    elif _reader_of(local) is None and (hub := _HUB_ID.fullmatch(path)):
         yield from _read_hub(path, hub["name"], hub["split"] or "train")
         return
-    else:
+    files = _files_below(local) if local.is_dir() else [local]
+    if not files:
         raise DataError(
-            f"data.path: '{path}' does not exist; give pydocs, a hub id (owner/name), "
-            f"a directory, or a file ending in {_allowed()}"
+            f"data.path: directory '{path}' has no data file; give files ending in {_allowed()}"
+        )
+    if _reader_of(files[0]) is None:
+        raise DataError(
+            f"data.path: '{path}' has an unsupported extension '{local.suffix}'; "
+            f"give a file ending in {_allowed()}"
         )
     for file in files:
         yield from _read_file(file)
+
+
+def _existing(path: str) -> Path | None:
+    """The file or directory, if there is one: names that no file system takes are not there."""
+    try:
+        local = Path(path).expanduser()
+        return local if local.exists() else None
+    except (OSError, RuntimeError):
+        return None
 
 
 def _read_file(path: Path) -> Iterator[Row]:
@@ -128,7 +137,8 @@ def _read_hub(path: str, name: str, split: str) -> Iterator[Row]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        with _without_retry_messages():
+            rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises dozens of unrelated kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
@@ -137,6 +147,18 @@ def _read_hub(path: str, name: str, split: str) -> Iterator[Row]:
         ) from error
     for number, value in enumerate(rows, 1):
         yield Row(name, number, value)
+
+
+@contextmanager
+def _without_retry_messages() -> Iterator[None]:
+    """The hub's client logs each of its retries; the error at the end says it all."""
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(level)
 
 
 _FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
