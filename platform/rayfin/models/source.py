@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError, did_you_mean
 from rayfin.models.bundled import BUNDLED, bundled_directory
+from rayfin.models.quiet import no_progress_bars
 
 # Weights are read from safetensors only: a pickle can run code when it is opened.
 _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -64,7 +66,9 @@ def _hub_directory(config: ModelConfig, weights: bool) -> Path:
     try:
         # A question with a time limit first: the download would wait minutes on a silent server.
         HfApi().model_info(name, revision=config.revision, timeout=_HUB_TIMEOUT)
-        return Path(snapshot_download(**wanted))
+        # A bar is for weights, which take a while.
+        with nullcontext() if weights else no_progress_bars():
+            return Path(snapshot_download(**wanted))
     # The hub client lets errors of its HTTP library through, and which one that is, it may change.
     except Exception as error:  # noqa: BLE001
         failure = error
