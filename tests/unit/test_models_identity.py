@@ -201,13 +201,16 @@ def test_a_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "can't be reached" in refused("someone/tiny")
 
 
-@pytest.mark.parametrize("name", ["/no/where", "./nowhere", "~/nowhere-at-all", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["/no/where", "./nowhere", "~/nowhere-at-all", "~nobody-here/x", "a/b/c"]
+)
 def test_a_path_that_is_not_there(name: str) -> None:
     assert "there is no directory" in refused(name)
 
 
-def test_a_name_that_cannot_be_a_hub_id() -> None:
-    assert "can't be a hub id" in refused("what is this?")
+@pytest.mark.parametrize("name", ["what is this?", "x" * 5000, "nul\0"])
+def test_a_name_that_cannot_be_a_hub_id(name: str) -> None:
+    assert "can't be a hub id" in refused(name)
 
 
 def test_a_revision_is_for_hub_models(tiny: Path) -> None:

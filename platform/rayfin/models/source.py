@@ -30,7 +30,13 @@ def locate(config: ModelConfig) -> str:
 
 def is_hub(config: ModelConfig) -> bool:
     """Neither bundled nor a local directory."""
-    return config.name not in BUNDLED and not Path(config.name).expanduser().is_dir()
+    if config.name in BUNDLED:
+        return False
+    try:
+        return not Path(config.name).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):
+        # Too long for the file system, a NUL in it, or the home of nobody: no directory either.
+        return True
 
 
 def model_directory(config: ModelConfig, *, weights: bool = True) -> Path:
