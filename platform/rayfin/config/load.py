@@ -44,7 +44,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             parsed[key] = _number(yaml.safe_load(value))
         except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: '{value}' is not valid YAML ({_first_line(error)})") from error
+            raise ConfigError(
+                f"{key}: '{value}' is not valid YAML ({_first_line(error)})"
+            ) from error
     return parsed
 
 
@@ -134,7 +136,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"configuration '{path}' does not exist; give the path of a YAML file") from None
+        raise ConfigError(
+            f"configuration '{path}' does not exist; give the path of a YAML file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration '{path}' can't be read: {error}") from error
     return parse_yaml(text, str(path))
@@ -145,11 +149,15 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"configuration '{name}' is not valid YAML: {_first_line(error)}") from error
+        raise ConfigError(
+            f"configuration '{name}' is not valid YAML: {_first_line(error)}"
+        ) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"configuration '{name}' is a {type(tree).__name__}; it should be a mapping")
+        raise ConfigError(
+            f"configuration '{name}' is a {type(tree).__name__}; it should be a mapping"
+        )
     return tree
 
 

@@ -24,7 +24,13 @@ class DataConfig(Section):
     path: str = Field("pydocs", min_length=1)
     """`pydocs`, a file (JSONL, JSON, CSV, Parquet), a directory of such files, or a hub id."""
     format: Literal[
-        "auto", "messages", "instruction", "conversations", "prompt_completion", "text", "preference"
+        "auto",
+        "messages",
+        "instruction",
+        "conversations",
+        "prompt_completion",
+        "text",
+        "preference",
     ] = "auto"
     """Shape of the rows; auto looks at the first valid row."""
     max_length: int = Field(256, ge=8)

@@ -1,0 +1,97 @@
+"""What `sweep` and `train` share: their arguments, and publishing what they made."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayfin.adapters import AdapterVersion, Registry
+    from rayfin.config import Config
+    from rayfin.history import History, TrialRecord
+    from rayfin.paths import Storage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="config.yaml | section.key=value",
+        help="a configuration file first, if any, and settings that win over it",
+    )
+    parser.add_argument(
+        "--rerun", action="store_true", help="train also what the history holds as finished"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(defaults=None)
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """An experiment's configuration, and the places that it reads and writes."""
+
+    config: Config
+    storage: Storage
+    history: History
+    registry: Registry
+
+    @classmethod
+    def open(cls, args: argparse.Namespace) -> Workplace:
+        """Opens all places before any work is done; raises UsageErrors for those it can't use."""
+        from rayfin.adapters import Registry, check_alias, check_name
+        from rayfin.config import load_config, parse_yaml
+        from rayfin.history import History
+        from rayfin.paths import Storage
+
+        settings = list(args.settings)
+        source: Any = parse_yaml(args.defaults, "defaults") if args.defaults else None
+        if settings and "=" not in settings[0]:
+            source = Path(settings.pop(0))
+        config = load_config(source, settings)
+        if config.publish is not None:
+            check_name(config.publish.name)
+            if config.publish.alias is not None:
+                check_alias(config.publish.alias)
+        storage = Storage.open(config.storage)
+        history = History.open(config.history or storage.history_url)
+        return cls(config, storage, history, Registry(storage.adapters))
+
+    def publish(self, row: TrialRecord) -> AdapterVersion | None:
+        """Makes a trial's adapter a version of `publish.name`; the same trial only once."""
+        publish = self.config.publish
+        if publish is None or row.directory is None:
+            return None
+        for version in self.registry.list():
+            same = version.metadata.get("fingerprint") == row.fingerprint
+            if version.name == publish.name and same:
+                if publish.alias is not None and publish.alias not in version.aliases:
+                    return self.registry.promote(publish.name, version.version, publish.alias)
+                return version
+        metadata = {
+            "trial_id": row.trial_id,
+            "sweep_id": row.sweep_id,
+            "fingerprint": row.fingerprint,
+            "base_model": row.spec["model"]["name"],
+            "spec": row.spec,
+            "metrics": row.metrics,
+            "versions": row.versions,
+        }
+        source = Path(row.directory) / "adapter"
+        return self.registry.publish(publish.name, source, metadata, alias=publish.alias)
+
+
+def comparison(row: TrialRecord) -> list[tuple[str, float, float]]:
+    """(metric, base model's, trained model's) for every metric that both have."""
+    names = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
+    return [
+        (name, row.metrics[f"base_{name}"], row.metrics[name])
+        for name in names
+        if name in row.metrics and f"base_{name}" in row.metrics
+    ]
+
+
+def comparison_lines(row: TrialRecord) -> list[str]:
+    """Aligned lines for people."""
+    return [f"  {name:15} {base:9.4f} -> {ours:9.4f}" for name, base, ours in comparison(row)]

@@ -1,0 +1,113 @@
+"""`rayfin sweep`: run trials, keep the best, publish it, and write a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from rayfin.cli import experiment
+
+if TYPE_CHECKING:
+    from rayfin.adapters import AdapterVersion
+    from rayfin.cli.experiment import Workplace
+    from rayfin.tuning.sweep import SweepResult
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "run a sweep, publish its best trial, and write a report"
+    add_arguments(subparsers.add_parser("sweep", help=summary, description=summary.capitalize()))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.add_arguments(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="carry on with this sweep where it was interrupted"
+    )
+    parser.add_argument("--address", help="a running Ray cluster (default: $RAY_ADDRESS, or local)")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0: a trial finished; 1: none did; 130: interrupted."""
+    from rayfin.tuning.sweep import run_sweep
+
+    place = experiment.Workplace.open(args)
+    with place.history:
+        result = run_sweep(
+            place.config,
+            history=place.history,
+            storage=place.storage,
+            resume=args.resume,
+            rerun=args.rerun,
+            address=args.address,
+        )
+    adapter = place.publish(result.best) if result.best and not result.interrupted else None
+    report = _write_report(place, result, adapter)
+    if args.json:
+        print(json.dumps(_as_dict(place, result, adapter, report), ensure_ascii=False))
+    else:
+        _print(place, result, adapter, report)
+    if result.interrupted:
+        return 130
+    return 0 if result.best else 1
+
+
+def _write_report(place: Workplace, result: SweepResult, adapter: AdapterVersion | None) -> str:
+    from rayfin.evaluation import write_sweep_report
+    from rayfin.evaluation.samples import answer_samples
+
+    samples = answer_samples(result.best) if result.best and not result.interrupted else ()
+    path = write_sweep_report(
+        result.directory / "report.html",
+        result.trials,
+        config=place.config,
+        best=result.best,
+        samples=samples,
+        adapter=adapter.ref if adapter else None,
+    )
+    return str(path)
+
+
+def _as_dict(
+    place: Workplace, result: SweepResult, adapter: AdapterVersion | None, report: str
+) -> dict[str, Any]:
+    return {
+        "sweep_id": result.plan.sweep_id,
+        "interrupted": result.interrupted,
+        "trials": [row.model_dump(mode="json") for row in result.trials],
+        "best": result.best.trial_id if result.best else None,
+        "adapter": adapter.as_dict() if adapter else None,
+        "report": report,
+        "history": place.history.shown_url,
+    }
+
+
+def _print(
+    place: Workplace, result: SweepResult, adapter: AdapterVersion | None, report: str
+) -> None:
+    from rich.console import Console
+
+    from rayfin.tuning.progress import settings, trials_table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print()
+    console.print(trials_table(place.config, result.trials))
+    console.print()
+    best = result.best
+    if best is None:
+        console.print("No trial finished; `rayfin history show TRIAL` tells why.")
+    else:
+        chosen = settings(place.config, best) or best.trial_id
+        console.print(f"[bold]Best trial[/bold] {chosen}, base model -> adapter:")
+        for line in experiment.comparison_lines(best):
+            console.print(line)
+        if best.metrics["eval_loss"] >= best.metrics.get("base_eval_loss", float("inf")):
+            console.print("[yellow]It does not beat the base model on eval_loss.[/yellow]")
+    console.print()
+    console.print(f"  report   {report}")
+    console.print(f"  history  {place.history.shown_url}")
+    if adapter is not None:
+        console.print(f"  adapter  {adapter.ref}  {adapter.path}")
+    if result.interrupted:
+        console.print("\nInterrupted; the same command with --resume carries on.")

@@ -1,0 +1,63 @@
+"""`rayfin train`: one run, recorded and published like a sweep's best trial."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+from rayfin.cli import experiment
+
+if TYPE_CHECKING:
+    from rayfin.adapters import AdapterVersion
+    from rayfin.cli.experiment import Workplace
+    from rayfin.history import TrialRecord
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "train one adapter and publish it; an interrupted run is carried on"
+    add_arguments(subparsers.add_parser("train", help=summary, description=summary.capitalize()))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    experiment.add_arguments(parser)
+    parser.add_argument("--address", help="a running Ray cluster, for scaling.num_workers above 1")
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0: trained, or already in the history; 1: failed."""
+    from rayfin.tuning.single import train_once
+
+    place = experiment.Workplace.open(args)
+    with place.history:
+        row = train_once(
+            place.config,
+            history=place.history,
+            storage=place.storage,
+            rerun=args.rerun,
+            address=args.address,
+        )
+    adapter = place.publish(row) if row.status == "finished" else None
+    if args.json:
+        published = adapter.as_dict() if adapter else None
+        print(json.dumps({"trial": row.model_dump(mode="json"), "adapter": published}))
+    else:
+        _print(place, row, adapter)
+    return 0 if row.status == "finished" else 1
+
+
+def _print(place: Workplace, row: TrialRecord, adapter: AdapterVersion | None) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    if row.status != "finished":
+        console.print(f"[red]{row.status}[/red]: {row.error}")
+    else:
+        console.print("[bold]Trained[/bold], base model -> adapter:")
+        for line in experiment.comparison_lines(row):
+            console.print(line)
+    console.print(f"  trial    {row.trial_id}  {row.directory}")
+    console.print(f"  history  {place.history.shown_url}")
+    if adapter is not None:
+        console.print(f"  adapter  {adapter.ref}  {adapter.path}")

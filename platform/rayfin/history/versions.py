@@ -1,0 +1,34 @@
+"""Versions of the packages that a result depends on."""
+
+from __future__ import annotations
+
+import platform
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+
+from rayfin import __version__
+
+PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "optuna",
+    "deepspeed",
+)
+
+
+@lru_cache(maxsize=1)
+def package_versions() -> dict[str, str]:
+    """rayfin, Python, and each installed package of PACKAGES -> its version."""
+    found = {"rayfin": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,102 @@
+"""Which samples make up which step, and how they become tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rayfin.data import Tokens
+
+IGNORE = -100
+# Samples are sorted by length inside windows of this many batches: enough to leave little padding,
+# little enough that every step still sees a random mix.
+_WINDOW = 16
+
+
+def plan_samples(
+    lengths: Sequence[int], *, batch_size: int, max_steps: int, seed: int, group_by_length: bool
+) -> list[int]:
+    """Indices of `max_steps * batch_size` samples in the order they are trained on.
+
+    Every epoch is a new shuffle; the plan depends on its arguments alone, so that a resumed or
+    moved trial goes on with the very samples it would have seen.
+    """
+    rng = random.Random(seed)
+    plan: list[int] = []
+    needed = max_steps * batch_size
+    while len(plan) < needed:
+        epoch = list(range(len(lengths)))
+        rng.shuffle(epoch)
+        plan += epoch
+    plan = plan[:needed]
+    if not group_by_length:
+        return plan
+    grouped: list[int] = []
+    for start in range(0, needed, _WINDOW * batch_size):
+        window = sorted(plan[start : start + _WINDOW * batch_size], key=lambda i: lengths[i])
+        batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(batches)
+        grouped += [index for batch in batches for index in batch]
+    return grouped
+
+
+class PlannedSamples(torch.utils.data.Dataset[Tokens]):
+    """The samples of a trial in the order of its plan; read in sequence, one epoch is the trial."""
+
+    def __init__(self, samples: Sequence[Tokens], plan: Sequence[int]) -> None:
+        self.samples = samples
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, position: int) -> Tokens:
+        return self.samples[self.plan[position]]
+
+    def tokens(self, start: int, stop: int) -> int:
+        """Tokens in the samples from `start` to `stop` of the plan."""
+        return sum(len(self.samples[i]["input_ids"]) for i in self.plan[start:stop])
+
+
+def collate_padded(samples: Sequence[Tokens], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Right-padded [batch, longest] input_ids, attention_mask and labels."""
+    longest = max(len(sample["input_ids"]) for sample in samples)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        rows = [list(s[key]) + [value] * (longest - len(s[key])) for s in samples]  # type: ignore[literal-required]
+        return torch.tensor(rows)
+
+    batch = {"input_ids": padded("input_ids", pad_token_id), "labels": padded("labels", IGNORE)}
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch
+
+
+def collate_packed(samples: Sequence[Tokens]) -> dict[str, torch.Tensor]:
+    """One row [1, total] without padding; position_ids start anew at every sample.
+
+    Transformers derives the block-diagonal attention mask from them where no attention_mask is
+    given. The first label of each sample is ignored: the token before it is another sample's.
+    """
+    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for sample in samples:
+        row["input_ids"] += sample["input_ids"]
+        row["labels"] += [IGNORE, *sample["labels"][1:]]
+        row["position_ids"] += range(len(sample["input_ids"]))
+    return {key: torch.tensor([values]) for key, values in row.items()}
+
+
+class Collator:
+    """Picklable collate function for a data loader."""
+
+    def __init__(self, pad_token_id: int, packing: bool) -> None:
+        self.pad_token_id = pad_token_id
+        self.packing = packing
+
+    def __call__(self, samples: Sequence[Tokens]) -> dict[str, Any]:
+        if self.packing:
+            return collate_packed(samples)
+        return collate_padded(samples, self.pad_token_id)

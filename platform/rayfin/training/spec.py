@@ -1,0 +1,76 @@
+"""What one trial computes, what came of it, and the fingerprint that names the computation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
+
+Status = Literal["running", "finished", "stopped", "failed", "oom"]
+
+
+class TrialSpec(Section):
+    """The sections of a configuration that decide a trial's result."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    train: TrainConfig
+
+    @classmethod
+    def of(cls, config: Config) -> TrialSpec:
+        return cls(model=config.model, data=config.data, method=config.method, train=config.train)
+
+    def fingerprint(self, *, model_identity: str, data_digest: str, num_workers: int = 1) -> str:
+        """Names the computation, not where it runs: 16 hex digits.
+
+        The model and the data enter by their content, not by their paths. Workers enter through
+        the number of samples in an optimizer step: 2 workers of 4 compute what 1 worker of 8 does.
+        """
+        train = self.train.model_dump(mode="json")
+        samples = (
+            train.pop("per_device_train_batch_size")
+            * train.pop("gradient_accumulation_steps")
+            * num_workers
+        )
+        for name in ("per_device_eval_batch_size", "eval_steps", "save_steps"):
+            del train[name]  # how often one looks, not what is computed
+        computation = {
+            "model": [model_identity, self.model.dtype],
+            "data": [data_digest, self.data.max_length],
+            "method": self.method.model_dump(mode="json"),
+            "train": train | {"samples_per_step": samples},
+        }
+        text = json.dumps(computation, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial ended, or (status running) how it stands at an evaluation.
+
+    `metrics`: eval_loss (nats a completion token), perplexity, exact_match, token_accuracy, the
+    same with `base_` of the untrained model, train_seconds (optimizer steps only),
+    wall_seconds, tokens_per_second, peak_memory_bytes, trainable_parameters, steps.
+    `curve`: points {step, loss} and {step, eval_loss, exact_match, token_accuracy, seconds}.
+    """
+
+    status: Status
+    metrics: dict[str, Any] = field(default_factory=dict)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    scenario: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    adapter: Path | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as Ray and JSON carry them."""
+        return asdict(self) | {"adapter": str(self.adapter) if self.adapter else None}
+
+
+Report = Callable[[TrialResult], bool | None]
+"""Takes the trial as it stands at an evaluation; returns False to stop it."""

@@ -1,0 +1,172 @@
+"""One trial, from a specification to a result: the only place that trains."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayfin.errors import RayfinError, TrialError, TrialOutOfMemory
+from rayfin.hardware import Hardware, describe_hardware
+from rayfin.methods import METHODS, attach, detach
+from rayfin.models import describe_model, locate
+from rayfin.paths import write_directory_whole, write_text
+from rayfin.training.checkpoint import clear_checkpoints, latest_checkpoint, save_adapter, staging
+from rayfin.training.memory import PeakMemory
+from rayfin.training.spec import Report, Status, TrialResult, TrialSpec
+from rayfin.training.warm import Warm, pad_token_id
+
+if TYPE_CHECKING:
+    import torch
+
+    from rayfin.training.trainer import TrialTrainer
+
+log = logging.getLogger(__name__)
+
+
+def run_trial(
+    spec: TrialSpec,
+    report: Report,
+    *,
+    directory: Path,
+    hardware: Hardware | None = None,
+    warm: Warm | None = None,
+    num_workers: int = 1,
+) -> TrialResult:
+    """Trains `spec` in this process and returns how it ended; errors become a result, not a raise.
+
+    Resumes from the newest checkpoint in `directory`. On success the adapter lies in
+    `directory/adapter`. `report` gets the trial at each evaluation but the last, and stops it by
+    returning False. In a Ray Train worker group every worker calls this with the same arguments.
+    """
+    hardware = hardware or describe_hardware()
+    warm = warm or Warm()
+    try:
+        return _train(spec, report, directory, hardware, warm, num_workers)
+    except Exception as error:
+        # Whatever happened, the next trial of this worker starts from a freshly loaded base.
+        warm.drop_base()
+        failure = _classify(error)
+        log.debug("trial failed", exc_info=error)
+        write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
+        return TrialResult(
+            status="oom" if isinstance(failure, TrialOutOfMemory) else "failed",
+            error=f"{failure}",
+        )
+
+
+def _train(
+    spec: TrialSpec,
+    report: Report,
+    directory: Path,
+    hardware: Hardware,
+    warm: Warm,
+    num_workers: int,
+) -> TrialResult:
+    from transformers import set_seed
+
+    from rayfin.training.trainer import TrialTrainer
+
+    started = time.perf_counter()
+    checkpoints = directory / "checkpoints"
+    peak = PeakMemory(hardware.device)
+    data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
+    base_scores = warm.base_scores(spec, hardware)
+    base = warm.base(spec, hardware)
+    scenario = {
+        "model": describe_model(spec.model).as_dict(),
+        "data": data.profile.as_dict(),
+        "hardware": hardware.as_dict() | {"num_workers": num_workers},
+    }
+
+    def stands(trainer: TrialTrainer, status: Status, adapter: Path | None = None) -> TrialResult:
+        metrics = {
+            **trainer.scores,
+            **base_scores,
+            "train_seconds": trainer.train_seconds,
+            "wall_seconds": time.perf_counter() - started,
+            "tokens_per_second": trainer.tokens_per_second,
+            "peak_memory_bytes": peak.bytes(),
+            "trainable_parameters": trainer.trainable_parameters,
+            "steps": trainer.state.global_step,
+        }
+        return TrialResult(status, metrics, trainer.curve, scenario, adapter=adapter)
+
+    # After the base's scores, so that a trial draws the same numbers on a cold and a warm worker.
+    set_seed(spec.train.seed)
+    model = attach(base, spec.method, spec.train.max_steps, locate(spec.model))
+    trainer: TrialTrainer | None = None
+    try:
+        trainer = TrialTrainer(
+            model,
+            method=spec.method,
+            train=spec.train,
+            data=data,
+            pad_token_id=pad_token_id(tokenizer),
+            hardware=hardware,
+            directory=checkpoints,
+            on_evaluation=lambda trainer: report(stands(trainer, "running")),
+            num_workers=num_workers,
+        )
+        if trainer.args.should_save:
+            shutil.rmtree(staging(checkpoints), ignore_errors=True)
+        resumed = latest_checkpoint(checkpoints)
+        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        adapter = _finish(trainer, model, tokenizer, directory)
+        return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
+    finally:
+        _give_back(model, trainer, warm, changed=METHODS[spec.method.type].changes_base)
+
+
+def _finish(
+    trainer: TrialTrainer, model: torch.nn.Module, tokenizer: object, directory: Path
+) -> Path | None:
+    """Writes the adapter of a finished trial, then lets its checkpoints go."""
+    adapter = directory / "adapter"
+    if trainer.args.should_save:
+        if not trainer.stopped:
+            shutil.rmtree(adapter, ignore_errors=True)
+            with write_directory_whole(adapter) as temporary:
+                save_adapter(model, tokenizer, temporary)
+        clear_checkpoints(directory / "checkpoints")
+    trainer.accelerator.wait_for_everyone()
+    return None if trainer.stopped else adapter
+
+
+def _give_back(
+    model: torch.nn.Module, trainer: TrialTrainer | None, warm: Warm, *, changed: bool
+) -> None:
+    """Returns the base model to the worker, or drops it if its weights were trained."""
+    import gc
+
+    if changed:
+        warm.drop_base()
+    else:
+        detach(model)
+    if trainer is not None:
+        # The optimizer's state would otherwise stay until the next collection, beside the next trial's.
+        trainer.optimizer = None
+        trainer.lr_scheduler = None
+        trainer.accelerator.free_memory()
+    gc.collect()
+
+
+def _classify(error: Exception) -> RayfinError:
+    """The error as one line a person can act on."""
+    import torch
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in text
+    )
+    if memory:
+        return TrialOutOfMemory(
+            f"out of memory ({text[:200]}); lower train.per_device_train_batch_size or "
+            "data.max_length, or set train.gradient_checkpointing=true"
+        )
+    if isinstance(error, RayfinError):
+        return error
+    return TrialError(f"{type(error).__name__}: {text[:500]}")

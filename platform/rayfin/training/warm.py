@@ -1,0 +1,98 @@
+"""What a worker keeps between trials: one base model, the tokenised data, the base's own scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rayfin.config import DataConfig, ModelConfig
+from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
+from rayfin.hardware import Hardware
+from rayfin.models import load_base, load_tokenizer
+from rayfin.training.scoring import score
+from rayfin.training.spec import TrialSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass
+class _Base:
+    key: tuple[str, int | None, str]
+    model: PreTrainedModel
+
+
+class Warm:
+    """Loads each thing when it is first asked for, and again only when something else was.
+
+    A trial borrows the base model, attaches its method to it, and takes it off again; a trial
+    that changed the weights themselves, or failed on the way, calls `drop_base`.
+    """
+
+    def __init__(self, corpora: dict[DataConfig, Corpus] | None = None) -> None:
+        self._corpora = dict(corpora or {})
+        self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
+        self._tokenized: dict[tuple[DataConfig, ModelConfig], TokenizedCorpus] = {}
+        self._base: _Base | None = None
+        self._base_scores: dict[tuple[object, ...], dict[str, float]] = {}
+        self.loads = 0
+        """Base models loaded so far."""
+
+    def tokenizer(self, model: ModelConfig) -> PreTrainedTokenizerFast:
+        if model not in self._tokenizers:
+            self._tokenizers[model] = load_tokenizer(model)
+        return self._tokenizers[model]
+
+    def corpus(self, data: DataConfig) -> Corpus:
+        if data not in self._corpora:
+            self._corpora[data] = load_corpus(data)
+        return self._corpora[data]
+
+    def tokenized(self, spec: TrialSpec) -> TokenizedCorpus:
+        key = (spec.data, spec.model)
+        if key not in self._tokenized:
+            self._tokenized[key] = tokenize_corpus(
+                self.corpus(spec.data), self.tokenizer(spec.model), spec.data.max_length
+            )
+        return self._tokenized[key]
+
+    def base(self, spec: TrialSpec, hardware: Hardware) -> PreTrainedModel:
+        """The base model on its device, frozen, in evaluation mode."""
+        key = (spec.model.model_dump_json(), spec.method.quantization_bit, hardware.device)
+        if self._base is None or self._base.key != key:
+            self.drop_base()
+            model = load_base(spec.model, spec.method.quantization_bit, hardware.device)
+            self._base = _Base(key, model)
+            self.loads += 1
+        return self._base.model
+
+    def drop_base(self) -> None:
+        """Forgets the base model and gives its memory back."""
+        import gc
+
+        import torch
+
+        self._base = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def base_scores(self, spec: TrialSpec, hardware: Hardware) -> dict[str, float]:
+        """The untrained model's scores on the validation samples, with `base_` before each name."""
+        key = (spec.model, spec.method.quantization_bit, spec.data, hardware.device)
+        if key not in self._base_scores:
+            scores = score(
+                self.base(spec, hardware),
+                self.tokenized(spec).eval,
+                batch_size=spec.train.per_device_eval_batch_size,
+                pad_token_id=pad_token_id(self.tokenizer(spec.model)),
+            )
+            self._base_scores[key] = {f"base_{k}": v for k, v in scores.metrics().items()}
+        return self._base_scores[key]
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """`load_tokenizer` guarantees one; this tells the type checker."""
+    token = tokenizer.pad_token_id
+    assert isinstance(token, int)
+    return token

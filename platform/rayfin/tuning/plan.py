@@ -1,0 +1,129 @@
+"""What a sweep is going to run: its identity, its directory, and each of its trials."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rayfin.config import Config, DataConfig, dump_yaml, load_config
+from rayfin.data import Corpus, load_corpus
+from rayfin.errors import RayfinError
+from rayfin.models import identity
+from rayfin.paths import Storage, write_text
+from rayfin.training import TrialSpec
+from rayfin.tuning.space import Values, trial_config
+
+_CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class PlannedTrial:
+    """One point of the space, ready to run."""
+
+    trial_id: str
+    fingerprint: str
+    values: Values
+    spec: TrialSpec
+    directory: Path
+
+    def as_tune_config(self) -> dict[str, Any]:
+        """What a worker is sent; plain values only, so that Tune can write it down."""
+        return {
+            "trial_id": self.trial_id,
+            "fingerprint": self.fingerprint,
+            "values": self.values,
+            "spec": self.spec.model_dump(mode="json"),
+            "directory": str(self.directory),
+        }
+
+    @classmethod
+    def from_tune_config(cls, config: Mapping[str, Any]) -> PlannedTrial:
+        return cls(
+            trial_id=config["trial_id"],
+            fingerprint=config["fingerprint"],
+            values=dict(config["values"]),
+            spec=TrialSpec.model_validate(config["spec"]),
+            directory=Path(config["directory"]),
+        )
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep's configuration, name and place."""
+
+    sweep_id: str
+    config: Config
+    storage: Storage
+    corpora: dict[DataConfig, Corpus] = field(default_factory=dict)
+
+    @property
+    def directory(self) -> Path:
+        return self.storage.sweep(self.sweep_id)
+
+    def save(self) -> None:
+        """Writes the resolved configuration, by which `find_resumable` knows the sweep again."""
+        write_text(self.directory / _CONFIG, dump_yaml(self.config))
+
+    def trial(self, values: Values) -> PlannedTrial:
+        """The trial at one point; the same point is the same trial, in this process or the next."""
+        spec = TrialSpec.of(trial_config(self.config, values))
+        fingerprint = spec.fingerprint(
+            model_identity=_identity(spec),
+            data_digest=self.corpus(spec.data).digest,
+            num_workers=self.config.scaling.num_workers,
+        )
+        trial_id = f"{self.sweep_id}-{fingerprint[:8]}"
+        directory = self.storage.trial(self.sweep_id, fingerprint[:8])
+        return PlannedTrial(trial_id, fingerprint, values, spec, directory)
+
+    def corpus(self, data: DataConfig) -> Corpus:
+        if data not in self.corpora:
+            self.corpora[data] = load_corpus(data)
+        return self.corpora[data]
+
+
+def new_plan(config: Config, storage: Storage) -> SweepPlan:
+    """A plan with a name of its own: what it tunes, on what, and when."""
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data.path).stem).strip("-") or "sweep"
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+    return SweepPlan(f"{stem}-{config.method.type}-{stamp}".replace("_", "-"), config, storage)
+
+
+def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
+    """The newest sweep in `storage` that the same command started; None where there is none.
+
+    Where it runs, how many trials it runs and what is done with the result may differ.
+    """
+    sweeps = storage.root / "sweeps"
+    found = sorted(sweeps.glob(f"*/{_CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reversed(found):
+        try:
+            saved = load_config(path)
+        except RayfinError:
+            continue  # another version's sweep: not this command's
+        if _what(saved) == _what(config):
+            return SweepPlan(path.parent.name, config, storage)
+    return None
+
+
+def _what(config: Config) -> dict[str, Any]:
+    sweep = config.sweep.model_dump(mode="json")
+    for name in ("num_samples", "max_concurrent_trials", "max_failures"):
+        del sweep[name]
+    return TrialSpec.of(config).model_dump(mode="json") | {"sweep": sweep}
+
+
+@functools.lru_cache(maxsize=64)
+def _model_identity(model_json: str) -> str:
+    from rayfin.config import ModelConfig
+
+    return identity(ModelConfig.model_validate_json(model_json))
+
+
+def _identity(spec: TrialSpec) -> str:
+    return _model_identity(spec.model.model_dump_json())

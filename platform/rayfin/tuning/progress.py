@@ -1,0 +1,161 @@
+"""The live table of a sweep: what runs, how it does, and when it will be done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from rayfin.config import Config
+from rayfin.history import TrialRecord
+from rayfin.training.spec import TrialResult
+from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.space import values_in
+
+_COLOURS = {
+    "running": "cyan",
+    "finished": "green",
+    "stopped": "yellow",
+    "failed": "red",
+    "oom": "red",
+}
+_METRICS = ("eval_loss", "exact_match", "tokens_per_second")
+
+
+class Progress:
+    """A table that redraws in a terminal; elsewhere one line whenever a trial starts or ends."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._live: Live | None = None
+        self._rows: dict[str, TrialRecord] = {}
+        self._done_before = 0.0
+
+    def begin(self, plan: SweepPlan, known: Sequence[TrialRecord]) -> None:
+        self._config, self._sweep_id = plan.config, plan.sweep_id
+        self._total = plan.config.sweep.num_samples
+        self._rows = {row.trial_id: row for row in known}
+        self._done_before = self._done()
+        self._started = time.monotonic()
+        carried = f", {len(known)} trials already done" if known else ""
+        self.console.print(f"sweep {plan.sweep_id}: {self._total} trials{carried}")
+        if self.console.is_terminal:
+            self._live = Live(
+                get_renderable=self._render, console=self.console, refresh_per_second=2
+            )
+            self._live.start()
+
+    def update(self, row: TrialRecord) -> None:
+        before = self._rows.get(row.trial_id)
+        self._rows[row.trial_id] = row
+        if self._live is None and (before is None or row.status != "running"):
+            self.console.print(self._line(row), soft_wrap=True)
+
+    def end(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def eta_seconds(self) -> float | None:
+        """Seconds left at the pace so far; None before anything is done."""
+        done = self._done()
+        if done <= self._done_before:
+            return None
+        pace = (time.monotonic() - self._started) / (done - self._done_before)
+        return pace * max(0.0, self._total - done)
+
+    def _done(self) -> float:
+        """Trials done, those that run by the share of their steps."""
+        return sum(_share(row) for row in self._rows.values())
+
+    def _line(self, row: TrialRecord) -> str:
+        position = list(self._rows).index(row.trial_id) + 1
+        cells = [f"trial {position}/{self._total} {row.status:8}", settings(self._config, row)]
+        cells += [f"{name} {_number(row, name)}" for name in _METRICS if name in row.metrics]
+        if row.error:
+            cells.append(row.error)
+        if "recalled_from" in row.scenario:
+            cells.append(f"from the history ({row.scenario['recalled_from']})")
+        elif row.status != "running" and (eta := self.eta_seconds()) is not None:
+            cells.append(f"ETA {_duration(eta)}")
+        return "  ".join(cell for cell in cells if cell)
+
+    def _render(self) -> Table:
+        eta = self.eta_seconds()
+        elapsed = _duration(time.monotonic() - self._started)
+        left = f", ETA {_duration(eta)}" if eta is not None else ""
+        table = trials_table(self._config, list(self._rows.values()))
+        table.title = f"{self._done():.1f}/{self._total} trials, {elapsed}{left}"
+        return table
+
+
+def trials_table(config: Config, rows: Sequence[TrialRecord]) -> Table:
+    """All trials of a sweep, one a line."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    axes = list(config.sweep.parameters)
+    for name in (
+        "#",
+        "status",
+        *(axis.partition(".")[2] for axis in axes),
+        "step",
+        *_METRICS,
+        "note",
+    ):
+        table.add_column(name, justify="left" if name in ("status", "note") else "right")
+    for number, row in enumerate(rows, 1):
+        values = values_in(config, row.spec)
+        colour = _COLOURS[row.status]
+        table.add_row(
+            str(number),
+            f"[{colour}]{row.status}[/{colour}]",
+            *(_value(values.get(axis)) for axis in axes),
+            f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
+            *(_number(row, name) for name in _METRICS),
+            (row.error or ("from the history" if "recalled_from" in row.scenario else ""))[:60],
+        )
+    return table
+
+
+def evaluation_line(result: TrialResult, max_steps: int) -> str:
+    """How a trial stands: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`."""
+    metrics = result.metrics
+    return (
+        f"step {metrics['steps']}/{max_steps}  eval_loss {metrics['eval_loss']:.4f}  "
+        f"exact_match {metrics['exact_match']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
+    )
+
+
+def settings(config: Config, row: TrialRecord) -> str:
+    """`r=8 learning_rate=0.0002`: the swept settings of a trial."""
+    return " ".join(
+        f"{axis.partition('.')[2]}={_value(value)}"
+        for axis, value in values_in(config, row.spec).items()
+    )
+
+
+def _share(row: TrialRecord) -> float:
+    if row.status != "running":
+        return 1.0
+    return float(row.metrics.get("steps", 0)) / float(row.spec["train"]["max_steps"])
+
+
+def _number(row: TrialRecord, name: str) -> str:
+    value = row.metrics.get(name)
+    if not isinstance(value, (int, float)):
+        return ""
+    return f"{value:.0f}" if name == "tokens_per_second" else f"{value:.4f}"
+
+
+def _value(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return "" if value is None else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

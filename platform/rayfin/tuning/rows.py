@@ -1,0 +1,74 @@
+"""A trial's row in the history, from its start to its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rayfin.history import History, TrialRecord, now
+from rayfin.history.versions import package_versions
+from rayfin.tuning.plan import PlannedTrial
+
+
+def started(planned: PlannedTrial, history: History) -> TrialRecord:
+    """The row of a trial that starts; one that was interrupted keeps the time of its creation."""
+    earlier = history.trials(sweep_id=sweep_of(planned), fingerprint=planned.fingerprint)
+    return TrialRecord(
+        trial_id=planned.trial_id,
+        sweep_id=sweep_of(planned),
+        fingerprint=planned.fingerprint,
+        status="running",
+        created_at=earlier[0].created_at if earlier else now(),
+        updated_at=now(),
+        spec=planned.spec.model_dump(mode="json"),
+        scenario={},
+        metrics={},
+        curve=[],
+        error=None,
+        versions=package_versions(),
+        directory=str(planned.directory),
+    )
+
+
+def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
+    """An earlier sweep's finished trial as a row of this one; nothing was trained for it."""
+    return earlier.updated(
+        trial_id=planned.trial_id,
+        sweep_id=sweep_of(planned),
+        created_at=now(),
+        scenario=earlier.scenario | {"recalled_from": earlier.trial_id},
+    )
+
+
+def sweep_of(planned: PlannedTrial) -> str:
+    """`<sweep_id>-<fingerprint>` without its end."""
+    return planned.trial_id.rpartition("-")[0]
+
+
+def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
+    """`row` with a TrialResult (as a dictionary) put in; a finished one with no number is failed."""
+    status, error = outcome["status"], outcome["error"]
+    metrics = {k: v for k, v in outcome["metrics"].items() if _sound(v)}
+    if status == "finished" and "eval_loss" not in metrics:
+        status, error = "failed", f"eval_loss is {outcome['metrics'].get('eval_loss')}"
+    return row.updated(
+        status=status,
+        metrics=metrics or row.metrics,
+        curve=[p for p in outcome["curve"] if all(map(_sound, p.values()))] or row.curve,
+        scenario=outcome["scenario"] or row.scenario,
+        error=error,
+    )
+
+
+def died(row: TrialRecord, error: Exception | None) -> TrialRecord:
+    text = " ".join(str(error or "its process ended").split())
+    out_of_memory = "OutOfMemoryError" in type(error).__name__ or "memory monitor" in text.lower()
+    return row.updated(
+        status="oom" if out_of_memory else "failed",
+        error=f"worker process died: {text[:500]}",
+    )
+
+
+def _sound(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,68 @@
+"""One trial outside a sweep: in this process, or in a Ray Train worker group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rayfin.config import Config
+from rayfin.hardware import describe_hardware
+from rayfin.history import History, TrialRecord
+from rayfin.methods import check_combination
+from rayfin.paths import Storage
+from rayfin.training.spec import TrialResult
+from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.progress import evaluation_line
+from rayfin.tuning.rows import started, with_outcome
+
+RUNS = "train"
+"""The sweep that all single runs belong to."""
+
+
+def train_once(
+    config: Config,
+    *,
+    history: History,
+    storage: Storage,
+    rerun: bool = False,
+    address: str | None = None,
+    show: Callable[[str], None] = print,
+) -> TrialRecord:
+    """Trains `config` as it stands and records it; the same run is carried on where it was killed.
+
+    A run that the history holds as finished is returned as it is, unless `rerun`.
+    """
+    check_combination(config)
+    hardware = describe_hardware(config.scaling.use_gpu)
+    plan = SweepPlan(RUNS, config, storage)
+    trial = plan.trial({})
+    if not rerun and (earlier := history.finished(trial.fingerprint)) is not None:
+        show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
+        return earlier
+    row = started(trial, history)
+    history.put(row)
+
+    def report(result: TrialResult) -> None:
+        history.put(with_outcome(row, result.as_dict()))
+        show(evaluation_line(result, config.train.max_steps))
+
+    if config.scaling.num_workers > 1:
+        from rayfin.training.workers import run_in_worker_group
+
+        result = run_in_worker_group(
+            trial.spec,
+            report,
+            directory=trial.directory,
+            scaling=config.scaling,
+            address=address,
+        )
+    else:
+        from rayfin.training.trial import run_trial
+        from rayfin.training.warm import Warm
+
+        warm = Warm(plan.corpora)
+        result = run_trial(
+            trial.spec, report, directory=trial.directory, hardware=hardware, warm=warm
+        )
+    row = with_outcome(row, result.as_dict())
+    history.put(row)
+    return row

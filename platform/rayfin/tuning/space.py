@@ -1,0 +1,163 @@
+"""The search space: axes checked before anything starts, and turned into Optuna's distributions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, with_values
+from rayfin.errors import ConfigError, MethodError, did_you_mean
+from rayfin.methods import check_combination
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Values = dict[str, Any]
+"""Dotted setting -> value: one point of the space."""
+
+_SWEPT_SECTIONS = ("model", "data", "method", "train")
+
+
+def check_space(config: Config) -> None:
+    """Raises ConfigError or MethodError for an axis or value that can't be tried.
+
+    Every value of a list is tried on its own, and of a range both ends and a point between.
+    """
+    known = _sweepable(config)
+    for axis, choices in config.sweep.parameters.items():
+        if axis not in known:
+            raise ConfigError(
+                f"sweep.parameters.{axis}: unknown setting{did_you_mean(axis, known)}; any leaf of "
+                f"{', '.join(_SWEPT_SECTIONS)} can be swept"
+            )
+        for value in _probes(choices):
+            try:
+                check_combination(trial_config(config, {axis: value}))
+            except (ConfigError, MethodError) as error:
+                raise type(error)(f"sweep.parameters.{axis}: {error}") from None
+    if not config.sweep.parameters:
+        check_combination(config)
+    if config.sweep.search == "grid":
+        for axis, choices in config.sweep.parameters.items():
+            if isinstance(choices, Space):
+                raise ConfigError(
+                    f"sweep.parameters.{axis}: a range has no grid; give a list of values, "
+                    "or use sweep.search=tpe or random"
+                )
+
+
+def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with one point of the space put in.
+
+    Where method.type is itself swept, settings that the drawn method does not have are left out.
+    """
+    values = dict(values)
+    if (drawn := values.get("method.type")) is not None and drawn in METHOD_CONFIGS:
+        has = METHOD_CONFIGS[drawn].model_fields
+        values = {
+            name: value
+            for name, value in values.items()
+            if not name.startswith("method.") or name.removeprefix("method.") in has
+        }
+    return with_values(config, values)
+
+
+def distributions(config: Config) -> dict[str, BaseDistribution]:
+    """Optuna's view of the axes. A list is drawn by its index: ordinal where it is a list of numbers
+    in order, so that the sampler knows that 8 lies between 4 and 16."""
+    from optuna import distributions as optuna
+
+    def one(choices: Space | tuple[Any, ...]) -> BaseDistribution:
+        if not isinstance(choices, Space):
+            indices = range(len(choices))
+            if _ordered_numbers(choices):
+                return optuna.IntDistribution(0, len(choices) - 1)
+            return optuna.CategoricalDistribution(list(indices))
+        if choices.space == "randint":
+            return optuna.IntDistribution(int(choices.lower), int(choices.upper))
+        return optuna.FloatDistribution(
+            choices.lower, choices.upper, log=choices.space == "loguniform"
+        )
+
+    return {axis: one(choices) for axis, choices in config.sweep.parameters.items()}
+
+
+def decode(config: Config, drawn: Mapping[str, Any]) -> Values:
+    """Optuna's parameters -> values of settings."""
+    return {
+        axis: _decode_one(config.sweep.parameters[axis], value) for axis, value in drawn.items()
+    }
+
+
+def encode(config: Config, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Values of settings -> Optuna's parameters; None where a value lies outside the space."""
+    drawn: dict[str, Any] = {}
+    for axis, choices in config.sweep.parameters.items():
+        if axis not in values:
+            return None
+        value = values[axis]
+        if isinstance(choices, Space):
+            if not isinstance(value, (int, float)) or not choices.lower <= value <= choices.upper:
+                return None
+            drawn[axis] = value
+        else:
+            plain = [list(c) if isinstance(c, tuple) else c for c in choices]
+            value = list(value) if isinstance(value, tuple) else value
+            if value not in plain:
+                return None
+            drawn[axis] = plain.index(value)
+    return drawn
+
+
+def values_in(config: Config, spec: Mapping[str, Any]) -> Values:
+    """The swept settings as a trial's saved `spec` has them; those it does not have are left out."""
+    found: Values = {}
+    for axis in config.sweep.parameters:
+        section, _, name = axis.partition(".")
+        if name in spec.get(section, {}):
+            found[axis] = spec[section][name]
+    return found
+
+
+def size(config: Config) -> float:
+    """Distinct points of the space; infinite where an axis is a range of real numbers."""
+    total = 1.0
+    for choices in config.sweep.parameters.values():
+        if not isinstance(choices, Space):
+            total *= len(choices)
+        elif choices.space == "randint":
+            total *= choices.upper - choices.lower + 1
+        else:
+            return math.inf
+    return total
+
+
+def _sweepable(config: Config) -> list[str]:
+    types = config.sweep.parameters.get("method.type")
+    kinds = [t for t in types if t in METHOD_CONFIGS] if isinstance(types, tuple) else []
+    names = dict.fromkeys(leaf_names(config))
+    for kind in kinds:
+        names |= dict.fromkeys(f"method.{field}" for field in METHOD_CONFIGS[kind].model_fields)
+    return [name for name in names if name.partition(".")[0] in _SWEPT_SECTIONS]
+
+
+def _probes(choices: Space | tuple[Any, ...]) -> list[Any]:
+    if not isinstance(choices, Space):
+        return list(choices)
+    if choices.space == "randint":
+        return [int(choices.lower), int(choices.upper)]
+    # A point between, so that a real range over a setting that takes whole numbers is found out.
+    return [choices.lower, choices.lower + (choices.upper - choices.lower) / math.pi, choices.upper]
+
+
+def _decode_one(choices: Space | tuple[Any, ...], value: Any) -> Any:
+    if not isinstance(choices, Space):
+        chosen = choices[int(value)]
+        return list(chosen) if isinstance(chosen, tuple) else chosen
+    return int(value) if choices.space == "randint" else float(value)
+
+
+def _ordered_numbers(choices: tuple[Any, ...]) -> bool:
+    numbers = all(isinstance(c, (int, float)) and not isinstance(c, bool) for c in choices)
+    return numbers and len(choices) > 1 and list(choices) == sorted(choices)

@@ -1,0 +1,103 @@
+"""A Tune worker that stays warm: one process, one base model, one trial after another."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Any, Literal
+
+import ray.tune
+
+from rayfin.config import DataConfig
+from rayfin.data import Corpus
+from rayfin.errors import TrialError
+from rayfin.hardware import describe_hardware
+from rayfin.training.spec import TrialResult
+from rayfin.training.trial import run_trial
+from rayfin.training.warm import Warm
+from rayfin.tuning.plan import PlannedTrial
+
+# Lives as long as the process: Tune resets the trainable for each trial, this stays.
+_WARM: Warm | None = None
+
+
+class WarmTrial(ray.tune.Trainable):
+    """Runs `run_trial` in a thread and hands Tune one evaluation at each `step`.
+
+    The trial waits at each evaluation for Tune's word, so that nothing is computed for a trial
+    that the scheduler has already stopped.
+    """
+
+    def setup(
+        self,
+        config: dict[str, Any],
+        corpora: dict[DataConfig, Corpus] | None = None,
+        use_gpu: bool | Literal["auto"] = "auto",
+        num_threads: int = 1,
+    ) -> None:
+        global _WARM
+        import torch
+
+        # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; say it to torch too.
+        torch.set_num_threads(num_threads)
+        if _WARM is None:
+            _WARM = Warm(corpora)
+        self._use_gpu = use_gpu
+        self._start(config)
+
+    def step(self) -> dict[str, Any]:
+        if self._waiting:
+            self._orders.put(True)
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise TrialError(f"the trial's thread ended: {result!r}")
+        self._waiting = result.status == "running"
+        flat = {"step": result.metrics.get("steps", 0), "done": not self._waiting}
+        return flat | _numbers(result) | {"outcome": result.as_dict()}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end()
+        self._start(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._end()
+
+    def _start(self, config: dict[str, Any]) -> None:
+        self._results: queue.Queue[TrialResult | BaseException] = queue.Queue()
+        self._orders: queue.Queue[bool] = queue.Queue()
+        self._waiting = False
+        trial = PlannedTrial.from_tune_config(config)
+        self._thread = threading.Thread(target=self._run, args=(trial,), daemon=True)
+        self._thread.start()
+
+    def _end(self) -> None:
+        """Stops a trial that waits for word, and waits until the base model is free again."""
+        if self._waiting:
+            self._orders.put(False)
+        self._thread.join()
+
+    def _run(self, trial: PlannedTrial) -> None:
+        try:
+            result = run_trial(
+                trial.spec,
+                self._report,
+                directory=trial.directory,
+                hardware=describe_hardware(self._use_gpu),
+                warm=_WARM,
+            )
+        except BaseException as error:  # the other thread must hear of it, or wait for ever
+            self._results.put(error)
+            raise
+        self._results.put(result)
+
+    def _report(self, result: TrialResult) -> bool:
+        self._results.put(result)
+        return self._orders.get()
+
+
+def _numbers(result: TrialResult) -> dict[str, float]:
+    """The metrics at the top level, where Tune's schedulers look; none for a failed trial."""
+    if result.status in ("failed", "oom"):
+        return {}
+    return {k: v for k, v in result.metrics.items() if isinstance(v, (int, float))}
