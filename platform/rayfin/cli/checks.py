@@ -58,7 +58,7 @@ def examine(storage: str, history: str | None) -> tuple[dict[str, Section], list
     # Standard output is the report's; libraries may greet elsewhere.
     with redirect_stdout(sys.stderr):
         for name, (check, seconds) in checks.items():
-            sections[name] = _guarded(name, check, seconds, problems)
+            sections[name] = guarded(name, check, seconds, problems)
     return sections, [" ".join(problem.split()) for problem in problems]
 
 
@@ -135,7 +135,8 @@ def ray_cluster(problems: list[str]) -> Section:
         host, port = None, None
     if host is None or port is None:
         problems.append(
-            f"RAY_ADDRESS: '{address}' is no address; write HOST:PORT or ray://HOST:PORT, or unset it"
+            f"RAY_ADDRESS: '{address}' is no address; "
+            "write HOST:PORT or ray://HOST:PORT, or unset it"
         )
         return found
     try:
@@ -163,36 +164,44 @@ def storage_place(storage: str, problems: list[str]) -> Section:
 
 def history_place(storage: str, history: str | None, problems: list[str]) -> Section:
     """Whether the history opens; a new one is made by the first trial, not here."""
-    from rayfin.history import History
     from rayfin.history.connect import parse_url, shown
     from rayfin.paths import Storage
 
-    parsed = parse_url(history or Storage(Path(storage).expanduser().resolve()).history_url)
+    url = history or Storage(Path(storage).expanduser().resolve()).history_url
+    parsed = parse_url(url)
     found: Section = {"url": shown(parsed), "opens": False}
-    url = parsed.render_as_string(hide_password=False) if history is None else history
-    if parsed.get_backend_name() == "sqlite":
-        file = Path(str(parsed.database))
-        if not file.exists():
-            if history and not file.parent.is_dir():
-                raise HistoryError(
-                    f"history: '{found['url']}' can't be made, its directory does not exist; "
-                    f"make '{file.parent}' first"
-                )
-            if history:
-                _probe(file.parent)
-            return found | {"opens": "made by the first trial"}
-        if not os.access(file, os.W_OK):
-            problems.append(
-                f"history: '{found['url']}' can't be written; change who may, or name another"
-            )
+    file = Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
+    try:
+        # Its own section speaks of a storage that can't be written.
+        found["opens"] = _opens(url, file, own_place=history is not None)
+    except HistoryError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(
+            f"history: '{found['url']}' can't be written ({error.strerror or error}); "
+            "give a file that you may write to, in a directory that is there"
+        )
+    return found
+
+
+def _opens(url: str, file: Path | None, *, own_place: bool) -> bool | str:
+    from rayfin.history import History
+
+    made_later = "made by the first trial"
+    if file is not None and not file.exists():
+        if own_place:
+            with tempfile.TemporaryFile(dir=file.parent):
+                pass
+        return made_later
+    if file is not None and file.is_file():
+        file.open("r+b").close()
     try:
         with History.open(url, create=False):
-            return found | {"opens": True}
+            return True
     except HistoryError as error:
         if "holds no rayfin history yet" in str(error):
-            return found | {"opens": "made by the first trial"}
-        problems.append(str(error))
-        return found
+            return made_later
+        raise
 
 
 def optional(_problems: list[str]) -> Section:
@@ -200,7 +209,7 @@ def optional(_problems: list[str]) -> Section:
     return {name: _version(name) for name in OPTIONAL}
 
 
-def _guarded(
+def guarded(
     name: str, check: Callable[[list[str]], Section], seconds: float, problems: list[str]
 ) -> Section:
     """The check's section; an exception, or no answer in time, becomes a problem."""

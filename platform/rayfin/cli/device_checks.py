@@ -43,7 +43,7 @@ def devices(problems: list[str]) -> Section:
                     f"GPU {index} ({name}) has {free / 1e9:.1f} GB free; end what runs on it "
                     "(nvidia-smi lists it), or hide it with CUDA_VISIBLE_DEVICES"
                 )
-    elif unused := _unused_gpu(torch.version.cuda, torch.__version__):
+    elif unused := unused_gpu(torch.version.cuda, torch.__version__):
         problems.append(unused)
     return {
         "cpus": cpu_count(),
@@ -72,7 +72,7 @@ def trial(problems: list[str]) -> Section:
     }
 
 
-def _unused_gpu(cuda: str | None, torch_version: str) -> str | None:
+def unused_gpu(cuda: str | None, torch_version: str) -> str | None:
     """What keeps torch from a GPU that the driver shows, or that there is none."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not shutil.which("nvidia-smi"):
         return None  # hidden on purpose, or not there
