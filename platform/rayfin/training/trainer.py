@@ -151,7 +151,7 @@ class TrialTrainer(Trainer):
         self.scores = metrics
         # The last evaluation is not asked about: it goes into the result.
         last = self.state.global_step >= self.train_config.max_steps
-        if not last and self.on_evaluation(self) is False:
+        if not last and self._any_worker(self.on_evaluation(self) is False):
             self.stopped = True
             self.control.should_training_stop = True
         self.control = self.callback_handler.on_evaluate(
@@ -159,6 +159,13 @@ class TrialTrainer(Trainer):
         )
         self._clock.start()
         return metrics
+
+    def _any_worker(self, flag: bool) -> bool:
+        """True on all workers if it is true on one: they must leave the loop together."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        flags = torch.tensor(int(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags).item())
 
     def _sum_over_workers(self, own: Scores) -> Scores:
         if self.accelerator.num_processes == 1:

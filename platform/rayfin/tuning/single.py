@@ -46,15 +46,17 @@ def train_once(
         show(evaluation_line(result, config.train.max_steps))
 
     if config.scaling.num_workers > 1:
-        from rayfin.training.workers import run_in_worker_group
+        from rayfin.training.workers import ray_cluster, run_in_worker_group
 
-        result = run_in_worker_group(
-            trial.spec,
-            report,
-            directory=trial.directory,
-            scaling=config.scaling,
-            address=address,
-        )
+        with ray_cluster(address):
+            result = run_in_worker_group(
+                trial.spec,
+                report,
+                directory=trial.directory,
+                scaling=config.scaling,
+                corpora=plan.corpora,
+                max_failures=config.sweep.max_failures,
+            )
     else:
         from rayfin.training.trial import run_trial
         from rayfin.training.warm import Warm
