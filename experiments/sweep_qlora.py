@@ -24,7 +24,6 @@ train:
 sweep:
   num_samples: 5
   metric: eval_loss
-  mode: min
   parameters:
     method.r: [4, 8, 16, 32]
     train.learning_rate: {space: loguniform, lower: 2.0e-4, upper: 5.0e-3}

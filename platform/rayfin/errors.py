@@ -1,4 +1,4 @@
-"""Every error rayfin raises on purpose: one small tree that survives pickling between Ray processes.
+"""Every error rayfin raises on purpose: one small tree that survives pickling between processes.
 
 Each class takes one finished sentence that names the value, what is allowed and the remedy.
 """

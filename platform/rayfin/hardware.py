@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import socket
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,6 +31,40 @@ class Hardware:
 def cpu_count() -> int:
     """Processors this process may use (cgroup masks and affinity respected)."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# A cluster that is there answers in milliseconds; one across the world in less than this.
+_ANSWER_SECONDS = 4.0
+_CLUSTER_ADDRESS = re.compile(r"(ray://)?(?P<host>[^\s/:]+|\[[^\s\]]+\]):(?P<port>\d{1,5})")
+
+
+def cluster_address(address: str | None) -> str | None:
+    """The running Ray cluster that is meant: `address`, else $RAY_ADDRESS; None for this machine.
+
+    Raises HardwareError where nothing answers there: Ray itself would try for two minutes, and then
+    end the process.
+    """
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address in (None, "", "local"):
+        return None
+    if address == "auto":
+        return address
+    remedy = "start one with `ray start --head`, or leave --address and RAY_ADDRESS out"
+    parts = _CLUSTER_ADDRESS.fullmatch(address)
+    if parts is None or int(parts["port"]) > 65535:
+        raise HardwareError(
+            f"'{address}' is not the address of a Ray cluster; give HOST:PORT, auto or local, or "
+            "leave --address and RAY_ADDRESS out"
+        )
+    try:
+        place = (parts["host"].strip("[]"), int(parts["port"]))
+        with socket.create_connection(place, timeout=_ANSWER_SECONDS):
+            return address
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise HardwareError(
+            f"no Ray cluster answers at '{address}' ({reason}); {remedy}"
+        ) from error
 
 
 def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:

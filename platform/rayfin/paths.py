@@ -16,7 +16,7 @@ from rayfin.errors import StorageError
 
 
 def cache_dir() -> Path:
-    """Converted models and other things that can be made again: `$RAYFIN_CACHE` or `~/.cache/rayfin`."""
+    """`$RAYFIN_CACHE` or `~/.cache/rayfin`: converted models, and what else can be made again."""
     if configured := os.environ.get("RAYFIN_CACHE"):
         return Path(configured).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -31,7 +31,7 @@ class Storage:
 
     @classmethod
     def open(cls, location: str | Path) -> Storage:
-        """The storage at `location`, made if missing; raises StorageError where it can't be written."""
+        """The storage at `location`, made if missing; StorageError where it can't be written."""
         text = str(location)
         if "://" in text:
             raise StorageError(

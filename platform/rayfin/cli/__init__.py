@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from rayfin import __version__
 from rayfin.cli import adapters, doctor, history, sweep, train
+from rayfin.cli.parser import Parser, print_error
 from rayfin.errors import RayfinError, UsageError
 
 INTERRUPTED = 130
@@ -19,42 +20,40 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rayfin", description="Parameter-efficient fine-tuning on Ray: sweep, train, publish."
     )
     parser.add_argument("--version", action="version", version=f"rayfin {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
     for module in (sweep, train, history, adapters, doctor):
         module.register(verbs)
-    return _run(parser.parse_args(argv))
+    return _run(parser, argv)
 
 
 def script(verb: str, defaults: str, description: str) -> int:
     """Runs a script in experiments/: `verb` on the script's own configuration, with overrides."""
     module = {"sweep": sweep, "train": train}[verb]
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     module.add_arguments(parser)
-    args = parser.parse_args()
-    args.defaults = defaults
-    return _run(args)
+    parser.set_defaults(defaults=defaults)
+    return _run(parser)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     try:
+        args = parser.parse_args(argv)
         code: int = args.handler(args)
         return code
     except UsageError as error:
-        print(f"rayfin: {error}", file=sys.stderr)
+        print_error(error)
         return 2
     except RayfinError as error:
-        print(f"rayfin: {error}", file=sys.stderr)
+        print_error(error)
         return 1
     except KeyboardInterrupt:
-        print("rayfin: interrupted", file=sys.stderr)
+        print_error("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output has gone (`rayfin history list | head`): not an error.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0

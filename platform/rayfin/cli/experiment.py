@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli.settings import ShowSettings
+
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
     from rayfin.config import Config
@@ -25,7 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rerun", action="store_true", help="train also what the history holds as finished"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument(
+        "--settings",
+        dest="show_settings",
+        nargs=0,
+        action=ShowSettings,
+        help="list every setting with its default and meaning",
+    )
     parser.set_defaults(defaults=None)
+    if parser.epilog is None:
+        parser.epilog = (
+            f"Example: {parser.prog} data.path=my.jsonl method.r=16 publish.name=mine. "
+            f"All settings: {parser.prog} --settings"
+        )
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from rayfin.config.load import (
     build_config,
     dump_yaml,
-    leaf_names,
     load_config,
     parse_overrides,
     parse_yaml,
     with_values,
 )
 from rayfin.config.method import METHOD_CONFIGS, MethodConfig, Section
+from rayfin.config.problems import leaf_names
 from rayfin.config.schema import (
     Config,
     DataConfig,

@@ -1,4 +1,4 @@
-"""From YAML and `section.key=value` overrides to one validated Config, with errors people can act on."""
+"""From YAML and `section.key=value` overrides to one validated Config."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from rayfin.config.method import METHOD_CONFIGS
+from rayfin.config.problems import describe
 from rayfin.config.schema import Config
-from rayfin.errors import ConfigError, did_you_mean
+from rayfin.errors import ConfigError
 
 # YAML 1.1 reads 2e-4 as a string; people write learning rates like that.
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
@@ -45,7 +46,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             parsed[key] = _number(yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"{key}: '{value}' is not valid YAML ({_first_line(error)})"
+                f"{key}: '{value}' is not valid YAML ({_first_line(error)}); quote the value"
             ) from error
     return parsed
 
@@ -71,65 +72,9 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
     return build_config(config.model_dump(mode="json"), values)
 
 
-def leaf_names(config: Config) -> list[str]:
-    """Dotted names of all settings of `config`, as overrides and sweep axes take them."""
-
-    def walk(model: BaseModel, prefix: str) -> Iterable[str]:
-        for name in type(model).model_fields:
-            value = getattr(model, name)
-            if isinstance(value, BaseModel):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}"
-
-    return list(walk(config, ""))
-
-
 def dump_yaml(config: Config) -> str:
     """The resolved configuration, to be saved with a run and read back by `load_config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
-    """All problems of a validation in one line."""
-    return "; ".join(_describe_one(dict(problem), tree) for problem in error.errors())
-
-
-def _describe_one(problem: dict[str, Any], tree: Mapping[str, Any]) -> str:
-    # pydantic puts the union's tag (`lora`) into the location, after `method`; people did not write it.
-    location = [str(part) for part in problem["loc"]]
-    if len(location) > 1 and location[0] == "method" and location[1] in METHOD_CONFIGS:
-        del location[1]
-    if location[:2] == ["sweep", "parameters"]:
-        key = f"sweep.parameters.{location[2]}" if len(location) > 2 else "sweep.parameters"
-    else:
-        key = ".".join(part for part in location if not part.startswith("function-"))
-    value = problem.get("input")
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"{key}: unknown key{did_you_mean(key, _known_keys(tree))}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            given = value.get("type") if isinstance(value, Mapping) else value
-            return (
-                f"method.type: '{given}' is not a method; allowed: {', '.join(METHOD_CONFIGS)}"
-                f"{did_you_mean(str(given), METHOD_CONFIGS)}"
-            )
-        case "value_error":
-            return f"{key}: {problem['ctx']['error']}"
-        case "string_pattern_mismatch":
-            return f"{key}: {value!r} does not match {problem['ctx']['pattern']}"
-        case "missing":
-            return f"{key}: is missing; give it a value"
-        case _:
-            message = problem["msg"].removeprefix("Input should be ")
-            return f"{key}: {_short(value)} is not allowed; it should be {message}"
-
-
-def _known_keys(tree: Mapping[str, Any]) -> list[str]:
-    method = tree.get("method")
-    kind = method.get("type") if isinstance(method, Mapping) else None
-    defaults = Config.model_validate({"method": {"type": kind}} if kind in METHOD_CONFIGS else {})
-    return [*leaf_names(defaults), *Config.model_fields, "publish.name", "publish.alias"]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -137,10 +82,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"configuration '{path}' does not exist; give the path of a YAML file"
+            f"configuration '{path}' does not exist; give the path of a YAML file, or settings as "
+            "section.key=value"
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"configuration '{path}' can't be read: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"configuration '{path}' can't be read ({reason}); give the path of a YAML file"
+        ) from error
     return parse_yaml(text, str(path))
 
 
@@ -150,13 +99,14 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(
-            f"configuration '{name}' is not valid YAML: {_first_line(error)}"
+            f"configuration '{name}' is not valid YAML ({_first_line(error)}); mend that line"
         ) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(
-            f"configuration '{name}' is a {type(tree).__name__}; it should be a mapping"
+            f"configuration '{name}' is a {type(tree).__name__}; it should be a mapping of "
+            "sections, as in `train: {max_steps: 20}`"
         )
     return tree
 
@@ -209,11 +159,6 @@ def _number(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _number(item) for key, item in value.items()}
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _first_line(error: Exception) -> str:

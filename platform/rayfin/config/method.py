@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -15,9 +15,13 @@ class Section(BaseModel):
     )
 
 
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+"""One module name at least."""
+
+
 class MethodSection(Section):
     quantization_bit: Literal[4, 8] | None = None
-    """Load the base model in 4-bit NF4 (double quantisation) or 8-bit; null keeps full precision."""
+    """Load the base model in 4-bit NF4 (double quantisation) or 8-bit; null leaves it as it is."""
 
 
 class FullConfig(MethodSection):
@@ -33,7 +37,7 @@ class LowRankConfig(MethodSection):
     """The update is scaled by lora_alpha / r (lora_alpha / sqrt(r) for rslora)."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the update matrices."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Names = "all-linear"
     """Module names that get an update, or `all-linear`."""
 
 
@@ -74,20 +78,30 @@ class AdaloraConfig(MethodSection):
     """The update is scaled by lora_alpha / rank."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the update matrices."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    target_modules: Literal["all-linear"] | Names = "all-linear"
     """Module names that get an update, or `all-linear`."""
     orth_reg_weight: float = Field(0.5, ge=0)
     """Weight of the penalty that keeps P and Q orthogonal."""
 
 
 class Ia3Config(MethodSection):
-    """Learned rescaling of keys, values and feed-forward activations (Liu et al. 2022, arXiv:2205.05638)."""
+    """Learned rescaling of keys, values and activations (Liu et al. 2022, arXiv:2205.05638)."""
 
     type: Literal["ia3"]
-    target_modules: tuple[str, ...] | None = None
+    target_modules: Names | None = None
     """Rescaled modules; null takes PEFT's choice for the architecture."""
-    feedforward_modules: tuple[str, ...] | None = None
+    feedforward_modules: Names | None = None
     """Those of target_modules whose input, not output, is rescaled."""
+
+    @model_validator(mode="after")
+    def _feedforward_is_targeted(self) -> Ia3Config:
+        beside = sorted(set(self.feedforward_modules or ()) - set(self.target_modules or ()))
+        if self.target_modules is not None and beside:
+            raise ValueError(
+                f"feedforward_modules has '{beside[0]}', which target_modules lacks; "
+                "add it there, or leave it out here"
+            )
+        return self
 
 
 class PromptLearningConfig(MethodSection):

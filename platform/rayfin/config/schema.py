@@ -131,13 +131,22 @@ def _choices_or_space(value: Any) -> Any:
 Axis = Annotated[Space | tuple[Any, ...], BeforeValidator(_choices_or_space)]
 
 
+BETTER: dict[str, Literal["min", "max"]] = {
+    "eval_loss": "min",
+    "perplexity": "min",
+    "exact_match": "max",
+    "token_accuracy": "max",
+}
+"""Metric -> whether less or more of it is better."""
+
+
 class SweepConfig(Section):
     num_samples: int = Field(8, ge=1)
     """Trials to run."""
     metric: Literal["eval_loss", "exact_match", "token_accuracy", "perplexity"] = "eval_loss"
     """What the sweep optimises."""
-    mode: Literal["min", "max"] = "min"
-    """Whether less or more of the metric is better."""
+    mode: Literal["auto", "min", "max"] = "auto"
+    """Whether less or more of the metric is better; auto knows."""
     search: Literal["auto", "tpe", "random", "grid"] = "auto"
     """Where the next trial comes from; auto is Optuna's TPE."""
     scheduler: Literal["asha", "none"] = "asha"
@@ -146,7 +155,7 @@ class SweepConfig(Section):
     """Steps that every trial may run before ASHA can stop it; null takes train.eval_steps."""
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one in this many at each rung."""
-    max_concurrent_trials: int | Literal["auto"] = "auto"
+    max_concurrent_trials: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time; auto is one a GPU, or one on CPU."""
     max_failures: int = Field(1, ge=0)
     """Times that a trial whose process died is started again."""
@@ -154,6 +163,20 @@ class SweepConfig(Section):
     """Seed of the search."""
     parameters: dict[str, Axis] = Field(default_factory=dict)
     """Dotted name of a setting -> list of values, or {space, lower, upper}."""
+
+    @property
+    def direction(self) -> Literal["min", "max"]:
+        """Where better values of the metric lie."""
+        return BETTER[self.metric]
+
+    @model_validator(mode="after")
+    def _towards_better(self) -> SweepConfig:
+        if self.mode not in ("auto", self.direction):
+            raise ValueError(
+                f"mode {self.mode} would look for the worst {self.metric}; "
+                f"set sweep.mode={self.direction}, or leave it out"
+            )
+        return self
 
 
 class PublishConfig(Section):

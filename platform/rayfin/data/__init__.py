@@ -4,7 +4,12 @@ from rayfin.data.corpus import load_corpus
 from rayfin.data.examples import BadRow, Corpus, Example, Message, Tokens
 from rayfin.data.profile import DataProfile
 from rayfin.data.render import render_prompt
-from rayfin.data.tokens import TokenizedCorpus, tokenize_corpus
+from rayfin.data.tokens import (
+    TokenizedCorpus,
+    check_lengths,
+    needs_length_check,
+    tokenize_corpus,
+)
 
 __all__ = [
     "BadRow",
@@ -14,7 +19,9 @@ __all__ = [
     "Message",
     "TokenizedCorpus",
     "Tokens",
+    "check_lengths",
     "load_corpus",
+    "needs_length_check",
     "render_prompt",
     "tokenize_corpus",
 ]

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+# What a chat template puts around a prompt; a system message of its own may take more.
+_TEMPLATE_TOKENS = 48
+
+
 @dataclass(frozen=True)
 class TokenizedCorpus:
     """Both splits, cut to max_length, without the samples that were cut before their answer."""
@@ -48,6 +52,29 @@ def tokenize_corpus(
         truncated=sum(len(sample["input_ids"]) > max_length for sample in whole),
     )
     return TokenizedCorpus(kept_train, kept_eval, profile)
+
+
+def needs_length_check(corpus: Corpus, max_length: int) -> bool:
+    """Whether `check_lengths` could find anything: its tokenizer takes seconds to import.
+
+    A token is a byte at least, and a chat template adds a few dozen.
+    """
+    return any(
+        min(map(_prompt_bytes, split)) + _TEMPLATE_TOKENS > max_length
+        for split in (corpus.train, corpus.eval)
+    )
+
+
+def check_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+    """Raises the DataError that `tokenize_corpus` would, mostly without tokenizing it all."""
+    for split, examples in (("train", corpus.train), ("eval", corpus.eval)):
+        shortest = sorted(examples, key=_prompt_bytes)[:16]
+        if not _fitting(tokenize_examples(shortest, tokenizer), max_length):
+            _cut(tokenize_examples(examples, tokenizer), max_length, split)
+
+
+def _prompt_bytes(example: Example) -> int:
+    return sum(len(message["content"].encode()) for message in example.messages[:-1])
 
 
 def tokenize_examples(
@@ -130,13 +157,19 @@ def _encode(
     ]
 
 
-def _cut(samples: list[Tokens], max_length: int, split: str) -> list[Tokens]:
+def _fitting(samples: list[Tokens], max_length: int) -> list[Tokens]:
+    """The samples cut to `max_length`, without those whose answer was cut off."""
     kept: list[Tokens] = []
     for sample in samples:
         ids, labels = sample["input_ids"][:max_length], sample["labels"][:max_length]
         # A model predicts from the token before: the first one never has loss.
         if any(label != NO_LOSS for label in labels[1:]):
             kept.append({"input_ids": ids, "labels": labels})
+    return kept
+
+
+def _cut(samples: list[Tokens], max_length: int, split: str) -> list[Tokens]:
+    kept = _fitting(samples, max_length)
     if not kept:
         shortest = min(_first_label(sample) + 1 for sample in samples)
         longest = max(len(sample["input_ids"]) for sample in samples)

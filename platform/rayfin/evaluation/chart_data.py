@@ -42,7 +42,7 @@ def chart_data(
             costs.append({**cost, "values": values})
     thinnest = max(50, _LOSS_POINTS // max(1, len(trials)))
     return {
-        "metric": {**metric, "mode": sweep.mode},
+        "metric": {**metric, "mode": sweep.direction},
         "baseLoss": _base_loss(trials, best),
         "costs": costs,
         "parameters": [_parameter(name, axis, trials) for name, axis in sweep.parameters.items()],

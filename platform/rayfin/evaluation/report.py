@@ -225,7 +225,7 @@ def _compare(key: str, metrics: Mapping[str, Any]) -> dict[str, str] | None:
 
 def _importance(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:
     sweep = config.sweep
-    shares = parameter_importance(trials, sweep.metric, sweep.mode, list(sweep.parameters))
+    shares = parameter_importance(trials, sweep.metric, sweep.direction, list(sweep.parameters))
     return {
         "trials": len(scored_trials(trials, sweep.metric)),
         "bars": [(name, share * 100) for name, share in shares.items()],

@@ -1,18 +1,29 @@
 """Base models: bundled, local or from the hub; tokenizer, weights, quantisation, facts."""
 
 from rayfin.models.bundled import BUNDLED
-from rayfin.models.facts import ModelFacts, describe_model, identity
-from rayfin.models.load import load_base, load_tokenizer
+from rayfin.models.facts import (
+    ModelFacts,
+    describe_model,
+    identity,
+    max_positions,
+    skeleton,
+    weight_names,
+)
+from rayfin.models.load import check_model, load_base, load_tokenizer
 from rayfin.models.source import locate
 from rayfin.models.tiny import write_tiny
 
 __all__ = [
     "BUNDLED",
     "ModelFacts",
+    "check_model",
     "describe_model",
     "identity",
     "load_base",
     "load_tokenizer",
     "locate",
+    "max_positions",
+    "skeleton",
+    "weight_names",
     "write_tiny",
 ]

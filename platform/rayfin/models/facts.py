@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError
@@ -13,8 +14,12 @@ from rayfin.models.bundled import BUNDLED
 from rayfin.models.checkpoint import check_causal, read_config, weight_files
 from rayfin.models.source import is_hub, model_directory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _SAMPLE = 4096
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,34 @@ def _digest(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe_model(config: ModelConfig) -> ModelFacts:
-    """The model's facts, from its configuration; raises ModelError."""
+def max_positions(config: ModelConfig) -> int | None:
+    """Tokens that the model can take at once, where its config.json says so; raises ModelError."""
+    settings = read_config(model_directory(config, weights=False))
+    places = (settings, settings.get("text_config"))
+    found = (place.get(name) for place in places if isinstance(place, dict) for name in _POSITIONS)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def weight_names(config: ModelConfig) -> list[str]:
+    """Names of the modules that have a weight matrix, as the files have them; raises ModelError.
+
+    A hub model's weights aren't here yet: its list is empty.
+    """
+    if is_hub(config):
+        return []
+    matrices = (
+        name
+        for file in weight_files(model_directory(config))
+        for name, tensor in json.loads(file.header).items()
+        if name != "__metadata__" and len(tensor["shape"]) > 1
+    )
+    return [name.removesuffix(".weight") for name in matrices]
+
+
+def skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model on torch's meta device: every module, and no weights; raises ModelError."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.pytorch_utils import Conv1D
 
     directory = model_directory(config, weights=False)
     check_causal(directory)
@@ -89,12 +117,24 @@ def describe_model(config: ModelConfig) -> ModelFacts:
             directory, trust_remote_code=False, local_files_only=True
         )
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+            return cast(
+                "PreTrainedModel",
+                AutoModelForCausalLM.from_config(settings, trust_remote_code=False),
+            )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"model.name: no model can be built from '{directory / 'config.json'}' ({error}); "
             "check the file"
         ) from error
+
+
+def describe_model(config: ModelConfig) -> ModelFacts:
+    """The model's facts, from its configuration; raises ModelError."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    model = skeleton(config)
+    settings = model.config
     head = model.get_output_embeddings()
     text = settings.get_text_config()
     heads = text.num_attention_heads

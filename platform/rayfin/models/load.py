@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import HardwareError, ModelError
-from rayfin.models.checkpoint import REPLACE, check_loadable, read_config
+from rayfin.models.bundled import BUNDLED
+from rayfin.models.checkpoint import REPLACE, check_causal, check_loadable, read_config
 from rayfin.models.quiet import no_cast_warnings, no_progress_bars
-from rayfin.models.source import model_directory
+from rayfin.models.source import is_hub, model_directory
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,18 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
         )
     tokenizer.padding_side = "right"
     return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def check_model(config: ModelConfig, quantization_bit: Literal[4, 8] | None) -> None:
+    """Raises the ModelError that loading would, as far as its small files tell."""
+    directory = model_directory(config, weights=False)
+    if config.name in BUNDLED:
+        return
+    if is_hub(config):
+        check_causal(directory)
+    else:
+        check_loadable(directory, quantization_bit)
+    load_tokenizer(config)
 
 
 def load_base(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from rayfin.training.warm import Warm
 
 @contextmanager
 def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
-    """Ray for the time of the block: the cluster at `address` or RAY_ADDRESS, else one started here.
+    """Ray for the time of the block: the cluster at `address` or RAY_ADDRESS, else one of our own.
 
     A Ray that was connected before stays as it is; one started here is shut down at the end.
     """
@@ -35,7 +36,7 @@ def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator
     address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             # "local", not None: None would join a cluster that somebody else started here.
             ray.init(
@@ -43,11 +44,11 @@ def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator
                 num_cpus=num_cpus or cpu_count(),
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level="error",
+                logging_level=logging.ERROR,
             )
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:  # ValueError: ray:// without ray[client]
         raise HardwareError(
-            f"no Ray cluster answers at '{address}'; start one with `ray start --head`, "
+            f"no Ray cluster can be reached at '{address}' ({error}); start one with `ray start --head`, "
             "or leave --address and RAY_ADDRESS out"
         ) from error
     try:

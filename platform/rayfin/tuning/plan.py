@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rayfin.config import Config, DataConfig, dump_yaml, load_config
+from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config
 from rayfin.data import Corpus, load_corpus
 from rayfin.errors import RayfinError
 from rayfin.models import identity
@@ -73,7 +73,7 @@ class SweepPlan:
         """The trial at one point; the same point is the same trial, in this process or the next."""
         spec = TrialSpec.of(trial_config(self.config, values))
         fingerprint = spec.fingerprint(
-            model_identity=_identity(spec),
+            model_identity=self.identity(spec.model),
             data_digest=self.corpus(spec.data).digest,
             num_workers=self.config.scaling.num_workers,
         )
@@ -83,8 +83,13 @@ class SweepPlan:
 
     def corpus(self, data: DataConfig) -> Corpus:
         if data not in self.corpora:
-            self.corpora[data] = load_corpus(data)
+            # Samples are the same at any length: a sweep of max_length reads its data once.
+            read = (c for d, c in self.corpora.items() if _any_length(d) == _any_length(data))
+            self.corpora[data] = next(read, None) or load_corpus(data)
         return self.corpora[data]
+
+    def identity(self, model: ModelConfig) -> str:
+        return _identity(model)
 
 
 def new_plan(config: Config, storage: Storage) -> SweepPlan:
@@ -115,15 +120,13 @@ def _what(config: Config) -> dict[str, Any]:
     sweep = config.sweep.model_dump(mode="json")
     for name in ("num_samples", "max_concurrent_trials", "max_failures"):
         del sweep[name]
+    sweep["mode"] = config.sweep.direction
     return TrialSpec.of(config).model_dump(mode="json") | {"sweep": sweep}
 
 
-@functools.lru_cache(maxsize=64)
-def _model_identity(model_json: str) -> str:
-    from rayfin.config import ModelConfig
-
-    return identity(ModelConfig.model_validate_json(model_json))
+def _any_length(data: DataConfig) -> DataConfig:
+    return data.model_copy(update={"max_length": 0})
 
 
-def _identity(spec: TrialSpec) -> str:
-    return _model_identity(spec.model.model_dump_json())
+# Hashing a large local model's headers takes a moment, and every trial asks.
+_identity = functools.lru_cache(maxsize=64)(identity)

@@ -47,7 +47,7 @@ def sweep_of(planned: PlannedTrial) -> str:
 
 
 def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
-    """`row` with a TrialResult (as a dictionary) put in; a finished one with no number is failed."""
+    """`row` with a TrialResult (as a dictionary) in it; a finished one without a loss is failed."""
     status, error = outcome["status"], outcome["error"]
     metrics = {k: v for k, v in outcome["metrics"].items() if _sound(v)}
     if status == "finished" and "eval_loss" not in metrics:

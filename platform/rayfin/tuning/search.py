@@ -41,13 +41,13 @@ class HistorySearch(Searcher):
         recall: Recall = lambda _: None,
     ) -> None:
         sweep = plan.config.sweep
-        super().__init__(metric=sweep.metric, mode=sweep.mode)
+        super().__init__(metric=sweep.metric, mode=sweep.direction)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._plan, self._recall = plan, recall
         self._space = distributions(plan.config)
         self._study = optuna.create_study(
             sampler=_sampler(plan.config),
-            direction="minimize" if sweep.mode == "min" else "maximize",
+            direction="minimize" if sweep.direction == "min" else "maximize",
         )
         self._asked: dict[str, optuna.Trial] = {}
         self._seen: set[str] = set()
@@ -65,7 +65,9 @@ class HistorySearch(Searcher):
         """Nothing: Tune pickles this for a restore that rayfin never makes."""
         return {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(  # type: ignore[override]  # Searcher.FINISHED is a str
+        self, trial_id: str
+    ) -> dict[str, Any] | str | None:
         """Tune's next trial configuration, or FINISHED when there is none left."""
         for _ in range(_PATIENCE):
             if self._left <= 0 or self._exhausted():
@@ -93,7 +95,7 @@ class HistorySearch(Searcher):
         asked = self._asked.pop(trial_id, None)
         if asked is None:
             return
-        value = (result or {}).get(self._metric)
+        value = (result or {}).get(self._plan.config.sweep.metric)
         if error or value is None:
             # A failed trial has no value; told as such, the sampler neither waits for it nor learns
             # from it.
@@ -138,4 +140,4 @@ def _sampler(config: Config) -> optuna.samplers.BaseSampler:
 
 def _grid(config: Config) -> list[Values]:
     axes = config.sweep.parameters
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]  # type: ignore[arg-type]
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]

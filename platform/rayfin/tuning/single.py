@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rayfin.config import Config
-from rayfin.hardware import describe_hardware
+from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import check_combination
 from rayfin.paths import Storage
 from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.rows import started, with_outcome
 
@@ -32,8 +33,9 @@ def train_once(
     A run that the history holds as finished is returned as it is, unless `rerun`.
     """
     check_combination(config)
-    hardware = describe_hardware(config.scaling.use_gpu)
     plan = SweepPlan(RUNS, config, storage)
+    in_group = config.scaling.num_workers > 1
+    check_run(plan, [config], cluster_address(address) if in_group else None)
     trial = plan.trial({})
     if not rerun and (earlier := history.finished(trial.fingerprint)) is not None:
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
@@ -45,7 +47,7 @@ def train_once(
         history.put(with_outcome(row, result.as_dict()))
         show(evaluation_line(result, config.train.max_steps))
 
-    if config.scaling.num_workers > 1:
+    if in_group:
         from rayfin.training.workers import ray_cluster, run_in_worker_group
 
         with ray_cluster(address):
@@ -61,7 +63,7 @@ def train_once(
         from rayfin.training.trial import run_trial
         from rayfin.training.warm import Warm
 
-        warm = Warm(plan.corpora)
+        hardware, warm = describe_hardware(config.scaling.use_gpu), Warm(plan.corpora)
         result = run_trial(
             trial.spec, report, directory=trial.directory, hardware=hardware, warm=warm
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,29 +23,52 @@ _SWEPT_SECTIONS = ("model", "data", "method", "train")
 def check_space(config: Config) -> None:
     """Raises ConfigError or MethodError for an axis or value that can't be tried.
 
-    Every value of a list is tried on its own, and of a range both ends and a point between.
+    Every value of a list is tried, and of a range both ends and a point between: each on its own,
+    then each with each value of every other axis.
     """
+    axes = config.sweep.parameters
+    if not axes:
+        raise ConfigError(
+            "sweep.parameters: is empty, there is nothing to sweep; give an axis, such as "
+            "sweep.parameters.method.r=[4,8,16], or run one trial with rayfin train"
+        )
     known = _sweepable(config)
-    for axis, choices in config.sweep.parameters.items():
+    for axis, choices in axes.items():
         if axis not in known:
             raise ConfigError(
-                f"sweep.parameters.{axis}: unknown setting{did_you_mean(axis, known)}; any leaf of "
-                f"{', '.join(_SWEPT_SECTIONS)} can be swept"
+                f"sweep.parameters.{axis}: unknown setting{did_you_mean(axis, known)}; any setting "
+                f"of {', '.join(_SWEPT_SECTIONS)} can be swept"
             )
-        for value in _probes(choices):
-            try:
-                check_combination(trial_config(config, {axis: value}))
-            except (ConfigError, MethodError) as error:
-                raise type(error)(f"sweep.parameters.{axis}: {error}") from None
-    if not config.sweep.parameters:
-        check_combination(config)
-    if config.sweep.search == "grid":
-        for axis, choices in config.sweep.parameters.items():
-            if isinstance(choices, Space):
-                raise ConfigError(
-                    f"sweep.parameters.{axis}: a range has no grid; give a list of values, "
-                    "or use sweep.search=tpe or random"
-                )
+        if config.sweep.search == "grid" and isinstance(choices, Space):
+            raise ConfigError(
+                f"sweep.parameters.{axis}: a range has no grid; give a list of values, "
+                "or use sweep.search=tpe or random"
+            )
+    for count in (1, 2):
+        for names in itertools.combinations(axes, count):
+            for values in itertools.product(*(_probes(axes[name]) for name in names)):
+                _check_point(config, dict(zip(names, values, strict=True)))
+
+
+def _check_point(config: Config, values: Values) -> None:
+    try:
+        check_combination(trial_config(config, values))
+    except (ConfigError, MethodError) as error:
+        where = " with ".join(f"sweep.parameters.{axis}" for axis in values)
+        ranges = any(isinstance(config.sweep.parameters[axis], Space) for axis in values)
+        whole = ranges and "whole number" in str(error)
+        hint = "; a range of whole numbers is {space: randint, …}" if whole else ""
+        raise type(error)(f"{where}: {error}{hint}") from None
+
+
+def variants(config: Config) -> list[Config]:
+    """`config` with each value of each axis put in, one at a time: what a sweep will ask for."""
+    points = [
+        {axis: value}
+        for axis, choices in config.sweep.parameters.items()
+        for value in _probes(choices)
+    ]
+    return [trial_config(config, point) for point in points] or [config]
 
 
 def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
@@ -64,8 +88,11 @@ def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def distributions(config: Config) -> dict[str, BaseDistribution]:
-    """Optuna's view of the axes. A list is drawn by its index: ordinal where it is a list of numbers
-    in order, so that the sampler knows that 8 lies between 4 and 16."""
+    """Optuna's view of the axes.
+
+    A list is drawn by its index: ordinal where it is a list of numbers in order, so that the
+    sampler knows that 8 lies between 4 and 16.
+    """
     from optuna import distributions as optuna
 
     def one(choices: Space | tuple[Any, ...]) -> BaseDistribution:
@@ -111,7 +138,7 @@ def encode(config: Config, values: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def values_in(config: Config, spec: Mapping[str, Any]) -> Values:
-    """The swept settings as a trial's saved `spec` has them; those it does not have are left out."""
+    """The swept settings as a trial's saved `spec` has them; others are left out."""
     found: Values = {}
     for axis in config.sweep.parameters:
         section, _, name = axis.partition(".")

@@ -11,13 +11,14 @@ from typing import Any
 
 from rayfin.config import Config
 from rayfin.errors import HardwareError
-from rayfin.hardware import cpu_count
+from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
+from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.rows import recalled
-from rayfin.tuning.space import Values, check_space, values_in
+from rayfin.tuning.space import Values, check_space, values_in, variants
 
 _ENDED = ("finished", "stopped", "failed", "oom")
 
@@ -57,10 +58,9 @@ def run_sweep(
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
     check_space(config)
+    cluster = cluster_address(address)
     plan = (find_resumable(config, storage) if resume else None) or new_plan(config, storage)
-    # Reading the data and naming the model find most mistakes, and before Ray has started.
-    plan.corpus(config.data)
-    plan.trial({})
+    check_run(plan, variants(config), cluster)
     plan.save()
     progress = progress or Progress()
 
@@ -70,7 +70,15 @@ def run_sweep(
     progress.begin(plan, known)
     try:
         if len(known) < config.sweep.num_samples:
-            _tune(plan, history, known, [*interrupted, *first], rerun, address, progress)
+            _tune(
+                plan,
+                history,
+                known=known,
+                first=[*interrupted, *first],
+                rerun=rerun,
+                cluster=cluster,
+                progress=progress,
+            )
     finally:
         progress.end()
     return sweep_result(plan, history)
@@ -83,7 +91,7 @@ def sweep_result(plan: SweepPlan, history: History) -> SweepResult:
     return SweepResult(
         plan=plan,
         trials=rows,
-        best=best_trial(rows, plan.config.sweep.metric, plan.config.sweep.mode),
+        best=best_trial(rows, plan.config.sweep.metric, plan.config.sweep.direction),
         interrupted=ended < len(rows),
     )
 
@@ -98,16 +106,17 @@ def best_trial(rows: Sequence[TrialRecord], metric: str, mode: str) -> TrialReco
 def _tune(
     plan: SweepPlan,
     history: History,
+    *,
     known: Sequence[TrialRecord],
     first: Sequence[Values],
     rerun: bool,
-    address: str | None,
+    cluster: str | None,
     progress: Progress,
 ) -> None:
     _quiet_tune()
-    import ray
     import ray.tune
 
+    from rayfin.training.workers import ray_cluster
     from rayfin.tuning.record import Recorder
     from rayfin.tuning.search import HistorySearch
     from rayfin.tuning.worker import WarmTrial
@@ -125,8 +134,7 @@ def _tune(
         progress.update(row)
         return row
 
-    started_here = _start_ray(address)
-    try:
+    with ray_cluster(cluster):
         resources, concurrent = _resources(plan.config)
         sweep = plan.config.sweep
         trainable = ray.tune.with_parameters(
@@ -154,32 +162,6 @@ def _tune(
             ),
         )
         tuner.fit()
-    finally:
-        if started_here:
-            ray.shutdown()
-
-
-def _start_ray(address: str | None) -> bool:
-    """Connects to a cluster, or starts Ray here; True if it was started here."""
-    import ray
-
-    if ray.is_initialized():
-        return False
-    address = address or os.environ.get("RAY_ADDRESS")
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=None if address else False,
-            num_cpus=None if address else cpu_count(),
-            log_to_driver=False,
-            logging_level="error",
-        )
-    except ConnectionError as error:
-        raise HardwareError(
-            f"no Ray cluster answers at '{address}' ({error}); "
-            "start one with `ray start --head`, or leave --address and RAY_ADDRESS out"
-        ) from error
-    return not address
 
 
 def _resources(config: Config) -> tuple[dict[str, float], int]:
@@ -198,7 +180,7 @@ def _resources(config: Config) -> tuple[dict[str, float], int]:
         raise HardwareError(
             "scaling.use_gpu: true, but the Ray cluster has no GPU; set scaling.use_gpu=false"
         )
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     concurrent = (int(gpus) if use_gpu else nodes) if wanted == "auto" else wanted
     cpu = max(1, int(cpus // concurrent))
     if use_gpu:
@@ -220,14 +202,14 @@ def _scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:
     scheduler = AsyncHyperBandScheduler(
         time_attr="step",
         metric=sweep.metric,
-        mode=sweep.mode,
+        mode=sweep.direction,
         grace_period=min(sweep.grace_period or train.evaluate_every, longest),
         max_t=longest,
         reduction_factor=sweep.reduction_factor,
         stop_last_trials=False,
     )
     # The rungs as they stood before the sweep was interrupted: Tune would start them empty.
-    sign = -1.0 if sweep.mode == "min" else 1.0
+    sign = -1.0 if sweep.direction == "min" else 1.0
     for row in known:
         for point in row.curve:
             if sweep.metric in point:

@@ -28,6 +28,8 @@ class WarmTrial(ray.tune.Trainable):
     that the scheduler has already stopped.
     """
 
+    _waiting: bool
+
     def setup(
         self,
         config: dict[str, Any],
@@ -35,10 +37,10 @@ class WarmTrial(ray.tune.Trainable):
         use_gpu: bool | Literal["auto"] = "auto",
         num_threads: int = 1,
     ) -> None:
-        global _WARM
+        global _WARM  # noqa: PLW0603
         import torch
 
-        # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; say it to torch too.
+        # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; tell torch too.
         torch.set_num_threads(num_threads)
         if _WARM is None:
             _WARM = Warm(corpora)

@@ -1,0 +1,78 @@
+"""`--settings`: every setting with its values, default and meaning, as the configuration has it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
+
+
+class ShowSettings(argparse.Action):
+    """Prints the settings and ends the command, as --help does."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print("\n".join(settings_lines()))
+        parser.exit()
+
+
+def settings_lines() -> Iterator[str]:
+    """Lines for people, a section at a time."""
+    from rayfin.config import METHOD_CONFIGS, Config, PublishConfig
+
+    for name, field in Config.model_fields.items():
+        if name == "method":
+            yield "\nmethod.type = qlora"
+            for kind, method in METHOD_CONFIGS.items():
+                yield f"  {kind:15}{' '.join((method.__doc__ or '').split())}"
+            for kinds, model in _alike(METHOD_CONFIGS):
+                yield from _section("method", model, f"\nmethod, of type {', '.join(kinds)}")
+        elif name == "publish":
+            yield from _section(name, PublishConfig, f"\npublish = null  {field.description}")
+        elif field.description:
+            yield f"\n{name} = {_plain(field.default)}\n      {field.description}"
+        else:
+            yield from _section(name, type(field.default), f"\n{name}")
+
+
+def _alike(methods: Mapping[str, type[BaseModel]]) -> list[tuple[list[str], type[BaseModel]]]:
+    """Methods that have the same settings, together."""
+    groups: dict[str, tuple[list[str], type[BaseModel]]] = {}
+    for kind, model in methods.items():
+        text = "\n".join(_section("method", model, ""))
+        groups.setdefault(text, ([], model))[0].append(kind)
+    return list(groups.values())
+
+
+def _section(name: str, model: type[BaseModel], title: str) -> Iterator[str]:
+    yield title
+    for key, field in model.model_fields.items():
+        if key != "type":
+            yield from _setting(f"{name}.{key}", field)
+
+
+def _setting(key: str, field: FieldInfo) -> Iterator[str]:
+    value = field.get_default(call_default_factory=True)
+    default = "" if field.is_required() else f" = {_plain(value)}"
+    values = _values(field.annotation)
+    yield f"  {key}{default}{f'  ({values})' if values else ''}"
+    if field.description:
+        yield f"      {field.description}"
+
+
+def _values(annotation: Any) -> str:
+    """`auto | float32 | …` for a choice; empty where the default says what is wanted."""
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(_plain, get_args(annotation)))
+    return ""
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return re.sub(r"e-0(\d)", r"e-\1", json.dumps(value))

@@ -1,0 +1,125 @@
+"""What is wrong with a configuration, in one line: key, value, and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rayfin.config.method import METHOD_CONFIGS
+from rayfin.config.schema import Config, PublishConfig
+from rayfin.errors import did_you_mean
+
+# pydantic's own words for these name Python classes.
+_WANTED = {
+    "model_type": "a section of key: value pairs",
+    "model_attributes_type": "a section of key: value pairs",
+    "dict_type": "a section of key: value pairs",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "string_type": "a text",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_too_short": "a text that isn't empty",
+    "too_short": "a list that isn't empty",
+    "string_pattern_mismatch": (
+        "letters, digits, '.', '_' and '-', at most 64, the first a letter or digit"
+    ),
+}
+
+
+def describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
+    """All problems of a validation in one line."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    sentences: list[str] = []
+    for problem in error.errors():
+        key, value = _key(problem["loc"], tree), problem.get("input")
+        match problem["type"]:
+            case "extra_forbidden":
+                sentences.append(_unknown(key, tree))
+            case "union_tag_invalid" | "union_tag_not_found":
+                sentences.append(_no_method(value))
+            case "value_error":
+                sentences.append(f"{key}: {problem['ctx']['error']}")
+            case "missing":
+                sentences.append(f"{key}: is missing; give it a value")
+            case kind:
+                words = _WANTED.get(kind, problem["msg"].removeprefix("Input should be "))
+                # Every member of a union has its say: they are one problem.
+                wanted.setdefault((key, shown(value)), []).append(words)
+    for (key, given), choices in wanted.items():
+        allowed = " or ".join(dict.fromkeys(choices))
+        sentences.append(f"{key}: {given} is not allowed; it should be {allowed}")
+    return "; ".join(dict.fromkeys(sentences))
+
+
+def leaf_names(config: Config) -> list[str]:
+    """Dotted names of all settings of `config`, as overrides and sweep axes take them."""
+
+    def walk(model: BaseModel, prefix: str) -> Iterable[str]:
+        for name in type(model).model_fields:
+            value = getattr(model, name)
+            if isinstance(value, BaseModel):
+                yield from walk(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    return list(walk(config, ""))
+
+
+def shown(value: Any) -> str:
+    """A value as YAML would have it, short enough for a line."""
+    try:
+        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _key(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
+    """The key as people wrote it: pydantic's location without the members of unions."""
+    parts: list[str] = []
+    node: Any = tree
+    for index, part in enumerate(location):
+        last_missing = index == len(location) - 1 and isinstance(part, str) and part.isidentifier()
+        if isinstance(node, Mapping) and (part in node or last_missing):
+            node = node.get(part)
+        elif isinstance(node, (list, tuple)) and isinstance(part, int):
+            node = node[part]
+        else:
+            continue
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _unknown(key: str, tree: Mapping[str, Any]) -> str:
+    known = _known_keys(tree)
+    if near := did_you_mean(key, known):
+        return f"{key}: unknown key{near}"
+    section, dot, _ = key.rpartition(".")
+    prefix = section + dot
+    beside = {n.removeprefix(prefix).partition(".")[0] for n in known if n.startswith(prefix)}
+    return f"{key}: unknown key; allowed: {', '.join(sorted(beside))}"
+
+
+def _no_method(value: Any) -> str:
+    given = value.get("type") if isinstance(value, Mapping) else value
+    return (
+        f"method.type: {shown(given)} is not a method; allowed: {', '.join(METHOD_CONFIGS)}"
+        f"{did_you_mean(str(given), METHOD_CONFIGS)}"
+    )
+
+
+def _known_keys(tree: Mapping[str, Any]) -> list[str]:
+    method = tree.get("method")
+    kind = method.get("type") if isinstance(method, Mapping) else None
+    defaults = Config.model_validate({"method": {"type": kind}} if kind in METHOD_CONFIGS else {})
+    publish = [f"publish.{name}" for name in PublishConfig.model_fields]
+    return [*leaf_names(defaults), *Config.model_fields, *publish]

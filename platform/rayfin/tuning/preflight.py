@@ -1,0 +1,88 @@
+"""Whatever would make every trial fail, found before a history row is written or Ray starts.
+
+Where all is well this takes milliseconds: torch and transformers are loaded only to be sure of, and
+to explain, what the files alone leave in doubt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rayfin.config import Config
+from rayfin.data import Corpus, check_lengths, needs_length_check
+from rayfin.errors import MethodError
+from rayfin.hardware import describe_hardware
+from rayfin.methods import METHODS, linear_names
+from rayfin.models import check_model, load_tokenizer, max_positions, skeleton, weight_names
+from rayfin.tuning.plan import SweepPlan
+
+
+def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -> None:
+    """Raises a UsageError for a device, data, model or module that isn't there.
+
+    `configs` are the variants of `plan.config` to look at; `cluster` is where they will run, None
+    for this machine.
+    """
+    if plan.config.scaling.use_gpu is True and cluster is None:
+        describe_hardware(use_gpu=True)
+    seen: set[tuple[object, ...]] = set()
+
+    def first_time(*what: object) -> bool:
+        new = what not in seen
+        seen.add(what)
+        return new
+
+    for config in configs:
+        corpus = plan.corpus(config.data)
+        if first_time(config.model, config.method.quantization_bit):
+            check_model(config.model, config.method.quantization_bit)
+            plan.identity(config.model)
+        if first_time(config.model, config.method):
+            _check_modules(config)
+        if first_time(config.model, config.method, config.data):
+            _check_positions(config)
+        if first_time(config.model, config.data):
+            _check_lengths(config, corpus)
+
+
+def _check_modules(config: Config) -> None:
+    for setting in ("target_modules", "feedforward_modules"):
+        names = getattr(config.method, setting, None)
+        if not isinstance(names, tuple):
+            continue
+        if not _without_a_match(names, weight_names(config.model)):
+            continue
+        base = skeleton(config.model)
+        modules = [name for name, module in base.named_modules() if hasattr(module, "weight")]
+        if unknown := _without_a_match(names, modules):
+            raise MethodError(
+                f"method.{setting}: '{unknown[0]}' is no module of '{config.model.name}'; "
+                f"its linear modules are {', '.join(linear_names(base))}, or use all-linear"
+            )
+
+
+def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:
+    """Targets that PEFT would not find: a module's whole name, or its last parts."""
+    return [
+        target
+        for target in targets
+        if not any(name == target or name.endswith(f".{target}") for name in modules)
+    ]
+
+
+def _check_positions(config: Config) -> None:
+    has = max_positions(config.model)
+    virtual = METHODS[config.method.type].virtual_tokens
+    tokens: int = getattr(config.method, "num_virtual_tokens", 0) if virtual else 0
+    if has is None or config.data.max_length + tokens <= has:
+        return
+    beside = f" beside method.num_virtual_tokens={tokens}" if tokens else ""
+    raise MethodError(
+        f"data.max_length={config.data.max_length}{beside} is more than the {has} positions of "
+        f"'{config.model.name}'; use data.max_length={max(8, has - tokens)} or less"
+    )
+
+
+def _check_lengths(config: Config, corpus: Corpus) -> None:
+    if needs_length_check(corpus, config.data.max_length):
+        check_lengths(corpus, load_tokenizer(config.model), config.data.max_length)
