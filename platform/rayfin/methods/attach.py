@@ -42,7 +42,7 @@ def peft_config(settings: MethodConfig, max_steps: int, tokenizer_path: str) -> 
         case LoraConfig() | QloraConfig() | DoraConfig() | RsloraConfig():
             return peft.LoraConfig(
                 r=settings.r,
-                lora_alpha=_whole(settings.lora_alpha),
+                lora_alpha=_whole(settings.lora_alpha),  # type: ignore[arg-type]
                 lora_dropout=settings.lora_dropout,
                 target_modules=_modules(settings.target_modules),
                 use_dora=settings.type == "dora",
@@ -53,7 +53,7 @@ def peft_config(settings: MethodConfig, max_steps: int, tokenizer_path: str) -> 
             return peft.AdaLoraConfig(
                 init_r=settings.init_r,
                 target_r=settings.target_r,
-                lora_alpha=_whole(settings.lora_alpha),
+                lora_alpha=_whole(settings.lora_alpha),  # type: ignore[arg-type]
                 lora_dropout=settings.lora_dropout,
                 target_modules=_modules(settings.target_modules),
                 orth_reg_weight=settings.orth_reg_weight,
@@ -73,7 +73,7 @@ def peft_config(settings: MethodConfig, max_steps: int, tokenizer_path: str) -> 
             return peft.PromptEncoderConfig(
                 num_virtual_tokens=settings.num_virtual_tokens,
                 encoder_reparameterization_type=settings.encoder_reparameterization_type,
-                encoder_hidden_size=settings.encoder_hidden_size,
+                encoder_hidden_size=settings.encoder_hidden_size,  # type: ignore[arg-type]
                 encoder_num_layers=settings.encoder_num_layers,
                 encoder_dropout=settings.encoder_dropout,
                 **common,
@@ -82,7 +82,7 @@ def peft_config(settings: MethodConfig, max_steps: int, tokenizer_path: str) -> 
             return peft.PrefixTuningConfig(
                 num_virtual_tokens=settings.num_virtual_tokens,
                 prefix_projection=settings.prefix_projection,
-                encoder_hidden_size=settings.encoder_hidden_size,
+                encoder_hidden_size=settings.encoder_hidden_size,  # type: ignore[arg-type]
                 **common,
             )
         case PromptTuningConfig():
@@ -111,7 +111,7 @@ def attach(
 
     config = peft_config(settings, max_steps, tokenizer_path)
     if config is None:
-        base.requires_grad_(True)
+        base.float().requires_grad_(True)
         return base
     try:
         model: torch.nn.Module = peft.get_peft_model(base, config, adapter_name=ADAPTER)
@@ -129,6 +129,9 @@ def attach(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    for _, layer in _adapted_layers(model):
+        # The hook goes with the layer when the adapter is taken off.
+        layer.register_forward_pre_hook(_keep_scales)
     return model
 
 
@@ -138,13 +141,37 @@ def detach(model: torch.nn.Module) -> None:
 
     if not isinstance(model, PeftModel):
         return
-    base = model.get_base_model()
-    if not model.active_peft_config.is_prompt_learning:
-        base = model.unload()
-    base.requires_grad_(False)
+    base: Any = model.get_base_model()
+    # PEFT's own `unload` does the same, but refuses IA3 over a quantised base.
+    for name, layer in _adapted_layers(base):
+        _keep_scales(layer)
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, layer.get_base_layer())
+    base.requires_grad_(False).eval()
+    # Recomputation is a switch on the base, with a hook on its embedding.
+    base.activation_checkpointing_disable()
+    base.disable_input_require_grads()
     # PEFT leaves its mark on the base: the next get_peft_model would warn of a second adapter.
     if hasattr(base, "peft_config"):
         del base.peft_config
+
+
+def _adapted_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Names and modules that PEFT put in the place of the base's own."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+
+
+def _keep_scales(layer: Any, *_: Any) -> None:
+    """Gives the 8-bit weight under `layer` its scales back, if it lost them.
+
+    DoRA on CPU replaces the weight at every call by a copy without them (peft 0.21,
+    dequantize_module_weight), and bitsandbytes takes them from there on the next call.
+    """
+    base = layer.get_base_layer()
+    if getattr(base.weight, "CB", None) is not None and base.weight.SCB is None:
+        base.weight.SCB = base.state.SCB
 
 
 def linear_names(base: torch.nn.Module) -> list[str]:
@@ -162,9 +189,10 @@ def linear_names(base: torch.nn.Module) -> list[str]:
 
 
 def regularizer(model: torch.nn.Module, settings: MethodConfig) -> torch.Tensor | None:
-    """AdaLoRA's orthogonality penalty, mean over matrices of ||P P^T - I||_F (arXiv:2303.10512, eq. 4).
+    """AdaLoRA's orthogonality penalty, mean over matrices of ||P P^T - I||_F.
 
-    PEFT adds it to a loss that the model itself computes; ours is computed outside.
+    Equation 4 of arXiv:2303.10512. PEFT adds it to a loss that the model itself computes; ours is
+    computed outside.
     """
     import torch
 

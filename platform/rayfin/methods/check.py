@@ -47,13 +47,16 @@ def check_combination(config: Config) -> None:
                 "the rank budget needs a start, a middle and an end",
                 "use at least 4 steps",
             )
-    if isinstance(settings, PromptTuningConfig):
-        if settings.prompt_tuning_init == "TEXT" and not settings.prompt_tuning_init_text:
-            refuse(
-                "method.prompt_tuning_init=TEXT",
-                "no text is given",
-                "set method.prompt_tuning_init_text",
-            )
+    if (
+        isinstance(settings, PromptTuningConfig)
+        and settings.prompt_tuning_init == "TEXT"
+        and not settings.prompt_tuning_init_text
+    ):
+        refuse(
+            "method.prompt_tuning_init=TEXT",
+            "no text is given",
+            "set method.prompt_tuning_init_text",
+        )
     if method.virtual_tokens:
         tokens = getattr(settings, "num_virtual_tokens", 0)
         if tokens >= config.data.max_length:

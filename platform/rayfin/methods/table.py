@@ -24,7 +24,7 @@ class Method:
     engines: tuple[Engine, ...]
     """Serving engines that can answer with it."""
     changes_base: bool = False
-    """Training writes to the base model's own weights, so they can't be shared with the next trial."""
+    """Training writes to the base model's own weights, so the next trial can't have them."""
 
     @property
     def virtual_tokens(self) -> bool:

@@ -1,0 +1,301 @@
+"""The table of methods, what it refuses, and a base model that comes back as it was lent."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+import torch
+from peft import PeftModel
+from pydantic import TypeAdapter
+from transformers import PreTrainedModel
+
+from rayfin.config import Config, MethodConfig, ModelConfig
+from rayfin.config.method import METHOD_CONFIGS
+from rayfin.errors import MethodError
+from rayfin.methods import (
+    METHODS,
+    after_optimizer_step,
+    attach,
+    check_combination,
+    detach,
+    linear_names,
+    load_training_state,
+    peft_config,
+    regularizer,
+    training_state,
+)
+from rayfin.models import load_base, locate
+
+TINY = ModelConfig(name="tiny")
+IDS = torch.arange(40).view(2, 20)
+STEPS = 20
+SHARING = [name for name, method in METHODS.items() if not method.changes_base]
+
+Bits = Literal[4, 8] | None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A model this small gains nothing from a second thread, and waits for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def method(type: str, **settings: Any) -> MethodConfig:  # noqa: A002
+    checked: MethodConfig = TypeAdapter(MethodConfig).validate_python({"type": type, **settings})
+    return checked
+
+
+def attached(base: PreTrainedModel, settings: MethodConfig) -> torch.nn.Module:
+    return attach(base, settings, STEPS, locate(TINY))
+
+
+def loss_of(model: torch.nn.Module) -> torch.Tensor:
+    logits = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
+    ids = IDS.flatten()[:-1]
+    return torch.nn.functional.cross_entropy(logits[:, -20:].flatten(0, 1)[1:].float(), ids)
+
+
+def optimizer_of(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(model: torch.nn.Module, settings: MethodConfig, first: int, last: int) -> None:
+    """Steps `first` to `last` - 1, as the trainer takes them."""
+    optimizer = optimizer_of(model)
+    for step in range(first, last):
+        loss = loss_of(model)
+        if (penalty := regularizer(model, settings)) is not None:
+            loss = loss + penalty
+        loss.backward()
+        optimizer.step()
+        after_optimizer_step(model, settings, step)
+        optimizer.zero_grad()
+
+
+# --- the table ----------------------------------------------------------------------------
+
+
+def test_every_method_that_can_be_configured_is_in_the_table() -> None:
+    assert list(METHODS) == list(METHOD_CONFIGS)
+    members = typing.get_args(typing.get_args(MethodConfig)[0])
+    assert list(members) == list(METHOD_CONFIGS.values())
+    for name, config in METHOD_CONFIGS.items():
+        assert typing.get_args(config.model_fields["type"].annotation) == (name,)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_table_agrees_with_peft(name: str) -> None:
+    config, facts = peft_config(method(name), STEPS, locate(TINY)), METHODS[name]
+    assert (config is None) == facts.changes_base
+    assert bool(config and config.is_prompt_learning) == facts.virtual_tokens
+    # vLLM serves whole models and plain LoRA.
+    plain = config is not None and config.peft_type == "LORA" and not config.use_dora  # type: ignore[attr-defined]
+    assert ("vllm" in facts.engines) == (config is None or plain)
+
+
+def test_methods_have_their_settings_in_pefts_config() -> None:
+    lora = peft_config(
+        method("dora", r=4, lora_alpha=8.0, target_modules=["q_proj"], lora_dropout=0.1), STEPS, ""
+    )
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (4, 8, 0.1)  # type: ignore[union-attr]
+    assert isinstance(lora.lora_alpha, int) and lora.use_dora  # type: ignore[union-attr]
+    assert lora.target_modules == {"q_proj"}  # type: ignore[union-attr]
+    assert peft_config(method("lora", lora_alpha=2.5), STEPS, "").lora_alpha == 2.5  # type: ignore[union-attr]
+    encoder = peft_config(method("p_tuning", encoder_hidden_size=32), STEPS, "")
+    assert (encoder.encoder_hidden_size, encoder.num_virtual_tokens) == (32, 20)  # type: ignore[union-attr]
+
+
+# --- what is refused ----------------------------------------------------------------------
+
+REFUSED = [
+    ("full", {"quantization_bit": 4}, {}, "quantization_bit=4", "quantization_bit=null"),
+    ("full", {"quantization_bit": 8}, {}, "no gradient", "lora, qlora"),
+    ("p_tuning", {}, {"train.packing": True}, "train.packing=true", "train.packing=false"),
+    ("prefix_tuning", {}, {"train.packing": True}, "one set of virtual tokens", "full, lora"),
+    ("prompt_tuning", {}, {"train.packing": True}, "one set of virtual tokens", "full, lora"),
+    (
+        "prefix_tuning",
+        {},
+        {"train.gradient_checkpointing": True},
+        "key-value cache",
+        "train.gradient_checkpointing=false",
+    ),
+    ("adalora", {"init_r": 8, "target_r": 8}, {}, "target_r=8 with method.init_r=8", "below 8"),
+    ("adalora", {"init_r": 4, "target_r": 6}, {}, "target_r=6 with method.init_r=4", "below 4"),
+    ("adalora", {}, {"train.max_steps": 3}, "train.max_steps=3", "at least 4"),
+    (
+        "prompt_tuning",
+        {"prompt_tuning_init": "TEXT"},
+        {},
+        "no text",
+        "set method.prompt_tuning_init_text",
+    ),
+    (
+        "p_tuning",
+        {"num_virtual_tokens": 64},
+        {"data.max_length": 64},
+        "num_virtual_tokens=64",
+        "fewer",
+    ),
+]
+
+
+def config_of(name: str, settings: dict[str, Any], others: dict[str, Any]) -> Config:
+    sections: dict[str, Any] = {"method": {"type": name, **settings}}
+    for dotted, value in others.items():
+        section, _, key = dotted.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return Config.model_validate(sections)
+
+
+@pytest.mark.parametrize(("name", "settings", "others", "reason", "remedy"), REFUSED)
+def test_what_cannot_work_is_refused_with_the_reason_and_the_remedy(
+    name: str, settings: dict[str, Any], others: dict[str, Any], reason: str, remedy: str
+) -> None:
+    with pytest.raises(MethodError) as refusal:
+        check_combination(config_of(name, settings, others))
+    message = str(refusal.value)
+    assert f"method.type={name}" in message
+    assert reason in message and remedy in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_accepted_as_it_comes(name: str) -> None:
+    check_combination(config_of(name, {}, {}))
+
+
+def test_modules_that_are_not_there_are_answered_with_those_that_are() -> None:
+    base = load_base(TINY, None, "cpu")
+    with pytest.raises(MethodError, match="its linear modules are: down_proj, gate_proj"):
+        attached(base, method("lora", target_modules=["query_key_value"]))
+
+
+def test_the_output_head_is_no_target() -> None:
+    base = load_base(TINY, None, "cpu")
+    assert linear_names(base) == [
+        *("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    ]
+
+
+# --- lending the base ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[None, 4, 8], ids=["whole", "nf4", "int8"])
+def lent(request: pytest.FixtureRequest) -> PreTrainedModel:
+    base = load_base(TINY, request.param, "cpu")
+    base(input_ids=IDS)  # 8-bit layers set themselves up on their first call
+    return base
+
+
+def snapshot(base: PreTrainedModel) -> dict[str, Any]:
+    """All that an adapter could leave behind on a base model."""
+    return {
+        "tensors": {
+            name: value.clone() if isinstance(value, torch.Tensor) else value
+            for name, value in base.state_dict().items()
+        },
+        "modules": {name: (type(m), m.training) for name, m in base.named_modules()},
+        "hooks": {
+            name: (len(m._forward_hooks), len(m._forward_pre_hooks))
+            for name, m in base.named_modules()
+        },
+        "trained": [name for name, p in base.named_parameters() if p.requires_grad],
+        "gradients": [name for name, p in base.named_parameters() if p.grad is not None],
+        "recomputes": base.is_activation_checkpointing,
+        "config": base.config.to_dict(),
+        "adapter": hasattr(base, "peft_config"),
+        "answer": base(input_ids=IDS).logits.detach(),
+    }
+
+
+def assert_same(before: Any, after: Any) -> None:
+    if isinstance(before, dict):
+        assert list(before) == list(after)
+        for name in before:
+            assert_same(before[name], after[name])
+    elif isinstance(before, torch.Tensor):
+        assert before.dtype == after.dtype and torch.equal(before, after)
+    else:
+        assert before == after
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_the_base_comes_back_as_it_was(name: str, lent: PreTrainedModel) -> None:
+    before = snapshot(lent)
+    settings = method(name)
+    model = attached(lent, settings)
+    model.train()
+    if METHODS[name].gradient_checkpointing:
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    train(model, settings, 0, 2)
+    detach(model)
+    assert_same(before, snapshot(lent))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_trained_is_float32_whatever_the_base_is(name: str, dtype: Any) -> None:
+    base = load_base(ModelConfig(name="tiny", dtype=dtype), None, "cpu")
+    model = attached(base, method(name))
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert trained == {torch.float32}
+    loss_of(model).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+# --- AdaLoRA ------------------------------------------------------------------------------
+
+ADALORA = {"init_r": 6, "target_r": 3}
+
+
+def kept_ranks(model: torch.nn.Module) -> int:
+    return sum(int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name)
+
+
+def test_adaloras_budget_shrinks_to_its_target() -> None:
+    settings = method("adalora", **ADALORA)
+    model = attached(load_base(TINY, None, "cpu"), settings)
+    matrices = sum("lora_E" in name for name, _ in model.named_parameters())
+    train(model, settings, 0, STEPS // 10)
+    assert kept_ranks(model) == 6 * matrices
+    train(model, settings, STEPS // 10, STEPS)
+    assert kept_ranks(model) == 3 * matrices
+    pattern = model.peft_config["default"].rank_pattern  # type: ignore[union-attr,index]
+    assert sum(sum(kept) for kept in pattern.values()) == 3 * matrices
+    # What was learned, not the order of the layers, says where the ranks stay.
+    assert len({sum(kept) for kept in pattern.values()}) > 1
+
+
+def test_adaloras_penalty_is_pefts_own() -> None:
+    settings = method("adalora", orth_reg_weight=0.3)
+    model = attached(load_base(TINY, None, "cpu"), settings)
+    train(model, settings, 0, 2)
+    assert isinstance(model, PeftModel)
+    inputs = {"input_ids": IDS, "labels": IDS}
+    with torch.no_grad():
+        theirs = model(**inputs).loss - model.get_base_model()(**inputs).loss
+        ours = regularizer(model, settings)
+    assert float(theirs) > 0.1
+    assert ours is not None and float(ours) == pytest.approx(float(theirs), abs=1e-5)
+    assert regularizer(model, method("adalora", orth_reg_weight=0)) is None
+    assert regularizer(model, method("lora")) is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_training_state_goes_into_a_fresh_model(name: str) -> None:
+    settings = method(name, **(ADALORA if name == "adalora" else {}))
+    trained = attached(load_base(TINY, None, "cpu"), settings)
+    train(trained, settings, 0, 4)
+    fresh = attached(load_base(TINY, None, "cpu"), settings)
+    load_training_state(fresh, training_state(trained))
+    assert torch.equal(loss_of(trained.eval()), loss_of(fresh.eval()))
+    train(trained, settings, 4, 6)
+    train(fresh, settings, 4, 6)
+    assert_same(training_state(trained), training_state(fresh))
