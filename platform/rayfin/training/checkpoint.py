@@ -1,4 +1,4 @@
-"""Finding, reading and ending a trial's checkpoints; each is a directory that is whole or absent."""
+"""Finding, reading and ending a trial's checkpoints; each directory is whole or absent."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayfin.methods import load_training_state, training_state
+from rayfin.models.quiet import no_progress_bars
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,12 @@ def publish_checkpoint(directory: Path, name: str) -> None:
 
 
 def clear_checkpoints(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    """Removes them all; renamed first, so that a killed removal leaves none that looks whole."""
+    doomed = directory.with_name(f".{directory.name}-done")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if directory.exists():
+        directory.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def save_state(model: torch.nn.Module, directory: Path) -> None:
@@ -64,5 +70,8 @@ def save_adapter(model: torch.nn.Module, tokenizer: object, directory: Path) -> 
 
     # `auto` would ask a model hub whether the vocabulary has grown.
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
-    model.save_pretrained(os.fspath(directory), **options)  # type: ignore[operator]
+    # P-Tuning saves what its encoder puts out now: dropout would be saved with it.
+    model.eval()
+    with no_progress_bars():
+        model.save_pretrained(os.fspath(directory), **options)  # type: ignore[operator]
     tokenizer.save_pretrained(os.fspath(directory))  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Counts from its construction. On GPUs: allocated by tensors; on CPU: resident in the process."""
+    """Counts from its construction. GPU: allocated by tensors; CPU: resident in the process."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -22,7 +23,8 @@ class PeakMemory:
         elif _CLEAR.exists():
             # Linux resets its high-water mark on writing 5 here (man 5 proc); a warm worker's next
             # trial must not be charged with the peak of the one before.
-            _CLEAR.write_text("5")
+            with contextlib.suppress(PermissionError):  # some containers forbid it
+                _CLEAR.write_text("5")
 
     def bytes(self) -> int:
         if self.device == "cuda":

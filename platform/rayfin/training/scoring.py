@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -59,7 +60,7 @@ def completion_logits(
         hidden = args[0]
         return (hidden[:, -labels.shape[1] : -1][wanted],)
 
-    unwrapped = getattr(model, "module", model)
+    unwrapped: Any = getattr(model, "module", model)
     handle = unwrapped.get_output_embeddings().register_forward_pre_hook(select)
     try:
         rest = {key: value for key, value in inputs.items() if key != "labels"}

@@ -1,4 +1,4 @@
-"""Transformers' Trainer, taught three things: our loss, our scores, and checkpoints that are whole."""
+"""Transformers' Trainer, taught three things: our loss, our scores, and whole checkpoints."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ class TrialTrainer(Trainer):
         # The loss below is a sum over tokens divided by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.method, self.train_config, self.samples = method, train, data
+        self.trained: torch.nn.Module = model  # as it was given: never wrapped, never None
         self.pad_token_id, self.directory = pad_token_id, directory
         self.on_evaluation = on_evaluation
         self.planned, self.samples_per_step = planned, samples_per_step
@@ -141,7 +142,7 @@ class TrialTrainer(Trainer):
         self._clock.stop()
         rank, workers = self.accelerator.process_index, self.accelerator.num_processes
         own = score(
-            self.model,
+            self.trained,
             self.samples.eval[rank::workers],
             batch_size=self.train_config.per_device_eval_batch_size,
             pad_token_id=self.pad_token_id,
@@ -214,11 +215,11 @@ class TrialTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.args.should_save and output_dir is not None:
             shutil.rmtree(output_dir, ignore_errors=True)
-            save_state(self.model, Path(output_dir))
+            save_state(self.trained, Path(output_dir))
             write_json(Path(output_dir) / _SECONDS, self.train_seconds)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_state(self.model, Path(resume_from_checkpoint))
+        load_state(self.trained, Path(resume_from_checkpoint))
         self._clock.before = json.loads((Path(resume_from_checkpoint) / _SECONDS).read_text())
 
 
@@ -254,7 +255,7 @@ class _Flow(TrainerCallback):
         self.trainer._clock.stop()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        after_optimizer_step(self.trainer.model, self.trainer.method, state.global_step)
+        after_optimizer_step(self.trainer.trained, self.trainer.method, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         train = self.trainer.train_config

@@ -45,7 +45,14 @@ def run_trial(
     hardware = hardware or describe_hardware()
     warm = warm or Warm()
     try:
-        return _train(spec, report, directory, hardware, warm, num_workers)
+        return _train(
+            spec,
+            report,
+            directory=directory,
+            hardware=hardware,
+            warm=warm,
+            num_workers=num_workers,
+        )
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
         warm.drop_base()
@@ -61,6 +68,7 @@ def run_trial(
 def _train(
     spec: TrialSpec,
     report: Report,
+    *,
     directory: Path,
     hardware: Hardware,
     warm: Warm,
@@ -140,18 +148,15 @@ def _give_back(
     model: torch.nn.Module, trainer: TrialTrainer | None, warm: Warm, *, changed: bool
 ) -> None:
     """Returns the base model to the worker, or drops it if its weights were trained."""
-    import gc
-
     if changed:
         warm.drop_base()
     else:
         detach(model)
     if trainer is not None:
-        # The optimizer's state would otherwise stay until the next collection, beside the next trial's.
+        # Else the optimizer's state would stay beside the next trial's until a collection.
         trainer.optimizer = None
         trainer.lr_scheduler = None
         trainer.accelerator.free_memory()
-    gc.collect()
 
 
 def _classify(error: Exception) -> RayfinError:
