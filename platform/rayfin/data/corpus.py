@@ -37,7 +37,13 @@ def load_corpus(config: DataConfig) -> Corpus:
             "training and evaluation need at least 2"
         )
     ordered = sorted(examples, key=lambda example: _hash(_ORDER_SALT, example.canonical()))
-    train, held_out = hold_out(ordered[: config.max_samples], config.val_size)
+    kept = ordered[: config.max_samples]
+    if len({example.canonical() for example in kept}) == 1:
+        raise DataError(
+            f"data.path: '{config.path}': all {len(kept)} rows are the same; "
+            "give at least 2 different ones"
+        )
+    train, held_out = hold_out(kept, config.val_size)
     return Corpus(train, held_out, shape, _digest(train, held_out), tuple(skipped))
 
 
@@ -49,7 +55,7 @@ def hold_out(
     Samples with the same prompt stay together, or a model could know the answer from training.
     Prompts are taken in the order of their hash, so that new samples move few old ones; one whose
     samples would not all fit is passed over. Where all prompts are the same, whole samples are
-    kept together instead.
+    kept together instead; at least two must differ.
     """
     keyed: Callable[[Example], str] = Example.canonical_prompt
     if len({keyed(example) for example in examples}) == 1:
@@ -57,10 +63,6 @@ def hold_out(
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         groups[_hash(_EVAL_SALT, keyed(example))].append(example)
-    if len(groups) == 1:
-        raise DataError(
-            f"data.path: all {len(examples)} rows are the same; give at least 2 different ones"
-        )
     wanted = min(max(round(val_size * len(examples)), 1), len(examples) - 1)
     held: set[str] = set()
     taken = 0

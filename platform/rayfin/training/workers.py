@@ -48,8 +48,8 @@ def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator
             )
     except (ConnectionError, ValueError) as error:  # ValueError: ray:// without ray[client]
         raise HardwareError(
-            f"no Ray cluster can be reached at '{address}' ({error}); start one with `ray start --head`, "
-            "or leave --address and RAY_ADDRESS out"
+            f"no Ray cluster can be reached at '{address}' ({error}); start one with "
+            "`ray start --head`, or leave --address and RAY_ADDRESS out"
         ) from error
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -95,8 +96,10 @@ class SweepPlan:
 def new_plan(config: Config, storage: Storage) -> SweepPlan:
     """A plan with a name of its own: what it tunes, on what, and when."""
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data.path).stem).strip("-") or "sweep"
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
-    return SweepPlan(f"{stem}-{config.method.type}-{stamp}".replace("_", "-"), config, storage)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    # Two sweeps may start in the same second.
+    name = f"{stem}-{config.method.type}-{stamp}-{secrets.token_hex(3)}".replace("_", "-")
+    return SweepPlan(name, config, storage)
 
 
 def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:

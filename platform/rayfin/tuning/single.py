@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rayfin.config import Config
+from rayfin.errors import HardwareError
 from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import check_combination
@@ -50,15 +51,19 @@ def train_once(
     if in_group:
         from rayfin.training.workers import ray_cluster, run_in_worker_group
 
-        with ray_cluster(address):
-            result = run_in_worker_group(
-                trial.spec,
-                report,
-                directory=trial.directory,
-                scaling=config.scaling,
-                corpora=plan.corpora,
-                max_failures=config.sweep.max_failures,
-            )
+        try:
+            with ray_cluster(address):
+                result = run_in_worker_group(
+                    trial.spec,
+                    report,
+                    directory=trial.directory,
+                    scaling=config.scaling,
+                    corpora=plan.corpora,
+                    max_failures=config.sweep.max_failures,
+                )
+        except HardwareError as error:  # the cluster is too small: a failed trial is a row, too
+            history.put(row.updated(status="failed", error=str(error)))
+            raise
     else:
         from rayfin.training.trial import run_trial
         from rayfin.training.warm import Warm
