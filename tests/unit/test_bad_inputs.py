@@ -262,6 +262,12 @@ SPACE = [
         "sweep.parameters.storage=[a,b]",
         say=("sweep.parameters.storage", "model, data, method, train"),
     ),
+    case(
+        "workers-in-a-sweep",
+        *SWEEP,
+        "scaling.num_workers=2",
+        say=("scaling.num_workers=2", "scaling.num_workers=1", "rayfin train"),
+    ),
     case("no-axis", *SWEEP, "sweep.parameters={}", say=("sweep.parameters", "rayfin train")),
     case("empty-axis", *SWEEP, "sweep.parameters.method.r=[]", say=("method.r", "at least one")),
     case("axis-no-list", *SWEEP, "sweep.parameters.method.r=4", say=("method.r", "list of values")),

@@ -32,6 +32,12 @@ def check_space(config: Config) -> None:
             "sweep.parameters: is empty, there is nothing to sweep; give an axis, such as "
             "sweep.parameters.method.r=[4,8,16], or run one trial with rayfin train"
         )
+    if config.scaling.num_workers > 1:
+        raise ConfigError(
+            f"scaling.num_workers={config.scaling.num_workers}: a sweep runs each trial in one "
+            "process, and trials side by side (sweep.max_concurrent_trials); set "
+            "scaling.num_workers=1, or train a single run with rayfin train"
+        )
     known = _sweepable(config)
     for axis, choices in axes.items():
         if axis not in known:

@@ -125,9 +125,9 @@ def _tune(
 
     def recall(trial: PlannedTrial) -> TrialRecord | None:
         earlier = None if rerun else history.finished(trial.fingerprint)
-        if earlier is None or not (
-            earlier.directory and Path(earlier.directory, "adapter").is_dir()
-        ):
+        if earlier is None or plan.config.sweep.metric not in earlier.metrics:
+            return None
+        if not (earlier.directory and Path(earlier.directory, "adapter").is_dir()):
             return None
         row = recalled(trial, earlier)
         history.put(row)
