@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so that `rayfin --help` answers at
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -40,6 +41,9 @@ def script(verb: str, defaults: str, description: str) -> int:
 
 
 def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
+    # Before torch is loaded, here or in a Ray worker: threads that spin while they wait slow each
+    # other down several times over when something else runs on the machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = parser.parse_args(argv)
         code: int = args.handler(args)
