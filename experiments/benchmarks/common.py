@@ -33,7 +33,9 @@ def run_side(script: str, side: str, work: Path, *, quick: bool) -> dict[str, An
         command = [sys.executable, script, "--side", side, "--work", str(work), "--out", str(out)]
         command += ["--quick"] if quick else []
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, env=quiet_environment())
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, env=quiet_environment()
+        )
         wall = time.perf_counter() - started
         if done.returncode != 0:
             raise SystemExit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")

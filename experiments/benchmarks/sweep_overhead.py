@@ -124,7 +124,7 @@ def documented_side(args: Namespace) -> list[dict[str, Any]]:
 
 
 def write_samples(work: Path, quick: bool) -> None:
-    """What rayfin will train on, for the other side; also converts the model, before any clock runs."""
+    """What rayfin will train on, for the other side; converts the model before any clock runs."""
     from rayfin.data import load_corpus, tokenize_corpus
     from rayfin.models import load_tokenizer, locate
     from rayfin.training.batches import plan_samples
