@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,12 +67,16 @@ def load_state(model: torch.nn.Module, directory: Path) -> None:
 
 def save_adapter(model: torch.nn.Module, tokenizer: object, directory: Path) -> None:
     """A plain PEFT adapter (or, for full fine-tuning, a plain model) with its tokenizer."""
-    from peft import PeftModel
+    from peft import PeftModel, PeftType
+    from peft.utils.warning import PeftWarning
 
     # `auto` would ask a model hub whether the vocabulary has grown.
     options = {"save_embedding_layers": False} if isinstance(model, PeftModel) else {}
     # P-Tuning saves what its encoder puts out now: dropout would be saved with it.
     model.eval()
-    with no_progress_bars():
+    with no_progress_bars(), warnings.catch_warnings():
+        if isinstance(model, PeftModel) and model.peft_type == PeftType.ADALORA:
+            # A matrix that was left no rank is empty on purpose; peft takes it for a lost shard.
+            warnings.filterwarnings("ignore", ".*tensor\\(s\\) have invalid shape", PeftWarning)
         model.save_pretrained(os.fspath(directory), **options)  # type: ignore[operator]
     tokenizer.save_pretrained(os.fspath(directory))  # type: ignore[attr-defined]

@@ -1,0 +1,222 @@
+"""A laboratory for trials: real ones, on a model and a file small enough for a second each."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from rayfin.config.method import METHOD_CONFIGS
+from rayfin.data import Tokens
+from rayfin.models import load_base
+from rayfin.training import TrialResult, TrialSpec, trial
+from rayfin.training.warm import Warm
+
+COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
+# Small enough for seconds, and with dropout wherever a method has it: a resume must draw the same.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "lora": {"lora_dropout": 0.2},
+    "qlora": {"lora_dropout": 0.2},
+    "dora": {"lora_dropout": 0.2},
+    "rslora": {"lora_dropout": 0.2},
+    "adalora": {"init_r": 6, "target_r": 3, "lora_dropout": 0.2},
+    "p_tuning": {"num_virtual_tokens": 4},
+    "prefix_tuning": {"num_virtual_tokens": 4},
+    "prompt_tuning": {"num_virtual_tokens": 4},
+}
+LEARNING_RATES = {
+    "full": 3e-3,
+    "rslora": 1e-2,
+    "adalora": 5e-2,
+    "ia3": 1e-1,
+    "prefix_tuning": 2e-1,
+    "prompt_tuning": 2e-1,
+}
+
+
+@dataclass
+class Finished:
+    """A trial that ran to its end, and what its model said while it was still in memory."""
+
+    spec: TrialSpec
+    result: TrialResult
+    answers: list[list[int]]
+
+    @property
+    def adapter(self) -> Path:
+        assert self.result.adapter is not None, self.result.error
+        return self.result.adapter
+
+
+class Lab:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.data = root / "colours.jsonl"
+        rows = [
+            {"prompt": f"say {name}{' please' * (i % 4)} {i}", "completion": name[::-1]}
+            for name in COLOURS
+            for i in range(5)
+        ]
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.warm = Warm()
+        self._kept: dict[str, Finished] = {}
+
+    def spec(
+        self,
+        method: str = "lora",
+        settings: dict[str, Any] | None = None,
+        *,
+        data: dict[str, Any] | None = None,
+        model: str = "tiny",
+        **train: Any,
+    ) -> TrialSpec:
+        """A trial of 8 steps, evaluated in the middle and at the end."""
+        return TrialSpec.model_validate(
+            {
+                "model": {"name": model},
+                "data": {"path": str(self.data), "max_length": 64, **(data or {})},
+                "method": {"type": method, **(SETTINGS.get(method, {}) | (settings or {}))},
+                "train": {
+                    "max_steps": 8,
+                    "eval_steps": 4,
+                    "learning_rate": LEARNING_RATES.get(method, 2e-2),
+                    **train,
+                },
+            }
+        )
+
+    def directory(self) -> Path:
+        return self.root / f"trial-{len(list(self.root.iterdir()))}"
+
+    def run(
+        self,
+        spec: TrialSpec,
+        *,
+        report: Callable[[TrialResult], bool | None] = lambda _: None,
+        warm: Warm | None = None,
+        directory: Path | None = None,
+    ) -> TrialResult:
+        directory = directory or self.directory()
+        directory.mkdir(exist_ok=True)
+        return trial.run_trial(spec, report, directory=directory, warm=warm or self.warm)
+
+    def finish(self, spec: TrialSpec) -> Finished:
+        """Runs `spec` and asks its model for greedy answers before it is taken apart; kept."""
+        key = spec.model_dump_json()
+        if key in self._kept:
+            return self._kept[key]
+        answers: list[list[int]] = []
+        save = trial.save_adapter
+
+        def answer_and_save(model: torch.nn.Module, tokenizer: object, directory: Path) -> None:
+            save(model, tokenizer, directory)
+            answers.extend(self.answers(model, spec))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trial, "save_adapter", answer_and_save)
+            result = self.run(spec)
+        self._kept[key] = Finished(spec, result, answers)
+        return self._kept[key]
+
+    def answers(self, model: Any, spec: TrialSpec) -> list[list[int]]:
+        """Greedy continuations of three prompts."""
+        model.eval()
+        return [self.continued(model, self.prompt(sample)) for sample in self.held_out(spec)[:3]]
+
+    @staticmethod
+    def prompt(sample: Tokens) -> list[int]:
+        """What generation is given: the tokens before the first that is learned."""
+        first = next(at for at, label in enumerate(sample["labels"]) if label >= 0)
+        return sample["input_ids"][:first]
+
+    def continued(self, model: Any, prompt: list[int], tokens: int = 6) -> list[int]:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        return [int(token) for token in output[0, len(prompt) :]]
+
+    def held_out(self, spec: TrialSpec) -> list[Tokens]:
+        return self.warm.tokenized(spec).eval
+
+    def plain_loss(self, model: torch.nn.Module, spec: TrialSpec) -> float:
+        """Mean loss over the labels of the held-out samples, one sample at a time, no padding."""
+        total, count = 0.0, 0
+        model.eval()
+        with torch.no_grad():
+            for sample in self.held_out(spec):
+                ids, labels = (torch.tensor([sample[key]]) for key in ("input_ids", "labels"))
+                logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+                last = logits[0, -ids.shape[1] : -1]
+                total += float(functional.cross_entropy(last, labels[0, 1:], reduction="sum"))
+                count += int((labels[:, 1:] != -100).sum())
+        return total / count
+
+    def reload(self, finished: Finished) -> Any:
+        """The saved adapter through plain PEFT, on a base loaded anew."""
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        if finished.spec.method.type == "full":
+            return AutoModelForCausalLM.from_pretrained(finished.adapter)
+        base = load_base(finished.spec.model, finished.spec.method.quantization_bit, "cpu")
+        return PeftModel.from_pretrained(base, finished.adapter)
+
+    @staticmethod
+    def losses(result: TrialResult) -> list[float]:
+        return [point["loss"] for point in result.curve if "loss" in point]
+
+    @staticmethod
+    def killed(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Runs trials in a process of their own that kill themselves; see killed_trials.py."""
+        script = Path(__file__).with_name("killed_trials.py")
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", script],
+            input=json.dumps(jobs),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=200,
+            env={"PYTHONPATH": ":".join(sys.path), **_environment()},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends: list[dict[str, Any]] = json.loads(done.stdout)
+        return ends
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    kept = ("PATH", "HOME", "RAYFIN_CACHE", "XDG_CACHE_HOME", "TMPDIR", "HF_HUB_OFFLINE")
+    return {name: os.environ[name] for name in kept if name in os.environ}
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A model this small gains nothing from a second thread, and waits for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "every_method" in metafunc.fixturenames:
+        metafunc.parametrize("every_method", METHOD_CONFIGS)

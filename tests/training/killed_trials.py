@@ -1,0 +1,98 @@
+"""Runs each trial of a JSON list on stdin in a forked child that kills itself on the way.
+
+A job is {spec, directory, step | event}: SIGKILL in the middle of that step, or at the trial's
+n-th touch of a file of its own. Prints a JSON list of {signal, events}, in order.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft  # noqa: F401
+import torch
+
+from rayfin.hardware import describe_hardware
+from rayfin.training.spec import TrialSpec
+from rayfin.training.trainer import TrialTrainer
+from rayfin.training.trial import run_trial
+from rayfin.training.warm import Warm
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_in_step(step: int) -> None:
+    compute_loss = TrialTrainer.compute_loss
+
+    def deadly(self: TrialTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        if self.state.global_step == step:
+            die()
+        return loss
+
+    TrialTrainer.compute_loss = deadly  # type: ignore[method-assign]
+
+
+class Events:
+    """Counts what this process does to files under `directory`, and dies at the n-th time."""
+
+    def __init__(self, directory: str, last: int) -> None:
+        self.directory, self.last, self.count = directory, last, 0
+        sys.addaudithook(self)
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            return
+        if isinstance(args[0], (str, Path)) and str(args[0]).startswith(self.directory):
+            self.count += 1
+            if self.count == self.last:
+                die()
+
+
+def run(job: dict[str, Any], warm: Warm, events_to: int) -> None:
+    if "step" in job:
+        die_in_step(job["step"])
+    events = Events(job["directory"], job.get("event", -1))
+    spec = TrialSpec.model_validate_json(job["spec"])
+    result = run_trial(spec, lambda _: None, directory=Path(job["directory"]), warm=warm)
+    assert result.status == "finished", result.error
+    os.write(events_to, str(events.count).encode())
+
+
+def run_in_child(job: dict[str, Any], warm: Warm) -> dict[str, Any]:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            run(job, warm, writing)
+            os._exit(0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading) as pipe:
+        events = pipe.read()
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        sys.exit("a trial failed")
+    ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return {"signal": ended_by, "events": int(events or 0)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = sys.stdout
+    sys.stdout = sys.stderr
+    jobs = json.load(sys.stdin)
+    # What every child needs is imported and loaded once, before the first fork.
+    warm, first = Warm(), TrialSpec.model_validate_json(jobs[0]["spec"])
+    warm.tokenized(first)
+    warm.base(first, describe_hardware())
+    ends = [run_in_child(job, warm) for job in jobs]
+    print(json.dumps(ends), file=results, flush=True)

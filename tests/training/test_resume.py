@@ -1,0 +1,136 @@
+"""A trial that is killed goes on where it was, and its losses with it."""
+
+from __future__ import annotations
+
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.config.method import METHOD_CONFIGS
+from rayfin.training import TrialSpec
+from rayfin.training.checkpoint import latest_checkpoint
+from rayfin.training.trainer import TrialTrainer
+
+
+@pytest.fixture
+def steps_taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that trials in this process take from now on."""
+    taken: list[int] = []
+    compute_loss = TrialTrainer.compute_loss
+
+    def counted(self: TrialTrainer, *args: Any, **kwargs: Any) -> Any:
+        taken.append(self.state.global_step)
+        return compute_loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(TrialTrainer, "compute_loss", counted)
+    return taken
+
+
+def saved_at_every_step(spec: TrialSpec) -> TrialSpec:
+    return spec.model_copy(update={"train": spec.train.model_copy(update={"save_steps": 1})})
+
+
+def kill_in_a_step(lab: Any, specs: list[TrialSpec]) -> list[tuple[Path, int]]:
+    """Starts each trial in a process that dies in a random step; its directory and that step."""
+    jobs = [
+        {
+            "spec": saved_at_every_step(spec).model_dump_json(),
+            "directory": str(lab.root / f"killed-{spec.model.name}-{spec.method.type}"),
+            "step": random.randint(1, spec.train.max_steps - 1),
+        }
+        for spec in specs
+    ]
+    for job in jobs:
+        Path(job["directory"]).mkdir()
+    assert [end["signal"] for end in lab.killed(jobs)] == [signal.SIGKILL] * len(jobs)
+    return [(Path(job["directory"]), job["step"]) for job in jobs]
+
+
+@pytest.fixture(scope="module")
+def killed(lab: Any) -> dict[str, tuple[Path, int]]:
+    specs = [lab.spec(name) for name in METHOD_CONFIGS]
+    return dict(zip(METHOD_CONFIGS, kill_in_a_step(lab, specs), strict=True))
+
+
+def assert_goes_on(lab: Any, spec: TrialSpec, directory: Path, step: int, taken: list[int]) -> None:
+    whole = lab.finish(spec)
+    newest = latest_checkpoint(directory / "checkpoints")
+    assert newest is not None and newest.name == f"checkpoint-{step}"
+    taken.clear()
+    resumed = lab.run(saved_at_every_step(spec), directory=directory)
+    assert (resumed.status, resumed.error) == ("finished", None)
+    assert taken == list(range(step, spec.train.max_steps))
+    assert lab.losses(resumed) == pytest.approx(lab.losses(whole.result), abs=1e-4)
+    recorded = whole.result.metrics["eval_loss"]
+    assert resumed.metrics["eval_loss"] == pytest.approx(recorded, abs=1e-4)
+    assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.result.curve]
+    assert resumed.metrics["steps"] == spec.train.max_steps
+    assert [path.name for path in directory.iterdir()] == ["adapter"]
+
+
+def test_after_a_kill_the_losses_are_those_of_a_whole_run(
+    every_method: str, lab: Any, killed: dict[str, tuple[Path, int]], steps_taken: list[int]
+) -> None:
+    assert_goes_on(lab, lab.spec(every_method), *killed[every_method], steps_taken)
+
+
+def test_a_kill_at_any_touch_of_a_file_leaves_a_trial_that_goes_on(lab: Any) -> None:
+    spec = lab.spec(max_steps=3, eval_steps=1)
+    whole = lab.finish(spec)
+    job = {"spec": spec.model_dump_json(), "directory": str(lab.root / "events-all")}
+    Path(job["directory"]).mkdir()
+    touches = lab.killed([job])[0]["events"]
+    assert touches > 20
+    # The last touches write the adapter and clear the checkpoints away.
+    chosen = {touches, touches - 3, *random.sample(range(2, touches - 3), 3)}
+    jobs = [job | {"directory": str(lab.root / f"events-{n}"), "event": n} for n in chosen]
+    for job in jobs:
+        Path(job["directory"]).mkdir()
+    ends = lab.killed(jobs)
+    for job, end in zip(jobs, ends, strict=True):
+        assert end["signal"] == signal.SIGKILL, job
+        resumed = lab.run(spec, directory=Path(job["directory"]))
+        assert resumed.status == "finished", (job, resumed.error)
+        assert lab.losses(resumed) == pytest.approx(lab.losses(whole.result), abs=1e-4), job
+
+
+def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
+    directory = lab.root / "interrupted"
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    spec = lab.spec(save_steps=1, eval_steps=3)
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(spec, report=interrupt, directory=directory)
+    newest = latest_checkpoint(directory / "checkpoints")
+    assert newest is not None
+    before = float((newest / "train_seconds.json").read_text())
+    assert before > 0
+    assert lab.run(spec, directory=directory).metrics["train_seconds"] > before
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_smollm2_goes_on_too(lab: Any, steps_taken: list[int]) -> None:
+    specs = [
+        lab.spec(
+            name,
+            model="smollm2-135m",
+            data={"max_length": 40, "max_samples": 12, "val_size": 0.2},
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=1e-3,
+        )
+        for name in ("lora", "p_tuning", "qlora")
+    ]
+    for spec, (directory, step) in zip(specs, kill_in_a_step(lab, specs), strict=True):
+        assert_goes_on(lab, spec, directory, step, steps_taken)
+        finished = lab.finish(spec)
+        model = lab.reload(finished)
+        recorded = finished.result.metrics["eval_loss"]
+        assert lab.plain_loss(model, spec) == pytest.approx(recorded, abs=1e-4)
+        assert lab.answers(model, spec) == finished.answers

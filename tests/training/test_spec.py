@@ -1,0 +1,95 @@
+"""A fingerprint names what is computed: every hyperparameter, and nothing of where it runs."""
+
+from __future__ import annotations
+
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.config import Config, TrainConfig
+from rayfin.config.method import METHOD_CONFIGS
+from rayfin.training import TrialResult, TrialSpec
+
+# How often one looks, and how a step's samples are cut into batches, is not what is computed.
+FREE = {"per_device_eval_batch_size", "eval_steps", "save_steps", "stage"}
+OTHER: dict[str, Any] = {
+    "lr_scheduler_type": "linear",
+    "target_modules": ["q_proj"],
+    "feedforward_modules": ["down_proj"],
+    "prompt_tuning_init": "RANDOM",
+    "prompt_tuning_init_text": "a text",
+    "encoder_reparameterization_type": "LSTM",
+    "quantization_bit": 8,
+    "encoder_hidden_size": 7,
+    "prefix_projection": True,
+}
+
+
+def other(name: str, value: Any) -> Any:
+    if name in OTHER:
+        return OTHER[name]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else value / 2 + 0.01
+
+
+def fingerprint(sections: dict[str, Any], **where: Any) -> str:
+    spec = TrialSpec.of(Config.model_validate(sections))
+    return spec.fingerprint(**({"model_identity": "tiny@1", "data_digest": "d"} | where))
+
+
+@pytest.mark.parametrize("name", sorted(set(TrainConfig.model_fields) - FREE))
+def test_every_training_setting_enters(name: str) -> None:
+    changed = {"train": {name: other(name, getattr(TrainConfig(), name))}}
+    assert fingerprint(changed) != fingerprint({})
+
+
+def test_every_setting_of_every_method_enters() -> None:
+    for kind, config in METHOD_CONFIGS.items():
+        plain = config.model_validate({"type": kind})
+        for name in set(config.model_fields) - {"type"}:
+            changed = {"type": kind, name: other(name, getattr(plain, name))}
+            assert fingerprint({"method": changed}) != fingerprint({"method": {"type": kind}}), name
+    kinds = {fingerprint({"method": {"type": kind}}) for kind in METHOD_CONFIGS}
+    assert len(kinds) == len(METHOD_CONFIGS)
+
+
+def test_model_data_and_length_enter_by_content() -> None:
+    plain = fingerprint({})
+    assert fingerprint({}, model_identity="tiny@2") != plain
+    assert fingerprint({}, data_digest="e") != plain
+    assert fingerprint({"data": {"max_length": 99}}) != plain
+    assert fingerprint({"model": {"dtype": "bfloat16"}}) != plain
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"scaling": {"num_workers": 4, "use_gpu": False, "strategy": "ddp"}},
+        {"storage": "elsewhere", "history": "sqlite:///h.sqlite"},
+        {"data": {"path": "elsewhere.jsonl"}, "model": {"name": "copy-of-it"}},
+        {"train": {"eval_steps": 3, "save_steps": 2, "per_device_eval_batch_size": 3}},
+        {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
+        {"sweep": {"num_samples": 99}, "publish": {"name": "x"}},
+    ],
+    ids="-".join,
+)
+def test_where_it_runs_does_not_enter(sections: dict[str, Any]) -> None:
+    assert fingerprint(sections) == fingerprint({})
+
+
+def test_workers_enter_through_the_samples_of_a_step() -> None:
+    plain = fingerprint({"train": {"per_device_train_batch_size": 8}})
+    halves = {"train": {"per_device_train_batch_size": 4}}
+    assert fingerprint(halves, num_workers=2) == plain
+    assert fingerprint(halves, num_workers=1) != plain
+
+
+def test_a_result_is_plain_values() -> None:
+    result = TrialResult("finished", {"eval_loss": 1.5}, adapter=Path("a") / "b")
+    values = json.loads(json.dumps(result.as_dict()))
+    assert values["adapter"] == "a/b" and values["metrics"] == {"eval_loss": 1.5}
+    assert set(values) == set(typing.get_type_hints(TrialResult))

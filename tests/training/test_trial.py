@@ -1,0 +1,128 @@
+"""Every method, from a file of samples to an adapter that plain PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rayfin.methods import METHODS
+from rayfin.models import load_tokenizer
+from rayfin.training.checkpoint import latest_checkpoint
+
+METRICS = {
+    *("eval_loss", "perplexity", "exact_match", "token_accuracy"),
+    *("base_eval_loss", "base_perplexity", "base_exact_match", "base_token_accuracy"),
+    *("train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_bytes"),
+    *("trainable_parameters", "steps"),
+}
+
+
+def test_it_learns_and_says_so(every_method: str, lab: Any) -> None:
+    finished = lab.finish(lab.spec(every_method))
+    result = finished.result
+    assert (result.status, result.error) == ("finished", None)
+    metrics = result.metrics
+    assert set(metrics) == METRICS
+    assert all(math.isfinite(value) and value >= 0 for value in metrics.values())
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+    losses = lab.losses(result)
+    assert len(losses) == metrics["steps"] == 8
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert [p["step"] for p in result.curve if "eval_loss" in p] == [4, 8]
+    assert result.curve[-1]["eval_loss"] == metrics["eval_loss"]
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["eval_loss"]))
+    assert metrics["wall_seconds"] > metrics["train_seconds"] > 0
+    assert metrics["peak_memory_bytes"] > 50e6
+    assert metrics["tokens_per_second"] > 0
+    assert set(result.scenario) == {"model", "data", "hardware"}
+
+
+def test_the_adapter_reloads_to_the_same_model(every_method: str, lab: Any) -> None:
+    finished = lab.finish(lab.spec(every_method))
+    model = lab.reload(finished)
+    recorded = finished.result.metrics["eval_loss"]
+    assert lab.plain_loss(model, finished.spec) == pytest.approx(recorded, abs=1e-4)
+    assert lab.answers(model, finished.spec) == finished.answers
+
+
+def test_what_lies_beside_the_adapter(every_method: str, lab: Any) -> None:
+    finished = lab.finish(lab.spec(every_method))
+    directory = finished.adapter.parent
+    assert [path.name for path in directory.iterdir()] == ["adapter"]
+    assert latest_checkpoint(directory / "checkpoints") is None
+    weights = "model" if METHODS[every_method].changes_base else "adapter_model"
+    assert (finished.adapter / f"{weights}.safetensors").is_file()
+    assert not list(finished.adapter.glob("*.bin"))
+    tokenizer = load_tokenizer(finished.spec.model.model_copy(update={"name": "tiny"}))
+    assert (finished.adapter / "chat_template.jinja").read_text() == tokenizer.chat_template
+
+
+def test_p_tuning_saves_its_prompt_without_dropout(lab: Any) -> None:
+    settings = {
+        "encoder_reparameterization_type": "LSTM",
+        "encoder_dropout": 0.5,
+        "encoder_hidden_size": 16,
+    }
+    finished = lab.finish(lab.spec("p_tuning", settings))
+    loss = lab.plain_loss(lab.reload(finished), finished.spec)
+    assert loss == pytest.approx(finished.result.metrics["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["prefix_projection", "TEXT", "ia3", "rank 0"])
+def test_other_settings_reload_too(kind: str, lab: Any) -> None:
+    specs = {
+        "prefix_projection": lab.spec("prefix_tuning", {"prefix_projection": True}),
+        "TEXT": lab.spec(
+            "prompt_tuning",
+            {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "Spell it backwards"},
+        ),
+        "ia3": lab.spec(
+            "ia3",
+            {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        ),
+        "rank 0": lab.spec("adalora", max_steps=4),
+    }
+    if kind == "rank 0":
+        # A short schedule takes all ranks of some matrices away.
+        config = json.loads((lab.finish(specs[kind]).adapter / "adapter_config.json").read_text())
+        assert 0 in [sum(kept) for kept in config["rank_pattern"].values()]
+    finished = lab.finish(specs[kind])
+    loss = lab.plain_loss(lab.reload(finished), finished.spec)
+    assert loss == pytest.approx(finished.result.metrics["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "name", ["lora", "dora", "adalora", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
+)
+def test_over_a_quantised_base(name: str, bits: int, lab: Any) -> None:
+    finished = lab.finish(lab.spec(name, {"quantization_bit": bits}))
+    metrics = finished.result.metrics
+    assert finished.result.status == "finished", finished.result.error
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+    if (name, bits) == ("dora", 8):
+        # peft 0.21 loses the scales of 8-bit weights at every call on CPU; within rayfin a hook
+        # puts them back, in plain PEFT nothing does.
+        return
+    model = lab.reload(finished)
+    assert lab.plain_loss(model, finished.spec) == pytest.approx(metrics["eval_loss"], abs=1e-4)
+    assert lab.answers(model, finished.spec) == finished.answers
+
+
+def test_adapters_are_saved_in_float32(every_method: str, lab: Any) -> None:
+    finished = lab.finish(lab.spec(every_method))
+    (file,) = finished.adapter.glob("*model.safetensors")
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "qlora", "ia3", "p_tuning"])
+def test_recomputing_activations_changes_nothing_but_memory(name: str, lab: Any) -> None:
+    recomputed = lab.run(lab.spec(name, gradient_checkpointing=True))
+    assert recomputed.status == "finished", recomputed.error
+    plain = lab.finish(lab.spec(name)).result
+    assert lab.losses(recomputed) == pytest.approx(lab.losses(plain), abs=1e-5)
