@@ -12,13 +12,13 @@ from rayfin.cli import script
 
 DEFAULTS = """
 model:  {name: smollm2-135m}
-data:   {path: pydocs, max_samples: 320, max_length: 128, val_size: 0.2}
+data:   {path: pydocs, max_samples: 300, max_length: 128, val_size: 0.15}
 method: {type: qlora, r: 8, lora_alpha: 16, target_modules: all-linear, quantization_bit: 4}
 train:
   learning_rate: 1.0e-3
   per_device_train_batch_size: 8
-  max_steps: 24
-  eval_steps: 8
+  max_steps: 20
+  eval_steps: 7
   lr_scheduler_type: cosine
   warmup_ratio: 0.05
 sweep:

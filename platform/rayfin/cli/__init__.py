@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from rayfin import __version__
@@ -44,6 +45,8 @@ def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
     # Before torch is loaded, here or in a Ray worker: threads that spin while they wait slow each
     # other down several times over when something else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # PEFT still asks Transformers by the old name; users can do nothing about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
         args = parser.parse_args(argv)
         code: int = args.handler(args)
