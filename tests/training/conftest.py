@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -189,18 +190,11 @@ class Lab:
             text=True,
             check=False,
             timeout=200,
-            env={"PYTHONPATH": ":".join(sys.path), **_environment()},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         )
         assert done.returncode == 0, done.stderr[-3000:]
         ends: list[dict[str, Any]] = json.loads(done.stdout)
         return ends
-
-
-def _environment() -> dict[str, str]:
-    import os
-
-    kept = ("PATH", "HOME", "RAYFIN_CACHE", "XDG_CACHE_HOME", "TMPDIR", "HF_HUB_OFFLINE")
-    return {name: os.environ[name] for name in kept if name in os.environ}
 
 
 @pytest.fixture(scope="session")

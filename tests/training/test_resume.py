@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.training import TrialSpec
@@ -113,16 +115,24 @@ def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
     assert lab.run(spec, directory=directory).metrics["train_seconds"] > before
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.mark.smollm2
 @pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
 def test_smollm2_goes_on_too(lab: Any, steps_taken: list[int]) -> None:
     specs = [
         lab.spec(
             name,
             model="smollm2-135m",
-            data={"max_length": 40, "max_samples": 12, "val_size": 0.2},
-            max_steps=4,
-            per_device_train_batch_size=2,
+            data={"max_length": 40, "max_samples": 8, "val_size": 0.2},
+            max_steps=3,
+            per_device_train_batch_size=1,
             learning_rate=1e-3,
         )
         for name in ("lora", "p_tuning", "qlora")
