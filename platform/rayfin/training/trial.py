@@ -7,7 +7,7 @@ import shutil
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import RayfinError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
@@ -44,15 +44,14 @@ def run_trial(
     """
     hardware = hardware or describe_hardware()
     warm = warm or Warm()
+    scenario: dict[str, Any] = {}  # also of a trial that fails: what ran out of memory, and where
     try:
-        return _train(
-            spec,
-            report,
-            directory=directory,
-            hardware=hardware,
-            warm=warm,
-            num_workers=num_workers,
-        )
+        scenario = {
+            "model": describe_model(spec.model).as_dict(),
+            "hardware": hardware.as_dict() | {"num_workers": num_workers},
+        }
+        scenario["data"] = warm.tokenized(spec).profile.as_dict()
+        return _train(spec, report, directory, hardware=hardware, warm=warm, scenario=scenario)
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
         warm.drop_base()
@@ -61,6 +60,7 @@ def run_trial(
         write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
         return TrialResult(
             status="oom" if isinstance(failure, TrialOutOfMemory) else "failed",
+            scenario=scenario,
             error=f"{failure}",
         )
 
@@ -68,11 +68,11 @@ def run_trial(
 def _train(
     spec: TrialSpec,
     report: Report,
-    *,
     directory: Path,
+    *,
     hardware: Hardware,
     warm: Warm,
-    num_workers: int,
+    scenario: dict[str, Any],
 ) -> TrialResult:
     from transformers import set_seed
 
@@ -84,11 +84,6 @@ def _train(
     data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
     base_scores = warm.base_scores(spec, hardware)
     base = warm.base(spec, hardware)
-    scenario = {
-        "model": describe_model(spec.model).as_dict(),
-        "data": data.profile.as_dict(),
-        "hardware": hardware.as_dict() | {"num_workers": num_workers},
-    }
 
     def stands(trainer: TrialTrainer, status: Status, adapter: Path | None = None) -> TrialResult:
         metrics = {
@@ -117,7 +112,7 @@ def _train(
             hardware=hardware,
             directory=checkpoints,
             on_evaluation=lambda trainer: report(stands(trainer, "running")),
-            num_workers=num_workers,
+            num_workers=scenario["hardware"]["num_workers"],
         )
         if trainer.args.should_save:
             shutil.rmtree(staging(checkpoints), ignore_errors=True)
