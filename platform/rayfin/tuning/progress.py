@@ -32,13 +32,13 @@ class Progress:
         self.console = console or Console(stderr=True, highlight=False)
         self._live: Live | None = None
         self._rows: dict[str, TrialRecord] = {}
-        self._done_before = 0.0
+        self._before: set[str] = set()
 
     def begin(self, plan: SweepPlan, known: Sequence[TrialRecord]) -> None:
         self._config, self._sweep_id = plan.config, plan.sweep_id
         self._total = plan.config.sweep.num_samples
         self._rows = {row.trial_id: row for row in known}
-        self._done_before = self._done()
+        self._before = set(self._rows)
         self._started = time.monotonic()
         carried = f", {len(known)} trials already done" if known else ""
         self.console.print(f"sweep {plan.sweep_id}: {self._total} trials{carried}")
@@ -61,15 +61,21 @@ class Progress:
 
     def eta_seconds(self) -> float | None:
         """Seconds left at the pace so far; None before anything is done."""
-        done = self._done()
-        if done <= self._done_before:
+        # What was done before, or never trained, sets no pace.
+        timed = [
+            _share(row)
+            for row in list(self._rows.values())
+            if row.trial_id not in self._before and "recalled_from" not in row.scenario
+        ]
+        if sum(timed) <= 0:
             return None
-        pace = (time.monotonic() - self._started) / (done - self._done_before)
-        return pace * max(0.0, self._total - done)
+        pace = (time.monotonic() - self._started) / sum(timed)
+        return pace * max(0.0, self._total - self._done())
 
     def _done(self) -> float:
         """Trials done, those that run by the share of their steps."""
-        return sum(_share(row) for row in self._rows.values())
+        # A copy: the table is drawn in a thread of its own.
+        return sum(_share(row) for row in list(self._rows.values()))
 
     def _line(self, row: TrialRecord) -> str:
         position = list(self._rows).index(row.trial_id) + 1

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
-from rayfin.history import History, TrialRecord, now
+from rayfin.history import TrialRecord, now
 from rayfin.history.versions import package_versions
 from rayfin.tuning.plan import PlannedTrial
 
 
-def started(planned: PlannedTrial, history: History) -> TrialRecord:
+def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialRecord:
     """The row of a trial that starts; one that was interrupted keeps the time of its creation."""
-    earlier = history.trials(sweep_id=sweep_of(planned), fingerprint=planned.fingerprint)
     return TrialRecord(
         trial_id=planned.trial_id,
         sweep_id=sweep_of(planned),
         fingerprint=planned.fingerprint,
         status="running",
-        created_at=earlier[0].created_at if earlier else now(),
+        created_at=created_at or now(),
         updated_at=now(),
         spec=planned.spec.model_dump(mode="json"),
         scenario={},

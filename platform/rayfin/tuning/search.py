@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +12,12 @@ from ray.tune.search import Searcher
 from rayfin.config import Config
 from rayfin.history import TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.space import Values, decode, distributions, encode, size, values_in
+from rayfin.tuning.space import Values, decode, distributions, encode, grid, size, values_in
 
-log = logging.getLogger(__name__)
-
-# A small discrete space is soon used up: so many draws in a row that were all tried before end it.
+# So many draws in a row that were all tried before: the sampler has nothing new in a small space.
 _PATIENCE = 50
+# A space of more points than this is not walked through for one that was not tried.
+_WALKED = 10_000
 
 Recall = Callable[[PlannedTrial], TrialRecord | None]
 """Looks a trial up in the history; a record that it returns is used instead of training again."""
@@ -31,6 +30,9 @@ class HistorySearch(Searcher):
     - `first`: points to try before the sampler's own: interrupted trials, an advisor's proposals.
     - `recall`: finished trials of other sweeps, told to the sampler without running them.
     """
+
+    done = False
+    """Nothing is left to suggest; what was suggested may still run."""
 
     def __init__(
         self,
@@ -50,41 +52,36 @@ class HistorySearch(Searcher):
             direction="minimize" if sweep.direction == "min" else "maximize",
         )
         self._asked: dict[str, optuna.Trial] = {}
+        self._next: tuple[optuna.Trial, PlannedTrial] | None = None
         self._seen: set[str] = set()
         self._left = sweep.num_samples - len(known)
         for record in known:
             self._learn(record)
         for values in first:
-            if (drawn := encode(plan.config, values)) is not None:
-                self._study.enqueue_trial(drawn)
+            self._enqueue(values)
         if sweep.search == "grid":
-            for values in _grid(plan.config):
-                self._study.enqueue_trial(encode(plan.config, values) or {})
+            for values in grid(plan.config):
+                self._enqueue(values)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles this for a restore that rayfin never makes."""
         return {}
 
+    def look_ahead(self) -> bool:
+        """Whether there is anything to train; what the history knows before that is recalled."""
+        self._next = self._next or self._propose()
+        self.done = self._next is None
+        return not self.done
+
     def suggest(  # type: ignore[override]  # Searcher.FINISHED is a str
         self, trial_id: str
     ) -> dict[str, Any] | str | None:
         """Tune's next trial configuration, or FINISHED when there is none left."""
-        for _ in range(_PATIENCE):
-            if self._left <= 0 or self._exhausted():
-                break
-            asked = self._study.ask(self._space)
-            trial = self._plan.trial(decode(self._plan.config, asked.params))
-            if trial.fingerprint in self._seen:
-                self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-                continue
-            self._seen.add(trial.fingerprint)
-            self._left -= 1
-            if (record := self._recall(trial)) is not None:
-                self._tell(asked, record)
-                continue
-            self._asked[trial_id] = asked
-            return trial.as_tune_config()
-        return Searcher.FINISHED
+        if not self.look_ahead() or self._next is None:
+            return Searcher.FINISHED
+        self._asked[trial_id], trial = self._next
+        self._next = None
+        return trial.as_tune_config()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """TPE learns from ended trials only."""
@@ -109,8 +106,45 @@ class HistorySearch(Searcher):
     def restore(self, checkpoint_path: str) -> None:
         """Nothing; see `save`."""
 
-    def _exhausted(self) -> bool:
-        return len(self._seen) >= size(self._plan.config)
+    def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
+        """The next trial that must be trained; those that needn't be are recalled on the way."""
+        while self._left > 0 and len(self._seen) < size(self._plan.config):
+            proposal = self._draw(_PATIENCE) or self._walk()
+            if proposal is None:
+                break
+            asked, trial = proposal
+            self._seen.add(trial.fingerprint)
+            self._left -= 1
+            if (record := self._recall(trial)) is None:
+                return proposal
+            self._study.tell(asked, float(record.metrics[self._plan.config.sweep.metric]))
+        return None
+
+    def _draw(self, times: int) -> tuple[optuna.Trial, PlannedTrial] | None:
+        """The sampler's first point of so many that was not tried."""
+        for _ in range(times):
+            asked = self._study.ask(self._space)
+            trial = self._plan.trial(decode(self._plan.config, asked.params))
+            if trial.fingerprint not in self._seen:
+                return asked, trial
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        return None
+
+    def _walk(self) -> tuple[optuna.Trial, PlannedTrial] | None:
+        """Any point of a small space that was not tried."""
+        if size(self._plan.config) > _WALKED:
+            return None
+        points = list(grid(self._plan.config))
+        random.Random(self._plan.config.sweep.seed).shuffle(points)
+        for values in points:
+            if self._plan.trial(values).fingerprint not in self._seen:
+                self._enqueue(values)
+                return self._draw(1)
+        return None
+
+    def _enqueue(self, values: Values) -> None:
+        if (drawn := encode(self._plan.config, values)) is not None:
+            self._study.enqueue_trial(drawn)
 
     def _learn(self, record: TrialRecord) -> None:
         """Adds an ended trial of this sweep to the study."""
@@ -123,9 +157,6 @@ class HistorySearch(Searcher):
             optuna.trial.create_trial(params=drawn, distributions=self._space, value=float(value))
         )
 
-    def _tell(self, asked: optuna.Trial, record: TrialRecord) -> None:
-        self._study.tell(asked, float(record.metrics[self._plan.config.sweep.metric]))
-
 
 def _sampler(config: Config) -> optuna.samplers.BaseSampler:
     sweep = config.sweep
@@ -136,8 +167,3 @@ def _sampler(config: Config) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(
         seed=sweep.seed, n_startup_trials=startup, multivariate=True, constant_liar=True
     )
-
-
-def _grid(config: Config) -> list[Values]:
-    axes = config.sweep.parameters
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]

@@ -41,7 +41,8 @@ def train_once(
     if not rerun and (earlier := history.finished(trial.fingerprint)) is not None:
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
-    row = started(trial, history)
+    before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
+    row = started(trial, before[0].created_at if before else None)
     history.put(row)
 
     def report(result: TrialResult) -> None:
@@ -49,7 +50,8 @@ def train_once(
         show(evaluation_line(result, config.train.max_steps))
 
     if in_group:
-        from rayfin.training.workers import ray_cluster, run_in_worker_group
+        from rayfin.training.workers import run_in_worker_group
+        from rayfin.tuning.cluster import ray_cluster, worker_resources
 
         try:
             with ray_cluster(address):
@@ -57,7 +59,8 @@ def train_once(
                     trial.spec,
                     report,
                     directory=trial.directory,
-                    scaling=config.scaling,
+                    num_workers=config.scaling.num_workers,
+                    resources=worker_resources(config.scaling),
                     corpora=plan.corpora,
                     max_failures=config.sweep.max_failures,
                 )

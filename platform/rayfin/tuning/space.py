@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, with_values
@@ -124,11 +124,17 @@ def decode(config: Config, drawn: Mapping[str, Any]) -> Values:
 
 
 def encode(config: Config, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Values of settings -> Optuna's parameters; None where a value lies outside the space."""
+    """Values of settings -> Optuna's parameters; None where a value lies outside the space.
+
+    A setting that the drawn method doesn't have may be missing, and then takes any value.
+    """
     drawn: dict[str, Any] = {}
     for axis, choices in config.sweep.parameters.items():
         if axis not in values:
-            return None
+            if not axis.startswith("method.") or "method.type" not in values:
+                return None
+            drawn[axis] = choices.lower if isinstance(choices, Space) else 0
+            continue
         value = values[axis]
         if isinstance(choices, Space):
             if not isinstance(value, (int, float)) or not choices.lower <= value <= choices.upper:
@@ -164,6 +170,17 @@ def size(config: Config) -> float:
         else:
             return math.inf
     return total
+
+
+def grid(config: Config) -> Iterator[Values]:
+    """Every point of a space of finite `size`."""
+    axes = config.sweep.parameters
+    values = (
+        range(int(choices.lower), int(choices.upper) + 1) if isinstance(choices, Space) else choices
+        for choices in axes.values()
+    )
+    for point in itertools.product(*values):
+        yield dict(zip(axes, point, strict=True))
 
 
 def _sweepable(config: Config) -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import socket
 import threading
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray.tune
 
@@ -13,9 +15,10 @@ from rayfin.data import Corpus
 from rayfin.errors import TrialError
 from rayfin.hardware import describe_hardware
 from rayfin.training.spec import TrialResult
-from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
 from rayfin.tuning.plan import PlannedTrial
+
+if TYPE_CHECKING:
+    from rayfin.training.warm import Warm
 
 # Lives as long as the process: Tune resets the trainable for each trial, this stays.
 _WARM: Warm | None = None
@@ -38,7 +41,10 @@ class WarmTrial(ray.tune.Trainable):
         num_threads: int = 1,
     ) -> None:
         global _WARM  # noqa: PLW0603
+        # Here, and not above: the driver, which only names this class, needs no torch.
         import torch
+
+        from rayfin.training.warm import Warm
 
         # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; tell torch too.
         torch.set_num_threads(num_threads)
@@ -55,7 +61,10 @@ class WarmTrial(ray.tune.Trainable):
             raise TrialError(f"the trial's thread ended: {result!r}")
         self._waiting = result.status == "running"
         flat = {"step": result.metrics.get("steps", 0), "done": not self._waiting}
-        return flat | _numbers(result) | {"outcome": result.as_dict()}
+        outcome = result.as_dict()
+        if result.scenario:
+            outcome["scenario"] = result.scenario | {"worker": _worker_facts()}
+        return flat | _numbers(result) | {"outcome": outcome}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._end()
@@ -74,13 +83,14 @@ class WarmTrial(ray.tune.Trainable):
         self._thread.start()
 
     def _end(self) -> None:
-        """Stops a trial that waits for word, and waits until the base model is free again."""
-        if self._waiting:
-            self._orders.put(False)
+        """Stops the trial at its next evaluation, and waits until the base model is free again."""
+        self._orders.put(False)
         self._thread.join()
 
     def _run(self, trial: PlannedTrial) -> None:
         try:
+            from rayfin.training.trial import run_trial
+
             result = run_trial(
                 trial.spec,
                 self._report,
@@ -96,6 +106,12 @@ class WarmTrial(ray.tune.Trainable):
     def _report(self, result: TrialResult) -> bool:
         self._results.put(result)
         return self._orders.get()
+
+
+def _worker_facts() -> dict[str, Any]:
+    """Which process trained, and how often it has loaded a base model so far."""
+    loads = _WARM.loads if _WARM is not None else 0
+    return {"host": socket.gethostname(), "pid": os.getpid(), "base_loads": loads}
 
 
 def _numbers(result: TrialResult) -> dict[str, float]:

@@ -1,0 +1,101 @@
+"""The Ray cluster that work runs on, and what fits on its nodes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import ray
+
+from rayfin.config import ScalingConfig
+from rayfin.errors import HardwareError
+from rayfin.hardware import cpu_count
+
+Resources = Mapping[str, float]
+"""Ray's names (CPU, GPU) -> how many."""
+
+
+@contextmanager
+def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
+    """Ray for the time of the block: the cluster at `address` or RAY_ADDRESS, else one of our own.
+
+    A Ray that was connected before stays as it is; one started here is shut down at the end.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    # A training platform tells nobody that it was used, unless it is asked to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if address and address != "local":
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            # "local", not None: None would join a cluster that somebody else started here.
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or cpu_count(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, ValueError) as error:  # ValueError: ray:// without ray[client]
+        raise HardwareError(
+            f"no Ray cluster can be reached at '{address}' ({error}); start one with "
+            "`ray start --head`, or leave --address and RAY_ADDRESS out"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Resources]:
+    """What each living node of the connected cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def fits(nodes: Sequence[Resources], need: Resources) -> int:
+    """How many processes that each `need` so much the nodes hold; none spans two nodes."""
+    wanted = {name: amount for name, amount in need.items() if amount > 0}
+    return sum(
+        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+        for node in nodes
+    )
+
+
+def even_share(
+    nodes: Sequence[Resources], processes: int, *, gpu: float = 0.0
+) -> dict[str, float] | None:
+    """The most whole CPUs that each of `processes` can have beside `gpu` GPUs (or part of one).
+
+    None where so many don't fit: Ray would wait for the missing ones for ever. A process on a GPU
+    goes without a CPU of its own where the nodes have too few.
+    """
+    cpus = int(sum(node.get("CPU", 0.0) for node in nodes))
+    for share in range(cpus // processes, -1 if gpu else 0, -1):
+        need = {"CPU": float(share), "GPU": gpu}
+        if fits(nodes, need) >= processes:
+            return need
+    return None
+
+
+def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
+    """For each worker of a group: a GPU where there are enough, else an even share of the CPUs.
+
+    Raises HardwareError where the cluster is too small.
+    """
+    have, workers = nodes(), scaling.num_workers
+    on_gpu = even_share(have, workers, gpu=1.0)
+    use_gpu = on_gpu is not None if scaling.use_gpu == "auto" else scaling.use_gpu
+    resources = on_gpu if use_gpu else even_share(have, workers)
+    if resources is None:
+        kind = "GPU" if use_gpu else "CPU"
+        count = int(sum(node.get(kind, 0.0) for node in have))
+        raise HardwareError(
+            f"scaling.num_workers={workers}, but the cluster has {count} {kind}s; "
+            f"use at most {count} workers, or a larger cluster with --address"
+        )
+    return resources

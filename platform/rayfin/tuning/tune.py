@@ -1,0 +1,170 @@
+"""The part of a sweep that is Ray Tune's: workers, concurrency, ASHA, failures."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from rayfin.config import Config
+from rayfin.errors import HardwareError
+from rayfin.history import History, TrialRecord
+from rayfin.tuning.plan import PlannedTrial, SweepPlan
+from rayfin.tuning.progress import Progress
+from rayfin.tuning.rows import recalled
+from rayfin.tuning.space import Values, values_in
+
+
+def run_trials(
+    plan: SweepPlan,
+    history: History,
+    *,
+    known: Sequence[TrialRecord],
+    interrupted: Sequence[TrialRecord],
+    first: Sequence[Values],
+    rerun: bool,
+    cluster: str | None,
+    progress: Progress,
+) -> bool:
+    """Runs what `known` lacks of the sweep, the interrupted trials first; False after Ctrl-C."""
+    _quiet_tune()
+    from rayfin.tuning.record import Recorder
+    from rayfin.tuning.search import HistorySearch
+
+    config = plan.config
+    recorder = Recorder(
+        history, progress.update, {row.trial_id: row.created_at for row in interrupted}
+    )
+
+    def recall(trial: PlannedTrial) -> TrialRecord | None:
+        earlier = None if rerun else history.finished(trial.fingerprint)
+        if earlier is None or config.sweep.metric not in earlier.metrics:
+            return None
+        if not (earlier.directory and Path(earlier.directory, "adapter").is_dir()):
+            return None
+        row = recalled(trial, earlier)
+        recorder.put(row)
+        return row
+
+    again = [values_in(config, row.spec) for row in interrupted]
+    search = HistorySearch(plan, known=known, first=[*again, *first], recall=recall)
+    if search.look_ahead():  # a sweep that the history answers needs no Ray
+        from rayfin.tuning.cluster import ray_cluster
+
+        with ray_cluster(cluster):
+            _fit(plan, search, scheduler(config, known), recorder)
+    recorder.flush()
+    return search.done and not recorder.running
+
+
+def _fit(plan: SweepPlan, search: Any, scheduler: Any, recorder: Any) -> None:
+    import ray.tune
+
+    from rayfin.tuning.cluster import nodes
+    from rayfin.tuning.worker import WarmTrial
+
+    resources, concurrent = trial_resources(plan.config, nodes())
+    trainable = ray.tune.with_parameters(
+        WarmTrial,
+        corpora=plan.corpora,
+        use_gpu=resources.get("gpu", 0.0) > 0,
+        num_threads=max(1, int(resources["cpu"])),
+    )
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(trainable, resources),
+        tune_config=ray.tune.TuneConfig(
+            search_alg=search,
+            scheduler=scheduler,
+            num_samples=-1,  # the search ends the sweep, as it alone knows what is left
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+        ),
+        run_config=ray.tune.RunConfig(
+            name=plan.sweep_id,
+            storage_path=str(plan.storage.ray),
+            callbacks=[recorder],
+            checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=ray.tune.FailureConfig(max_failures=plan.config.sweep.max_failures),
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def trial_resources(
+    config: Config, nodes: Sequence[Mapping[str, float]]
+) -> tuple[dict[str, float], int]:
+    """What one trial holds, and how many run at a time, on nodes that have so much.
+
+    On CPU one trial takes a whole machine: two halves train no faster than one whole, and hold
+    two base models. Raises HardwareError where not one trial fits: Tune would wait for ever.
+    """
+    from rayfin.tuning.cluster import even_share
+
+    gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
+    cpus = int(sum(node.get("CPU", 0.0) for node in nodes))
+    wanted = config.sweep.max_concurrent_trials
+    use_gpu = gpus >= 1 if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
+    if use_gpu and gpus < 1:
+        raise HardwareError(
+            "scaling.use_gpu: true, but the Ray cluster has no GPU; set scaling.use_gpu=false"
+        )
+    if not use_gpu and cpus < 1:
+        raise HardwareError("the Ray cluster has no CPU to train on; start a node with --num-cpus")
+    if use_gpu:
+        concurrent = gpus if wanted == "auto" else wanted
+        gpu = 1.0 / math.ceil(concurrent / gpus)
+    else:
+        machines = sum(node.get("CPU", 0.0) >= 1 for node in nodes)
+        concurrent = min(machines if wanted == "auto" else wanted, cpus)
+        gpu = 0.0
+    share = even_share(nodes, concurrent, gpu=gpu) or {"CPU": 1.0, "GPU": gpu}
+    return {name.lower(): amount for name, amount in share.items()}, concurrent
+
+
+def scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:
+    """ASHA with its rungs as `known` trials left them, or no early stopping at all."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+
+    sweep, train = config.sweep, config.train
+    if sweep.scheduler == "none":
+        return FIFOScheduler()
+    steps = sweep.parameters.get("train.max_steps")
+    longest = train.max_steps
+    if steps is not None:
+        longest = int(max(steps) if isinstance(steps, tuple) else steps.upper)
+    asha = AsyncHyperBandScheduler(
+        time_attr="step",
+        metric=sweep.metric,
+        mode=sweep.direction,
+        grace_period=min(sweep.grace_period or train.evaluate_every, longest),
+        max_t=longest,
+        reduction_factor=sweep.reduction_factor,
+        stop_last_trials=False,
+    )
+    sign = -1.0 if sweep.direction == "min" else 1.0
+    for row in known:
+        trial: Any = SimpleNamespace(trial_id=row.trial_id)
+        for point in row.curve:
+            value = point.get(sweep.metric)
+            if sweep.metric == "perplexity" and "eval_loss" in point:
+                value = math.exp(min(point["eval_loss"], 700.0))  # curves hold the loss only
+            if value is not None:
+                asha._brackets[0].on_result(trial, point["step"], sign * value)
+    return asha
+
+
+def _quiet_tune() -> None:
+    """rayfin shows its own table and keeps its own records: Tune's are left out."""
+    for name, value in {
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no metric
+        "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+        "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+        "RAY_AIR_NEW_OUTPUT": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }.items():
+        os.environ.setdefault(name, value)
