@@ -192,6 +192,23 @@ def test_train_json(
     assert (result["trial"]["trial_id"], result["adapter"]) == ("sweep-a-4", None)
 
 
+def test_train_keeps_standard_output_for_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = "RuntimeError: [/pytorch/gloo/pair.cc:534] closed by peer [127.0.0.1]:1"  # no markup
+
+    def train_once(config: Config, *, show: Any, **_: Any) -> TrialRecord:
+        show("step 15/60")
+        return row(config, 4, status="failed", error=error)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rayfin.tuning.single.train_once", train_once)
+    assert main(["train", "model.name=tiny"]) == 1
+    out, progress = capfd.readouterr()
+    assert error in out
+    assert "step 15/60" in progress and "step 15/60" not in out
+
+
 def shown(table: Any) -> str:
     console = Console(file=io.StringIO(), width=200)
     console.print(table)

@@ -172,3 +172,9 @@ def test_two_sweeps_that_start_together_have_names_of_their_own(tmp_path: Path, 
     names = {new_plan(config, Storage.open(tmp_path)).sweep_id for _ in range(20)}
     assert len(names) == 20
     assert all(name.startswith("data-p-tuning-") for name in names)
+
+
+def test_a_drawn_method_brings_its_own_defaults() -> None:
+    config = load_config({"method": {"type": "lora", "r": 4, "target_modules": "all-linear"}})
+    assert trial_config(config, {"method.type": "ia3"}).method.target_modules is None
+    assert trial_config(config, {"method.type": "dora"}).method.r == 4

@@ -73,12 +73,16 @@ class Workplace:
         return cls(config, storage, history, Registry(storage.adapters))
 
     def publish(self, row: TrialRecord) -> AdapterVersion | None:
-        """Makes a trial's adapter a version of `publish.name`; the same trial only once."""
+        """Makes a trial's adapter a version of `publish.name`; the same result only once."""
         publish = self.config.publish
         if publish is None or row.directory is None:
             return None
         for version in self.registry.list():
-            same = version.metadata.get("fingerprint") == row.fingerprint
+            # Not by the fingerprint alone: --rerun trains the same trial to other weights.
+            same = [version.metadata.get(key) for key in ("fingerprint", "metrics")] == [
+                row.fingerprint,
+                row.metrics,
+            ]
             if version.name == publish.name and same:
                 if publish.alias is not None and publish.alias not in version.aliases:
                     return self.registry.promote(publish.name, version.version, publish.alias)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayfin.cli import experiment
+from rayfin.cli.parser import print_error
+from rayfin.errors import UsageError
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
     from rayfin.cli.experiment import Workplace
+    from rayfin.evaluation.report import Sample
     from rayfin.tuning.sweep import SweepResult
 
 
@@ -55,18 +59,32 @@ def run(args: argparse.Namespace) -> int:
 
 def _write_report(place: Workplace, result: SweepResult, adapter: AdapterVersion | None) -> str:
     from rayfin.evaluation import write_sweep_report
-    from rayfin.evaluation.samples import answer_samples
 
-    samples = answer_samples(result.best) if result.best and not result.interrupted else ()
     path = write_sweep_report(
         result.directory / "report.html",
         result.trials,
         config=place.config,
         best=result.best,
-        samples=samples,
+        samples=_samples(place, result),
         adapter=adapter.ref if adapter else None,
     )
     return str(path)
+
+
+def _samples(place: Workplace, result: SweepResult) -> Sequence[Sample]:
+    """Answers side by side; none, and a word why, where this machine can't give them."""
+    from rayfin.evaluation.samples import answer_samples
+
+    if result.best is None or result.interrupted:
+        return ()
+    # The trials' GPU may be on another machine, which this one does without.
+    use_gpu: Literal["auto", False] = "auto" if place.config.scaling.use_gpu else False
+    try:
+        return answer_samples(result.best, use_gpu=use_gpu)
+    except UsageError as error:
+        # A trial from the history may name data or a model by where they lay then.
+        print_error(f"the report goes without sample answers: {error}")
+        return ()
 
 
 def _as_dict(
@@ -87,6 +105,7 @@ def _print(
     place: Workplace, result: SweepResult, adapter: AdapterVersion | None, report: str
 ) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     from rayfin.tuning.progress import settings, trials_table
 
@@ -99,15 +118,16 @@ def _print(
         console.print("No trial finished; `rayfin history show TRIAL` tells why.")
     else:
         chosen = settings(place.config, best) or best.trial_id
-        console.print(f"[bold]Best trial[/bold] {chosen}, base model -> adapter:")
+        console.print(f"[bold]Best trial[/bold] {escape(chosen)}, base model -> adapter:")
         for line in experiment.comparison_lines(best):
             console.print(line)
         if best.metrics["eval_loss"] >= best.metrics.get("base_eval_loss", float("inf")):
             console.print("[yellow]It does not beat the base model on eval_loss.[/yellow]")
     console.print()
-    console.print(f"  report   {report}")
-    console.print(f"  history  {place.history.shown_url}")
+    # A path may have brackets, which would be taken for markup.
+    console.print(f"  report   {report}", markup=False)
+    console.print(f"  history  {place.history.shown_url}", markup=False)
     if adapter is not None:
-        console.print(f"  adapter  {adapter.ref}  {adapter.path}")
+        console.print(f"  adapter  {adapter.ref}  {adapter.path}", markup=False)
     if result.interrupted:
         console.print("\nInterrupted; the same command with --resume carries on.")

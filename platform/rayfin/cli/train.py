@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING
 
 from rayfin.cli import experiment
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
             storage=place.storage,
             rerun=args.rerun,
             address=args.address,
+            # Standard output is the result's, which machines read with --json.
+            show=lambda line: print(line, file=sys.stderr, flush=True),
         )
     adapter = place.publish(row) if row.status == "finished" else None
     if args.json:
@@ -49,15 +52,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(place: Workplace, row: TrialRecord, adapter: AdapterVersion | None) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
     if row.status != "finished":
-        console.print(f"[red]{row.status}[/red]: {row.error}")
+        console.print(f"[red]{row.status}[/red]: {escape(row.error or '')}")
     else:
         console.print("[bold]Trained[/bold], base model -> adapter:")
         for line in experiment.comparison_lines(row):
             console.print(line)
-    console.print(f"  trial    {row.trial_id}  {row.directory}")
-    console.print(f"  history  {place.history.shown_url}")
+    # A path may have brackets, which would be taken for markup.
+    console.print(f"  trial    {row.trial_id}  {row.directory}", markup=False)
+    console.print(f"  history  {place.history.shown_url}", markup=False)
     if adapter is not None:
-        console.print(f"  adapter  {adapter.ref}  {adapter.path}")
+        console.print(f"  adapter  {adapter.ref}  {adapter.path}", markup=False)

@@ -118,8 +118,15 @@ def _change_method(tree: dict[str, Any], new_type: Any) -> None:
         return
     known = METHOD_CONFIGS.get(str(new_type))
     kept = set(known.model_fields) if known else set(method)
-    # A base quantised for the old method is not asked for by naming a new one.
-    tree["method"] = {k: v for k, v in method.items() if k in kept and k != "quantization_bit"}
+    # What the old method has by default (a quantised base, say) is not asked for by naming a new
+    # one, and the new one may not even take it: ia3 has no all-linear.
+    before = METHOD_CONFIGS.get(str(method.get("type", "qlora")))
+    defaults = {k: field.default for k, field in before.model_fields.items()} if before else {}
+    tree["method"] = {
+        k: v
+        for k, v in method.items()
+        if k in kept and k != "quantization_bit" and (k not in defaults or v != defaults[k])
+    }
     tree["method"]["type"] = new_type
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import load_corpus, render_prompt
@@ -18,7 +18,13 @@ if TYPE_CHECKING:
     from rayfin.history import TrialRecord
 
 
-def answer_samples(row: TrialRecord, count: int = 5, max_new_tokens: int = 24) -> list[Sample]:
+def answer_samples(
+    row: TrialRecord,
+    *,
+    use_gpu: bool | Literal["auto"] = "auto",
+    count: int = 5,
+    max_new_tokens: int = 24,
+) -> list[Sample]:
     """Greedy answers, side by side, to the first `count` validation samples of a trial's data.
 
     Empty for a trial without an adapter (full fine-tuning) and for plain text, where there is no
@@ -35,7 +41,7 @@ def answer_samples(row: TrialRecord, count: int = 5, max_new_tokens: int = 24) -
         return []
     model_config = ModelConfig.model_validate(row.spec["model"])
     tokenizer = load_tokenizer(model_config)
-    device = describe_hardware().device
+    device = describe_hardware(use_gpu).device
     base = load_base(model_config, row.spec["method"]["quantization_bit"], device)
     prompts = [render_prompt(example.messages, tokenizer) for example in examples]
 
