@@ -11,6 +11,7 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
+from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
@@ -82,7 +83,7 @@ def run_sweep(
     finally:
         progress.end()
     if completed:
-        _give_up_interrupted(plan, history)
+        _tidy(plan, history)
     rows = history.trials(sweep_id=plan.sweep_id)
     best = best_trial(rows, config.sweep.metric, config.sweep.direction)
     return SweepResult(plan, rows, best, interrupted=not completed)
@@ -105,7 +106,13 @@ def _check_unchanged(plan: SweepPlan, rows: Sequence[TrialRecord]) -> None:
             )
 
 
-def _give_up_interrupted(plan: SweepPlan, history: History) -> None:
-    """Ends the rows of trials that a resumed sweep had no place for: it asked for fewer."""
+def _tidy(plan: SweepPlan, history: History) -> None:
+    """Ends the rows that a resumed sweep, asked for fewer trials, had no place for any more.
+
+    Lets go of the checkpoints of trials that will not be carried on.
+    """
     for row in history.trials(sweep_id=plan.sweep_id, status="running"):
         history.put(row.updated(status="stopped", error="interrupted, and not carried on"))
+    for row in history.trials(sweep_id=plan.sweep_id, status="stopped"):
+        if row.directory is not None:
+            clear_checkpoints(Path(row.directory) / "checkpoints")

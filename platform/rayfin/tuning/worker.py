@@ -20,6 +20,8 @@ from rayfin.tuning.plan import PlannedTrial
 if TYPE_CHECKING:
     from rayfin.training.warm import Warm
 
+_Order = Literal["go on", "stop", "leave"]
+
 # Lives as long as the process: Tune resets the trainable for each trial, this stays.
 _WARM: Warm | None = None
 
@@ -55,7 +57,7 @@ class WarmTrial(ray.tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         if self._waiting:
-            self._orders.put(True)
+            self._orders.put("go on")
         result = self._results.get()
         if isinstance(result, BaseException):
             raise TrialError(f"the trial's thread ended: {result!r}")
@@ -67,24 +69,25 @@ class WarmTrial(ray.tune.Trainable):
         return flat | _numbers(result) | {"outcome": outcome}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._end()
+        self._end("stop")
         self._start(new_config)
         return True
 
     def cleanup(self) -> None:
-        self._end()
+        # The sweep ends, perhaps by Ctrl-C: what the trial has saved is there for a resume.
+        self._end("leave")
 
     def _start(self, config: dict[str, Any]) -> None:
         self._results: queue.Queue[TrialResult | BaseException] = queue.Queue()
-        self._orders: queue.Queue[bool] = queue.Queue()
+        self._orders: queue.Queue[_Order] = queue.Queue()
         self._waiting = False
         trial = PlannedTrial.from_tune_config(config)
         self._thread = threading.Thread(target=self._run, args=(trial,), daemon=True)
         self._thread.start()
 
-    def _end(self) -> None:
-        """Stops the trial at its next evaluation, and waits until the base model is free again."""
-        self._orders.put(False)
+    def _end(self, order: _Order) -> None:
+        """Ends the trial at its next evaluation, and waits until the base model is free again."""
+        self._orders.put(order)
         self._thread.join()
 
     def _run(self, trial: PlannedTrial) -> None:
@@ -98,6 +101,8 @@ class WarmTrial(ray.tune.Trainable):
                 hardware=describe_hardware(self._use_gpu),
                 warm=_WARM,
             )
+        except _Left:
+            return
         except BaseException as error:  # the other thread must hear of it, or wait for ever
             self._results.put(error)
             raise
@@ -105,7 +110,14 @@ class WarmTrial(ray.tune.Trainable):
 
     def _report(self, result: TrialResult) -> bool:
         self._results.put(result)
-        return self._orders.get()
+        order = self._orders.get()
+        if order == "leave":
+            raise _Left
+        return order == "go on"
+
+
+class _Left(BaseException):
+    """Ends a trial where it stands; no Exception, as those become failed trials."""
 
 
 def _worker_facts() -> dict[str, Any]:

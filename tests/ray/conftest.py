@@ -1,0 +1,168 @@
+"""A laboratory for sweeps: real drivers in processes of their own, on a tiny model and file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rayfin.history import History, TrialRecord
+
+ROOT = Path(__file__).parents[2]
+COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
+PATIENCE = 120.0
+
+
+class Driver:
+    """A rayfin command that runs; its output is read when it has ended."""
+
+    def __init__(self, lab: Lab, arguments: list[str]) -> None:
+        self.lab = lab
+        self.process = subprocess.Popen(
+            arguments,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=lab.root,
+            env=lab.environment,
+            start_new_session=True,  # so that Ctrl-C reaches what a terminal's would, and no more
+        )
+        self.out = self.err = ""
+
+    def end(self) -> int:
+        """Waits until it ends of itself."""
+        self.out, self.err = self.process.communicate(timeout=PATIENCE)
+        return self.process.returncode
+
+    def until(self, true: Callable[[], Any]) -> Any:
+        """The first true answer, asked again and again while the driver runs."""
+        give_up = time.monotonic() + PATIENCE
+        while not (answer := true()):
+            assert self.process.poll() is None, f"ended too early:\n{self.process.communicate()[1]}"
+            assert time.monotonic() < give_up, "nothing happened"
+            time.sleep(0.02)
+        return answer
+
+    def amid(self, *, finished: int) -> TrialRecord:
+        """Waits for so many finished trials and one that runs and has a checkpoint; the latter."""
+
+        def running() -> TrialRecord | None:
+            rows = self.lab.rows()
+            if sum(row.status == "finished" for row in rows) < finished:
+                return None
+            found = [row for row in rows if row.status == "running" and self.lab.checkpoints(row)]
+            return found[-1] if found and "worker" in found[-1].scenario else None
+
+        row: TrialRecord = self.until(running)
+        return row
+
+    def kill(self) -> None:
+        """SIGKILL, and waits until Ray's processes have noticed and ended by themselves.
+
+        Ray's two agents, which hold nothing, take a minute for it: they are not waited for.
+        """
+        family = [
+            process
+            for process in psutil.Process(self.process.pid).children(recursive=True)
+            if not process.name().endswith("Agent")
+        ]
+        self.process.kill()
+        self.process.communicate()
+        left = psutil.wait_procs(family, timeout=60)[1]
+        assert left == [], "processes outlive their driver"
+
+    def interrupt(self) -> int:
+        """Ctrl-C in a terminal: all processes of the session are told."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.end()
+
+
+class Lab:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.storage = root / "runs"
+        self.data = root / "colours.jsonl"
+        rows = [
+            {"prompt": f"say {name}{' please' * (i % 4)} {i}", "completion": name[::-1]}
+            for name in COLOURS
+            for i in range(5)
+        ]
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.environment = os.environ | {
+            "PYTHONPATH": str(ROOT / "platform"),
+            # Threads that spin while they wait make a busy machine several times slower.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self.environment.pop("RAY_ADDRESS", None)
+        self._drivers: list[Driver] = []
+
+    @property
+    def settings(self) -> list[str]:
+        """A LoRA trial on the tiny model; where it is written."""
+        return [
+            "model.name=tiny",
+            "method.type=lora",
+            f"data.path={self.data}",
+            "data.max_length=64",
+            f"storage={self.storage}",
+        ]
+
+    def script(self, name: str, *arguments: str) -> Driver:
+        """Starts experiments/`name`."""
+        return self._start([str(ROOT / "experiments" / name), *self.settings, *arguments])
+
+    def rayfin(self, verb: str, *arguments: str) -> Driver:
+        """Starts `rayfin verb`."""
+        return self._start(["-m", "rayfin", verb, *self.settings, *arguments])
+
+    def rows(self) -> list[TrialRecord]:
+        if not (self.storage / "history.sqlite").exists():
+            return []
+        with History.open(f"sqlite:///{self.storage / 'history.sqlite'}") as history:
+            return history.trials()
+
+    def _start(self, arguments: list[str]) -> Driver:
+        self._drivers.append(Driver(self, [sys.executable, *arguments]))
+        return self._drivers[-1]
+
+    @staticmethod
+    def checkpoints(row: TrialRecord) -> list[Path]:
+        assert row.directory is not None
+        return sorted(Path(row.directory, "checkpoints").glob("checkpoint-*"))
+
+    @staticmethod
+    def mark(row: TrialRecord) -> float:
+        """Writes a loss that no training gives into the checkpoint; who resumes from it has it."""
+        path = Lab.checkpoints(row)[-1] / "trainer_state.json"
+        state = json.loads(path.read_text())
+        state["log_history"][0]["loss"] = 123.25
+        path.write_text(json.dumps(state))
+        return 123.25
+
+    @staticmethod
+    def losses(row: TrialRecord) -> list[float]:
+        return [point["loss"] for point in row.curve if "loss" in point]
+
+    def close(self) -> None:
+        """Ends what a failed test left; Ray's processes follow their driver."""
+        for driver in self._drivers:
+            if driver.process.poll() is None:
+                driver.process.kill()
+                driver.process.communicate()
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(tmp_path)
+    yield lab
+    lab.close()

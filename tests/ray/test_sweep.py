@@ -1,0 +1,88 @@
+"""A sweep from the command line to a published adapter, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.adapters import Registry
+from rayfin.data import load_corpus, tokenize_corpus
+from rayfin.history import TrialRecord
+from rayfin.models import load_base, load_tokenizer
+from rayfin.training import TrialSpec
+from rayfin.training.scoring import score
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SWEEP = (
+    "train.max_steps=8",
+    "train.eval_steps=2",
+    "sweep.num_samples=3",
+    "sweep.scheduler=none",
+    "publish.name=colours",
+)
+
+
+def test_a_sweep_from_start_to_adapter(lab: Any) -> None:
+    sweep = lab.script("sweep_qlora.py", *SWEEP, "--json")
+    assert sweep.end() == 0, sweep.err
+    told = json.loads(sweep.out)
+    rows = lab.rows()
+    best = next(row for row in rows if row.trial_id == told["best"])
+
+    assert len({row.trial_id for row in rows}) == len({row.fingerprint for row in rows}) == 3
+    assert {row.status for row in rows} == {"finished"}
+    assert all(row.sweep_id == told["sweep_id"] for row in rows)
+    for row in rows:
+        assert {"eval_loss", "base_eval_loss", "exact_match", "perplexity"} <= row.metrics.keys()
+        assert {"train_seconds", "peak_memory_bytes", "tokens_per_second"} <= row.metrics.keys()
+        steps = [point["step"] for point in row.curve if "eval_loss" in point]
+        assert steps == [2, 4, 6, 8]
+        assert {"model", "data", "hardware"} <= row.scenario.keys()
+    assert best.metrics["eval_loss"] == min(row.metrics["eval_loss"] for row in rows)
+    assert best.metrics["eval_loss"] < best.metrics["base_eval_loss"]
+
+    # One warm process trained them all, and loaded its base model once.
+    workers = [row.scenario["worker"] for row in rows]
+    assert len({worker["pid"] for worker in workers}) == 1
+    assert {worker["base_loads"] for worker in workers} == {1}
+
+    assert best.trial_id in Path(told["report"]).read_text()
+    assert plain_peft_loss(best, told["adapter"]["path"]) == pytest.approx(
+        best.metrics["eval_loss"], abs=1e-3
+    )
+    # Not on a terminal, progress is a line for each start and end, with the time that is left.
+    lines = [line for line in sweep.err.splitlines() if line.startswith("trial ")]
+    assert len(lines) == 6 and sum("ETA" in line for line in lines) == 3
+
+    again = lab.script("sweep_qlora.py", *SWEEP, "--json")
+    assert again.end() == 0, again.err
+    recalled = [row for row in lab.rows() if row.sweep_id != told["sweep_id"]]
+    assert all("recalled_from" in row.scenario for row in recalled)
+    assert len({row.fingerprint for row in recalled}) == len(recalled) == 3
+    assert not list((lab.storage / "sweeps" / recalled[0].sweep_id).glob("trials/*"))
+    versions = [version.version for version in Registry(lab.storage / "adapters").list()]
+    assert versions == [told["adapter"]["version"]]
+
+    anew = lab.script("sweep_qlora.py", *SWEEP, "sweep.num_samples=1", "--rerun", "--json")
+    assert anew.end() == 0, anew.err
+    (trained,) = json.loads(anew.out)["trials"]
+    assert "recalled_from" not in trained["scenario"]
+    assert trained["scenario"]["worker"]["pid"] != workers[0]["pid"]
+    assert trained["metrics"]["eval_loss"] == pytest.approx(rows[0].metrics["eval_loss"], abs=1e-5)
+
+
+def plain_peft_loss(trial: TrialRecord, adapter: str) -> float:
+    """The eval loss of a published adapter on the trial's base, loaded as anyone would load it."""
+    from peft import PeftModel
+
+    spec = TrialSpec.model_validate(trial.spec)
+    tokenizer = load_tokenizer(spec.model)
+    samples = tokenize_corpus(load_corpus(spec.data), tokenizer, spec.data.max_length).eval
+    base = load_base(spec.model, spec.method.quantization_bit, "cpu")
+    adapted = PeftModel.from_pretrained(base, adapter)
+    scores = score(adapted, samples, batch_size=8, pad_token_id=tokenizer.pad_token_id)
+    return scores.metrics()["eval_loss"]
