@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from rayfin.training.trainer import TrialTrainer
 
 log = logging.getLogger(__name__)
+
+# As torch's CPU allocator, CUDA outside torch's own allocator, and cuBLAS say it.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def run_trial(
@@ -57,7 +61,8 @@ def run_trial(
         warm.drop_base()
         failure = _classify(error)
         log.debug("trial failed", exc_info=error)
-        write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
+        with contextlib.suppress(OSError):  # a full disk, say, which is what it failed of
+            write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
         return TrialResult(
             status="oom" if isinstance(failure, TrialOutOfMemory) else "failed",
             scenario=scenario,
@@ -160,7 +165,7 @@ def _classify(error: Exception) -> RayfinError:
 
     text = " ".join(str(error).split()) or type(error).__name__
     memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in text
+        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
     )
     if memory:
         return TrialOutOfMemory(
