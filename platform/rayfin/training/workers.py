@@ -38,7 +38,7 @@ def run_in_worker_group(
     checkpoint, which must lie on storage that all nodes see. The resources must be there: Ray Train
     would wait for them for ever. Raises whatever `report` raises.
     """
-    desk = ray.remote(num_cpus=0)(_Desk).remote()
+    desk = ray.remote(num_cpus=0)(_Desk).remote(num_workers)
     listener = _Listener(report, desk)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -80,14 +80,25 @@ class _Desk:
     takes no other's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._failed: set[int] = set()
+        self._hopeless = False
         self._reports: asyncio.Queue[tuple[int, TrialResult] | None] = asyncio.Queue()
         self._answers: list[asyncio.Future[bool]] = []
-        self._failed = False
 
-    async def hand_in(self, result: TrialResult) -> bool:
+    async def begin(self) -> bool:
+        """Whether a worker that starts has work to do: not where its trial would fail once more."""
+        self._failed.clear()
+        return not self._hopeless
+
+    async def hand_in(self, rank: int, result: TrialResult) -> bool:
         """The caller's word on `result`: whether to go on."""
-        self._failed = self._failed or result.status in ("failed", "oom")
+        if result.status in ("failed", "oom"):
+            self._failed.add(rank)
+            # Where one was killed, the others fail for want of it: that is worth another attempt.
+            if result.status == "oom" or len(self._failed) == self._workers:
+                self._hopeless = True
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._answers.append(answer)
         await self._reports.put((len(self._answers) - 1, result))
@@ -98,9 +109,6 @@ class _Desk:
 
     async def answer(self, number: int, go_on: bool) -> None:
         self._answers[number].set_result(go_on)
-
-    async def has_failed(self) -> bool:
-        return self._failed
 
     async def close(self) -> None:
         await self._reports.put(None)
@@ -127,7 +135,8 @@ class _Listener(threading.Thread):
 
     def _take(self, result: TrialResult) -> bool:
         if result.status != "running":
-            self.final = result
+            if self.final is None or self.final.status != "oom":  # what follows is its consequence
+                self.final = result
             return True
         try:
             return self._report(result) is not False
@@ -141,14 +150,14 @@ def _worker(config: dict[str, Any]) -> None:
     import torch
 
     desk = config["desk"]
-    if ray.get(desk.has_failed.remote()):
-        return  # the group was started anew, but a trial that failed would fail again
-    first = ray.train.get_context().get_world_rank() == 0
+    if not ray.get(desk.begin.remote()):
+        return
+    rank = ray.train.get_context().get_world_rank()
     resources = ray.get_runtime_context().get_assigned_resources()
     torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
 
     def report(result: TrialResult) -> bool:
-        return not first or ray.get(desk.hand_in.remote(result))
+        return rank != 0 or bool(ray.get(desk.hand_in.remote(rank, result)))
 
     result = run_trial(
         TrialSpec.model_validate(config["spec"]),
@@ -159,8 +168,8 @@ def _worker(config: dict[str, Any]) -> None:
         num_workers=config["num_workers"],
     )
     failed = result.status in ("failed", "oom")
-    if first or failed:
-        ray.get(desk.hand_in.remote(result))
+    if rank == 0 or failed:
+        ray.get(desk.hand_in.remote(rank, result))
     if failed:
         # The other workers may wait for this one in a collective operation: end them too.
         raise TrialError(result.error or result.status)

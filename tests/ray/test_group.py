@@ -1,0 +1,126 @@
+"""Several processes for one trial, and a sweep on a cluster that was there before."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from safetensors.torch import load_file
+
+from rayfin.config import Config, ScalingConfig, load_config
+from rayfin.data import load_corpus
+from rayfin.errors import HardwareError
+from rayfin.history import History
+from rayfin.paths import Storage
+from rayfin.training import TrialResult, TrialSpec
+from rayfin.training.trial import run_trial
+from rayfin.training.workers import run_in_worker_group
+from rayfin.tuning.cluster import ray_cluster, worker_resources
+from rayfin.tuning.single import train_once
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray cluster of two CPUs; its address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "platform"))
+        with ray_cluster(None, num_cpus=2):
+            yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture
+def config(lab: Any) -> Config:
+    """Two samples a worker and step; without dropout, which each worker draws for itself."""
+    settings = ("train.per_device_train_batch_size=2", "train.max_steps=12", "train.eval_steps=4")
+    return load_config(None, [*lab.settings, *settings])
+
+
+def in_group(config: Config, directory: Path, report: Any = lambda _: None) -> TrialResult:
+    return run_in_worker_group(
+        TrialSpec.of(config),
+        report,
+        directory=directory,
+        num_workers=2,
+        resources=worker_resources(ScalingConfig(num_workers=2)),
+        corpora={config.data: load_corpus(config.data)},
+    )
+
+
+def test_two_workers_compute_what_one_does_with_twice_the_batch(
+    cluster: str, config: Config, tmp_path: Path
+) -> None:
+    double = config.model_copy(
+        update={"train": config.train.model_copy(update={"per_device_train_batch_size": 4})}
+    )
+    one = run_trial(TrialSpec.of(double), lambda _: None, directory=tmp_path / "one")
+    seen: list[TrialResult] = []
+    two = in_group(config, tmp_path / "two", seen.append)
+    assert two.status == one.status == "finished", two.error
+    assert [result.metrics["steps"] for result in seen] == [4, 8]
+    assert two.scenario["hardware"]["num_workers"] == 2
+
+    for mine, other in zip(two.curve, one.curve, strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
+    assert two.adapter is not None and one.adapter is not None
+    weights = [load_file(r.adapter / "adapter_model.safetensors") for r in (one, two)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).abs().max() < 1e-4, name
+
+
+def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
+    cluster: str, config: Config, tmp_path: Path
+) -> None:
+    seen: list[int] = []
+
+    def kill_then_fail(result: TrialResult) -> None:
+        step = result.metrics["steps"]
+        seen.append(step)
+        if step == 8 and seen.count(8) == 1:  # the checkpoint of step 4 is whole
+            os.kill(workers_of_this_ray()[-1], signal.SIGKILL)
+        elif step == 8:
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        in_group(config, tmp_path / "group", kill_then_fail)
+    assert seen == [4, 8, 8], "it started anew, and not from its checkpoint"
+    # All workers stopped together, as they do where a report returns False.
+    assert not list((tmp_path / "group").rglob("checkpoint-*"))
+    assert not (tmp_path / "group" / "adapter").exists()
+
+
+def test_too_many_workers_are_refused_at_once(cluster: str, lab: Any) -> None:
+    config = load_config(None, [*lab.settings, "scaling.num_workers=3"])
+    storage = Storage.open(config.storage)
+    with History.open(storage.history_url) as history:
+        with pytest.raises(HardwareError, match="the cluster has 2 CPUs; use at most 2 workers"):
+            train_once(config, history=history, storage=storage)
+        (row,) = history.trials()
+    assert row.status == "failed" and "2 CPUs" in (row.error or "")
+
+
+def test_a_sweep_on_a_running_cluster_leaves_it_running(cluster: str, lab: Any) -> None:
+    sweep = lab.script(
+        "sweep_qlora.py", "train.max_steps=4", "sweep.num_samples=2", "--address", cluster
+    )
+    assert sweep.end() == 0, sweep.err
+    assert [row.status for row in lab.rows()] == ["finished"] * 2
+    assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
+    pids = {row.scenario["worker"]["pid"] for row in lab.rows()}
+    assert len(pids) == 1 and pids.pop() not in {sweep.process.pid, os.getpid()}
+
+
+def workers_of_this_ray() -> list[int]:
+    """Process ids of the worker group; Ray names a process for what it runs."""
+    family = psutil.Process().children(recursive=True)
+    return [p.pid for p in family if "RayTrainWorker" in " ".join(p.cmdline()[:1])]

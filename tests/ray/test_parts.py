@@ -1,0 +1,296 @@
+"""The pieces of a sweep on their own, without a cluster: what is rare, or slow to bring about."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rayfin.config import Config, load_config
+from rayfin.errors import ConfigError, HardwareError, HistoryError
+from rayfin.history import History, TrialRecord
+from rayfin.paths import Storage
+from rayfin.training import TrialResult, trial
+from rayfin.tuning import worker
+from rayfin.tuning.cluster import even_share
+from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
+from rayfin.tuning.progress import Progress
+from rayfin.tuning.record import Recorder
+from rayfin.tuning.rows import started
+from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.sweep import run_sweep
+from rayfin.tuning.tune import scheduler, trial_resources
+
+AXES = {"method.r": [2, 4, 8, 16], "train.seed": [0, 1, 2]}
+
+
+@pytest.fixture
+def config(lab: Any) -> Config:
+    return load_config(
+        {"sweep": {"parameters": AXES}}, [*lab.settings, "train.max_steps=8", "train.eval_steps=2"]
+    )
+
+
+@pytest.fixture
+def plan(config: Config, lab: Any) -> SweepPlan:
+    return new_plan(config, Storage.open(lab.storage))
+
+
+def with_sweep(plan: SweepPlan, **changes: Any) -> SweepPlan:
+    """The plan with other sweep settings."""
+    return dataclasses.replace(plan, config=swept(plan.config, **changes))
+
+
+def swept(config: Config, **changes: Any) -> Config:
+    return Config.model_validate(
+        config.model_dump() | {"sweep": config.sweep.model_dump() | changes}
+    )
+
+
+def ended(plan: SweepPlan, r: int, loss: float = 1.0, **changes: Any) -> TrialRecord:
+    row = started(plan.trial({"method.r": r, "train.seed": 0}))
+    values = {"status": "finished", "metrics": {"eval_loss": loss, "steps": 8}}
+    return row.updated(**(values | changes))
+
+
+# --- the search -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("search", ["tpe", "random", "grid"])
+def test_a_small_space_is_used_up_to_its_last_point(plan: SweepPlan, search: str) -> None:
+    searcher = HistorySearch(with_sweep(plan, num_samples=50, search=search))
+    suggested = []
+    while not isinstance(point := searcher.suggest(f"trial-{len(suggested)}"), str):
+        assert point is not None
+        suggested.append(point["fingerprint"])
+        done = {"eval_loss": float(point["values"]["method.r"])}
+        searcher.on_trial_complete(f"trial-{len(suggested) - 1}", done)
+    assert len(suggested) == len(set(suggested)) == 12
+    assert searcher.done
+
+
+def test_what_the_history_knows_is_recalled_however_much_it_is(config: Config, lab: Any) -> None:
+    wide = swept(config, num_samples=80, parameters={"train.seed": list(range(100))})
+    plan = new_plan(wide, Storage.open(lab.storage))
+    recalled: list[str] = []
+
+    def recall(planned: Any) -> TrialRecord:
+        recalled.append(planned.trial_id)
+        return started(planned).updated(status="finished", metrics={"eval_loss": 1.0})
+
+    assert not HistorySearch(plan, recall=recall).look_ahead()
+    assert len(set(recalled)) == 80
+
+
+def test_an_interrupted_trial_comes_first_whatever_its_method(config: Config, lab: Any) -> None:
+    axes = {"method.type": ["ia3", "lora", "p_tuning"], "method.r": [2, 4, 8, 16]}
+    plan = new_plan(swept(config, parameters=axes), Storage.open(lab.storage))
+    interrupted = plan.trial({"method.type": "ia3"})
+    searcher = HistorySearch(plan, first=[interrupted.values])
+    point = searcher.suggest("trial")
+    assert isinstance(point, dict) and point["trial_id"] == interrupted.trial_id
+
+
+# --- ASHA -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "perplexity"])
+def test_asha_goes_on_with_the_rungs_of_known_trials(plan: SweepPlan, metric: str) -> None:
+    plan = with_sweep(plan, metric=metric)
+    curve = [{"step": step, "eval_loss": 1.0} for step in (2, 4, 6, 8)]
+    known = [ended(plan, r, curve=curve) for r in (2, 4, 8)]
+    asha = scheduler(plan.config, known)
+    weak: Any = SimpleNamespace(trial_id="weak", placement_group_factory=None)
+    strong: Any = SimpleNamespace(trial_id="strong", placement_group_factory=None)
+    asha.on_trial_add(None, weak)
+    asha.on_trial_add(None, strong)
+    assert asha.on_trial_result(None, weak, {"step": 2, metric: 9.0}) == "STOP"
+    assert asha.on_trial_result(None, strong, {"step": 2, metric: 0.5}) == "CONTINUE"
+
+
+# --- resources --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "resources", "concurrent"),
+    [
+        ([{"CPU": 2}], "auto", {"cpu": 2, "gpu": 0}, 1),
+        ([{"CPU": 2}], 8, {"cpu": 1, "gpu": 0}, 2),
+        ([{"CPU": 4}, {"CPU": 4}], "auto", {"cpu": 4, "gpu": 0}, 2),
+        # One trial over two machines would wait for ever for eight CPUs on one of them.
+        ([{"CPU": 4}, {"CPU": 4}], 1, {"cpu": 4, "gpu": 0}, 1),
+        ([{"CPU": 0}, {"CPU": 8}], "auto", {"cpu": 8, "gpu": 0}, 1),
+        ([{"CPU": 16, "GPU": 4}], "auto", {"cpu": 4, "gpu": 1}, 4),
+        ([{"CPU": 2, "GPU": 4}], "auto", {"cpu": 0, "gpu": 1}, 4),
+        ([{"CPU": 16, "GPU": 1}], 4, {"cpu": 4, "gpu": 0.25}, 4),
+        ([{"CPU": 12, "GPU": 4}], 6, {"cpu": 2, "gpu": 0.5}, 6),
+    ],
+)
+def test_a_trial_fits_on_a_node(
+    config: Config, nodes: Any, wanted: Any, resources: dict[str, float], concurrent: int
+) -> None:
+    limited = swept(config, max_concurrent_trials=wanted)
+    assert trial_resources(limited, nodes) == (resources, concurrent)
+
+
+def test_no_cpu_at_all_is_refused(config: Config) -> None:
+    with pytest.raises(HardwareError, match="has no CPU to train on"):
+        trial_resources(config, [{"CPU": 0}])
+
+
+def test_workers_share_nodes_evenly() -> None:
+    assert even_share([{"CPU": 1}, {"CPU": 3}], 2) == {"CPU": 1.0, "GPU": 0.0}
+    assert even_share([{"CPU": 1}, {"CPU": 5}], 2) == {"CPU": 2.0, "GPU": 0.0}
+    assert even_share([{"CPU": 4, "GPU": 1}, {"CPU": 4}], 2, gpu=1.0) is None
+
+
+# --- the history ------------------------------------------------------------------------------
+
+
+class Failing:
+    """A history that can't be written while `broken`."""
+
+    def __init__(self) -> None:
+        self.broken = True
+        self.rows: dict[str, TrialRecord] = {}
+
+    def put(self, row: TrialRecord) -> None:
+        if self.broken:
+            raise HistoryError("the database is away")
+        self.rows[row.trial_id] = row
+
+
+def test_a_history_that_fails_for_a_moment_misses_nothing(plan: SweepPlan) -> None:
+    history: Any = Failing()
+    shown: list[TrialRecord] = []
+    recorder = Recorder(history, shown.append)
+    one, two = ended(plan, 2), ended(plan, 4)
+    recorder.put(one)
+    with pytest.raises(HistoryError, match="away"):
+        recorder.flush()
+    history.broken = False
+    recorder.put(two)
+    assert history.rows == {one.trial_id: one, two.trial_id: two}
+    assert shown == [one, two]
+
+
+def test_a_worker_that_dies_before_its_trial_starts_leaves_a_failed_row(plan: SweepPlan) -> None:
+    history: Any = Failing()
+    history.broken = False
+    recorder = Recorder(history, lambda _: None)
+    planned = plan.trial({"method.r": 2, "train.seed": 0})
+    tune_trial: Any = SimpleNamespace(
+        trial_id="t", config=planned.as_tune_config(), get_pickled_error=lambda: OSError("no torch")
+    )
+    recorder.on_trial_error(0, [], tune_trial)
+    (row,) = history.rows.values()
+    assert row.status == "failed" and "no torch" in (row.error or "")
+    assert not recorder.running
+
+
+# --- resume -----------------------------------------------------------------------------------
+
+
+def test_resume_passes_over_what_it_cannot_read(plan: SweepPlan) -> None:
+    plan.save()
+    newer = plan.storage.sweep("newer")
+    for name, text in (("torn", b"model: {na"), ("other", b"\xff\xfe"), ("odd", b"- 1\n")):
+        (newer.with_name(name)).mkdir()
+        (newer.with_name(name) / "config.yaml").write_bytes(text)
+    (newer / "config.yaml").mkdir(parents=True)
+    found = find_resumable(plan.config, plan.storage)
+    assert found is not None and found.sweep_id == plan.sweep_id
+
+
+def test_resume_refuses_other_data_under_the_same_name(plan: SweepPlan, lab: Any) -> None:
+    plan.save()
+    with History.open(plan.storage.history_url) as history:
+        history.put(ended(plan, 2))
+        lab.data.write_text(lab.data.read_text().replace("say", "tell"))
+        with pytest.raises(ConfigError, match="changed since sweep"):
+            run_sweep(plan.config, history=history, storage=plan.storage, resume=True)
+
+
+def test_resume_for_fewer_trials_ends_the_interrupted_ones(plan: SweepPlan) -> None:
+    plan.save()
+    fewer = swept(plan.config, num_samples=1)
+    interrupted = started(plan.trial({"method.r": 4, "train.seed": 0}))
+    checkpoint = Path(interrupted.directory or "", "checkpoints", "checkpoint-2")
+    checkpoint.mkdir(parents=True)
+    with History.open(plan.storage.history_url) as history:
+        history.put(ended(plan, 2))
+        history.put(interrupted)
+        quiet = Progress(Console(file=io.StringIO()))
+        result = run_sweep(
+            fewer, history=history, storage=plan.storage, resume=True, progress=quiet
+        )
+    assert not result.interrupted
+    assert sorted(row.status for row in result.trials) == ["finished", "stopped"]
+    assert not checkpoint.exists()
+
+
+# --- the worker -------------------------------------------------------------------------------
+
+
+def evaluations(*, saved: list[str]) -> Any:
+    """A run_trial that only reports, and says how it was ended."""
+
+    def run(spec: Any, report: Any, **_: Any) -> TrialResult:
+        try:
+            for step in range(1, 100):
+                if report(TrialResult("running", {"steps": step})) is False:
+                    saved.append("stopped")
+                    return TrialResult("stopped", {"steps": step})
+        except BaseException as left:
+            saved.append(type(left).__name__)
+            raise
+        return TrialResult("finished", {"steps": 100})
+
+    return run
+
+
+def test_a_worker_ends_its_thread_whenever_tune_ends_the_trial(
+    plan: SweepPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[str] = []
+    monkeypatch.setattr(trial, "run_trial", evaluations(saved=ends))
+    monkeypatch.setattr(worker, "_WARM", None)
+    one, two = (plan.trial({"method.r": r, "train.seed": 0}).as_tune_config() for r in (2, 4))
+    before = threading.active_count()
+    tune: Any = worker.WarmTrial.__new__(worker.WarmTrial)
+    tune.setup(one)
+    assert [tune.step()["step"] for _ in range(3)] == [1, 2, 3]
+    tune.reset_config(two)  # ASHA has stopped the first
+    tune.reset_config(one)  # and the second before its first step
+    assert tune.step()["step"] == 1
+    tune.cleanup()  # the sweep ends: the trial leaves its checkpoints where they are
+    assert ends == ["stopped", "stopped", "_Left"]
+    assert threading.active_count() == before
+
+
+# --- progress ---------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_a_table_that_is_redrawn(plan: SweepPlan) -> None:
+    out = io.StringIO()
+    progress = Progress(Console(file=out, force_terminal=True, width=120))
+    progress.begin(with_sweep(plan, num_samples=2), [])
+    row = started(plan.trial({"method.r": 4, "train.seed": 0}))
+    progress.update(row.updated(metrics={"steps": 4, "eval_loss": 1.25}))
+    progress.end()
+    assert "0.5/2 trials" in out.getvalue() and "ETA" in out.getvalue()
+    assert "4/8" in out.getvalue() and "1.2500" in out.getvalue()
+    assert "\x1b[" in out.getvalue()
+
+
+def test_recalled_trials_promise_no_speed(plan: SweepPlan) -> None:
+    progress = Progress(Console(file=io.StringIO()))
+    progress.begin(plan, [])
+    progress.update(ended(plan, 2, scenario={"recalled_from": "elsewhere"}))
+    assert progress.eta_seconds() is None
