@@ -78,12 +78,18 @@ def documented_side(args: Namespace) -> list[dict[str, Any]]:
     import ray.train
     import ray.train.torch
     import ray.tune
+    import torch
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from rayfin.hardware import cpu_count
+
+    threads = cpu_count()
     rates, steps = settings(args.quick)
     samples = json.loads((args.work / "samples.json").read_text())
 
     def train_loop(config: dict[str, Any]) -> None:
+        # Ray gives this worker 1.5 CPUs, and so one thread: let it use the machine, as rayfin does.
+        torch.set_num_threads(threads)
         result = train_with_trl(
             samples["model_path"],
             samples["train"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import threading
@@ -17,7 +18,7 @@ from rayfin.errors import ConfigError, HardwareError, HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
-from rayfin.tuning import worker
+from rayfin.tuning import cluster, tune, worker
 from rayfin.tuning.cluster import even_share
 from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import Progress
@@ -235,6 +236,24 @@ def test_resume_for_fewer_trials_ends_the_interrupted_ones(plan: SweepPlan) -> N
     assert not checkpoint.exists()
 
 
+@pytest.mark.parametrize("rerun", [False, True])
+def test_what_the_history_holds_is_trained_again_when_asked(
+    plan: SweepPlan, rerun: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[bool] = []
+    monkeypatch.setattr(tune, "_fit", lambda *_: trained.append(True))
+    monkeypatch.setattr(cluster, "ray_cluster", lambda _: contextlib.nullcontext())
+    row = ended(plan, 2)
+    Path(row.directory or "", "adapter").mkdir(parents=True)
+    one = swept(plan.config, num_samples=1, parameters={"method.r": [2]})
+    with History.open(plan.storage.history_url) as history:
+        history.put(row)
+        quiet = Progress(Console(file=io.StringIO()))
+        result = run_sweep(one, history=history, storage=plan.storage, rerun=rerun, progress=quiet)
+    assert trained == [True] * rerun
+    assert [r.scenario["recalled_from"] for r in result.trials] == [row.trial_id] * (not rerun)
+
+
 # --- the worker -------------------------------------------------------------------------------
 
 
@@ -263,13 +282,13 @@ def test_a_worker_ends_its_thread_whenever_tune_ends_the_trial(
     monkeypatch.setattr(worker, "_WARM", None)
     one, two = (plan.trial({"method.r": r, "train.seed": 0}).as_tune_config() for r in (2, 4))
     before = threading.active_count()
-    tune: Any = worker.WarmTrial.__new__(worker.WarmTrial)
-    tune.setup(one)
-    assert [tune.step()["step"] for _ in range(3)] == [1, 2, 3]
-    tune.reset_config(two)  # ASHA has stopped the first
-    tune.reset_config(one)  # and the second before its first step
-    assert tune.step()["step"] == 1
-    tune.cleanup()  # the sweep ends: the trial leaves its checkpoints where they are
+    trainable: Any = worker.WarmTrial.__new__(worker.WarmTrial)
+    trainable.setup(one)
+    assert [trainable.step()["step"] for _ in range(3)] == [1, 2, 3]
+    trainable.reset_config(two)  # ASHA has stopped the first
+    trainable.reset_config(one)  # and the second before its first step
+    assert trainable.step()["step"] == 1
+    trainable.cleanup()  # the sweep ends: the trial leaves its checkpoints where they are
     assert ends == ["stopped", "stopped", "_Left"]
     assert threading.active_count() == before
 

@@ -77,8 +77,8 @@ def score(
     """Sums of loss and hits over `samples`.
 
     `exact` counts the samples whose every label is the model's first choice given the labels
-    before it: just those for which greedy decoding would answer the reference, token for token,
-    and stop. It costs no generation.
+    before it: those for which greedy decoding would answer the reference, token for token, and stop
+    (for a sample that was not cut, with one answer). It costs no generation.
     """
     training = model.training
     model.eval()

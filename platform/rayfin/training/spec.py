@@ -24,7 +24,13 @@ class TrialSpec(Section):
 
     @classmethod
     def of(cls, config: Config) -> TrialSpec:
-        return cls(model=config.model, data=config.data, method=config.method, train=config.train)
+        """Local paths become absolute: Ray's workers run in directories of their own."""
+        return cls(
+            model=config.model.model_copy(update={"name": _absolute(config.model.name)}),
+            data=config.data.model_copy(update={"path": _absolute(config.data.path)}),
+            method=config.method,
+            train=config.train,
+        )
 
     def fingerprint(self, *, model_identity: str, data_digest: str, num_workers: int = 1) -> str:
         """Names the computation, not where it runs: 16 hex digits.
@@ -48,6 +54,15 @@ class TrialSpec(Section):
         }
         text = json.dumps(computation, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _absolute(name: str) -> str:
+    """An existing file or directory by its absolute path; any other name as it is."""
+    try:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if name != "pydocs" and path.exists() else name
+    except (OSError, RuntimeError):
+        return name  # no file system takes it: it is a bundled model's, or a hub's
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,18 @@ Resources = Mapping[str, float]
 
 @contextmanager
 def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
-    """Ray for the time of the block: the cluster at `address` or RAY_ADDRESS, else one of our own.
+    """Ray for the time of the block: the cluster at `address`, else one of our own.
 
     A Ray that was connected before stays as it is; one started here is shut down at the end.
     """
     if ray.is_initialized():
         yield
         return
-    address = address or os.environ.get("RAY_ADDRESS")
     # A training platform tells nobody that it was used, unless it is asked to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Tune's workers need an environment of their own: those that Ray would start at once never fit,
+    # and cost a second of both cores.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     try:
         if address and address != "local":
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

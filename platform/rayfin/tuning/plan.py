@@ -67,8 +67,12 @@ class SweepPlan:
         return self.storage.sweep(self.sweep_id)
 
     def save(self) -> None:
-        """Writes the resolved configuration, by which `find_resumable` knows the sweep again."""
-        write_text(self.directory / _CONFIG, dump_yaml(self.config))
+        """Writes the resolved configuration, by which `find_resumable` knows the sweep again.
+
+        Without the history's URL, which may hold a password.
+        """
+        config = self.config.model_copy(update={"history": None})
+        write_text(self.directory / _CONFIG, dump_yaml(config))
 
     def trial(self, values: Values) -> PlannedTrial:
         """The trial at one point; the same point is the same trial, in this process or the next."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from rayfin.config import Config
 from rayfin.history import TrialRecord
@@ -41,7 +42,7 @@ class Progress:
         self._before = set(self._rows)
         self._started = time.monotonic()
         carried = f", {len(known)} trials already done" if known else ""
-        self.console.print(f"sweep {plan.sweep_id}: {self._total} trials{carried}")
+        self.console.print(f"sweep {plan.sweep_id}: {self._total} trials{carried}", markup=False)
         if self.console.is_terminal:
             self._live = Live(
                 get_renderable=self._render, console=self.console, refresh_per_second=2
@@ -52,7 +53,7 @@ class Progress:
         before = self._rows.get(row.trial_id)
         self._rows[row.trial_id] = row
         if self._live is None and (before is None or row.status != "running"):
-            self.console.print(self._line(row), soft_wrap=True)
+            self.console.print(self._line(row), soft_wrap=True, markup=False)
 
     def end(self) -> None:
         if self._live is not None:
@@ -116,11 +117,12 @@ def trials_table(config: Config, rows: Sequence[TrialRecord]) -> Table:
         colour = _COLOURS[row.status]
         table.add_row(
             str(number),
-            f"[{colour}]{row.status}[/{colour}]",
-            *(_value(values.get(axis)) for axis in axes),
+            Text(row.status, style=colour),
+            *(Text(_value(values.get(axis))) for axis in axes),
             f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
             *(_number(row, name) for name in _METRICS),
-            (row.error or ("from the history" if "recalled_from" in row.scenario else ""))[:60],
+            # Text, not str: an error's [brackets] are no markup.
+            Text((row.error or _origin(row))[:60]),
         )
     return table
 
@@ -140,6 +142,10 @@ def settings(config: Config, row: TrialRecord) -> str:
         f"{axis.partition('.')[2]}={_value(value)}"
         for axis, value in values_in(config, row.spec).items()
     )
+
+
+def _origin(row: TrialRecord) -> str:
+    return "from the history" if "recalled_from" in row.scenario else ""
 
 
 def _share(row: TrialRecord) -> float:

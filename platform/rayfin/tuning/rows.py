@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from rayfin.history import TrialRecord, now
+from rayfin.history import History, TrialRecord, now
 from rayfin.history.versions import package_versions
 from rayfin.tuning.plan import PlannedTrial
 
@@ -31,12 +32,22 @@ def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialR
     )
 
 
+def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> TrialRecord | None:
+    """The finished trial of the history that makes training `trial` needless, adapter and all."""
+    earlier = history.finished(trial.fingerprint)
+    if earlier is None or earlier.directory is None or metric not in earlier.metrics:
+        return None
+    return earlier if Path(earlier.directory, "adapter").is_dir() else None
+
+
 def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
     """An earlier sweep's finished trial as a row of this one; nothing was trained for it."""
     return earlier.updated(
         trial_id=planned.trial_id,
         sweep_id=sweep_of(planned),
         created_at=now(),
+        # Its own spec: what does not enter the fingerprint (paths, batch split) may differ.
+        spec=planned.spec.model_dump(mode="json"),
         scenario=earlier.scenario | {"recalled_from": earlier.trial_id},
     )
 

@@ -139,7 +139,8 @@ class HistorySearch(Searcher):
         for values in points:
             if self._plan.trial(values).fingerprint not in self._seen:
                 self._enqueue(values)
-                return self._draw(1)
+                # Points that were enqueued before it, and are known by now, come first.
+                return self._draw(_WALKED)
         return None
 
     def _enqueue(self, values: Values) -> None:

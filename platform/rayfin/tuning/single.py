@@ -14,7 +14,7 @@ from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
-from rayfin.tuning.rows import started, with_outcome
+from rayfin.tuning.rows import started, usable, with_outcome
 
 RUNS = "train"
 """The sweep that all single runs belong to."""
@@ -36,9 +36,10 @@ def train_once(
     check_combination(config)
     plan = SweepPlan(RUNS, config, storage)
     in_group = config.scaling.num_workers > 1
-    check_run(plan, [config], cluster_address(address) if in_group else None)
+    cluster = cluster_address(address) if in_group else None
+    check_run(plan, [config], cluster)
     trial = plan.trial({})
-    if not rerun and (earlier := history.finished(trial.fingerprint)) is not None:
+    if not rerun and (earlier := usable(history, trial)) is not None:
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
     before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
@@ -54,7 +55,7 @@ def train_once(
         from rayfin.tuning.cluster import ray_cluster, worker_resources
 
         try:
-            with ray_cluster(address):
+            with ray_cluster(cluster):
                 result = run_in_worker_group(
                     trial.spec,
                     report,

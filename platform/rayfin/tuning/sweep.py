@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from rayfin.config import Config
 from rayfin.errors import ConfigError
@@ -62,7 +65,34 @@ def run_sweep(
     _check_unchanged(plan, rows)
     plan.save()
     progress = progress or Progress()
+    with _alone(plan):
+        return _run(plan, history, rows, first, rerun, cluster, progress)
 
+
+@contextmanager
+def _alone(plan: SweepPlan) -> Iterator[None]:
+    """Holds the sweep's lock: two drivers on one sweep would train its trials over each other."""
+    lock = FileLock(plan.directory / ".lock", timeout=0)
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"--resume: sweep {plan.sweep_id} is running in another process; wait for its end, "
+            "or leave --resume out to start another"
+        ) from None
+
+
+def _run(  # noqa: PLR0917  # run_sweep's own arguments
+    plan: SweepPlan,
+    history: History,
+    rows: Sequence[TrialRecord],
+    first: Sequence[Values],
+    rerun: bool,
+    cluster: str | None,
+    progress: Progress,
+) -> SweepResult:
+    config = plan.config
     known = [row for row in rows if row.status in _ENDED]
     completed = True
     progress.begin(plan, known)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +13,7 @@ from rayfin.errors import HardwareError
 from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
-from rayfin.tuning.rows import recalled
+from rayfin.tuning.rows import recalled, usable
 from rayfin.tuning.space import Values, values_in
 
 
@@ -40,10 +39,8 @@ def run_trials(
     )
 
     def recall(trial: PlannedTrial) -> TrialRecord | None:
-        earlier = None if rerun else history.finished(trial.fingerprint)
-        if earlier is None or config.sweep.metric not in earlier.metrics:
-            return None
-        if not (earlier.directory and Path(earlier.directory, "adapter").is_dir()):
+        earlier = None if rerun else usable(history, trial, config.sweep.metric)
+        if earlier is None:
             return None
         row = recalled(trial, earlier)
         recorder.put(row)
