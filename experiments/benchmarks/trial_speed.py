@@ -93,7 +93,7 @@ def main() -> None:
 
     locate(specification(args.quick).model)  # convert the model before any clock runs
     runs: dict[str, list[dict[str, Any]]] = {"rayfin": [], "trl": []}
-    for _ in range(1 if args.quick else 5):
+    for _ in range(1 if args.quick else 3):
         for side, results in runs.items():
             with tempfile.TemporaryDirectory() as folder:
                 results.append(run_side(__file__, side, Path(folder), quick=args.quick))
