@@ -20,6 +20,7 @@ from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
 from rayfin.tuning import cluster, tune, worker
 from rayfin.tuning.cluster import even_share
+from rayfin.tuning.hooks import TuneRecorder
 from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
@@ -67,11 +68,9 @@ def ended(plan: SweepPlan, r: int, loss: float = 1.0, **changes: Any) -> TrialRe
 def test_a_small_space_is_used_up_to_its_last_point(plan: SweepPlan, search: str) -> None:
     searcher = HistorySearch(with_sweep(plan, num_samples=50, search=search))
     suggested = []
-    while not isinstance(point := searcher.suggest(f"trial-{len(suggested)}"), str):
-        assert point is not None
+    while (point := searcher.suggest(f"trial-{len(suggested)}")) is not None:
         suggested.append(point["fingerprint"])
-        done = {"eval_loss": float(point["values"]["method.r"])}
-        searcher.on_trial_complete(f"trial-{len(suggested) - 1}", done)
+        searcher.tell(f"trial-{len(suggested) - 1}", float(point["values"]["method.r"]))
     assert len(suggested) == len(set(suggested)) == 12
     assert searcher.done
 
@@ -189,7 +188,7 @@ def test_a_worker_that_dies_before_its_trial_starts_leaves_a_failed_row(plan: Sw
     tune_trial: Any = SimpleNamespace(
         trial_id="t", config=planned.as_tune_config(), get_pickled_error=lambda: OSError("no torch")
     )
-    recorder.on_trial_error(0, [], tune_trial)
+    TuneRecorder(recorder).on_trial_error(0, [], tune_trial)
     (row,) = history.rows.values()
     assert row.status == "failed" and "no torch" in (row.error or "")
     assert not recorder.running

@@ -58,7 +58,7 @@ def test_a_grid_is_tried_whole_although_many_of_its_points_compute_the_same(data
     proposed = []
     while isinstance(config := search.suggest(str(len(proposed))), dict):
         proposed.append(config)
-        search.on_trial_complete(str(len(proposed) - 1), {"eval_loss": 1.0})
+        search.tell(str(len(proposed) - 1), 1.0)
     kinds = [config["spec"]["method"]["type"] for config in proposed]
     assert (kinds.count("ia3"), kinds.count("lora")) == (8, 56)
     assert len({config["fingerprint"] for config in proposed}) == 64
@@ -74,7 +74,7 @@ def test_trials_that_the_history_holds_are_recalled_and_count(data: Path) -> Non
 
     search = HistorySearch(plan, recall=recall)
     assert isinstance(search.suggest("a"), dict)
-    assert search.suggest("b") == HistorySearch.FINISHED
+    assert search.suggest("b") is None
     assert len(set(seen)) == 4
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import HardwareError, ModelError
+from rayfin.models.bnb import import_bitsandbytes
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.checkpoint import REPLACE, check_causal, check_loadable, read_config
 from rayfin.models.quiet import no_cast_warnings, no_progress_bars
@@ -73,6 +74,7 @@ def load_base(
     import torch
     from transformers import AutoModelForCausalLM
 
+    import_bitsandbytes()
     options: dict[str, Any] = {}
     if device == "cuda":
         options["device_map"] = {"": _gpu(index)}

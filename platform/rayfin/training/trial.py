@@ -10,10 +10,11 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.collector import collector_paused
 from rayfin.errors import RayfinError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.methods import METHODS, attach, detach
-from rayfin.models import describe_model, locate
+from rayfin.models import locate
 from rayfin.paths import write_directory_whole, write_text
 from rayfin.training.checkpoint import clear_checkpoints, latest_checkpoint, save_adapter, staging
 from rayfin.training.memory import PeakMemory
@@ -50,11 +51,12 @@ def run_trial(
     warm = warm or Warm()
     scenario: dict[str, Any] = {}  # also of a trial that fails: what ran out of memory, and where
     try:
-        scenario = {
-            "model": describe_model(spec.model).as_dict(),
-            "hardware": hardware.as_dict() | {"num_workers": num_workers},
-        }
-        scenario["data"] = warm.tokenized(spec).profile.as_dict()
+        with collector_paused():
+            scenario = {
+                "model": warm.facts(spec.model).as_dict(),
+                "hardware": hardware.as_dict() | {"num_workers": num_workers},
+            }
+            scenario["data"] = warm.tokenized(spec).profile.as_dict()
         return _train(spec, report, directory, hardware=hardware, warm=warm, scenario=scenario)
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
@@ -79,16 +81,18 @@ def _train(
     warm: Warm,
     scenario: dict[str, Any],
 ) -> TrialResult:
-    from transformers import set_seed
-
-    from rayfin.training.trainer import TrialTrainer
-
     started = time.perf_counter()
     checkpoints = directory / "checkpoints"
     peak = PeakMemory(hardware.device)
-    data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
-    base_scores = warm.base_scores(spec, hardware)
-    base = warm.base(spec, hardware)
+    with collector_paused():
+        data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
+        base_scores = warm.base_scores(spec, hardware)
+        base = warm.base(spec, hardware)
+
+        # After the base: its loading imports bitsandbytes the quick way, PEFT would the slow one.
+        from transformers import set_seed
+
+        from rayfin.training.trainer import TrialTrainer
 
     def stands(trainer: TrialTrainer, status: Status, adapter: Path | None = None) -> TrialResult:
         metrics = {
@@ -105,7 +109,8 @@ def _train(
 
     # After the base's scores, so that a trial draws the same numbers on a cold and a warm worker.
     set_seed(spec.train.seed)
-    model = attach(base, spec.method, spec.train.max_steps, locate(spec.model))
+    with collector_paused():
+        model = attach(base, spec.method, spec.train.max_steps, locate(spec.model))
     trainer: TrialTrainer | None = None
     try:
         trainer = TrialTrainer(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
 from rayfin.hardware import Hardware
-from rayfin.models import load_base, load_tokenizer
+from rayfin.models import ModelFacts, describe_model, load_base, load_tokenizer
 from rayfin.training.scoring import score
 from rayfin.training.spec import TrialSpec
 
@@ -32,12 +32,18 @@ class Warm:
 
     def __init__(self, corpora: dict[DataConfig, Corpus] | None = None) -> None:
         self._corpora = dict(corpora or {})
+        self._facts: dict[ModelConfig, ModelFacts] = {}
         self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
         self._tokenized: dict[tuple[DataConfig, ModelConfig], TokenizedCorpus] = {}
         self._base: _Base | None = None
         self._base_scores: dict[tuple[object, ...], dict[str, float]] = {}
         self.loads = 0
         """Base models loaded so far."""
+
+    def facts(self, model: ModelConfig) -> ModelFacts:
+        if model not in self._facts:
+            self._facts[model] = describe_model(model)
+        return self._facts[model]
 
     def tokenizer(self, model: ModelConfig) -> PreTrainedTokenizerFast:
         if model not in self._tokenizers:
@@ -61,13 +67,13 @@ class Warm:
         """The base model on its device, frozen, in evaluation mode."""
         key = (spec.model.model_dump_json(), spec.method.quantization_bit, hardware.device)
         if self._base is None or self._base.key != key:
-            self.drop_base()
+            if self._base is not None:
+                self.drop_base()
             model = load_base(spec.model, spec.method.quantization_bit, hardware.device)
             self._base = _Base(key, model)
             self.loads += 1
             # A trial collects garbage a few times, each a walk over all objects of the process.
             # Those of the libraries and the base stay: passing over them saves half a second.
-            gc.collect()
             gc.freeze()
         return self._base.model
 

@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any
 
-import ray.tune
-from ray.tune.experiment import Trial
-
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial
@@ -18,12 +15,13 @@ from rayfin.tuning.rows import died, started, with_outcome
 OnRecord = Callable[[TrialRecord], None]
 
 
-class Recorder(ray.tune.Callback):
+class Recorder:
     """One row a trial: written when it starts, at each evaluation, and when it ends.
 
     Only the driver writes, so that workers on other machines need no way to the database. A row
     that can't be written now (Tune would fail the trial for it) is written with the next one;
-    `flush` raises for what is still unwritten at the end.
+    `flush` raises for what is still unwritten at the end. Trials are named by what
+    `PlannedTrial.as_tune_config` gave.
     """
 
     def __init__(
@@ -35,39 +33,23 @@ class Recorder(ray.tune.Callback):
         self._rows: dict[str, TrialRecord] = {}
         self._unwritten: dict[str, TrialRecord] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles this for a restore that rayfin never makes."""
-        return {}
+    def starts(self, trial: Mapping[str, Any]) -> None:
+        if trial["trial_id"] not in self._rows:  # else it goes on after its process died
+            self._put(self._row(trial))
 
-    def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        if trial.trial_id not in self._rows:  # else it goes on after its process died
-            self._put(trial, self._row(trial))
+    def reports(self, trial: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
+        """`outcome`: a TrialResult as a dictionary."""
+        self._put(with_outcome(self._row(trial), outcome))
 
-    def on_trial_result(
-        self,
-        iteration: int,
-        trials: list[Trial],
-        trial: Trial,
-        result: dict[str, Any],
-        **info: Any,
-    ) -> None:
-        self._put(trial, with_outcome(self._row(trial), result["outcome"]))
-
-    def on_trial_complete(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
+    def completes(self, trial: Mapping[str, Any]) -> None:
         row = self._row(trial)
         if row.status == "running":  # the scheduler ended it, not the trial itself
-            self._put(trial, row.updated(status="stopped"))
+            self._put(row.updated(status="stopped"))
 
-    def on_trial_error(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
+    def dies(self, trial: Mapping[str, Any], error: Exception | None) -> None:
         row = self._row(trial)
         if row.status == "running":  # what has ended well stays so, whatever befalls its process
-            self._put(trial, died(row, trial.get_pickled_error()))
+            self._put(died(row, error))
 
     @property
     def running(self) -> bool:
@@ -87,13 +69,14 @@ class Recorder(ray.tune.Callback):
             self._history.put(row)
             del self._unwritten[trial_id]
 
-    def _row(self, trial: Trial) -> TrialRecord:
+    def _row(self, trial: Mapping[str, Any]) -> TrialRecord:
         """The trial's row; a new one too for a worker that died before it could start."""
-        if trial.trial_id not in self._rows:
-            planned = PlannedTrial.from_tune_config(trial.config)
-            self._rows[trial.trial_id] = started(planned, self._created.get(planned.trial_id))
-        return self._rows[trial.trial_id]
+        trial_id = trial["trial_id"]
+        if trial_id not in self._rows:
+            planned = PlannedTrial.from_tune_config(trial)
+            self._rows[trial_id] = started(planned, self._created.get(trial_id))
+        return self._rows[trial_id]
 
-    def _put(self, trial: Trial, row: TrialRecord) -> None:
-        self._rows[trial.trial_id] = row
+    def _put(self, row: TrialRecord) -> None:
+        self._rows[row.trial_id] = row
         self.put(row)

@@ -1,4 +1,4 @@
-"""Where the next trial comes from: Optuna's ask and tell, behind Ray Tune's Searcher."""
+"""Where the next trial comes from: Optuna's ask and tell, and what the history knows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
-from ray.tune.search import Searcher
 
 from rayfin.config import Config
 from rayfin.history import TrialRecord
@@ -23,7 +22,7 @@ Recall = Callable[[PlannedTrial], TrialRecord | None]
 """Looks a trial up in the history; a record that it returns is used instead of training again."""
 
 
-class HistorySearch(Searcher):
+class HistorySearch:
     """Suggests trials that were not tried yet, learning from those that were.
 
     - `known`: this sweep's trials that have ended (after a resume); never suggested again.
@@ -43,7 +42,7 @@ class HistorySearch(Searcher):
         recall: Recall = lambda _: None,
     ) -> None:
         sweep = plan.config.sweep
-        super().__init__(metric=sweep.metric, mode=sweep.direction)
+        self.metric, self.direction = sweep.metric, sweep.direction
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._plan, self._recall = plan, recall
         self._space = distributions(plan.config)
@@ -63,48 +62,31 @@ class HistorySearch(Searcher):
             for values in grid(plan.config):
                 self._enqueue(values)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles this for a restore that rayfin never makes."""
-        return {}
-
     def look_ahead(self) -> bool:
         """Whether there is anything to train; what the history knows before that is recalled."""
         self._next = self._next or self._propose()
         self.done = self._next is None
         return not self.done
 
-    def suggest(  # type: ignore[override]  # Searcher.FINISHED is a str
-        self, trial_id: str
-    ) -> dict[str, Any] | str | None:
-        """Tune's next trial configuration, or FINISHED when there is none left."""
+    def suggest(self, name: str) -> dict[str, Any] | None:
+        """The next trial's configuration, to be told about by `name`; None when none is left."""
         if not self.look_ahead() or self._next is None:
-            return Searcher.FINISHED
-        self._asked[trial_id], trial = self._next
+            return None
+        self._asked[name], trial = self._next
         self._next = None
         return trial.as_tune_config()
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """TPE learns from ended trials only."""
-
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
-        asked = self._asked.pop(trial_id, None)
+    def tell(self, name: str, value: float | None) -> None:
+        """What a suggested trial came to; None for one that failed."""
+        asked = self._asked.pop(name, None)
         if asked is None:
             return
-        value = (result or {}).get(self._plan.config.sweep.metric)
-        if error or value is None:
+        if value is None:
             # A failed trial has no value; told as such, the sampler neither waits for it nor learns
             # from it.
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(asked, float(value))
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: a sweep is resumed from the history, never from Tune's pickles."""
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing; see `save`."""
 
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The next trial that must be trained; those that needn't be are recalled on the way."""
@@ -117,7 +99,7 @@ class HistorySearch(Searcher):
             self._left -= 1
             if (record := self._recall(trial)) is None:
                 return proposal
-            self._study.tell(asked, float(record.metrics[self._plan.config.sweep.metric]))
+            self._study.tell(asked, float(record.metrics[self.metric]))
         return None
 
     def _draw(self, times: int) -> tuple[optuna.Trial, PlannedTrial] | None:
@@ -151,7 +133,7 @@ class HistorySearch(Searcher):
         """Adds an ended trial of this sweep to the study."""
         self._seen.add(record.fingerprint)
         drawn = encode(self._plan.config, values_in(self._plan.config, record.spec))
-        value = record.metrics.get(self._plan.config.sweep.metric)
+        value = record.metrics.get(self.metric)
         if drawn is None or record.status not in ("finished", "stopped") or value is None:
             return
         self._study.add_trial(

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from rayfin.collector import collector_paused
 from rayfin.config import Config
 from rayfin.errors import HardwareError
 from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
+from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import recalled, usable
+from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.space import Values, values_in
 
 
@@ -30,9 +37,6 @@ def run_trials(
 ) -> bool:
     """Runs what `known` lacks of the sweep, the interrupted trials first; False after Ctrl-C."""
     _quiet_tune()
-    from rayfin.tuning.record import Recorder
-    from rayfin.tuning.search import HistorySearch
-
     config = plan.config
     recorder = Recorder(
         history, progress.update, {row.trial_id: row.created_at for row in interrupted}
@@ -49,18 +53,35 @@ def run_trials(
     again = [values_in(config, row.spec) for row in interrupted]
     search = HistorySearch(plan, known=known, first=[*again, *first], recall=recall)
     if search.look_ahead():  # a sweep that the history answers needs no Ray
-        from rayfin.tuning.cluster import ray_cluster
-
-        with ray_cluster(cluster):
+        with _cluster_and_tune(cluster):
             _fit(plan, search, scheduler(config, known), recorder)
     recorder.flush()
     return search.done and not recorder.running
 
 
-def _fit(plan: SweepPlan, search: Any, scheduler: Any, recorder: Any) -> None:
+@contextmanager
+def _cluster_and_tune(cluster: str | None) -> Iterator[None]:
+    """The Ray cluster, and Tune imported: a second of work that is done while Ray starts."""
+    from rayfin.tuning.cluster import ray_cluster
+
+    with ThreadPoolExecutor(1) as pool:
+        importing = pool.submit(_import_tune)
+        with ray_cluster(cluster):
+            importing.result()
+            yield
+
+
+def _import_tune() -> None:
+    with collector_paused():
+        importlib.import_module("rayfin.tuning.hooks")
+    gc.freeze()  # neither collections nor the exit need to walk over what was imported
+
+
+def _fit(plan: SweepPlan, search: HistorySearch, scheduler: Any, recorder: Recorder) -> None:
     import ray.tune
 
     from rayfin.tuning.cluster import nodes
+    from rayfin.tuning.hooks import TuneRecorder, TuneSearcher
     from rayfin.tuning.worker import WarmTrial
 
     resources, concurrent = trial_resources(plan.config, nodes())
@@ -73,7 +94,7 @@ def _fit(plan: SweepPlan, search: Any, scheduler: Any, recorder: Any) -> None:
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(trainable, resources),
         tune_config=ray.tune.TuneConfig(
-            search_alg=search,
+            search_alg=TuneSearcher(search),
             scheduler=scheduler,
             num_samples=-1,  # the search ends the sweep, as it alone knows what is left
             max_concurrent_trials=concurrent,
@@ -82,7 +103,7 @@ def _fit(plan: SweepPlan, search: Any, scheduler: Any, recorder: Any) -> None:
         run_config=ray.tune.RunConfig(
             name=plan.sweep_id,
             storage_path=str(plan.storage.ray),
-            callbacks=[recorder],
+            callbacks=[TuneRecorder(recorder)],
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=ray.tune.FailureConfig(max_failures=plan.config.sweep.max_failures),
             verbose=0,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import ray.tune
 
+from rayfin.collector import collector_paused
 from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
@@ -44,9 +45,10 @@ class WarmTrial(ray.tune.Trainable):
     ) -> None:
         global _WARM  # noqa: PLW0603
         # Here, and not above: the driver, which only names this class, needs no torch.
-        import torch
+        with collector_paused():
+            import torch
 
-        from rayfin.training.warm import Warm
+            from rayfin.training.warm import Warm
 
         # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; tell torch too.
         torch.set_num_threads(num_threads)

@@ -1,0 +1,79 @@
+"""The search and the recorder in the shapes that Ray Tune calls; they themselves know no Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray.tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+
+from rayfin.tuning.record import Recorder
+from rayfin.tuning.search import HistorySearch
+
+
+class _Unpickled:
+    """Tune pickles its parts for a restore that rayfin never makes: a sweep resumes from the
+    history."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class TuneSearcher(_Unpickled, Searcher):
+    """Hands Tune what the search proposes, and the search what Tune's trials came to."""
+
+    def __init__(self, search: HistorySearch) -> None:
+        super().__init__(metric=search.metric, mode=search.direction)
+        self._search = search
+
+    def suggest(  # type: ignore[override]  # Searcher.FINISHED is a str
+        self, trial_id: str
+    ) -> dict[str, Any] | str | None:
+        return self._search.suggest(trial_id) or Searcher.FINISHED
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """The search learns from ended trials only."""
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        self._search.tell(trial_id, None if error else (result or {}).get(self._search.metric))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a sweep is resumed from the history, never from Tune's pickles."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing; see `save`."""
+
+
+class TuneRecorder(_Unpickled, ray.tune.Callback):
+    """Tells the recorder what becomes of Tune's trials."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._recorder.starts(trial.config)
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: list[Trial],
+        trial: Trial,
+        result: dict[str, Any],
+        **info: Any,
+    ) -> None:
+        self._recorder.reports(trial.config, result["outcome"])
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._recorder.completes(trial.config)
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._recorder.dies(trial.config, trial.get_pickled_error())
