@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from rayfin.models import load_base
 from rayfin.training import TrialResult
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.warm import Warm
@@ -46,6 +48,31 @@ def test_full_fine_tuning_leaves_nothing_of_itself_to_the_next(lab: Any, warm: W
     lab.run(lab.spec("full", max_steps=2), warm=warm)
     after = lab.run(spec, warm=warm)
     assert lab.losses(after) == lab.losses(before)
+
+
+@pytest.mark.parametrize("spoils", ["full", "fails"])
+def test_a_base_that_was_dropped_is_gone_before_the_next_trial_trains(
+    spoils: str, lab: Any, warm: Warm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two base models at once would be the next trial's lack of memory."""
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def load_and_count(*arguments: Any) -> Any:
+        alive.append(sum(base() is not None for base in loaded))
+        base = load_base(*arguments)
+        loaded.append(weakref.ref(base))
+        return base
+
+    monkeypatch.setattr("rayfin.training.warm.load_base", load_and_count)
+    lab.run(lab.spec("lora", max_steps=1), warm=warm)
+    if spoils == "full":
+        lab.run(lab.spec("full", max_steps=1), warm=warm)
+    else:
+        diverging = lab.spec("lora", max_steps=2, learning_rate=1e30)
+        assert lab.run(diverging, warm=warm).status == "failed"
+    lab.run(lab.spec("lora", max_steps=1), warm=warm)
+    assert alive == [0, 0]
 
 
 def test_seeds_differ(lab: Any, warm: Warm) -> None:

@@ -30,8 +30,6 @@ def answer_samples(
     Empty for a trial without an adapter (full fine-tuning) and for plain text, where there is no
     question.
     """
-    from peft import PeftModel
-
     adapter = Path(row.directory or "") / "adapter"
     if not (adapter / "adapter_config.json").exists():
         return []
@@ -43,6 +41,8 @@ def answer_samples(
     tokenizer = load_tokenizer(model_config)
     device = describe_hardware(use_gpu).device
     base = load_base(model_config, row.spec["method"]["quantization_bit"], device)
+    from peft import PeftModel  # after the base: see import_bitsandbytes
+
     prompts = [render_prompt(example.messages, tokenizer) for example in examples]
 
     def answers(model: torch.nn.Module) -> list[str]:

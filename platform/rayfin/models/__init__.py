@@ -1,5 +1,6 @@
 """Base models: bundled, local or from the hub; tokenizer, weights, quantisation, facts."""
 
+from rayfin.models.bnb import import_bitsandbytes
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.facts import (
     ModelFacts,
@@ -19,6 +20,7 @@ __all__ = [
     "check_model",
     "describe_model",
     "identity",
+    "import_bitsandbytes",
     "load_base",
     "load_tokenizer",
     "locate",

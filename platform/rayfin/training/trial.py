@@ -14,7 +14,7 @@ from rayfin.collector import collector_paused
 from rayfin.errors import RayfinError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.methods import METHODS, attach, detach
-from rayfin.models import locate
+from rayfin.models import import_bitsandbytes, locate
 from rayfin.paths import write_directory_whole, write_text
 from rayfin.training.checkpoint import clear_checkpoints, latest_checkpoint, save_adapter, staging
 from rayfin.training.memory import PeakMemory
@@ -81,6 +81,12 @@ def _train(
     warm: Warm,
     scenario: dict[str, Any],
 ) -> TrialResult:
+    with collector_paused():
+        import_bitsandbytes()  # before Trainer imports PEFT, which would import it the slow way
+        from transformers import set_seed
+
+        from rayfin.training.trainer import TrialTrainer
+
     started = time.perf_counter()
     checkpoints = directory / "checkpoints"
     peak = PeakMemory(hardware.device)
@@ -88,11 +94,6 @@ def _train(
         data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
         base_scores = warm.base_scores(spec, hardware)
         base = warm.base(spec, hardware)
-
-        # After the base: its loading imports bitsandbytes the quick way, PEFT would the slow one.
-        from transformers import set_seed
-
-        from rayfin.training.trainer import TrialTrainer
 
     def stands(trainer: TrialTrainer, status: Status, adapter: Path | None = None) -> TrialResult:
         metrics = {

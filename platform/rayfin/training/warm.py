@@ -36,6 +36,7 @@ class Warm:
         self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
         self._tokenized: dict[tuple[DataConfig, ModelConfig], TokenizedCorpus] = {}
         self._base: _Base | None = None
+        self._tried = False  # to load a base, with success or without
         self._base_scores: dict[tuple[object, ...], dict[str, float]] = {}
         self.loads = 0
         """Base models loaded so far."""
@@ -67,8 +68,11 @@ class Warm:
         """The base model on its device, frozen, in evaluation mode."""
         key = (spec.model.model_dump_json(), spec.method.quantization_bit, hardware.device)
         if self._base is None or self._base.key != key:
-            if self._base is not None:
+            if self._tried:
+                # Even where there is no base: what a failed or `full` trial left of the one before
+                # is in cycles, and must go before the next is loaded and everything is frozen.
                 self.drop_base()
+            self._tried = True
             model = load_base(spec.model, spec.method.quantization_bit, hardware.device)
             self._base = _Base(key, model)
             self.loads += 1

@@ -83,7 +83,7 @@ def _alone(plan: SweepPlan) -> Iterator[None]:
         ) from None
 
 
-def _run(  # noqa: PLR0917  # run_sweep's own arguments
+def _run(
     plan: SweepPlan,
     history: History,
     rows: Sequence[TrialRecord],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import math
 import os
@@ -74,7 +73,6 @@ def _cluster_and_tune(cluster: str | None) -> Iterator[None]:
 def _import_tune() -> None:
     with collector_paused():
         importlib.import_module("rayfin.tuning.hooks")
-    gc.freeze()  # neither collections nor the exit need to walk over what was imported
 
 
 def _fit(plan: SweepPlan, search: HistorySearch, scheduler: Any, recorder: Recorder) -> None:
