@@ -45,6 +45,14 @@ class AdapterError(UsageError):
     """An adapter, version or alias that is missing, malformed or not allowed."""
 
 
+class RequestError(UsageError):
+    """A request to the served model that can't be answered as it stands (HTTP 400)."""
+
+
+class AdapterNotFound(AdapterError):
+    """A request for an adapter, version or alias that isn't there (HTTP 404)."""
+
+
 class HardwareError(UsageError):
     """A device or cluster that was asked for and isn't there."""
 
@@ -63,6 +71,17 @@ class TrialOutOfMemory(TrialError):
     """The device or host ran out of memory."""
 
     status = "oom"
+
+
+class Overloaded(RayfinError):
+    """The engine's queue is full (HTTP 429): try again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message, retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from rayfin import __version__
-from rayfin.cli import adapters, doctor, history, sweep, train
+from rayfin.cli import adapters, doctor, history, serve, sweep, train
 from rayfin.cli.parser import Parser, print_error
 from rayfin.errors import RayfinError, UsageError
 
@@ -23,11 +23,12 @@ INTERRUPTED = 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     parser = Parser(
-        prog="rayfin", description="Parameter-efficient fine-tuning on Ray: sweep, train, publish."
+        prog="rayfin",
+        description="Parameter-efficient fine-tuning on Ray: sweep, train, publish, serve.",
     )
     parser.add_argument("--version", action="version", version=f"rayfin {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-    for module in (sweep, train, history, adapters, doctor):
+    for module in (sweep, train, serve, history, adapters, doctor):
         module.register(verbs)
     return _run(parser, argv)
 

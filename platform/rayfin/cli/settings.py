@@ -16,9 +16,19 @@ if TYPE_CHECKING:
 class ShowSettings(argparse.Action):
     """Prints the settings and ends the command, as --help does."""
 
+    def lines(self) -> Iterator[str]:
+        return settings_lines()
+
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print("\n".join(settings_lines()))
+        print("\n".join(self.lines()))
         parser.exit()
+
+
+class ShowServeSettings(ShowSettings):
+    """The same of a deployment."""
+
+    def lines(self) -> Iterator[str]:
+        return serve_settings_lines()
 
 
 def settings_lines() -> Iterator[str]:
@@ -40,6 +50,17 @@ def settings_lines() -> Iterator[str]:
             yield from _section(name, type(field.default), f"\n{name}")
 
 
+def serve_settings_lines() -> Iterator[str]:
+    """As `settings_lines`, of a deployment."""
+    from rayfin.config import ServeConfig
+
+    for name, field in ServeConfig.model_fields.items():
+        if field.description:
+            yield f"\n{name} = {_plain(field.default)}\n      {field.description}"
+        else:
+            yield from _section(name, type(field.default), f"\n{name}")
+
+
 def _alike(methods: Mapping[str, type[BaseModel]]) -> list[tuple[list[str], type[BaseModel]]]:
     """Methods that have the same settings, together."""
     groups: dict[str, tuple[list[str], type[BaseModel]]] = {}
@@ -52,7 +73,7 @@ def _alike(methods: Mapping[str, type[BaseModel]]) -> list[tuple[list[str], type
 def _section(name: str, model: type[BaseModel], title: str) -> Iterator[str]:
     yield title
     for key, field in model.model_fields.items():
-        if key != "type":
+        if (name, key) != ("method", "type"):
             yield from _setting(f"{name}.{key}", field)
 
 

@@ -4,6 +4,7 @@ from rayfin.config.load import (
     build_config,
     dump_yaml,
     load_config,
+    load_serve_config,
     parse_overrides,
     parse_yaml,
     with_values,
@@ -20,16 +21,21 @@ from rayfin.config.schema import (
     SweepConfig,
     TrainConfig,
 )
+from rayfin.config.serving import ApiConfig, EngineConfig, ReplicaConfig, ServeConfig
 
 __all__ = [
     "METHOD_CONFIGS",
+    "ApiConfig",
     "Config",
     "DataConfig",
+    "EngineConfig",
     "MethodConfig",
     "ModelConfig",
     "PublishConfig",
+    "ReplicaConfig",
     "ScalingConfig",
     "Section",
+    "ServeConfig",
     "Space",
     "SweepConfig",
     "TrainConfig",
@@ -37,6 +43,7 @@ __all__ = [
     "dump_yaml",
     "leaf_names",
     "load_config",
+    "load_serve_config",
     "parse_overrides",
     "parse_yaml",
     "with_values",

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.config.problems import describe
 from rayfin.config.schema import Config
+from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError
 
 # YAML 1.1 reads 2e-4 as a string; people write learning rates like that.
@@ -26,13 +27,20 @@ def load_config(
 
     Raises ConfigError, naming key, value, what is allowed and the nearest known key.
     """
-    if source is None:
-        tree: dict[str, Any] = {}
-    elif isinstance(source, Mapping):
-        tree = _copy(source)
-    else:
-        tree = _read_yaml(Path(source))
-    return build_config(tree, parse_overrides(overrides))
+    return build_config(_tree(source), parse_overrides(overrides))
+
+
+def load_serve_config(
+    source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
+) -> ServeConfig:
+    """As `load_config`, of a deployment."""
+    tree = _tree(source)
+    for key, value in parse_overrides(overrides).items():
+        _put(tree, key, value)
+    try:
+        return ServeConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(describe(error, tree, ServeConfig)) from None
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
@@ -75,6 +83,12 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 def dump_yaml(config: Config) -> str:
     """The resolved configuration, to be saved with a run and read back by `load_config`."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _tree(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    if source is None:
+        return {}
+    return _copy(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -35,23 +35,25 @@ _WANTED = {
 }
 
 
-def describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
-    """All problems of a validation in one line."""
+def describe(
+    error: ValidationError, tree: Mapping[str, Any], kind: type[BaseModel] = Config
+) -> str:
+    """All problems of a validation as `kind` in one line."""
     wanted: dict[tuple[str, str], list[str]] = {}
     sentences: list[str] = []
     for problem in error.errors():
         key, value = _key(problem["loc"], tree), problem.get("input")
         match problem["type"]:
             case "extra_forbidden":
-                sentences.append(_unknown(key, tree))
+                sentences.append(_unknown(key, _known_keys(tree, kind)))
             case "union_tag_invalid" | "union_tag_not_found":
                 sentences.append(_no_method(value))
             case "value_error":
                 sentences.append(f"{key}: {problem['ctx']['error']}")
             case "missing":
                 sentences.append(f"{key}: is missing; give it a value")
-            case kind:
-                words = _WANTED.get(kind, problem["msg"].removeprefix("Input should be "))
+            case other:
+                words = _WANTED.get(other, problem["msg"].removeprefix("Input should be "))
                 # Every member of a union has its say: they are one problem.
                 wanted.setdefault((key, shown(value)), []).append(words)
     for (key, given), choices in wanted.items():
@@ -60,7 +62,7 @@ def describe(error: ValidationError, tree: Mapping[str, Any]) -> str:
     return "; ".join(dict.fromkeys(sentences))
 
 
-def leaf_names(config: Config) -> list[str]:
+def leaf_names(config: BaseModel) -> list[str]:
     """Dotted names of all settings of `config`, as overrides and sweep axes take them."""
 
     def walk(model: BaseModel, prefix: str) -> Iterable[str]:
@@ -99,8 +101,7 @@ def _key(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
     return ".".join(parts)
 
 
-def _unknown(key: str, tree: Mapping[str, Any]) -> str:
-    known = _known_keys(tree)
+def _unknown(key: str, known: list[str]) -> str:
     if near := did_you_mean(key, known):
         return f"{key}: unknown key{near}"
     section, dot, _ = key.rpartition(".")
@@ -117,9 +118,11 @@ def _no_method(value: Any) -> str:
     )
 
 
-def _known_keys(tree: Mapping[str, Any]) -> list[str]:
+def _known_keys(tree: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
+    if kind is not Config:
+        return [*leaf_names(kind()), *kind.model_fields]
     method = tree.get("method")
-    kind = method.get("type") if isinstance(method, Mapping) else None
-    defaults = Config.model_validate({"method": {"type": kind}} if kind in METHOD_CONFIGS else {})
+    type_ = method.get("type") if isinstance(method, Mapping) else None
+    defaults = Config.model_validate({"method": {"type": type_}} if type_ in METHOD_CONFIGS else {})
     publish = [f"publish.{name}" for name in PublishConfig.model_fields]
     return [*leaf_names(defaults), *Config.model_fields, *publish]

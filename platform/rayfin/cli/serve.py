@@ -1,0 +1,116 @@
+"""`rayfin serve`: the adapters of a registry over HTTP, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayfin.cli.settings import ShowServeSettings
+
+if TYPE_CHECKING:
+    from rayfin.adapters import AdapterVersion
+    from rayfin.config import ServeConfig
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "answer over HTTP with any adapter of a registry, by name"
+    parser = subparsers.add_parser("serve", help=summary, description=f"{summary.capitalize()}.")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="config.yaml | section.key=value",
+        help="a configuration file first, if any, and settings that win over it",
+    )
+    parser.add_argument("--address", help="a running Ray cluster; without it one is started here")
+    parser.add_argument("--json", action="store_true", help="print what is served as JSON")
+    parser.add_argument(
+        "--settings",
+        dest="show_settings",
+        nargs=0,
+        action=ShowServeSettings,
+        help="list every setting with its default and meaning",
+    )
+    parser.epilog = (
+        f"Example: {parser.prog} storage=./runs deployment.port=8000 engine.max_rows=16. "
+        f"All settings: {parser.prog} --settings"
+    )
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0: served until it was stopped, and ended all requests that it had."""
+    from rayfin.adapters import Catalog
+    from rayfin.config import load_serve_config
+    from rayfin.hardware import cluster_address
+    from rayfin.models import check_model
+    from rayfin.paths import Storage
+
+    settings = list(args.settings)
+    source = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
+    config = load_serve_config(source, settings)
+    storage = Storage.open(config.storage)
+    # Replicas have working directories of their own.
+    config = config.model_copy(update={"storage": str(storage.root)})
+    check_model(config.model, config.engine.quantization_bit)
+    address = cluster_address(args.address)
+
+    from rayfin.serving.deployment import serving
+
+    with serving(config, address) as url:
+        versions = Catalog(storage.adapters).list()
+        _print(config, url, versions, as_json=args.json)
+        _wait_for_signal()
+        if not args.json:
+            print("Stopping: requests that are at work may end.", flush=True)
+    return 0
+
+
+def _wait_for_signal() -> None:
+    """Returns on Ctrl-C or SIGTERM."""
+    stop = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    try:
+        stop.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _print(
+    config: ServeConfig, url: str, versions: tuple[AdapterVersion, ...], *, as_json: bool
+) -> None:
+    named = [version for version in versions if version.aliases]
+    newest = max(named, key=lambda v: str(v.metadata.get("created_at")), default=None)
+    model = config.model.name if newest is None else newest.name
+    curl = _curl(url, model, needs_key=bool(config.api.api_keys))
+    if as_json:
+        served: dict[str, Any] = {
+            "url": url,
+            "base": config.model.name,
+            "adapters": [{"ref": v.ref, "aliases": list(v.aliases)} for v in named],
+            "curl": curl,
+        }
+        print(json.dumps(served), flush=True)
+        return
+    print(f"Serving {config.model.name} and {_count(named)} at {url}")
+    for version in named:
+        print(f"  {version.ref:30} {', '.join(version.aliases)}")
+    print(f"Adapters that are published under {config.storage} are served within seconds. Try:")
+    print(f"  {curl}\nCtrl-C stops it.", flush=True)
+
+
+def _count(named: list[AdapterVersion]) -> str:
+    count = len({version.name for version in named})
+    return "no adapter yet" if not count else f"{count} adapter{'s' * (count > 1)}"
+
+
+def _curl(url: str, model: str, *, needs_key: bool) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    body = body.replace("'", "'\\''")
+    key = ' -H "authorization: Bearer $RAYFIN_API_KEY"' if needs_key else ""
+    return f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{body}'"

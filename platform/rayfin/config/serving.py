@@ -1,0 +1,126 @@
+"""The settings of `rayfin serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from rayfin.config.method import Section
+from rayfin.config.schema import ModelConfig
+
+
+class EngineConfig(Section):
+    """One replica's engine: how much it holds at a time."""
+
+    type: Literal["transformers", "vllm"] = "transformers"
+    """rayfin's own engine (CPU and GPU, every method), or vLLM (GPU, LoRA)."""
+    quantization_bit: Literal[4, 8] | None = None
+    """Load the base model in 4-bit NF4 or 8-bit (bitsandbytes)."""
+    weights: Literal["auto", "int8"] = "auto"
+    """int8: dynamically quantised linear layers on CPU; faster, and answers may differ."""
+    max_rows: int = Field(16, ge=1, le=1024)
+    """Sequences that decode at the same time."""
+    max_length: int = Field(2048, ge=16)
+    """Tokens of a prompt and its answer together, virtual tokens included."""
+    prefill_chunk: int = Field(256, ge=8)
+    """Prompt tokens that one step takes in beside the decoding rows."""
+    slots: int = Field(8, ge=1, le=1024)
+    """Adapters ready to decode at the same time."""
+    max_rank: int = Field(64, ge=1, le=1024)
+    """The largest rank of a low-rank adapter; memory of a slot grows with it."""
+    host_cache_mb: int = Field(2048, ge=0)
+    """Memory for adapters that wait outside the slots."""
+    max_queue: int = Field(128, ge=1)
+    """Requests that may wait; more are refused with 429."""
+
+
+class ApiKey(Section):
+    """One API key, and what it may do."""
+
+    key: str = Field(min_length=1, repr=False)
+    """What clients send as `Authorization: Bearer KEY`."""
+    adapters: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
+    """Adapters (all their versions), and the base model by its name, that it may use; null: all."""
+    requests_per_minute: int | None = Field(None, ge=1)
+    """Requests that each replica takes from it in a minute, so many of them at once; null: any."""
+
+
+class ApiConfig(Section):
+    """The HTTP API: who may ask, for how much, and what is written down."""
+
+    max_body_bytes: int = Field(2 * 2**20, ge=1024)
+    """Bytes of one request's body; more are refused with 413 while they come in."""
+    body_seconds: float = Field(30.0, gt=0)
+    """Time in which a request's body must have come in; then it is refused with 408."""
+    max_n: int = Field(16, ge=1)
+    """Answers that one request may ask for: `n` times its prompts."""
+    template_seconds: float = Field(1.0, gt=0)
+    """Processor time for one rendering of an adapter's own chat template."""
+    api_keys: tuple[ApiKey, ...] = ()
+    """Keys of which every request needs one; none: the API is open to all who reach it."""
+    admin_token: str | None = Field(None, min_length=1, repr=False)
+    """What loading and unloading adapters over HTTP takes as its bearer token; null: it is off."""
+    request_log: str | None = Field(None, min_length=1)
+    """File that gets a line of JSON for each request; null: none is written."""
+    request_log_text: bool = False
+    """Write prompts and answers into it too, beside counts and times."""
+    max_adapter_labels: int = Field(100, ge=0)
+    """Adapters that have their own figures in /metrics; later ones are counted as `other`."""
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> ApiConfig:
+        keys = [entry.key for entry in self.api_keys]
+        if len(set(keys)) < len(keys):
+            raise ValueError("api_keys has the same key twice; give each its own, or merge them")
+        if self.admin_token in keys:
+            raise ValueError("admin_token is also one of api_keys; give it a value of its own")
+        return self
+
+
+class ReplicaConfig(Section):
+    """Where the deployment listens, and how many replicas answer."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address that the API listens on; 0.0.0.0 is reachable from other machines."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port of the API."""
+    replicas: int = Field(1, ge=1, le=1000)
+    """Engines, each a process with the whole base model; the least, where max_replicas is set."""
+    max_replicas: int | None = Field(None, ge=1, le=1000)
+    """Add replicas up to this while there is more to do, and take them away after; null: never."""
+    api_replicas: int = Field(1, ge=1, le=100)
+    """Processes that speak HTTP in front of the engines."""
+    cpus: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """CPUs of one engine, which set its threads; auto is an even share of the cluster's."""
+    gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """GPUs of one engine (0.5: two share one); auto is one where there are enough."""
+    drain_seconds: float = Field(30.0, ge=0)
+    """Time in which a replica that is to stop ends the requests that it works on."""
+    health_check_seconds: float = Field(2.0, gt=0)
+    """Time between looks at a replica; one that died or hangs is replaced."""
+
+    @model_validator(mode="after")
+    def _grows(self) -> ReplicaConfig:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is less than replicas ({self.replicas}); "
+                "raise it, or set it to null"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        """Engines that there may be at a time."""
+        return self.max_replicas or self.replicas
+
+
+class ServeConfig(Section):
+    """A deployment: one base model, and the adapters of one registry."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    api: ApiConfig = ApiConfig()
+    deployment: ReplicaConfig = ReplicaConfig()
+    storage: str = Field("./runs", min_length=1)
+    """Directory (local or NFS) whose registry of adapters is served."""

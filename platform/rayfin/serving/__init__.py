@@ -1,0 +1,1 @@
+"""Serving: one base model, many adapters, switched per request."""

@@ -1,0 +1,101 @@
+"""The HTTP API of one engine as a FastAPI app."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Security
+from fastapi.security import HTTPBearer
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rayfin import __version__
+from rayfin.config.serving import ApiConfig
+from rayfin.serving.api.admin import admin_routes
+from rayfin.serving.api.completions import completion_routes
+from rayfin.serving.api.documents import describe_bodies
+from rayfin.serving.api.errors import CLIENT_GONE, handle_errors
+from rayfin.serving.api.models import model_routes, open_routes
+from rayfin.serving.api.protocol import ServedEngine
+from rayfin.serving.api.record import Record
+from rayfin.serving.api.schema import (
+    Body,
+    ChatBody,
+    CompletionBody,
+    LoadAdapterBody,
+    TokenizeBody,
+    UnloadAdapterBody,
+)
+from rayfin.serving.api.service import Service
+from rayfin.serving.names import Names
+
+
+def create_app(engine: ServedEngine, names: Names, config: ApiConfig) -> FastAPI:
+    """The API in front of an engine that has started; closing the engine is the caller's.
+
+    Raises StorageError for a request log that can't be written.
+    """
+    service = Service.of(engine, names, config)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    app = FastAPI(
+        title="rayfin",
+        version=__version__,
+        description="One base model, many adapters, switched per request.",
+        # The pages for people load scripts from elsewhere; /openapi.json is here.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    bearer = Security(HTTPBearer(auto_error=False, description="An API key."))
+    token = Security(HTTPBearer(auto_error=False, scheme_name="Admin", description="The token."))
+    guarded = [bearer] if service.keys.needed else []
+    app.include_router(completion_routes(service), dependencies=guarded)
+    app.include_router(model_routes(service), dependencies=guarded)
+    app.include_router(open_routes(service))
+    bodies: list[type[Body]] = [ChatBody, CompletionBody, TokenizeBody]
+    if config.admin_token is not None:
+        app.include_router(admin_routes(service), dependencies=[token])
+        bodies += [LoadAdapterBody, UnloadAdapterBody]
+    describe_bodies(app, bodies)
+    handle_errors(app, names)
+    app.add_middleware(_Gate, service=service)
+    return app
+
+
+class _Gate:
+    """Gives every request its record, and counts and logs those for completions as they end."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record = Record(scope["path"])
+        scope.setdefault("state", {})["record"] = record
+
+        async def send_marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                name = (b"x-request-id", record.request_id.encode())
+                message["headers"] = [*message["headers"], name]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_marked)
+        except asyncio.CancelledError:
+            record.status = CLIENT_GONE
+            raise
+        finally:
+            if scope["method"] == "POST" and record.path.endswith("/completions"):
+                self._service.metrics.count(record)
+                if self._service.log is not None:
+                    self._service.log.write(record)

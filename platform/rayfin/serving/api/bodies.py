@@ -1,0 +1,73 @@
+"""Reading a request's body: never more of it, longer or deeper than allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, TypeVar
+
+from fastapi import Request
+from pydantic import ValidationError
+
+from rayfin.config.serving import ApiConfig
+from rayfin.serving.api.errors import ApiError, describe_invalid
+from rayfin.serving.api.schema import NOT_SUPPORTED, Body
+
+AnyBody = TypeVar("AnyBody", bound=Body)
+
+
+async def read_body(request: Request, kind: type[AnyBody], config: ApiConfig) -> AnyBody:
+    """The body as `kind`; raises ApiError 400, 408 or 413."""
+    value = parse_json(await _read(request, config))
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object")
+    for field in NOT_SUPPORTED.keys() & value.keys() - kind.model_fields.keys():
+        if (given := value.pop(field)) is not None and given not in NOT_SUPPORTED[field]:
+            raise ApiError(
+                400, f"'{field}' is not supported by this server; leave it out", param=field
+            )
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise describe_invalid(error) from error
+
+
+async def _read(request: Request, config: ApiConfig) -> bytes:
+    most = config.max_body_bytes
+    too_large = ApiError(
+        413, f"the body is larger than {most} bytes; send less (max_body_bytes is the limit)"
+    )
+    if (length := request.headers.get("content-length", "")).isdecimal() and int(length) > most:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(config.body_seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(
+            408, f"the body did not come in within {config.body_seconds:g} s; send it faster"
+        ) from error
+    return bytes(body)
+
+
+def parse_json(body: bytes) -> Any:
+    """Raises ApiError for anything but plain JSON: NaN and half characters are none."""
+    try:
+        text = body.decode("utf-8")
+        value = json.loads(text, parse_constant=_refuse)
+        if "\\u" in text:
+            # An escape can write half of a surrogate pair, which is no text.
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ApiError(400, "the body is nested too deeply") from error
+    except ValueError as error:
+        reason = str(error).partition("\n")[0][:120]
+        raise ApiError(400, f"the body is not valid JSON ({reason})") from error
+    return value
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")

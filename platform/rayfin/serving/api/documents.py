@@ -1,0 +1,187 @@
+"""The OpenAPI document: what goes in, what comes out, and with which status."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict
+from pydantic.json_schema import models_json_schema
+
+from rayfin.serving.api.schema import Body
+
+_REF = "#/components/schemas/{model}"
+_EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "JSON, and last [DONE]."}},
+    "required": ["data"],
+}
+
+
+class Answer(BaseModel):
+    """Documentation only: answers are written as they are."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ErrorDetail(Answer):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Answer):
+    error: ErrorDetail
+
+
+class Usage(Answer):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ChatMessage(Answer):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatTopLogprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(ChatTopLogprob):
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class ChatChoice(Answer):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(Answer):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    """The version that answered: `support@3`, or the base's name."""
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(Answer):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(Answer):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(Answer):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    """The version that answered: `support@3`, or the base's name."""
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ModelCard(Answer):
+    id: str
+    """What a request's `model` may be."""
+    object: Literal["model"]
+    created: int
+    """Seconds since 1970; 0 where it isn't known."""
+    owned_by: Literal["rayfin"]
+    root: str
+    """The version that answers now: `support@3`; of the base, its own name."""
+    parent: str | None
+    """Of an adapter, the base's name."""
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Health(Answer):
+    status: Literal["ok"]
+    waiting: int
+    """Requests that have no row yet."""
+    running: int
+    """Requests that decode."""
+    resident: list[str]
+    """Adapters ready to decode, the most recently used first."""
+
+
+class TokenizeAnswer(Answer):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+class LoadedAdapter(Answer):
+    lora_name: str
+    """The version that was published: `support@4`."""
+
+
+class UnloadedAdapter(Answer):
+    removed: list[str]
+    """The versions that are gone."""
+
+
+def takes(kind: type[Body]) -> dict[str, Any]:
+    """`openapi_extra` of an endpoint that reads its body itself."""
+    schema = {"$ref": _REF.format(model=kind.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def streams(kind: type[Answer]) -> dict[str, Any]:
+    """A 200 that is either `kind` or server-sent events."""
+    return {
+        "description": "The whole answer; with `stream`, its pieces as server-sent events.",
+        "model": kind,
+        "content": {"text/event-stream": {"schema": _EVENT}},
+    }
+
+
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {
+        status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
+        for status in statuses
+    }
+
+
+def describe_bodies(app: FastAPI, kinds: list[type[Body]]) -> None:
+    """Adds to the app's document what `takes` refers to."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _, schemas = models_json_schema(
+                [(kind, "validation") for kind in kinds], ref_template=_REF
+            )
+            document = original()
+            document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        assert app.openapi_schema is not None
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

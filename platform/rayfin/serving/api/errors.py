@@ -1,0 +1,147 @@
+"""Every error in OpenAI's envelope: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from rayfin.config.problems import shown
+from rayfin.errors import (
+    AdapterError,
+    AdapterNotFound,
+    Overloaded,
+    RayfinError,
+    RequestError,
+    did_you_mean,
+)
+
+if TYPE_CHECKING:
+    from rayfin.serving.names import Names
+
+log = logging.getLogger(__name__)
+
+CLIENT_GONE = 499
+"""What a request whose client went away is counted as; no one is there to read it."""
+
+_MOST_PROBLEMS = 5
+
+
+class ApiError(Exception):
+    """An answer other than success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": _type(self.status),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.as_json(), self.status, self.headers)
+
+
+def as_api_error(error: Exception, names: Names) -> ApiError:
+    """The HTTP face of an error; one that isn't ours is a 500 that tells nothing of its inside."""
+    found: tuple[int, str | None, str | None]
+    match error:
+        case ApiError():
+            return error
+        case AdapterNotFound():
+            found = (404, "model_not_found", "model")
+        case AdapterError():
+            found = (400, "adapter_error", "model")
+        case RequestError():
+            found = (400, None, None)
+        case Overloaded():
+            headers = {"retry-after": str(error.retry_after)}
+            return ApiError(429, str(error), code="overloaded", headers=headers)
+        case RayfinError():
+            log.error("%s", error)
+            found = (500, None, None)
+        case _:
+            return ApiError(500, "the server failed; its log says why", code="internal_error")
+    status, code, param = found
+    return ApiError(status, names.public(str(error)), param=param, code=code)
+
+
+def describe_invalid(error: ValidationError) -> ApiError:
+    """What is wrong with a body, in one line."""
+    wanted: dict[tuple[str, str], list[str]] = {}
+    sentences: list[str] = []
+    first: str | None = None
+    for problem in error.errors(include_url=False, include_context=False):
+        location = [str(part)[:80] for part in problem["loc"]]
+        field = location[0] if location else "the body"
+        first = first or (field if location else None)
+        match problem["type"]:
+            case "extra_forbidden":
+                near = did_you_mean(field, _fields(error.title)) if len(location) == 1 else ""
+                sentences.append(f"'{'.'.join(location)}' is no field of this request{near}")
+            case "missing":
+                sentences.append(f"{'.'.join(location)} is missing")
+            case _:
+                words = problem["msg"].removeprefix("Input should be ")
+                # Every member of a union has its say: they are one problem.
+                choices = wanted.setdefault((field, shown(problem["input"])), [])
+                if words not in choices:
+                    choices.append(words)
+    for (field, given), choices in wanted.items():
+        allowed = " or ".join(choices[:_MOST_PROBLEMS])
+        sentences.append(f"{field}: {given} is not allowed; it should be {allowed}")
+    return ApiError(400, "; ".join(sentences[:_MOST_PROBLEMS]), param=first)
+
+
+def handle_errors(app: FastAPI, names: Names) -> None:
+    async def ours(_: Request, error: Exception) -> Response:
+        return as_api_error(error, names).response()
+
+    async def http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = error.detail or HTTPStatus(error.status_code).phrase
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    async def gone(_: Request, __: Exception) -> Response:
+        return Response(status_code=CLIENT_GONE)
+
+    for kind in (ApiError, RayfinError, Exception):
+        app.add_exception_handler(kind, ours)
+    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(ClientDisconnect, gone)
+
+
+def _type(status: int) -> str:
+    if status >= 500:
+        return "server_error"
+    names = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    return names.get(status, "invalid_request_error")
+
+
+def _fields(title: str) -> tuple[str, ...]:
+    from rayfin.serving.api import schema
+
+    model = getattr(schema, title, None)
+    return tuple(model.model_fields) if model is not None else ()

@@ -1,0 +1,235 @@
+"""One request for completions on its way: prompts, sequences in the engine, and the answer."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+
+from rayfin.config.serving import ApiKey
+from rayfin.serving.api.answers import Answers, usage
+from rayfin.serving.api.errors import CLIENT_GONE, ApiError, as_api_error
+from rayfin.serving.api.protocol import Refused, failure_of
+from rayfin.serving.api.record import Record, record_of
+from rayfin.serving.api.schema import GenerationBody
+from rayfin.serving.api.service import Service
+from rayfin.serving.api.stream import EventStream, Generation
+from rayfin.serving.engine.request import Chunk, Request, SamplingParams
+from rayfin.serving.names import Named
+
+TokenIds = tuple[int, ...]
+
+# How often a version may be removed between the look at the registry and its loading.
+_ATTEMPTS = 3
+# What the engine writes of a step that failed: `RuntimeError: …`.
+_EXCEPTION = re.compile(r"\w+: ")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one body asks for, whichever endpoint it came to."""
+
+    body: GenerationBody
+    key: ApiKey | None
+    max_tokens: int | None
+    """null: as many as there is room for."""
+    params: SamplingParams
+    prompts: Callable[[Named], Awaitable[list[TokenIds]]]
+    answers: Callable[[], Answers]
+
+    @property
+    def n(self) -> int:
+        return self.body.n or 1
+
+
+@dataclass
+class _Begun:
+    named: Named
+    prompts: list[TokenIds]
+    generation: Generation
+    first: tuple[int, Chunk]
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+        yield self.first
+        async for arrived in self.generation:
+            yield arrived
+
+
+def sampling(body: GenerationBody, logprobs: int | None) -> SamplingParams:
+    """Raises RequestError for values that can't be used."""
+    defaults = SamplingParams()
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    given = {
+        name: value
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+            "ignore_eos",
+            "seed",
+        )
+        if (value := getattr(body, name)) is not None
+    }
+    return replace(defaults, stop=stop, logprobs=logprobs, top_k=max(body.top_k or 0, 0), **given)
+
+
+async def respond(request: HttpRequest, service: Service, asked: Asked) -> Response:
+    """The whole answer, or the stream of its pieces; raises what makes it an error."""
+    record = record_of(request)
+    record.model = asked.body.model
+    begun = await _begin(request, service, asked)
+    record.answered_by = begun.named.answer_name
+    record.prompt_tokens = sum(map(len, begun.prompts))
+    record.choices = len(begun.prompts) * asked.n
+    answers = asked.answers()
+    frame = {
+        "id": f"{answers.prefix}-{record.request_id}",
+        "object": answers.piece_object if asked.body.stream else answers.whole_object,
+        "created": int(time.time()),
+        "model": begun.named.answer_name,
+    }
+    if asked.body.stream:
+        options = asked.body.stream_options
+        with_usage = bool(options and options.include_usage)
+        events = _events(service, record, begun, answers, frame, with_usage=with_usage)
+        return EventStream(events, begun.generation)
+    try:
+        return await _whole(service, record, begun, answers, frame)
+    finally:
+        begun.generation.close()
+
+
+async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun:
+    """Submits all sequences and waits for the first chunk: until then an error is a status."""
+    record = record_of(request)
+    named = await service.resolve(asked.body.model, asked.key)
+    for attempt in range(_ATTEMPTS):
+        record.adapter = named.adapter or service.names.base_name
+        prompts = await asked.prompts(named)
+        # Another id for another attempt: the engine may not have let go of the last one's yet.
+        name = f"{record.request_id}-{attempt}"
+        requests = _requests(name, named, prompts, asked, service.engine.max_length)
+        generation = Generation(service.engine, requests)
+        generation.start(request.receive)
+        try:
+            index, chunk = await anext(generation)
+        except StopAsyncIteration as error:
+            raise ClientDisconnect from error
+        except BaseException:
+            generation.close()
+            raise
+        if chunk.finish_reason not in ("error", "cancelled"):
+            return _Begun(named, prompts, generation, (index, chunk))
+        generation.close()
+        if chunk.finish_reason == "cancelled" or named.source is None:
+            break
+        # It may have been removed since it was resolved: then this says who answers now.
+        again = await service.resolve(asked.body.model, asked.key, anew=True)
+        if again.source == named.source:
+            break
+        named = again
+    raise _failed(chunk, named, service)
+
+
+def _requests(
+    name: str, named: Named, prompts: Sequence[TokenIds], asked: Asked, max_length: int
+) -> list[Request]:
+    """A sequence for each prompt and each of its n answers, in the order of their indexes."""
+    requests: list[Request] = []
+    for prompt in prompts:
+        room = max(1, max_length - len(prompt))
+        params = replace(asked.params, max_tokens=min(asked.max_tokens or room, room))
+        for answer in range(asked.n):
+            # Else all n would be the same.
+            seed = None if params.seed is None else params.seed + answer
+            request_id = f"{name}-{len(requests)}"
+            requests.append(Request(request_id, prompt, replace(params, seed=seed), named.source))
+    return requests
+
+
+async def _whole(
+    service: Service, record: Record, begun: _Begun, answers: Answers, frame: dict[str, Any]
+) -> Response:
+    chunks: list[list[Chunk]] = [[] for _ in range(record.choices)]
+    async for index, chunk in begun.chunks():
+        record.took(len(chunk.token_ids))
+        if chunk.finish_reason in ("error", "cancelled"):
+            raise _failed(chunk, begun.named, service)
+        chunks[index].append(chunk)
+    if begun.generation.closed:
+        raise ClientDisconnect
+    record.finish_reasons = [str(choice[-1].finish_reason) for choice in chunks]
+    if service.log is not None and service.log.text:
+        record.answers = ["".join(chunk.text for chunk in choice) for choice in chunks]
+    choices = [answers.whole(index, choice) for index, choice in enumerate(chunks)]
+    counts = usage(record.prompt_tokens, record.completion_tokens)
+    return JSONResponse({**frame, "choices": choices, "usage": counts})
+
+
+async def _events(
+    service: Service,
+    record: Record,
+    begun: _Begun,
+    answers: Answers,
+    frame: dict[str, Any],
+    *,
+    with_usage: bool,
+) -> AsyncIterator[bytes]:
+    keeps_text = service.log is not None and service.log.text
+    texts = [""] * record.choices
+    counts = {"usage": None} if with_usage else {}
+    record.finish_reasons = [""] * record.choices
+    for index in range(record.choices):
+        if (opening := answers.opening(index)) is not None:
+            yield _event({**frame, "choices": [opening], **counts})
+    async for index, chunk in begun.chunks():
+        record.took(len(chunk.token_ids))
+        if chunk.finish_reason in ("error", "cancelled"):
+            error = _failed(chunk, begun.named, service)
+            record.status = error.status
+            yield _event(error.as_json())
+            break
+        if keeps_text:
+            texts[index] += chunk.text
+        record.finish_reasons[index] = chunk.finish_reason or ""
+        if chunk.text or chunk.logprobs or chunk.finish_reason:
+            yield _event({**frame, "choices": [answers.piece(index, chunk)], **counts})
+    else:
+        if begun.generation.closed:
+            record.status = CLIENT_GONE
+        elif with_usage:
+            total = usage(record.prompt_tokens, record.completion_tokens)
+            yield _event({**frame, "choices": [], "usage": total})
+    record.answers = texts if keeps_text else []
+    yield b"data: [DONE]\n\n"
+
+
+def _failed(chunk: Chunk, named: Named, service: Service) -> ApiError:
+    """Why a sequence ended without an answer."""
+    if isinstance(chunk, Refused) and chunk.exception is not None:
+        return as_api_error(chunk.exception, service.names)
+    if chunk.finish_reason == "cancelled" or failure_of(service.engine) is not None:
+        return ApiError(
+            503,
+            "the server is stopping; try again",
+            code="stopping",
+            headers={"retry-after": "1"},
+        )
+    why = service.names.public(chunk.error or "the engine failed")
+    if named.source is None or _EXCEPTION.match(why):
+        return ApiError(500, why, code="engine_error")
+    return ApiError(400, why, param="model", code="adapter_error")
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"

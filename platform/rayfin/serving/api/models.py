@@ -1,0 +1,147 @@
+"""GET /v1/models, /health and /metrics, and POST /tokenize."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from datetime import datetime
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from rayfin.adapters import LATEST
+from rayfin.serving.api.answers import Json
+from rayfin.serving.api.bodies import read_body
+from rayfin.serving.api.documents import (
+    Health,
+    ModelCard,
+    ModelList,
+    TokenizeAnswer,
+    failures,
+    takes,
+)
+from rayfin.serving.api.errors import ApiError
+from rayfin.serving.api.keys import may_use
+from rayfin.serving.api.protocol import failure_of
+from rayfin.serving.api.schema import TokenizeBody
+from rayfin.serving.api.service import Service
+from rayfin.serving.names import Named
+
+
+def model_routes(service: Service) -> APIRouter:
+    """What an API key is needed for, where one is."""
+    router = APIRouter()
+    names = service.names
+
+    @router.get("/v1/models", responses={200: {"model": ModelList}, **failures(401, 429)})
+    async def list_models(request: Request) -> Response:
+        """The base, and of every adapter its latest version and its aliases."""
+        key = service.admit(request)
+        named = [Named(names.base_name), *await asyncio.to_thread(names.list)]
+        cards = [
+            _card(model, who, names.base_name)
+            for who in named
+            if may_use(key, who.adapter or names.base_name)
+            for model in _models(who)
+        ]
+        return JSONResponse({"object": "list", "data": cards})
+
+    @router.get(
+        "/v1/models/{model:path}",
+        responses={200: {"model": ModelCard}, **failures(400, 401, 403, 404, 429)},
+    )
+    async def retrieve_model(request: Request, model: str) -> Response:
+        """Who answers to a name now."""
+        named = await service.resolve(model, service.admit(request))
+        return JSONResponse(_card(model, named, names.base_name))
+
+    @router.post(
+        "/tokenize",
+        openapi_extra=takes(TokenizeBody),
+        responses={
+            200: {"model": TokenizeAnswer},
+            **failures(400, 401, 403, 404, 408, 413, 429),
+        },
+    )
+    async def tokenize(request: Request) -> Response:
+        """Token ids of a text or a conversation."""
+        key = service.admit(request)
+        body = await read_body(request, TokenizeBody, service.config)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "give one of prompt and messages", param="prompt")
+        model = names.base_name if body.model is None else body.model
+        named = await service.resolve(model, key)
+        if body.messages is not None:
+            ids = await service.prompts.of_chat(named.source, body.messages)
+        else:
+            special = body.add_special_tokens is not False
+            ids = await service.prompts.of_text(body.prompt or "", special_tokens=special)
+        room = service.engine.max_length
+        return JSONResponse({"count": len(ids), "max_model_len": room, "tokens": list(ids)})
+
+    return router
+
+
+def open_routes(service: Service) -> APIRouter:
+    """What needs no key: the operator's own tools ask for it."""
+    router = APIRouter()
+    engine = service.engine
+
+    @router.get("/health", responses={200: {"model": Health}, **failures(503)})
+    async def health() -> Response:
+        """200 while the engine is well."""
+        if (failure := failure_of(engine)) is not None:
+            raise ApiError(503, f"the engine has stopped ({type(failure).__name__})")
+        stats = engine.stats()
+        return JSONResponse(
+            {
+                "status": "ok",
+                "waiting": stats.waiting,
+                "running": stats.running,
+                "resident": engine.resident(),
+            }
+        )
+
+    @router.get(
+        "/metrics",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        """Figures in Prometheus's text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def _models(named: Named) -> Iterator[str]:
+    """All names that `named` answers to."""
+    if named.version is None:
+        yield named.answer_name
+        return
+    if LATEST in named.version.aliases:
+        yield named.version.name
+    yield named.answer_name
+    for alias in named.version.aliases:
+        if alias != LATEST:
+            yield f"{named.version.name}@{alias}"
+
+
+def _card(model: str, named: Named, base_name: str) -> Json:
+    return {
+        "id": model,
+        "object": "model",
+        "created": _created(named),
+        "owned_by": "rayfin",
+        "root": named.answer_name,
+        "parent": None if named.source is None else base_name,
+    }
+
+
+def _created(named: Named) -> int:
+    try:
+        created = named.version.metadata["created_at"] if named.version is not None else ""
+        return max(0, int(datetime.fromisoformat(created).timestamp()))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return 0

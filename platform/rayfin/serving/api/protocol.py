@@ -1,0 +1,55 @@
+"""What the API needs of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rayfin.errors import RayfinError
+from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Refused(Chunk):
+    """The one chunk of a request that was refused after `submit`, by an engine elsewhere."""
+
+    exception: RayfinError | None = None
+    """What `submit` would have raised."""
+
+    @classmethod
+    def because(cls, error: RayfinError) -> Refused:
+        return cls("", (), finish_reason="error", error=str(error), exception=error)
+
+
+class ServedEngine(Protocol):
+    """rayfin's own engine, or another behind the same calls; all but the fields from any thread."""
+
+    tokenizer: PreTrainedTokenizerFast
+    """The base model's."""
+    model_name: str
+    max_length: int
+    """Tokens of a prompt and its answer together."""
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queues a request; raises RequestError or Overloaded."""
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request; one that isn't there is no error."""
+
+    def check(self, source: AdapterSource) -> None:
+        """Raises AdapterError where the adapter can't be served."""
+
+    def resident(self) -> list[str]:
+        """Adapters ready to decode, the most recently used first."""
+
+    def stats(self) -> Any:
+        """A dataclass of whole numbers: counts since the start, and what is going on now."""
+
+
+def failure_of(engine: ServedEngine) -> BaseException | None:
+    """Why the engine has stopped for good; None while it is well, or doesn't say."""
+    failure: BaseException | None = getattr(engine, "failure", None)
+    return failure

@@ -1,0 +1,111 @@
+"""What is known of one request when it has ended, and the log that it may go into."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fastapi import Request
+
+from rayfin.errors import StorageError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Record:
+    """Filled in while a request is answered; times in seconds of a clock that only counts."""
+
+    path: str
+    request_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    started: float = field(default_factory=time.perf_counter)
+    model: str | None = None
+    """What the client asked for."""
+    answered_by: str | None = None
+    """`support@3`, or the base's name."""
+    adapter: str | None = None
+    """The name that it is counted under: of an adapter that was found, or of the base."""
+    status: int = 500
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    choices: int = 0
+    first_token: float | None = None
+    last_token: float | None = None
+    finish_reasons: list[str] = field(default_factory=list)
+    prompt: Any = None
+    """As the client wrote it; kept only where the log wants text, as is the next."""
+    answers: list[str] = field(default_factory=list)
+
+    def took(self, tokens: int) -> None:
+        """Counts tokens that have come now."""
+        if tokens:
+            self.last_token = time.perf_counter()
+            self.first_token = self.first_token or self.last_token
+            self.completion_tokens += tokens
+
+    @property
+    def seconds_to_first_token(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.started
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Mean over the tokens after each choice's first."""
+        later = self.completion_tokens / self.choices - 1 if self.choices else 0.0
+        if self.first_token is None or self.last_token is None or later <= 0:
+            return None
+        return (self.last_token - self.first_token) / later
+
+
+def record_of(request: Request) -> Record:
+    """The record that the gate has put beside the request."""
+    record: Record = request.state.record
+    return record
+
+
+class RequestLog:
+    """A line of JSON for each request, appended whole: replicas may share the file."""
+
+    def __init__(self, path: str, *, text: bool) -> None:
+        """Raises StorageError where the file can't be written."""
+        self.text = text
+        self._path = Path(path).expanduser()
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            # Prompts are nobody else's business.
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StorageError(
+                f"request_log '{path}' can't be written ({error.strerror or error}); "
+                "give a file in a directory that you may write to"
+            ) from error
+
+    def write(self, record: Record) -> None:
+        entry: dict[str, Any] = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": record.request_id,
+            "path": record.path,
+            "model": record.model,
+            "answered_by": record.answered_by,
+            "status": record.status,
+            "prompt_tokens": record.prompt_tokens,
+            "completion_tokens": record.completion_tokens,
+            "finish_reasons": record.finish_reasons,
+            "seconds": round(time.perf_counter() - record.started, 6),
+            "seconds_to_first_token": record.seconds_to_first_token,
+        }
+        if self.text:
+            entry |= {"prompt": record.prompt, "answers": record.answers}
+        try:
+            os.write(self._file, json.dumps(entry).encode() + b"\n")
+        except OSError as error:  # a full disk is no reason to stop answering
+            log.warning("request_log '%s' can't be written: %s", self._path, error)
+
+    def close(self) -> None:
+        os.close(self._file)

@@ -1,0 +1,73 @@
+"""What the endpoints share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from rayfin.config.serving import ApiConfig, ApiKey
+from rayfin.errors import AdapterNotFound
+from rayfin.serving.api.answers import Tokens
+from rayfin.serving.api.keys import Keys, check_use
+from rayfin.serving.api.metrics import Metrics
+from rayfin.serving.api.prompts import Prompts
+from rayfin.serving.api.protocol import ServedEngine
+from rayfin.serving.api.record import RequestLog
+from rayfin.serving.api.templates import Templates
+from rayfin.serving.names import Named, Names
+
+
+@dataclass(frozen=True)
+class Service:
+    engine: ServedEngine
+    names: Names
+    config: ApiConfig
+    keys: Keys
+    templates: Templates
+    prompts: Prompts
+    tokens: Tokens
+    metrics: Metrics
+    log: RequestLog | None
+
+    @classmethod
+    def of(cls, engine: ServedEngine, names: Names, config: ApiConfig) -> Service:
+        """Raises StorageError for a request log that can't be written."""
+        templates = Templates(engine.tokenizer, config.template_seconds)
+        return cls(
+            engine,
+            names,
+            config,
+            Keys(config),
+            templates,
+            Prompts(engine.tokenizer, templates),
+            Tokens(engine.tokenizer),
+            Metrics(engine, names.base_name, config.max_adapter_labels),
+            RequestLog(config.request_log, text=config.request_log_text)
+            if config.request_log is not None
+            else None,
+        )
+
+    def close(self) -> None:
+        self.templates.close()
+        if self.log is not None:
+            self.log.close()
+
+    def admit(self, request: Request) -> ApiKey | None:
+        """Raises ApiError 401 or 429."""
+        return self.keys.admit(request)
+
+    async def resolve(self, model: str, key: ApiKey | None, *, anew: bool = False) -> Named:
+        """Who answers `key`'s request for `model`; raises AdapterError, or ApiError 403."""
+        check_use(key, self.names.parse(model), self.names.base_name)
+        if not anew and (held := self.names.held(model)) is not None:
+            return held
+        try:
+            # A look at the registry may wait for a disk: the event loop doesn't.
+            return await asyncio.to_thread(self.names.resolve, model, anew=anew)
+        except AdapterNotFound as error:
+            if key is None or key.adapters is None:
+                raise
+            # The hints in the message may name adapters that are none of this key's business.
+            raise AdapterNotFound(f"there is no '{model}' here") from error

@@ -1,0 +1,97 @@
+"""A process that renders chat templates nobody vouches for, within limits.
+
+Reads jobs from standard input and answers on standard output, a line of JSON each. The renderer is
+a child of this process, so that one that runs into a limit is replaced without loading anything.
+Started by `rayfin.serving.api.templates`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+KILLED = "killed"
+"""The answer for a renderer that ran into a limit."""
+
+_MEMORY = 256 * 2**20
+_MAX_OUTPUT = 8 * 2**20
+
+
+def render(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, Any]) -> str:
+    """The conversation as `template` writes it, with the opening of the next answer.
+
+    transformers' own renderer, in its sandbox; raises whatever the template does.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        add_generation_prompt=True,
+        **special_tokens,
+    )
+    texts, _ = rendered
+    text = str(texts[0])
+    text.encode()  # raises for half a surrogate pair, which is no text
+    return text
+
+
+def main() -> None:
+    # Here, and not in the child: what is imported before the fork is there after it.
+    import transformers.utils.chat_template_utils  # noqa: F401
+
+    while True:
+        child = os.fork()
+        if child == 0:
+            _serve()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status == 0:  # there are no more jobs
+            return
+        _answer({"error": KILLED})
+
+
+def _serve() -> None:
+    _limit_memory()
+    while line := sys.stdin.buffer.readline():
+        job = json.loads(line)
+        # Processor time, so that a busy machine refuses no template. The signal's default action
+        # ends the process, even in the middle of one endless operation.
+        signal.setitimer(signal.ITIMER_PROF, job["seconds"])
+        answer = _render(job)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        _answer(answer)
+
+
+def _render(job: dict[str, Any]) -> dict[str, str]:
+    try:
+        text = render(job["template"], job["messages"], job["special_tokens"])
+    except Exception as error:  # noqa: BLE001  # whatever a template raises is its answer
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
+    if len(text) > _MAX_OUTPUT:
+        return {"error": f"it wrote {len(text)} characters; at most {_MAX_OUTPUT}"}
+    return {"text": text}
+
+
+def _limit_memory() -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    usage = Path("/proc/self/statm")
+    if usage.exists():  # elsewhere than on Linux the processor's time is the only limit
+        now = int(usage.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + _MEMORY, now + _MEMORY))
+
+
+def _answer(value: dict[str, str]) -> None:
+    sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

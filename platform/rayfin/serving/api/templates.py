@@ -1,0 +1,276 @@
+"""Chat templates: the adapter's own or the base's, and rendering them without trusting them.
+
+The base's template is the operator's choice, as the base is, and is rendered in this process. An
+adapter's own, where it differs, may be anybody's: it is rendered in transformers' sandbox in
+another process, which ends when it takes too much processor time or memory. What that does not
+give: the other process has this one's rights, so a hole in the sandbox is a hole in the server;
+and limits on memory hold on Linux only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.serving.api.template_worker import KILLED, render
+from rayfin.serving.engine.request import AdapterSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+MAX_TEMPLATE = 64 * 2**10
+"""Characters of a chat template; the longest in use have about 20,000."""
+
+_MAX_FILE = 8 * 2**20
+_MAX_WAITING = 64
+_REMEMBERED = 1024
+_REFUSED_SECONDS = 30.0
+# Far above any machine's start of Python: only a renderer that is stuck waits so long.
+_PATIENCE = 60.0
+
+Conversation = list[dict[str, Any]]
+
+
+class Templates:
+    """Which template writes a request's conversation, and what it writes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seconds: float) -> None:
+        self._base = _base_template(tokenizer)
+        self._special_tokens = {
+            name: str(token) for name, token in tokenizer.special_tokens_map.items()
+        }
+        self._own: OrderedDict[str, str | None] = OrderedDict()
+        self._apart = ApartRenderer(seconds)
+
+    async def render(self, source: AdapterSource | None, messages: Conversation) -> str:
+        """The text of a conversation; raises RequestError, AdapterError or Overloaded."""
+        own = None if source is None else await self._own_template(source)
+        template = own or self._base
+        if template is None:
+            where = "the base model has" if source is None else f"'{source.ref}' and its base have"
+            raise RequestError(
+                f"{where} no chat template; use /v1/completions, or publish an adapter that "
+                "brings one (chat_template.jinja)"
+            )
+        if template != self._base:
+            assert source is not None
+            return await self._apart.render(source.ref, template, messages, self._special_tokens)
+        try:
+            return await asyncio.to_thread(render, template, messages, self._special_tokens)
+        except Exception as error:  # whatever a template raises is about these messages
+            raise _refusal("the base model", f"{type(error).__name__}: {error}") from error
+
+    def close(self) -> None:
+        self._apart.close()
+
+    async def _own_template(self, source: AdapterSource) -> str | None:
+        # A version never changes: neither does its template.
+        if source.ref not in self._own:
+            template = await asyncio.to_thread(read_template, source)
+            self._own[source.ref] = template
+            while len(self._own) > _REMEMBERED:
+                self._own.popitem(last=False)
+        return self._own[source.ref]
+
+
+class ApartRenderer:
+    """Renders in another process, one template at a time, each within `seconds` of its time.
+
+    A template that ran into a limit is refused for a while without being tried.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        # Its own thread: requests that need no such template never wait behind one.
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="templates")
+        self._waiting = 0
+        self._refused: OrderedDict[str, float] = OrderedDict()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stop: weakref.finalize[Any, Any] | None = None
+
+    async def render(
+        self, ref: str, template: str, messages: Conversation, special_tokens: dict[str, str]
+    ) -> str:
+        if self._refused.get(ref, 0.0) > self._clock():
+            raise _too_much(ref)
+        if self._waiting >= _MAX_WAITING:
+            raise Overloaded(f"{self._waiting} chat templates wait to be rendered; try again soon")
+        job = {
+            "template": template,
+            "messages": messages,
+            "special_tokens": special_tokens,
+            "seconds": self._seconds,
+        }
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            answer = await loop.run_in_executor(self._executor, self._ask, ref, job)
+        finally:
+            self._waiting -= 1
+        if answer.get("error") == KILLED:
+            self._refused[ref] = self._clock() + _REFUSED_SECONDS
+            self._refused.move_to_end(ref)
+            while len(self._refused) > _REMEMBERED:
+                self._refused.popitem(last=False)
+            raise _too_much(ref)
+        if "error" in answer:
+            raise _refusal(f"adapter '{ref}'", answer["error"])
+        return answer["text"]
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._end()
+
+    def _ask(self, ref: str, job: dict[str, Any]) -> dict[str, str]:
+        if self._refused.get(ref, 0.0) > self._clock():  # while this waited for its turn
+            return {"error": KILLED}
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        stuck = threading.Timer(_PATIENCE, _kill, (process,))
+        stuck.start()
+        try:
+            process.stdin.write(json.dumps(job).encode() + b"\n")
+            process.stdin.flush()
+            answer: dict[str, str] = json.loads(process.stdout.readline())
+        except (OSError, ValueError):  # it is gone, or died in the middle of its answer
+            self._end()
+            return {"error": KILLED}
+        finally:
+            stuck.cancel()
+        return answer
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rayfin.serving.api.template_worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+                start_new_session=True,  # so that it ends with the renderer that it has forked
+            )
+            self._stop = weakref.finalize(self, _end, self._process)
+        return self._process
+
+    def _end(self) -> None:
+        if self._stop is not None:
+            self._stop()
+        self._process = self._stop = None
+
+
+def read_template(source: AdapterSource) -> str | None:
+    """The chat template in an adapter's directory, None where it brings none.
+
+    Raises AdapterError for one that is too large, or whose file is none that can be read.
+    """
+    template = _read_file(source, "chat_template.jinja", 4 * MAX_TEMPLATE)
+    if template is None:
+        config = _read_file(source, "tokenizer_config.json", _MAX_FILE)
+        template = None if config is None else _template_of(source, config)
+    if template is not None and len(template) > MAX_TEMPLATE:
+        raise _too_large(source, "its chat template", len(template), MAX_TEMPLATE)
+    return template
+
+
+def _template_of(source: AdapterSource, config: str) -> str | None:
+    """`chat_template` of a tokenizer_config.json: a text, or a list of named ones."""
+    try:
+        found: Any = json.loads(config)["chat_template"]
+        if isinstance(found, list):
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    except KeyError:
+        return None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterError(
+            f"adapter '{source.ref}': its tokenizer_config.json can't be read; publish it again"
+        ) from error
+    return found if isinstance(found, str) else None
+
+
+def _read_file(source: AdapterSource, name: str, most: int) -> str | None:
+    """The text of a regular file of at most `most` bytes; None where there is none."""
+    broken = AdapterError(
+        f"adapter '{source.ref}': its {name} is no text file that can be read; publish it again"
+    )
+    try:
+        # No link is followed, and opening a pipe doesn't wait for its other end.
+        file = os.open(source.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise broken from error
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise broken
+        if status.st_size > most:
+            raise _too_large(source, f"its {name}", status.st_size, most)
+        with os.fdopen(file, "rb", closefd=False) as stream:
+            return stream.read(most).decode()
+    except UnicodeDecodeError as error:
+        raise broken from error
+    finally:
+        os.close(file)
+
+
+def _base_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+    if not tokenizer.chat_template:
+        return None
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:  # several, and none of them the default
+        return None
+
+
+def _too_large(source: AdapterSource, what: str, size: int, most: int) -> AdapterError:
+    return AdapterError(
+        f"adapter '{source.ref}': {what} has {size} characters, and {most} are allowed; "
+        "publish it with a smaller one"
+    )
+
+
+def _too_much(ref: str) -> AdapterError:
+    return AdapterError(
+        f"adapter '{ref}': its chat template takes too much time or memory; "
+        "publish it with another, or use /v1/completions"
+    )
+
+
+def _refusal(whose: str, reason: str) -> RequestError:
+    gist = reason.partition("\n")[0][:200]
+    return RequestError(f"the chat template of {whose} can't write these messages ({gist})")
+
+
+def _environment() -> dict[str, str]:
+    """What Python needs to start as it did here, and none of this process's secrets."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    _kill(process)
+    for stream in (process.stdin, process.stdout):
+        assert stream is not None
+        with contextlib.suppress(OSError):  # what was left to write has no reader
+            stream.close()
+    process.wait()

@@ -1,0 +1,190 @@
+"""The Ray Serve application: the HTTP API in front, and replicas that each have an engine.
+
+The API replica speaks HTTP, knows names and templates, and computes nothing; an engine replica
+computes, and knows nothing of HTTP. One that dies takes its own requests with it and no others,
+and the API goes on with those that are left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
+
+from rayfin.adapters import Catalog
+from rayfin.config import load_serve_config
+from rayfin.config.serving import ServeConfig
+from rayfin.errors import ConfigError, RayfinError
+from rayfin.models import load_tokenizer
+from rayfin.paths import Storage
+from rayfin.serving.api.app import create_app
+from rayfin.serving.names import Names
+from rayfin.serving.remote import RemoteEngine
+from rayfin.serving.replica import EngineReplica
+from rayfin.serving.router import AdapterRouter
+from rayfin.tuning.cluster import even_share, nodes, ray_cluster
+
+APP = "rayfin"
+"""The application's name in Serve."""
+
+_STATS_SECONDS = 1.0
+_CLOSING_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+# Replicas write what goes wrong; a line for each request would cost more than it tells.
+_LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
+
+
+@serve.ingress()
+class ApiReplica:
+    """What the API deployment runs."""
+
+    def __init__(self, config: ServeConfig, engines: DeploymentHandle[Any]) -> None:
+        self._config, self._engines = config, engines
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve calls this on the event loop that requests come on."""
+        config = self._config
+        engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
+        catalog = Catalog(Storage.open(config.storage).adapters)
+        return create_app(engine, Names(catalog, config.model.name), config.api)
+
+
+def app(args: Mapping[str, Any]) -> serve.Application:
+    """For Serve's own commands: `args` is the configuration, in sections or by dotted names."""
+    sections = {key: value for key, value in args.items() if "." not in key}
+    overrides = [f"{key}={value}" for key, value in args.items() if "." in key]
+    return build_app(load_serve_config(sections, overrides))
+
+
+def build_app(config: ServeConfig) -> serve.Application:
+    """The application that `serve.run` takes; looks at the connected cluster for its size."""
+    deployment, engine = config.deployment, config.engine
+    resources = engine_resources(config)
+    capacity = engine.max_rows + engine.max_queue
+    growing = deployment.max_replicas is not None
+    engines = serve.deployment(
+        name="engine",
+        num_replicas=None if growing else deployment.replicas,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=deployment.replicas,
+            max_replicas=deployment.most_replicas,
+            # Before requests wait for a row.
+            target_ongoing_requests=max(1.0, 0.75 * engine.max_rows),
+        )
+        if growing
+        else None,
+        ray_actor_options=resources,
+        # The engine has a queue of its own, and refuses with the time to wait: Serve must not
+        # keep requests from it, of which it would say nothing.
+        max_ongoing_requests=4 * capacity,
+        request_router_config={
+            "request_router_class": AdapterRouter,
+            "request_router_kwargs": {
+                "slots": engine.slots,
+                "loading": engine.max_rows / 2,
+                "capacity": capacity,
+            },
+            "request_routing_stats_period_s": _STATS_SECONDS,
+        },
+        health_check_period_s=deployment.health_check_seconds,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=deployment.drain_seconds + _CLOSING_SECONDS,
+        logging_config=_LOGGING,
+    )(EngineReplica)
+    api = serve.deployment(
+        name="api",
+        num_replicas=deployment.api_replicas,
+        ray_actor_options={"num_cpus": 0},
+        # What is beyond the engines' capacity is refused by the API in a moment.
+        max_ongoing_requests=2 * capacity * deployment.most_replicas,
+        max_queued_requests=capacity,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        health_check_period_s=deployment.health_check_seconds,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=deployment.drain_seconds + _CLOSING_SECONDS,
+        logging_config=_LOGGING,
+    )(ApiReplica)
+    return api.bind(config, engines.bind(config, resources["num_gpus"] > 0))
+
+
+def engine_resources(config: ServeConfig) -> dict[str, float]:
+    """CPUs and GPUs of one engine replica, as Ray's actor options have them."""
+    deployment = config.deployment
+    have = nodes() if ray.is_initialized() else []
+    if (gpus := deployment.gpus) == "auto":
+        gpus = 1.0 if even_share(have, deployment.most_replicas, gpu=1.0) is not None else 0.0
+    if (cpus := deployment.cpus) == "auto":
+        share = even_share(have, deployment.most_replicas, gpu=gpus) or {}
+        cpus = share.get("CPU", 1.0)
+    return {"num_cpus": cpus, "num_gpus": gpus}
+
+
+@contextmanager
+def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
+    """The application for the time of the block, on the cluster at `address` or one of our own.
+
+    Yields the API's URL. At the end, requests that are at work have deployment.drain_seconds.
+    Raises ConfigError for a port that is taken, RayfinError for replicas that don't start.
+    """
+    deployment = config.deployment
+    if address is None:
+        _check_port(deployment.host, deployment.port)
+        # Ray's workers give way to all else on a machine, which is no place for a server.
+        os.environ.setdefault("RAY_worker_niceness", "0")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    with ray_cluster(address):
+        serve.start(
+            http_options={"host": deployment.host, "port": deployment.port},
+            logging_config=_LOGGING,
+        )
+        # Serve sets up the logging of this process too.
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        try:
+            serve.run(build_app(config), name=APP, route_prefix="/")
+        except BaseException as error:
+            if address is not None:  # a cluster of our own takes it along
+                serve.delete(APP, _blocking=False)
+            if isinstance(error, RuntimeError):
+                raise RayfinError(_reason(error)) from error
+            raise
+        host = "localhost" if deployment.host == "0.0.0.0" else deployment.host
+        try:
+            yield f"http://{host}:{deployment.port}"
+        finally:
+            _drain(deployment.drain_seconds)
+
+
+def _drain(seconds: float) -> None:
+    """Takes the application down while Serve's proxies still hand its answers on."""
+    serve.delete(APP, _blocking=False)
+    deadline = time.monotonic() + seconds + 2 * _CLOSING_SECONDS
+    while APP in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"deployment.port: {host}:{port} can't be used ({error.strerror or error}); "
+            "give another, deployment.port=8001"
+        ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line that says something of Serve's message, which has a replica's whole trace."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"the deployment did not start: {lines[-1] if lines else type(error).__name__}"

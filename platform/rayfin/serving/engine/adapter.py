@@ -1,0 +1,319 @@
+"""From one PEFT directory to the tensors that the engine copies into its slots.
+
+Arithmetic is that of PEFT 0.21; nothing of PEFT is loaded, and no pickle is ever opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rayfin.serving.engine.layout import BaseLayout
+from rayfin.serving.engine.peft_files import (
+    CONFIG,
+    Settings,
+    Weights,
+    is_finite,
+    read_settings,
+    shown,
+)
+from rayfin.serving.engine.request import AdapterSource
+
+MAX_RANK = 1024
+MAX_VIRTUAL_TOKENS = 4096
+
+
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(word for line in lines for word in line.split())
+
+
+# What a saved adapter computes doesn't depend on these: they are about training, or say what the
+# tensors' own names and shapes say; or they are read below.
+_COMMON = _words(
+    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type",
+    "target_modules exclude_modules",
+)
+_LORA = _COMMON | _words(
+    "r lora_alpha lora_dropout bias layers_to_transform layers_pattern megatron_core rank_pattern",
+    "init_lora_weights loftq_config eva_config corda_config lora_ga_config qalora_group_size",
+    "ensure_weight_tying",
+)
+_LORA_ONLY = _words("use_rslora use_dora alpha_pattern")
+_ADALORA_ONLY = _words(
+    "target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step",
+)
+_IA3 = _COMMON | _words("feedforward_modules init_ia3_weights")
+_PROMPT = _COMMON | _words(
+    "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers",
+    "encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout",
+    "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs",
+    "prefix_projection init_weights",
+)
+# Initialisations that leave the base as it is; PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA change it.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_CONVERT = (
+    "others change the base's weights: save it as plain LoRA with "
+    "save_pretrained(path_initial_model_for_weight_conversion=…)"
+)
+_OWN_BASE = "serve it with its own base"
+_PROMPT_TENSOR = "prompt_embeddings"
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """An update B A of one layer: a [r, in], b [out, r], float32, the scaling folded into b."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+@dataclass(frozen=True, eq=False)
+class HostAdapter:
+    """One adapter version in host memory; all tensors are float32, contiguous and finite.
+
+    A layer that appears in none of the mappings computes what the base does. The others, with each
+    part that they lack left out, compute
+
+        y = output_scale * (W (input_scale * x)) + bias + output_shift + B A x
+
+    The scale stands before the base's bias, as DoRA's does. IA3's multiplies the bias too, and
+    `output_shift` makes up for that where the layer has one.
+    """
+
+    ref: str
+    method: str
+    """PEFT's type in lower case, or `dora` or `rslora` where that is switched on."""
+    lora: Mapping[str, LowRank] = field(default_factory=dict)
+    """Module name in the base -> its update."""
+    output_scale: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Module name -> [out]."""
+    output_shift: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Module name -> [out]; for layers with an output_scale only."""
+    input_scale: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Module name -> [in]."""
+    prompt: torch.Tensor | None = None
+    """Embeddings [virtual tokens, hidden] before the prompt's own."""
+    prefix: torch.Tensor | None = None
+    """Keys and values [layers, 2, key/value heads, virtual tokens, head_dim] before the row's."""
+
+    @property
+    def rank(self) -> int:
+        """The largest among its layers; 0 where it has no low-rank update."""
+        return max((one.rank for one in self.lora.values()), default=0)
+
+    @property
+    def virtual_tokens(self) -> int:
+        if self.prompt is not None:
+            return len(self.prompt)
+        return 0 if self.prefix is None else self.prefix.shape[3]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for low_rank in self.lora.values():
+            yield from (low_rank.a, low_rank.b)
+        for mapping in (self.output_scale, self.output_shift, self.input_scale):
+            yield from mapping.values()
+        yield from (tensor for tensor in (self.prompt, self.prefix) if tensor is not None)
+
+
+@torch.no_grad()
+def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
+    """Reads adapter_config.json, adapter_model.safetensors and rayfin.json, and nothing else.
+
+    Raises AdapterError for an adapter of another base, of a kind that can't be served exactly, or
+    whose files are damaged or hostile. Safe to call from several threads.
+    """
+    settings, metadata = read_settings(source)
+    peft_type = settings.text("peft_type")
+    if peft_type not in _READERS:
+        raise settings.error(
+            f"it is of type {shown(peft_type)}, and the engine serves {', '.join(_READERS)}; "
+            "train it with one of these, or merge it into its base and serve the merged model "
+            "(model.name=DIRECTORY)"
+        )
+    _check_base(settings, metadata, base)
+    settings.expect("task_type", None, "CAUSAL_LM")
+    with Weights(source) as weights:
+        fields = _READERS[peft_type](settings, weights, base)
+    adapter = HostAdapter(source.ref, **{"method": peft_type.lower(), **fields})
+    for tensor in adapter._tensors():
+        if not is_finite(tensor):
+            raise settings.error(
+                "its weights and scaling together leave the range of float32; train it again with "
+                "a smaller lora_alpha or learning rate"
+            )
+    return adapter
+
+
+def _check_base(settings: Settings, metadata: Mapping[str, Any], base: BaseLayout) -> None:
+    """Raises AdapterError unless the adapter names this base; its publisher's word goes first."""
+    claim = metadata.get("base_model") or settings.values.get("base_model_name_or_path")
+    served = ", ".join(f"'{name}'" for name in sorted(base.names))
+    if not isinstance(claim, str) or not claim:
+        raise settings.error(
+            f"{CONFIG} names no base model, and the served one is {served}; if it was trained on "
+            "that, write it there as base_model_name_or_path"
+        )
+    if not base.is_called(claim):
+        raise settings.error(
+            f"it was trained on {shown(claim)}, and the served base is {served}; {_OWN_BASE}"
+        )
+
+
+def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+    """LoRA, rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353); QLoRA saves plain LoRA."""
+    settings.expect_nothing_else(_LORA | _LORA_ONLY)
+    settings.expect("bias", None, "none")
+    settings.expect("init_lora_weights", *_PLAIN_INITS, remedy=_CONVERT)
+    rank, alpha = settings.integer("r", 1, MAX_RANK), settings.number("lora_alpha")
+    rank_of = settings.pattern(
+        "rank_pattern", lambda key, value: settings.checked_integer(key, value, 1, MAX_RANK)
+    )
+    alpha_of = settings.pattern("alpha_pattern", settings.checked_number)
+    dora, rslora = settings.flag("use_dora"), settings.flag("use_rslora")
+    suffixes = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+    if dora:
+        suffixes[".lora_magnitude_vector"] = "magnitude"
+    lora, output_scale = {}, {}
+    for module, parts in _modules(weights, suffixes, base):
+        in_features, out_features = base.linears[module]
+        r = rank_of(module) or rank
+        own_alpha = alpha_of(module)
+        scaling = (alpha if own_alpha is None else own_alpha) / (math.sqrt(r) if rslora else r)
+        a = weights.read(parts["A"], (r, in_features))
+        b = weights.read(parts["B"], (out_features, r)) * scaling
+        if dora:
+            # y = m / ||W + B A|| * (W + B A) x, norms over rows: constant once it is trained.
+            magnitude = weights.read(parts["magnitude"], (out_features,))
+            scale = magnitude / _row_norms(base.weight(module), a, b)
+            output_scale[module] = scale
+            b = scale[:, None] * b
+        lora[module] = LowRank(a, b)
+    method = "dora" if dora else "rslora" if rslora else "lora"
+    return {"method": method, "lora": lora, "output_scale": output_scale}
+
+
+def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+    """B (A * E) * alpha / (init_r + 1e-5): peft.tuners.adalora.layer.SVDLinear.
+
+    The number of singular values is init_r there even after some were dropped.
+    """
+    settings.expect_nothing_else(_LORA | _ADALORA_ONLY)
+    settings.expect("bias", None, "none")
+    init_r, alpha = settings.integer("init_r", 1, MAX_RANK), settings.number("lora_alpha")
+    kept = settings.mapping("rank_pattern")
+    lora = {}
+    suffixes = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}
+    for module, parts in _modules(weights, suffixes, base):
+        in_features, out_features = base.linears[module]
+        r = init_r
+        if (mask := kept.get(f"{module}.lora_E")) is not None:
+            if not isinstance(mask, list) or not all(isinstance(one, bool) for one in mask):
+                raise settings.wrong("rank_pattern", "lists of true and false")
+            r = sum(mask)
+        scaling = (alpha if alpha > 0 else r) / (init_r + 1e-5)
+        a = weights.read(parts["A"], (r, in_features)) * weights.read(parts["E"], (r, 1))
+        b = weights.read(parts["B"], (out_features, r)) * scaling
+        if r:
+            lora[module] = LowRank(a, b)
+    return {"lora": lora}
+
+
+def _ia3(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+    """IA3 (arXiv:2205.05638): vectors [1, in] scale a feedforward layer's input, others [out, 1]
+    the whole output of a layer."""
+    settings.expect_nothing_else(_IA3)
+    input_scale, output_scale, output_shift = {}, {}, {}
+    for module, parts in _modules(weights, {".ia3_l": "scale"}, base):
+        in_features, out_features = base.linears[module]
+        name = parts["scale"]
+        if weights.shape(name)[:1] == (1,) and out_features != 1:
+            input_scale[module] = weights.read(name, (1, in_features)).flatten()
+            continue
+        scale = weights.read(name, (out_features, 1)).flatten()
+        output_scale[module] = scale
+        if (bias := base.bias(module)) is not None:
+            output_shift[module] = (scale - 1) * bias.cpu()
+    return {
+        "input_scale": input_scale,
+        "output_scale": output_scale,
+        "output_shift": output_shift,
+    }
+
+
+def _prompt(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+    """P-Tuning (the encoder's output is what is saved) and prompt tuning."""
+    tokens = _virtual_tokens(settings, weights)
+    settings.expect("token_dim", None, base.hidden_size, remedy=_OWN_BASE)
+    return {"prompt": weights.read(_PROMPT_TENSOR, (tokens, base.hidden_size))}
+
+
+def _prefix(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+    """Prefix tuning; the layout is that of peft.PeftModel.get_prompt: a token's row holds each
+    layer's keys, then its values, of all key/value heads."""
+    tokens = _virtual_tokens(settings, weights)
+    layers, heads, dim = base.num_layers, base.num_key_value_heads, base.head_dim
+    settings.expect("num_layers", layers, remedy=_OWN_BASE)
+    settings.expect("num_attention_heads", heads, remedy=_OWN_BASE)
+    settings.expect("token_dim", heads * dim, remedy=_OWN_BASE)
+    flat = weights.read(_PROMPT_TENSOR, (tokens, layers * 2 * heads * dim))
+    return {"prefix": flat.view(tokens, layers, 2, heads, dim).permute(1, 2, 3, 0, 4).contiguous()}
+
+
+def _virtual_tokens(settings: Settings, weights: Weights) -> int:
+    settings.expect_nothing_else(_PROMPT)
+    settings.expect("num_transformer_submodules", None, 1)
+    if extra := weights.names - {_PROMPT_TENSOR}:
+        raise settings.error(
+            f"the engine does not serve the tensor {shown(min(extra))}; "
+            "train again without modules_to_save"
+        )
+    return settings.integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
+
+
+def _modules(
+    weights: Weights, suffixes: Mapping[str, str], base: BaseLayout
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Module names in the base and their tensors' names; raises AdapterError for unknown ones."""
+    modules = weights.by_module(suffixes)
+    for module in modules:
+        if module not in base.linears:
+            raise weights.error(
+                f"it adapts {shown(module)}, which is none of the served base's "
+                f"{len(base.linears)} adaptable linear layers (such as "
+                f"'{next(iter(base.linears), '')}'); train it on this base with "
+                "target_modules=all-linear"
+            )
+    yield from modules.items()
+
+
+def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """||W + B A|| of each row [out], computed where W is."""
+    merged = torch.addmm(weight, b.to(weight.device), a.to(weight.device))
+    norms: torch.Tensor = torch.linalg.norm(merged, dim=1)
+    return norms.cpu()
+
+
+_Reader = Callable[[Settings, Weights, BaseLayout], dict[str, Any]]
+
+_READERS: Mapping[str, _Reader] = {
+    "LORA": _lora,
+    "ADALORA": _adalora,
+    "IA3": _ia3,
+    "P_TUNING": _prompt,
+    "PROMPT_TUNING": _prompt,
+    "PREFIX_TUNING": _prefix,
+}
+
+__all__ = ["BaseLayout", "HostAdapter", "LowRank", "read_adapter"]

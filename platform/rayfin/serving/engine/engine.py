@@ -1,0 +1,214 @@
+"""The engine as others see it: requests in from any thread, chunks out, one thread that works."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from rayfin.config.schema import ModelConfig
+from rayfin.config.serving import EngineConfig
+from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.hardware import describe_hardware
+from rayfin.models import identity, load_base, load_tokenizer, locate
+from rayfin.serving.engine.adapter import HostAdapter, read_adapter
+from rayfin.serving.engine.layout import BaseLayout
+from rayfin.serving.engine.model import BatchedModel
+from rayfin.serving.engine.request import AdapterSource, Request, Sink
+from rayfin.serving.engine.scheduler import Scheduler
+from rayfin.serving.engine.sequence import Sequence
+from rayfin.serving.engine.store import HostCache
+
+log = logging.getLogger(__name__)
+
+# Steps in a row that may fail before the engine gives up: one bad request is not the engine's end.
+_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the start, and what is going on now."""
+
+    waiting: int
+    running: int
+    finished: int
+    prompt_tokens: int
+    generated_tokens: int
+    steps: int
+    slot_hits: int
+    slot_fills: int
+    slot_evictions: int
+    host_loads: int
+    host_bytes: int
+
+
+class Engine:
+    """One base model, and any number of adapters that answer in one batch.
+
+    Requests join and leave the decoding batch at any step (`Scheduler.step`), which a thread of the
+    engine's own runs; all methods may be called from any thread. Raises what loading the model
+    raises.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        *,
+        use_gpu: bool | Literal["auto"] = "auto",
+    ) -> None:
+        self.config, self.model_name, self.max_length = config, model.name, config.max_length
+        self.tokenizer = load_tokenizer(model)
+        base = load_base(model, config.quantization_bit, describe_hardware(use_gpu).device)
+        names = frozenset({model.name, str(locate(model)), identity(model)})
+        self._layout = BaseLayout.of(base, names)
+        self.model = BatchedModel(model.name, base, config)
+        self._changed = threading.Condition()
+        self._host = HostCache(self.read, config.host_cache_mb * 2**20, self._notify)
+        self._scheduler = Scheduler(
+            self.model, self._host, config, _end_tokens(base, self.tokenizer), self._changed
+        )
+        self._closing = self._draining = False
+        self._thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+        """Why the engine has stopped working; None while it is well."""
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def healthy(self) -> bool:
+        return self.failure is None and self._thread is not None and self._thread.is_alive()
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Refuses new requests, lets those at work end for so long, and cancels the rest."""
+        deadline = time.monotonic() + drain_seconds
+        with self._changed:
+            self._draining = True
+            while self._scheduler.known and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+        self._host.close()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queues a request; `sink` gets its chunks, the last of which has a finish reason.
+
+        Raises RequestError for one that can never be answered, Overloaded for a full queue.
+        """
+        self._check(request)
+        sequence = Sequence(request, sink, self.tokenizer, self.model.vocab_size)
+        scheduler = self._scheduler
+        with self._changed:
+            if self.failure is not None or self._draining:
+                raise Overloaded("the engine takes no requests any more", retry_after=5)
+            if request.request_id in scheduler.known:
+                raise RequestError(f"request id '{request.request_id}' is in use; give another")
+            if (waiting := len(scheduler.waiting)) >= self.config.max_queue:
+                raise Overloaded(
+                    f"{waiting} requests wait already; try again soon",
+                    retry_after=max(1, min(30, waiting // self.config.max_rows)),
+                )
+            scheduler.known.add(request.request_id)
+            scheduler.waiting.append(sequence)
+            self._changed.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request at the next step; nothing happens for one that has ended."""
+        with self._changed:
+            if request_id in self._scheduler.known:
+                self._scheduler.cancelled.add(request_id)
+                self._changed.notify_all()
+
+    def check(self, source: AdapterSource) -> None:
+        """Reads an adapter into host memory; raises AdapterError where it can't be served."""
+        self._host.load(source).result()
+
+    def forget(self, ref: str) -> None:
+        """Lets a removed version go from host memory; its slot goes when another needs it."""
+        self._host.forget(ref)
+
+    def resident(self) -> list[str]:
+        """Adapters in slots, the most recently used first."""
+        return list(self._scheduler.slots.refs)
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            scheduler, slots = self._scheduler, self._scheduler.slots
+            return EngineStats(
+                waiting=len(scheduler.waiting),
+                running=len(scheduler.running),
+                finished=scheduler.finished,
+                prompt_tokens=scheduler.prompt_tokens,
+                generated_tokens=scheduler.generated_tokens,
+                steps=scheduler.steps,
+                slot_hits=slots.hits,
+                slot_fills=slots.fills,
+                slot_evictions=slots.evictions,
+                host_loads=self._host.loads,
+                host_bytes=self._host.bytes,
+            )
+
+    def read(self, source: AdapterSource) -> HostAdapter:
+        """An adapter from disk, for the slots of this engine; raises AdapterError."""
+        adapter = read_adapter(source, self._layout)
+        if adapter.rank > self.config.max_rank:
+            raise AdapterError(
+                f"adapter '{source.ref}' has rank {adapter.rank}, and slots hold "
+                f"{self.config.max_rank}; raise engine.max_rank"
+            )
+        return adapter
+
+    # --- the engine's thread ------------------------------------------------------------------
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._closing:
+            try:
+                worked = self._scheduler.step()
+                failures = 0
+            except Exception as error:
+                log.exception("a step failed")
+                failures += 1
+                worked = True
+                self._scheduler.end_running("error", f"{type(error).__name__}: {error}")
+                if failures >= _FAILURES:
+                    self.failure = error
+                    break
+            if not worked:
+                with self._changed:
+                    if not self._closing and not self._scheduler.has_work:
+                        self._changed.wait(timeout=1.0)
+        if self.failure is not None:
+            self._scheduler.end_all("error", f"the engine has stopped: {self.failure}")
+        else:
+            self._scheduler.end_all("cancelled")
+
+    def _check(self, request: Request) -> None:
+        if not request.prompt_ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        if len(request.prompt_ids) >= self.max_length:
+            raise RequestError(
+                f"the prompt has {len(request.prompt_ids)} tokens, and {self.max_length} have room "
+                "with their answer; shorten it, or raise engine.max_length"
+            )
+        top = self.model.vocab_size
+        if not all(0 <= token < top for token in request.prompt_ids):
+            raise RequestError(f"a prompt token is outside the vocabulary of {top}")
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+
+def _end_tokens(base: object, tokenizer: object) -> frozenset[int]:
+    """Tokens that end an answer: the generation configuration's and the tokenizer's."""
+    configured = getattr(base.generation_config, "eos_token_id", None)  # type: ignore[attr-defined]
+    listed = configured if isinstance(configured, list) else [configured]
+    own = tokenizer.eos_token_id  # type: ignore[attr-defined]
+    return frozenset(token for token in [*listed, own] if isinstance(token, int))

@@ -1,0 +1,255 @@
+"""Linear layers of the base with all slots' adapters beside them, applied to a mixed batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from rayfin.serving.engine.batch import Batch, Group
+
+# Up to so many tokens, MKL is about twice as fast on W x^T as on x W^T (measured on AVX2).
+_FEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Groups of a few tokens each, computed by one product over the slots [first, last]."""
+
+    first: int
+    last: int
+    places: torch.Tensor
+    """[slots, most tokens of a slot] places in the flat line; short groups repeat place 0."""
+    direct: bool
+    """`places` counts up from 0 without gaps: a view does, and nothing is gathered."""
+    real: torch.Tensor
+    """Places in `places`, flattened, that are no padding, …"""
+    targets: torch.Tensor
+    """… and where in the flat line each of them belongs."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.places.shape
+
+
+class Mixture:
+    """Which tokens of the batch belong to which slots: what every layer's adapters look up.
+
+    Set once a step by the model; shared by all layers.
+    """
+
+    def __init__(self) -> None:
+        self.slots: torch.Tensor | None = None
+        """[tokens]"""
+        self.rank = 0
+        """The largest rank among the batch's low-rank adapters; 0 where there is none."""
+        self.scaled = False
+        """Some adapter of the batch scales inputs or outputs."""
+        self.stack: Stack | None = None
+        self.groups: tuple[Group, ...] = ()
+        """Low-rank groups outside the stack, computed one by one."""
+
+    def begin(self, batch: Batch, ranks: dict[int, int], scaled: set[int]) -> None:
+        """`ranks`: slot -> rank of its low-rank adapter; `scaled`: slots with scales."""
+        self.slots = batch.slots
+        self.scaled = any(group.slot in scaled for group in batch.groups)
+        low_rank = [group for group in batch.groups if ranks.get(group.slot, 0)]
+        self.rank = max((ranks[group.slot] for group in low_rank), default=0)
+        decoding = [group for group in low_rank if group.stop <= batch.decoding]
+        self.stack = _stack(decoding, batch.slots.device)
+        stacked = len(decoding) if self.stack is not None else 0
+        self.groups = tuple(low_rank[stacked:])
+
+
+def _stack(groups: list[Group], device: torch.device) -> Stack | None:
+    """One product for all `groups` (in the order of their slots), where that is the less work.
+
+    It also reads the slots in between, and pads short groups to the longest.
+    """
+    if len(groups) < 3:
+        return None
+    first, last = groups[0].slot, groups[-1].slot
+    most = max(group.stop - group.start for group in groups)
+    tokens = sum(group.stop - group.start for group in groups)
+    if (last - first + 1) * most > 3 * tokens:
+        return None
+    places = torch.zeros(last - first + 1, most, dtype=torch.long)
+    real: list[int] = []
+    targets: list[int] = []
+    for group in groups:
+        count, at = group.stop - group.start, (group.slot - first) * most
+        places[group.slot - first, :count] = torch.arange(group.start, group.stop)
+        real += range(at, at + count)
+        targets += range(group.start, group.stop)
+    direct = targets == list(range(places.numel()))
+    return Stack(
+        first,
+        last,
+        places.to(device),
+        direct,
+        torch.tensor(real, device=device),
+        torch.tensor(targets, device=device),
+    )
+
+
+class SlotLinear(torch.nn.Module):
+    """y = out_scale * (W (in_scale * x)) + bias + shift + B A x, with all but W of a token's slot.
+
+    Slot tensors are made when the first adapter that needs them arrives: a: [slots, rank, in],
+    b: [slots, rank, out] (B transposed, its scaling folded in), in_scale [slots + 1, in],
+    out_scale [slots + 1, out], shift [slots + 1, out]; slot 0 of the scales is the bare base.
+    """
+
+    def __init__(self, base: torch.nn.Module, mixture: Mixture, slots: int) -> None:
+        super().__init__()
+        self.base, self.mixture, self.slots = base, mixture, slots
+        # Ours, and nobody's submodules: the layer underneath keeps its place in the model.
+        self.a: torch.Tensor | None = None
+        self.b: torch.Tensor | None = None
+        self.in_scale: torch.Tensor | None = None
+        self.out_scale: torch.Tensor | None = None
+        self.shift: torch.Tensor | None = None
+        self.filled: set[int] = set()
+
+    @property
+    def in_features(self) -> int:
+        return int(self.base.in_features)  # type: ignore[arg-type]
+
+    @property
+    def out_features(self) -> int:
+        return int(self.base.out_features)  # type: ignore[arg-type]
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        mixture = self.mixture
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        scaled = mixture.scaled
+        given = flat
+        if scaled and self.in_scale is not None:
+            given = flat * self.in_scale[mixture.slots]
+        out = product(self.base, given)
+        if scaled and self.out_scale is not None:
+            scale = self.out_scale[mixture.slots]
+            bias = getattr(self.base, "bias", None)
+            out = out * scale if bias is None else (out - bias) * scale + bias
+        if scaled and self.shift is not None:
+            out = out + self.shift[mixture.slots]
+        if mixture.rank and self.a is not None:
+            self._add_low_rank(flat, out)
+        return out.view(*hidden.shape[:-1], out.shape[-1])
+
+    def _add_low_rank(self, flat: torch.Tensor, out: torch.Tensor) -> None:
+        mixture, a, b = self.mixture, self.a, self.b
+        assert a is not None
+        assert b is not None
+        rank = min(mixture.rank, a.shape[1])
+        if (stack := mixture.stack) is not None:
+            a_all = a[stack.first - 1 : stack.last, :rank]
+            b_all = b[stack.first - 1 : stack.last, :rank]
+            count = stack.places.numel()
+            tokens = flat[:count].view(*stack.shape, -1) if stack.direct else flat[stack.places]
+            # A x^T and not x A^T: see _FEW_TOKENS.
+            low = torch.bmm(a_all, tokens.transpose(1, 2)).transpose(1, 2)
+            if stack.direct:
+                into = out[:count].view(*stack.shape, -1)
+                torch.baddbmm(into, low, b_all, out=into)
+            else:
+                update = torch.bmm(low, b_all).flatten(0, 1)
+                out.index_add_(0, stack.targets, update[stack.real])
+        for group in mixture.groups:
+            if group.slot in self.filled:
+                low = flat[group.start : group.stop] @ a[group.slot - 1, :rank].t()
+                out[group.start : group.stop].addmm_(low, b[group.slot - 1, :rank])
+
+    # --- filling slots ----------------------------------------------------------------------
+
+    def put_low_rank(self, slot: int, a: torch.Tensor, b: torch.Tensor) -> None:
+        """a [r, in] and b [out, r], the scaling folded into b; other ranks of the slot are zero."""
+        rank = a.shape[0]
+        mine_a, mine_b = self._room_for(rank)
+        mine_a[slot - 1, :rank].copy_(a)
+        mine_b[slot - 1, :rank].copy_(b.t())
+        # A product over all slots goes to the batch's largest rank.
+        mine_a[slot - 1, rank:].zero_()
+        mine_b[slot - 1, rank:].zero_()
+        self.filled.add(slot)
+
+    def put_scales(
+        self,
+        slot: int,
+        in_scale: torch.Tensor | None,
+        out_scale: torch.Tensor | None,
+        shift: torch.Tensor | None = None,
+    ) -> None:
+        if in_scale is not None:
+            if self.in_scale is None:
+                self.in_scale = self._ones(self.in_features)
+            self.in_scale[slot].copy_(in_scale)
+        if out_scale is not None:
+            if self.out_scale is None:
+                self.out_scale = self._ones(self.out_features)
+            self.out_scale[slot].copy_(out_scale)
+        if shift is not None:
+            if self.shift is None:
+                self.shift = self._zeros(self.slots + 1, self.out_features)
+            self.shift[slot].copy_(shift)
+
+    def clear(self, slot: int) -> None:
+        """Makes the slot the bare base again."""
+        if slot in self.filled:
+            assert self.b is not None
+            self.b[slot - 1].zero_()
+            self.filled.discard(slot)
+        for scale in (self.in_scale, self.out_scale):
+            if scale is not None:
+                scale[slot].fill_(1.0)
+        if self.shift is not None:
+            self.shift[slot].zero_()
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of all slots."""
+        tensors = (self.a, self.b, self.in_scale, self.out_scale, self.shift)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def _room_for(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        have = self.a.shape[1] if self.a is not None else 0
+        if rank > have or self.a is None or self.b is None:
+            rank = -(-rank // 8) * 8
+            a = self._zeros(self.slots, rank, self.in_features)
+            b = self._zeros(self.slots, rank, self.out_features)
+            if self.a is not None and self.b is not None:
+                a[:, :have] = self.a
+                b[:, :have] = self.b
+            self.a, self.b = a, b
+        return self.a, self.b
+
+    def _zeros(self, *shape: int) -> torch.Tensor:
+        device, dtype = compute_type(self.base)
+        return torch.zeros(shape, device=device, dtype=dtype)
+
+    def _ones(self, features: int) -> torch.Tensor:
+        return self._zeros(self.slots + 1, features).fill_(1.0)
+
+
+def product(linear: Any, flat: torch.Tensor) -> torch.Tensor:
+    """The base's own W x + bias of flat [tokens, in]."""
+    weight, bias = linear.weight, linear.bias
+    plain = type(linear) is torch.nn.Linear and weight.device.type == "cpu"
+    if plain and weight.dtype == torch.float32 and 1 < len(flat) <= _FEW_TOKENS:
+        out = torch.mm(weight, flat.t()).t()
+        return out.contiguous() if bias is None else out + bias
+    if plain:
+        return functional.linear(flat, weight, bias)
+    result: torch.Tensor = linear(flat)
+    # bitsandbytes may hand its result back in a type of its own.
+    return result.to(flat.dtype)
+
+
+def compute_type(linear: Any) -> tuple[torch.device, torch.dtype]:
+    """Device and type of what a (possibly quantised) linear layer computes in."""
+    weight: torch.Tensor = linear.weight
+    if weight.dtype.is_floating_point:
+        return weight.device, weight.dtype
+    return weight.device, getattr(linear, "compute_dtype", None) or torch.float32

@@ -1,0 +1,141 @@
+"""What an adapter must fit: names, linear layers and sizes of the served base model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from rayfin.errors import AdapterError, ModelError
+from rayfin.serving.engine.int8 import Int8Linear
+from rayfin.serving.engine.layers import SlotLinear
+
+
+@dataclass(frozen=True)
+class BaseLayout:
+    """Built once a base model; the callables read its weights whenever they are asked."""
+
+    names: frozenset[str]
+    """What the base may be called: its name in the configuration, its path, its identity."""
+    linears: Mapping[str, tuple[int, int]]
+    """Full module name -> (in_features, out_features) of all linear layers but the output head."""
+    hidden_size: int
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    weight: Callable[[str], torch.Tensor]
+    """Module name -> float32 weight [out, in], dequantised: for DoRA's norms."""
+    bias: Callable[[str], torch.Tensor | None]
+    """Module name -> float32 bias [out], or None."""
+
+    @classmethod
+    def of(cls, model: Any, names: frozenset[str]) -> BaseLayout:
+        """From a loaded causal model, whether or not the engine has put its slots into it.
+
+        Raises ModelError where its layers are Conv1D (GPT-2), whose weights are transposed.
+        """
+        linears = dict(_linears(model))
+        text = model.config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            names=names,
+            linears={name: (one.in_features, one.out_features) for name, one in linears.items()},
+            hidden_size=text.hidden_size,
+            num_layers=text.num_hidden_layers,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            weight=lambda name: _weight(name, linears[name]),
+            bias=lambda name: _bias(linears[name]),
+        )
+
+    def is_called(self, claim: str) -> bool:
+        """Whether `claim`, the base that an adapter names, is this one.
+
+        It is one of the names, or ends in the same directory name: models lie elsewhere on other
+        machines. Hub ids of different owners are different models.
+        """
+        if claim in self.names:
+            return True
+        if _is_hub_id(claim) and any(_is_hub_id(name) for name in self.names):
+            return False
+        return _last_part(claim) in {_last_part(name) for name in self.names} - {""}
+
+
+def _linears(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names and modules of the base's own linear layers, under the engine's where it has any."""
+    head = model.get_output_embeddings()
+    inner = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            raise ModelError(
+                f"model.name: '{next(iter(model.config.architectures or ['the model']))}' has "
+                f"Conv1D layers ('{name}'), which rayfin's engine does not adapt; serve a model "
+                "with linear layers (Llama, Qwen, Mistral, …)"
+            )
+        if isinstance(module, SlotLinear):
+            inner.add(module.base)
+            yield name, module.base
+        elif isinstance(module, torch.nn.Linear) and module is not head and module not in inner:
+            yield name, module
+
+
+def _weight(name: str, linear: Any) -> torch.Tensor:
+    """Float32 [out, in]; the layer stays as it is. Raises AdapterError for an unknown format."""
+    if isinstance(linear, Int8Linear):
+        quantised, _ = torch.ops.quantized.linear_unpack(linear.packed)
+        dense: torch.Tensor = torch.dequantize(quantised)
+        return dense
+    kind = type(linear.weight).__name__
+    if kind == "Params4bit":
+        return _dequantize_4bit(linear.weight)
+    if kind == "Int8Params":
+        return _dequantize_8bit(linear)
+    weight: torch.Tensor = linear.weight.detach()
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise AdapterError(
+            f"a DoRA adapter needs the weights of '{name}', which this base holds as {kind} of "
+            f"{weight.dtype}; serve the base in full precision, 8 or 4 bits"
+        )
+    return weight.float()
+
+
+def _dequantize_8bit(linear: Any) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    # bitsandbytes moves the scales from the weight to the state at the first call.
+    scales = linear.state.SCB if linear.state.SCB is not None else linear.weight.SCB
+    weight: torch.Tensor = functional.int8_vectorwise_dequant(linear.weight.data, scales)
+    return weight.float()
+
+
+def _dequantize_4bit(weight: Any) -> torch.Tensor:
+    from bitsandbytes import functional
+
+    state, data = weight.quant_state, weight.data
+    if getattr(state, "packing_format_for_cpu", False):
+        # On CPUs with AVX512-BF16 the first call shuffles the weight, and flattens its scales.
+        # The library's way back changes the state that it is given, and its nested branch rounds.
+        state = copy.copy(state)
+        scales = state.absmax.T.reshape(-1).float()
+        state.original_nested = False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = scales
+    dequantised: torch.Tensor = functional.dequantize_4bit(data, state)
+    return dequantised.float()
+
+
+def _bias(linear: Any) -> torch.Tensor | None:
+    return None if linear.bias is None else linear.bias.detach().float()
+
+
+def _is_hub_id(name: str) -> bool:
+    """`owner/name`, with or without `@commit`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _last_part(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]

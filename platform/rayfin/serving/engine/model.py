@@ -1,0 +1,192 @@
+"""The base model, its layers' slots and its rows' cache: one forward pass over a mixed batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface
+
+from rayfin.config.serving import EngineConfig
+from rayfin.errors import ModelError
+from rayfin.serving.engine.batch import Batch, Piece
+from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
+from rayfin.serving.engine.int8 import Int8Linear
+from rayfin.serving.engine.layers import Mixture, SlotLinear, product
+
+if TYPE_CHECKING:
+    from rayfin.serving.engine.adapter import HostAdapter
+
+AttentionInterface.register(ATTENTION, attend)
+
+
+class BatchedModel:
+    """A base model, changed in place for serving: nothing else may use it then.
+
+    Raises ModelError for an architecture that the engine can't serve.
+    """
+
+    def __init__(self, name: str, base: Any, config: EngineConfig) -> None:
+        _check_attention(name, base, config.max_length)
+        self.base, self.config = base, config
+        self.slots, self.rows = config.slots, config.max_rows
+        self.embedding = base.get_input_embeddings()
+        self.head = base.get_output_embeddings()
+        self.decoder = base.get_decoder()
+        self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
+        self.mixture = Mixture()
+        self.linears: dict[str, SlotLinear] = {}
+        self._prompts: dict[int, torch.Tensor] = {}
+        self._prefixes: dict[int, torch.Tensor] = {}
+        self._ranks: dict[int, int] = {}
+        self._scaled: set[int] = set()
+        self._insert_slots(int8=config.weights == "int8")
+        self._insert_cache()
+
+    # --- a step -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def forward(self, pieces: list[Piece]) -> tuple[list[Piece], torch.Tensor]:
+        """The pieces that want logits, and their last tokens' logits [pieces, vocabulary]."""
+        batch = Batch(pieces, self.device, self._prompts)
+        self.mixture.begin(batch, self._ranks, self._scaled)
+        self.cache.begin(batch)
+        embedded = self.embedding(batch.token_ids)
+        for start, virtual in batch.overlays:
+            embedded[start : start + len(virtual)] = virtual
+        hidden = self.decoder(
+            inputs_embeds=embedded[None],
+            position_ids=batch.positions[None],
+            # Four dimensions: taken for a finished mask and passed on; ours is in the cache.
+            attention_mask=self._no_mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state[0]
+        if not len(batch.last):
+            return [], hidden.new_empty(0, 0, dtype=torch.float32)
+        # The head sees the tokens that are asked for, no others.
+        return batch.asking, self._logits(hidden[batch.last]).float()
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return product(self.head, hidden)
+
+    # --- slots ------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def fill(self, slot: int, adapter: HostAdapter) -> None:
+        """Copies an adapter into a slot, over whatever was there."""
+        self.clear(slot)
+        try:
+            for name, low_rank in adapter.lora.items():
+                self.linears[name].put_low_rank(slot, low_rank.a, low_rank.b)
+            for name in adapter.input_scale.keys() | adapter.output_scale.keys():
+                self.linears[name].put_scales(
+                    slot,
+                    adapter.input_scale.get(name),
+                    adapter.output_scale.get(name),
+                    adapter.output_shift.get(name),
+                )
+                self._scaled.add(slot)
+            if adapter.prompt is not None:
+                self._prompts[slot] = adapter.prompt.to(self.device, self.dtype)
+            if adapter.prefix is not None:
+                self._prefixes[slot] = adapter.prefix.to(self.device, self.dtype)
+            self._ranks[slot] = adapter.rank
+        except BaseException:
+            self.clear(slot)  # half an adapter would answer as nobody's
+            raise
+
+    def clear(self, slot: int) -> None:
+        for linear in self.linears.values():
+            linear.clear(slot)
+        self._prompts.pop(slot, None)
+        self._prefixes.pop(slot, None)
+        self._ranks.pop(slot, None)
+        self._scaled.discard(slot)
+
+    @torch.inference_mode()
+    def begin_row(self, row: int, slot: int) -> None:
+        """Puts the slot's learned prefix, if it has one, before the row."""
+        if (prefix := self._prefixes.get(slot)) is not None:
+            self.cache.write_prefix(row, prefix)
+
+    def embedded_tokens(self, slot: int) -> int:
+        """Virtual tokens of a slot's adapter that enter as embeddings."""
+        return len(self._prompts[slot]) if slot in self._prompts else 0
+
+    def virtual_tokens(self, slot: int) -> int:
+        """All that stand before the prompt, embedded or as learned keys and values."""
+        prefix = self._prefixes.get(slot)
+        return self.embedded_tokens(slot) + (0 if prefix is None else prefix.shape[-2])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.base.config.get_text_config().vocab_size)
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(linear.slot_bytes for linear in self.linears.values())
+
+    # --- making -----------------------------------------------------------------------------
+
+    def _insert_slots(self, *, int8: bool) -> None:
+        """Puts a SlotLinear in the place of every linear layer but the head."""
+        found = [
+            (name, module)
+            for name, module in self.base.named_modules()
+            if _is_linear(module) and module is not self.head
+        ]
+        for name, module in found:
+            parent, _, child = name.rpartition(".")
+            inner = Int8Linear(module) if int8 else module
+            wrapped = SlotLinear(inner, self.mixture, self.slots)
+            setattr(self.base.get_submodule(parent), child, wrapped)
+            self.linears[name] = wrapped
+        if int8:
+            self.head = Int8Linear(self.head)
+
+    def _insert_cache(self) -> None:
+        text = self.base.config.get_text_config()
+        layers = [m for m in self.base.modules() if hasattr(m, "layer_idx") and _attends(m)]
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self.cache = KVCache(
+            layers=text.num_hidden_layers,
+            rows=self.rows,
+            heads=heads,
+            max_length=self.config.max_length,
+            head_dim=dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        for layer in layers:
+            layer.rayfin_cache = self.cache
+        self.base.set_attn_implementation(ATTENTION)
+        self._no_mask = torch.empty(1, 1, 1, 1, device=self.device)
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    """A torch linear layer, bitsandbytes' quantised ones included."""
+    return isinstance(module, torch.nn.Linear)
+
+
+def _attends(module: torch.nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def _check_attention(name: str, base: Any, max_length: int) -> None:
+    """Raises ModelError unless every layer attends to all that came before."""
+    text = base.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    window = getattr(text, "sliding_window", None)
+    if kinds - {"full_attention"} and (window is None or window < max_length):
+        raise ModelError(
+            f"model.name: '{name}' has layers of {', '.join(sorted(kinds))}, and rayfin's engine "
+            "serves models whose layers all have full attention; use engine.type=vllm"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise ModelError(
+            f"engine.max_length={max_length} is more than the {positions} positions of '{name}'; "
+            f"use engine.max_length={positions} or less"
+        )

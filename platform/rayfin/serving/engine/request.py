@@ -1,0 +1,122 @@
+"""What goes into the engine and what comes out; loads no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rayfin.errors import RequestError
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen; names and meanings are those of OpenAI's API, and vLLM's beyond it.
+
+    Raises RequestError for a value that can't be used.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 considers all tokens."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Keskar et al. 2019 (arXiv:1909.05858); over the prompt and what was generated."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Both over what was generated."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these; it is not part of the text."""
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+    """Report the log probability of each token, and of so many of the likeliest."""
+
+    def __post_init__(self) -> None:
+        _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _within("temperature", self.temperature, 0.0, 2.0)
+        _within("top_p", self.top_p, 0.0, 1.0, above=True)
+        _within("top_k", self.top_k, 0, 2**31 - 1)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, 10.0, above=True)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        if self.seed is not None:
+            _within("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _within("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if len(self.stop) > MAX_STOPS:
+            raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOPS}")
+        for text in self.stop:
+            if not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise RequestError(
+                    f"a stop string has {len(text)} characters; give 1 to {MAX_STOP_LENGTH}"
+                )
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """One immutable adapter version: its unique `ref` (`support@3`) and its PEFT directory."""
+
+    ref: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token, its log probability (nats), and the likeliest tokens in its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one request gained in one step; the last one has a finish reason."""
+
+    text: str
+    """Whole characters only; what might be the beginning of a stop string is held back."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    """Why, where finish_reason is `error`."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate. The adapter version that it names is the one that answers."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    adapter: AdapterSource | None = None
+    """None is the bare base model."""
+
+
+Sink = Callable[[Chunk], None]
+"""Called on the engine's thread, in order; must return at once and not raise."""
+
+
+def _within(name: str, value: float, least: float, most: float, *, above: bool = False) -> None:
+    """Raises RequestError unless least <= value <= most (least < value with `above`)."""
+    fits = math.isfinite(value) and least <= value <= most and not (above and value == least)
+    if not fits:
+        low = f"above {least:g}" if above else f"from {least:g}"
+        raise RequestError(f"{name} is {value}; give a number {low} to {most:g}")

@@ -1,0 +1,229 @@
+"""Which tokens are computed next: admission, the running batch, and how each row ends."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+
+from rayfin.config.serving import EngineConfig
+from rayfin.errors import AdapterError
+from rayfin.serving.engine.adapter import HostAdapter
+from rayfin.serving.engine.batch import Piece
+from rayfin.serving.engine.model import BatchedModel
+from rayfin.serving.engine.request import FinishReason, TokenLogprob
+from rayfin.serving.engine.sampler import INVALID, sample
+from rayfin.serving.engine.sequence import Sequence
+from rayfin.serving.engine.store import HostCache, Slots
+
+# A request that waits for a slot lets so many others pass before they wait behind it.
+_PATIENCE = 32
+
+
+class Scheduler:
+    """The requests that wait and the rows that run; one thread calls `step`.
+
+    `changed` guards what other threads look at (`waiting`, `running`, `known`, `cancelled`), and
+    is notified whenever a request has ended.
+    """
+
+    def __init__(
+        self,
+        model: BatchedModel,
+        host: HostCache,
+        config: EngineConfig,
+        ends: frozenset[int],
+        changed: threading.Condition,
+    ) -> None:
+        """`ends`: tokens that end an answer."""
+        self._model, self._host, self._config, self._ends = model, host, config, ends
+        self._changed = changed
+        self.slots = Slots(config.slots, model.fill)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.known: set[str] = set()
+        """Ids of the requests that wait or run."""
+        self.cancelled: set[str] = set()
+        self._free_rows = list(range(config.max_rows - 1, -1, -1))
+        self.finished = self.steps = self.prompt_tokens = self.generated_tokens = 0
+
+    def step(self) -> bool:
+        """Admits, computes, and hands one token on to every row that decodes.
+
+        False where there was nothing to compute.
+        """
+        self._drop_cancelled()
+        self._admit()
+        if not (pieces := self._schedule()):
+            return False
+        asking, logits = self._model.forward(pieces)
+        self._advance(pieces)
+        if asking:
+            self._hand_on(asking, sample(logits, [s.sampler for s in self._rows(asking)]))
+        self.steps += 1
+        return True
+
+    def end_running(self, reason: FinishReason, why: str | None = None) -> None:
+        for sequence in list(self.running):
+            self._free(sequence)
+            sequence.end(reason, why)
+
+    def end_all(self, reason: FinishReason, why: str | None = None) -> None:
+        self.end_running(reason, why)
+        for sequence in list(self.waiting):
+            self._end_waiting(sequence, reason, why)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would find something to do; a load that ends is told otherwise."""
+        return bool(self.running or self.cancelled) or any(
+            s.loading is None or s.loading.done() for s in self.waiting
+        )
+
+    # --- admission --------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Gives waiting requests a row and their adapter's slot, first come first served.
+
+        One whose adapter is still being read is passed over; one that finds every slot in use is
+        passed over a limited number of times.
+        """
+        with self._changed:
+            waiting = list(self.waiting)
+        for sequence in waiting:
+            if not self._free_rows:
+                break
+            if not self._acquire(sequence):
+                if sequence.passed_over >= _PATIENCE:
+                    break
+                continue
+            with self._changed:
+                self.waiting.remove(sequence)
+                self.running.append(sequence)
+            for other in waiting:
+                if other is sequence:
+                    break
+                other.passed_over += other.blocked
+
+    def _acquire(self, sequence: Sequence) -> bool:
+        """Gives a sequence its slot and row; False where its adapter isn't there yet."""
+        source = sequence.request.adapter
+        slot = 0
+        if source is not None:
+            adapter: HostAdapter | None = None
+            if not self.slots.holds(source.ref):
+                if sequence.loading is None:
+                    sequence.loading = self._host.load(source)
+                if not sequence.loading.done():
+                    return False
+                try:
+                    adapter = sequence.loading.result()
+                except AdapterError as error:
+                    self._end_waiting(sequence, "error", str(error))
+                    return False
+            sequence.blocked = not self.slots.may_acquire(source.ref)
+            if sequence.blocked:
+                return False
+            try:
+                slot = self.slots.acquire(source.ref, adapter)
+            except (RuntimeError, MemoryError) as error:  # no memory for the slots to grow, say
+                self._end_waiting(
+                    sequence, "error", f"adapter '{source.ref}' does not fit: {error}"
+                )
+                return False
+        virtual = self._model.virtual_tokens(slot)
+        if virtual + len(sequence.request.prompt_ids) >= self._config.max_length:
+            if source is not None:
+                self.slots.release(source.ref)
+            self._end_waiting(
+                sequence,
+                "error",
+                f"the prompt has {len(sequence.request.prompt_ids)} tokens, and the adapter's "
+                f"{virtual} virtual ones leave room for {self._config.max_length - virtual - 1}",
+            )
+            return False
+        sequence.loading = None
+        sequence.begin(
+            self._free_rows.pop(),
+            slot,
+            self._model.embedded_tokens(slot),
+            virtual,
+            self._config.max_length,
+        )
+        self._model.begin_row(sequence.row, slot)
+        self.prompt_tokens += len(sequence.request.prompt_ids)
+        return True
+
+    # --- a step -----------------------------------------------------------------------------
+
+    def _schedule(self) -> list[Piece]:
+        """A token of every row that decodes, and as much of the prompts as a step may take."""
+        decoding = [s for s in self.running if s.remaining == 1]
+        pieces = [s.piece(1) for s in decoding]
+        room = self._config.prefill_chunk if pieces else 4 * self._config.prefill_chunk
+        for sequence in self.running:
+            if room > 0 and sequence.remaining > 1:
+                pieces.append(sequence.piece(min(room, sequence.remaining)))
+                room -= len(pieces[-1].token_ids)
+        return pieces
+
+    def _advance(self, pieces: Iterable[Piece]) -> None:
+        by_row = {sequence.row: sequence for sequence in self.running}
+        for piece in pieces:
+            by_row[piece.row].computed = piece.stop
+
+    def _hand_on(
+        self, asking: Iterable[Piece], choices: Iterable[tuple[int, TokenLogprob | None]]
+    ) -> None:
+        for sequence, (token, logprob) in zip(self._rows(asking), choices, strict=True):
+            if token == INVALID:
+                self._free(sequence)
+                sequence.end("error", "the model's scores for the next token are not numbers")
+                continue
+            chunk = sequence.take(token, logprob, self._ends)
+            self.generated_tokens += 1
+            if chunk.finish_reason is not None:
+                self._free(sequence)  # before its last word: who has that sees the row free
+            if not sequence.hand_over(chunk) and chunk.finish_reason is None:
+                self._free(sequence)
+
+    def _rows(self, pieces: Iterable[Piece]) -> list[Sequence]:
+        by_row = {sequence.row: sequence for sequence in self.running}
+        return [by_row[piece.row] for piece in pieces]
+
+    # --- ends -------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            cancelled = set(self.cancelled)
+            waiting = [s for s in self.waiting if s.request.request_id in cancelled]
+        for sequence in waiting:
+            self._end_waiting(sequence, "cancelled")
+        for sequence in [s for s in self.running if s.request.request_id in cancelled]:
+            self._free(sequence)
+            sequence.end("cancelled")
+
+    def _end_waiting(
+        self, sequence: Sequence, reason: FinishReason, why: str | None = None
+    ) -> None:
+        with self._changed:
+            self.waiting.remove(sequence)
+            self._forget(sequence)
+        sequence.end(reason, why)
+
+    def _free(self, sequence: Sequence) -> None:
+        """Takes a running sequence out of the batch."""
+        self._free_rows.append(sequence.row)
+        # The lowest rows first: attention is computed up to the highest that decodes.
+        self._free_rows.sort(reverse=True)
+        if sequence.request.adapter is not None:
+            self.slots.release(sequence.request.adapter.ref)
+        with self._changed:
+            self.running.remove(sequence)
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.known.discard(sequence.request.request_id)
+        self.cancelled.discard(sequence.request.request_id)
+        self.finished += 1
+        self._changed.notify_all()

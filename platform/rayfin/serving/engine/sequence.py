@@ -1,0 +1,84 @@
+"""One request on its way through the engine."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+from rayfin.serving.engine.batch import Piece
+from rayfin.serving.engine.detokenize import Detokenizer
+from rayfin.serving.engine.request import Chunk, FinishReason, Request, Sink, TokenLogprob
+from rayfin.serving.engine.sampler import RowSampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from rayfin.serving.engine.adapter import HostAdapter
+
+log = logging.getLogger(__name__)
+
+
+class Sequence:
+    """Its tokens, how many of them the cache holds, and what is left to send."""
+
+    def __init__(
+        self, request: Request, sink: Sink, tokenizer: PreTrainedTokenizerFast, vocab_size: int
+    ) -> None:
+        self.request, self._sink = request, sink
+        self.sampler = RowSampler(request.params, request.prompt_ids, vocab_size)
+        self._text = Detokenizer(tokenizer, request.prompt_ids, request.params.stop)
+        self.row = self.slot = -1
+        self.tokens: list[int] = []
+        """Virtual ones (-1), the prompt's, and what was generated."""
+        self.computed = 0
+        """Tokens whose keys and values are in the cache."""
+        self._limit = 0
+        self.loading: Future[HostAdapter] | None = None
+        self.blocked = False
+        """Waits for a slot, and not for its adapter."""
+        self.passed_over = 0
+
+    def begin(self, row: int, slot: int, embedded: int, virtual: int, max_length: int) -> None:
+        """`virtual` tokens come first: `embedded` of them computed, the others in the cache."""
+        self.row, self.slot = row, slot
+        self.tokens = [-1] * virtual + list(self.request.prompt_ids)
+        self.computed = virtual - embedded
+        self._limit = min(len(self.tokens) + self.request.params.max_tokens, max_length)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute: 1 while decoding, more while the prompt is taken in."""
+        return len(self.tokens) - self.computed
+
+    def piece(self, count: int) -> Piece:
+        stop = self.computed + count
+        ids = self.tokens[self.computed : stop]
+        return Piece(self.row, self.slot, self.computed, ids, stop == len(self.tokens))
+
+    def take(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> Chunk:
+        """Adds a generated token; what it brings, for `hand_over`."""
+        self.tokens.append(token)
+        reason: FinishReason | None = None
+        if token in ends and not self.request.params.ignore_eos:
+            text, reason = self._text.flush(), "stop"
+        else:
+            text = self._text.push(token)
+            if self._text.stopped:
+                reason = "stop"
+            elif len(self.tokens) >= self._limit:
+                text, reason = text + self._text.flush(), "length"
+        return Chunk(text, (token,), () if logprob is None else (logprob,), reason)
+
+    def end(self, reason: FinishReason, why: str | None = None) -> None:
+        """Tells who asked that nothing more comes."""
+        self.hand_over(Chunk("", (), finish_reason=reason, error=why))
+
+    def hand_over(self, chunk: Chunk) -> bool:
+        """False where whoever asked is gone or broken: no reason to fail the rows beside it."""
+        try:
+            self._sink(chunk)
+        except Exception:
+            log.exception("request %s: its sink failed", self.request.request_id)
+            return False
+        return True

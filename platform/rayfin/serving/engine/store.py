@@ -1,0 +1,158 @@
+"""Where adapters are: on disk, in host memory, in slots; least recently used ones leave."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rayfin.errors import AdapterError
+from rayfin.serving.engine.request import AdapterSource
+
+if TYPE_CHECKING:
+    from rayfin.serving.engine.adapter import HostAdapter
+
+_LOADERS = 2
+
+
+class HostCache:
+    """Adapters in host memory, read from disk by threads of its own; thread-safe.
+
+    The least recently used leave when there are more than `limit_bytes`. A load that fails or
+    that nobody wants any more leaves nothing behind, and the next one tries anew.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[AdapterSource], HostAdapter],
+        limit_bytes: int,
+        on_ready: Callable[[], None],
+    ) -> None:
+        """`on_ready` is called, on any thread, whenever a load has ended."""
+        self._read, self._limit, self._on_ready = read, limit_bytes, on_ready
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, HostAdapter] = OrderedDict()
+        self._loading: dict[str, Future[HostAdapter]] = {}
+        self._pool = ThreadPoolExecutor(_LOADERS, thread_name_prefix="adapter-load")
+        self.bytes = 0
+        self.loads = 0
+        """Adapters read from disk so far."""
+
+    def load(self, source: AdapterSource) -> Future[HostAdapter]:
+        """The adapter now or when it is read; the future raises AdapterError."""
+        with self._lock:
+            if (adapter := self._held.get(source.ref)) is not None:
+                self._held.move_to_end(source.ref)
+                done: Future[HostAdapter] = Future()
+                done.set_result(adapter)
+                return done
+            if (running := self._loading.get(source.ref)) is not None:
+                return running
+            future = self._pool.submit(self._load, source)
+            self._loading[source.ref] = future
+        # Outside the lock: a future that is done already calls back at once.
+        future.add_done_callback(lambda _: self._ended(source.ref))
+        return future
+
+    def forget(self, ref: str) -> None:
+        with self._lock:
+            if (adapter := self._held.pop(ref, None)) is not None:
+                self.bytes -= adapter.nbytes
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _load(self, source: AdapterSource) -> HostAdapter:
+        try:
+            adapter = self._read(source)
+        except AdapterError:
+            raise
+        except (OSError, MemoryError, RuntimeError, ValueError) as error:
+            raise AdapterError(
+                f"adapter '{source.ref}' can't be read ({type(error).__name__}: {error}); "
+                "publish it again"
+            ) from error
+        with self._lock:
+            self.loads += 1
+            self._held[source.ref] = adapter
+            self.bytes += adapter.nbytes
+            while self.bytes > self._limit and len(self._held) > 1:
+                _, gone = self._held.popitem(last=False)
+                self.bytes -= gone.nbytes
+        return adapter
+
+    def _ended(self, ref: str) -> None:
+        with self._lock:
+            self._loading.pop(ref, None)
+        self._on_ready()
+
+
+@dataclass
+class _Slot:
+    index: int
+    pins: int = 0
+
+
+class Slots:
+    """Which adapter is in which slot, and how many rows use it; one thread's only.
+
+    A slot is taken from the least recently used adapter that no row uses.
+    """
+
+    def __init__(self, count: int, fill: Callable[[int, HostAdapter], None]) -> None:
+        self._fill = fill
+        self._free = list(range(count, 0, -1))
+        self._held: OrderedDict[str, _Slot] = OrderedDict()
+        self.hits = self.fills = self.evictions = 0
+        self.refs: tuple[str, ...] = ()
+        """Adapters in slots, the most recently used first; any thread may look."""
+
+    def holds(self, ref: str) -> bool:
+        return ref in self._held
+
+    def may_acquire(self, ref: str) -> bool:
+        """Whether `acquire` would find a slot."""
+        return ref in self._held or bool(self._free) or any(not s.pins for s in self._held.values())
+
+    def acquire(self, ref: str, adapter: HostAdapter | None) -> int:
+        """The slot that holds the adapter, pinned until `release`; `may_acquire` must hold.
+
+        `adapter` may be None where the slot holds it already.
+        """
+        if (slot := self._held.get(ref)) is None:
+            assert adapter is not None
+            slot = _Slot(self._take())
+            try:
+                self._fill(slot.index, adapter)
+            except BaseException:
+                self._free.append(slot.index)
+                raise
+            self.fills += 1
+            self._held[ref] = slot
+        else:
+            self.hits += 1
+        self._held.move_to_end(ref)
+        self.refs = tuple(reversed(self._held))
+        slot.pins += 1
+        return slot.index
+
+    def release(self, ref: str) -> None:
+        self._held[ref].pins -= 1
+
+    def forget(self, ref: str) -> None:
+        """Frees the slot of an adapter that no row uses; others stay until they are released."""
+        slot = self._held.get(ref)
+        if slot is not None and not slot.pins:
+            del self._held[ref]
+            self.refs = tuple(reversed(self._held))
+            self._free.append(slot.index)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        ref = next(ref for ref, slot in self._held.items() if not slot.pins)
+        self.evictions += 1
+        return self._held.pop(ref).index

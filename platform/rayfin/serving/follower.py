@@ -1,0 +1,81 @@
+"""What an engine replica lets go of: versions that were removed, and requests nobody waits for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from ray.util import list_named_actors
+
+from rayfin.adapters import AdapterRef, Catalog
+from rayfin.errors import AdapterError, StorageError
+from rayfin.serving.engine.request import AdapterSource, Request
+
+if TYPE_CHECKING:
+    from rayfin.serving.engine.engine import Engine
+
+log = logging.getLogger(__name__)
+
+_PERIOD = 1.0
+
+
+class Follower:
+    """Looks at the registry and at the callers every second, on a thread of its own."""
+
+    def __init__(self, engine: Engine, catalog: Catalog) -> None:
+        self._engine, self._catalog = engine, catalog
+        self._known: set[str] = set()
+        self._callers: dict[str, str] = {}
+        """Request id -> name of the actor that asked."""
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+        self._thread.start()
+
+    def know(self, source: AdapterSource) -> None:
+        """The engine may hold this version."""
+        with self._lock:
+            self._known.add(source.ref)
+
+    def begun(self, request: Request, caller: str | None) -> None:
+        if request.adapter is not None:
+            self.know(request.adapter)
+        if caller is not None:
+            with self._lock:
+                self._callers[request.request_id] = caller
+
+    def ended(self, request: Request) -> None:
+        with self._lock:
+            self._callers.pop(request.request_id, None)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> None:
+        """One look; raises nothing for a registry that can't be read now."""
+        with self._lock:
+            known, callers = set(self._known), dict(self._callers)
+        if callers:
+            alive = {actor["name"] for actor in list_named_actors(all_namespaces=True)}
+            for request_id, caller in callers.items():
+                if caller not in alive:  # it can't close its calls any more
+                    self._engine.cancel(request_id)
+        for ref in known:
+            if self._is_removed(ref):
+                self._engine.forget(ref)
+                with self._lock:
+                    self._known.discard(ref)
+
+    def _is_removed(self, ref: str) -> bool:
+        parsed = AdapterRef.parse(ref)
+        try:
+            return parsed.version not in self._catalog.versions(parsed.name)
+        except (AdapterError, StorageError) as error:
+            log.warning("the registry can't be read: %s", error)
+            return False
+
+    def _run(self) -> None:
+        while not self._stop.wait(_PERIOD):
+            self.look()

@@ -1,0 +1,184 @@
+"""From the `model` of a request to the adapter version that answers it.
+
+The registry is the desired state: what it says is at most `MAX_AGE` seconds old here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rayfin.adapters import LATEST, AdapterRef, AdapterVersion, Catalog
+from rayfin.adapters.files import FULL
+from rayfin.errors import AdapterError, AdapterNotFound, did_you_mean
+from rayfin.serving.engine.request import AdapterSource
+
+MAX_AGE = 1.0
+"""Seconds that a name's version is remembered."""
+
+_MAX_REMEMBERED = 4096
+_LONGEST = 512
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Named:
+    """Who answers: one adapter version, or the base model (no source and no version)."""
+
+    answer_name: str
+    """`support@3`, or the base's name."""
+    source: AdapterSource | None = None
+    version: AdapterVersion | None = None
+
+    @property
+    def adapter(self) -> str | None:
+        """The adapter's name; None is the base model."""
+        return None if self.version is None else self.version.name
+
+
+class Names:
+    """What `model` may be: the base's name, `<adapter>`, `<adapter>@<version or alias>`, or
+    `<base>:` before either.
+
+    A bare adapter name is its latest version. A base and an adapter of one name: the base answers
+    to it, and the adapter to `<base>:<adapter>`. May be used by many threads; `clock` gives
+    seconds.
+    """
+
+    def __init__(
+        self, catalog: Catalog, base_name: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.catalog, self.base_name = catalog, base_name
+        self._clock = clock
+        self._base = Named(base_name)
+        self._held: dict[AdapterRef, tuple[float, Named]] = {}
+        self._listed: tuple[float, tuple[Named, ...]] | None = None
+        self._known: tuple[float, tuple[str, ...]] | None = None
+
+    def parse(self, model: str) -> AdapterRef | None:
+        """The adapter that `model` asks for, None for the base; opens no file.
+
+        Raises AdapterNotFound for another base, and for what no adapter can be called.
+        """
+        if model == self.base_name:
+            return None
+        prefix = f"{self.base_name}:"
+        rest = model.removeprefix(prefix) if model.startswith(prefix) else model
+        base, colon, name = rest.rpartition(":")
+        if colon:
+            raise AdapterNotFound(
+                f"model '{_short(model)}' asks for base '{_short(base)}', and '{self.base_name}' "
+                f"is the one that is served; use '{prefix}{_short(name)}'"
+            )
+        try:
+            # Longer than any name, whose repetition in a message would help nobody.
+            return AdapterRef.parse(rest[:_LONGEST])
+        except AdapterError as error:
+            raise AdapterNotFound(
+                f"model {_short(model)!r} is neither the base '{self.base_name}' nor a name that "
+                "an adapter can have; use NAME, NAME@VERSION or NAME@ALIAS"
+            ) from error
+
+    def held(self, model: str) -> Named | None:
+        """What `resolve` would say, where that takes no look at the registry; else None."""
+        ref = self.parse(model)
+        if ref is None:
+            return self._base
+        read_at, named = self._held.get(ref, (0.0, None))
+        return named if named is not None and self._fresh(read_at) else None
+
+    def resolve(self, model: str, *, anew: bool = False) -> Named:
+        """Who answers a request for `model`; `anew` looks at the registry in any case.
+
+        Raises AdapterNotFound for what isn't there, and AdapterError for what is there and can't
+        answer: a damaged version, or a full fine-tune.
+        """
+        if not anew and (held := self.held(model)) is not None:
+            return held
+        ref = self.parse(model)
+        if ref is None:
+            return self._base
+        self._held.pop(ref, None)
+        now = self._clock()
+        named = self._look(ref)
+        if len(self._held) >= _MAX_REMEMBERED:
+            self._held.clear()
+        self._held[ref] = (now, named)
+        return named
+
+    def list(self) -> list[Named]:
+        """Every adapter's latest version and those that aliases point to, by name and number.
+
+        What can't be read or can't answer is left out.
+        """
+        held = self._listed
+        if held is None or not self._fresh(held[0]):
+            now = self._clock()
+            versions = (version for version in self.catalog.list() if version.aliases)
+            named = tuple(_named(version) for version in versions if version.peft_type != FULL)
+            held = self._listed = (now, named)
+        return list(held[1])
+
+    def public(self, text: str) -> str:
+        """`text` without the place of the registry on this machine."""
+        return text.replace(f"{self.catalog.root}/", "").replace(str(self.catalog.root), "registry")
+
+    def _fresh(self, read_at: float) -> bool:
+        return self._clock() - read_at < MAX_AGE
+
+    def _look(self, ref: AdapterRef) -> Named:
+        if not self.catalog.versions(ref.name):
+            raise self._unknown(ref)
+        try:
+            version = self.catalog.resolve(ref)
+        except AdapterError as error:
+            if (missing := self._missing(ref)) is not None:
+                raise missing from error
+            raise
+        if version.peft_type == FULL:
+            raise AdapterError(
+                f"adapter '{version.ref}' is a full fine-tune, a whole model that can't share the "
+                f"base '{self.base_name}'; serve it as the base of its own: "
+                "rayfin serve model.name=DIRECTORY"
+            )
+        return _named(version)
+
+    def _unknown(self, ref: AdapterRef) -> AdapterNotFound:
+        near = did_you_mean(ref.name, self._known_names())
+        return AdapterNotFound(
+            f"adapter '{ref.name}' is not served here{near}; GET /v1/models lists those that are"
+        )
+
+    def _missing(self, ref: AdapterRef) -> AdapterNotFound | None:
+        """Why `ref` is not there; None where it is."""
+        versions = self.catalog.versions(ref.name)
+        if not versions:
+            return self._unknown(ref)
+        if ref.version is not None and ref.version not in versions:
+            known = ", ".join(map(str, versions[-_SHOWN:]))
+            return AdapterNotFound(
+                f"adapter '{ref.name}' has no version {ref.version}; it has {known}"
+            )
+        if ref.alias is not None and ref.alias != LATEST:
+            aliases = self.catalog.aliases(ref.name)
+            if aliases.get(ref.alias) not in versions:
+                return AdapterNotFound(
+                    f"adapter '{ref.name}' has no alias '{ref.alias}'"
+                    f"{did_you_mean(ref.alias, aliases)}; it has {', '.join(aliases)}"
+                )
+        return None
+
+    def _known_names(self) -> tuple[str, ...]:
+        held = self._known
+        if held is None or not self._fresh(held[0]):
+            held = self._known = (self._clock(), self.catalog.names())
+        return held[1]
+
+
+def _named(version: AdapterVersion) -> Named:
+    return Named(version.ref, AdapterSource(version.ref, version.path), version)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."

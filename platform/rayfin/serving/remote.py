@@ -1,0 +1,171 @@
+"""An engine that is somewhere else: `ServedEngine` over Serve's handle of the engine replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from dataclasses import make_dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+from ray.exceptions import RayTaskError
+
+from rayfin.config.serving import ServeConfig
+from rayfin.errors import Overloaded, RequestError
+from rayfin.serving.api.protocol import Refused
+from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink
+from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, told
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+_CHECK_SECONDS = 300.0
+# Waits before a request is sent again that found a queue full.
+_AGAIN = (0.02, 0.1, 0.3)
+
+
+class RemoteEngine:
+    """All engine replicas as one engine; made in the event loop that it uses."""
+
+    def __init__(
+        self, handle: DeploymentHandle[Any], config: ServeConfig, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        self.tokenizer, self.model_name = tokenizer, config.model.name
+        self.max_length = config.engine.max_length
+        self._handle = handle
+        self._streaming = handle.options(stream=True)
+        self._room = config.engine.max_rows + config.engine.max_queue
+        self._loop = asyncio.get_running_loop()
+        self._me = ray.get_runtime_context().get_actor_name()
+        self._open: dict[str, asyncio.Task[bool] | None] = {}
+        """Request id -> what waits for its chunks; None until the event loop has begun it."""
+        # Serve's router learns of the replicas with the first call.
+        self._first_call = self._loop.create_task(self._find_replicas())
+
+    @property
+    def failure(self) -> BaseException | None:
+        """None while there is a replica."""
+        return None if told() else Overloaded("no engine replica is there")
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Raises RequestError, or Overloaded where all replicas have their queues full.
+
+        A replica may still refuse: then the one chunk that comes is a `Refused`.
+        """
+        check_prompt(request, self.max_length, len(self.tokenizer))
+        if not (replicas := len(told())):
+            raise Overloaded("no engine replica is ready; try again soon", retry_after=5)
+        if len(self._open) >= self._room * replicas:
+            raise Overloaded(f"{len(self._open)} requests are at work or wait; try again soon")
+        if request.request_id in self._open:
+            raise RequestError(f"request id '{request.request_id}' is in use; give another")
+        self._open[request.request_id] = None
+        self._loop.call_soon_threadsafe(self._begin, request, sink)
+
+    def cancel(self, request_id: str) -> None:
+        self._loop.call_soon_threadsafe(self._cancel, request_id)
+
+    def check(self, source: AdapterSource) -> None:
+        """Lets a replica read the adapter; raises AdapterError. Not on the event loop."""
+        try:
+            self._handle.check.remote(source).result(timeout_s=_CHECK_SECONDS)
+        except RayTaskError as error:
+            raise error.cause from error
+
+    def resident(self) -> list[str]:
+        """Adapters in a slot of any replica."""
+        refs = [ref for replica in told().values() for ref in replica.get(RESIDENT, ())]
+        return list(dict.fromkeys(refs))
+
+    def stats(self) -> Any:
+        """The replicas' counts added up, a second old."""
+        replicas = told().values()
+        total = {"replicas": len(replicas), "waiting": 0, "running": 0}
+        for replica in replicas:
+            for name, count in replica.get(STATS, {}).items():
+                total[name] = total.get(name, 0) + count
+        return make_dataclass("RemoteStats", list(total), frozen=True)(**total)
+
+    def close(self) -> None:
+        self._first_call.cancel()
+
+    # --- in the event loop --------------------------------------------------------------------
+
+    async def _find_replicas(self) -> None:
+        await self._handle.ping.remote()
+
+    def _begin(self, request: Request, sink: Sink) -> None:
+        # A context of its own: the calls of one HTTP request would share Serve's id for it, and
+        # its router could take one for another.
+        task = self._loop.create_task(self._follow(request, sink), context=contextvars.Context())
+        self._open[request.request_id] = task
+        task.add_done_callback(partial(self._ended, request.request_id, sink))
+
+    def _cancel(self, request_id: str) -> None:
+        if (task := self._open.get(request_id)) is not None:
+            task.cancel()
+
+    async def _follow(self, request: Request, sink: Sink) -> bool:
+        """Hands on what a replica sends; whether the last chunk was among it."""
+        last = await self._ask(request, sink)
+        for seconds in _AGAIN:
+            # This replica's queue was filled by others; there is room somewhere, or was just now.
+            if not (isinstance(last, Refused) and isinstance(last.exception, Overloaded)):
+                break
+            await asyncio.sleep(seconds)
+            last = await self._ask(request, sink)
+        if isinstance(last, Refused):
+            sink(last)
+        return last is not None and last.finish_reason is not None
+
+    async def _ask(self, request: Request, sink: Sink) -> Chunk | None:
+        """The last chunk that a replica sends; the sink gets all but a `Refused`."""
+        adapter = None if request.adapter is None else request.adapter.ref
+        response = cast(
+            "DeploymentResponseGenerator[Chunk]",
+            self._streaming.generate.remote(request, self._me, **{ADAPTER: adapter}),
+        )
+        last: Chunk | None = None
+        try:
+            async for last in response:
+                if not isinstance(last, Refused):
+                    sink(last)
+        except asyncio.CancelledError:
+            response.cancel()
+            if last is None or last.finish_reason is None:
+                raise
+        return last
+
+    def _ended(self, request_id: str, sink: Sink, task: asyncio.Task[bool]) -> None:
+        """Gives the sink its last chunk where the replica did not."""
+        self._open.pop(request_id, None)
+        if task.cancelled():
+            sink(Chunk("", (), finish_reason="cancelled"))
+        elif (error := task.exception()) is not None:
+            log.warning("request %s was lost: %s", request_id, error)
+            sink(_lost("the replica that worked on this request is gone; send it again"))
+        elif not task.result():
+            sink(_lost("the answer broke off; send the request again"))
+
+
+def check_prompt(request: Request, max_length: int, vocabulary: int) -> None:
+    """Raises RequestError for a prompt that no replica would take."""
+    if not request.prompt_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    if len(request.prompt_ids) >= max_length:
+        raise RequestError(
+            f"the prompt has {len(request.prompt_ids)} tokens, and {max_length} have room with "
+            "their answer; shorten it, or raise engine.max_length"
+        )
+    if max(request.prompt_ids) >= vocabulary or min(request.prompt_ids) < 0:
+        raise RequestError(f"a prompt token is outside the vocabulary of {vocabulary}")
+
+
+def _lost(why: str) -> Chunk:
+    # As the engine writes its own failures: the name of an exception, and what it says.
+    return Chunk("", (), finish_reason="error", error=f"ReplicaLost: {why}")

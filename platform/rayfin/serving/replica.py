@@ -1,0 +1,146 @@
+"""One engine replica: an engine in this process, and the calls that Serve brings it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rayfin.adapters import Catalog
+from rayfin.config.serving import ServeConfig
+from rayfin.errors import RayfinError
+from rayfin.paths import Storage
+from rayfin.serving.api.protocol import Refused
+from rayfin.serving.engine.request import AdapterSource, Chunk, FinishReason, Request
+from rayfin.serving.follower import Follower
+from rayfin.serving.routing import RESIDENT, STATS
+
+# A message between two replicas costs about a millisecond of each one's processor: so many a
+# second are sent for all streams together, whose chunks are joined meanwhile.
+_MESSAGES_PER_SECOND = 100.0
+_LONGEST_WAIT = 0.25
+
+
+class EngineReplica:
+    """What the engine deployment runs; Serve calls its methods on one event loop."""
+
+    def __init__(self, config: ServeConfig, use_gpu: bool) -> None:
+        # Not above: it loads torch, which processes that only name this class do without.
+        from rayfin.serving.engine.engine import Engine
+
+        self._engine = Engine(config.model, config.engine, use_gpu=use_gpu)
+        self._engine.start()
+        self._follower = Follower(self._engine, Catalog(Storage.open(config.storage).adapters))
+        self._streams = 0
+
+    async def generate(
+        self, request: Request, caller: str | None, *, adapter: str | None
+    ) -> AsyncIterator[Chunk]:
+        """The request's chunks, as many joined as have come; frees its row when it is closed.
+
+        `caller` is the name of the actor that asks, and `adapter` is for the router. A request
+        that the engine refuses gets one `Refused`.
+        """
+        outbox = Outbox(asyncio.get_running_loop())
+        self._follower.begun(request, caller)
+        try:
+            self._engine.submit(request, outbox.put)
+        except RayfinError as error:
+            self._follower.ended(request)
+            yield Refused.because(error)
+            return
+        self._streams += 1
+        try:
+            ended = False
+            while not ended:
+                chunk = join(await outbox.take())
+                yield chunk
+                ended = chunk.finish_reason is not None
+                if not ended:
+                    await outbox.gather(min(_LONGEST_WAIT, self._streams / _MESSAGES_PER_SECOND))
+        finally:
+            self._streams -= 1
+            self._engine.cancel(request.request_id)
+            self._follower.ended(request)
+
+    async def check(self, source: AdapterSource) -> None:
+        """Raises AdapterError where the adapter can't be served."""
+        await asyncio.to_thread(self._engine.check, source)
+        self._follower.know(source)
+
+    async def ping(self) -> None:
+        """Answers."""
+
+    # --- what Serve asks for ------------------------------------------------------------------
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        return {RESIDENT: self._engine.resident(), STATS: asdict(self._engine.stats())}
+
+    def check_health(self) -> None:
+        """Raises where the engine has given up: Serve replaces the replica."""
+        if self._engine.failure is not None:
+            raise RuntimeError("the engine has failed") from self._engine.failure
+        if not self._engine.healthy:
+            raise RuntimeError("the engine's thread has ended")
+
+    def __del__(self) -> None:
+        # Serve calls this when the replica is to stop, and has waited for its requests to end.
+        if hasattr(self, "_follower"):
+            self.close()
+
+    def close(self) -> None:
+        self._follower.close()
+        self._engine.close()
+
+
+class Outbox:
+    """Chunks on their way from the engine's thread to one coroutine, which is woken rarely."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._chunks: deque[Chunk] = deque()
+        self._arrived = asyncio.Event()
+        self._waiting = False
+
+    def put(self, chunk: Chunk) -> None:
+        """On any thread."""
+        self._chunks.append(chunk)
+        if self._waiting or chunk.finish_reason is not None:
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self) -> list[Chunk]:
+        """All that have come, one at least."""
+        # First said, then looked: a chunk that comes in between wakes us.
+        self._waiting = True
+        while not self._chunks:
+            await self._arrived.wait()
+            self._arrived.clear()
+        self._waiting = False
+        taken = []
+        while self._chunks:
+            taken.append(self._chunks.popleft())
+        return taken
+
+    async def gather(self, seconds: float) -> None:
+        """Waits so long, or until the last chunk has come."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+        except TimeoutError:
+            pass
+
+
+def join(chunks: Sequence[Chunk]) -> Chunk:
+    """What several steps brought, as if it were one."""
+    if len(chunks) == 1:
+        return chunks[0]
+    reason: FinishReason | None = chunks[-1].finish_reason
+    return Chunk(
+        "".join(chunk.text for chunk in chunks),
+        tuple(token for chunk in chunks for token in chunk.token_ids),
+        tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        reason,
+        chunks[-1].error,
+    )

@@ -1,0 +1,142 @@
+"""API keys: who may ask, for which adapters, and how often."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+from pydantic import ValidationError
+
+from rayfin.config.serving import ApiConfig
+from rayfin.serving.api.errors import ApiError
+from rayfin.serving.api.keys import Keys
+
+
+@pytest.fixture(scope="module")
+def guarded(tools: Any, engine: Any, shared_registry: Any) -> Any:
+    config = ApiConfig.model_validate(
+        {
+            "api_keys": [
+                {"key": "all"},
+                {"key": "sales-only", "adapters": ["sales"]},
+                {"key": "base-too", "adapters": ["sales", "tiny"]},
+                {"key": "twice", "requests_per_minute": 2},
+                {"key": "near", "adapters": ["suport"]},
+            ],
+            "admin_token": "root",
+        }
+    )
+    with tools.serving(engine, shared_registry, config) as server:
+        yield server
+
+
+def may(server: Any, key: str, model: str) -> bool:
+    body = {"model": model, "prompt": "hi", "max_tokens": 1}
+    headers = {"authorization": f"Bearer {key}"}
+    response = server.http.post("/v1/completions", json=body, headers=headers)
+    assert response.status_code in (200, 403)
+    return bool(response.status_code == 200)
+
+
+@pytest.mark.parametrize("key", ["wrong", "al", "all ", "ALL", "", "root", "âll"])
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/sales"])
+def test_without_a_key_there_is_nothing_to_see(guarded: Any, key: str, path: str) -> None:
+    for value in (f"Bearer {key}", f"Basic {key}", key):
+        headers = {"authorization": value.strip().encode("latin-1")}
+        response = guarded.http.get(path, headers=headers)
+        if value == "Bearer all ":  # HTTP ignores the space around a value
+            assert response.status_code == 200
+            continue
+        assert response.status_code == 401
+        assert response.json()["error"]["type"] == "authentication_error"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+def test_a_request_without_a_key_is_refused_unread(guarded: Any, path: str) -> None:
+    assert guarded.http.post(path, content=b"not even JSON").status_code == 401
+
+
+def test_health_and_metrics_need_none(guarded: Any) -> None:
+    assert guarded.http.get("/health").status_code == 200
+    assert guarded.http.get("/metrics").status_code == 200
+
+
+def test_a_key_reaches_its_adapters_only(guarded: Any) -> None:
+    models = ("sales", "sales@1", "tiny:sales@latest", "support", "support@1", "tiny")
+    reached = {key: [m for m in models if may(guarded, key, m)] for key in KEYS}
+    assert reached == {
+        "all": list(models),
+        "sales-only": ["sales", "sales@1", "tiny:sales@latest"],
+        "base-too": ["sales", "sales@1", "tiny:sales@latest", "tiny"],
+    }
+
+
+KEYS = ("all", "sales-only", "base-too")
+
+
+def test_a_key_sees_its_adapters_only(guarded: Any) -> None:
+    seen = {key: {m.id for m in guarded.client(key).models.list()} for key in KEYS}
+    assert seen["sales-only"] == {"sales", "sales@1"}
+    assert seen["base-too"] == {"sales", "sales@1", "tiny"}
+    assert {"support", "tiny"} < seen["all"]
+
+
+def test_a_key_learns_nothing_of_other_adapters(guarded: Any) -> None:
+    client = guarded.client("sales-only")
+    answers = []
+    for model in ("support", "missing"):
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            client.models.retrieve(model)
+        answers.append(refused.value.message.replace(model, "NAME"))
+    assert answers[0] == answers[1]
+    with pytest.raises(openai.NotFoundError) as missing:
+        guarded.client("near").models.retrieve("suport")
+    assert "support" not in missing.value.message
+
+
+def test_a_limit_is_429_with_retry_after(guarded: Any) -> None:
+    client = guarded.client("twice")
+    client.models.list()
+    client.models.list()
+    with pytest.raises(openai.RateLimitError) as refused:
+        client.models.list()
+    assert 1 <= int(refused.value.response.headers["retry-after"]) <= 30
+    assert refused.value.code == "rate_limit_exceeded"
+    guarded.client("all").models.list()
+
+
+def test_an_allowance_comes_back_with_time() -> None:
+    now = 0.0
+    config = ApiConfig.model_validate({"api_keys": [{"key": "k", "requests_per_minute": 30}]})
+    keys = Keys(config, lambda: now)
+    request: Any = SimpleNamespace(headers={"authorization": "Bearer k"})
+
+    def admitted(times: int) -> int:
+        """How many of so many requests go on before one is refused."""
+        for count in range(times):
+            try:
+                keys.admit(request)
+            except ApiError:
+                return count
+        return times
+
+    assert admitted(100) == 30
+    now = 1.0
+    assert admitted(10) == 0
+    now = 4.0
+    assert admitted(10) == 2
+    now = 10_000.0
+    assert admitted(100) == 30
+
+
+def test_the_same_key_twice_is_refused() -> None:
+    with pytest.raises(ValidationError, match="twice"):
+        ApiConfig.model_validate({"api_keys": [{"key": "a"}, {"key": "a"}]})
+    with pytest.raises(ValidationError, match="admin_token"):
+        ApiConfig.model_validate({"api_keys": [{"key": "a"}], "admin_token": "a"})
+
+
+def test_secrets_are_not_shown() -> None:
+    config = ApiConfig.model_validate({"api_keys": [{"key": "s3cret"}], "admin_token": "t0ken"})
+    assert "s3cret" not in repr(config) and "t0ken" not in repr(config)

@@ -1,0 +1,130 @@
+"""What an operator sees: health, metrics and the request log."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from rayfin.adapters import Registry
+from rayfin.errors import StorageError
+from rayfin.serving.api.app import create_app
+from rayfin.serving.names import Names
+
+
+def samples(server: Any) -> dict[tuple[str, ...], float]:
+    """(name, label values …) -> value of everything in /metrics."""
+    response = server.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def watched(tools: Any, engines: Any, tiny: str, registry: Registry) -> Iterator[Any]:
+    engine = engines(tiny, max_rows=4, slots=1)
+    with tools.serving(engine, registry, tools.ApiConfig(max_adapter_labels=1)) as server:
+        yield server
+
+
+def test_metrics_count_by_adapter_and_status(watched: Any) -> None:
+    for _ in range(2):
+        assert watched.complete(model="support", max_tokens=5, ignore_eos=True).is_success
+    assert watched.complete(model="support@1", max_tokens=1).is_success
+    assert watched.complete(model="tiny", stream=True).is_success
+    assert watched.complete(model="missing").status_code == 404
+    assert watched.complete(model="tiny", n=0).status_code == 400
+    seen = samples(watched)
+    requests = "rayfin_requests_total"
+    assert seen[requests, "support", "200"] == 3
+    assert seen[requests, "tiny", "200"] == 1
+    assert seen[requests, "other", "404"] == 1
+    assert seen[requests, "other", "400"] == 1
+    assert seen["rayfin_generated_tokens_total", "support"] == 11
+    assert seen["rayfin_prompt_tokens_total", "support"] == 15
+    assert seen["rayfin_time_to_first_token_seconds_count", "support"] == 3
+    # An answer of one token has no time between tokens.
+    assert seen["rayfin_time_per_output_token_seconds_count", "support"] == 2
+    assert seen["rayfin_engine_slot_fills_total",] == 2
+    assert seen["rayfin_engine_slot_hits_total",] == 1
+    assert seen["rayfin_engine_slot_evictions_total",] == 1
+    assert seen["rayfin_engine_waiting",] == seen["rayfin_engine_running",] == 0
+    assert seen["rayfin_engine_resident",] == 1
+
+
+def test_labels_are_bounded(watched: Any, registry: Registry) -> None:
+    for number in range(50):
+        watched.complete(model=f"made-up-{number}")
+    assert watched.complete(model="sales").is_success  # the first, and the only one of its own
+    assert watched.complete(model="support").is_success
+    labels = {key[1] for key in samples(watched) if key[0] == "rayfin_requests_total"}
+    assert labels == {"other", "sales"}
+
+
+def test_two_apps_have_figures_of_their_own(
+    tools: Any, engine: Any, shared_registry: Registry
+) -> None:
+    with (
+        tools.serving(engine, shared_registry, tools.ApiConfig()) as one,
+        tools.serving(engine, shared_registry, tools.ApiConfig()) as other,
+    ):
+        assert one.complete().is_success
+        assert samples(one)["rayfin_requests_total", "tiny", "200"] == 1
+        assert ("rayfin_requests_total", "tiny", "200") not in samples(other)
+
+
+def test_health_is_ok_until_the_engine_stops_working(watched: Any) -> None:
+    assert watched.complete(model="sales").is_success
+    health = watched.http.get("/health")
+    assert health.status_code == 200
+    assert health.json() == {"status": "ok", "waiting": 0, "running": 0, "resident": ["sales@1"]}
+    watched.engine.failure = MemoryError("no memory")
+    assert watched.http.get("/health").status_code == 503
+    watched.engine.failure = None
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_log_has_a_line_for_each_request(
+    tools: Any, engine: Any, shared_registry: Registry, tmp_path: Path, text: bool
+) -> None:
+    path = tmp_path / "logs" / "requests.jsonl"
+    config = tools.ApiConfig(request_log=str(path), request_log_text=text)
+    with tools.serving(engine, shared_registry, config) as server:
+        whole = server.complete(model="support@prod", prompt="sécret", ignore_eos=True)
+        stream = server.chat("tiny", stream=True, ignore_eos=True)
+        server.complete(model="missing", prompt="sécret")
+        server.http.get("/v1/models")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["status"] for line in lines] == [200, 200, 404]
+    assert [line["answered_by"] for line in lines] == ["support@1", "tiny", None]
+    assert [line["model"] for line in lines] == ["support@prod", "tiny", "missing"]
+    assert lines[0]["prompt_tokens"] == whole.json()["usage"]["prompt_tokens"]
+    assert [line["completion_tokens"] for line in lines] == [2, 2, 0]
+    assert lines[0]["finish_reasons"] == ["length"]
+    assert whole.headers["x-request-id"] == lines[0]["request_id"]
+    assert lines[0]["seconds"] >= lines[0]["seconds_to_first_token"] > 0
+    if text:
+        assert lines[0]["prompt"] == "sécret"
+        assert lines[0]["answers"] == [whole.json()["choices"][0]["text"]]
+        assert lines[1]["prompt"] == [{"role": "user", "content": "hello"}]
+        events = [line[6:] for line in stream.text.split("\n\n") if line.startswith("data: {")]
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        assert lines[1]["answers"] == ["".join(delta.get("content", "") for delta in deltas)]
+    else:
+        assert all("prompt" not in line and "answers" not in line for line in lines)
+    # What people asked is not for everybody on the machine.
+    assert path.stat().st_mode & 0o077 == 0
+
+
+def test_a_log_that_cannot_be_written_is_said_at_the_start(
+    tools: Any, engine: Any, shared_registry: Registry, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    config = tools.ApiConfig(request_log=str(tmp_path / "file" / "log.jsonl"))
+    with pytest.raises(StorageError, match="request_log"):
+        create_app(engine, Names(shared_registry, "tiny"), config)

@@ -1,0 +1,285 @@
+"""Chat templates: an adapter's own is used, and a hostile one hurts nobody else."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from rayfin.adapters import Registry
+from rayfin.config.schema import ModelConfig
+from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.serving.api.templates import MAX_TEMPLATE, ApartRenderer, read_template
+from rayfin.serving.engine.request import AdapterSource
+
+OWN = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}>"
+HELLO = [{"role": "user", "content": "hello"}]
+
+Publish = Callable[..., None]
+
+
+@pytest.fixture
+def publish(registry: Registry, tmp_path: Path) -> Publish:
+    """Publishes support@1 again under a name, with a chat template."""
+
+    def publish(name: str, template: Any, file: str = "chat_template.jinja") -> None:
+        source = tmp_path / f"source-{name}"
+        shutil.copytree(registry.root / "support" / "1", source)
+        if file == "chat_template.jinja":
+            (source / file).write_text(template)
+        else:
+            (source / file).write_text(json.dumps({"chat_template": template}))
+        registry.publish(name, source)
+
+    return publish
+
+
+@pytest.fixture
+def patient(tools: Any, engine: Any, registry: Registry) -> Iterator[Any]:
+    with tools.serving(engine, registry, tools.ApiConfig(template_seconds=0.3)) as server:
+        yield server
+
+
+def test_an_adapters_own_template_is_used(patient: Any, publish: Publish) -> None:
+    publish("jinja", OWN)
+    publish("config", OWN, "tokenizer_config.json")
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OWN}]
+    publish("several", named, "tokenizer_config.json")
+    publish("without", None, "tokenizer_config.json")
+    tokenizer = patient.engine.tokenizer
+    own = tokenizer("[user|hello]>")["input_ids"]
+    base = tokenizer.apply_chat_template(HELLO, add_generation_prompt=True)["input_ids"]
+    for model, prompt in {
+        "jinja": own,
+        "config": own,
+        "several": own,
+        "without": base,
+        "support": base,
+        "tiny": base,
+    }.items():
+        body = {"model": model, "messages": HELLO}
+        assert patient.http.post("/tokenize", json=body).json()["tokens"] == list(prompt)
+        assert patient.chat(model).json()["usage"]["prompt_tokens"] == len(prompt)
+
+
+def test_templates_are_rendered_as_transformers_does(patient: Any, publish: Publish) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages if m.content is defined %}{% if loop.index > 2 %}"
+        "{% break %}{% endif %}{{ m | tojson }}{% endfor %}{{ eos_token }}"
+        "{% if add_generation_prompt %}<{{ namespace(x=1).x }}>{% endif %}"
+    )
+    publish("rich", template)
+    messages = [*HELLO, {"role": "assistant", "content": "ho"}, *HELLO]
+    tokenizer = patient.engine.tokenizer
+    encoded = tokenizer.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=True
+    )
+    body = {"model": "rich", "messages": messages}
+    assert patient.http.post("/tokenize", json=body).json()["tokens"] == encoded["input_ids"]
+
+
+# A loop without end is made of loops whose ranges the sandbox allows.
+ENDLESS = "{% for a in range(99999) %}" * 4 + "{% set x = 1 %}" + "{% endfor %}" * 4
+HOSTILE = {
+    "endless loop": ENDLESS,
+    "endless recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "endless power": "{% set x = 9 %}{{ x ** (9 ** 9) }}",
+    "power while compiling": "{{ 9 ** (9 ** 9) }}",
+    "huge text": "{{ 'x' * 10 ** 11 }}",
+    "huge output": "{% for a in range(99999) %}{{ 'x' * 10 ** 6 }}{% endfor %}",
+    "doubling": "{% set ns = namespace(x='x') %}{% for a in range(60) %}"
+    "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+    "large output": "{{ 'x' * 2 ** 24 }}",
+    "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
+    "attribute by name": "{{ messages | map(attribute='__class__') | list | first }}"
+    "{{ ''|attr('__class__')|attr('__mro__') }}{{ ().__class__.__bases__ }}",
+    "format string": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "include": "{% include '/etc/passwd' %}",
+    "import": "{% import 'os' as os %}{{ os.getcwd() }}",
+    "raises": "{{ raise_exception('no such role') }}",
+    "no template": "{% for",
+    "division": "{{ 1 / 0 }}",
+    "not text": "{{ messages[0].content + 1 }}",
+    "deep": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "half a character": "{{ '\\ud800' }}",
+}
+
+
+def test_hostile_templates_end_in_an_error_and_nobody_else_notices(
+    patient: Any, publish: Publish
+) -> None:
+    for number, template in enumerate(HOSTILE.values()):
+        publish(f"hostile-{number}", template)
+    publish("own", OWN)
+    answers = {name: patient.chat(f"hostile-{number}") for number, name in enumerate(HOSTILE)}
+    statuses = {name: answer.status_code for name, answer in answers.items()}
+    assert statuses == dict.fromkeys(HOSTILE, 400)
+    for answer in answers.values():
+        message = answer.json()["error"]["message"]
+        assert len(message) < 500 and "chat template" in message
+        assert "root:" not in message and "<class" not in message
+    assert "no such role" in answers["raises"].json()["error"]["message"]
+    for model in ("own", "support", "tiny"):
+        assert patient.chat(model).status_code == 200
+    # Completions need no template.
+    assert patient.complete(model="hostile-0").status_code == 200
+
+
+def test_a_template_that_takes_too_long_keeps_no_one_waiting(
+    patient: Any, publish: Publish
+) -> None:
+    publish("endless", ENDLESS)
+    publish("own", OWN)
+    assert patient.chat("own").status_code == 200
+
+    async def ask_all() -> list[int]:
+        client = openai.AsyncOpenAI(
+            api_key="x", base_url=f"{patient.url}/v1", max_retries=0, timeout=60
+        )
+
+        async def ask(model: str) -> int:
+            try:
+                await client.chat.completions.create(model=model, messages=HELLO, max_tokens=1)
+            except openai.APIStatusError as error:
+                return error.status_code
+            return 200
+
+        async with client:
+            return await asyncio.gather(*map(ask, ["endless"] * 8 + ["own", "support", "tiny"]))
+
+    assert asyncio.run(ask_all()) == [400] * 8 + [200] * 3
+
+
+def test_a_template_that_is_too_large_or_no_text_is_refused(
+    registry: Registry, publish: Publish, tmp_path: Path
+) -> None:
+    publish("large", "x" * (MAX_TEMPLATE + 1))
+    publish("largest", "x" * MAX_TEMPLATE)
+    publish("number", 7, "tokenizer_config.json")
+    sources = {
+        name: AdapterSource(f"{name}@1", registry.root / name / "1")
+        for name in ("large", "largest", "number")
+    }
+    with pytest.raises(AdapterError, match="65537 characters"):
+        read_template(sources["large"])
+    assert read_template(sources["largest"]) == "x" * MAX_TEMPLATE
+    assert read_template(sources["number"]) is None
+
+    for name, make in {
+        "link": lambda path: path.symlink_to("/etc/passwd"),
+        "directory": lambda path: path.mkdir(),
+        "bytes": lambda path: path.write_bytes(b"\xff\xfe"),
+    }.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        make(directory / "chat_template.jinja")
+        with pytest.raises(AdapterError, match="no text file"):
+            read_template(AdapterSource(f"{name}@1", directory))
+
+
+def test_a_pipe_in_the_place_of_a_template_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(AdapterError, match="no text file"):
+        read_template(AdapterSource("pipe@1", tmp_path))
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "{", '{"chat_template": [1]}', "[]"])
+def test_a_broken_tokenizer_config_is_an_adapter_error(tmp_path: Path, config: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(AdapterError, match=r"tokenizer_config\.json"):
+        read_template(AdapterSource("broken@1", tmp_path))
+
+
+def test_a_renderer_outlives_its_process() -> None:
+    async def render() -> list[str]:
+        renderer = ApartRenderer(seconds=5)
+        try:
+            texts = [await renderer.render("a@1", OWN, HELLO, {})]
+            assert renderer._process is not None
+            os.killpg(renderer._process.pid, signal.SIGKILL)
+            with pytest.raises(AdapterError):
+                await renderer.render("a@1", OWN, HELLO, {})
+            return [*texts, await renderer.render("b@1", OWN, HELLO, {})]
+        finally:
+            renderer.close()
+
+    assert asyncio.run(render()) == ["[user|hello]>"] * 2
+
+
+def test_a_refused_template_is_tried_again_later() -> None:
+    now = 0.0
+
+    async def render() -> None:
+        nonlocal now
+        renderer = ApartRenderer(seconds=0.2, clock=lambda: now)
+        try:
+            for _ in range(2):
+                with pytest.raises(AdapterError, match="too much time"):
+                    await renderer.render("a@1", ENDLESS, HELLO, {})
+            # The same name stands for the same template: only a test can tell that it was not
+            # tried again.
+            with pytest.raises(AdapterError, match="too much time"):
+                await renderer.render("a@1", OWN, HELLO, {})
+            now += 60
+            assert await renderer.render("a@1", OWN, HELLO, {}) == "[user|hello]>"
+        finally:
+            renderer.close()
+
+    asyncio.run(render())
+
+
+def test_too_many_at_once_are_refused() -> None:
+    async def render() -> list[Any]:
+        renderer = ApartRenderer(seconds=5)
+        try:
+            jobs = [renderer.render(f"a@{i}", OWN, HELLO, {}) for i in range(100)]
+            return await asyncio.gather(*jobs, return_exceptions=True)
+        finally:
+            renderer.close()
+
+    answers = asyncio.run(render())
+    assert answers.count("[user|hello]>") == 64
+    assert all(isinstance(answer, (str, Overloaded)) for answer in answers)
+
+
+def test_a_base_without_a_template_says_what_to_do(
+    tools: Any, engines: Any, tiny: str, shared_registry: Registry, tmp_path: Path
+) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny, plain)
+    (plain / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (plain / "tokenizer_config.json").write_text(json.dumps(config))
+    assert ModelConfig(name=str(plain))
+    engine = engines(str(plain), max_length=256)
+    with tools.serving(engine, shared_registry, tools.ApiConfig()) as server:
+        response = server.chat("tiny")
+        assert response.status_code == 400
+        assert "use /v1/completions" in response.json()["error"]["message"]
+        assert server.complete().status_code == 200
+
+
+def test_what_the_base_template_refuses_is_the_requests_fault() -> None:
+    from rayfin.models import load_tokenizer
+    from rayfin.serving.api.templates import Templates
+
+    tokenizer = load_tokenizer(ModelConfig(name="tiny"))
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+
+    async def render() -> None:
+        templates = Templates(tokenizer, 1.0)
+        try:
+            await templates.render(None, HELLO)
+        finally:
+            templates.close()
+
+    with pytest.raises(RequestError, match="roles must alternate"):
+        asyncio.run(render())

@@ -1,0 +1,314 @@
+"""`rayfin serve` with two engine replicas: real Ray Serve, spoken to over HTTP alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from rayfin.adapters import Registry
+from rayfin.serving.engine.request import AdapterSource
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 120.0
+SEEN_WITHIN = 5.0
+"""Seconds in which all replicas follow the registry."""
+WHOLE_WITHIN = 60.0
+"""Seconds in which a killed replica is replaced."""
+PROMPT = "Hello"
+ROWS, QUEUE = 4, 4
+LONG = 4000
+"""Tokens that take longer than any test waits."""
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+class Service:
+    """The command as it runs, and what a client and an administrator do to it."""
+
+    def __init__(self, model: str, storage: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.model, self.registry = model, Registry(storage / "adapters")
+        settings = {
+            "model.name": model,
+            "storage": storage,
+            "engine.max_rows": ROWS,
+            "engine.max_queue": QUEUE,
+            "engine.max_length": 4096,
+            "deployment.replicas": 2,
+            "deployment.cpus": 0.5,
+            "deployment.health_check_seconds": 0.5,
+            "deployment.port": port,
+        }
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
+        environment.pop("RAY_ADDRESS", None)
+        self._log = (storage / "serve.log").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rayfin", "serve", "--json"]
+            + [f"{key}={value}" for key, value in settings.items()],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"it did not start:\n{self.errors()}"
+        self.told: dict[str, Any] = json.loads(line)
+        self.http = httpx.Client(base_url=self.told["url"], timeout=PATIENCE)
+
+    def errors(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def ask(self, model: str, tokens: int = 8, **more: Any) -> httpx.Response:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
+        return self.http.post("/v1/completions", json=body | {"ignore_eos": True} | more)
+
+    def answer(self, model: str, tokens: int = 8) -> tuple[str, str]:
+        """The version that answered, and what it said."""
+        response = self.ask(model, tokens)
+        assert response.status_code == 200, response.text
+        value = response.json()
+        return value["model"], value["choices"][0]["text"]
+
+    def at_once(self, count: int, model: str, tokens: int = 8) -> list[httpx.Response]:
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(lambda _: self.ask(model, tokens), range(count)))
+
+    def count(self, name: str) -> int:
+        """An engine's figure, over all replicas."""
+        text = self.http.get("/metrics").text
+        found = re.search(rf"^rayfin_engine_{name}(?:_total)? (\S+)$", text, re.MULTILINE)
+        return int(float(found.group(1))) if found else 0
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """The processes of `api` or `engine`."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in family if f"ServeReplica:rayfin:{deployment}" in _title(p)]
+
+    def stream(self, model: str, tokens: int) -> httpx.Response:
+        """An answer that has begun."""
+        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "stream": True}
+        request = self.http.build_request(
+            "POST", "/v1/completions", json=body | {"ignore_eos": True}
+        )
+        return self.http.send(request, stream=True)
+
+    def stop(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.stop(signal.SIGTERM)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._log.close()
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended meanwhile
+        return ""
+
+
+def until(true: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+    """The first true answer, asked again and again."""
+    give_up = time.monotonic() + seconds
+    while not (answer := true()):
+        assert time.monotonic() < give_up, "it did not come about"
+        time.sleep(0.02)
+    return answer
+
+
+@pytest.fixture(scope="module")
+def says(
+    lab: Any, tiny: str, tiny_adapters: dict[str, AdapterSource], tiny_tokenizer: Any
+) -> Callable[[str | None, int], str]:
+    """What plain PEFT says with an adapter of some method, or the base model."""
+
+    def say(method: str | None, tokens: int = 8) -> str:
+        source = None if method is None else tiny_adapters[method]
+        prompt = tiny_tokenizer(PROMPT)["input_ids"]
+        ids = lab.peft_answers(tiny, source, [prompt], tokens)[0]
+        return str(tiny_tokenizer.decode(ids, skip_special_tokens=True))
+
+    return say
+
+
+@pytest.fixture(scope="module")
+def service(
+    tiny: str, tiny_adapters: dict[str, AdapterSource], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    storage = tmp_path_factory.mktemp("served")
+    registry = Registry(storage / "adapters")
+    registry.publish("red", tiny_adapters["lora"].path, alias="prod")
+    registry.publish("blue", tiny_adapters["ia3"].path)
+    service = Service(tiny, storage)
+    yield service
+    service.close()
+
+
+Says = Callable[..., str]
+
+
+def test_it_says_what_it_serves(service: Service) -> None:
+    assert {one["ref"] for one in service.told["adapters"]} == {"red@1", "blue@1"}
+    assert service.told["base"] == service.model
+    assert f"{service.told['url']}/v1/chat/completions" in service.told["curl"]
+
+
+def test_adapters_answer_by_name(service: Service, says: Says) -> None:
+    assert service.answer("red") == ("red@1", says("lora"))
+    assert service.answer("blue@1") == ("blue@1", says("ia3"))
+    assert service.answer(service.model) == (service.model, says(None))
+    assert service.ask("green").status_code == 404
+
+
+def test_a_new_version_is_served_by_all_replicas_within_seconds(
+    service: Service, tiny_adapters: dict[str, AdapterSource], says: Says
+) -> None:
+    before = service.count("slot_fills")
+    service.registry.publish("red", tiny_adapters["p_tuning"].path)
+    until(lambda: service.answer("red")[0] == "red@2", SEEN_WITHIN)
+
+    def on_both() -> bool:
+        for response in service.at_once(2 * ROWS, "red"):
+            assert response.status_code == 200, response.text
+            value = response.json()
+            answered = (value["model"], value["choices"][0]["text"])
+            assert answered == ("red@2", says("p_tuning"))
+        return service.count("slot_fills") >= before + 2
+
+    until(on_both)
+
+
+def test_an_alias_switches_within_seconds(service: Service, says: Says) -> None:
+    assert service.answer("red@prod") == ("red@1", says("lora"))
+    service.registry.promote("red", 2)
+    until(lambda: service.answer("red@prod") == ("red@2", says("p_tuning")), SEEN_WITHIN)
+    service.registry.rollback("red")
+    until(lambda: service.answer("red@prod") == ("red@1", says("lora")), SEEN_WITHIN)
+
+
+def test_a_removed_version_is_gone_within_seconds(service: Service) -> None:
+    service.registry.remove("blue@1")
+    until(lambda: service.ask("blue").status_code == 404, SEEN_WITHIN)
+
+
+def test_a_client_that_leaves_frees_its_row(service: Service) -> None:
+    streams = [service.stream("red@1", LONG) for _ in range(2 * ROWS)]
+    until(lambda: service.count("running") == 2 * ROWS)
+    for stream in streams:
+        stream.close()
+    until(lambda: service.count("running") == 0)
+    assert service.count("generated_tokens") < 2 * ROWS * LONG
+
+
+def test_too_much_is_refused_and_then_all_is_well(service: Service, says: Says) -> None:
+    responses = service.at_once(10 * (ROWS + QUEUE), "red@1", tokens=100)
+    refused = [response for response in responses if response.status_code == 429]
+    answered = [response for response in responses if response.status_code == 200]
+    assert len(refused) + len(answered) == len(responses)
+    assert refused and all(int(response.headers["retry-after"]) > 0 for response in refused)
+    texts = {response.json()["choices"][0]["text"] for response in answered}
+    assert texts == {says("lora", 100)}
+    assert service.answer("red@1") == ("red@1", says("lora"))
+
+
+def test_a_killed_replica_takes_only_its_own_requests_along(service: Service, says: Says) -> None:
+    expected = {"red@1": says("lora", 32), "red@2": says("p_tuning", 32)}
+    killed, stop = threading.Event(), threading.Event()
+    failed: list[httpx.Response] = []
+
+    def client(model: str) -> None:
+        while not stop.is_set():
+            response = service.ask(model, tokens=32)
+            if response.status_code == 200:
+                value = response.json()
+                assert value["model"] == model
+                assert value["choices"][0]["text"] == expected[model]
+            elif response.status_code != 429:  # one replica has less room than two
+                assert killed.is_set(), response.text
+                failed.append(response)
+
+    first, other = until(lambda: len(e := service.replicas("engine")) == 2 and e)
+    with ThreadPoolExecutor(ROWS) as pool:
+        clients = [pool.submit(client, f"red@{1 + i % 2}") for i in range(ROWS)]
+        try:
+            until(lambda: service.count("running") > 0)
+            killed.set()
+            first.kill()
+            until(lambda: service.count("replicas") == 1, WHOLE_WITHIN)
+            until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
+        finally:
+            stop.set()
+        for done in clients:
+            done.result()
+    assert len(failed) <= ROWS
+    assert all(response.status_code >= 500 for response in failed)
+    assert other.is_running() and len(service.replicas("engine")) == 2
+
+
+def test_a_killed_api_leaves_no_row_occupied(service: Service, says: Says) -> None:
+    before = service.count("generated_tokens")
+    streams = [service.stream("red@1", LONG) for _ in range(ROWS)]
+    until(lambda: service.count("running") == ROWS)
+    (api,) = service.replicas("api")
+    api.kill()
+    for stream in streams:
+        stream.close()
+
+    def answers_again() -> bool:
+        return service.ask("red@1").status_code == 200
+
+    until(answers_again, WHOLE_WITHIN)
+    assert service.answer("red@1") == ("red@1", says("lora"))
+    until(lambda: service.count("running") == 0)
+    assert service.count("generated_tokens") < before + ROWS * LONG
+
+
+def test_requests_at_work_end_before_it_stops(service: Service, says: Says) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(service.answer, "red@1", 600)
+        until(lambda: service.count("running") == 1)
+        assert service.stop(signal.SIGTERM) == 0, service.errors()
+        assert answer.result() == ("red@1", says("lora", 600))
+    assert "Traceback" not in service.errors()
+
+
+@pytest.mark.parametrize("name", ["local.yaml", "gpu.yaml"])
+def test_serve_config_files_are_valid(name: str) -> None:
+    code = f"""
+import yaml
+from ray.serve.schema import ServeDeploySchema
+from rayfin.config import load_serve_config
+schema = ServeDeploySchema.model_validate(yaml.safe_load(open({str(ROOT / "serve" / name)!r})))
+for application in schema.applications:
+    load_serve_config(application.args)
+    print(application.import_path)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["serve.app:app"]

@@ -1,0 +1,263 @@
+"""Who answers to a name: never another than the one that is named."""
+
+import builtins
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.adapters import Registry
+from rayfin.errors import AdapterError, AdapterNotFound
+from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.names import MAX_AGE, Names
+
+BASE = "HuggingFaceTB/SmolLM2-135M"
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def trained(tiny_adapters: dict[str, AdapterSource]) -> Path:
+    return tiny_adapters["lora"].path
+
+
+@pytest.fixture
+def registry(tmp_path: Path, trained: Path) -> Registry:
+    """support@1 (prod), support@2, and sales@1."""
+    registry = Registry(tmp_path / "adapters")
+    registry.publish("support", trained, alias="prod")
+    registry.publish("support", trained)
+    registry.publish("sales", trained)
+    return registry
+
+
+@pytest.fixture
+def names(registry: Registry, clock: Clock) -> Names:
+    return Names(registry, BASE, clock)
+
+
+@pytest.mark.parametrize("prefix", ["", f"{BASE}:"])
+@pytest.mark.parametrize(
+    ("model", "answers"),
+    [
+        ("support", "support@2"),
+        ("support@latest", "support@2"),
+        ("support@1", "support@1"),
+        ("support@prod", "support@1"),
+        ("sales", "sales@1"),
+    ],
+)
+def test_a_name_is_one_version(names: Names, prefix: str, model: str, answers: str) -> None:
+    named = names.resolve(prefix + model)
+    assert named.answer_name == answers
+    assert named.source is not None and named.version is not None
+    assert named.source.ref == named.version.ref == answers
+    assert named.source.path == names.catalog.root / answers.replace("@", "/")
+
+
+def test_the_base_answers_to_its_own_name_even_before_an_adapter(
+    registry: Registry, trained: Path
+) -> None:
+    registry.publish("tiny", trained)
+    names = Names(registry, "tiny")
+    assert names.resolve("tiny").source is None
+    assert names.resolve("tiny").answer_name == "tiny"
+    assert names.resolve("tiny:tiny").answer_name == "tiny@1"
+
+
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [
+        ("suport", "did you mean 'support'"),
+        (f"{BASE}:suport", "did you mean 'support'"),
+        ("support@3", "it has 1, 2"),
+        ("support@prd", "did you mean 'prod'"),
+        ("gpt-4:support", f"use '{BASE}:support'"),
+        (f"{BASE}:{BASE}:support", "asks for base"),
+        ("gpt-4", "/v1/models"),
+        (BASE.lower(), "neither the base"),
+        ("", "neither the base"),
+        (f"{BASE}:", "neither the base"),
+    ],
+)
+def test_what_is_not_there_is_not_found(names: Names, model: str, hint: str) -> None:
+    with pytest.raises(AdapterNotFound, match=hint):
+        names.resolve(model)
+    assert names.held(f"{BASE}:sales") is None
+
+
+HOSTILE = [
+    "../support",
+    "..",
+    "../../etc/passwd",
+    "/etc/passwd",
+    "support/1",
+    "support/../sales",
+    "support@../1",
+    "support@1/..",
+    "..\\support",
+    "%2e%2e%2fsupport",
+    "support%00",
+    "support\x00",
+    "support\n",
+    "support@1\n",
+    ".hidden",
+    "support@0",
+    "support@01",
+    "support@" + "9" * 5000,
+    "a" * 100_000,
+    f"{BASE}:../support",
+    "süpport",
+    "\ud800",
+]
+
+
+@contextmanager
+def watching() -> Iterator[list[Any]]:
+    """Notes every file and directory that is opened, listed or looked at."""
+    touched: list[Any] = []
+
+    def noting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            touched.append(arguments)
+            return real(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "open", noting(open))
+        patch.setattr(io, "open", noting(io.open))
+        for name in ("open", "stat", "lstat", "listdir", "scandir", "readlink"):
+            patch.setattr(os, name, noting(getattr(os, name)))
+        yield touched
+
+
+@pytest.mark.parametrize("model", HOSTILE, ids=lambda model: ascii(model)[:30])
+def test_hostile_names_touch_no_file(names: Names, model: str) -> None:
+    with watching() as touched, pytest.raises(AdapterNotFound) as refused:
+        names.resolve(model)
+    assert touched == []
+    assert len(str(refused.value)) < 500
+
+
+def test_links_out_of_the_registry_are_not_followed(
+    names: Names, registry: Registry, trained: Path
+) -> None:
+    (registry.root / "linked").symlink_to(registry.root / "support")
+    (registry.root / "sales" / "2").symlink_to(registry.root / "support" / "1")
+    with pytest.raises(AdapterError):
+        names.resolve("linked")
+    assert names.resolve("sales").answer_name == "sales@1"
+    with pytest.raises(AdapterNotFound):
+        names.resolve("sales@2")
+
+
+def test_a_full_fine_tune_is_refused_with_the_reason(
+    registry: Registry, names: Names, tiny: str
+) -> None:
+    registry.publish("whole", tiny)
+    with pytest.raises(AdapterError, match="a whole model") as refused:
+        names.resolve("whole")
+    assert not isinstance(refused.value, AdapterNotFound)
+    assert "whole" not in {named.adapter for named in names.list()}
+
+
+def test_a_damaged_version_is_an_error_and_not_another_answer(
+    registry: Registry, names: Names
+) -> None:
+    metadata = registry.root / "support" / "2" / "rayfin.json"
+    metadata.chmod(0o644)
+    metadata.write_text("{")
+    with pytest.raises(AdapterError, match="not valid JSON"):
+        names.resolve("support")
+    assert names.resolve("support@1").answer_name == "support@1"
+
+
+def test_the_registry_is_followed_within_a_second(
+    registry: Registry, names: Names, clock: Clock, trained: Path
+) -> None:
+    assert names.resolve("support").answer_name == "support@2"
+    assert names.resolve("support@prod").answer_name == "support@1"
+    registry.publish("support", trained, alias="prod")
+    assert names.resolve("support").answer_name == "support@2"  # not looked at again yet
+    clock.now += MAX_AGE
+    assert names.resolve("support").answer_name == "support@3"
+    assert names.resolve("support@prod").answer_name == "support@3"
+    registry.rollback("support")
+    registry.remove("support@3")
+    clock.now += MAX_AGE
+    assert names.resolve("support").answer_name == "support@2"
+    assert names.resolve("support@prod").answer_name == "support@1"
+
+
+def test_a_new_adapter_is_found_at_once_however_often_it_was_missed(
+    registry: Registry, names: Names, trained: Path
+) -> None:
+    with pytest.raises(AdapterNotFound):
+        names.resolve("fresh")
+    registry.publish("fresh", trained)
+    assert names.resolve("fresh").answer_name == "fresh@1"
+
+
+def test_anew_looks_past_what_is_remembered(registry: Registry, names: Names) -> None:
+    assert names.resolve("support").answer_name == "support@2"
+    registry.remove("support@2")
+    assert names.resolve("support", anew=True).answer_name == "support@1"
+    assert names.resolve("support").answer_name == "support@1"
+
+
+def test_many_requests_look_once(names: Names) -> None:
+    with watching() as touched:
+        names.resolve("support")
+        names.resolve("sales@1")
+    assert touched
+    with watching() as touched:
+        for _ in range(1000):
+            names.resolve("support")
+            names.resolve("sales@1")
+    assert touched == []
+    # Neither do misses look at every adapter there is, once that was done for the hint.
+    with pytest.raises(AdapterNotFound):
+        names.resolve("missing")
+    with watching() as touched:
+        for number in range(1000):
+            with pytest.raises(AdapterNotFound):
+                names.resolve(f"missing-{number}")
+    assert len(touched) <= 3 * 1000
+
+
+def test_the_list_has_latest_versions_and_aliases(names: Names) -> None:
+    listed = {named.answer_name: named.version for named in names.list()}
+    assert list(listed) == ["sales@1", "support@1", "support@2"]
+    assert [version.aliases for version in listed.values() if version is not None] == [
+        ("latest",),
+        ("prod",),
+        ("latest",),
+    ]
+
+
+def test_messages_for_clients_do_not_say_where_the_registry_is(
+    registry: Registry, names: Names
+) -> None:
+    (registry.root / "support" / "aliases.json").write_text("{")
+    with pytest.raises(AdapterError) as refused:
+        names.resolve("support")
+    assert str(registry.root) in str(refused.value)
+    assert str(registry.root.parent) not in names.public(str(refused.value))

@@ -1,0 +1,107 @@
+"""A mixed batch says, token for token, what plain PEFT says for each adapter alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.config.schema import ModelConfig
+from rayfin.models import load_tokenizer
+from rayfin.serving.engine.engine import Engine
+from rayfin.serving.engine.request import AdapterSource
+
+PROMPTS = ("What is a list?", "Say something about the weather in spring, and then stop.")
+TOKENS = 64
+
+
+def mixed(
+    lab: Any,
+    engine: Engine,
+    sources: dict[str, AdapterSource | None],
+    prompts: list[list[int]],
+    tokens: int,
+) -> dict[str, list[list[int]]]:
+    """All prompts of all adapters in one batch."""
+    answers: dict[str, list[Any]] = {
+        name: [lab.ask(engine, prompt, source, lab.greedy(tokens)) for prompt in prompts]
+        for name, source in sources.items()
+    }
+    for name, given in answers.items():
+        for answer in given:
+            assert answer.wait().last.finish_reason == "length", (name, answer.last.error)
+    return {name: [answer.token_ids for answer in given] for name, given in answers.items()}
+
+
+@pytest.mark.parametrize("quantization_bit", [None, 4])
+def test_every_method_on_the_tiny_model(
+    lab: Any,
+    engines: Any,
+    tiny: str,
+    tiny_adapters: dict[str, AdapterSource],
+    tiny_tokenizer: Any,
+    quantization_bit: int | None,
+) -> None:
+    prompts = [tiny_tokenizer(text)["input_ids"] for text in PROMPTS]
+    engine = engines(
+        tiny,
+        max_rows=20,
+        slots=len(lab.METHODS),
+        max_length=256,
+        prefill_chunk=16,
+        quantization_bit=quantization_bit,
+    )
+    sources: dict[str, AdapterSource | None] = {**tiny_adapters, "base": None}
+    got = mixed(lab, engine, sources, prompts, TOKENS)
+    assert engine.stats().running == 0
+    said = set()
+    for name, source in sources.items():
+        expected = lab.peft_answers(tiny, source, prompts, TOKENS, quantization_bit)
+        assert got[name] == expected, name
+        said.add(tuple(map(tuple, expected)))
+    # Else the comparison would pass for adapters that do nothing.
+    assert len(said) == len(sources)
+
+
+def test_an_8_bit_base_answers_alone_as_peft_does(
+    lab: Any,
+    engines: Any,
+    tiny: str,
+    tiny_adapters: dict[str, AdapterSource],
+    tiny_tokenizer: Any,
+) -> None:
+    """One request at a time: LLM.int8() treats outliers by the columns of a whole batch, so that
+    what is beside a row has a say in its last digits."""
+    prompts = [tiny_tokenizer(PROMPTS[0])["input_ids"]]
+    engine = engines(tiny, slots=2, max_length=256, quantization_bit=8)
+    sources: dict[str, AdapterSource | None] = {**tiny_adapters, "base": None}
+    del sources["dora"]  # PEFT itself loses the 8-bit weights' scales under DoRA on CPU
+    for name, source in sources.items():
+        got = mixed(lab, engine, {name: source}, prompts, TOKENS)
+        assert got[name] == lab.peft_answers(tiny, source, prompts, TOKENS, 8), name
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization_bit", [None, 4])
+@pytest.mark.timeout(600)
+def test_lora_p_tuning_and_ia3_on_smollm2(
+    lab: Any, engines: Any, tmp_path: Path, quantization_bit: int | None
+) -> None:
+    tokenizer = load_tokenizer(ModelConfig(name="smollm2-135m"))
+    prompts = [tokenizer(PROMPTS[0])["input_ids"]]
+    sizes = {"lora": 0.02, "p_tuning": 0.05, "ia3": 0.2}
+    sources: dict[str, AdapterSource | None] = {"base": None}
+    for seed, (name, size) in enumerate(sizes.items()):
+        sources[name] = lab.make_adapter(
+            tmp_path / name, "smollm2-135m", lab.METHODS[name], seed, size
+        )
+    engine = engines("smollm2-135m", slots=4, max_length=256, quantization_bit=quantization_bit)
+    got = mixed(lab, engine, sources, prompts, TOKENS)
+    said = set()
+    for name, source in sources.items():
+        expected = lab.peft_answers("smollm2-135m", source, prompts, TOKENS, quantization_bit)
+        assert got[name] == expected, name
+        said.add(tuple(map(tuple, expected)))
+    assert len(said) == len(sources)

@@ -1,0 +1,141 @@
+"""An engine replica as Serve calls it, here without Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.adapters import Registry
+from rayfin.config import load_serve_config
+from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.serving.api.protocol import Refused
+from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
+from rayfin.serving.remote import check_prompt
+from rayfin.serving.replica import EngineReplica, Outbox, join
+from rayfin.serving.routing import RESIDENT, STATS
+
+
+def until(true: Callable[[], Any], seconds: float = 20.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (answer := true()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.01)
+    return answer
+
+
+@pytest.fixture
+def replica(tiny: str, tmp_path: Path) -> Iterator[EngineReplica]:
+    settings = ["engine.max_rows=1", "engine.max_queue=1", f"storage={tmp_path}"]
+    replica = EngineReplica(load_serve_config({"model": {"name": tiny}}, settings), use_gpu=False)
+    yield replica
+    replica.close()
+
+
+@pytest.fixture
+def published(tiny_adapters: dict[str, AdapterSource], tmp_path: Path) -> AdapterSource:
+    version = Registry(tmp_path / "adapters").publish("red", tiny_adapters["lora"].path)
+    return AdapterSource(version.ref, version.path)
+
+
+def asked(name: str, tokens: int, adapter: AdapterSource | None = None) -> Request:
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+    return Request(name, (72, 101, 108), params, adapter)
+
+
+async def collect(replica: EngineReplica, request: Request) -> list[Chunk]:
+    return [chunk async for chunk in replica.generate(request, None, adapter=None)]
+
+
+def test_it_sends_the_whole_answer(replica: EngineReplica) -> None:
+    chunks = asyncio.run(collect(replica, asked("one", 64)))
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 64
+    assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+
+
+def test_a_call_that_is_closed_frees_its_row(replica: EngineReplica) -> None:
+    async def leave() -> None:
+        stream = replica.generate(asked("long", 1900), None, adapter=None)
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(leave())
+    until(lambda: replica.record_routing_stats()[STATS]["running"] == 0)
+    assert replica.record_routing_stats()[STATS]["generated_tokens"] < 1900
+
+
+def test_what_the_engine_refuses_says_why(replica: EngineReplica) -> None:
+    async def crowd() -> list[list[Chunk]]:
+        requests = [asked(str(i), 200) for i in range(8)]
+        return await asyncio.gather(*(collect(replica, request) for request in requests))
+
+    refused = [chunks[0] for chunks in asyncio.run(crowd()) if isinstance(chunks[0], Refused)]
+    assert 0 < len(refused) < 8
+    travelled = pickle.loads(pickle.dumps(refused[0]))
+    assert isinstance(travelled.exception, Overloaded) and travelled.exception.retry_after > 0
+    assert travelled.finish_reason == "error"
+
+
+def test_a_removed_version_leaves_host_memory(
+    replica: EngineReplica, published: AdapterSource, tmp_path: Path
+) -> None:
+    asyncio.run(collect(replica, asked("red", 4, published)))
+    told = replica.record_routing_stats()
+    assert told[RESIDENT] == ["red@1"] and told[STATS]["host_bytes"] > 0
+    Registry(tmp_path / "adapters").remove("red@1")
+    until(lambda: replica.record_routing_stats()[STATS]["host_bytes"] == 0)
+
+
+def test_checking_an_adapter_raises_why_it_cannot_be_served(
+    replica: EngineReplica, published: AdapterSource, tmp_path: Path
+) -> None:
+    asyncio.run(replica.check(published))
+    with pytest.raises(AdapterError):
+        asyncio.run(replica.check(AdapterSource("gone@1", tmp_path / "gone")))
+
+
+def test_it_is_unhealthy_without_its_engine(replica: EngineReplica) -> None:
+    replica.check_health()
+    replica.close()
+    with pytest.raises(RuntimeError, match="engine"):
+        replica.check_health()
+
+
+def test_pieces_join_to_what_they_were() -> None:
+    pieces = [Chunk("a", (1,)), Chunk("", ()), Chunk("bc", (2, 3), (), "stop")]
+    assert join(pieces) == Chunk("abc", (1, 2, 3), (), "stop")
+
+
+def test_what_has_come_meanwhile_is_taken_together() -> None:
+    async def take() -> list[Chunk]:
+        outbox = Outbox(asyncio.get_running_loop())
+        for token in range(3):
+            outbox.put(Chunk("a", (token,)))
+        return await outbox.take()
+
+    assert [chunk.token_ids for chunk in asyncio.run(take())] == [(0,), (1,), (2,)]
+
+
+def test_the_last_piece_does_not_wait() -> None:
+    async def last_while_gathering() -> list[Chunk]:
+        outbox = Outbox(asyncio.get_running_loop())
+        outbox.put(Chunk("a", (1,)))
+        await outbox.take()
+        waiting = asyncio.create_task(outbox.gather(3600))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(outbox.put, Chunk("b", (2,), (), "stop"))
+        await waiting
+        return await outbox.take()
+
+    assert asyncio.run(last_while_gathering()) == [Chunk("b", (2,), (), "stop")]
+
+
+@pytest.mark.parametrize("prompt", [(), tuple(range(16)), (1, 300), (1, -1)])
+def test_prompts_that_no_replica_takes_are_refused_at_once(prompt: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError):
+        check_prompt(Request("bad", prompt, SamplingParams()), max_length=16, vocabulary=260)
