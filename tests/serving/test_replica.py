@@ -15,8 +15,13 @@ from rayfin.adapters import Registry
 from rayfin.config import load_serve_config
 from rayfin.errors import AdapterError, Overloaded, RequestError
 from rayfin.serving.api.protocol import Refused
-from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
-from rayfin.serving.remote import check_prompt
+from rayfin.serving.engine.request import (
+    AdapterSource,
+    Chunk,
+    Request,
+    SamplingParams,
+    check_prompt,
+)
 from rayfin.serving.replica import EngineReplica, Outbox, join
 from rayfin.serving.routing import RESIDENT, STATS
 

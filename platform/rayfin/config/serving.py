@@ -13,8 +13,6 @@ from rayfin.config.schema import ModelConfig
 class EngineConfig(Section):
     """One replica's engine: how much it holds at a time."""
 
-    type: Literal["transformers", "vllm"] = "transformers"
-    """rayfin's own engine (CPU and GPU, every method), or vLLM (GPU, LoRA)."""
     quantization_bit: Literal[4, 8] | None = None
     """Load the base model in 4-bit NF4 or 8-bit (bitsandbytes)."""
     weights: Literal["auto", "int8"] = "auto"

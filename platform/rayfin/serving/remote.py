@@ -15,7 +15,7 @@ from ray.exceptions import RayTaskError
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import Overloaded, RequestError
 from rayfin.serving.api.protocol import Refused
-from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink
+from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
 from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, told
 
 if TYPE_CHECKING:
@@ -151,19 +151,6 @@ class RemoteEngine:
             sink(_lost("the replica that worked on this request is gone; send it again"))
         elif not task.result():
             sink(_lost("the answer broke off; send the request again"))
-
-
-def check_prompt(request: Request, max_length: int, vocabulary: int) -> None:
-    """Raises RequestError for a prompt that no replica would take."""
-    if not request.prompt_ids:
-        raise RequestError("the prompt is empty; give at least one token")
-    if len(request.prompt_ids) >= max_length:
-        raise RequestError(
-            f"the prompt has {len(request.prompt_ids)} tokens, and {max_length} have room with "
-            "their answer; shorten it, or raise engine.max_length"
-        )
-    if max(request.prompt_ids) >= vocabulary or min(request.prompt_ids) < 0:
-        raise RequestError(f"a prompt token is outside the vocabulary of {vocabulary}")
 
 
 def _lost(why: str) -> Chunk:

@@ -16,7 +16,7 @@ from rayfin.models import identity, load_base, load_tokenizer, locate
 from rayfin.serving.engine.adapter import HostAdapter, read_adapter
 from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.model import BatchedModel
-from rayfin.serving.engine.request import AdapterSource, Request, Sink
+from rayfin.serving.engine.request import AdapterSource, Request, Sink, check_prompt
 from rayfin.serving.engine.scheduler import Scheduler
 from rayfin.serving.engine.sequence import Sequence
 from rayfin.serving.engine.store import HostCache
@@ -101,7 +101,7 @@ class Engine:
 
         Raises RequestError for one that can never be answered, Overloaded for a full queue.
         """
-        self._check(request)
+        check_prompt(request, self.max_length, self.model.vocab_size)
         sequence = Sequence(request, sink, self.tokenizer, self.model.vocab_size)
         scheduler = self._scheduler
         with self._changed:
@@ -188,18 +188,6 @@ class Engine:
             self._scheduler.end_all("error", f"the engine has stopped: {self.failure}")
         else:
             self._scheduler.end_all("cancelled")
-
-    def _check(self, request: Request) -> None:
-        if not request.prompt_ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        if len(request.prompt_ids) >= self.max_length:
-            raise RequestError(
-                f"the prompt has {len(request.prompt_ids)} tokens, and {self.max_length} have room "
-                "with their answer; shorten it, or raise engine.max_length"
-            )
-        top = self.model.vocab_size
-        if not all(0 <= token < top for token in request.prompt_ids):
-            raise RequestError(f"a prompt token is outside the vocabulary of {top}")
 
     def _notify(self) -> None:
         with self._changed:

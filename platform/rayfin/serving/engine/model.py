@@ -182,7 +182,7 @@ def _check_attention(name: str, base: Any, max_length: int) -> None:
     if kinds - {"full_attention"} and (window is None or window < max_length):
         raise ModelError(
             f"model.name: '{name}' has layers of {', '.join(sorted(kinds))}, and rayfin's engine "
-            "serves models whose layers all have full attention; use engine.type=vllm"
+            "serves models whose layers all have full attention; choose one of those"
         )
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and max_length > positions:

@@ -114,6 +114,19 @@ Sink = Callable[[Chunk], None]
 """Called on the engine's thread, in order; must return at once and not raise."""
 
 
+def check_prompt(request: Request, max_length: int, vocabulary: int) -> None:
+    """Raises RequestError for a prompt that no replica would take."""
+    if not request.prompt_ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    if len(request.prompt_ids) >= max_length:
+        raise RequestError(
+            f"the prompt has {len(request.prompt_ids)} tokens, and {max_length} have room with "
+            "their answer; shorten it, or raise engine.max_length"
+        )
+    if max(request.prompt_ids) >= vocabulary or min(request.prompt_ids) < 0:
+        raise RequestError(f"a prompt token is outside the vocabulary of {vocabulary}")
+
+
 def _within(name: str, value: float, least: float, most: float, *, above: bool = False) -> None:
     """Raises RequestError unless least <= value <= most (least < value with `above`)."""
     fits = math.isfinite(value) and least <= value <= most and not (above and value == least)
