@@ -218,7 +218,8 @@ def test_a_removed_version_is_gone_within_seconds(service: Service) -> None:
 
 def test_a_client_that_leaves_frees_its_row(service: Service) -> None:
     streams = [service.stream("red@1", LONG) for _ in range(2 * ROWS)]
-    until(lambda: service.count("running") == 2 * ROWS)
+    # Not all: by figures that are a second old, one replica may get more than it has rows for.
+    until(lambda: service.count("running") >= ROWS)
     for stream in streams:
         stream.close()
     until(lambda: service.count("running") == 0)
