@@ -128,7 +128,9 @@ class Slots:
             try:
                 self._fill(slot.index, adapter)
             except BaseException:
+                # Whoever had the slot before is gone from it all the same.
                 self._free.append(slot.index)
+                self.refs = tuple(reversed(self._held))
                 raise
             self.fills += 1
             self._held[ref] = slot
