@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rayfin.errors import AdapterError, ModelError, Overloaded, RequestError
+from rayfin.errors import AdapterError, ConfigError, ModelError, Overloaded, RequestError
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
 
 Adapters = dict[str, AdapterSource]
@@ -244,5 +244,5 @@ def test_a_window_shorter_than_the_answers_is_refused(
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match="sliding_attention"):
         engines(str(tmp_path / "windowed"), max_length=128)
-    with pytest.raises(ModelError, match=r"engine\.max_length=5000"):
+    with pytest.raises(ConfigError, match=r"engine\.max_length=5000"):
         engines(tiny, max_length=5000)

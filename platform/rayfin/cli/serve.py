@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from rayfin.hardware import cluster_address
     from rayfin.models import check_model
     from rayfin.paths import Storage
+    from rayfin.serving.engine.limits import check_length
 
     settings = list(args.settings)
     source = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     # Replicas have working directories of their own.
     config = config.model_copy(update={"storage": str(storage.root)})
     check_model(config.model, config.engine.quantization_bit)
+    check_length(config.model, config.engine)
     address = cluster_address(args.address)
 
     from rayfin.serving.deployment import serving

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -185,6 +186,10 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """The last line that says something of Serve's message, which has a replica's whole trace."""
+    """What a replica of ours said, if one did; else the last line of Serve's own message."""
+    application = serve.status().applications.get(APP)
+    told = [d.message for d in application.deployments.values()] if application else []
+    ours = re.findall(r"rayfin\.errors\.\w+: (.+)", "\n".join([*told, str(error)]))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"the deployment did not start: {lines[-1] if lines else type(error).__name__}"
+    why = ours[-1].strip() if ours else lines[-1] if lines else type(error).__name__
+    return f"the deployment did not start: {why}"

@@ -15,6 +15,7 @@ from rayfin.hardware import describe_hardware
 from rayfin.models import identity, load_base, load_tokenizer, locate
 from rayfin.serving.engine.adapter import HostAdapter, read_adapter
 from rayfin.serving.engine.layout import BaseLayout
+from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.model import BatchedModel
 from rayfin.serving.engine.request import AdapterSource, Request, Sink, check_prompt
 from rayfin.serving.engine.scheduler import Scheduler
@@ -59,6 +60,7 @@ class Engine:
         *,
         use_gpu: bool | Literal["auto"] = "auto",
     ) -> None:
+        check_length(model, config)
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
         base = load_base(model, config.quantization_bit, describe_hardware(use_gpu).device)

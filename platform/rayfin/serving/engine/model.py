@@ -184,9 +184,3 @@ def _check_attention(name: str, base: Any, max_length: int) -> None:
             f"model.name: '{name}' has layers of {', '.join(sorted(kinds))}, and rayfin's engine "
             "serves models whose layers all have full attention; choose one of those"
         )
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise ModelError(
-            f"engine.max_length={max_length} is more than the {positions} positions of '{name}'; "
-            f"use engine.max_length={positions} or less"
-        )
