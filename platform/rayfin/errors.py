@@ -73,6 +73,10 @@ class TrialOutOfMemory(TrialError):
     status = "oom"
 
 
+class EngineFailed(RayfinError):
+    """A request that the engine could not end, through no fault of the request's (HTTP 500)."""
+
+
 class Overloaded(RayfinError):
     """The engine's queue is full (HTTP 429): try again after `retry_after` seconds."""
 

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import peft
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.models import load_base, load_tokenizer
@@ -21,6 +33,9 @@ from rayfin.models.quiet import no_progress_bars
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
 
+ROOT = Path(__file__).parents[2]
+PATIENCE = 120.0
+PROMPT = "Hello"
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 LINEAR: dict[str, Any] = {"target_modules": "all-linear", **TASK}
 METHODS: dict[str, peft.PeftConfig] = {
@@ -135,10 +150,115 @@ def peft_answers(
     return answers
 
 
+class Service:
+    """The command as it runs, and what a client and an administrator do to it."""
+
+    def __init__(self, model: str, storage: Path, **settings: Any) -> None:
+        """`settings` of the engine, beside two replicas on half a CPU each."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.model, self.registry = model, Registry(storage / "adapters")
+        given = {
+            "model.name": model,
+            "storage": storage,
+            "deployment.replicas": 2,
+            "deployment.cpus": 0.5,
+            "deployment.health_check_seconds": 0.5,
+            "deployment.port": port,
+            **{f"engine.{name}": value for name, value in settings.items()},
+        }
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
+        environment.pop("RAY_ADDRESS", None)
+        self._log = (storage / "serve.log").open("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rayfin", "serve", "--json"]
+            + [f"{key}={value}" for key, value in given.items()],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"it did not start:\n{self.errors()}"
+        self.told: dict[str, Any] = json.loads(line)
+        self.http = httpx.Client(base_url=self.told["url"], timeout=PATIENCE)
+
+    def errors(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def ask(self, model: str, tokens: int = 8, **more: Any) -> httpx.Response:
+        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
+        return self.http.post("/v1/completions", json=body | {"ignore_eos": True} | more)
+
+    def answer(self, model: str, tokens: int = 8) -> tuple[str, str]:
+        """The version that answered, and what it said."""
+        response = self.ask(model, tokens)
+        assert response.status_code == 200, response.text
+        value = response.json()
+        return value["model"], value["choices"][0]["text"]
+
+    def at_once(self, count: int, model: str, tokens: int = 8) -> list[httpx.Response]:
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(lambda _: self.ask(model, tokens), range(count)))
+
+    def count(self, name: str) -> int:
+        """An engine's figure, over all replicas."""
+        text = self.http.get("/metrics").text
+        found = re.search(rf"^rayfin_engine_{name}(?:_total)? (\S+)$", text, re.MULTILINE)
+        return int(float(found.group(1))) if found else 0
+
+    def replicas(self, deployment: str) -> list[psutil.Process]:
+        """The processes of `api` or `engine`."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in family if f"ServeReplica:rayfin:{deployment}" in _title(p)]
+
+    def stream(self, model: str, tokens: int) -> httpx.Response:
+        """An answer that has begun."""
+        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "stream": True}
+        request = self.http.build_request(
+            "POST", "/v1/completions", json=body | {"ignore_eos": True}
+        )
+        return self.http.send(request, stream=True)
+
+    @staticmethod
+    def until(true: Callable[[], Any], seconds: float = PATIENCE) -> Any:
+        """The first true answer, asked again and again."""
+        give_up = time.monotonic() + seconds
+        while not (answer := true()):
+            assert time.monotonic() < give_up, "it did not come about"
+            time.sleep(0.02)
+        return answer
+
+    def stop(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        self.http.close()
+        if self.process.poll() is None:
+            self.stop(signal.SIGTERM)
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        self._log.close()
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended meanwhile
+        return ""
+
+
 class Lab:
     """What the tests of this folder share (pytest's importlib mode imports no conftest)."""
 
     METHODS = METHODS
+    PROMPT = PROMPT
+    Service = Service
     make_adapter = staticmethod(make_adapter)
     greedy = staticmethod(greedy)
     ask = staticmethod(ask)

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from rayfin.adapters import Registry
+from rayfin.history import History, TrialRecord, now
+from rayfin.paths import Storage
 from rayfin.serving.engine.request import AdapterSource
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
 SEEN_WITHIN = 5.0
 """Seconds in which all replicas follow the registry."""
 WHOLE_WITHIN = 60.0
@@ -35,110 +30,6 @@ LONG = 4000
 """Tokens that take longer than any test waits."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-class Service:
-    """The command as it runs, and what a client and an administrator do to it."""
-
-    def __init__(self, model: str, storage: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.model, self.registry = model, Registry(storage / "adapters")
-        settings = {
-            "model.name": model,
-            "storage": storage,
-            "engine.max_rows": ROWS,
-            "engine.max_queue": QUEUE,
-            "engine.max_length": 4096,
-            "deployment.replicas": 2,
-            "deployment.cpus": 0.5,
-            "deployment.health_check_seconds": 0.5,
-            "deployment.port": port,
-        }
-        environment = os.environ | {"PYTHONPATH": str(ROOT / "platform")}
-        environment.pop("RAY_ADDRESS", None)
-        self._log = (storage / "serve.log").open("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rayfin", "serve", "--json"]
-            + [f"{key}={value}" for key, value in settings.items()],
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, f"it did not start:\n{self.errors()}"
-        self.told: dict[str, Any] = json.loads(line)
-        self.http = httpx.Client(base_url=self.told["url"], timeout=PATIENCE)
-
-    def errors(self) -> str:
-        self._log.seek(0)
-        return self._log.read()
-
-    def ask(self, model: str, tokens: int = 8, **more: Any) -> httpx.Response:
-        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
-        return self.http.post("/v1/completions", json=body | {"ignore_eos": True} | more)
-
-    def answer(self, model: str, tokens: int = 8) -> tuple[str, str]:
-        """The version that answered, and what it said."""
-        response = self.ask(model, tokens)
-        assert response.status_code == 200, response.text
-        value = response.json()
-        return value["model"], value["choices"][0]["text"]
-
-    def at_once(self, count: int, model: str, tokens: int = 8) -> list[httpx.Response]:
-        with ThreadPoolExecutor(count) as pool:
-            return list(pool.map(lambda _: self.ask(model, tokens), range(count)))
-
-    def count(self, name: str) -> int:
-        """An engine's figure, over all replicas."""
-        text = self.http.get("/metrics").text
-        found = re.search(rf"^rayfin_engine_{name}(?:_total)? (\S+)$", text, re.MULTILINE)
-        return int(float(found.group(1))) if found else 0
-
-    def replicas(self, deployment: str) -> list[psutil.Process]:
-        """The processes of `api` or `engine`."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in family if f"ServeReplica:rayfin:{deployment}" in _title(p)]
-
-    def stream(self, model: str, tokens: int) -> httpx.Response:
-        """An answer that has begun."""
-        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "stream": True}
-        request = self.http.build_request(
-            "POST", "/v1/completions", json=body | {"ignore_eos": True}
-        )
-        return self.http.send(request, stream=True)
-
-    def stop(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(PATIENCE)
-
-    def close(self) -> None:
-        self.http.close()
-        if self.process.poll() is None:
-            self.stop(signal.SIGTERM)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self._log.close()
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended meanwhile
-        return ""
-
-
-def until(true: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """The first true answer, asked again and again."""
-    give_up = time.monotonic() + seconds
-    while not (answer := true()):
-        assert time.monotonic() < give_up, "it did not come about"
-        time.sleep(0.02)
-    return answer
 
 
 @pytest.fixture(scope="module")
@@ -158,27 +49,38 @@ def says(
 
 @pytest.fixture(scope="module")
 def service(
-    tiny: str, tiny_adapters: dict[str, AdapterSource], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
+    lab: Any,
+    tiny: str,
+    tiny_adapters: dict[str, AdapterSource],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Any]:
     storage = tmp_path_factory.mktemp("served")
     registry = Registry(storage / "adapters")
-    registry.publish("red", tiny_adapters["lora"].path, alias="prod")
+    with History.open(Storage(storage).history_url) as history:
+        history.put(trial("made-red"))
+    registry.publish("red", tiny_adapters["lora"].path, {"trial_id": "made-red"}, alias="prod")
     registry.publish("blue", tiny_adapters["ia3"].path)
-    service = Service(tiny, storage)
+    service = lab.Service(tiny, storage, max_rows=ROWS, max_queue=QUEUE, max_length=4096)
     yield service
     service.close()
+
+
+def trial(trial_id: str) -> TrialRecord:
+    times = {"created_at": now(), "updated_at": now()}
+    facts = {"sweep_id": "s", "fingerprint": "f", "metrics": {"eval_loss": 1.0}, **times}
+    return TrialRecord.parse({"trial_id": trial_id, "status": "finished", **facts})
 
 
 Says = Callable[..., str]
 
 
-def test_it_says_what_it_serves(service: Service) -> None:
+def test_it_says_what_it_serves(service: Any) -> None:
     assert {one["ref"] for one in service.told["adapters"]} == {"red@1", "blue@1"}
     assert service.told["base"] == service.model
     assert f"{service.told['url']}/v1/chat/completions" in service.told["curl"]
 
 
-def test_adapters_answer_by_name(service: Service, says: Says) -> None:
+def test_adapters_answer_by_name(service: Any, says: Says) -> None:
     assert service.answer("red") == ("red@1", says("lora"))
     assert service.answer("blue@1") == ("blue@1", says("ia3"))
     assert service.answer(service.model) == (service.model, says(None))
@@ -186,11 +88,11 @@ def test_adapters_answer_by_name(service: Service, says: Says) -> None:
 
 
 def test_a_new_version_is_served_by_all_replicas_within_seconds(
-    service: Service, tiny_adapters: dict[str, AdapterSource], says: Says
+    service: Any, tiny_adapters: dict[str, AdapterSource], says: Says
 ) -> None:
     before = service.count("slot_fills")
     service.registry.publish("red", tiny_adapters["p_tuning"].path)
-    until(lambda: service.answer("red")[0] == "red@2", SEEN_WITHIN)
+    service.until(lambda: service.answer("red")[0] == "red@2", SEEN_WITHIN)
 
     def on_both() -> bool:
         for response in service.at_once(2 * ROWS, "red"):
@@ -200,37 +102,37 @@ def test_a_new_version_is_served_by_all_replicas_within_seconds(
             assert answered == ("red@2", says("p_tuning"))
         return service.count("slot_fills") >= before + 2
 
-    until(on_both)
+    service.until(on_both)
 
 
-def test_an_alias_switches_within_seconds(service: Service, says: Says) -> None:
+def test_an_alias_switches_within_seconds(service: Any, says: Says) -> None:
     assert service.answer("red@prod") == ("red@1", says("lora"))
     service.registry.promote("red", 2)
-    until(lambda: service.answer("red@prod") == ("red@2", says("p_tuning")), SEEN_WITHIN)
+    service.until(lambda: service.answer("red@prod") == ("red@2", says("p_tuning")), SEEN_WITHIN)
     service.registry.rollback("red")
-    until(lambda: service.answer("red@prod") == ("red@1", says("lora")), SEEN_WITHIN)
+    service.until(lambda: service.answer("red@prod") == ("red@1", says("lora")), SEEN_WITHIN)
 
 
-def test_a_removed_version_is_gone_within_seconds(service: Service) -> None:
+def test_a_removed_version_is_gone_within_seconds(service: Any) -> None:
     service.registry.remove("blue@1")
-    until(lambda: service.ask("blue").status_code == 404, SEEN_WITHIN)
+    service.until(lambda: service.ask("blue").status_code == 404, SEEN_WITHIN)
 
 
-def test_a_client_that_leaves_frees_its_row(service: Service) -> None:
+def test_a_client_that_leaves_frees_its_row(service: Any) -> None:
     # As many as one replica has rows: however they spread over the replicas, none has to wait.
     before = service.count("generated_tokens")
     streams = [service.stream("red@1", LONG) for _ in range(ROWS)]
-    until(lambda: service.count("running") == ROWS)
+    service.until(lambda: service.count("running") == ROWS)
     for stream in streams:
         stream.close()
-    until(lambda: service.count("running") == 0)
+    service.until(lambda: service.count("running") == 0)
     assert service.count("generated_tokens") < before + ROWS * LONG
     # The rows are there for others again, all of them.
     answers = service.at_once(2 * ROWS, "red@1")
     assert [answer.status_code for answer in answers] == [200] * (2 * ROWS)
 
 
-def test_too_much_is_refused_and_then_all_is_well(service: Service, says: Says) -> None:
+def test_too_much_is_refused_and_then_all_is_well(service: Any, says: Says) -> None:
     responses = service.at_once(10 * (ROWS + QUEUE), "red@1", tokens=100)
     refused = [response for response in responses if response.status_code == 429]
     answered = [response for response in responses if response.status_code == 200]
@@ -241,7 +143,7 @@ def test_too_much_is_refused_and_then_all_is_well(service: Service, says: Says) 
     assert service.answer("red@1") == ("red@1", says("lora"))
 
 
-def test_a_killed_replica_takes_only_its_own_requests_along(service: Service, says: Says) -> None:
+def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: Says) -> None:
     expected = {"red@1": says("lora", 32), "red@2": says("p_tuning", 32)}
     killed, stop = threading.Event(), threading.Event()
     failed: list[httpx.Response] = []
@@ -257,15 +159,15 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Service, sa
                 assert killed.is_set(), response.text
                 failed.append(response)
 
-    first, other = until(lambda: len(e := service.replicas("engine")) == 2 and e)
+    first, other = service.until(lambda: len(e := service.replicas("engine")) == 2 and e)
     with ThreadPoolExecutor(ROWS) as pool:
         clients = [pool.submit(client, f"red@{1 + i % 2}") for i in range(ROWS)]
         try:
-            until(lambda: service.count("running") > 0)
+            service.until(lambda: service.count("running") > 0)
             killed.set()
             first.kill()
-            until(lambda: service.count("replicas") == 1, WHOLE_WITHIN)
-            until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
+            service.until(lambda: service.count("replicas") == 1, WHOLE_WITHIN)
+            service.until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
         finally:
             stop.set()
         for done in clients:
@@ -275,10 +177,10 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Service, sa
     assert other.is_running() and len(service.replicas("engine")) == 2
 
 
-def test_a_killed_api_leaves_no_row_occupied(service: Service, says: Says) -> None:
+def test_a_killed_api_leaves_no_row_occupied(service: Any, says: Says) -> None:
     before = service.count("generated_tokens")
     streams = [service.stream("red@1", LONG) for _ in range(ROWS)]
-    until(lambda: service.count("running") == ROWS)
+    service.until(lambda: service.count("running") == ROWS)
     (api,) = service.replicas("api")
     api.kill()
     for stream in streams:
@@ -287,19 +189,28 @@ def test_a_killed_api_leaves_no_row_occupied(service: Service, says: Says) -> No
     def answers_again() -> bool:
         return service.ask("red@1").status_code == 200
 
-    until(answers_again, WHOLE_WITHIN)
+    service.until(answers_again, WHOLE_WITHIN)
     assert service.answer("red@1") == ("red@1", says("lora"))
-    until(lambda: service.count("running") == 0)
+    service.until(lambda: service.count("running") == 0)
     assert service.count("generated_tokens") < before + ROWS * LONG
 
 
-def test_requests_at_work_end_before_it_stops(service: Service, says: Says) -> None:
+def test_requests_at_work_end_before_it_stops(service: Any, says: Says) -> None:
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(service.answer, "red@1", 600)
-        until(lambda: service.count("running") == 1)
+        service.until(lambda: service.count("running") == 1)
         assert service.stop(signal.SIGTERM) == 0, service.errors()
         assert answer.result() == ("red@1", says("lora", 600))
     assert "Traceback" not in service.errors()
+
+
+def test_what_it_measured_is_in_the_history(service: Any) -> None:
+    assert service.process.poll() is not None, "the test before this one stops it"
+    with History.open(Storage(service.registry.root.parent).history_url) as history:
+        metrics = history.get("made-red").metrics
+    assert metrics["serving_requests"] > 0 and metrics["serving_adapter_bytes"] > 0
+    assert metrics["serving_time_to_first_token_seconds"] > 0
+    assert metrics["serving_tokens_per_second"] > 0 and metrics["eval_loss"] == 1.0
 
 
 @pytest.mark.parametrize("name", ["local.yaml", "gpu.yaml"])

@@ -89,7 +89,7 @@ def test_an_adapter_that_cant_be_read_fails_alone_and_evicts_nothing(
     beside = lab.ask(engine, prompt, tiny_adapters["lora"], lab.greedy(60))
     failed = lab.ask(engine, prompt, missing).wait().last
     assert failed.finish_reason == "error"
-    assert "later@1" in (failed.error or "")
+    assert "later@1" in str(failed.error)
     with pytest.raises(AdapterError):
         engine.check(missing)
     assert set(engine.resident()) == resident == {"lora@1", "ia3@1"}
@@ -105,7 +105,7 @@ def test_a_rank_above_the_limit_is_refused_with_the_remedy(
 ) -> None:
     engine = engines(tiny, max_rank=8, max_length=128)
     failed = lab.ask(engine, prompt, tiny_adapters["lora-r16-attention"]).wait().last
-    assert "rank 16" in (failed.error or "") and "engine.max_rank" in (failed.error or "")
+    assert "rank 16" in str(failed.error) and "engine.max_rank" in str(failed.error)
 
 
 def test_a_cancelled_request_frees_its_row_and_its_slot(
@@ -167,7 +167,7 @@ def test_lengths_are_kept(
         lab.ask(engine, [10**6])
     # 61 fit, but not behind the adapter's 5 virtual tokens.
     failed = lab.ask(engine, [65] * 61, tiny_adapters["p_tuning"]).wait().last
-    assert failed.finish_reason == "error" and "5 virtual" in (failed.error or "")
+    assert failed.finish_reason == "error" and "5 virtual" in str(failed.error)
     assert len(lab.ask(engine, [65] * 61).wait().token_ids) == 3
 
 

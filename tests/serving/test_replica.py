@@ -14,7 +14,6 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.config import load_serve_config
 from rayfin.errors import AdapterError, Overloaded, RequestError
-from rayfin.serving.api.protocol import Refused
 from rayfin.serving.engine.request import (
     AdapterSource,
     Chunk,
@@ -79,10 +78,10 @@ def test_what_the_engine_refuses_says_why(replica: EngineReplica) -> None:
         requests = [asked(str(i), 200) for i in range(8)]
         return await asyncio.gather(*(collect(replica, request) for request in requests))
 
-    refused = [chunks[0] for chunks in asyncio.run(crowd()) if isinstance(chunks[0], Refused)]
+    refused = [chunks[0] for chunks in asyncio.run(crowd()) if chunks[0].error]
     assert 0 < len(refused) < 8
     travelled = pickle.loads(pickle.dumps(refused[0]))
-    assert isinstance(travelled.exception, Overloaded) and travelled.exception.retry_after > 0
+    assert isinstance(travelled.error, Overloaded) and travelled.error.retry_after > 0
     assert travelled.finish_reason == "error"
 
 
@@ -91,7 +90,7 @@ def test_a_removed_version_leaves_host_memory(
 ) -> None:
     asyncio.run(collect(replica, asked("red", 4, published)))
     told = replica.record_routing_stats()
-    assert told[RESIDENT] == ["red@1"] and told[STATS]["host_bytes"] > 0
+    assert list(told[RESIDENT]) == ["red@1"] and told[STATS]["host_bytes"] > 0
     Registry(tmp_path / "adapters").remove("red@1")
     until(lambda: replica.record_routing_stats()[STATS]["host_bytes"] == 0)
 

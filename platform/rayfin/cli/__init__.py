@@ -9,10 +9,10 @@ import argparse
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rayfin import __version__
-from rayfin.cli import adapters, doctor, history, serve, sweep, train
+from rayfin.cli import adapters, chat, doctor, history, serve, sweep, train
 from rayfin.cli.parser import Parser, print_error
 from rayfin.errors import RayfinError, UsageError
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"rayfin {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-    for module in (sweep, train, serve, history, adapters, doctor):
+    for module in (sweep, train, serve, chat, history, adapters, doctor):
         module.register(verbs)
     return _run(parser, argv)
 
@@ -42,16 +42,15 @@ def script(verb: str, defaults: str, description: str) -> int:
     return _run(parser)
 
 
-def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
+def guarded(command: Callable[[], int]) -> int:
+    """Runs `command`, which parses its arguments first; rayfin's errors are one line on stderr."""
     # Before torch is loaded, here or in a Ray worker: threads that spin while they wait slow each
     # other down several times over when something else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # PEFT still asks Transformers by the old name; users can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:
-        args = parser.parse_args(argv)
-        code: int = args.handler(args)
-        return code
+        return command()
     except UsageError as error:
         print_error(error)
         return 2
@@ -65,3 +64,12 @@ def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`rayfin history list | head`): not an error.
         sys.stdout = None
         return 0
+
+
+def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
+    def command() -> int:
+        args = parser.parse_args(argv)
+        code: int = args.handler(args)
+        return code
+
+    return guarded(command)

@@ -81,7 +81,7 @@ class Workplace:
             # Not by the fingerprint alone: --rerun trains the same trial to other weights.
             same = [version.metadata.get(key) for key in ("fingerprint", "metrics")] == [
                 row.fingerprint,
-                row.metrics,
+                row.trained_metrics,
             ]
             if version.name == publish.name and same:
                 if publish.alias is not None and publish.alias not in version.aliases:
@@ -93,7 +93,7 @@ class Workplace:
             "fingerprint": row.fingerprint,
             "base_model": row.spec["model"]["name"],
             "spec": row.spec,
-            "metrics": row.metrics,
+            "metrics": row.trained_metrics,
             "versions": row.versions,
         }
         source = Path(row.directory) / "adapter"

@@ -6,10 +6,9 @@ import argparse
 import json
 import signal
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.settings import ShowServeSettings
+from rayfin.cli.service import add_settings, load_settings
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
@@ -19,21 +18,9 @@ if TYPE_CHECKING:
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     summary = "answer over HTTP with any adapter of a registry, by name"
     parser = subparsers.add_parser("serve", help=summary, description=f"{summary.capitalize()}.")
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="config.yaml | section.key=value",
-        help="a configuration file first, if any, and settings that win over it",
-    )
+    add_settings(parser)
     parser.add_argument("--address", help="a running Ray cluster; without it one is started here")
     parser.add_argument("--json", action="store_true", help="print what is served as JSON")
-    parser.add_argument(
-        "--settings",
-        dest="show_settings",
-        nargs=0,
-        action=ShowServeSettings,
-        help="list every setting with its default and meaning",
-    )
     parser.epilog = (
         f"Example: {parser.prog} storage=./runs deployment.port=8000 engine.max_rows=16. "
         f"All settings: {parser.prog} --settings"
@@ -44,26 +31,16 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: served until it was stopped, and ended all requests that it had."""
     from rayfin.adapters import Catalog
-    from rayfin.config import load_serve_config
     from rayfin.hardware import cluster_address
-    from rayfin.models import check_model
     from rayfin.paths import Storage
-    from rayfin.serving.engine.limits import check_length
 
-    settings = list(args.settings)
-    source = Path(settings.pop(0)) if settings and "=" not in settings[0] else None
-    config = load_serve_config(source, settings)
-    storage = Storage.open(config.storage)
-    # Replicas have working directories of their own.
-    config = config.model_copy(update={"storage": str(storage.root)})
-    check_model(config.model, config.engine.quantization_bit)
-    check_length(config.model, config.engine)
+    config = load_settings(args, elsewhere=args.address is not None)
     address = cluster_address(args.address)
 
     from rayfin.serving.deployment import serving
 
     with serving(config, address) as url:
-        versions = Catalog(storage.adapters).list()
+        versions = Catalog(Storage.open(config.storage).adapters).list()
         _print(config, url, versions, as_json=args.json)
         _wait_for_signal()
         if not args.json:

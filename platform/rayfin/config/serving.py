@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,8 @@ from rayfin.config.schema import ModelConfig
 class EngineConfig(Section):
     """One replica's engine: how much it holds at a time."""
 
+    type: Literal["transformers", "vllm"] = "transformers"
+    """rayfin's own engine (every method, CPU and GPU), or vLLM (rayfin[vllm]): LoRA, on GPUs."""
     quantization_bit: Literal[4, 8] | None = None
     """Load the base model in 4-bit NF4 or 8-bit (bitsandbytes)."""
     weights: Literal["auto", "int8"] = "auto"
@@ -28,9 +30,24 @@ class EngineConfig(Section):
     max_rank: int = Field(64, ge=1, le=1024)
     """The largest rank of a low-rank adapter; memory of a slot grows with it."""
     host_cache_mb: int = Field(2048, ge=0)
-    """Memory for adapters that wait outside the slots."""
+    """Memory for adapters that wait outside the slots; vLLM counts adapters instead."""
     max_queue: int = Field(128, ge=1)
     """Requests that may wait; more are refused with 429."""
+    vllm: dict[str, Any] = Field(default_factory=dict)
+    """More of vLLM's engine arguments, by vLLM's names: {gpu_memory_utilization: 0.4, …}."""
+
+    @model_validator(mode="after")
+    def _of_one_engine(self) -> EngineConfig:
+        if self.type == "transformers" and self.vllm:
+            raise ValueError("vllm is for engine.type=vllm; set that, or leave it out")
+        if self.type == "vllm" and self.weights != "auto":
+            raise ValueError(
+                f"weights={self.weights} is of engine.type=transformers; set that, or for vLLM a "
+                "quantised model by model.name"
+            )
+        if self.type == "vllm" and self.quantization_bit == 8:
+            raise ValueError("vLLM does not load 8-bit weights; use engine.quantization_bit=4")
+        return self
 
 
 class ApiKey(Section):
@@ -122,3 +139,5 @@ class ServeConfig(Section):
     deployment: ReplicaConfig = ReplicaConfig()
     storage: str = Field("./runs", min_length=1)
     """Directory (local or NFS) whose registry of adapters is served."""
+    history: str | None = None
+    """URL of the history that serving figures go back to; null is the SQLite file under storage."""

@@ -26,6 +26,9 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 # Any of these says how good an imported trial was; rayfin's own trials always have eval_loss.
 QUALITY_METRICS = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
 
+SERVING = "serving_"
+"""Metrics that begin so were measured while the trial's adapter was served, and change."""
+
 _ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
 
 
@@ -87,6 +90,11 @@ class TrialRecord(BaseModel):
     def updated(self, **changes: Any) -> Self:
         """A copy with `changes`, validated again; `updated_at` is now."""
         return self.parse({**self.model_dump(), "updated_at": now(), **changes})
+
+    @property
+    def trained_metrics(self) -> dict[str, Any]:
+        """What the trial itself measured: the metrics without those of serving."""
+        return {key: value for key, value in self.metrics.items() if not key.startswith(SERVING)}
 
     @field_validator("created_at", "updated_at")
     @classmethod

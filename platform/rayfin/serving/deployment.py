@@ -30,6 +30,7 @@ from rayfin.errors import ConfigError, RayfinError
 from rayfin.models import load_tokenizer
 from rayfin.paths import Storage
 from rayfin.serving.api.app import create_app
+from rayfin.serving.api.figures import Figures
 from rayfin.serving.names import Names
 from rayfin.serving.remote import RemoteEngine
 from rayfin.serving.replica import EngineReplica
@@ -57,8 +58,10 @@ class ApiReplica:
         """Serve calls this on the event loop that requests come on."""
         config = self._config
         engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
-        catalog = Catalog(Storage.open(config.storage).adapters)
-        return create_app(engine, Names(catalog, config.model.name), config.api)
+        storage = Storage.open(config.storage)
+        names = Names(Catalog(storage.adapters), config.model.name)
+        figures = Figures(config.history or storage.history_url, engine)
+        return create_app(engine, names, config.api, figures)
 
 
 def app(args: Mapping[str, Any]) -> serve.Application:

@@ -14,6 +14,7 @@ from rayfin.serving.engine.request import AdapterSource, Request
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.engine import Engine
+    from rayfin.serving.engine.vllm import VllmEngine
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ _PERIOD = 1.0
 class Follower:
     """Looks at the registry and at the callers every second, on a thread of its own."""
 
-    def __init__(self, engine: Engine, catalog: Catalog) -> None:
+    def __init__(self, engine: Engine | VllmEngine, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
         self._known: set[str] = set()
         self._callers: dict[str, str] = {}

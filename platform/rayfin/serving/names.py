@@ -32,6 +32,12 @@ class Named:
     version: AdapterVersion | None = None
 
     @property
+    def trial_id(self) -> str | None:
+        """The trial of the history that made the version, where its publisher says so."""
+        found = None if self.version is None else self.version.metadata.get("trial_id")
+        return found if isinstance(found, str) else None
+
+    @property
     def adapter(self) -> str | None:
         """The adapter's name; None is the base model."""
         return None if self.version is None else self.version.name

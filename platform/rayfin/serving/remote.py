@@ -13,8 +13,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from rayfin.config.serving import ServeConfig
-from rayfin.errors import Overloaded, RequestError
-from rayfin.serving.api.protocol import Refused
+from rayfin.errors import EngineFailed, Overloaded, RequestError
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
 from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, told
 
@@ -55,7 +54,7 @@ class RemoteEngine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Raises RequestError, or Overloaded where all replicas have their queues full.
 
-        A replica may still refuse: then the one chunk that comes is a `Refused`.
+        A replica may still refuse: then the one chunk that comes says so.
         """
         check_prompt(request, self.max_length, len(self.tokenizer))
         if not (replicas := len(told())):
@@ -77,10 +76,13 @@ class RemoteEngine:
         except RayTaskError as error:
             raise error.cause from error
 
-    def resident(self) -> list[str]:
+    def resident(self) -> dict[str, int]:
         """Adapters in a slot of any replica."""
-        refs = [ref for replica in told().values() for ref in replica.get(RESIDENT, ())]
-        return list(dict.fromkeys(refs))
+        return {
+            ref: nbytes
+            for replica in told().values()
+            for ref, nbytes in replica.get(RESIDENT, {}).items()
+        }
 
     def stats(self) -> Any:
         """The replicas' counts added up, a second old."""
@@ -115,16 +117,16 @@ class RemoteEngine:
         last = await self._ask(request, sink)
         for seconds in _AGAIN:
             # This replica's queue was filled by others; there is room somewhere, or was just now.
-            if not (isinstance(last, Refused) and isinstance(last.exception, Overloaded)):
+            if not _is_refused(last):
                 break
             await asyncio.sleep(seconds)
             last = await self._ask(request, sink)
-        if isinstance(last, Refused):
+        if last is not None and _is_refused(last):
             sink(last)
         return last is not None and last.finish_reason is not None
 
     async def _ask(self, request: Request, sink: Sink) -> Chunk | None:
-        """The last chunk that a replica sends; the sink gets all but a `Refused`."""
+        """The last chunk that a replica sends; the sink gets all but a refusal for a full queue."""
         adapter = None if request.adapter is None else request.adapter.ref
         response = cast(
             "DeploymentResponseGenerator[Chunk]",
@@ -133,7 +135,7 @@ class RemoteEngine:
         last: Chunk | None = None
         try:
             async for last in response:
-                if not isinstance(last, Refused):
+                if not _is_refused(last):
                     sink(last)
         except asyncio.CancelledError:
             response.cancel()
@@ -153,6 +155,9 @@ class RemoteEngine:
             sink(_lost("the answer broke off; send the request again"))
 
 
+def _is_refused(chunk: Chunk | None) -> bool:
+    return chunk is not None and isinstance(chunk.error, Overloaded)
+
+
 def _lost(why: str) -> Chunk:
-    # As the engine writes its own failures: the name of an exception, and what it says.
-    return Chunk("", (), finish_reason="error", error=f"ReplicaLost: {why}")
+    return Chunk("", (), finish_reason="error", error=EngineFailed(why))

@@ -12,7 +12,7 @@ from rayfin.adapters import Catalog
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import RayfinError
 from rayfin.paths import Storage
-from rayfin.serving.api.protocol import Refused
+from rayfin.serving.engine.open import open_engine
 from rayfin.serving.engine.request import AdapterSource, Chunk, FinishReason, Request
 from rayfin.serving.follower import Follower
 from rayfin.serving.routing import RESIDENT, STATS
@@ -27,11 +27,7 @@ class EngineReplica:
     """What the engine deployment runs; Serve calls its methods on one event loop."""
 
     def __init__(self, config: ServeConfig, use_gpu: bool) -> None:
-        # Not above: it loads torch, which processes that only name this class do without.
-        from rayfin.serving.engine.engine import Engine
-
-        self._engine = Engine(config.model, config.engine, use_gpu=use_gpu)
-        self._engine.start()
+        self._engine = open_engine(config.model, config.engine, use_gpu=use_gpu)
         self._follower = Follower(self._engine, Catalog(Storage.open(config.storage).adapters))
         self._streams = 0
 
@@ -41,7 +37,7 @@ class EngineReplica:
         """The request's chunks, as many joined as have come; frees its row when it is closed.
 
         `caller` is the name of the actor that asks, and `adapter` is for the router. A request
-        that the engine refuses gets one `Refused`.
+        that the engine refuses gets one chunk, whose error says why.
         """
         outbox = Outbox(asyncio.get_running_loop())
         self._follower.begun(request, caller)
@@ -49,7 +45,7 @@ class EngineReplica:
             self._engine.submit(request, outbox.put)
         except RayfinError as error:
             self._follower.ended(request)
-            yield Refused.because(error)
+            yield Chunk("", (), finish_reason="error", error=error)
             return
         self._streams += 1
         try:

@@ -16,7 +16,8 @@ ADAPTER = "adapter"
 """Keyword under which a call names the adapter version that it needs; None is the base model."""
 
 RESIDENT, STATS = "resident", "stats"
-"""What a replica tells of itself: the adapters in its slots, and its engine's counts."""
+"""What a replica tells of itself: the adapters in its slots and their bytes, and its engine's
+counts."""
 
 
 @dataclass(frozen=True)

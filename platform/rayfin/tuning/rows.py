@@ -48,6 +48,7 @@ def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
         created_at=now(),
         # Its own spec: what does not enter the fingerprint (paths, batch split) may differ.
         spec=planned.spec.model_dump(mode="json"),
+        metrics=earlier.trained_metrics,
         scenario=earlier.scenario | {"recalled_from": earlier.trial_id},
     )
 

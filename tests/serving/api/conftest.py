@@ -19,6 +19,7 @@ from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import ApiConfig, EngineConfig
 from rayfin.serving.api.app import create_app
+from rayfin.serving.api.figures import Figures
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.names import Names
@@ -59,8 +60,10 @@ class Server:
 
 
 @contextmanager
-def serving(engine: Engine, registry: Registry, config: ApiConfig) -> Iterator[Server]:
-    app = create_app(engine, Names(registry, BASE), config)
+def serving(
+    engine: Engine, registry: Registry, config: ApiConfig, figures: Figures | None = None
+) -> Iterator[Server]:
+    app = create_app(engine, Names(registry, BASE), config, figures)
     settings = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_level="error", ws="none", timeout_graceful_shutdown=5
     )

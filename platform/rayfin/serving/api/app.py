@@ -16,6 +16,7 @@ from rayfin.serving.api.admin import admin_routes
 from rayfin.serving.api.completions import completion_routes
 from rayfin.serving.api.documents import describe_bodies
 from rayfin.serving.api.errors import CLIENT_GONE, handle_errors
+from rayfin.serving.api.figures import Figures
 from rayfin.serving.api.models import model_routes, open_routes
 from rayfin.serving.api.protocol import ServedEngine
 from rayfin.serving.api.record import Record
@@ -31,12 +32,15 @@ from rayfin.serving.api.service import Service
 from rayfin.serving.names import Names
 
 
-def create_app(engine: ServedEngine, names: Names, config: ApiConfig) -> FastAPI:
+def create_app(
+    engine: ServedEngine, names: Names, config: ApiConfig, figures: Figures | None = None
+) -> FastAPI:
     """The API in front of an engine that has started; closing the engine is the caller's.
 
+    `figures` take what is measured back to the history, and are closed with the app.
     Raises StorageError for a request log that can't be written.
     """
-    service = Service.of(engine, names, config)
+    service = Service.of(engine, names, config, figures)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -96,6 +100,4 @@ class _Gate:
             raise
         finally:
             if scope["method"] == "POST" and record.path.endswith("/completions"):
-                self._service.metrics.count(record)
-                if self._service.log is not None:
-                    self._service.log.write(record)
+                self._service.count(record)

@@ -17,6 +17,7 @@ from rayfin.config.problems import shown
 from rayfin.errors import (
     AdapterError,
     AdapterNotFound,
+    EngineFailed,
     Overloaded,
     RayfinError,
     RequestError,
@@ -79,6 +80,8 @@ def as_api_error(error: Exception, names: Names) -> ApiError:
         case Overloaded():
             headers = {"retry-after": str(error.retry_after)}
             return ApiError(429, str(error), code="overloaded", headers=headers)
+        case EngineFailed():
+            found = (500, "engine_error", None)
         case RayfinError():
             log.error("%s", error)
             found = (500, None, None)

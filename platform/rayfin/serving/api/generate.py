@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +13,10 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from rayfin.config.serving import ApiKey
+from rayfin.errors import EngineFailed, Overloaded
 from rayfin.serving.api.answers import Answers, usage
 from rayfin.serving.api.errors import CLIENT_GONE, ApiError, as_api_error
-from rayfin.serving.api.protocol import Refused, failure_of
+from rayfin.serving.api.protocol import failure_of
 from rayfin.serving.api.record import Record, record_of
 from rayfin.serving.api.schema import GenerationBody
 from rayfin.serving.api.service import Service
@@ -28,8 +28,6 @@ TokenIds = tuple[int, ...]
 
 # How often a version may be removed between the look at the registry and its loading.
 _ATTEMPTS = 3
-# What the engine writes of a step that failed: `RuntimeError: …`.
-_EXCEPTION = re.compile(r"\w+: ")
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ async def respond(request: HttpRequest, service: Service, asked: Asked) -> Respo
     record = record_of(request)
     record.model = asked.body.model
     begun = await _begin(request, service, asked)
-    record.answered_by = begun.named.answer_name
+    record.answered_by, record.trial_id = begun.named.answer_name, begun.named.trial_id
     record.prompt_tokens = sum(map(len, begun.prompts))
     record.choices = len(begun.prompts) * asked.n
     answers = asked.answers()
@@ -138,7 +136,7 @@ async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun
         if again.source == named.source:
             break
         named = again
-    raise _failed(chunk, named, service)
+    raise _failed(chunk, service)
 
 
 def _requests(
@@ -164,7 +162,7 @@ async def _whole(
     async for index, chunk in begun.chunks():
         record.took(len(chunk.token_ids))
         if chunk.finish_reason in ("error", "cancelled"):
-            raise _failed(chunk, begun.named, service)
+            raise _failed(chunk, service)
         chunks[index].append(chunk)
     if begun.generation.closed:
         raise ClientDisconnect
@@ -195,7 +193,7 @@ async def _events(
     async for index, chunk in begun.chunks():
         record.took(len(chunk.token_ids))
         if chunk.finish_reason in ("error", "cancelled"):
-            error = _failed(chunk, begun.named, service)
+            error = _failed(chunk, service)
             record.status = error.status
             yield _event(error.as_json())
             break
@@ -214,10 +212,10 @@ async def _events(
     yield b"data: [DONE]\n\n"
 
 
-def _failed(chunk: Chunk, named: Named, service: Service) -> ApiError:
+def _failed(chunk: Chunk, service: Service) -> ApiError:
     """Why a sequence ended without an answer."""
-    if isinstance(chunk, Refused) and chunk.exception is not None:
-        return as_api_error(chunk.exception, service.names)
+    if isinstance(chunk.error, Overloaded):
+        return as_api_error(chunk.error, service.names)
     if chunk.finish_reason == "cancelled" or failure_of(service.engine) is not None:
         return ApiError(
             503,
@@ -225,10 +223,7 @@ def _failed(chunk: Chunk, named: Named, service: Service) -> ApiError:
             code="stopping",
             headers={"retry-after": "1"},
         )
-    why = service.names.public(chunk.error or "the engine failed")
-    if named.source is None or _EXCEPTION.match(why):
-        return ApiError(500, why, code="engine_error")
-    return ApiError(400, why, param="model", code="adapter_error")
+    return as_api_error(chunk.error or EngineFailed("the engine failed"), service.names)
 
 
 def _event(value: dict[str, Any]) -> bytes:

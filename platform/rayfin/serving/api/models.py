@@ -99,7 +99,7 @@ def open_routes(service: Service) -> APIRouter:
                 "status": "ok",
                 "waiting": stats.waiting,
                 "running": stats.running,
-                "resident": engine.resident(),
+                "resident": list(engine.resident()),
             }
         )
 

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rayfin.errors import RayfinError
-from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink
+from rayfin.serving.engine.request import AdapterSource, Request, Sink
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class Refused(Chunk):
-    """The one chunk of a request that was refused after `submit`, by an engine elsewhere."""
-
-    exception: RayfinError | None = None
-    """What `submit` would have raised."""
-
-    @classmethod
-    def because(cls, error: RayfinError) -> Refused:
-        return cls("", (), finish_reason="error", error=str(error), exception=error)
 
 
 class ServedEngine(Protocol):
@@ -42,8 +28,8 @@ class ServedEngine(Protocol):
     def check(self, source: AdapterSource) -> None:
         """Raises AdapterError where the adapter can't be served."""
 
-    def resident(self) -> list[str]:
-        """Adapters ready to decode, the most recently used first."""
+    def resident(self) -> dict[str, int]:
+        """Adapters ready to decode, the most recently used first, and the bytes that each has."""
 
     def stats(self) -> Any:
         """A dataclass of whole numbers: counts since the start, and what is going on now."""

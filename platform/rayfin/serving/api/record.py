@@ -30,6 +30,8 @@ class Record:
     """What the client asked for."""
     answered_by: str | None = None
     """`support@3`, or the base's name."""
+    trial_id: str | None = None
+    """The trial that made the version that answered."""
     adapter: str | None = None
     """The name that it is counted under: of an adapter that was found, or of the base."""
     status: int = 500
@@ -55,12 +57,23 @@ class Record:
         return None if self.first_token is None else self.first_token - self.started
 
     @property
+    def later_tokens(self) -> int:
+        """Tokens after each choice's first."""
+        return max(0, self.completion_tokens - self.choices)
+
+    @property
+    def seconds_of_later_tokens(self) -> float:
+        """From the first token of all to the last."""
+        if self.first_token is None or self.last_token is None:
+            return 0.0
+        return self.last_token - self.first_token
+
+    @property
     def seconds_per_token(self) -> float | None:
         """Mean over the tokens after each choice's first."""
-        later = self.completion_tokens / self.choices - 1 if self.choices else 0.0
-        if self.first_token is None or self.last_token is None or later <= 0:
+        if not self.later_tokens or self.first_token is None:
             return None
-        return (self.last_token - self.first_token) / later
+        return self.seconds_of_later_tokens / (self.later_tokens / self.choices)
 
 
 def record_of(request: Request) -> Record:

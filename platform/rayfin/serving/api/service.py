@@ -10,11 +10,12 @@ from fastapi import Request
 from rayfin.config.serving import ApiConfig, ApiKey
 from rayfin.errors import AdapterNotFound
 from rayfin.serving.api.answers import Tokens
+from rayfin.serving.api.figures import Figures
 from rayfin.serving.api.keys import Keys, check_use
 from rayfin.serving.api.metrics import Metrics
 from rayfin.serving.api.prompts import Prompts
 from rayfin.serving.api.protocol import ServedEngine
-from rayfin.serving.api.record import RequestLog
+from rayfin.serving.api.record import Record, RequestLog
 from rayfin.serving.api.templates import Templates
 from rayfin.serving.names import Named, Names
 
@@ -30,9 +31,12 @@ class Service:
     tokens: Tokens
     metrics: Metrics
     log: RequestLog | None
+    figures: Figures | None
 
     @classmethod
-    def of(cls, engine: ServedEngine, names: Names, config: ApiConfig) -> Service:
+    def of(
+        cls, engine: ServedEngine, names: Names, config: ApiConfig, figures: Figures | None
+    ) -> Service:
         """Raises StorageError for a request log that can't be written."""
         templates = Templates(engine.tokenizer, config.template_seconds)
         return cls(
@@ -47,12 +51,23 @@ class Service:
             RequestLog(config.request_log, text=config.request_log_text)
             if config.request_log is not None
             else None,
+            figures,
         )
 
     def close(self) -> None:
         self.templates.close()
+        if self.figures is not None:
+            self.figures.close()
         if self.log is not None:
             self.log.close()
+
+    def count(self, record: Record) -> None:
+        """Takes down a request for completions that has ended."""
+        self.metrics.count(record)
+        if self.figures is not None:
+            self.figures.count(record)
+        if self.log is not None:
+            self.log.write(record)
 
     def admit(self, request: Request) -> ApiKey | None:
         """Raises ApiError 401 or 429."""

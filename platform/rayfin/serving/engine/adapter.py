@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rayfin.serving.engine.layout import BaseLayout
+from rayfin.serving.engine.layout import BaseLayout, is_called
 from rayfin.serving.engine.peft_files import (
     CONFIG,
     Settings,
@@ -37,7 +37,7 @@ _COMMON = _words(
     "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type",
     "target_modules exclude_modules",
 )
-_LORA = _COMMON | _words(
+LORA_SETTINGS = _COMMON | _words(
     "r lora_alpha lora_dropout bias layers_to_transform layers_pattern megatron_core rank_pattern",
     "init_lora_weights loftq_config eva_config corda_config lora_ga_config qalora_group_size",
     "ensure_weight_tying",
@@ -54,7 +54,7 @@ _PROMPT = _COMMON | _words(
     "prefix_projection init_weights",
 )
 # Initialisations that leave the base as it is; PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA change it.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
     "others change the base's weights: save it as plain LoRA with "
     "save_pretrained(path_initial_model_for_weight_conversion=…)"
@@ -65,7 +65,8 @@ _PROMPT_TENSOR = "prompt_embeddings"
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """An update B A of one layer: a [r, in], b [out, r], float32, the scaling folded into b."""
+    """An update B A of one layer: a [r, in], b [r, out] (B transposed, as slots hold it), float32,
+    the scaling folded into b."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -142,7 +143,7 @@ def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
             "train it with one of these, or merge it into its base and serve the merged model "
             "(model.name=DIRECTORY)"
         )
-    _check_base(settings, metadata, base)
+    check_base(settings, metadata, base.names)
     settings.expect("task_type", None, "CAUSAL_LM")
     with Weights(source) as weights:
         fields = _READERS[peft_type](settings, weights, base)
@@ -156,16 +157,19 @@ def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
     return adapter
 
 
-def _check_base(settings: Settings, metadata: Mapping[str, Any], base: BaseLayout) -> None:
-    """Raises AdapterError unless the adapter names this base; its publisher's word goes first."""
+def check_base(settings: Settings, metadata: Mapping[str, Any], names: frozenset[str]) -> None:
+    """Raises AdapterError unless the adapter was trained on the base that `names` are names of.
+
+    Its publisher's word (rayfin.json) goes before what PEFT wrote.
+    """
     claim = metadata.get("base_model") or settings.values.get("base_model_name_or_path")
-    served = ", ".join(f"'{name}'" for name in sorted(base.names))
+    served = ", ".join(f"'{name}'" for name in sorted(names))
     if not isinstance(claim, str) or not claim:
         raise settings.error(
             f"{CONFIG} names no base model, and the served one is {served}; if it was trained on "
             "that, write it there as base_model_name_or_path"
         )
-    if not base.is_called(claim):
+    if not is_called(claim, names):
         raise settings.error(
             f"it was trained on {shown(claim)}, and the served base is {served}; {_OWN_BASE}"
         )
@@ -173,9 +177,9 @@ def _check_base(settings: Settings, metadata: Mapping[str, Any], base: BaseLayou
 
 def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
     """LoRA, rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353); QLoRA saves plain LoRA."""
-    settings.expect_nothing_else(_LORA | _LORA_ONLY)
+    settings.expect_nothing_else(LORA_SETTINGS | _LORA_ONLY)
     settings.expect("bias", None, "none")
-    settings.expect("init_lora_weights", *_PLAIN_INITS, remedy=_CONVERT)
+    settings.expect("init_lora_weights", *PLAIN_INITS, remedy=_CONVERT)
     rank, alpha = settings.integer("r", 1, MAX_RANK), settings.number("lora_alpha")
     rank_of = settings.pattern(
         "rank_pattern", lambda key, value: settings.checked_integer(key, value, 1, MAX_RANK)
@@ -199,7 +203,7 @@ def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
             scale = magnitude / _row_norms(base.weight(module), a, b)
             output_scale[module] = scale
             b = scale[:, None] * b
-        lora[module] = LowRank(a, b)
+        lora[module] = _low_rank(a, b)
     method = "dora" if dora else "rslora" if rslora else "lora"
     return {"method": method, "lora": lora, "output_scale": output_scale}
 
@@ -209,7 +213,7 @@ def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str
 
     The number of singular values is init_r there even after some were dropped.
     """
-    settings.expect_nothing_else(_LORA | _ADALORA_ONLY)
+    settings.expect_nothing_else(LORA_SETTINGS | _ADALORA_ONLY)
     settings.expect("bias", None, "none")
     init_r, alpha = settings.integer("init_r", 1, MAX_RANK), settings.number("lora_alpha")
     kept = settings.mapping("rank_pattern")
@@ -226,7 +230,7 @@ def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str
         a = weights.read(parts["A"], (r, in_features)) * weights.read(parts["E"], (r, 1))
         b = weights.read(parts["B"], (out_features, r)) * scaling
         if r:
-            lora[module] = LowRank(a, b)
+            lora[module] = _low_rank(a, b)
     return {"lora": lora}
 
 
@@ -296,6 +300,11 @@ def _modules(
                 "target_modules=all-linear"
             )
     yield from modules.items()
+
+
+def _low_rank(a: torch.Tensor, b: torch.Tensor) -> LowRank:
+    # Transposed here, beside decoding: filling a slot is then a plain copy.
+    return LowRank(a, b.t().contiguous())
 
 
 def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

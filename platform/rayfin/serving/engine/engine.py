@@ -10,7 +10,7 @@ from typing import Literal
 
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.errors import AdapterError, EngineFailed, Overloaded, RequestError
 from rayfin.hardware import describe_hardware
 from rayfin.models import identity, load_base, load_tokenizer, locate
 from rayfin.serving.engine.adapter import HostAdapter, read_adapter
@@ -135,9 +135,9 @@ class Engine:
         """Lets a removed version go from host memory; its slot goes when another needs it."""
         self._host.forget(ref)
 
-    def resident(self) -> list[str]:
-        """Adapters in slots, the most recently used first."""
-        return list(self._scheduler.slots.refs)
+    def resident(self) -> dict[str, int]:
+        """Adapters in slots, the most recently used first, and the bytes of each one's tensors."""
+        return self._scheduler.slots.resident
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -178,7 +178,8 @@ class Engine:
                 log.exception("a step failed")
                 failures += 1
                 worked = True
-                self._scheduler.end_running("error", f"{type(error).__name__}: {error}")
+                why = EngineFailed(f"a step failed ({type(error).__name__}: {error})")
+                self._scheduler.end_running("error", why)
                 if failures >= _FAILURES:
                     self.failure = error
                     break
@@ -187,7 +188,8 @@ class Engine:
                     if not self._closing and not self._scheduler.has_work:
                         self._changed.wait(timeout=1.0)
         if self.failure is not None:
-            self._scheduler.end_all("error", f"the engine has stopped: {self.failure}")
+            why = EngineFailed(f"the engine has stopped ({self.failure})")
+            self._scheduler.end_all("error", why)
         else:
             self._scheduler.end_all("cancelled")
 

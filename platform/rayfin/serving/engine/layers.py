@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
 from rayfin.serving.engine.batch import Batch, Group
+
+if TYPE_CHECKING:
+    from rayfin.serving.engine.adapter import HostAdapter, LowRank
 
 # Up to so many tokens, MKL is about twice as fast on W x^T as on x W^T (measured on AVX2).
 _FEW_TOKENS = 48
@@ -111,7 +114,9 @@ class SlotLinear(torch.nn.Module):
         self.in_scale: torch.Tensor | None = None
         self.out_scale: torch.Tensor | None = None
         self.shift: torch.Tensor | None = None
-        self.filled: set[int] = set()
+        self.filled: dict[int, int] = {}
+        """Slot -> rank of what it holds for this layer."""
+        self._scaled: set[int] = set()
 
     @property
     def in_features(self) -> int:
@@ -164,48 +169,61 @@ class SlotLinear(torch.nn.Module):
 
     # --- filling slots ----------------------------------------------------------------------
 
-    def put_low_rank(self, slot: int, a: torch.Tensor, b: torch.Tensor) -> None:
-        """a [r, in] and b [out, r], the scaling folded into b; other ranks of the slot are zero."""
-        rank = a.shape[0]
-        mine_a, mine_b = self._room_for(rank)
-        mine_a[slot - 1, :rank].copy_(a)
-        mine_b[slot - 1, :rank].copy_(b.t())
-        # A product over all slots goes to the batch's largest rank.
-        mine_a[slot - 1, rank:].zero_()
-        mine_b[slot - 1, rank:].zero_()
-        self.filled.add(slot)
+    def fill(self, slot: int, adapter: HostAdapter, name: str) -> None:
+        """Copies what an adapter has for this layer, `name`, over all that the slot held."""
+        self._fill_low_rank(slot, adapter.lora.get(name))
+        parts = (adapter.input_scale, adapter.output_scale, adapter.output_shift)
+        scales = [part.get(name) for part in parts]
+        if slot in self._scaled or any(scale is not None for scale in scales):
+            self._fill_scales(slot, *scales)
 
-    def put_scales(
+    def clear(self, slot: int) -> None:
+        """Makes the slot the bare base again."""
+        self._fill_low_rank(slot, None)
+        self._fill_scales(slot, None, None, None)
+
+    def _fill_low_rank(self, slot: int, low_rank: LowRank | None) -> None:
+        before, rank = self.filled.get(slot, 0), 0
+        if low_rank is not None:
+            rank = low_rank.rank
+            a, b = self._room_for(rank)
+            # Half of it would answer as nobody's: until it is whole, `clear` has to look at all.
+            self.filled[slot] = max(before, rank)
+            a[slot - 1, :rank].copy_(low_rank.a)
+            b[slot - 1, :rank].copy_(low_rank.b)
+        if before > rank and self.b is not None:
+            # A product over all slots goes to the batch's largest rank; zero times A is zero.
+            self.b[slot - 1, rank:before].zero_()
+        if rank:
+            self.filled[slot] = rank
+        else:
+            self.filled.pop(slot, None)
+
+    def _fill_scales(
         self,
         slot: int,
         in_scale: torch.Tensor | None,
         out_scale: torch.Tensor | None,
-        shift: torch.Tensor | None = None,
+        shift: torch.Tensor | None,
     ) -> None:
-        if in_scale is not None:
-            if self.in_scale is None:
-                self.in_scale = self._ones(self.in_features)
-            self.in_scale[slot].copy_(in_scale)
-        if out_scale is not None:
-            if self.out_scale is None:
-                self.out_scale = self._ones(self.out_features)
-            self.out_scale[slot].copy_(out_scale)
-        if shift is not None:
-            if self.shift is None:
-                self.shift = self._zeros(self.slots + 1, self.out_features)
-            self.shift[slot].copy_(shift)
-
-    def clear(self, slot: int) -> None:
-        """Makes the slot the bare base again."""
-        if slot in self.filled:
-            assert self.b is not None
-            self.b[slot - 1].zero_()
-            self.filled.discard(slot)
-        for scale in (self.in_scale, self.out_scale):
-            if scale is not None:
-                scale[slot].fill_(1.0)
-        if self.shift is not None:
-            self.shift[slot].zero_()
+        if in_scale is not None and self.in_scale is None:
+            self.in_scale = self._ones(self.in_features)
+        if out_scale is not None and self.out_scale is None:
+            self.out_scale = self._ones(self.out_features)
+        if shift is not None and self.shift is None:
+            self.shift = self._zeros(self.slots + 1, self.out_features)
+        self._scaled.add(slot)
+        for stacked, new, without in (
+            (self.in_scale, in_scale, 1.0),
+            (self.out_scale, out_scale, 1.0),
+            (self.shift, shift, 0.0),
+        ):
+            if stacked is not None and new is None:
+                stacked[slot].fill_(without)
+            elif stacked is not None and new is not None:
+                stacked[slot].copy_(new)
+        if in_scale is None and out_scale is None and shift is None:
+            self._scaled.discard(slot)
 
     @property
     def slot_bytes(self) -> int:

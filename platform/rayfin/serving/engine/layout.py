@@ -52,17 +52,18 @@ class BaseLayout:
             bias=lambda name: _bias(linears[name]),
         )
 
-    def is_called(self, claim: str) -> bool:
-        """Whether `claim`, the base that an adapter names, is this one.
 
-        It is one of the names, or ends in the same directory name: models lie elsewhere on other
-        machines. Hub ids of different owners are different models.
-        """
-        if claim in self.names:
-            return True
-        if _is_hub_id(claim) and any(_is_hub_id(name) for name in self.names):
-            return False
-        return _last_part(claim) in {_last_part(name) for name in self.names} - {""}
+def is_called(claim: str, names: frozenset[str]) -> bool:
+    """Whether `claim`, the base that an adapter names, is the model that has these names.
+
+    It is one of them, or ends in the same directory name: models lie elsewhere on other machines.
+    Hub ids of different owners are different models.
+    """
+    if claim in names:
+        return True
+    if _is_hub_id(claim) and any(_is_hub_id(name) for name in names):
+        return False
+    return _last_part(claim) in {_last_part(name) for name in names} - {""}
 
 
 def _linears(model: Any) -> Iterator[tuple[str, Any]]:

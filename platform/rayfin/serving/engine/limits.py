@@ -1,6 +1,8 @@
-"""What a base model can't be served with, told from its small files; loads no torch."""
+"""What can't be served as configured, told before anything is loaded; imports no torch."""
 
 from __future__ import annotations
+
+import importlib.util
 
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
@@ -15,4 +17,13 @@ def check_length(model: ModelConfig, engine: EngineConfig) -> None:
         raise ConfigError(
             f"engine.max_length={engine.max_length} is more than the {positions} positions of "
             f"'{model.name}'; use engine.max_length={positions} or less"
+        )
+
+
+def require_vllm() -> None:
+    """Raises ConfigError where vLLM isn't installed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "engine.type: vllm is not installed; install rayfin[vllm] on a machine with a GPU, or "
+            "use engine.type=transformers"
         )

@@ -75,17 +75,11 @@ class BatchedModel:
     @torch.inference_mode()
     def fill(self, slot: int, adapter: HostAdapter) -> None:
         """Copies an adapter into a slot, over whatever was there."""
-        self.clear(slot)
+        self._forget(slot)
         try:
-            for name, low_rank in adapter.lora.items():
-                self.linears[name].put_low_rank(slot, low_rank.a, low_rank.b)
-            for name in adapter.input_scale.keys() | adapter.output_scale.keys():
-                self.linears[name].put_scales(
-                    slot,
-                    adapter.input_scale.get(name),
-                    adapter.output_scale.get(name),
-                    adapter.output_shift.get(name),
-                )
+            for name, linear in self.linears.items():
+                linear.fill(slot, adapter, name)
+            if adapter.input_scale or adapter.output_scale:
                 self._scaled.add(slot)
             if adapter.prompt is not None:
                 self._prompts[slot] = adapter.prompt.to(self.device, self.dtype)
@@ -99,6 +93,9 @@ class BatchedModel:
     def clear(self, slot: int) -> None:
         for linear in self.linears.values():
             linear.clear(slot)
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
         self._prompts.pop(slot, None)
         self._prefixes.pop(slot, None)
         self._ranks.pop(slot, None)

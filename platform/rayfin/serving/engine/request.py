@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rayfin.errors import RequestError
+from rayfin.errors import RayfinError, RequestError
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -95,8 +95,9 @@ class Chunk:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    error: str | None = None
-    """Why, where finish_reason is `error`."""
+    error: RayfinError | None = None
+    """Why, where finish_reason is `error`; an Overloaded or RequestError says what `submit` would
+    have raised, had the engine been here."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError
+from rayfin.errors import AdapterError, EngineFailed, RayfinError, RequestError
 from rayfin.serving.engine.adapter import HostAdapter
 from rayfin.serving.engine.batch import Piece
 from rayfin.serving.engine.model import BatchedModel
@@ -63,12 +63,12 @@ class Scheduler:
         self.steps += 1
         return True
 
-    def end_running(self, reason: FinishReason, why: str | None = None) -> None:
+    def end_running(self, reason: FinishReason, why: RayfinError | None = None) -> None:
         for sequence in list(self.running):
             self._free(sequence)
             sequence.end(reason, why)
 
-    def end_all(self, reason: FinishReason, why: str | None = None) -> None:
+    def end_all(self, reason: FinishReason, why: RayfinError | None = None) -> None:
         self.end_running(reason, why)
         for sequence in list(self.waiting):
             self._end_waiting(sequence, reason, why)
@@ -119,7 +119,7 @@ class Scheduler:
                 try:
                     adapter = sequence.loading.result()
                 except AdapterError as error:
-                    self._end_waiting(sequence, "error", str(error))
+                    self._end_waiting(sequence, "error", error)
                     return False
             sequence.blocked = not self.slots.may_acquire(source.ref)
             if sequence.blocked:
@@ -127,20 +127,18 @@ class Scheduler:
             try:
                 slot = self.slots.acquire(source.ref, adapter)
             except (RuntimeError, MemoryError) as error:  # no memory for the slots to grow, say
-                self._end_waiting(
-                    sequence, "error", f"adapter '{source.ref}' does not fit: {error}"
-                )
+                why = EngineFailed(f"adapter '{source.ref}' does not fit: {error}")
+                self._end_waiting(sequence, "error", why)
                 return False
         virtual = self._model.virtual_tokens(slot)
         if virtual + len(sequence.request.prompt_ids) >= self._config.max_length:
             if source is not None:
                 self.slots.release(source.ref)
-            self._end_waiting(
-                sequence,
-                "error",
+            too_long = RequestError(
                 f"the prompt has {len(sequence.request.prompt_ids)} tokens, and the adapter's "
-                f"{virtual} virtual ones leave room for {self._config.max_length - virtual - 1}",
+                f"{virtual} virtual ones leave room for {self._config.max_length - virtual - 1}"
             )
+            self._end_waiting(sequence, "error", too_long)
             return False
         sequence.loading = None
         sequence.begin(
@@ -178,7 +176,7 @@ class Scheduler:
         for sequence, (token, logprob) in zip(self._rows(asking), choices, strict=True):
             if token == INVALID:
                 self._free(sequence)
-                sequence.end("error", "the model's scores for the next token are not numbers")
+                sequence.end("error", _not_numbers(sequence))
                 continue
             chunk = sequence.take(token, logprob, self._ends)
             self.generated_tokens += 1
@@ -204,7 +202,7 @@ class Scheduler:
             sequence.end("cancelled")
 
     def _end_waiting(
-        self, sequence: Sequence, reason: FinishReason, why: str | None = None
+        self, sequence: Sequence, reason: FinishReason, why: RayfinError | None = None
     ) -> None:
         with self._changed:
             self.waiting.remove(sequence)
@@ -227,3 +225,10 @@ class Scheduler:
         self.cancelled.discard(sequence.request.request_id)
         self.finished += 1
         self._changed.notify_all()
+
+
+def _not_numbers(sequence: Sequence) -> RayfinError:
+    what = "scores for the next token that are not numbers"
+    if (source := sequence.request.adapter) is None:
+        return EngineFailed(f"the model gave {what}")
+    return AdapterError(f"adapter '{source.ref}' gave {what}; train it again, with a lower rate")

@@ -14,6 +14,7 @@ from rayfin.serving.engine.sampler import RowSampler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from rayfin.errors import RayfinError
     from rayfin.serving.engine.adapter import HostAdapter
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Sequence:
                 text, reason = text + self._text.flush(), "length"
         return Chunk(text, (token,), () if logprob is None else (logprob,), reason)
 
-    def end(self, reason: FinishReason, why: str | None = None) -> None:
+    def end(self, reason: FinishReason, why: RayfinError | None = None) -> None:
         """Tells who asked that nothing more comes."""
         self.hand_over(Chunk("", (), finish_reason=reason, error=why))
 

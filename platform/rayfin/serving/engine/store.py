@@ -93,6 +93,7 @@ class HostCache:
 @dataclass
 class _Slot:
     index: int
+    nbytes: int
     pins: int = 0
 
 
@@ -107,8 +108,9 @@ class Slots:
         self._free = list(range(count, 0, -1))
         self._held: OrderedDict[str, _Slot] = OrderedDict()
         self.hits = self.fills = self.evictions = 0
-        self.refs: tuple[str, ...] = ()
-        """Adapters in slots, the most recently used first; any thread may look."""
+        self.resident: dict[str, int] = {}
+        """Adapters in slots, the most recently used first, and their bytes; never changed, only
+        replaced: any thread may look."""
 
     def holds(self, ref: str) -> bool:
         return ref in self._held
@@ -124,20 +126,20 @@ class Slots:
         """
         if (slot := self._held.get(ref)) is None:
             assert adapter is not None
-            slot = _Slot(self._take())
+            slot = _Slot(self._take(), adapter.nbytes)
             try:
                 self._fill(slot.index, adapter)
             except BaseException:
                 # Whoever had the slot before is gone from it all the same.
                 self._free.append(slot.index)
-                self.refs = tuple(reversed(self._held))
+                self._tell()
                 raise
             self.fills += 1
             self._held[ref] = slot
         else:
             self.hits += 1
         self._held.move_to_end(ref)
-        self.refs = tuple(reversed(self._held))
+        self._tell()
         slot.pins += 1
         return slot.index
 
@@ -149,8 +151,11 @@ class Slots:
         slot = self._held.get(ref)
         if slot is not None and not slot.pins:
             del self._held[ref]
-            self.refs = tuple(reversed(self._held))
+            self._tell()
             self._free.append(slot.index)
+
+    def _tell(self) -> None:
+        self.resident = {ref: slot.nbytes for ref, slot in reversed(self._held.items())}
 
     def _take(self) -> int:
         if self._free:

@@ -1,0 +1,144 @@
+"""A client of the served API, as small as `rayfin chat` and the examples need it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote
+
+import httpx
+
+from rayfin.errors import AdapterNotFound, RayfinError, RequestError
+from rayfin.serving.local import Endpoint
+
+# Between two events of an answer; the first one may wait for a queue and a cold adapter.
+_READ_SECONDS = 300.0
+_CONNECT_SECONDS = 10.0
+
+Message = dict[str, str]
+
+
+@dataclass
+class Reply:
+    """An answer on its way: iterate for its text, once; the rest is known as it comes.
+
+    Leaving the iteration early, by `close`, ends the request on the server.
+    """
+
+    pieces: Iterator[str]
+    model: str = ""
+    """The version that answers."""
+    text: str = ""
+    finish_reason: str | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+    def close(self) -> None:
+        self.pieces.close()  # type: ignore[attr-defined]
+
+
+class Client:
+    """One deployment; a context manager.
+
+    Raises AdapterNotFound for unknown names, RequestError for what else the API refuses, and
+    RayfinError where it can't be reached.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        headers = {"authorization": f"Bearer {endpoint.key}"} if endpoint.key else {}
+        self.url = endpoint.url.rstrip("/").removesuffix("/v1")
+        try:
+            self._http = httpx.Client(
+                base_url=self.url,
+                headers=headers,
+                timeout=httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
+            )
+        except (httpx.InvalidURL, ValueError, TypeError) as error:
+            raise RequestError(f"'{endpoint.url}' is no URL of an API ({error})") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._http.close()
+
+    def models(self) -> list[str]:
+        """Every name that is answered to; the base model is the first."""
+        return [card["id"] for card in self._get("/v1/models")["data"]]
+
+    def resolve(self, model: str) -> str:
+        """The version that answers to `model` now."""
+        return str(self._get(f"/v1/models/{quote(model, safe='')}")["root"])
+
+    def chat(self, model: str, messages: Sequence[Message], options: Mapping[str, Any]) -> Reply:
+        """Asks for an answer, streamed; errors come with the first piece."""
+        body = {
+            "model": model,
+            "messages": list(messages),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **options,
+        }
+        reply = Reply(iter(()))
+        reply.pieces = self._stream(body, reply)
+        return reply
+
+    def _stream(self, body: Mapping[str, Any], reply: Reply) -> Iterator[str]:
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _refusal(response)
+                for line in response.iter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise RayfinError(str(event["error"].get("message", event["error"])))
+                    reply.model = event.get("model") or reply.model
+                    reply.usage = event.get("usage") or reply.usage
+                    for choice in event.get("choices", ()):
+                        reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+                        if text := choice["delta"].get("content"):
+                            reply.text += text
+                            yield text
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def _get(self, path: str) -> dict[str, Any]:
+        try:
+            response = self._http.get(path)
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code != 200:
+            raise _refusal(response)
+        try:
+            value: dict[str, Any] = response.json()
+        except ValueError as error:
+            raise RayfinError(f"what answers at {self.url} is not rayfin's API") from error
+        return value
+
+    def _unreachable(self, error: httpx.HTTPError) -> RayfinError:
+        why = str(error) or type(error).__name__
+        return RayfinError(f"{self.url} can't be reached ({why}); is `rayfin serve` running there?")
+
+
+def _refusal(response: httpx.Response) -> RayfinError:
+    """What the API's error envelope says."""
+    try:
+        message = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        message = f"HTTP {response.status_code} from {response.url}"
+    if response.status_code == 404:
+        return AdapterNotFound(message)
+    return RequestError(message) if response.status_code < 500 else RayfinError(message)

@@ -1,0 +1,252 @@
+"""vLLM behind the calls of rayfin's own engine: LoRA adapters, on the GPUs that vLLM knows.
+
+vLLM keeps an adapter's weights under a number, and computed prefixes under a name. Every version
+gets a number and a name that no other ever had: a new version is never answered with the weights
+of an old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from rayfin.config.schema import ModelConfig
+from rayfin.config.serving import EngineConfig
+from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError
+from rayfin.models import identity, load_tokenizer, locate
+from rayfin.serving.engine.limits import check_length
+from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
+from rayfin.serving.engine.vllm_backend import (
+    Backend,
+    Lora,
+    Vllm,
+    as_chunk,
+    check_lora,
+    vllm_arguments,
+)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VllmStats:
+    """Counts since the start, and what is going on now."""
+
+    waiting: int
+    """vLLM keeps its own queue: requests beyond engine.max_rows."""
+    running: int
+    finished: int
+    prompt_tokens: int
+    generated_tokens: int
+
+
+class VllmEngine:
+    """The calls of `Engine`, answered by vLLM; all may come from any thread.
+
+    Raises ConfigError where vLLM isn't installed or can't have these settings, ModelError where it
+    doesn't start.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: EngineConfig,
+        open_backend: Callable[[Mapping[str, Any]], Backend] | None = None,
+    ) -> None:
+        """`open_backend` is given vLLM's arguments, on the event loop that is to be used."""
+        check_length(model, config)
+        self.config, self.model_name, self.max_length = config, model.name, config.max_length
+        self.tokenizer = load_tokenizer(model)
+        self._names = frozenset({model.name, locate(model), identity(model)})
+        self._arguments = vllm_arguments(model, config)
+        self._open_backend = open_backend or Vllm
+        self._changed = threading.Condition()
+        self._open: dict[str, asyncio.Task[None] | None] = {}
+        """Request id -> what follows it; None until the event loop has begun it."""
+        self._draining = False
+        self._numbers = itertools.count(1)
+        self._loras: OrderedDict[str, Lora] = OrderedDict()
+        self._uses: Counter[int] = Counter()
+        self._finished = self._prompt_tokens = self._generated_tokens = 0
+        self._backend: Backend | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
+
+    def start(self) -> None:
+        """Loads the model."""
+
+        async def begin() -> None:
+            self._backend = self._open_backend(self._arguments)
+
+        self._thread.start()
+        asyncio.run_coroutine_threadsafe(begin(), self._loop).result()
+
+    @property
+    def failure(self) -> BaseException | None:
+        return None if self._backend is None else self._backend.failure
+
+    @property
+    def healthy(self) -> bool:
+        return self._backend is not None and self.failure is None and self._thread.is_alive()
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Refuses new requests, lets those at work end for so long, and cancels the rest."""
+        deadline = time.monotonic() + drain_seconds
+        with self._changed:
+            self._draining = True
+            while self._open and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(left)
+        if not self._thread.is_alive():
+            return
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """As `Engine.submit`."""
+        check_prompt(request, self.max_length, len(self.tokenizer))
+        with self._changed:
+            if self.failure is not None or self._draining or self._backend is None:
+                raise Overloaded("the engine takes no requests any more", retry_after=5)
+            if request.request_id in self._open:
+                raise RequestError(f"request id '{request.request_id}' is in use; give another")
+            if len(self._open) >= self.config.max_rows + self.config.max_queue:
+                raise Overloaded(f"{len(self._open)} requests are at work or wait; try again soon")
+            self._open[request.request_id] = None
+        self._loop.call_soon_threadsafe(self._begin, request, sink)
+
+    def cancel(self, request_id: str) -> None:
+        self._loop.call_soon_threadsafe(self._cancel, request_id)
+
+    def check(self, source: AdapterSource) -> None:
+        """Raises AdapterError where vLLM can't serve the adapter, or not exactly."""
+        check_lora(source, self._names, self.config.max_rank)
+
+    def forget(self, ref: str) -> None:
+        """Lets a removed version go as soon as no request uses it."""
+        self._loop.call_soon_threadsafe(self._forget, ref)
+
+    def resident(self) -> dict[str, int]:
+        """Adapters that were used last, as many as there are slots, and their bytes."""
+        with self._changed:
+            loras = list(self._loras.values())[-self.config.slots :]
+        return {lora.source.ref: lora.nbytes for lora in reversed(loras)}
+
+    def stats(self) -> VllmStats:
+        with self._changed:
+            known = len(self._open)
+            running = min(known, self.config.max_rows)
+            return VllmStats(
+                known - running,
+                running,
+                self._finished,
+                self._prompt_tokens,
+                self._generated_tokens,
+            )
+
+    # --- in the event loop --------------------------------------------------------------------
+
+    def _begin(self, request: Request, sink: Sink) -> None:
+        task = self._loop.create_task(self._follow(request, sink))
+        with self._changed:
+            self._open[request.request_id] = task
+        task.add_done_callback(partial(self._ended, request.request_id, sink))
+
+    def _cancel(self, request_id: str) -> None:
+        if (task := self._open.get(request_id)) is not None:
+            task.cancel()
+
+    async def _end(self) -> None:
+        tasks = [task for task in self._open.values() if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._backend is not None:
+            self._backend.close()
+
+    async def _follow(self, request: Request, sink: Sink) -> None:
+        """Hands on what vLLM sends; raises what went wrong, if it was before the last chunk."""
+        lora = None if request.adapter is None else await self._lora(request.adapter)
+        self._prompt_tokens += len(request.prompt_ids)
+        assert self._backend is not None
+        ended = False
+        with self._hold(lora):
+            async with aclosing(self._backend.generate(request, lora)) as outputs:
+                async for output in outputs:
+                    chunk = as_chunk(output.outputs[0], request.params.logprobs)
+                    self._generated_tokens += len(chunk.token_ids)
+                    ended = chunk.finish_reason is not None
+                    sink(chunk)
+        if not ended:
+            raise EngineFailed("vLLM's answer broke off; send the request again")
+
+    def _ended(self, request_id: str, sink: Sink, task: asyncio.Task[None]) -> None:
+        """Gives the sink its last chunk where vLLM did not."""
+        with self._changed:
+            self._open.pop(request_id, None)
+            self._finished += 1
+            self._changed.notify_all()
+        if task.cancelled():
+            last = Chunk("", (), finish_reason="cancelled")
+        elif (error := task.exception()) is None:
+            return
+        else:
+            if not isinstance(error, RayfinError):
+                log.warning("request %s failed: %s", request_id, error)
+                error = EngineFailed(f"vLLM failed ({type(error).__name__}: {error})")
+            last = Chunk("", (), finish_reason="error", error=error)
+        try:
+            sink(last)
+        except Exception:
+            log.exception("request %s: its sink failed", request_id)
+
+    async def _lora(self, source: AdapterSource) -> Lora:
+        if source.ref not in self._loras:
+            nbytes = await asyncio.to_thread(check_lora, source, self._names, self.config.max_rank)
+            with self._changed:
+                if source.ref not in self._loras:  # another request was faster
+                    self._loras[source.ref] = Lora(next(self._numbers), source, nbytes)
+        with self._changed:
+            self._loras.move_to_end(source.ref)
+            return self._loras[source.ref]
+
+    @contextmanager
+    def _hold(self, lora: Lora | None) -> Iterator[None]:
+        """An adapter stays until no request holds it."""
+        if lora is None:
+            yield
+            return
+        self._uses[lora.number] += 1
+        try:
+            yield
+        finally:
+            self._uses[lora.number] -= 1
+            self._drop_unused(lora)
+
+    def _forget(self, ref: str) -> None:
+        with self._changed:
+            lora = self._loras.pop(ref, None)
+        if lora is not None:
+            self._drop_unused(lora)
+
+    def _drop_unused(self, lora: Lora) -> None:
+        if self._uses[lora.number] or self._loras.get(lora.source.ref) is lora:
+            return
+        assert self._backend is not None
+        task = self._loop.create_task(self._backend.remove(lora))
+        task.add_done_callback(_report)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("an adapter could not be removed from vLLM: %s", error)

@@ -1,0 +1,193 @@
+"""rayfin's words and vLLM's: settings, requests, answers, and what vLLM serves exactly."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rayfin.config.schema import ModelConfig
+from rayfin.config.serving import EngineConfig
+from rayfin.errors import ConfigError, EngineFailed, ModelError
+from rayfin.methods import METHODS
+from rayfin.models import locate
+from rayfin.serving.engine.adapter import LORA_SETTINGS, MAX_RANK, PLAIN_INITS, check_base
+from rayfin.serving.engine.limits import require_vllm
+from rayfin.serving.engine.peft_files import Weights, read_settings
+from rayfin.serving.engine.request import (
+    AdapterSource,
+    Chunk,
+    FinishReason,
+    Request,
+    TokenLogprob,
+)
+
+# The ranks that vLLM makes room for (vllm.config.lora.MaxLoRARanks).
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Adapters that vLLM keeps in host memory; engine.vllm.max_cpu_loras changes it.
+_HOST_ADAPTERS = 128
+_REASONS: Mapping[str, FinishReason] = {"length": "length", "abort": "cancelled", "error": "error"}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter version as vLLM knows it."""
+
+    number: int
+    source: AdapterSource
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.ref}#{self.number}"
+
+
+class Backend(Protocol):
+    """What is used of vLLM, on one event loop."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why it has stopped for good."""
+
+    def generate(self, request: Request, lora: Lora | None) -> AsyncGenerator[Any, None]:
+        """vLLM's `RequestOutput`s, each with what is new; closing it ends the request."""
+
+    async def remove(self, lora: Lora) -> None:
+        """Lets its weights go."""
+
+    def close(self) -> None: ...
+
+
+class Vllm:
+    """The real one: the only place that imports vLLM (0.11 or newer)."""
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        require_vllm()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        try:
+            self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        except TypeError as error:
+            raise ConfigError(
+                f"engine.vllm: vLLM does not take these arguments ({error}); "
+                "see the documentation of its AsyncEngineArgs"
+            ) from error
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ModelError(
+                f"vLLM can't serve '{arguments['model']}' ({error}); "
+                "use engine.type=transformers, or other settings under engine.vllm"
+            ) from error
+
+    @property
+    def failure(self) -> BaseException | None:
+        failure: BaseException | None = self._llm.dead_error if self._llm.errored else None
+        return failure
+
+    def generate(self, request: Request, lora: Lora | None) -> AsyncGenerator[Any, None]:
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.lora.request import LoRARequest
+        from vllm.sampling_params import RequestOutputKind
+
+        stream: AsyncGenerator[Any, None] = self._llm.generate(
+            TokensPrompt(prompt_token_ids=list(request.prompt_ids)),
+            SamplingParams(**sampling_arguments(request), output_kind=RequestOutputKind.DELTA),
+            request.request_id,
+            lora_request=None
+            if lora is None
+            else LoRARequest(lora.name, lora.number, str(lora.source.path)),
+        )
+        return stream
+
+    async def remove(self, lora: Lora) -> None:
+        await self._llm.remove_lora(lora.number)
+
+    def close(self) -> None:
+        self._llm.shutdown()
+
+
+def vllm_arguments(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
+    """vLLM's own names for the settings; raises ConfigError for what it has no way to do."""
+    rank = next((rank for rank in _RANKS if rank >= config.max_rank), None)
+    if rank is None:
+        raise ConfigError(
+            f"engine.max_rank={config.max_rank}: vLLM serves ranks up to {_RANKS[-1]}; "
+            "lower it, or use engine.type=transformers"
+        )
+    return {
+        "model": locate(model),
+        "revision": model.revision,
+        "dtype": model.dtype,
+        "quantization": "bitsandbytes" if config.quantization_bit else None,
+        "max_model_len": config.max_length,
+        "max_num_seqs": config.max_rows,
+        "max_num_batched_tokens": config.prefill_chunk + config.max_rows,
+        "enable_lora": True,
+        "max_loras": config.slots,
+        "max_lora_rank": rank,
+        "max_cpu_loras": max(config.slots, _HOST_ADAPTERS),
+        "disable_log_stats": True,
+        **config.vllm,
+    }
+
+
+def sampling_arguments(request: Request) -> dict[str, Any]:
+    """vLLM's SamplingParams for a request; the names are the same, as rayfin took them over."""
+    params = request.params
+    names = (
+        "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty "
+        "frequency_penalty ignore_eos seed logprobs"
+    )
+    return {name: getattr(params, name) for name in names.split()} | {"stop": list(params.stop)}
+
+
+def as_chunk(output: Any, logprobs: int | None) -> Chunk:
+    """What a vLLM `CompletionOutput` brings; `logprobs` is how many likeliest tokens to name."""
+    reason: FinishReason | None = None
+    if output.finish_reason is not None:
+        reason = _REASONS.get(output.finish_reason, "stop")
+    written = []
+    if logprobs is not None and output.logprobs:
+        for token, known in zip(output.token_ids, output.logprobs, strict=True):
+            # The token that was drawn is among them, and may be none of the likeliest.
+            ranked = sorted(known.items(), key=lambda item: item[1].rank)[:logprobs]
+            top = tuple((other, one.logprob) for other, one in ranked)
+            written.append(TokenLogprob(token, known[token].logprob, top))
+    why = EngineFailed("vLLM failed at this request") if reason == "error" else None
+    return Chunk(output.text, tuple(output.token_ids), tuple(written), reason, why)
+
+
+def check_lora(source: AdapterSource, names: frozenset[str], max_rank: int) -> int:
+    """Bytes of an adapter that vLLM answers with exactly; raises AdapterError for any other.
+
+    vLLM does not look at what it doesn't know in adapter_config.json, so this does.
+    """
+    settings, metadata = read_settings(source)
+    peft_type = settings.text("peft_type")
+    if peft_type != "LORA" or settings.flag("use_dora"):
+        served = ", ".join(
+            method.title
+            for name, method in METHODS.items()
+            if "vllm" in method.engines and name != "full"
+        )
+        raise settings.error(
+            f"it is of type {'DORA' if peft_type == 'LORA' else peft_type}, and vLLM serves "
+            f"{served}; serve it with engine.type=transformers"
+        )
+    check_base(settings, metadata, names)
+    settings.expect("task_type", None, "CAUSAL_LM")
+    settings.expect("bias", None, "none")
+    settings.expect("init_lora_weights", *PLAIN_INITS)
+    # Of patterns vLLM knows nothing: one rank and one alpha for all layers.
+    settings.expect_nothing_else((LORA_SETTINGS - {"rank_pattern"}) | {"use_rslora"})
+    rank = settings.integer("r", 1, MAX_RANK)
+    if rank > max_rank:
+        raise settings.error(
+            f"it has rank {rank}, and slots hold {max_rank}; raise engine.max_rank"
+        )
+    nbytes = 0
+    with Weights(source) as weights:
+        for parts in weights.by_module({".lora_A.weight": "A", ".lora_B.weight": "B"}).values():
+            for name in parts.values():
+                nbytes += weights.read(name, weights.shape(name)).nbytes
+    return nbytes
