@@ -184,15 +184,22 @@ class Service:
         line = self.process.stdout.readline()
         assert line, f"it did not start:\n{self.errors()}"
         self.told: dict[str, Any] = json.loads(line)
-        self.http = httpx.Client(base_url=self.told["url"], timeout=PATIENCE)
+        self.http = self.client()
+
+    def client(self) -> httpx.Client:
+        """One of a thread's own: a pool that many share breaks when it closes idle connections."""
+        return httpx.Client(base_url=self.told["url"], timeout=PATIENCE)
 
     def errors(self) -> str:
         self._log.seek(0)
         return self._log.read()
 
-    def ask(self, model: str, tokens: int = 8, **more: Any) -> httpx.Response:
+    def ask(
+        self, model: str, tokens: int = 8, http: httpx.Client | None = None, **more: Any
+    ) -> httpx.Response:
         body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0}
-        return self.http.post("/v1/completions", json=body | {"ignore_eos": True} | more)
+        http = http or self.http
+        return http.post("/v1/completions", json=body | {"ignore_eos": True} | more)
 
     def answer(self, model: str, tokens: int = 8) -> tuple[str, str]:
         """The version that answered, and what it said."""

@@ -41,6 +41,7 @@ APP = "rayfin"
 """The application's name in Serve."""
 
 _STATS_SECONDS = 1.0
+_CONNECTIONS = 512
 _CLOSING_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 # Replicas write what goes wrong; a line for each request would cost more than it tells.
@@ -110,9 +111,10 @@ def build_app(config: ServeConfig) -> serve.Application:
         name="api",
         num_replicas=deployment.api_replicas,
         ray_actor_options={"num_cpus": 0},
-        # What is beyond the engines' capacity is refused by the API in a moment.
-        max_ongoing_requests=2 * capacity * deployment.most_replicas,
-        max_queued_requests=capacity,
+        # What is beyond the engines' capacity is refused by the API in a moment, in OpenAI's
+        # envelope; beyond this, and what waits for it, Serve refuses in its own words.
+        max_ongoing_requests=max(_CONNECTIONS, 2 * capacity * deployment.most_replicas),
+        max_queued_requests=_CONNECTIONS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         health_check_period_s=deployment.health_check_seconds,
         graceful_shutdown_wait_loop_s=0.2,

@@ -13,6 +13,7 @@ from rayfin.serving.engine.batch import Batch, Piece
 from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
 from rayfin.serving.engine.int8 import Int8Linear
 from rayfin.serving.engine.layers import Mixture, SlotLinear, product
+from rayfin.serving.engine.packed import PackedLinear, can_pack
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.adapter import HostAdapter
@@ -141,6 +142,8 @@ class BatchedModel:
             self.linears[name] = wrapped
         if int8:
             self.head = Int8Linear(self.head)
+        elif can_pack(self.head):
+            self.head = PackedLinear(self.head)
 
     def _insert_cache(self) -> None:
         text = self.base.config.get_text_config()

@@ -1,0 +1,40 @@
+"""The output head's weights in oneDNN's own order, on CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class PackedLinear(torch.nn.Module):
+    """A float32 linear layer over a copy of its weights that oneDNN need not rearrange.
+
+    For the head's 49,000 rows and 16 tokens about twice as fast as MKL here, whichever way round
+    MKL has it; the layers inside a block are too small to gain. The copy is the price.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.out_features, self.in_features = linear.weight.shape
+        self.bias = linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        # What asks for the device and type of a layer looks at its weight.
+        self.weight = torch.empty(0)
+
+    def forward(self, flat: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            flat, self.packed, self.bias, "none", [], ""
+        )
+        return result
+
+
+def can_pack(linear: Any) -> bool:
+    """A plain float32 layer on CPU, and a torch with oneDNN."""
+    weight = linear.weight
+    return (
+        type(linear) is torch.nn.Linear
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+    )
