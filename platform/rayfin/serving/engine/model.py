@@ -11,8 +11,9 @@ from rayfin.config.serving import EngineConfig
 from rayfin.errors import ModelError
 from rayfin.serving.engine.batch import Batch, Piece
 from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
+from rayfin.serving.engine.family import TOGETHER, Family, is_plain, product
 from rayfin.serving.engine.int8 import Int8Linear
-from rayfin.serving.engine.layers import Mixture, SlotLinear, product
+from rayfin.serving.engine.layers import Mixture, SlotLinear
 from rayfin.serving.engine.packed import PackedLinear, can_pack
 
 if TYPE_CHECKING:
@@ -140,10 +141,21 @@ class BatchedModel:
             wrapped = SlotLinear(inner, self.mixture, self.slots)
             setattr(self.base.get_submodule(parent), child, wrapped)
             self.linears[name] = wrapped
+        self._join_families()
         if int8:
             self.head = Int8Linear(self.head)
         elif can_pack(self.head):
             self.head = PackedLinear(self.head)
+
+    def _join_families(self) -> None:
+        for name in self.linears:
+            parent, _, child = name.rpartition(".")
+            for children in TOGETHER:
+                members = [self.linears.get(f"{parent}.{other}") for other in children]
+                if child == children[0] and all(one and is_plain(one.base) for one in members):
+                    family = Family([one.base for one in members if one])  # type: ignore[misc]
+                    for one in members:
+                        one.family = family  # type: ignore[union-attr]
 
     def _insert_cache(self) -> None:
         text = self.base.config.get_text_config()

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from rayfin.serving.engine.family import is_plain
+
 
 class PackedLinear(torch.nn.Module):
     """A float32 linear layer over a copy of its weights that oneDNN need not rearrange.
@@ -31,10 +33,5 @@ class PackedLinear(torch.nn.Module):
 
 def can_pack(linear: Any) -> bool:
     """A plain float32 layer on CPU, and a torch with oneDNN."""
-    weight = linear.weight
-    return (
-        type(linear) is torch.nn.Linear
-        and weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-    )
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and is_plain(linear)
