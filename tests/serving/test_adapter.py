@@ -302,7 +302,7 @@ def test_layout_of_a_base_that_the_engine_has_changed() -> None:
         parent, _, child = name.rpartition(".")
         inner = base.get_submodule(name)
         inner = Int8Linear(inner) if child == "q_proj" else inner
-        setattr(base.get_submodule(parent), child, SlotLinear(inner, Mixture(), slots=2))
+        setattr(base.get_submodule(parent), child, SlotLinear(inner, Mixture(), 2, torch.float32))
     after = BaseLayout.of(base, before.names)
     assert after.linears == before.linears
     for name in before.linears:

@@ -20,7 +20,9 @@ from rayfin.config import load_serve_config
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, ConfigError, EngineFailed, Overloaded, RequestError
+from rayfin.models import skeleton
 from rayfin.serving.engine.engine import Engine
+from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
 from rayfin.serving.engine.vllm import VllmEngine
 from rayfin.serving.engine.vllm_backend import (
@@ -82,6 +84,10 @@ class AsVllm:
         finally:
             self.engine.cancel(request.request_id)
 
+    async def add(self, lora: Lora) -> None:
+        if not lora.source.path.is_dir():
+            raise AdapterError(f"adapter '{lora.source.ref}': vLLM can't load it")
+
     async def remove(self, lora: Lora) -> None:
         del self.kept[lora.number]
 
@@ -107,6 +113,10 @@ def engine(tiny: str, backend: AsVllm) -> Iterator[VllmEngine]:
 def prompt(tiny_tokenizer: Any) -> list[int]:
     ids: list[int] = tiny_tokenizer("What is a list, and why?")["input_ids"]
     return ids
+
+
+def linears(model: str) -> dict[str, tuple[int, int]]:
+    return linears_of(skeleton(ModelConfig(name=model)))
 
 
 def until(true: Callable[[], Any]) -> None:
@@ -185,6 +195,8 @@ def test_what_vllm_cannot_serve_is_refused_with_the_reason(
     ("changes", "reason"),
     [
         ({"r": 65}, "engine.max_rank"),
+        ({"r": 8}, "shape"),
+        ({"lora_alpha": "much"}, "lora_alpha"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -201,7 +213,7 @@ def test_settings_that_vllm_would_not_look_at_are_refused(
     config = directory / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(AdapterError, match=reason):
-        check_lora(AdapterSource("changed@1", directory), frozenset({tiny}), 64)
+        check_lora(AdapterSource("changed@1", directory), frozenset({tiny}), linears(tiny), 64)
 
 
 def test_a_pickle_is_never_left_to_vllm(tiny: str, tiny_adapters: Adapters, tmp_path: Path) -> None:
@@ -209,7 +221,7 @@ def test_a_pickle_is_never_left_to_vllm(tiny: str, tiny_adapters: Adapters, tmp_
     shutil.copytree(tiny_adapters["lora"].path, directory)
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
     with pytest.raises(AdapterError, match="safetensors"):
-        check_lora(AdapterSource("pickled@1", directory), frozenset({tiny}), 64)
+        check_lora(AdapterSource("pickled@1", directory), frozenset({tiny}), linears(tiny), 64)
 
 
 def test_cancelling_ends_a_request(

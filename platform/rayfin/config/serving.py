@@ -40,6 +40,11 @@ class EngineConfig(Section):
     def _of_one_engine(self) -> EngineConfig:
         if self.type == "transformers" and self.vllm:
             raise ValueError("vllm is for engine.type=vllm; set that, or leave it out")
+        if self.weights == "int8" and self.quantization_bit is not None:
+            raise ValueError(
+                f"weights=int8 makes its own weights of full ones, and quantization_bit="
+                f"{self.quantization_bit} leaves none; set one of them"
+            )
         if self.type == "vllm" and self.weights != "auto":
             raise ValueError(
                 f"weights={self.weights} is of engine.type=transformers; set that, or for vLLM a "

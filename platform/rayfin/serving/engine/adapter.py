@@ -116,6 +116,14 @@ class HostAdapter:
             return len(self.prompt)
         return 0 if self.prefix is None else self.prefix.shape[3]
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether none of its values is infinite in `dtype`."""
+        most = torch.finfo(dtype).max
+        whole = (tensor for tensor in self._tensors() if tensor.numel())
+        return most >= torch.finfo(torch.bfloat16).max or all(
+            tensor.abs().max().item() <= most for tensor in whole
+        )
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._tensors())
@@ -190,7 +198,7 @@ def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
     if dora:
         suffixes[".lora_magnitude_vector"] = "magnitude"
     lora, output_scale = {}, {}
-    for module, parts in _modules(weights, suffixes, base):
+    for module, parts in modules_of(weights, suffixes, base.linears):
         in_features, out_features = base.linears[module]
         r = rank_of(module) or rank
         own_alpha = alpha_of(module)
@@ -219,7 +227,7 @@ def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str
     kept = settings.mapping("rank_pattern")
     lora = {}
     suffixes = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}
-    for module, parts in _modules(weights, suffixes, base):
+    for module, parts in modules_of(weights, suffixes, base.linears):
         in_features, out_features = base.linears[module]
         r = init_r
         if (mask := kept.get(f"{module}.lora_E")) is not None:
@@ -239,7 +247,7 @@ def _ia3(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, An
     the whole output of a layer."""
     settings.expect_nothing_else(_IA3)
     input_scale, output_scale, output_shift = {}, {}, {}
-    for module, parts in _modules(weights, {".ia3_l": "scale"}, base):
+    for module, parts in modules_of(weights, {".ia3_l": "scale"}, base.linears):
         in_features, out_features = base.linears[module]
         name = parts["scale"]
         if weights.shape(name)[:1] == (1,) and out_features != 1:
@@ -286,17 +294,17 @@ def _virtual_tokens(settings: Settings, weights: Weights) -> int:
     return settings.integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
 
 
-def _modules(
-    weights: Weights, suffixes: Mapping[str, str], base: BaseLayout
+def modules_of(
+    weights: Weights, suffixes: Mapping[str, str], linears: Mapping[str, tuple[int, int]]
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Module names in the base and their tensors' names; raises AdapterError for unknown ones."""
     modules = weights.by_module(suffixes)
     for module in modules:
-        if module not in base.linears:
+        if module not in linears:
             raise weights.error(
                 f"it adapts {shown(module)}, which is none of the served base's "
-                f"{len(base.linears)} adaptable linear layers (such as "
-                f"'{next(iter(base.linears), '')}'); train it on this base with "
+                f"{len(linears)} adaptable linear layers (such as "
+                f"'{next(iter(linears), '')}'); train it on this base with "
                 "target_modules=all-linear"
             )
     yield from modules.items()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from rayfin.errors import ModelError
 from rayfin.serving.engine.batch import Batch, Piece
 
 ATTENTION = "rayfin"
@@ -58,6 +59,15 @@ class KVCache:
             dtype = self.keys[0].dtype
             self._bias = torch.zeros(beyond.shape, dtype=dtype, device=rows.device)
             self._bias.masked_fill_(beyond, torch.finfo(dtype).min)
+
+    def clear_row(self, row: int, stop: int) -> None:
+        """Zeroes a row's first `stop` places.
+
+        Places beyond a row's length are masked by adding the least number, and what is no number
+        stays none: NaN that one row left would be the next one's.
+        """
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, :stop].zero_()
 
     def write_prefix(self, row: int, prefix: torch.Tensor) -> None:
         """Puts a learned prefix [layers, 2, heads, virtual tokens, head_dim] before a row."""
@@ -146,9 +156,14 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, heads, tokens, head_dim] -> [1, tokens, …]."""
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        raise ModelError(
+            f"{type(module).__name__} has soft caps or sinks in its attention, which rayfin's "
+            "engine does not compute; serve another model"
+        )
     cache: KVCache = module.rayfin_cache  # type: ignore[assignment]
     layer: int = module.layer_idx  # type: ignore[assignment]
     out = cache.attend(layer, query[0], query.shape[-1] ** -0.5 if scaling is None else scaling)

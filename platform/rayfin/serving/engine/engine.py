@@ -65,8 +65,9 @@ class Engine:
         self.tokenizer = load_tokenizer(model)
         base = load_base(model, config.quantization_bit, describe_hardware(use_gpu).device)
         names = frozenset({model.name, str(locate(model)), identity(model)})
-        self._layout = BaseLayout.of(base, names)
         self.model = BatchedModel(model.name, base, config)
+        # After: the engine's own layers are what it looks through, and int8 leaves no others.
+        self._layout = BaseLayout.of(base, names)
         self._changed = threading.Condition()
         self._host = HostCache(self.read, config.host_cache_mb * 2**20, self._notify)
         self._scheduler = Scheduler(
@@ -132,8 +133,11 @@ class Engine:
         self._host.load(source).result()
 
     def forget(self, ref: str) -> None:
-        """Lets a removed version go from host memory; its slot goes when another needs it."""
+        """Lets a removed version go, from its slot as soon as no row uses it."""
         self._host.forget(ref)
+        with self._changed:
+            self._scheduler.removed.add(ref)
+            self._changed.notify_all()
 
     def resident(self) -> dict[str, int]:
         """Adapters in slots, the most recently used first, and the bytes of each one's tensors."""
@@ -164,11 +168,38 @@ class Engine:
                 f"adapter '{source.ref}' has rank {adapter.rank}, and slots hold "
                 f"{self.config.max_rank}; raise engine.max_rank"
             )
+        if adapter.virtual_tokens >= self.max_length - 1:
+            raise AdapterError(
+                f"adapter '{source.ref}' has {adapter.virtual_tokens} virtual tokens, which leave "
+                f"no room in engine.max_length={self.max_length}; raise it"
+            )
+        if not adapter.fits(self.model.dtype):
+            raise AdapterError(
+                f"adapter '{source.ref}' has values beyond {self.model.dtype}, which the served "
+                "base computes in; serve the base with model.dtype=bfloat16 or float32"
+            )
         return adapter
 
     # --- the engine's thread ------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # nobody may wait for a thread that is no more
+            log.exception("the engine has failed")
+            self._fail(error)
+        if self.failure is not None:
+            why = EngineFailed(f"the engine has stopped ({self.failure})")
+            self._scheduler.end_all("error", why)
+        else:
+            self._scheduler.end_all("cancelled")
+
+    def _fail(self, error: BaseException) -> None:
+        # Guarded: a request that `submit` takes now is among those that are told, or refused.
+        with self._changed:
+            self.failure = error
+
+    def _work(self) -> None:
         failures = 0
         while not self._closing:
             try:
@@ -181,17 +212,12 @@ class Engine:
                 why = EngineFailed(f"a step failed ({type(error).__name__}: {error})")
                 self._scheduler.end_running("error", why)
                 if failures >= _FAILURES:
-                    self.failure = error
+                    self._fail(error)
                     break
             if not worked:
                 with self._changed:
                     if not self._closing and not self._scheduler.has_work:
                         self._changed.wait(timeout=1.0)
-        if self.failure is not None:
-            why = EngineFailed(f"the engine has stopped ({self.failure})")
-            self._scheduler.end_all("error", why)
-        else:
-            self._scheduler.end_all("cancelled")
 
     def _notify(self) -> None:
         with self._changed:

@@ -11,7 +11,8 @@ import torch
 class Int8Linear(torch.nn.Module):
     """A linear layer's weights in int8, one scale an output channel (symmetric, round to nearest).
 
-    Activations are quantised per batch as they come (dynamic quantisation; FBGEMM or oneDNN).
+    Activations are quantised as they come (dynamic quantisation; FBGEMM or oneDNN), each token by
+    its own largest value: what one row computes does not depend on those beside it.
     """
 
     def __init__(self, linear: Any) -> None:
@@ -27,10 +28,18 @@ class Int8Linear(torch.nn.Module):
             quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
         bias = getattr(linear, "bias", None)
         self.bias = None if bias is None else bias.detach().float()
-        self.packed = torch.ops.quantized.linear_prepack(quantised, self.bias)
+        self.packed = torch.ops.quantized.linear_prepack(quantised, None)
         # What asks for the device and type of a layer looks at its weight.
         self.weight = torch.empty(0)
 
     def forward(self, flat: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.quantized.linear_dynamic(flat, self.packed, True)
-        return result
+        # The kernel has one scale for all tokens, from the least value to the largest: they are
+        # brought to the same size before it, and a last row of -1 and 1 sets the scale.
+        largest = flat.abs().amax(-1, keepdim=True).clamp_(min=1e-12)
+        even = flat.new_zeros(len(flat) + 1, flat.shape[1])
+        torch.div(flat, largest, out=even[:-1])
+        even[-1, 0], even[-1, -1] = -1.0, 1.0
+        torch.nan_to_num_(even, 0.0, 0.0, 0.0)  # such a token is no number again below
+        result: torch.Tensor = torch.ops.quantized.linear_dynamic(even, self.packed, True)[:-1]
+        result *= largest
+        return result if self.bias is None else result + self.bias

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -102,8 +102,12 @@ class SlotLinear(torch.nn.Module):
     out_scale [slots + 1, out], shift [slots + 1, out]; slot 0 of the scales is the bare base.
     """
 
-    def __init__(self, base: torch.nn.Module, mixture: Mixture, slots: int) -> None:
+    def __init__(
+        self, base: torch.nn.Module, mixture: Mixture, slots: int, dtype: torch.dtype
+    ) -> None:
+        """`dtype`: of the values that the layer is given."""
         super().__init__()
+        self._dtype = dtype
         self.base, self.mixture, self.slots = base, mixture, slots
         self.family: Family | None = None
         """The layers that are given the same input, if it is computed with them."""
@@ -194,7 +198,9 @@ class SlotLinear(torch.nn.Module):
             a[slot - 1, :rank].copy_(low_rank.a)
             b[slot - 1, :rank].copy_(low_rank.b)
         if before > rank and self.b is not None:
-            # A product over all slots goes to the batch's largest rank; zero times A is zero.
+            # A product over all slots goes to the batch's largest rank. Both: what overflows in A
+            # is no number times zero.
+            self.a[slot - 1, rank:before].zero_()  # type: ignore[index]
             self.b[slot - 1, rank:before].zero_()
         if rank:
             self.filled[slot] = rank
@@ -246,16 +252,8 @@ class SlotLinear(torch.nn.Module):
         return self.a, self.b
 
     def _zeros(self, *shape: int) -> torch.Tensor:
-        device, dtype = compute_type(self.base)
-        return torch.zeros(shape, device=device, dtype=dtype)
+        device: torch.device = self.base.weight.device  # type: ignore[assignment]
+        return torch.zeros(shape, device=device, dtype=self._dtype)
 
     def _ones(self, features: int) -> torch.Tensor:
         return self._zeros(self.slots + 1, features).fill_(1.0)
-
-
-def compute_type(linear: Any) -> tuple[torch.device, torch.dtype]:
-    """Device and type of what a (possibly quantised) linear layer computes in."""
-    weight: torch.Tensor = linear.weight
-    if weight.dtype.is_floating_point:
-        return weight.device, weight.dtype
-    return weight.device, getattr(linear, "compute_dtype", None) or torch.float32

@@ -43,7 +43,7 @@ class BaseLayout:
         heads = text.num_attention_heads
         return cls(
             names=names,
-            linears={name: (one.in_features, one.out_features) for name, one in linears.items()},
+            linears=linears_of(model),
             hidden_size=text.hidden_size,
             num_layers=text.num_hidden_layers,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
@@ -51,6 +51,11 @@ class BaseLayout:
             weight=lambda name: _weight(name, linears[name]),
             bias=lambda name: _bias(linears[name]),
         )
+
+
+def linears_of(model: Any) -> dict[str, tuple[int, int]]:
+    """`BaseLayout.linears` of a model, loaded or not."""
+    return {name: (one.in_features, one.out_features) for name, one in _linears(model)}
 
 
 def is_called(claim: str, names: frozenset[str]) -> bool:

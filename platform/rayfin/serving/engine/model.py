@@ -8,7 +8,7 @@ import torch
 from transformers import AttentionInterface
 
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import ModelError
+from rayfin.errors import ConfigError, ModelError
 from rayfin.serving.engine.batch import Batch, Piece
 from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
 from rayfin.serving.engine.family import TOGETHER, Family, is_plain, product
@@ -36,6 +36,12 @@ class BatchedModel:
         self.head = base.get_output_embeddings()
         self.decoder = base.get_decoder()
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
+        if config.weights == "int8" and (self.device.type, self.dtype) != ("cpu", torch.float32):
+            raise ConfigError(
+                f"engine.weights: int8 is for float32 models on CPU, and '{name}' is "
+                f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}; set "
+                "engine.weights=auto, or model.dtype=float32 and deployment.gpus=0"
+            )
         self.mixture = Mixture()
         self.linears: dict[str, SlotLinear] = {}
         self._prompts: dict[int, torch.Tensor] = {}
@@ -109,6 +115,11 @@ class BatchedModel:
         if (prefix := self._prefixes.get(slot)) is not None:
             self.cache.write_prefix(row, prefix)
 
+    @torch.inference_mode()
+    def end_row(self, row: int, tokens: int) -> None:
+        """Leaves nothing of a row that had so many tokens to the next one."""
+        self.cache.clear_row(row, tokens)
+
     def embedded_tokens(self, slot: int) -> int:
         """Virtual tokens of a slot's adapter that enter as embeddings."""
         return len(self._prompts[slot]) if slot in self._prompts else 0
@@ -138,7 +149,7 @@ class BatchedModel:
         for name, module in found:
             parent, _, child = name.rpartition(".")
             inner = Int8Linear(module) if int8 else module
-            wrapped = SlotLinear(inner, self.mixture, self.slots)
+            wrapped = SlotLinear(inner, self.mixture, self.slots, self.dtype)
             setattr(self.base.get_submodule(parent), child, wrapped)
             self.linears[name] = wrapped
         self._join_families()
@@ -186,13 +197,42 @@ def _attends(module: torch.nn.Module) -> bool:
     return "attention" in type(module).__name__.lower()
 
 
+# What some models do beside plain attention and a plain head, by its name in the configuration.
+_UNSERVED = {
+    "attn_logit_softcapping": "soft caps on attention",
+    "final_logit_softcapping": "soft caps on its scores",
+    "logits_scaling": "scaled scores",
+    "logit_scale": "scaled scores",
+}
+
+
 def _check_attention(name: str, base: Any, max_length: int) -> None:
-    """Raises ModelError unless every layer attends to all that came before."""
+    """Raises ModelError for a model that this engine would compute something else for."""
     text = base.config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    for setting, what in _UNSERVED.items():
+        if getattr(text, setting, None) not in (None, 1, 1.0):
+            raise _unserved(name, f"has {what} ({setting})")
+    types = getattr(text, "layer_types", None)
     window = getattr(text, "sliding_window", None)
-    if kinds - {"full_attention"} and (window is None or window < max_length):
-        raise ModelError(
-            f"model.name: '{name}' has layers of {', '.join(sorted(kinds))}, and rayfin's engine "
-            "serves models whose layers all have full attention; choose one of those"
-        )
+    if types is None:
+        limited = window is not None and getattr(text, "use_sliding_window", True)
+        types = ["sliding_attention" if limited else "full_attention"]
+    kinds = set(types) - {"full_attention"}
+    if kinds - {"sliding_attention"} or (kinds and (window is None or window < max_length)):
+        raise _unserved(name, f"has layers of {', '.join(sorted(kinds))} over {window} tokens")
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        # Frequencies that depend on the longest row of a batch: rows would change each other's.
+        short = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+        if max_length > short:
+            raise _unserved(
+                name, f"has other positions beyond {short} tokens ({rope['rope_type']})"
+            )
+
+
+def _unserved(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"model.name: '{name}' {why}, and rayfin's engine serves models whose layers all have "
+        "plain, full attention; choose one of those, or a smaller engine.max_length where it is "
+        "about tokens"
+    )

@@ -44,6 +44,12 @@ class SamplingParams:
     """Report the log probability of each token, and of so many of the likeliest."""
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k", "seed", "logprobs"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise RequestError(f"{name} is {value!r}; give a whole number")
+        if type(self.stop) is not tuple:
+            raise RequestError(f"stop is {self.stop!r}; give a tuple of texts")
         _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -130,7 +136,8 @@ def check_prompt(request: Request, max_length: int, vocabulary: int) -> None:
 
 def _within(name: str, value: float, least: float, most: float, *, above: bool = False) -> None:
     """Raises RequestError unless least <= value <= most (least < value with `above`)."""
-    fits = math.isfinite(value) and least <= value <= most and not (above and value == least)
+    number = isinstance(value, int) or math.isfinite(value)
+    fits = number and least <= value <= most and not (above and value == least)
     if not fits:
         low = f"above {least:g}" if above else f"from {least:g}"
         raise RequestError(f"{name} is {value}; give a number {low} to {most:g}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -15,6 +16,8 @@ from rayfin.serving.engine.request import FinishReason, TokenLogprob
 from rayfin.serving.engine.sampler import INVALID, sample
 from rayfin.serving.engine.sequence import Sequence
 from rayfin.serving.engine.store import HostCache, Slots
+
+log = logging.getLogger(__name__)
 
 # A request that waits for a slot lets so many others pass before they wait behind it.
 _PATIENCE = 32
@@ -44,6 +47,8 @@ class Scheduler:
         self.known: set[str] = set()
         """Ids of the requests that wait or run."""
         self.cancelled: set[str] = set()
+        self.removed: set[str] = set()
+        """Adapter versions that are to leave their slots."""
         self._free_rows = list(range(config.max_rows - 1, -1, -1))
         self.finished = self.steps = self.prompt_tokens = self.generated_tokens = 0
 
@@ -53,6 +58,7 @@ class Scheduler:
         False where there was nothing to compute.
         """
         self._drop_cancelled()
+        self._drop_removed()
         self._admit()
         if not (pieces := self._schedule()):
             return False
@@ -76,9 +82,9 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would find something to do; a load that ends is told otherwise."""
-        return bool(self.running or self.cancelled) or any(
-            s.loading is None or s.loading.done() for s in self.waiting
-        )
+        if self.running or self.cancelled or self.removed - set(self.slots.resident):
+            return True
+        return any(s.loading is None or s.loading.done() for s in self.waiting)
 
     # --- admission --------------------------------------------------------------------------
 
@@ -93,7 +99,7 @@ class Scheduler:
         for sequence in waiting:
             if not self._free_rows:
                 break
-            if not self._acquire(sequence):
+            if not self._acquired(sequence):
                 if sequence.passed_over >= _PATIENCE:
                     break
                 continue
@@ -105,6 +111,18 @@ class Scheduler:
                     break
                 other.passed_over += other.blocked
 
+    def _acquired(self, sequence: Sequence) -> bool:
+        """As `_acquire`; what goes wrong unforeseen ends this sequence and no other."""
+        try:
+            return self._acquire(sequence)
+        except Exception as error:
+            log.exception("request %s could not begin", sequence.request.request_id)
+            if sequence.row >= 0:
+                self._give_up_row(sequence)
+            why = EngineFailed(f"the request could not begin ({type(error).__name__}: {error})")
+            self._end_waiting(sequence, "error", why)
+            return False
+
     def _acquire(self, sequence: Sequence) -> bool:
         """Gives a sequence its slot and row; False where its adapter isn't there yet."""
         source = sequence.request.adapter
@@ -113,6 +131,8 @@ class Scheduler:
             adapter: HostAdapter | None = None
             if not self.slots.holds(source.ref):
                 if sequence.loading is None:
+                    if self._is_ahead(sequence):
+                        return False
                     sequence.loading = self._host.load(source)
                 if not sequence.loading.done():
                     return False
@@ -151,6 +171,18 @@ class Scheduler:
         self._model.begin_row(sequence.row, slot)
         self.prompt_tokens += len(sequence.request.prompt_ids)
         return True
+
+    def _is_ahead(self, sequence: Sequence) -> bool:
+        """Whether enough is loaded already for those before it: what waits outside the host
+        cache is held by its request, and a long queue must not hold a hundred adapters."""
+        with self._changed:
+            held = {
+                other.request.adapter.ref
+                for other in self.waiting
+                if other.loading is not None and other.request.adapter is not None
+            }
+        source = sequence.request.adapter
+        return source is not None and source.ref not in held and len(held) > self._config.slots
 
     # --- a step -----------------------------------------------------------------------------
 
@@ -201,6 +233,14 @@ class Scheduler:
             self._free(sequence)
             sequence.end("cancelled")
 
+    def _drop_removed(self) -> None:
+        with self._changed:
+            removed = set(self.removed)
+        for ref in removed:
+            if self.slots.forget(ref):
+                with self._changed:
+                    self.removed.discard(ref)
+
     def _end_waiting(
         self, sequence: Sequence, reason: FinishReason, why: RayfinError | None = None
     ) -> None:
@@ -211,14 +251,21 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         """Takes a running sequence out of the batch."""
+        try:
+            self._model.end_row(sequence.row, len(sequence.tokens))
+        except RuntimeError:  # a device that is gone; the next step says so
+            log.exception("a row could not be cleared")
+        self._give_up_row(sequence)
+        with self._changed:
+            self.running.remove(sequence)
+            self._forget(sequence)
+
+    def _give_up_row(self, sequence: Sequence) -> None:
         self._free_rows.append(sequence.row)
         # The lowest rows first: attention is computed up to the highest that decodes.
         self._free_rows.sort(reverse=True)
         if sequence.request.adapter is not None:
             self.slots.release(sequence.request.adapter.ref)
-        with self._changed:
-            self.running.remove(sequence)
-            self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
         self.known.discard(sequence.request.request_id)

@@ -36,6 +36,8 @@ class HostCache:
         self._lock = threading.Lock()
         self._held: OrderedDict[str, HostAdapter] = OrderedDict()
         self._loading: dict[str, Future[HostAdapter]] = {}
+        self._gone: set[str] = set()
+        """Versions that were removed while they are read."""
         self._pool = ThreadPoolExecutor(_LOADERS, thread_name_prefix="adapter-load")
         self.bytes = 0
         self.loads = 0
@@ -59,6 +61,8 @@ class HostCache:
 
     def forget(self, ref: str) -> None:
         with self._lock:
+            if ref in self._loading:
+                self._gone.add(ref)
             if (adapter := self._held.pop(ref, None)) is not None:
                 self.bytes -= adapter.nbytes
 
@@ -70,16 +74,18 @@ class HostCache:
             adapter = self._read(source)
         except AdapterError:
             raise
-        except (OSError, MemoryError, RuntimeError, ValueError) as error:
+        except BaseException as error:  # whatever it is, it is this adapter's alone
             raise AdapterError(
                 f"adapter '{source.ref}' can't be read ({type(error).__name__}: {error}); "
                 "publish it again"
             ) from error
         with self._lock:
             self.loads += 1
+            if source.ref in self._gone or adapter.nbytes > self._limit:
+                return adapter  # for those who wait for it, and no one else
             self._held[source.ref] = adapter
             self.bytes += adapter.nbytes
-            while self.bytes > self._limit and len(self._held) > 1:
+            while self.bytes > self._limit:
                 _, gone = self._held.popitem(last=False)
                 self.bytes -= gone.nbytes
         return adapter
@@ -87,6 +93,7 @@ class HostCache:
     def _ended(self, ref: str) -> None:
         with self._lock:
             self._loading.pop(ref, None)
+            self._gone.discard(ref)
         self._on_ready()
 
 
@@ -146,13 +153,16 @@ class Slots:
     def release(self, ref: str) -> None:
         self._held[ref].pins -= 1
 
-    def forget(self, ref: str) -> None:
-        """Frees the slot of an adapter that no row uses; others stay until they are released."""
+    def forget(self, ref: str) -> bool:
+        """Frees the slot of an adapter; False while a row uses it, which keeps it."""
         slot = self._held.get(ref)
-        if slot is not None and not slot.pins:
+        if slot is not None and slot.pins:
+            return False
+        if slot is not None:
             del self._held[ref]
             self._tell()
             self._free.append(slot.index)
+        return True
 
     def _tell(self) -> None:
         self.resident = {ref: slot.nbytes for ref, slot in reversed(self._held.items())}

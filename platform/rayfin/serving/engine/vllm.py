@@ -8,6 +8,7 @@ of an old one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
@@ -22,7 +23,8 @@ from typing import Any
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError
-from rayfin.models import identity, load_tokenizer, locate
+from rayfin.models import identity, load_tokenizer, locate, skeleton
+from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
 from rayfin.serving.engine.vllm_backend import (
@@ -67,6 +69,7 @@ class VllmEngine:
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
         self._names = frozenset({model.name, locate(model), identity(model)})
+        self._linears = linears_of(skeleton(model))
         self._arguments = vllm_arguments(model, config)
         self._open_backend = open_backend or Vllm
         self._changed = threading.Condition()
@@ -123,18 +126,21 @@ class VllmEngine:
             if len(self._open) >= self.config.max_rows + self.config.max_queue:
                 raise Overloaded(f"{len(self._open)} requests are at work or wait; try again soon")
             self._open[request.request_id] = None
-        self._loop.call_soon_threadsafe(self._begin, request, sink)
+            # Before `close` can end the loop: then it is among those that are cancelled.
+            self._loop.call_soon_threadsafe(self._begin, request, sink)
 
     def cancel(self, request_id: str) -> None:
-        self._loop.call_soon_threadsafe(self._cancel, request_id)
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing is left
+            self._loop.call_soon_threadsafe(self._cancel, request_id)
 
     def check(self, source: AdapterSource) -> None:
         """Raises AdapterError where vLLM can't serve the adapter, or not exactly."""
-        check_lora(source, self._names, self.config.max_rank)
+        check_lora(source, self._names, self._linears, self.config.max_rank)
 
     def forget(self, ref: str) -> None:
         """Lets a removed version go as soon as no request uses it."""
-        self._loop.call_soon_threadsafe(self._forget, ref)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._forget, ref)
 
     def resident(self) -> dict[str, int]:
         """Adapters that were used last, as many as there are slots, and their bytes."""
@@ -181,12 +187,20 @@ class VllmEngine:
         assert self._backend is not None
         ended = False
         with self._hold(lora):
+            if lora is not None:
+                # Now, and not while vLLM computes: there a file that is gone would end its engine.
+                await self._backend.add(lora)
             async with aclosing(self._backend.generate(request, lora)) as outputs:
                 async for output in outputs:
                     chunk = as_chunk(output.outputs[0], request.params.logprobs)
                     self._generated_tokens += len(chunk.token_ids)
                     ended = chunk.finish_reason is not None
-                    sink(chunk)
+                    try:
+                        sink(chunk)
+                    except Exception:
+                        if not ended:
+                            raise
+                        log.exception("request %s: its sink failed", request.request_id)
         if not ended:
             raise EngineFailed("vLLM's answer broke off; send the request again")
 
@@ -212,7 +226,9 @@ class VllmEngine:
 
     async def _lora(self, source: AdapterSource) -> Lora:
         if source.ref not in self._loras:
-            nbytes = await asyncio.to_thread(check_lora, source, self._names, self.config.max_rank)
+            nbytes = await asyncio.to_thread(
+                check_lora, source, self._names, self._linears, self.config.max_rank
+            )
             with self._changed:
                 if source.ref not in self._loras:  # another request was faster
                     self._loras[source.ref] = Lora(next(self._numbers), source, nbytes)
@@ -231,6 +247,7 @@ class VllmEngine:
             yield
         finally:
             self._uses[lora.number] -= 1
+            self._uses += Counter()  # without those that are zero
             self._drop_unused(lora)
 
     def _forget(self, ref: str) -> None:

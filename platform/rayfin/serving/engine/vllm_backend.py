@@ -8,12 +8,18 @@ from typing import Any, Protocol
 
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import ConfigError, EngineFailed, ModelError
+from rayfin.errors import AdapterError, ConfigError, EngineFailed, ModelError
 from rayfin.methods import METHODS
 from rayfin.models import locate
-from rayfin.serving.engine.adapter import LORA_SETTINGS, MAX_RANK, PLAIN_INITS, check_base
+from rayfin.serving.engine.adapter import (
+    LORA_SETTINGS,
+    MAX_RANK,
+    PLAIN_INITS,
+    check_base,
+    modules_of,
+)
 from rayfin.serving.engine.limits import require_vllm
-from rayfin.serving.engine.peft_files import Weights, read_settings
+from rayfin.serving.engine.peft_files import Weights, read_settings, shown
 from rayfin.serving.engine.request import (
     AdapterSource,
     Chunk,
@@ -52,6 +58,9 @@ class Backend(Protocol):
     def generate(self, request: Request, lora: Lora | None) -> AsyncGenerator[Any, None]:
         """vLLM's `RequestOutput`s, each with what is new; closing it ends the request."""
 
+    async def add(self, lora: Lora) -> None:
+        """Loads its weights, where they aren't there; raises AdapterError for that adapter."""
+
     async def remove(self, lora: Lora) -> None:
         """Lets its weights go."""
 
@@ -86,24 +95,38 @@ class Vllm:
 
     def generate(self, request: Request, lora: Lora | None) -> AsyncGenerator[Any, None]:
         from vllm import SamplingParams, TokensPrompt
-        from vllm.lora.request import LoRARequest
         from vllm.sampling_params import RequestOutputKind
 
         stream: AsyncGenerator[Any, None] = self._llm.generate(
             TokensPrompt(prompt_token_ids=list(request.prompt_ids)),
             SamplingParams(**sampling_arguments(request), output_kind=RequestOutputKind.DELTA),
             request.request_id,
-            lora_request=None
-            if lora is None
-            else LoRARequest(lora.name, lora.number, str(lora.source.path)),
+            lora_request=None if lora is None else _lora_request(lora),
         )
         return stream
+
+    async def add(self, lora: Lora) -> None:
+        try:
+            await self._llm.add_lora(_lora_request(lora))
+        except Exception as error:
+            if self._llm.errored:
+                raise
+            raise AdapterError(
+                f"adapter '{lora.source.ref}': vLLM can't load it ({error}); "
+                "serve it with engine.type=transformers"
+            ) from error
 
     async def remove(self, lora: Lora) -> None:
         await self._llm.remove_lora(lora.number)
 
     def close(self) -> None:
         self._llm.shutdown()
+
+
+def _lora_request(lora: Lora) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora.name, lora.number, str(lora.source.path))
 
 
 def vllm_arguments(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
@@ -157,8 +180,15 @@ def as_chunk(output: Any, logprobs: int | None) -> Chunk:
     return Chunk(output.text, tuple(output.token_ids), tuple(written), reason, why)
 
 
-def check_lora(source: AdapterSource, names: frozenset[str], max_rank: int) -> int:
+def check_lora(
+    source: AdapterSource,
+    names: frozenset[str],
+    linears: Mapping[str, tuple[int, int]],
+    max_rank: int,
+) -> int:
     """Bytes of an adapter that vLLM answers with exactly; raises AdapterError for any other.
+
+    `names` and `linears` are the base's, as in BaseLayout.
 
     vLLM does not look at what it doesn't know in adapter_config.json, so this does.
     """
@@ -171,7 +201,7 @@ def check_lora(source: AdapterSource, names: frozenset[str], max_rank: int) -> i
             if "vllm" in method.engines and name != "full"
         )
         raise settings.error(
-            f"it is of type {'DORA' if peft_type == 'LORA' else peft_type}, and vLLM serves "
+            f"it is of type {'DORA' if peft_type == 'LORA' else shown(peft_type)}, and vLLM serves "
             f"{served}; serve it with engine.type=transformers"
         )
     check_base(settings, metadata, names)
@@ -185,9 +215,12 @@ def check_lora(source: AdapterSource, names: frozenset[str], max_rank: int) -> i
         raise settings.error(
             f"it has rank {rank}, and slots hold {max_rank}; raise engine.max_rank"
         )
+    settings.number("lora_alpha")
     nbytes = 0
     with Weights(source) as weights:
-        for parts in weights.by_module({".lora_A.weight": "A", ".lora_B.weight": "B"}).values():
-            for name in parts.values():
-                nbytes += weights.read(name, weights.shape(name)).nbytes
+        suffixes = {".lora_A.weight": "A", ".lora_B.weight": "B"}
+        for module, parts in modules_of(weights, suffixes, linears):
+            in_features, out_features = linears[module]
+            nbytes += weights.read(parts["A"], (rank, in_features)).nbytes
+            nbytes += weights.read(parts["B"], (out_features, rank)).nbytes
     return nbytes
