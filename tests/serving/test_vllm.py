@@ -265,7 +265,7 @@ def test_what_fails_in_vllm_fails_alone_and_says_why(
 ) -> None:
     backend.broken = True
     last = lab.ask(engine, prompt).wait().last
-    assert isinstance(last.error, EngineFailed) and "ValueError: out of blocks" in str(last.error)
+    assert isinstance(last.error, EngineFailed) and "ValueError" in str(last.error)
     backend.broken = False
     assert engine.healthy
     assert lab.ask(engine, prompt).wait().last.finish_reason == "length"

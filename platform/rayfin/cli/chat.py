@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.parser import print_error
+from rayfin.cli.parser import print_error, printable
 from rayfin.cli.service import add_settings, load_settings
 from rayfin.errors import RayfinError, RequestError, UsageError, did_you_mean
 
@@ -105,7 +106,8 @@ class Chat:
         self._failed = False
         if self._interactive and not as_json:
             adapters = ", ".join(name for name in names[1:] if "@" not in name) or "none yet"
-            print(f"{names[0]} at {client.url}; adapters: {adapters}. /help lists commands.")
+            print(f"{printable(names[0])} at {client.url}; adapters: {printable(adapters)}.")
+            print("/help lists commands.")
         if use is not None:
             self._use(use)
 
@@ -120,16 +122,24 @@ class Chat:
             except RayfinError as error:
                 self._failed = True
                 print_error(error)
+            except KeyboardInterrupt:  # while the server was asked for something else
+                print()
         return 1 if self._failed and not self._interactive else 0
 
     def _read(self) -> str | None:
         """The next line; None at the end of the input."""
         try:
-            return input(f"{self._model}> " if self._interactive else "")
+            line = input(f"{self._model}> " if self._interactive else "")
+            # Bytes that are no UTF-8 come as halves of characters, which no request can hold.
+            return line.encode("utf-8", "replace").decode("utf-8")
         except EOFError:
             if self._interactive:
                 print()
             return None
+        except UnicodeDecodeError:
+            print_error("a line of the input is no UTF-8, and was left out")
+            self._failed = True
+            return ""
         except KeyboardInterrupt:
             print()
             return None
@@ -146,7 +156,7 @@ class Chat:
         elif command == "/use":
             self._use(rest)
         elif command == "/models":
-            print("\n".join(f"  {name}" for name in self._client.models()))
+            print("\n".join(f"  {printable(name)}" for name in self._client.models()))
         elif command == "/system":
             self._system = rest or None
         elif command == "/set":
@@ -167,7 +177,7 @@ class Chat:
         self._model = name
         if not self._as_json:
             shown = name if name == version else f"{name} ({version})"
-            print(f"now talking to {shown}", flush=True)
+            print(f"now talking to {printable(shown)}", flush=True)
 
     def _set(self, text: str) -> None:
         name, equals, value = text.partition("=")
@@ -181,8 +191,11 @@ class Chat:
             self._options.pop(name, None)
             return
         try:
-            self._options[name] = _OPTIONS[name](value)
-        except ValueError as error:
+            number = _OPTIONS[name](value)
+            if not math.isfinite(number):
+                raise ValueError
+            self._options[name] = number
+        except (ValueError, OverflowError) as error:
             kind = "whole number" if _OPTIONS[name] is int else "number"
             raise RequestError(f"/set {name}: '{value}' is no {kind}") from error
 
@@ -193,7 +206,7 @@ class Chat:
         try:
             for piece in reply:
                 if not self._as_json:
-                    print(_printable(piece), end="", flush=True)
+                    print(printable(piece), end="", flush=True)
         except KeyboardInterrupt:
             reply.close()
             reply.finish_reason = "stopped"
@@ -206,11 +219,6 @@ class Chat:
                 f"\n  -- {reply.model}, {reply.finish_reason}" + f", {tokens} tokens" * bool(tokens)
             )
         # Only now: a question that had no answer is none that was asked.
+        if not reply.model:
+            return
         self._messages = [*asked, {"role": "assistant", "content": reply.text}]
-
-
-def _printable(text: str) -> str:
-    """Nothing that a terminal takes for a command: a model may say anything."""
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rayfin.errors import RayfinError
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,4 +40,16 @@ class Parser(argparse.ArgumentParser):
 
 def print_error(error: RayfinError | str) -> None:
     """One line on stderr, whatever a path or a library put into the message."""
-    print(f"rayfin: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"rayfin: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal takes for a command: a model, or a file, may say anything."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _commands(c) else c for c in text)
+
+
+def _commands(character: str) -> bool:
+    """Control characters but line ends and tabs, half surrogate pairs, changes of direction."""
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS

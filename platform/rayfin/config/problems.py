@@ -55,7 +55,8 @@ def describe(
             case other:
                 words = _WANTED.get(other, problem["msg"].removeprefix("Input should be "))
                 # Every member of a union has its say: they are one problem.
-                wanted.setdefault((key, shown(value)), []).append(words)
+                given = "what is given" if _is_secret(key) else shown(value)
+                wanted.setdefault((key, given), []).append(words)
     for (key, given), choices in wanted.items():
         allowed = " or ".join(dict.fromkeys(choices))
         sentences.append(f"{key}: {given} is not allowed; it should be {allowed}")
@@ -83,6 +84,10 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_secret(key: str) -> bool:
+    return key.startswith(("api.api_keys", "api.admin_token"))
 
 
 def _key(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:

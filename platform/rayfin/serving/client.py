@@ -74,11 +74,17 @@ class Client:
 
     def models(self) -> list[str]:
         """Every name that is answered to; the base model is the first."""
-        return [card["id"] for card in self._get("/v1/models")["data"]]
+        try:
+            return [str(card["id"]) for card in self._get("/v1/models")["data"]]
+        except (KeyError, TypeError) as error:
+            raise self._stranger() from error
 
     def resolve(self, model: str) -> str:
         """The version that answers to `model` now."""
-        return str(self._get(f"/v1/models/{quote(model, safe='')}")["root"])
+        try:
+            return str(self._get(f"/v1/models/{quote(model, safe='')}")["root"])
+        except (KeyError, TypeError) as error:
+            raise self._stranger() from error
 
     def chat(self, model: str, messages: Sequence[Message], options: Mapping[str, Any]) -> Reply:
         """Asks for an answer, streamed; errors come with the first piece."""
@@ -114,6 +120,8 @@ class Client:
                             yield text
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise self._stranger() from error
 
     def _get(self, path: str) -> dict[str, Any]:
         try:
@@ -125,8 +133,11 @@ class Client:
         try:
             value: dict[str, Any] = response.json()
         except ValueError as error:
-            raise RayfinError(f"what answers at {self.url} is not rayfin's API") from error
+            raise self._stranger() from error
         return value
+
+    def _stranger(self) -> RayfinError:
+        return RayfinError(f"what answers at {self.url} is not rayfin's API")
 
     def _unreachable(self, error: httpx.HTTPError) -> RayfinError:
         why = str(error) or type(error).__name__

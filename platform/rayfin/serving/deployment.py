@@ -26,7 +26,7 @@ from ray.serve.schema import LoggingConfig
 from rayfin.adapters import Catalog
 from rayfin.config import load_serve_config
 from rayfin.config.serving import ServeConfig
-from rayfin.errors import ConfigError, RayfinError
+from rayfin.errors import ConfigError, HardwareError, RayfinError
 from rayfin.models import load_tokenizer
 from rayfin.paths import Storage
 from rayfin.serving.api.app import create_app
@@ -35,7 +35,7 @@ from rayfin.serving.names import Names
 from rayfin.serving.remote import RemoteEngine
 from rayfin.serving.replica import EngineReplica
 from rayfin.serving.router import AdapterRouter
-from rayfin.tuning.cluster import even_share, nodes, ray_cluster
+from rayfin.tuning.cluster import even_share, fits, nodes, ray_cluster
 
 APP = "rayfin"
 """The application's name in Serve."""
@@ -133,6 +133,14 @@ def engine_resources(config: ServeConfig) -> dict[str, float]:
     if (cpus := deployment.cpus) == "auto":
         share = even_share(have, deployment.most_replicas, gpu=gpus) or {}
         cpus = share.get("CPU", 1.0)
+    if have and fits(have, {"CPU": cpus, "GPU": gpus}) < deployment.replicas:
+        # Serve would wait for the missing ones, and say nothing.
+        total = {kind: sum(node.get(kind, 0.0) for node in have) for kind in ("CPU", "GPU")}
+        raise HardwareError(
+            f"deployment.replicas={deployment.replicas} engines with {cpus:g} CPUs and {gpus:g} "
+            f"GPUs each don't fit: the cluster has {total['CPU']:g} CPUs and {total['GPU']:g} "
+            "GPUs; lower deployment.replicas, cpus or gpus (0.5 shares one)"
+        )
     return {"num_cpus": cpus, "num_gpus": gpus}
 
 
@@ -154,6 +162,11 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
             http_options={"host": deployment.host, "port": deployment.port},
             logging_config=_LOGGING,
         )
+        if APP in serve.status().applications:
+            raise ConfigError(
+                f"application '{APP}' is served on this cluster already; stop that one first, or "
+                "use another cluster"
+            )
         # Serve sets up the logging of this process too.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         try:

@@ -79,4 +79,7 @@ class Follower:
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD):
-            self.look()
+            try:
+                self.look()
+            except Exception:  # a cluster that does not answer now; the next look may
+                log.exception("the registry and the callers could not be looked at")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rayfin.config.serving import ApiConfig, ApiKey, ServeConfig
 from rayfin.errors import RayfinError
@@ -19,7 +19,7 @@ class Endpoint:
     """Where an API answers, and the key that it asks for, if any."""
 
     url: str
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class RemoteEngine:
                     sink(last)
         except asyncio.CancelledError:
             response.cancel()
-            if last is None or last.finish_reason is None:
+            if last is None or last.finish_reason is None or _is_refused(last):
                 raise
         return last
 

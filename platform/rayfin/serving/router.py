@@ -6,12 +6,15 @@ rest of the process, and variables of its own would not be.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from functools import partial
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from rayfin.serving.routing import ADAPTER, RESIDENT, Place, Recent, learn_from, rank
+
+_EARLY = 1024
 
 
 class AdapterRouter(RequestRouter):
@@ -28,6 +31,8 @@ class AdapterRouter(RequestRouter):
         self._rank = partial(rank, loading=loading, capacity=capacity)
         self._recent = Recent(slots)
         self._sent: dict[ReplicaID, set[str]] = {}
+        self._early: OrderedDict[str, bool] = OrderedDict()
+        """Requests that have ended, and of whose beginning nothing is known yet."""
         learn_from(self)
 
     async def choose_replicas(
@@ -48,10 +53,20 @@ class AdapterRouter(RequestRouter):
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
-        self._sent.setdefault(replica_id, set()).add(pending_request.metadata.internal_request_id)
+        request = pending_request.metadata.internal_request_id
+        if self._early.pop(request, False):
+            return
+        self._sent.setdefault(replica_id, set()).add(request)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._sent.get(replica_id, set()).discard(internal_request_id)
+        sent = self._sent.get(replica_id, set())
+        if internal_request_id in sent:
+            sent.discard(internal_request_id)
+            return
+        # A request that was refused at once may end before Serve says that it was routed.
+        self._early[internal_request_id] = True
+        if len(self._early) > _EARLY:
+            self._early.popitem(last=False)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         known = {replica.replica_id for replica in replicas}

@@ -302,3 +302,23 @@ def test_a_server_that_stops_says_so(
         engine.close()
         with pytest.raises(openai.APIError, match="stopping"):
             list(stream)
+
+
+ASKED = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {f"presence_penalty{i}": 1 for i in range(5000)},
+        {"messages": [{"role": "user", "tool_calls": [1] * 5000}]},
+        {"messages": [ASKED], "metadata": {str(i): 1 for i in range(5000)}},
+        {"messages": [{**ASKED, **{f"field{i}": 1 for i in range(5000)}}]},
+    ],
+)
+def test_a_body_with_thousands_of_problems_gets_a_short_answer(
+    server: Any, body: dict[str, Any]
+) -> None:
+    response = server.http.post("/v1/chat/completions", json={"model": "tiny"} | body)
+    assert response.status_code == 400
+    assert len(response.json()["error"]["message"]) < 1000

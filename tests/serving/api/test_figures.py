@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rayfin.adapters import Registry
+from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord, now
 from rayfin.serving.api.figures import (
     ADAPTER_BYTES,
@@ -164,3 +165,25 @@ def test_updates_of_metrics_lose_none_of_each_other(url: str) -> None:
     assert metrics(url) == {"eval_loss": 1.5, "count": 40}
     with History.open(url) as history:
         assert not history.update_metrics("unknown", lambda _: {"x": 1})
+
+
+def test_a_row_that_cannot_be_read_holds_up_no_other(
+    url: str, figures: Figures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with History.open(url) as history:
+        history.put(trial("unreadable"))
+    update = History.update_metrics
+
+    def fails(self: History, trial_id: str, change: Any) -> bool:
+        if trial_id == "unreadable":
+            raise HistoryError("a row can't be read")
+        return update(self, trial_id, change)
+
+    monkeypatch.setattr(History, "update_metrics", fails)
+    figures.count(record("unreadable"))
+    figures.count(record("t"))
+    figures.write()
+    assert metrics(url)[REQUESTS] == 1
+    monkeypatch.undo()
+    figures.write()
+    assert metrics(url, "unreadable")[REQUESTS] == 1 and metrics(url)[REQUESTS] == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 
 from rayfin.adapters import Registry
@@ -211,6 +212,24 @@ def test_a_renderer_outlives_its_process() -> None:
             renderer.close()
 
     assert asyncio.run(render()) == ["[user|hello]>"] * 2
+
+
+def test_a_renderer_that_dies_idle_mixes_up_no_conversations() -> None:
+    async def render() -> list[str]:
+        renderer = ApartRenderer(seconds=5)
+        try:
+            texts = [await renderer.render("a@1", OWN, HELLO, {})]
+            assert renderer._process is not None
+            (child,) = psutil.Process(renderer._process.pid).children()
+            child.kill()
+            for name in ("b", "c", "d"):
+                said = [{"role": "user", "content": name}]
+                texts.append(await renderer.render(f"{name}@1", OWN, said, {}))
+            return texts
+        finally:
+            renderer.close()
+
+    assert asyncio.run(render()) == ["[user|hello]>", "[user|b]>", "[user|c]>", "[user|d]>"]
 
 
 def test_a_refused_template_is_tried_again_later() -> None:

@@ -45,7 +45,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.close()
+        # It may wait for the history: streams that end now don't.
+        await asyncio.to_thread(service.close)
 
     app = FastAPI(
         title="rayfin",
@@ -97,6 +98,9 @@ class _Gate:
             await self._app(scope, receive, send_marked)
         except asyncio.CancelledError:
             record.status = CLIENT_GONE
+            raise
+        except Exception:
+            record.status = 500  # also after an answer has begun with 200
             raise
         finally:
             if scope["method"] == "POST" and record.path.endswith("/completions"):

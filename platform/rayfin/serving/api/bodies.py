@@ -13,6 +13,9 @@ from rayfin.config.serving import ApiConfig
 from rayfin.serving.api.errors import ApiError, describe_invalid
 from rayfin.serving.api.schema import NOT_SUPPORTED, Body
 
+# More than any request has: what is wrong with each would take its time to say.
+_MOST_FIELDS = 64
+
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 
@@ -21,6 +24,8 @@ async def read_body(request: Request, kind: type[AnyBody], config: ApiConfig) ->
     value = parse_json(await _read(request, config))
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")
+    if len(value) > _MOST_FIELDS:
+        raise ApiError(400, f"the body has {len(value)} fields; at most {_MOST_FIELDS} are read")
     for field in NOT_SUPPORTED.keys() & value.keys() - kind.model_fields.keys():
         if (given := value.pop(field)) is not None and given not in NOT_SUPPORTED[field]:
             raise ApiError(

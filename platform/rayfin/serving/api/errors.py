@@ -33,6 +33,7 @@ CLIENT_GONE = 499
 """What a request whose client went away is counted as; no one is there to read it."""
 
 _MOST_PROBLEMS = 5
+_TOO_MANY = 200
 
 
 class ApiError(Exception):
@@ -93,6 +94,10 @@ def as_api_error(error: Exception, names: Names) -> ApiError:
 
 def describe_invalid(error: ValidationError) -> ApiError:
     """What is wrong with a body, in one line."""
+    if error.error_count() > _TOO_MANY:  # to list them would take the time of everybody else
+        return ApiError(
+            400, f"the body has {error.error_count()} problems; is it for this endpoint?"
+        )
     wanted: dict[tuple[str, str], list[str]] = {}
     sentences: list[str] = []
     first: str | None = None

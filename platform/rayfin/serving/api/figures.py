@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from rayfin.errors import HistoryError
 from rayfin.history import SERVING
 
 if TYPE_CHECKING:
@@ -123,23 +122,24 @@ class Figures:
         """Writes what has come since the last time, or keeps it for the next."""
         with self._lock:
             taken, self._sums = self._sums, {}
-        resident = self._engine.resident() if taken else {}
-        try:
-            for (trial_id, ref), sums in list(taken.items()):
-                sums.nbytes = resident.get(ref)
-                if self._history is None:
-                    self._history = self._open()
-                if not self._history.update_metrics(trial_id, partial(_added, sums)):
-                    log.info("trial %s is not in the history: %s is not recorded", trial_id, ref)
-                del taken[trial_id, ref]
-            self._complained = False
-        except HistoryError as error:
-            if not self._complained:
-                log.warning("serving figures can't be written now, and are kept: %s", error)
-            self._complained = True
-        with self._lock:
-            for key, sums in taken.items():
-                self._sums[key] = sums.merged(self._sums.get(key, Sums()))
+        failure: Exception | None = None
+        for key, sums in taken.items():
+            try:
+                self._write_one(*key, sums)
+            except Exception as error:  # noqa: BLE001  # this trial's, perhaps; others have theirs
+                failure = error
+                with self._lock:
+                    self._sums[key] = sums.merged(self._sums.get(key, Sums()))
+        if failure is not None and not self._complained:
+            log.warning("serving figures can't be written now, and are kept: %s", failure)
+        self._complained = failure is not None
+
+    def _write_one(self, trial_id: str, ref: str, sums: Sums) -> None:
+        sums.nbytes = self._engine.resident().get(ref, sums.nbytes)
+        if self._history is None:
+            self._history = self._open()
+        if not self._history.update_metrics(trial_id, partial(_added, sums)):
+            log.info("trial %s is not in the history: %s is not recorded", trial_id, ref)
 
     def _open(self) -> History:
         from rayfin.history import History

@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from rayfin.config.serving import ApiKey
-from rayfin.errors import EngineFailed, Overloaded
+from rayfin.errors import AdapterError, EngineFailed, Overloaded
 from rayfin.serving.api.answers import Answers, usage
 from rayfin.serving.api.errors import CLIENT_GONE, ApiError, as_api_error
 from rayfin.serving.api.protocol import failure_of
@@ -129,7 +129,7 @@ async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun
         if chunk.finish_reason not in ("error", "cancelled"):
             return _Begun(named, prompts, generation, (index, chunk))
         generation.close()
-        if chunk.finish_reason == "cancelled" or named.source is None:
+        if not isinstance(chunk.error, AdapterError) or named.source is None:
             break
         # It may have been removed since it was resolved: then this says who answers now.
         again = await service.resolve(asked.body.model, asked.key, anew=True)

@@ -57,7 +57,7 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """Taken, without effect."""
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16, fail_fast=True)
     """Taken, without effect."""
     store: bool | None = None
     """Taken, without effect."""
@@ -75,7 +75,7 @@ class Message(Body):
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     """Parts are joined by line breaks."""
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
     """Given to the chat template."""
     tool_call_id: str | None = None
     reasoning_content: str | None = None

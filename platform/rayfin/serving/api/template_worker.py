@@ -1,6 +1,7 @@
 """A process that renders chat templates nobody vouches for, within limits.
 
-Reads jobs from standard input and answers on standard output, a line of JSON each. The renderer is
+Reads jobs from standard input and answers on standard output, a line of JSON each, with the job's
+number: what one conversation wrote is never taken for another's. The renderer is
 a child of this process, so that one that runs into a limit is replaced without loading anything.
 Started by `rayfin.serving.api.templates`.
 """
@@ -8,6 +9,7 @@ Started by `rayfin.serving.api.templates`.
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import signal
 import sys
@@ -44,27 +46,33 @@ def main() -> None:
     # Here, and not in the child: what is imported before the fork is there after it.
     import transformers.utils.chat_template_utils  # noqa: F401
 
+    # The number of the job that the renderer is at, for whoever outlives it; 0: of none.
+    at = mmap.mmap(-1, 8)
     while True:
         child = os.fork()
         if child == 0:
-            _serve()
+            _serve(at)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status == 0:  # there are no more jobs
             return
-        _answer({"error": KILLED})
+        if number := int.from_bytes(at[:], "little"):
+            _answer({"error": KILLED, "number": number})
 
 
-def _serve() -> None:
+def _serve(at: mmap.mmap) -> None:
     _limit_memory()
+    at[:] = bytes(8)
     while line := sys.stdin.buffer.readline():
         job = json.loads(line)
+        at[:] = job["number"].to_bytes(8, "little")
         # Processor time, so that a busy machine refuses no template. The signal's default action
         # ends the process, even in the middle of one endless operation.
         signal.setitimer(signal.ITIMER_PROF, job["seconds"])
         answer = _render(job)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _answer(answer)
+        _answer({**answer, "number": job["number"]})
+        at[:] = bytes(8)
 
 
 def _render(job: dict[str, Any]) -> dict[str, str]:
@@ -88,7 +96,7 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (now + _MEMORY, now + _MEMORY))
 
 
-def _answer(value: dict[str, str]) -> None:
+def _answer(value: dict[str, Any]) -> None:
     sys.stdout.buffer.write(json.dumps(value).encode() + b"\n")
     sys.stdout.buffer.flush()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -98,6 +99,7 @@ class ApartRenderer:
         # Its own thread: requests that need no such template never wait behind one.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="templates")
         self._waiting = 0
+        self._numbers = itertools.count(1)
         self._refused: OrderedDict[str, float] = OrderedDict()
         self._process: subprocess.Popen[bytes] | None = None
         self._stop: weakref.finalize[Any, Any] | None = None
@@ -129,13 +131,13 @@ class ApartRenderer:
             raise _too_much(ref)
         if "error" in answer:
             raise _refusal(f"adapter '{ref}'", answer["error"])
-        return answer["text"]
+        return str(answer["text"])
 
     def close(self) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._end()
 
-    def _ask(self, ref: str, job: dict[str, Any]) -> dict[str, str]:
+    def _ask(self, ref: str, job: dict[str, Any]) -> dict[str, Any]:
         if self._refused.get(ref, 0.0) > self._clock():  # while this waited for its turn
             return {"error": KILLED}
         process = self._running()
@@ -144,9 +146,12 @@ class ApartRenderer:
         stuck = threading.Timer(_PATIENCE, _kill, (process,))
         stuck.start()
         try:
-            process.stdin.write(json.dumps(job).encode() + b"\n")
+            number = next(self._numbers)
+            process.stdin.write(json.dumps({**job, "number": number}).encode() + b"\n")
             process.stdin.flush()
-            answer: dict[str, str] = json.loads(process.stdout.readline())
+            answer: dict[str, Any] = {}
+            while answer.get("number") != number:
+                answer = json.loads(process.stdout.readline())
         except (OSError, ValueError):  # it is gone, or died in the middle of its answer
             self._end()
             return {"error": KILLED}

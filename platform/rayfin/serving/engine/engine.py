@@ -189,7 +189,7 @@ class Engine:
             log.exception("the engine has failed")
             self._fail(error)
         if self.failure is not None:
-            why = EngineFailed(f"the engine has stopped ({self.failure})")
+            why = EngineFailed("the engine has stopped; the server's log says why")
             self._scheduler.end_all("error", why)
         else:
             self._scheduler.end_all("cancelled")
@@ -209,7 +209,8 @@ class Engine:
                 log.exception("a step failed")
                 failures += 1
                 worked = True
-                why = EngineFailed(f"a step failed ({type(error).__name__}: {error})")
+                # What torch says of it may tell of the server's inside: that is for its log.
+                why = EngineFailed(f"a step of the engine failed ({type(error).__name__})")
                 self._scheduler.end_running("error", why)
                 if failures >= _FAILURES:
                     self._fail(error)

@@ -119,7 +119,7 @@ class Scheduler:
             log.exception("request %s could not begin", sequence.request.request_id)
             if sequence.row >= 0:
                 self._give_up_row(sequence)
-            why = EngineFailed(f"the request could not begin ({type(error).__name__}: {error})")
+            why = EngineFailed(f"the request could not begin ({type(error).__name__})")
             self._end_waiting(sequence, "error", why)
             return False
 
@@ -146,8 +146,9 @@ class Scheduler:
                 return False
             try:
                 slot = self.slots.acquire(source.ref, adapter)
-            except (RuntimeError, MemoryError) as error:  # no memory for the slots to grow, say
-                why = EngineFailed(f"adapter '{source.ref}' does not fit: {error}")
+            except (RuntimeError, MemoryError):  # no memory for the slots to grow, say
+                log.exception("adapter '%s' does not fit", source.ref)
+                why = EngineFailed(f"no memory is left for adapter '{source.ref}'")
                 self._end_waiting(sequence, "error", why)
                 return False
         virtual = self._model.virtual_tokens(slot)

@@ -217,7 +217,7 @@ class VllmEngine:
         else:
             if not isinstance(error, RayfinError):
                 log.warning("request %s failed: %s", request_id, error)
-                error = EngineFailed(f"vLLM failed ({type(error).__name__}: {error})")
+                error = EngineFailed(f"vLLM failed at this request ({type(error).__name__})")
             last = Chunk("", (), finish_reason="error", error=error)
         try:
             sink(last)
