@@ -214,7 +214,7 @@ def test_clients_that_leave_mid_stream_leave_no_row_occupied(service: Any) -> No
                             begun.append(1)
                             return
                 assert response.status_code == 429
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.5)
 
     async def all_leave() -> None:
         async with async_client(service) as http:
