@@ -109,7 +109,10 @@ class Figures:
             return
         with self._lock:
             key = (record.trial_id, record.answered_by)
-            self._sums.setdefault(key, Sums()).add(record)
+            sums = self._sums.setdefault(key, Sums())
+            sums.add(record)
+            if sums.nbytes is None:  # at the end, when all is written, the engine may be gone
+                sums.nbytes = self._engine.resident().get(record.answered_by)
 
     def close(self) -> None:
         """Writes what is left."""
