@@ -19,12 +19,14 @@ from typing import Any
 
 from rayfin.cli import guarded, main
 from rayfin.cli.parser import Parser
-from rayfin.cli.service import add_settings, load_settings
+from rayfin.cli.service import load_settings
+from rayfin.cli.settings import ShowServeSettings, add_settings
 
-QUESTION = "Split the pathname path into a pair, (head, tail)."
+# As in the demonstration data: which module of Python has it?
+QUESTION = "Path.symlink_to: Make this path a symlink pointing to the target path."
 TRAINED = {
     "pydocs-lora": ("method.type=lora", "train.learning_rate=1.5e-3", "train.max_steps=20"),
-    "pydocs-p-tuning": ("method.type=p_tuning", "train.learning_rate=5e-3", "train.max_steps=40"),
+    "pydocs-p-tuning": ("method.type=p_tuning", "train.learning_rate=2e-3", "train.max_steps=60"),
 }
 TRAINING = (
     "data.max_samples=320",
@@ -51,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     first, second = names[:2]
     print(f"\nServing {config.model.name} with {first} and {second} ...", flush=True)
     with serving(config, None) as url, Client(Endpoint(url)) as client:
+        print(f"\n{QUESTION}")
         print("\nEverybody at once, in one batch:")
         models = [config.model.name, first, second]
         _ask(client, models)  # adapters come from disk the first time
@@ -86,10 +89,15 @@ def _published(config: Any) -> list[str]:
 
 def _ask(client: Any, models: Sequence[str]) -> list[tuple[str, str, float]]:
     """(who answered, what, after how many seconds), one question after the other."""
+    from rayfin.data.pydocs import QUESTION as INSTRUCTION
+
     answers = []
+    messages = [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": QUESTION},
+    ]
     for model in models:
         started = time.perf_counter()
-        messages = [{"role": "user", "content": QUESTION}]
         reply = client.chat(model, messages, {"max_tokens": 16, "temperature": 0})
         text = "".join(reply)
         answers.append((reply.model, text, time.perf_counter() - started))
@@ -103,6 +111,6 @@ def _show(answers: Any) -> None:
 
 if __name__ == "__main__":
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_settings(parser)
+    add_settings(parser, ShowServeSettings)
     parser.add_argument("--stay", action="store_true", help="go on serving after the show")
     raise SystemExit(guarded(lambda: run(parser.parse_args())))

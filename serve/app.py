@@ -4,6 +4,17 @@ serve run serve/local.yaml
 serve run serve.app:app model.name=tiny deployment.replicas=2
 """
 
-from rayfin.serving.deployment import app
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-__all__ = ["app"]
+from ray.serve import Application
+
+from rayfin.serving import deployment
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def app(args: Mapping[str, Any]) -> Application:
+    """`args` as `rayfin serve` reads them; relative paths are from the root of the repository."""
+    return deployment.app(args, _ROOT)

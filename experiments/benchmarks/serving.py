@@ -1,178 +1,68 @@
 """The serving engine beside PEFT's and transformers' own generation, on the same requests.
 
-    python experiments/benchmarks/serving.py [--quick] [--rank 8] [--plot steps.svg]
+    python experiments/benchmarks/serving.py [--rounds 5] [--only PART] [--plot steps.svg]
 
 SmolLM2 in float32 on this machine; 16 requests at once, 32 new tokens each, greedy. The sides take
 turns in one process, and a figure is the ratio of their medians. Everything runs as a user would
-have it: the engine takes requests one by one, PEFT and transformers get one padded batch.
+have it: the engine takes requests one by one, PEFT and transformers get one padded batch. Threads
+of all sides wait as rayfin has them wait, without spinning; OMP_WAIT_POLICY=ACTIVE changes that.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common import print_figure, spread
-from serving_http import http_throughput
+from serving_http import api_alone, clients, deployment
 from serving_plot import write_plot
-
-MODEL = "smollm2-135m"
-REQUESTS, TOKENS = 16, 32
-QUESTIONS = (
-    "How do I reset my password?",
-    "What does the function os.path.join do, and when would I rather use pathlib?",
-    "My card was charged twice.",
-    "Translate 'good morning' into French, German and Italian, please.",
+from serving_sides import (
+    ENGINE,
+    MODEL,
+    REQUESTS,
+    TOKENS,
+    alternate,
+    figure,
+    load,
+    make_adapters,
+    make_engine,
+    prompts,
+    through_engine,
+    through_generate,
 )
+
+PARTS = ("generation", "mixtures", "int8", "loading", "http", "steps")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, to see that it works")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each side")
     parser.add_argument("--rank", type=int, default=8, help="rank of the adapters (all-linear)")
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part, may be repeated")
     parser.add_argument("--plot", type=Path, help="write decode step times as an SVG file here")
     args = parser.parse_args()
-    rounds = 2 if args.quick else 5
+    policy = os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    print(f"OMP_WAIT_POLICY={policy}")
+    rounds = args.rounds
     with tempfile.TemporaryDirectory() as folder:
         adapters = make_adapters(Path(folder), 32, args.rank)
-        generation(adapters, rounds)
-        mixtures(adapters, rounds)
-        int8(rounds)
-        loading(Path(folder), rounds)
-        http(adapters, rounds)
-        steps(adapters, 2 if args.quick else 10, args.plot)
-
-
-# --- the sides ------------------------------------------------------------------------------------
-
-
-def make_adapters(folder: Path, count: int, rank: int) -> list[Any]:
-    """LoRA adapters on all linear layers, with small random weights."""
-    import peft
-    import torch
-
-    from rayfin.serving.engine.request import AdapterSource
-
-    base = load()
-    settings = peft.LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(base, settings)
-    sources = []
-    for number in range(count):
-        torch.manual_seed(number)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_(std=0.02)
-        path = folder / f"r{rank}-{number}"
-        model.save_pretrained(str(path))
-        sources.append(AdapterSource(f"r{rank}-{number}@1", path))
-    return sources
-
-
-def load() -> Any:
-    from rayfin.config.schema import ModelConfig
-    from rayfin.models import load_base
-
-    return load_base(ModelConfig(name=MODEL), None, "cpu")
-
-
-def make_engine(**settings: Any) -> Any:
-    from rayfin.config.schema import ModelConfig
-    from rayfin.config.serving import EngineConfig
-    from rayfin.serving.engine.engine import Engine
-
-    given = {"max_length": 512, "max_rows": REQUESTS, "slots": 8} | settings
-    engine = Engine(ModelConfig(name=MODEL), EngineConfig(**given), use_gpu=False)
-    engine.start()
-    return engine
-
-
-def prompts(tokenizer: Any, count: int) -> list[list[int]]:
-    """Token ids of questions in the model's chat template."""
-    return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": QUESTIONS[i % len(QUESTIONS)]}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
-        for i in range(count)
-    ]
-
-
-def through_engine(
-    engine: Any, adapters: Sequence[Any], *, requests: int = REQUESTS, tokens: int = TOKENS
-) -> tuple[float, list[list[int]]]:
-    """Seconds until all requests have their answers (request i asks adapter i), and the answers."""
-    from rayfin.serving.engine.request import Request, SamplingParams
-
-    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    answers: list[list[int]] = [[] for _ in range(requests)]
-    left = threading.Semaphore(0)
-
-    def sink(number: int) -> Callable[[Any], None]:
-        def take(chunk: Any) -> None:
-            answers[number] += chunk.token_ids
-            if chunk.finish_reason is not None:
-                assert chunk.finish_reason == "length", chunk.error
-                left.release()
-
-        return take
-
-    asked = prompts(engine.tokenizer, requests)
-    started = time.perf_counter()
-    for number, prompt in enumerate(asked):
-        adapter = adapters[number % len(adapters)] if adapters else None
-        name = f"{time.monotonic_ns()}-{number}"
-        engine.submit(Request(name, tuple(prompt), params, adapter), sink(number))
-    for _ in range(requests):
-        left.acquire()
-    return time.perf_counter() - started, answers
-
-
-def through_generate(model: Any, tokenizer: Any, **options: Any) -> tuple[float, list[list[int]]]:
-    """The same for one static, left-padded batch."""
-    import torch
-
-    tokenizer.padding_side = "left"
-    batch = tokenizer.pad({"input_ids": prompts(tokenizer, REQUESTS)}, return_tensors="pt")
-    started = time.perf_counter()
-    with torch.inference_mode():
-        out = model.generate(
-            **batch,
-            max_new_tokens=TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=tokenizer.pad_token_id,
-            **options,
-        )
-    return time.perf_counter() - started, out[:, batch["input_ids"].shape[1] :].tolist()
-
-
-def alternate(rounds: int, sides: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Tokens a second of each side, the sides in turn; a warm-up round is not counted."""
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, run in sides.items():
-            seconds, answers = run()
-            if number:
-                speeds[name].append(sum(map(len, answers)) / seconds)
-    for name, values in speeds.items():
-        print(f"{name:24} {spread(values, 1)} tokens/s")
-    return speeds
-
-
-def figure(name: str, ours: Sequence[float], theirs: Sequence[float], bar: float) -> None:
-    print_figure("serving", name, statistics.median(ours) / statistics.median(theirs), "ratio", bar)
-
-
-# --- the figures ----------------------------------------------------------------------------------
+        parts: dict[str, Callable[[], None]] = {
+            "generation": lambda: generation(adapters, rounds),
+            "mixtures": lambda: mixtures(adapters, rounds),
+            "int8": lambda: int8(rounds),
+            "loading": lambda: loading(Path(folder), rounds),
+            "http": lambda: http(adapters, rounds),
+            "steps": lambda: steps(adapters, 2 * rounds, args.plot),
+        }
+        for name in args.only or PARTS:
+            parts[name]()
 
 
 def generation(adapters: Sequence[Any], rounds: int) -> None:
@@ -300,21 +190,30 @@ def loading(folder: Path, rounds: int) -> None:
 
 
 def http(adapters: Sequence[Any], rounds: int) -> None:
-    """The same requests through the API, by HTTP, and by calling the engine."""
+    """The same requests over HTTP, through `rayfin serve` and the API alone, and to an engine."""
     print("\nthrough HTTP (not streamed, and streamed) and through the engine")
-    engine = make_engine()
-    with http_throughput(engine, adapters[:8], prompts(engine.tokenizer, REQUESTS), TOKENS) as ask:
+    engine, used = make_engine(), adapters[:8]
+    settings = {f"engine.{name}": value for name, value in ENGINE.items()} | {"model.name": MODEL}
+    asked = prompts(engine.tokenizer, REQUESTS)
+    with (
+        deployment(used, settings) as served,
+        api_alone(engine, used) as alone,
+        clients(used, asked, TOKENS) as ask,
+    ):
         speeds = alternate(
             rounds,
             {
-                "engine": lambda: through_engine(engine, adapters[:8]),
-                "HTTP": lambda: ask(stream=False),
-                "HTTP, streamed": lambda: ask(stream=True),
+                "engine": lambda: through_engine(engine, used),
+                "rayfin serve": lambda: ask(served, stream=False),
+                "rayfin serve, streamed": lambda: ask(served, stream=True),
+                "API alone": lambda: ask(alone, stream=False),
+                "API alone, streamed": lambda: ask(alone, stream=True),
             },
         )
     engine.close()
-    figure("http_vs_engine", speeds["HTTP"], speeds["engine"], 0.9)
-    figure("http_streamed_vs_engine", speeds["HTTP, streamed"], speeds["engine"], 0.9)
+    figure("http_vs_engine", speeds["rayfin serve"], speeds["engine"], 0.9)
+    figure("http_streamed_vs_engine", speeds["rayfin serve, streamed"], speeds["engine"], 0.9)
+    figure("api_alone_vs_engine", speeds["API alone"], speeds["engine"], 0.9)
 
 
 def steps(adapters: Sequence[Any], repeats: int, plot: Path | None) -> None:

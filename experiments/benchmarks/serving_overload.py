@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common import parse_arguments, print_figure, spread
-from serving import make_adapters
+from serving_sides import make_adapters
 
 ROWS, QUEUE, TOKENS = 8, 8, 16
 CLIENTS = 10 * (ROWS + QUEUE)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import shutil
+import subprocess
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import ray
 from rich.console import Console
 
 from rayfin.config import Config, load_config
-from rayfin.errors import ConfigError, HardwareError, HistoryError
+from rayfin.errors import ConfigError, HardwareError, HistoryError, RayfinError
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
@@ -251,6 +255,45 @@ def test_what_the_history_holds_is_trained_again_when_asked(
         result = run_sweep(one, history=history, storage=plan.storage, rerun=rerun, progress=quiet)
     assert trained == [True] * rerun
     assert [r.scenario["recalled_from"] for r in result.trials] == [row.trial_id] * (not rerun)
+
+
+# --- the cluster ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_once_more(
+    failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    program = str(Path(ray.__file__).parent / "core/src/ray/raylet/raylet")
+
+    def sleep(name: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([name, "600"], executable=shutil.which("sleep"))
+
+    def init(**_: Any) -> None:
+        if len(begun) < failures:
+            # What ray.init does on a machine too slow for it: it leaves its processes behind.
+            begun.append(sleep(program))
+            others.append(sleep("not-of-ray"))
+            raise Exception("The current node timed out during startup. …")  # noqa: TRY002 as Ray
+
+    others = [sleep(program)]  # of another Ray, before
+    monkeypatch.setattr(cluster.ray, "init", init)
+    expected = (
+        pytest.raises(RayfinError, match="tried twice")
+        if failures == 2
+        else contextlib.nullcontext()
+    )
+    try:
+        with expected, cluster.ray_cluster(None):
+            pass
+        assert len(begun) == failures
+        assert not any(psutil.pid_exists(process.pid) for process in begun)
+        assert all(process.poll() is None for process in others)
+    finally:
+        for process in (*begun, *others):
+            process.kill()
+            process.wait(10)
 
 
 # --- the worker -------------------------------------------------------------------------------

@@ -182,7 +182,10 @@ class Service:
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"it did not start:\n{self.errors()}"
+        if not line:
+            errors = self.errors()
+            self._end()  # what stays open would fail the next test too
+            raise AssertionError(f"it did not start:\n{errors}")
         self.told: dict[str, Any] = json.loads(line)
         self.http = self.client()
 
@@ -246,6 +249,9 @@ class Service:
 
     def close(self) -> None:
         self.http.close()
+        self._end()
+
+    def _end(self) -> None:
         if self.process.poll() is None:
             self.stop(signal.SIGTERM)
         if self.process.stdout is not None:
@@ -267,6 +273,7 @@ class Lab:
     PROMPT = PROMPT
     Service = Service
     make_adapter = staticmethod(make_adapter)
+    title = staticmethod(_title)
     greedy = staticmethod(greedy)
     ask = staticmethod(ask)
     peft_answers = staticmethod(peft_answers)

@@ -16,7 +16,7 @@ from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError, ModelError
 from rayfin.models import identity, load_base, locate
 from rayfin.serving.engine.adapter import BaseLayout, HostAdapter, read_adapter
-from rayfin.serving.engine.int8 import Int8Linear
+from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
 from rayfin.serving.engine.layers import Mixture, SlotLinear
 from rayfin.serving.engine.layout import is_called
 from rayfin.serving.engine.request import AdapterSource
@@ -289,7 +289,6 @@ def test_which_names_mean_the_served_base(claim: str, names: set[str], same: boo
     assert is_called(claim, frozenset(names)) == same
 
 
-@pytest.mark.filterwarnings("ignore:torch.quantize_per")
 def test_layout_of_a_base_that_the_engine_has_changed() -> None:
     """Layers under the engine's own keep their names, and int8 ones their weights nearly."""
     base = load_base(TINY, None, "cpu")
@@ -301,8 +300,10 @@ def test_layout_of_a_base_that_the_engine_has_changed() -> None:
     for name in before.linears:
         parent, _, child = name.rpartition(".")
         inner = base.get_submodule(name)
-        inner = Int8Linear(inner) if child == "q_proj" else inner
-        setattr(base.get_submodule(parent), child, SlotLinear(inner, Mixture(), 2, torch.float32))
+        inner = Int8Linear(inner, Int8Kernel()) if child == "q_proj" else inner
+        setattr(
+            base.get_submodule(parent), child, SlotLinear(inner, Mixture(None), 2, torch.float32)
+        )
     after = BaseLayout.of(base, before.names)
     assert after.linears == before.linears
     for name in before.linears:

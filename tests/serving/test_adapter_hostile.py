@@ -1,5 +1,6 @@
 """Adapters that are damaged, hostile or of a kind that can't be served exactly are refused."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -78,6 +79,10 @@ class Spoilt:
             self.read()
         text = str(refused.value)
         assert "\n" not in text and len(text) < 700 and "support@3" in text + str(self.path)
+
+    def refused_unread(self, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("a tensor was read"))
+        self.refused(message)
 
 
 @pytest.fixture
@@ -317,9 +322,10 @@ def test_a_file_cut_short(spoil: Callable[[str], Spoilt], lost: int) -> None:
 def test_a_file_that_is_overwritten_while_it_is_read(spoil: Callable[[str], Spoilt]) -> None:
     adapter = spoil("lora")
     with Weights(AdapterSource("support@3", adapter.path)) as weights:
+        weights.check({A: (4, 64)})
         os.truncate(adapter.path / WEIGHTS, 100)
         with pytest.raises(AdapterError, match="changed while it was read"):
-            weights.read(A, (4, 64))
+            weights.read(A)
 
 
 def test_a_renamed_pickle_is_not_opened(spoil: Callable[[str], Spoilt], tmp_path: Path) -> None:
@@ -354,6 +360,43 @@ def test_no_memory_is_taken_for_what_does_not_fit(spoil: Callable[[str], Spoilt]
 
     os.truncate(weights, 9 * 2**30)
     adapter.refused("at most 8589934592 are read")
+
+
+LAST = "model.layers.1.self_attn.q_proj"
+UNREAD: list[tuple[str, dict[str, Any], dict[str, int], str]] = [
+    *(
+        (kind, {}, {"max_rank": 3}, "rank 4, and slots hold 3; raise engine.max_rank")
+        for kind in ("lora", "dora", "adalora")
+    ),
+    ("lora", {"rank_pattern": {"1.mlp.down_proj": 9}}, {"max_rank": 8}, "rank 9, and slots hold 8"),
+    *(
+        (kind, {}, {"max_virtual_tokens": 2}, "room for 2 before a prompt; raise engine.max_length")
+        for kind in ("prompt", "prefix")
+    ),
+    # The last of many tensors is the one that does not fit.
+    ("lora", {"rank_pattern": {LAST: 9}}, {}, "has shape"),
+    ("dora", {"rank_pattern": {LAST: 9}}, {}, "has shape"),
+    ("adalora", {"rank_pattern": {f"{LAST}.lora_E": [True]}}, {}, "has shape"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(UNREAD)))
+def test_nothing_is_read_of_what_does_not_fit(
+    spoil: Callable[[str], Spoilt], monkeypatch: pytest.MonkeyPatch, case: int
+) -> None:
+    kind, values, limits, message = UNREAD[case]
+    adapter = spoil(kind)
+    adapter.set(**values)
+    adapter.base = dataclasses.replace(adapter.base, **limits)
+    adapter.refused_unread(message, monkeypatch)
+
+
+def test_nothing_is_read_of_ia3_that_does_not_fit(
+    spoil: Callable[[str], Spoilt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = spoil("ia3")
+    adapter.change(put(f"base_model.model.{LAST}.ia3_l", torch.ones(63, 1)))
+    adapter.refused_unread("has shape", monkeypatch)
 
 
 # --- the directory ------------------------------------------------------------------------------

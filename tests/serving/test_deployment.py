@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from rayfin.adapters import Registry
@@ -314,3 +315,19 @@ for application in schema.applications:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["serve.app:app"]
+
+
+def test_a_cluster_that_is_gone_ends_the_command(lab: Any, tiny: str, tmp_path: Path) -> None:
+    service = lab.Service(tiny, tmp_path, max_rows=ROWS, max_length=64)
+    try:
+        assert service.answer(tiny)[0] == tiny
+        family = psutil.Process(service.process.pid).children(recursive=True)
+        engines = service.replicas("engine")
+        (head,) = [process for process in family if "gcs_server" in lab.title(process)]
+        head.kill()
+        assert service.process.wait(WHOLE_WITHIN) == 1
+        assert "the Ray cluster at" in service.errors() and "is gone" in service.errors()
+        assert "Traceback" not in service.errors()
+        assert engines and not psutil.wait_procs(engines, WHOLE_WITHIN)[1]
+    finally:
+        service.close()

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rayfin.errors import AdapterError, ConfigError, ModelError, Overloaded, RequestError
+from rayfin.serving.engine import attention, cache
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
 
 Adapters = dict[str, AdapterSource]
@@ -213,6 +215,25 @@ def test_closing_at_once_cancels(lab: Any, engines: Any, tiny: str, prompt: list
     answers = [lab.ask(engine, prompt, None, lab.greedy(4000)) for _ in range(3)]
     engine.close()
     assert {answer.wait().last.finish_reason for answer in answers} == {"cancelled"}
+
+
+def test_attention_may_lay_its_result_out_token_by_token(
+    lab: Any, engines: Any, tiny: str, prompt: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of CUDA's kernels do, and no GPU is needed to try it."""
+    monkeypatch.setattr(attention, "kernel_for", lambda device, dtype, group: None)
+    engine = engines(tiny, max_length=128)
+    expected = lab.ask(engine, prompt).wait().token_ids
+    plain = cache.functional.scaled_dot_product_attention
+    asked = []
+
+    def turned(*args: Any, **options: Any) -> torch.Tensor:
+        asked.append(args)
+        return plain(*args, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(cache.functional, "scaled_dot_product_attention", turned)
+    assert lab.ask(engine, prompt).wait().token_ids == expected
+    assert any(query.shape[2] > 1 for query, *_ in asked[2:]), "queries that share a head"
 
 
 def test_int8_weights_answer_close_to_float(

@@ -12,11 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rayfin.config.schema import ModelConfig
-from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError, ConfigError, ModelError, RequestError
+from rayfin.errors import AdapterError, ModelError, RequestError
 from rayfin.models import load_base
-from rayfin.serving.engine.engine import Engine
-from rayfin.serving.engine.int8 import Int8Linear
 from rayfin.serving.engine.model import _check_attention
 from rayfin.serving.engine.request import AdapterSource, SamplingParams
 
@@ -72,24 +69,6 @@ def test_a_slot_that_overflowed_is_clean_for_the_next(
     lab.ask(engine, prompt, wide).wait()
     both = [lab.ask(engine, prompt, source) for source in (narrow, wide)]
     assert [answer.wait().token_ids for answer in both] == alone
-
-
-def test_int8_rows_do_not_depend_on_each_other() -> None:
-    linear = torch.nn.Linear(64, 32)
-    quantised = Int8Linear(linear)
-    tokens = torch.randn(3, 64)
-    alone = quantised(tokens[:1])
-    together = quantised(tokens * torch.tensor([[1.0], [1e6], [float("nan")]]))
-    assert torch.equal(together[:1], alone)
-    assert together[1].isfinite().all() and together[2].isnan().all()
-    assert torch.allclose(alone, linear(tokens[:1]), atol=0.1)
-
-
-def test_int8_weights_are_for_full_ones_on_cpu(tiny: str) -> None:
-    with pytest.raises(ValueError, match="set one of them"):
-        EngineConfig(weights="int8", quantization_bit=4)
-    with pytest.raises(ConfigError, match="float32 models on CPU"):
-        Engine(ModelConfig(name=tiny, dtype="bfloat16"), EngineConfig(weights="int8"))
 
 
 LONG_ROPE = {"rope_type": "longrope", "original_max_position_embeddings": 64}

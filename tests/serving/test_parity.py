@@ -9,6 +9,7 @@ import pytest
 
 from rayfin.config.schema import ModelConfig
 from rayfin.models import load_tokenizer
+from rayfin.serving.engine import model
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource
 
@@ -34,7 +35,7 @@ def mixed(
     return {name: [answer.token_ids for answer in given] for name, given in answers.items()}
 
 
-@pytest.mark.parametrize("quantization_bit", [None, 4])
+@pytest.mark.parametrize(("quantization_bit", "kernel"), [(None, True), (None, False), (4, True)])
 def test_every_method_on_the_tiny_model(
     lab: Any,
     engines: Any,
@@ -42,7 +43,12 @@ def test_every_method_on_the_tiny_model(
     tiny_adapters: dict[str, AdapterSource],
     tiny_tokenizer: Any,
     quantization_bit: int | None,
+    kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not kernel:  # as on GPUs, and where there is no C compiler
+        monkeypatch.setattr(model, "kernel_for", lambda device, dtype: None)
+        monkeypatch.setattr(model.attention, "kernel_for", lambda device, dtype, group: None)
     prompts = [tiny_tokenizer(text)["input_ids"] for text in PROMPTS]
     engine = engines(
         tiny,
@@ -54,6 +60,8 @@ def test_every_method_on_the_tiny_model(
     )
     sources: dict[str, AdapterSource | None] = {**tiny_adapters, "base": None}
     got = mixed(lab, engine, sources, prompts, TOKENS)
+    assert (engine.model.mixture.kernel is not None) == kernel
+    assert (engine.model.cache.kernel is not None) == kernel
     assert engine.stats().running == 0
     said = set()
     for name, source in sources.items():

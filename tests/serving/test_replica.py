@@ -6,6 +6,7 @@ import asyncio
 import pickle
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,34 @@ def test_it_sends_the_whole_answer(replica: EngineReplica) -> None:
     assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
 
 
-def test_a_call_that_is_closed_frees_its_row(replica: EngineReplica) -> None:
+def test_an_answer_that_is_not_streamed_is_two_messages(replica: EngineReplica) -> None:
+    chunks = asyncio.run(collect(replica, replace(asked("one", 200), streamed=False)))
+    assert sum(len(chunk.token_ids) for chunk in chunks) == 200
+    assert [chunk.finish_reason for chunk in chunks] == [None, "length"]
+    assert len(chunks[0].token_ids) < 200, "the first token is not kept waiting"
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_call_that_is_closed_frees_its_row(replica: EngineReplica, streamed: bool) -> None:
     async def leave() -> None:
-        stream = replica.generate(asked("long", 1900), None, adapter=None)
+        request = replace(asked("long", 1900), streamed=streamed)
+        stream = replica.generate(request, None, adapter=None)
         await anext(stream)
         await stream.aclose()
+
+    asyncio.run(leave())
+    until(lambda: replica.record_routing_stats()[STATS]["running"] == 0)
+    assert replica.record_routing_stats()[STATS]["generated_tokens"] < 1900
+
+
+def test_a_call_that_is_cancelled_frees_its_row(replica: EngineReplica) -> None:
+    async def leave() -> None:
+        request = replace(asked("long", 1900), streamed=False)
+        call = asyncio.create_task(collect(replica, request))
+        await asyncio.sleep(0.5)  # it has its first message, and waits for the last
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
 
     asyncio.run(leave())
     until(lambda: replica.record_routing_stats()[STATS]["running"] == 0)

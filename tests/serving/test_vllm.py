@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from rayfin.cli import main
 from rayfin.config import load_serve_config
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
@@ -359,6 +361,39 @@ def test_without_vllm_the_command_says_so_before_it_starts(tmp_path: Path) -> No
     assert result.returncode == 2
     assert result.stderr.startswith("rayfin: engine.type: vllm is not installed")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "option", "elsewhere"),
+    [
+        (None, "there", True),
+        ("there", None, True),
+        ("there", "local", False),
+        ("local", None, False),
+        (None, None, False),
+    ],
+)
+def test_on_a_cluster_vllm_need_not_be_here(
+    environment: str | None,
+    option: str | None,
+    elsewhere: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    if _installed():
+        pytest.skip("vLLM is installed")
+    with socket.create_server(("127.0.0.1", 0)) as cluster:
+        there = f"127.0.0.1:{cluster.getsockname()[1]}"
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        if environment is not None:
+            monkeypatch.setenv("RAY_ADDRESS", there if environment == "there" else environment)
+        options = [] if option is None else ["--address", there if option == "there" else option]
+        # What is looked at after vLLM has a mistake, too: nothing is ever started.
+        settings = ["model.name=./nowhere", "engine.type=vllm", f"storage={tmp_path}"]
+        assert main(["serve", *settings, *options]) == 2
+    error = capfd.readouterr().err
+    assert ("nowhere" if elsewhere else "vllm is not installed") in error
 
 
 def _installed() -> bool:

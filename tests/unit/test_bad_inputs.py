@@ -437,6 +437,20 @@ ADAPTERS = [
     ),
 ]
 
+SERVE = [
+    case("serve-unknown-model", "serve", "model.name=nosuch", say=("'nosuch'", "smollm2-135m")),
+    case("no-slots", "serve", "engine.slots=0", say=("engine.slots", "0", "1")),
+    case("too-long", "serve", "model.name=tiny", "engine.max_length=5000", say=("5000", "4096")),
+    case("port-out-of-range", "serve", "deployment.port=99999", say=("99999", "65535")),
+    case("history-without-scheme", "serve", "history=x.db", say=("'x.db'", "sqlite:///x.db")),
+    case("serve-storage-url", "serve", "storage=s3://b/x", say=("s3://b/x", "Mount")),
+    case("int8-of-4-bit", "serve", "engine.weights=int8", "engine.quantization_bit=4",
+         say=("int8", "quantization_bit=4")),
+    case("serve-mistyped-key", "serve", "engine.slot=3", say=("engine.slot", "engine.slots")),
+    case("chat-settings-and-url", "chat", "--url=http://127.0.0.1:1", "engine.slots=2",
+         say=("engine.slots=2", "--url")),
+]  # fmt: skip
+
 COMMAND = [
     case("unknown-verb", "tune", say=("'tune'", "sweep", "--help")),
     case("no-verb", "history", say=("VERB", "rayfin history --help")),
@@ -455,7 +469,8 @@ def exit_code(*command: str) -> int:
 @pytest.mark.parametrize(
     ("command", "say"),
     [
-        *CONFIGURATION, *METHODS, *SPACE, *DATA, *MODELS, *PLACES, *HISTORY, *ADAPTERS, *COMMAND
+        *CONFIGURATION, *METHODS, *SPACE, *DATA, *MODELS, *PLACES, *HISTORY, *ADAPTERS, *SERVE,
+        *COMMAND,
     ],
 )  # fmt: skip
 def test_one_line_with_the_value_and_the_remedy(

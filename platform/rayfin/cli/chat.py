@@ -10,10 +10,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rayfin.cli.parser import print_error, printable
-from rayfin.cli.service import add_settings, load_settings
+from rayfin.cli.service import load_settings
+from rayfin.cli.settings import ShowServeSettings, add_settings
 from rayfin.errors import RayfinError, RequestError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help=summary,
         description=f"{summary.capitalize()}. Without --url the model runs in this process.",
     )
-    add_settings(parser)
+    add_settings(parser, ShowServeSettings)
     parser.add_argument(
         "--use", metavar="NAME", help="who answers first; the base model if left out"
     )
@@ -73,8 +74,11 @@ def run(args: argparse.Namespace) -> int:
         )
     from rayfin.serving.client import Client
 
-    with _endpoint(args) as endpoint, Client(endpoint) as client:
-        return Chat(client, as_json=args.json, use=args.use).run()
+    out = sys.stdout if args.json else None
+    # Machines read the answers: prompts, /help and what libraries print go to standard error.
+    aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    with aside, _endpoint(args) as endpoint, Client(endpoint) as client:
+        return Chat(client, json_to=out, use=args.use).run()
 
 
 @contextmanager
@@ -93,8 +97,9 @@ def _endpoint(args: argparse.Namespace) -> Iterator[Endpoint]:
 class Chat:
     """One conversation."""
 
-    def __init__(self, client: Client, *, as_json: bool, use: str | None) -> None:
-        self._client, self._as_json = client, as_json
+    def __init__(self, client: Client, *, json_to: TextIO | None, use: str | None) -> None:
+        """`json_to` gets a line for each answer; None: people read standard output."""
+        self._client, self._json_to = client, json_to
         self._interactive = sys.stdin.isatty()
         names = client.models()
         if not names:
@@ -104,7 +109,7 @@ class Chat:
         self._system: str | None = None
         self._options: dict[str, Any] = {}
         self._failed = False
-        if self._interactive and not as_json:
+        if self._interactive and json_to is None:
             adapters = ", ".join(name for name in names[1:] if "@" not in name) or "none yet"
             print(f"{printable(names[0])} at {client.url}; adapters: {printable(adapters)}.")
             print("/help lists commands.")
@@ -112,7 +117,7 @@ class Chat:
             self._use(use)
 
     def run(self) -> int:
-        if self._interactive:
+        if self._interactive and self._json_to is None:  # it writes to the real standard output
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (editing and recall of lines, for input())
         while (line := self._read()) is not None:
@@ -175,7 +180,7 @@ class Chat:
             raise RequestError("/use needs a name; /models lists them")
         version = self._client.resolve(name)
         self._model = name
-        if not self._as_json:
+        if self._json_to is None:
             shown = name if name == version else f"{name} ({version})"
             print(f"now talking to {printable(shown)}", flush=True)
 
@@ -205,19 +210,19 @@ class Chat:
         reply = self._client.chat(self._model, [*system, *asked], self._options)
         try:
             for piece in reply:
-                if not self._as_json:
+                if self._json_to is None:
                     print(printable(piece), end="", flush=True)
         except KeyboardInterrupt:
             reply.close()
             reply.finish_reason = "stopped"
-        if self._as_json:
+        if self._json_to is not None:
             line = {"model": reply.model, "content": reply.text, "usage": reply.usage}
-            print(json.dumps(line | {"finish_reason": reply.finish_reason}), flush=True)
+            text = json.dumps(line | {"finish_reason": reply.finish_reason})
+            print(text, file=self._json_to, flush=True)
         else:
             tokens = reply.usage.get("completion_tokens")
-            print(
-                f"\n  -- {reply.model}, {reply.finish_reason}" + f", {tokens} tokens" * bool(tokens)
-            )
+            who = printable(reply.model) or self._model
+            print(f"\n  -- {who}, {reply.finish_reason}" + f", {tokens} tokens" * bool(tokens))
         # Only now: a question that had no answer is none that was asked.
         if not reply.model:
             return

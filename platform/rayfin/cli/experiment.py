@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rayfin.cli.settings import ShowSettings
+from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
@@ -17,23 +17,11 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "settings",
-        nargs="*",
-        metavar="config.yaml | section.key=value",
-        help="a configuration file first, if any, and settings that win over it",
-    )
+    add_settings(parser)
     parser.add_argument(
         "--rerun", action="store_true", help="train also what the history holds as finished"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument(
-        "--settings",
-        dest="show_settings",
-        nargs=0,
-        action=ShowSettings,
-        help="list every setting with its default and meaning",
-    )
     parser.set_defaults(defaults=None)
     if parser.epilog is None:
         parser.epilog = (
@@ -59,11 +47,9 @@ class Workplace:
         from rayfin.history import History
         from rayfin.paths import Storage
 
-        settings = list(args.settings)
-        source: Any = parse_yaml(args.defaults, "defaults") if args.defaults else None
-        if settings and "=" not in settings[0]:
-            source = Path(settings.pop(0))
-        config = load_config(source, settings)
+        file, settings = split_settings(args.settings)
+        defaults = parse_yaml(args.defaults, "defaults") if args.defaults else None
+        config = load_config(file or defaults, settings)
         if config.publish is not None:
             check_name(config.publish.name)
             if config.publish.alias is not None:

@@ -6,9 +6,12 @@ import argparse
 import json
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.service import add_settings, load_settings
+from rayfin.cli.service import load_settings
+from rayfin.cli.settings import ShowServeSettings, add_settings
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     summary = "answer over HTTP with any adapter of a registry, by name"
     parser = subparsers.add_parser("serve", help=summary, description=f"{summary.capitalize()}.")
-    add_settings(parser)
-    parser.add_argument("--address", help="a running Ray cluster; without it one is started here")
+    add_settings(parser, ShowServeSettings)
+    parser.add_argument("--address", help="a running Ray cluster (default: $RAY_ADDRESS, or local)")
     parser.add_argument("--json", action="store_true", help="print what is served as JSON")
     parser.epilog = (
         f"Example: {parser.prog} storage=./runs deployment.port=8000 engine.max_rows=16. "
@@ -34,27 +37,29 @@ def run(args: argparse.Namespace) -> int:
     from rayfin.hardware import cluster_address
     from rayfin.paths import Storage
 
-    config = load_settings(args, elsewhere=args.address is not None)
     address = cluster_address(args.address)
+    config = load_settings(args, elsewhere=address is not None)
 
-    from rayfin.serving.deployment import serving
+    from rayfin.serving.deployment import serving, watch
 
     with serving(config, address) as url:
         versions = Catalog(Storage.open(config.storage).adapters).list()
         _print(config, url, versions, as_json=args.json)
-        _wait_for_signal()
+        with _signals() as stop:
+            watch(stop, address)
         if not args.json:
             print("Stopping: requests that are at work may end.", flush=True)
     return 0
 
 
-def _wait_for_signal() -> None:
-    """Returns on Ctrl-C or SIGTERM."""
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set."""
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     try:
-        stop.wait()
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
@@ -29,6 +30,30 @@ class ShowServeSettings(ShowSettings):
 
     def lines(self) -> Iterator[str]:
         return serve_settings_lines()
+
+
+def add_settings(parser: argparse.ArgumentParser, show: type[ShowSettings] = ShowSettings) -> None:
+    """The arguments `[config.yaml] [section.key=value …]`, and `--settings`, which lists them."""
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="config.yaml | section.key=value",
+        help="a configuration file first, if any, and settings that win over it",
+    )
+    parser.add_argument(
+        "--settings",
+        dest="show_settings",
+        nargs=0,
+        action=show,
+        help="list every setting with its default and meaning",
+    )
+
+
+def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The configuration file that goes first, if there is one, and the overrides."""
+    if settings and "=" not in settings[0]:
+        return Path(settings[0]), list(settings[1:])
+    return None, list(settings)
 
 
 def settings_lines() -> Iterator[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from rayfin.config.method import Section
 from rayfin.config.schema import ModelConfig
+
+_SQLITE = "sqlite:///"
 
 
 class EngineConfig(Section):
@@ -18,7 +21,8 @@ class EngineConfig(Section):
     quantization_bit: Literal[4, 8] | None = None
     """Load the base model in 4-bit NF4 or 8-bit (bitsandbytes)."""
     weights: Literal["auto", "int8"] = "auto"
-    """int8: dynamically quantised linear layers on CPU; faster, and answers may differ."""
+    """int8: linear layers on CPU over 8-bit weights, for float32 models and with a C compiler;
+    faster, and answers may differ in a word."""
     max_rows: int = Field(16, ge=1, le=1024)
     """Sequences that decode at the same time."""
     max_length: int = Field(2048, ge=16)
@@ -78,7 +82,7 @@ class ApiConfig(Section):
     template_seconds: float = Field(1.0, gt=0)
     """Processor time for one rendering of an adapter's own chat template."""
     api_keys: tuple[ApiKey, ...] = ()
-    """Keys of which every request needs one; none: the API is open to all who reach it."""
+    """Keys of which all but /health needs one; none: the API is open to all who reach it."""
     admin_token: str | None = Field(None, min_length=1, repr=False)
     """What loading and unloading adapters over HTTP takes as its bearer token; null: it is off."""
     request_log: str | None = Field(None, min_length=1)
@@ -146,3 +150,22 @@ class ServeConfig(Section):
     """Directory (local or NFS) whose registry of adapters is served."""
     history: str | None = None
     """URL of the history that serving figures go back to; null is the SQLite file under storage."""
+
+    def anchored(self, root: Path) -> ServeConfig:
+        """With its files' paths absolute, relative ones from `root`.
+
+        Replicas have working directories of their own.
+        """
+
+        def under(path: str) -> str:
+            return path if "://" in path else str(root / Path(path).expanduser())
+
+        paths: dict[str, Any] = {"storage": under(self.storage)}
+        if (log := self.api.request_log) is not None:
+            paths["api"] = self.api.model_copy(update={"request_log": under(log)})
+        url = self.history or ""
+        file = url.removeprefix(_SQLITE)
+        # What names no file is refused by whoever opens it.
+        if file != url and file not in ("", ":memory:"):
+            paths["history"] = _SQLITE + under(file)
+        return self.model_copy(update=paths)

@@ -7,18 +7,22 @@ and the API goes on with those that are left.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -44,6 +48,11 @@ _STATS_SECONDS = 1.0
 _CONNECTIONS = 512
 _CLOSING_SECONDS = 10.0
 _POLL_SECONDS = 0.1
+_PROXY_SECONDS = 55
+"""Patience with a proxy that starts; Serve's driver waits for one for 60 s."""
+_WATCH_SECONDS = 2.0
+_LOST_SECONDS = 10.0
+_AWAY_SECONDS = 45.0
 # Replicas write what goes wrong; a line for each request would cost more than it tells.
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
@@ -65,11 +74,14 @@ class ApiReplica:
         return create_app(engine, names, config.api, figures)
 
 
-def app(args: Mapping[str, Any]) -> serve.Application:
-    """For Serve's own commands: `args` is the configuration, in sections or by dotted names."""
+def app(args: Mapping[str, Any], root: Path) -> serve.Application:
+    """For Serve's own commands: `args` is the configuration, in sections or by dotted names.
+
+    Its relative paths are taken from `root`, as Serve calls this wherever Ray was started.
+    """
     sections = {key: value for key, value in args.items() if "." not in key}
     overrides = [f"{key}={value}" for key, value in args.items() if "." in key]
-    return build_app(load_serve_config(sections, overrides))
+    return build_app(load_serve_config(sections, overrides).anchored(root))
 
 
 def build_app(config: ServeConfig) -> serve.Application:
@@ -156,12 +168,20 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
         _check_port(deployment.host, deployment.port)
         # Ray's workers give way to all else on a machine, which is no place for a server.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # A proxy that imports for longer than Serve's 5 s, on a busy machine, is killed for it.
+        os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_SECONDS))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_cluster(address):
-        serve.start(
-            http_options={"host": deployment.host, "port": deployment.port},
-            logging_config=_LOGGING,
-        )
+        try:
+            serve.start(
+                http_options={"host": deployment.host, "port": deployment.port},
+                logging_config=_LOGGING,
+            )
+        except (RayError, TimeoutError) as error:
+            raise RayfinError(
+                f"Ray Serve's HTTP proxy did not start ({_last_line(error)}); the machine "
+                "may be very busy or short of memory; start it again"
+            ) from error
         if APP in serve.status().applications:
             raise ConfigError(
                 f"application '{APP}' is served on this cluster already; stop that one first, or "
@@ -178,10 +198,50 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
                 raise RayfinError(_reason(error)) from error
             raise
         host = "localhost" if deployment.host == "0.0.0.0" else deployment.host
+        lost = False
         try:
             yield f"http://{host}:{deployment.port}"
+        except _ClusterLostError:
+            lost = True  # there is nobody left to drain, and Serve would wait for it
+            raise
         finally:
-            _drain(deployment.drain_seconds)
+            if not lost:
+                _drain(deployment.drain_seconds)
+
+
+class _ClusterLostError(RayfinError):
+    pass
+
+
+def watch(stop: threading.Event, address: str | None) -> None:
+    """Returns when `stop` is set; raises RayfinError when the Ray cluster is out of reach before.
+
+    `address` as `serving` had it. Ray itself would end this process, a minute later and without a
+    word to the user.
+    """
+    ours = address is None
+    if address is None or address == "auto":
+        address = ray.get_runtime_context().gcs_address
+    where = str(address)
+    host, _, port = where.removeprefix("ray://").rpartition(":")
+    # A head may be away for a moment, and come back with all that it had.
+    patience = _LOST_SECONDS if ours else _AWAY_SECONDS
+    seen = time.monotonic()
+    while not stop.wait(_WATCH_SECONDS):
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=_WATCH_SECONDS):
+                seen = time.monotonic()
+        except OSError as error:
+            if time.monotonic() - seen > patience:
+                what = (
+                    "is gone, and the deployment with it; adapters and history are as they were: "
+                    "serve again"
+                    if ours
+                    else "can't be reached any more; what it serves may go on: look with "
+                    "`serve status` where it runs"
+                )
+                reason = error.strerror or error
+                raise _ClusterLostError(f"the Ray cluster at {where} {what} ({reason})") from error
 
 
 def _drain(seconds: float) -> None:
@@ -197,9 +257,11 @@ def _check_port(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
+        other_host = error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror)
+        setting = "host=127.0.0.1" if other_host else "port=8001"
         raise ConfigError(
-            f"deployment.port: {host}:{port} can't be used ({error.strerror or error}); "
-            "give another, deployment.port=8001"
+            f"deployment.{setting.partition('=')[0]}: {host}:{port} can't be used "
+            f"({error.strerror or error}); give another, deployment.{setting}"
         ) from error
 
 
@@ -208,6 +270,11 @@ def _reason(error: RuntimeError) -> str:
     application = serve.status().applications.get(APP)
     told = [d.message for d in application.deployments.values()] if application else []
     ours = re.findall(r"rayfin\.errors\.\w+: (.+)", "\n".join([*told, str(error)]))
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    why = ours[-1].strip() if ours else lines[-1] if lines else type(error).__name__
+    why = ours[-1].strip() if ours else _last_line(error)
     return f"the deployment did not start: {why}"
+
+
+def _last_line(error: Exception) -> str:
+    """What a message that Ray has put a stack trace before is about."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

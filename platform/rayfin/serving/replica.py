@@ -55,7 +55,8 @@ class EngineReplica:
                 yield chunk
                 ended = chunk.finish_reason is not None
                 if not ended:
-                    await outbox.gather(min(_LONGEST_WAIT, self._streams / _MESSAGES_PER_SECOND))
+                    wait = min(_LONGEST_WAIT, self._streams / _MESSAGES_PER_SECOND)
+                    await outbox.gather(wait if request.streamed else None)
         finally:
             self._streams -= 1
             self._engine.cancel(request.request_id)
@@ -119,8 +120,8 @@ class Outbox:
             taken.append(self._chunks.popleft())
         return taken
 
-    async def gather(self, seconds: float) -> None:
-        """Waits so long, or until the last chunk has come."""
+    async def gather(self, seconds: float | None) -> None:
+        """Waits so long (None: as long as it takes), or until the last chunk has come."""
         try:
             async with asyncio.timeout(seconds):
                 await self._arrived.wait()

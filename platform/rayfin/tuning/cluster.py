@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import psutil
 import ray
 
 from rayfin.config import ScalingConfig
-from rayfin.errors import HardwareError
+from rayfin.errors import HardwareError, RayfinError
 from rayfin.hardware import cpu_count
+
+log = logging.getLogger(__name__)
+
+_END_SECONDS = 10.0
 
 Resources = Mapping[str, float]
 """Ray's names (CPU, GPU) -> how many."""
@@ -35,23 +41,61 @@ def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator
         if address and address != "local":
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            # "local", not None: None would join a cluster that somebody else started here.
-            ray.init(
-                address="local",
-                num_cpus=num_cpus or cpu_count(),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            _start(num_cpus or cpu_count())
     except (ConnectionError, ValueError) as error:  # ValueError: ray:// without ray[client]
         raise HardwareError(
             f"no Ray cluster can be reached at '{address}' ({error}); start one with "
-            "`ray start --head`, or leave --address and RAY_ADDRESS out"
+            "`ray start --head`, or leave --address and RAY_ADDRESS out; if one runs there, it may "
+            "ask for a token: set RAY_AUTH_MODE=token"
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start(num_cpus: int) -> None:
+    """A Ray of our own, on this machine; raises RayfinError."""
+    for again in (True, False):
+        before = set(psutil.Process().children())
+        try:
+            # "local", not None: None would join a cluster that somebody else started here.
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        except Exception as error:
+            # Ray gives its node 30 s and has no setting for it. What it started in them would
+            # stay until this process ends.
+            if "timed out during startup" not in str(error):
+                raise
+            _end(set(psutil.Process().children()) - before)
+            if not again:
+                raise RayfinError(
+                    "Ray did not start on this machine within its 30 s, tried twice; it may be "
+                    "very busy or short of memory; Ray's logs in session_latest, under /tmp/ray if "
+                    "RAY_TMPDIR is not set, say more"
+                ) from error
+            log.warning("Ray did not start within its 30 s; trying once more")
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Those of Ray's own programs, and what they started themselves."""
+    programs = str(Path(ray.__file__).parent)
+    every = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if programs in " ".join(process.cmdline()):
+                process.suspend()  # or it starts one more
+                every += [*process.children(recursive=True), process]
+    for process in every:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(every, timeout=_END_SECONDS)
 
 
 def nodes() -> list[Resources]:

@@ -85,6 +85,15 @@ def test_what_people_see(server: Any, talk: Talk, says: Says) -> None:
     assert "  support@prod\n" in out and "/system TEXT" in out
 
 
+def test_with_json_standard_output_has_the_answers_alone(server: Any, talk: Talk) -> None:
+    code, out, err = talk(
+        server.url, *GREEDY, "/use support", "/models", "hello", "/help", options=("--json",)
+    )
+    assert code == 0
+    assert [json.loads(line)["model"] for line in out.splitlines()] == ["support@2"]
+    assert "  support@prod\n" in err and "/system TEXT" in err
+
+
 def test_a_system_message_and_a_new_start(server: Any, talk: Talk, says: Says) -> None:
     lines = ("/system Be brief.", "hello", "/reset", "hi", "/system", "/reset", "hi")
     _, out, _ = talk(server.url, *GREEDY, *lines, options=("--json",))
@@ -177,13 +186,14 @@ def test_settings_and_a_deployment_exclude_each_other(talk: Talk) -> None:
 class Terminal:
     """The command in a terminal of its own."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *options: str, stdout: int | None = None) -> None:
+        """`stdout`: where it goes instead."""
         ours, theirs = pty.openpty()
         self._ours = ours
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "rayfin", "chat", "--url", url],
+            [sys.executable, "-m", "rayfin", "chat", "--url", url, *options],
             stdin=theirs,
-            stdout=theirs,
+            stdout=theirs if stdout is None else stdout,
             stderr=theirs,
             start_new_session=True,
             env=os.environ | {"TERM": "dumb"},
@@ -214,6 +224,7 @@ class Terminal:
 
 
 def test_ctrl_c_stops_an_answer_and_frees_its_row(server: Any) -> None:
+    before = server.engine.stats().generated_tokens
     terminal = Terminal(server.url)
 
     def running() -> bool:
@@ -232,3 +243,20 @@ def test_ctrl_c_stops_an_answer_and_frees_its_row(server: Any) -> None:
     finally:
         code = terminal.close("sales> ")
     assert code == 0
+    stats = server.engine.stats()
+    assert stats.generated_tokens - before < server.engine.max_length / 2
+
+
+def test_prompts_are_no_part_of_json(server: Any, tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with path.open("w") as answers:
+        terminal = Terminal(server.url, "--json", stdout=answers.fileno())
+    try:
+        for prompts, line in enumerate(("/set max_tokens=2", "hello"), 1):
+            terminal.until(lambda count=prompts: terminal.seen.count("tiny> ") == count)
+            terminal.write(line)
+        terminal.until(lambda: terminal.seen.count("tiny> ") == 3)
+    finally:
+        code = terminal.close("tiny> ")
+    assert code == 0
+    assert [json.loads(line)["model"] for line in path.read_text().splitlines()] == ["tiny"]

@@ -57,9 +57,32 @@ def test_a_request_without_a_key_is_refused_unread(guarded: Any, path: str) -> N
     assert guarded.http.post(path, content=b"not even JSON").status_code == 401
 
 
-def test_health_and_metrics_need_none(guarded: Any) -> None:
-    assert guarded.http.get("/health").status_code == 200
-    assert guarded.http.get("/metrics").status_code == 200
+LIMITED = (None, "wrong", "sales-only", "base-too")
+
+
+@pytest.mark.parametrize("key", [*LIMITED, "all", "root"])
+def test_what_names_all_adapters_is_for_the_operator_and_for_keys_to_all(
+    guarded: Any, key: str | None
+) -> None:
+    assert may(guarded, "all", "support")  # so that there is a name to be seen
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    health, metrics = (guarded.http.get(p, headers=headers) for p in ("/health", "/metrics"))
+    assert health.status_code == 200
+    assert health.json()["status"] == "ok" and "running" in health.json()
+    if key in LIMITED:
+        assert metrics.status_code == 401 and "admin token" in metrics.json()["error"]["message"]
+        assert "support" not in health.text + metrics.text
+    else:
+        assert metrics.status_code == 200 and 'adapter="support"' in metrics.text
+        assert "support@2" in health.json()["resident"]
+
+
+def test_looking_at_the_metrics_takes_nothing_of_an_allowance() -> None:
+    config = ApiConfig.model_validate({"api_keys": [{"key": "k", "requests_per_minute": 1}]})
+    keys = Keys(config, lambda: 0.0)
+    request: Any = SimpleNamespace(headers={"authorization": "Bearer k"})
+    assert keys.may_see_all(request) and keys.may_see_all(request)
+    assert keys.admit(request) is not None
 
 
 def test_a_key_reaches_its_adapters_only(guarded: Any) -> None:

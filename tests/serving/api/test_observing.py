@@ -1,7 +1,10 @@
 """What an operator sees: health, metrics and the request log."""
 
 import json
+import os
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rayfin.adapters import Registry
 from rayfin.errors import StorageError
 from rayfin.serving.api.app import create_app
+from rayfin.serving.api.record import Record, RequestLog
 from rayfin.serving.names import Names
 
 
@@ -128,3 +132,106 @@ def test_a_log_that_cannot_be_written_is_said_at_the_start(
     config = tools.ApiConfig(request_log=str(tmp_path / "file" / "log.jsonl"))
     with pytest.raises(StorageError, match="request_log"):
         create_app(engine, Names(shared_registry, "tiny"), config)
+
+
+@contextmanager
+def stalled(path: Path) -> Iterator[int]:
+    """A pipe at `path` that takes nothing before it is read from; yields where to read."""
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        # Page by page: a pipe takes so much whole or not at all.
+        while True:
+            os.write(writer, b"\n" * 4096)
+    except BlockingIOError:
+        pass
+    os.close(writer)
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+
+
+def lines_of(reader: int, count: int) -> list[Any]:
+    """The next `count` lines of JSON that come out of the pipe."""
+    os.set_blocking(reader, True)
+    with os.fdopen(reader, closefd=False) as stream:
+        lines = (line for line in stream if line.strip())
+        return [json.loads(next(lines)) for _ in range(count)]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [text for name, _, text in caplog.record_tuples if name.endswith("api.record")]
+
+
+def test_no_request_waits_for_the_logs_disk(
+    tools: Any, engine: Any, shared_registry: Registry, tmp_path: Path
+) -> None:
+    path = tmp_path / "pipe"
+    with stalled(path) as reader:
+        config = tools.ApiConfig(request_log=str(path))
+        with tools.serving(engine, shared_registry, config) as server:
+            server.http.timeout = 10
+            statuses = [server.complete(model=m).status_code for m in ("tiny", "missing", "tiny")]
+            assert statuses == [200, 404, 200]
+            assert [line["status"] for line in lines_of(reader, 3)] == statuses
+
+
+def test_what_a_slow_disk_does_not_take_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "pipe"
+    with stalled(path) as reader:
+        log = RequestLog(str(path), text=False, most_waiting=2000)
+        for number in range(100):
+            log.write(Record(f"/{number}"))
+        (warning,) = warnings_of(caplog)
+        assert "takes no more now" in warning
+        written = os.read(reader, 2**16)  # the disk goes on
+        log.close()
+        with os.fdopen(reader, "rb", closefd=False) as stream:
+            written += stream.read()
+    lines = [json.loads(line) for line in written.splitlines() if line]
+    assert [line["path"] for line in lines] == [f"/{n}" for n in range(len(lines))]
+    assert 1 < len(lines) < 10
+    assert warnings_of(caplog)[1:] == [f"request_log '{path}' lost {100 - len(lines)} lines"]
+
+
+def test_a_full_disk_ends_no_request(
+    tools: Any, engine: Any, shared_registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tools.ApiConfig(request_log="/dev/full")
+    with tools.serving(engine, shared_registry, config) as server:
+        assert [server.complete().status_code for _ in range(3)] == [200] * 3
+    began, ended = warnings_of(caplog)
+    assert "loses lines (No space left on device); serving goes on" in began
+    assert "lost 3 lines" in ended
+
+
+def test_a_line_cut_off_by_a_full_disk_takes_no_other_along(tools: Any, tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    log = RequestLog(str(path), text=False)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        log.write(Record("/cut"))
+        tools.wait_until(lambda: path.stat().st_size == 100, "the disk is full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.write(Record("/whole"))
+    log.close()
+    cut, whole = path.read_text().splitlines()
+    assert len(cut) == 100
+    assert json.loads(whole)["path"] == "/whole"
+
+
+def test_logs_that_share_a_file_tear_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    logs = [RequestLog(str(path), text=False) for _ in range(4)]
+    for number in range(200):
+        for log in logs:
+            log.write(Record(f"/{number}" + "x" * 5000))
+    for log in logs:
+        log.close()
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 800

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,9 +206,9 @@ def test_a_renderer_outlives_its_process() -> None:
             texts = [await renderer.render("a@1", OWN, HELLO, {})]
             assert renderer._process is not None
             os.killpg(renderer._process.pid, signal.SIGKILL)
-            with pytest.raises(AdapterError):
+            with pytest.raises(Overloaded, match="send the request again"):
                 await renderer.render("a@1", OWN, HELLO, {})
-            return [*texts, await renderer.render("b@1", OWN, HELLO, {})]
+            return [*texts, await renderer.render("a@1", OWN, HELLO, {})]
         finally:
             renderer.close()
 
@@ -230,6 +231,44 @@ def test_a_renderer_that_dies_idle_mixes_up_no_conversations() -> None:
             renderer.close()
 
     assert asyncio.run(render()) == ["[user|hello]>", "[user|b]>", "[user|c]>", "[user|d]>"]
+
+
+@pytest.mark.parametrize("happens", ["kill", "suspend"])
+def test_what_the_machine_does_to_a_renderer_is_no_template_refused_for(happens: str) -> None:
+    async def render() -> str:
+        renderer = ApartRenderer(seconds=30, patience=0.1)
+        try:
+            await renderer.render("a@1", OWN, HELLO, {})
+            assert renderer._process is not None
+            (child,) = psutil.Process(renderer._process.pid).children()
+            before = child.cpu_times().user
+            asked = asyncio.create_task(renderer.render("a@1", ENDLESS, HELLO, {}))
+            while child.cpu_times().user <= before:
+                await asyncio.sleep(0.01)
+            getattr(child, happens)()
+            with pytest.raises(Overloaded, match="send the request again"):
+                await asked
+            return await renderer.render("a@1", OWN, HELLO, {})
+        finally:
+            renderer.close()
+
+    assert asyncio.run(render()) == "[user|hello]>"
+
+
+def test_a_slow_start_is_not_the_templates_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(3)")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+
+    async def render() -> str:
+        renderer = ApartRenderer(seconds=20, patience=0.1)
+        try:
+            return await renderer.render("a@1", OWN, HELLO, {})
+        finally:
+            renderer.close()
+
+    assert asyncio.run(render()) == "[user|hello]>"
 
 
 def test_a_refused_template_is_tried_again_later() -> None:

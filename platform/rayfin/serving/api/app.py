@@ -17,7 +17,7 @@ from rayfin.serving.api.completions import completion_routes
 from rayfin.serving.api.documents import describe_bodies
 from rayfin.serving.api.errors import CLIENT_GONE, handle_errors
 from rayfin.serving.api.figures import Figures
-from rayfin.serving.api.models import model_routes, open_routes
+from rayfin.serving.api.models import metrics_routes, model_routes, open_routes
 from rayfin.serving.api.protocol import ServedEngine
 from rayfin.serving.api.record import Record
 from rayfin.serving.api.schema import (
@@ -63,6 +63,7 @@ def create_app(
     guarded = [bearer] if service.keys.needed else []
     app.include_router(completion_routes(service), dependencies=guarded)
     app.include_router(model_routes(service), dependencies=guarded)
+    app.include_router(metrics_routes(service), dependencies=guarded)
     app.include_router(open_routes(service))
     bodies: list[type[Body]] = [ChatBody, CompletionBody, TokenizeBody]
     if config.admin_token is not None:

@@ -128,8 +128,9 @@ class Health(Answer):
     """Requests that have no row yet."""
     running: int
     """Requests that decode."""
-    resident: list[str]
-    """Adapters ready to decode, the most recently used first."""
+    resident: list[str] = []
+    """Adapters ready to decode, the most recently used first. Left out where API keys are needed
+    and the request has none that may use all adapters."""
 
 
 class TokenizeAnswer(Answer):

@@ -151,7 +151,9 @@ def _requests(
             # Else all n would be the same.
             seed = None if params.seed is None else params.seed + answer
             request_id = f"{name}-{len(requests)}"
-            requests.append(Request(request_id, prompt, replace(params, seed=seed), named.source))
+            one = replace(params, seed=seed)
+            streamed = bool(asked.body.stream)
+            requests.append(Request(request_id, prompt, one, named.source, streamed))
     return requests
 
 

@@ -56,13 +56,7 @@ class Keys:
         """The request's key, None where none is needed; raises ApiError 401 or 429."""
         if not self._entries:
             return None
-        given = _digest(_bearer(request))
-        found: ApiKey | None = None
-        for digest, entry in self._entries:
-            # Every key is compared, so that the time tells nothing of which one was near.
-            if hmac.compare_digest(digest, given):
-                found = entry
-        if found is None:
+        if (found := self._find(request)) is None:
             raise ApiError(
                 401,
                 "this server needs an API key; send one as Authorization: Bearer KEY",
@@ -90,6 +84,27 @@ class Keys:
             )
         if self._admin is None or not hmac.compare_digest(_digest(given), self._admin):
             raise ApiError(403, "this is not the admin token")
+
+    def may_see_all(self, request: Request) -> bool:
+        """Whether the names of all adapters are this request's business; counts for no limit.
+
+        It has the admin's token, or a key for all adapters, or no key is needed at all.
+        """
+        if not self._entries:
+            return True
+        if self._admin is not None and hmac.compare_digest(_digest(_bearer(request)), self._admin):
+            return True
+        found = self._find(request)
+        return found is not None and found.adapters is None
+
+    def _find(self, request: Request) -> ApiKey | None:
+        given = _digest(_bearer(request))
+        found: ApiKey | None = None
+        for digest, entry in self._entries:
+            # Every key is compared, so that the time tells nothing of which one was near.
+            if hmac.compare_digest(digest, given):
+                found = entry
+        return found
 
 
 def may_use(key: ApiKey | None, name: str) -> bool:

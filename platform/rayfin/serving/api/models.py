@@ -84,32 +84,45 @@ def model_routes(service: Service) -> APIRouter:
 
 
 def open_routes(service: Service) -> APIRouter:
-    """What needs no key: the operator's own tools ask for it."""
+    """What needs no key: whatever restarts or balances servers asks for it."""
     router = APIRouter()
     engine = service.engine
 
     @router.get("/health", responses={200: {"model": Health}, **failures(503)})
-    async def health() -> Response:
+    async def health(request: Request) -> Response:
         """200 while the engine is well."""
         if (failure := failure_of(engine)) is not None:
             raise ApiError(503, f"the engine has stopped ({type(failure).__name__})")
         stats = engine.stats()
-        return JSONResponse(
-            {
-                "status": "ok",
-                "waiting": stats.waiting,
-                "running": stats.running,
-                "resident": list(engine.resident()),
-            }
-        )
+        answer: Json = {"status": "ok", "waiting": stats.waiting, "running": stats.running}
+        if service.keys.may_see_all(request):
+            answer["resident"] = list(engine.resident())
+        return JSONResponse(answer)
+
+    return router
+
+
+def metrics_routes(service: Service) -> APIRouter:
+    """Names every adapter: not for the keys of some."""
+    router = APIRouter()
 
     @router.get(
         "/metrics",
         response_class=Response,
-        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+        responses={
+            200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
+            **failures(401),
+        },
     )
-    async def metrics() -> Response:
-        """Figures in Prometheus's text format."""
+    async def metrics(request: Request) -> Response:
+        """Figures in Prometheus's text format, by adapter."""
+        if not service.keys.may_see_all(request):
+            raise ApiError(
+                401,
+                "these figures name all adapters; send the admin token, or an API key that may use "
+                "them all, as Authorization: Bearer KEY",
+                headers={"www-authenticate": "Bearer"},
+            )
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router

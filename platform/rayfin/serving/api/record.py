@@ -6,7 +6,9 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +19,9 @@ from fastapi import Request
 from rayfin.errors import StorageError
 
 log = logging.getLogger(__name__)
+
+_MAX_WAITING = 64 * 2**20
+_CLOSING_SECONDS = 10.0
 
 
 @dataclass
@@ -83,9 +88,14 @@ def record_of(request: Request) -> Record:
 
 
 class RequestLog:
-    """A line of JSON for each request, appended whole: replicas may share the file."""
+    """A line of JSON for each request, appended whole: replicas may share the file.
 
-    def __init__(self, path: str, *, text: bool) -> None:
+    A thread of its own writes, so that no request waits for a disk. Lines beyond `most_waiting`
+    bytes, and those that can't be written, are lost: a warning says so when the first is, and
+    another how many there were.
+    """
+
+    def __init__(self, path: str, *, text: bool, most_waiting: int = _MAX_WAITING) -> None:
         """Raises StorageError where the file can't be written."""
         self.text = text
         self._path = Path(path).expanduser()
@@ -98,8 +108,19 @@ class RequestLog:
                 f"request_log '{path}' can't be written ({error.strerror or error}); "
                 "give a file in a directory that you may write to"
             ) from error
+        self._changed = threading.Condition()
+        self._waiting: deque[bytes] = deque()
+        self._room = most_waiting
+        self._lost = 0
+        """Lines of which no warning has said yet how many."""
+        self._torn = False
+        """Whether the file may end in the middle of a line."""
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
+        self._thread.start()
 
     def write(self, record: Record) -> None:
+        """Hands the line to the thread; never waits."""
         entry: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "request_id": record.request_id,
@@ -115,10 +136,62 @@ class RequestLog:
         }
         if self.text:
             entry |= {"prompt": record.prompt, "answers": record.answers}
-        try:
-            os.write(self._file, json.dumps(entry).encode() + b"\n")
-        except OSError as error:  # a full disk is no reason to stop answering
-            log.warning("request_log '%s' can't be written: %s", self._path, error)
+        line = json.dumps(entry).encode() + b"\n"
+        with self._changed:
+            if taken := len(line) <= self._room and not self._closing:
+                self._room -= len(line)
+                self._waiting.append(line)
+                self._changed.notify()
+        if not taken:
+            self._lose("it takes no more now")
 
     def close(self) -> None:
+        """Returns when all lines are written, or after a while where the disk takes none."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(_CLOSING_SECONDS)
+        if self._thread.is_alive():
+            log.warning("request_log '%s': the disk is too slow for its last lines", self._path)
+
+    def _run(self) -> None:
+        while (line := self._next()) is not None:
+            try:
+                self._append(line)
+            except OSError as error:  # a full disk is no reason to stop answering
+                self._lose(error.strerror or str(error))
+            else:
+                if not self._waiting:
+                    self._tell_lost()
+            with self._changed:
+                self._room += len(line)
+        self._tell_lost()
         os.close(self._file)
+
+    def _next(self) -> bytes | None:
+        """The line that waits longest; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            return self._waiting.popleft() if self._waiting else None
+
+    def _append(self, line: bytes) -> None:
+        """In one write, between which and those of other processes the system lets nothing."""
+        # What a full disk has cut off must not take this line along.
+        data = b"\n" + line if self._torn else line
+        if (written := os.write(self._file, data)) < len(data):
+            self._torn = True
+            raise OSError(f"{written} of {len(data)} bytes were written")
+        self._torn = False
+
+    def _lose(self, why: str) -> None:
+        with self._changed:
+            self._lost += 1
+            first = self._lost == 1
+        if first:
+            log.warning("request_log '%s' loses lines (%s); serving goes on", self._path, why)
+
+    def _tell_lost(self) -> None:
+        with self._changed:
+            lost, self._lost = self._lost, 0
+        if lost:
+            log.warning("request_log '%s' lost %d lines", self._path, lost)

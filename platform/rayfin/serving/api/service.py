@@ -55,11 +55,11 @@ class Service:
         )
 
     def close(self) -> None:
-        self.templates.close()
-        if self.figures is not None:
-            self.figures.close()
         if self.log is not None:
             self.log.close()
+        if self.figures is not None:
+            self.figures.close()
+        self.templates.close()
 
     def count(self, record: Record) -> None:
         """Takes down a request for completions that has ended."""

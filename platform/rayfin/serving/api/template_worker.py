@@ -1,8 +1,9 @@
 """A process that renders chat templates nobody vouches for, within limits.
 
 Reads jobs from standard input and answers on standard output, a line of JSON each, with the job's
-number: what one conversation wrote is never taken for another's. The renderer is
-a child of this process, so that one that runs into a limit is replaced without loading anything.
+number: what one conversation wrote is never taken for another's. A first line says that it has
+started. The renderer is a child of this process, so that one that runs into a limit is replaced
+without loading anything.
 Started by `rayfin.serving.api.templates`.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 
 KILLED = "killed"
 """The answer for a renderer that ran into a limit."""
+LOST = "lost"
+"""The answer for one that somebody else has ended: the system, where it is short of memory."""
 
 _MEMORY = 256 * 2**20
 _MAX_OUTPUT = 8 * 2**20
@@ -48,6 +51,7 @@ def main() -> None:
 
     # The number of the job that the renderer is at, for whoever outlives it; 0: of none.
     at = mmap.mmap(-1, 8)
+    _answer({"number": 0})
     while True:
         child = os.fork()
         if child == 0:
@@ -57,7 +61,9 @@ def main() -> None:
         if status == 0:  # there are no more jobs
             return
         if number := int.from_bytes(at[:], "little"):
-            _answer({"error": KILLED, "number": number})
+            # No limit of ours ends a process by this signal.
+            lost = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+            _answer({"error": LOST if lost else KILLED, "number": number})
 
 
 def _serve(at: mmap.mmap) -> None:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import logging
 import os
 import signal
 import stat
@@ -22,16 +23,18 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import AdapterError, Overloaded, RequestError
-from rayfin.serving.api.template_worker import KILLED, render
+from rayfin.serving.api.template_worker import KILLED, LOST, render
 from rayfin.serving.engine.request import AdapterSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
 
 MAX_TEMPLATE = 64 * 2**10
 """Characters of a chat template; the longest in use have about 20,000."""
@@ -40,8 +43,10 @@ _MAX_FILE = 8 * 2**20
 _MAX_WAITING = 64
 _REMEMBERED = 1024
 _REFUSED_SECONDS = 30.0
-# Far above any machine's start of Python: only a renderer that is stuck waits so long.
+# By the clock on the wall, for each second of processor time: only a renderer that is stuck, or on
+# a machine that has no time for it, takes so long. And for the start, which is nobody's fault.
 _PATIENCE = 60.0
+_START_SECONDS = 300.0
 
 Conversation = list[dict[str, Any]]
 
@@ -89,13 +94,20 @@ class Templates:
 
 
 class ApartRenderer:
-    """Renders in another process, one template at a time, each within `seconds` of its time.
+    """Renders in another process, one template at a time, each in `seconds` of processor time.
 
-    A template that ran into a limit is refused for a while without being tried.
+    A template that ran into a limit is refused for a while without being tried. One whose renderer
+    was ended by something else, or got no processor for too long, is not.
     """
 
-    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+        patience: float = _PATIENCE,
+    ) -> None:
         self._seconds, self._clock = seconds, clock
+        self._patience = patience * max(1.0, seconds)
         # Its own thread: requests that need no such template never wait behind one.
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="templates")
         self._waiting = 0
@@ -107,8 +119,8 @@ class ApartRenderer:
     async def render(
         self, ref: str, template: str, messages: Conversation, special_tokens: dict[str, str]
     ) -> str:
-        if self._refused.get(ref, 0.0) > self._clock():
-            raise _too_much(ref)
+        """Raises RequestError, AdapterError or Overloaded."""
+        self._check(ref)
         if self._waiting >= _MAX_WAITING:
             raise Overloaded(f"{self._waiting} chat templates wait to be rendered; try again soon")
         job = {
@@ -134,32 +146,39 @@ class ApartRenderer:
         return str(answer["text"])
 
     def close(self) -> None:
+        """Ends what is being rendered too."""
+        if (process := self._process) is not None:
+            _kill(process)
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._end()
 
+    def _check(self, ref: str) -> None:
+        """Raises AdapterError for a template that is refused now."""
+        if self._refused.get(ref, 0.0) > self._clock():
+            raise _too_much(ref)
+
     def _ask(self, ref: str, job: dict[str, Any]) -> dict[str, Any]:
-        if self._refused.get(ref, 0.0) > self._clock():  # while this waited for its turn
-            return {"error": KILLED}
-        process = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        stuck = threading.Timer(_PATIENCE, _kill, (process,))
-        stuck.start()
+        self._check(ref)  # again: this has waited for its turn
+        answer: dict[str, Any] = {}
         try:
-            number = next(self._numbers)
-            process.stdin.write(json.dumps({**job, "number": number}).encode() + b"\n")
-            process.stdin.flush()
-            answer: dict[str, Any] = {}
-            while answer.get("number") != number:
-                answer = json.loads(process.stdout.readline())
-        except (OSError, ValueError):  # it is gone, or died in the middle of its answer
+            process = self._running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with _ended_after(self._patience, process):
+                number = next(self._numbers)
+                process.stdin.write(json.dumps({**job, "number": number}).encode() + b"\n")
+                process.stdin.flush()
+                while answer.get("number") != number:
+                    answer = json.loads(process.stdout.readline())
+        except (OSError, ValueError) as error:  # it is gone, or died in the middle of its answer
             self._end()
-            return {"error": KILLED}
-        finally:
-            stuck.cancel()
+            raise _lost() from error
+        if answer.get("error") == LOST:
+            raise _lost()
         return answer
 
     def _running(self) -> subprocess.Popen[bytes]:
+        """The process, started; raises OSError or ValueError where it doesn't start."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rayfin.serving.api.template_worker"],
@@ -170,6 +189,9 @@ class ApartRenderer:
                 start_new_session=True,  # so that it ends with the renderer that it has forked
             )
             self._stop = weakref.finalize(self, _end, self._process)
+            assert self._process.stdout is not None
+            with _ended_after(_START_SECONDS, self._process):
+                json.loads(self._process.stdout.readline())
         return self._process
 
     def _end(self) -> None:
@@ -256,6 +278,14 @@ def _too_much(ref: str) -> AdapterError:
     )
 
 
+def _lost() -> Overloaded:
+    log.warning("the process that renders adapters' own chat templates has ended or stands still")
+    return Overloaded(
+        "the process that renders this adapter's chat template has ended, or gets no processor; "
+        "send the request again"
+    )
+
+
 def _refusal(whose: str, reason: str) -> RequestError:
     gist = reason.partition("\n")[0][:200]
     return RequestError(f"the chat template of {whose} can't write these messages ({gist})")
@@ -265,6 +295,17 @@ def _environment() -> dict[str, str]:
     """What Python needs to start as it did here, and none of this process's secrets."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kills the process if the block takes longer."""
+    timer = threading.Timer(seconds, _kill, (process,))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

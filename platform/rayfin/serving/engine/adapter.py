@@ -12,19 +12,11 @@ from typing import Any
 
 import torch
 
-from rayfin.serving.engine.layout import BaseLayout, is_called
-from rayfin.serving.engine.peft_files import (
-    CONFIG,
-    Settings,
-    Weights,
-    is_finite,
-    read_settings,
-    shown,
-)
+from rayfin.serving.engine.checks import OWN_BASE, check_base, check_low_rank, modules_of
+from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout
+from rayfin.serving.engine.limits import MAX_RANK
+from rayfin.serving.engine.peft_files import Settings, Weights, is_finite, read_settings, shown
 from rayfin.serving.engine.request import AdapterSource
-
-MAX_RANK = 1024
-MAX_VIRTUAL_TOKENS = 4096
 
 
 def _words(*lines: str) -> frozenset[str]:
@@ -59,7 +51,6 @@ _CONVERT = (
     "others change the base's weights: save it as plain LoRA with "
     "save_pretrained(path_initial_model_for_weight_conversion=…)"
 )
-_OWN_BASE = "serve it with its own base"
 _PROMPT_TENSOR = "prompt_embeddings"
 
 
@@ -141,7 +132,8 @@ def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
     """Reads adapter_config.json, adapter_model.safetensors and rayfin.json, and nothing else.
 
     Raises AdapterError for an adapter of another base, of a kind that can't be served exactly, or
-    whose files are damaged or hostile. Safe to call from several threads.
+    whose files are damaged or hostile. No tensor is read before all of them are known to fit. Safe
+    to call from several threads.
     """
     settings, metadata = read_settings(source)
     peft_type = settings.text("peft_type")
@@ -165,24 +157,6 @@ def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
     return adapter
 
 
-def check_base(settings: Settings, metadata: Mapping[str, Any], names: frozenset[str]) -> None:
-    """Raises AdapterError unless the adapter was trained on the base that `names` are names of.
-
-    Its publisher's word (rayfin.json) goes before what PEFT wrote.
-    """
-    claim = metadata.get("base_model") or settings.values.get("base_model_name_or_path")
-    served = ", ".join(f"'{name}'" for name in sorted(names))
-    if not isinstance(claim, str) or not claim:
-        raise settings.error(
-            f"{CONFIG} names no base model, and the served one is {served}; if it was trained on "
-            "that, write it there as base_model_name_or_path"
-        )
-    if not is_called(claim, names):
-        raise settings.error(
-            f"it was trained on {shown(claim)}, and the served base is {served}; {_OWN_BASE}"
-        )
-
-
 def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
     """LoRA, rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353); QLoRA saves plain LoRA."""
     settings.expect_nothing_else(LORA_SETTINGS | _LORA_ONLY)
@@ -197,17 +171,18 @@ def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
     suffixes = {".lora_A.weight": "A", ".lora_B.weight": "B"}
     if dora:
         suffixes[".lora_magnitude_vector"] = "magnitude"
+    modules = modules_of(weights, suffixes, base.linears)
+    ranks = {module: rank_of(module) or rank for module in modules}
+    check_low_rank(settings, weights, base, modules, ranks)
     lora, output_scale = {}, {}
-    for module, parts in modules_of(weights, suffixes, base.linears):
-        in_features, out_features = base.linears[module]
-        r = rank_of(module) or rank
-        own_alpha = alpha_of(module)
+    for module, parts in modules.items():
+        r, own_alpha = ranks[module], alpha_of(module)
         scaling = (alpha if own_alpha is None else own_alpha) / (math.sqrt(r) if rslora else r)
-        a = weights.read(parts["A"], (r, in_features))
-        b = weights.read(parts["B"], (out_features, r)) * scaling
+        a = weights.read(parts["A"])
+        b = weights.read(parts["B"]) * scaling
         if dora:
             # y = m / ||W + B A|| * (W + B A) x, norms over rows: constant once it is trained.
-            magnitude = weights.read(parts["magnitude"], (out_features,))
+            magnitude = weights.read(parts["magnitude"])
             scale = magnitude / _row_norms(base.weight(module), a, b)
             output_scale[module] = scale
             b = scale[:, None] * b
@@ -225,18 +200,21 @@ def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str
     settings.expect("bias", None, "none")
     init_r, alpha = settings.integer("init_r", 1, MAX_RANK), settings.number("lora_alpha")
     kept = settings.mapping("rank_pattern")
-    lora = {}
     suffixes = {".lora_A": "A", ".lora_B": "B", ".lora_E": "E"}
-    for module, parts in modules_of(weights, suffixes, base.linears):
-        in_features, out_features = base.linears[module]
-        r = init_r
+    modules = modules_of(weights, suffixes, base.linears)
+    ranks = dict.fromkeys(modules, init_r)
+    for module in modules:
         if (mask := kept.get(f"{module}.lora_E")) is not None:
             if not isinstance(mask, list) or not all(isinstance(one, bool) for one in mask):
                 raise settings.wrong("rank_pattern", "lists of true and false")
-            r = sum(mask)
+            ranks[module] = sum(mask)
+    check_low_rank(settings, weights, base, modules, ranks)
+    lora = {}
+    for module, parts in modules.items():
+        r = ranks[module]
         scaling = (alpha if alpha > 0 else r) / (init_r + 1e-5)
-        a = weights.read(parts["A"], (r, in_features)) * weights.read(parts["E"], (r, 1))
-        b = weights.read(parts["B"], (out_features, r)) * scaling
+        a = weights.read(parts["A"]) * weights.read(parts["E"])
+        b = weights.read(parts["B"]) * scaling
         if r:
             lora[module] = _low_rank(a, b)
     return {"lora": lora}
@@ -246,14 +224,21 @@ def _ia3(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, An
     """IA3 (arXiv:2205.05638): vectors [1, in] scale a feedforward layer's input, others [out, 1]
     the whole output of a layer."""
     settings.expect_nothing_else(_IA3)
-    input_scale, output_scale, output_shift = {}, {}, {}
-    for module, parts in modules_of(weights, {".ia3_l": "scale"}, base.linears):
+    inputs, shapes = set(), {}
+    modules = modules_of(weights, {".ia3_l": "scale"}, base.linears)
+    for module, parts in modules.items():
         in_features, out_features = base.linears[module]
-        name = parts["scale"]
-        if weights.shape(name)[:1] == (1,) and out_features != 1:
-            input_scale[module] = weights.read(name, (1, in_features)).flatten()
+        shapes[parts["scale"]] = (out_features, 1)
+        if weights.shape(parts["scale"])[:1] == (1,) and out_features != 1:
+            inputs.add(module)
+            shapes[parts["scale"]] = (1, in_features)
+    weights.check(shapes)
+    input_scale, output_scale, output_shift = {}, {}, {}
+    for module, parts in modules.items():
+        scale = weights.read(parts["scale"]).flatten()
+        if module in inputs:
+            input_scale[module] = scale
             continue
-        scale = weights.read(name, (out_features, 1)).flatten()
         output_scale[module] = scale
         if (bias := base.bias(module)) is not None:
             output_shift[module] = (scale - 1) * bias.cpu()
@@ -266,24 +251,26 @@ def _ia3(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, An
 
 def _prompt(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
     """P-Tuning (the encoder's output is what is saved) and prompt tuning."""
-    tokens = _virtual_tokens(settings, weights)
-    settings.expect("token_dim", None, base.hidden_size, remedy=_OWN_BASE)
-    return {"prompt": weights.read(_PROMPT_TENSOR, (tokens, base.hidden_size))}
+    tokens = _virtual_tokens(settings, weights, base)
+    settings.expect("token_dim", None, base.hidden_size, remedy=OWN_BASE)
+    weights.check({_PROMPT_TENSOR: (tokens, base.hidden_size)})
+    return {"prompt": weights.read(_PROMPT_TENSOR)}
 
 
 def _prefix(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
     """Prefix tuning; the layout is that of peft.PeftModel.get_prompt: a token's row holds each
     layer's keys, then its values, of all key/value heads."""
-    tokens = _virtual_tokens(settings, weights)
+    tokens = _virtual_tokens(settings, weights, base)
     layers, heads, dim = base.num_layers, base.num_key_value_heads, base.head_dim
-    settings.expect("num_layers", layers, remedy=_OWN_BASE)
-    settings.expect("num_attention_heads", heads, remedy=_OWN_BASE)
-    settings.expect("token_dim", heads * dim, remedy=_OWN_BASE)
-    flat = weights.read(_PROMPT_TENSOR, (tokens, layers * 2 * heads * dim))
+    settings.expect("num_layers", layers, remedy=OWN_BASE)
+    settings.expect("num_attention_heads", heads, remedy=OWN_BASE)
+    settings.expect("token_dim", heads * dim, remedy=OWN_BASE)
+    weights.check({_PROMPT_TENSOR: (tokens, layers * 2 * heads * dim)})
+    flat = weights.read(_PROMPT_TENSOR)
     return {"prefix": flat.view(tokens, layers, 2, heads, dim).permute(1, 2, 3, 0, 4).contiguous()}
 
 
-def _virtual_tokens(settings: Settings, weights: Weights) -> int:
+def _virtual_tokens(settings: Settings, weights: Weights, base: BaseLayout) -> int:
     settings.expect_nothing_else(_PROMPT)
     settings.expect("num_transformer_submodules", None, 1)
     if extra := weights.names - {_PROMPT_TENSOR}:
@@ -291,23 +278,13 @@ def _virtual_tokens(settings: Settings, weights: Weights) -> int:
             f"the engine does not serve the tensor {shown(min(extra))}; "
             "train again without modules_to_save"
         )
-    return settings.integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
-
-
-def modules_of(
-    weights: Weights, suffixes: Mapping[str, str], linears: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Module names in the base and their tensors' names; raises AdapterError for unknown ones."""
-    modules = weights.by_module(suffixes)
-    for module in modules:
-        if module not in linears:
-            raise weights.error(
-                f"it adapts {shown(module)}, which is none of the served base's "
-                f"{len(linears)} adaptable linear layers (such as "
-                f"'{next(iter(linears), '')}'); train it on this base with "
-                "target_modules=all-linear"
-            )
-    yield from modules.items()
+    tokens = settings.integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
+    if tokens > base.max_virtual_tokens:
+        raise settings.error(
+            f"it has {tokens} virtual tokens, and there is room for {base.max_virtual_tokens} "
+            "before a prompt; raise engine.max_length"
+        )
+    return tokens
 
 
 def _low_rank(a: torch.Tensor, b: torch.Tensor) -> LowRank:

@@ -8,10 +8,15 @@ import torch
 from torch.nn import functional
 
 from rayfin.errors import ModelError
+from rayfin.serving.engine.attention import AttentionKernel
 from rayfin.serving.engine.batch import Batch, Piece
 
 ATTENTION = "rayfin"
 """The name under which transformers' models find `attend`."""
+
+
+_VECTOR = 32
+"""Places of a row that no processor's registers split, in any type."""
 
 
 class KVCache:
@@ -33,7 +38,10 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        kernel: AttentionKernel | None = None,
     ) -> None:
+        """`kernel`: what writes places, and attends to them, where it isn't torch."""
+        self.kernel = kernel
         shape = (rows, heads, max_length, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -47,23 +55,37 @@ class KVCache:
         """Sets what the next forward pass is about."""
         self.batch = batch
         self._span = 0
-        if batch.decoding:
+        places = self.keys[0].shape[2]
+        if self.kernel is not None:
+            # What it is given, it takes for granted.
+            rows_here = range(len(self.keys[0]))
+            for piece in batch.pieces:
+                if piece.row not in rows_here or piece.start < 0 or piece.stop > places:
+                    raise IndexError(
+                        f"{len(rows_here)} rows of {places} places don't have places "
+                        f"{piece.start} to {piece.stop - 1} of row {piece.row}"
+                    )
+        elif batch.decoding:
             rows = batch.rows[: batch.decoding]
             lengths = batch.positions[: batch.decoding] + 1
             # Rows in between that don't decode now are computed too, and their result is dropped.
             self._span = int(max(piece.row for piece in batch.pieces[: batch.decoding])) + 1
             limit = torch.ones(self._span, dtype=torch.long, device=rows.device)
             limit[rows] = lengths
-            places = torch.arange(batch.longest, device=rows.device)
-            beyond = places[None, :] >= limit[:, None]
+            # Each row's place in the flat line; 0 for rows whose result is dropped.
+            self._tokens = torch.zeros_like(limit)
+            self._tokens[rows] = torch.arange(batch.decoding, device=rows.device)
+            # Whole vectors, so that a row's last bits seldom tell how long the longest row is.
+            self._length = min(-(-batch.longest // _VECTOR) * _VECTOR, places)
+            beyond = torch.arange(self._length, device=rows.device)[None, :] >= limit[:, None]
             dtype = self.keys[0].dtype
-            self._bias = torch.zeros(beyond.shape, dtype=dtype, device=rows.device)
-            self._bias.masked_fill_(beyond, torch.finfo(dtype).min)
+            bias = torch.zeros(beyond.shape, dtype=dtype, device=rows.device)
+            self._bias = bias.masked_fill_(beyond, torch.finfo(dtype).min)[:, None, None]
 
     def clear_row(self, row: int, stop: int) -> None:
         """Zeroes a row's first `stop` places.
 
-        Places beyond a row's length are masked by adding the least number, and what is no number
+        torch masks places beyond a row's length by adding the least number, and what is no number
         stays none: NaN that one row left would be the next one's.
         """
         for tensor in (*self.keys, *self.values):
@@ -83,6 +105,10 @@ class KVCache:
         """Writes the batch's keys and values [1, heads, tokens, head_dim]; returns them."""
         assert self.batch is not None
         rows, positions = self.batch.rows, self.batch.positions
+        if self.kernel is not None:
+            cache = self.keys[layer], self.values[layer]
+            self.kernel.write(cache, keys[0], values[0], rows, positions)
+            return keys, values
         self.keys[layer][rows, :, positions] = keys[0].transpose(0, 1)
         self.values[layer][rows, :, positions] = values[0].transpose(0, 1)
         return keys, values
@@ -99,8 +125,13 @@ class KVCache:
         """
         batch = self.batch
         assert batch is not None
+        if batch.decoding == len(batch) and self.kernel is None:
+            return self._decode(layer, query, scaling)
         out = torch.empty_like(query.transpose(0, 1), memory_format=torch.contiguous_format)
-        if batch.decoding:
+        if batch.decoding and self.kernel is not None:
+            cache, decoding = (self.keys[layer], self.values[layer]), query[:, : batch.decoding]
+            self.kernel.attend(cache, decoding, batch.rows, batch.positions, out, scaling)
+        elif batch.decoding:
             out[: batch.decoding] = self._decode(layer, query[:, : batch.decoding], scaling)
         start = batch.decoding
         for piece in batch.pieces[batch.decoding :]:
@@ -110,22 +141,22 @@ class KVCache:
         return out
 
     def _decode(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """One token a row: the rows' queries that share a key/value head are one small product."""
-        batch, span = self.batch, self._span
+        """One token a row; queries that share a key/value head stand as tokens of a sequence."""
+        batch = self.batch
         assert batch is not None
-        rows = batch.rows[: batch.decoding]
         heads, _, dim = query.shape
-        keys = self.keys[layer][:span, :, : batch.longest]
-        values = self.values[layer][:span, :, : batch.longest]
-        shared = keys.shape[1]
-        queries = query.new_zeros(span, heads, dim)
-        queries[rows] = query.transpose(0, 1) * scaling
-        scores = torch.matmul(
-            queries.view(span, shared, heads // shared, dim), keys.transpose(2, 3)
+        keys = self.keys[layer][: self._span, :, : self._length]
+        values = self.values[layer][: self._span, :, : self._length]
+        queries = query.transpose(0, 1)[self._tokens]
+        result = functional.scaled_dot_product_attention(
+            queries.view(self._span, keys.shape[1], -1, dim),
+            keys,
+            values,
+            attn_mask=self._bias,
+            scale=scaling,
         )
-        weights = (scores + self._bias[:, None, None]).softmax(-1, dtype=torch.float32)
-        result = torch.matmul(weights.to(values.dtype), values)
-        return result.view(span, heads, dim)[rows]
+        # Not view: some of CUDA's kernels lay their result out token by token.
+        return result.reshape(self._span, heads, dim)[batch.rows[: batch.decoding]]
 
     def _prefill(
         self, layer: int, piece: Piece, query: torch.Tensor, scaling: float

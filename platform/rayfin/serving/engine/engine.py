@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rayfin.config.schema import ModelConfig
@@ -67,7 +67,11 @@ class Engine:
         names = frozenset({model.name, str(locate(model)), identity(model)})
         self.model = BatchedModel(model.name, base, config)
         # After: the engine's own layers are what it looks through, and int8 leaves no others.
-        self._layout = BaseLayout.of(base, names)
+        self._layout = replace(
+            BaseLayout.of(base, names),
+            max_rank=config.max_rank,
+            max_virtual_tokens=self.max_length - 2,
+        )
         self._changed = threading.Condition()
         self._host = HostCache(self.read, config.host_cache_mb * 2**20, self._notify)
         self._scheduler = Scheduler(
@@ -163,16 +167,6 @@ class Engine:
     def read(self, source: AdapterSource) -> HostAdapter:
         """An adapter from disk, for the slots of this engine; raises AdapterError."""
         adapter = read_adapter(source, self._layout)
-        if adapter.rank > self.config.max_rank:
-            raise AdapterError(
-                f"adapter '{source.ref}' has rank {adapter.rank}, and slots hold "
-                f"{self.config.max_rank}; raise engine.max_rank"
-            )
-        if adapter.virtual_tokens >= self.max_length - 1:
-            raise AdapterError(
-                f"adapter '{source.ref}' has {adapter.virtual_tokens} virtual tokens, which leave "
-                f"no room in engine.max_length={self.max_length}; raise it"
-            )
         if not adapter.fits(self.model.dtype):
             raise AdapterError(
                 f"adapter '{source.ref}' has values beyond {self.model.dtype}, which the served "

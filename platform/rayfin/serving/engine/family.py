@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from rayfin.serving.engine import int8
+from rayfin.serving.engine.int8 import Int8Linear
+
+Times = Callable[[torch.Tensor], torch.Tensor]
 
 # Up to so many tokens, MKL is about twice as fast on W x^T as on x W^T (measured on AVX2).
 _FEW_TOKENS = 48
@@ -16,37 +21,51 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Family:
-    """Plain layers whose products with one input are computed when the first of them is called.
+    """Layers whose products with one input are computed when the first of them is called.
 
-    Their weights become views of one tensor, so that nothing takes more memory. A layer that is
-    called with another tensor than the first one was computes its own product.
+    A layer that is called with another tensor than the first one was computes its own product.
     """
 
-    def __init__(self, linears: Sequence[torch.nn.Linear]) -> None:
-        self._weight = torch.cat([linear.weight.detach() for linear in linears])
-        self._spans: dict[torch.nn.Module, tuple[int, int]] = {}
-        start = 0
-        for linear in linears:
-            stop = start + linear.out_features
-            linear.weight = torch.nn.Parameter(self._weight[start:stop], requires_grad=False)
-            self._spans[linear] = (start, stop)
-            start = stop
+    def __init__(
+        self, linears: Sequence[torch.nn.Module], starts: Sequence[int], times: Times
+    ) -> None:
+        """`times`: [tokens, in] -> all their outputs; those of a layer begin at its start."""
+        self._times = times
+        self._starts = dict(zip(linears, starts, strict=True))
         self._last = linears[-1]
         self._given: torch.Tensor | None = None
         self._products: torch.Tensor | None = None
 
-    def product(self, linear: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    def product(self, linear: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """W x + bias [tokens, out] of one of the layers, for hidden [..., in]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        start, stop = self._spans[linear]
+        start = self._starts[linear]
         if start == 0:
-            self._given, self._products = hidden, _times(self._weight, flat)
+            self._given, self._products = hidden, self._times(flat)
         if self._given is not hidden or self._products is None:
             return product(linear, flat)
-        out = self._products[:, start:stop]
+        out = self._products[:, start : start + int(linear.out_features)]  # type: ignore[arg-type]
         if linear is self._last:
             self._given = self._products = None
-        return _finished(out, linear.bias)
+        return _finished(out, linear.bias)  # type: ignore[arg-type]
+
+
+def join(linears: Sequence[torch.nn.Module]) -> Family | None:
+    """Their weights become views of one, for no more memory; None for layers of other kinds."""
+    if all(isinstance(one, Int8Linear) for one in linears):
+        rounded, starts = int8.join(linears)  # type: ignore[arg-type]
+        kernel: int8.Int8Kernel = linears[0].kernel  # type: ignore[assignment]
+        return Family(linears, starts, lambda flat: kernel.times(flat, rounded))
+    if not all(is_plain(one) for one in linears):
+        return None
+    weight = torch.cat([one.weight.detach() for one in linears])  # type: ignore[operator]
+    starts, start = [], 0
+    for one in linears:
+        stop = start + int(one.out_features)  # type: ignore[arg-type]
+        one.weight = torch.nn.Parameter(weight[start:stop], requires_grad=False)
+        starts.append(start)
+        start = stop
+    return Family(linears, starts, lambda flat: _times(weight, flat))
 
 
 def product(linear: Any, flat: torch.Tensor) -> torch.Tensor:
@@ -55,7 +74,7 @@ def product(linear: Any, flat: torch.Tensor) -> torch.Tensor:
         return _finished(_times(linear.weight, flat), linear.bias)
     result: torch.Tensor = linear(flat)
     # bitsandbytes may hand its result back in a type of its own.
-    return result.to(flat.dtype)
+    return _finished(result.to(flat.dtype), None)
 
 
 def is_plain(linear: Any) -> bool:
@@ -77,5 +96,5 @@ def _times(weight: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
 def _finished(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """With its bias; a token's values side by side, as adapters are added to them in place."""
     if bias is not None:
-        return out + bias
+        out = out + bias
     return out if out.stride(-1) == 1 else out.contiguous()

@@ -9,6 +9,7 @@ import torch
 
 from rayfin.serving.engine.batch import Batch, Group
 from rayfin.serving.engine.family import Family, product
+from rayfin.serving.engine.low_rank import LowRankKernel, blocks_of
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.adapter import HostAdapter, LowRank
@@ -40,7 +41,11 @@ class Mixture:
     Set once a step by the model; shared by all layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: LowRankKernel | None) -> None:
+        """`kernel`: what adds low-rank adapters, where it isn't torch's own products."""
+        self.kernel = kernel
+        self.blocks = blocks_of(())
+        """What the kernel is to compute."""
         self.slots: torch.Tensor | None = None
         """[tokens]"""
         self.rank = 0
@@ -57,6 +62,9 @@ class Mixture:
         self.scaled = any(group.slot in scaled for group in batch.groups)
         low_rank = [group for group in batch.groups if ranks.get(group.slot, 0)]
         self.rank = max((ranks[group.slot] for group in low_rank), default=0)
+        if self.kernel is not None:
+            self.blocks = blocks_of(low_rank)
+            return
         decoding = [group for group in low_rank if group.stop <= batch.decoding]
         self.stack = _stack(decoding, batch.slots.device)
         stacked = len(decoding) if self.stack is not None else 0
@@ -119,6 +127,9 @@ class SlotLinear(torch.nn.Module):
         self.shift: torch.Tensor | None = None
         self.filled: dict[int, int] = {}
         """Slot -> rank of what it holds for this layer."""
+        self.ranks = torch.zeros(slots + 1, dtype=torch.int32)
+        """The same for the kernel, by slot; 0 while a slot is filled."""
+        self._ranks = self.ranks.numpy()  # the same memory, quicker to write to
         self._scaled: set[int] = set()
 
     @property
@@ -137,7 +148,7 @@ class SlotLinear(torch.nn.Module):
         if scaled and self.in_scale is not None:
             given = flat * self.in_scale[mixture.slots]
         if self.family is not None and given is flat:
-            out = self.family.product(self.base, hidden)  # type: ignore[arg-type]
+            out = self.family.product(self.base, hidden)
         else:
             out = product(self.base, given)
         if scaled and self.out_scale is not None:
@@ -154,6 +165,9 @@ class SlotLinear(torch.nn.Module):
         mixture, a, b = self.mixture, self.a, self.b
         assert a is not None
         assert b is not None
+        if mixture.kernel is not None:
+            mixture.kernel.add(flat, out, a, b, self.ranks, mixture.blocks)
+            return
         rank = min(mixture.rank, a.shape[1])
         if (stack := mixture.stack) is not None:
             a_all = a[stack.first - 1 : stack.last, :rank]
@@ -190,6 +204,7 @@ class SlotLinear(torch.nn.Module):
 
     def _fill_low_rank(self, slot: int, low_rank: LowRank | None) -> None:
         before, rank = self.filled.get(slot, 0), 0
+        self._ranks[slot] = 0
         if low_rank is not None:
             rank = low_rank.rank
             a, b = self._room_for(rank)
@@ -202,6 +217,7 @@ class SlotLinear(torch.nn.Module):
             # is no number times zero.
             self.a[slot - 1, rank:before].zero_()  # type: ignore[index]
             self.b[slot - 1, rank:before].zero_()
+        self._ranks[slot] = rank
         if rank:
             self.filled[slot] = rank
         else:

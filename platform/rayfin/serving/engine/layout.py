@@ -13,6 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from rayfin.errors import AdapterError, ModelError
 from rayfin.serving.engine.int8 import Int8Linear
 from rayfin.serving.engine.layers import SlotLinear
+from rayfin.serving.engine.limits import MAX_RANK
+
+MAX_VIRTUAL_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class BaseLayout:
     """Module name -> float32 weight [out, in], dequantised: for DoRA's norms."""
     bias: Callable[[str], torch.Tensor | None]
     """Module name -> float32 bias [out], or None."""
+    max_rank: int = MAX_RANK
+    """The largest that the engine's slots hold."""
+    max_virtual_tokens: int = MAX_VIRTUAL_TOKENS
+    """The most that leave room for a prompt."""
 
     @classmethod
     def of(cls, model: Any, names: frozenset[str]) -> BaseLayout:
@@ -92,9 +99,7 @@ def _linears(model: Any) -> Iterator[tuple[str, Any]]:
 def _weight(name: str, linear: Any) -> torch.Tensor:
     """Float32 [out, in]; the layer stays as it is. Raises AdapterError for an unknown format."""
     if isinstance(linear, Int8Linear):
-        quantised, _ = torch.ops.quantized.linear_unpack(linear.packed)
-        dense: torch.Tensor = torch.dequantize(quantised)
-        return dense
+        return linear.rounded.dense()[: linear.out_features]
     kind = type(linear.weight).__name__
     if kind == "Params4bit":
         return _dequantize_4bit(linear.weight)

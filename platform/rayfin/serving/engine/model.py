@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,15 +10,19 @@ from transformers import AttentionInterface
 
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import ConfigError, ModelError
+from rayfin.serving.engine import attention
 from rayfin.serving.engine.batch import Batch, Piece
 from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
-from rayfin.serving.engine.family import TOGETHER, Family, is_plain, product
-from rayfin.serving.engine.int8 import Int8Linear
+from rayfin.serving.engine.family import TOGETHER, join, product
+from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
 from rayfin.serving.engine.layers import Mixture, SlotLinear
+from rayfin.serving.engine.low_rank import kernel_for
 from rayfin.serving.engine.packed import PackedLinear, can_pack
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.adapter import HostAdapter
+
+log = logging.getLogger(__name__)
 
 AttentionInterface.register(ATTENTION, attend)
 
@@ -36,19 +41,14 @@ class BatchedModel:
         self.head = base.get_output_embeddings()
         self.decoder = base.get_decoder()
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
-        if config.weights == "int8" and (self.device.type, self.dtype) != ("cpu", torch.float32):
-            raise ConfigError(
-                f"engine.weights: int8 is for float32 models on CPU, and '{name}' is "
-                f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}; set "
-                "engine.weights=auto, or model.dtype=float32 and deployment.gpus=0"
-            )
-        self.mixture = Mixture()
+        int8 = self._int8_kernel(name) if config.weights == "int8" else None
+        self.mixture = Mixture(kernel_for(self.device, self.dtype))
         self.linears: dict[str, SlotLinear] = {}
         self._prompts: dict[int, torch.Tensor] = {}
         self._prefixes: dict[int, torch.Tensor] = {}
         self._ranks: dict[int, int] = {}
         self._scaled: set[int] = set()
-        self._insert_slots(int8=config.weights == "int8")
+        self._insert_slots(int8)
         self._insert_cache()
 
     # --- a step -----------------------------------------------------------------------------
@@ -139,34 +139,62 @@ class BatchedModel:
 
     # --- making -----------------------------------------------------------------------------
 
-    def _insert_slots(self, *, int8: bool) -> None:
-        """Puts a SlotLinear in the place of every linear layer but the head."""
+    def _int8_kernel(self, name: str) -> Int8Kernel:
+        if (self.device.type, self.dtype) != ("cpu", torch.float32):
+            raise ConfigError(
+                f"engine.weights: int8 is for float32 models on CPU, and '{name}' is "
+                f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}; set "
+                "engine.weights=auto, or model.dtype=float32 and deployment.gpus=0"
+            )
+        try:
+            kernel = Int8Kernel()
+        except OSError as error:
+            raise ConfigError(
+                f"engine.weights: int8 needs a C compiler ({error}); set engine.weights=auto, or "
+                "mend that"
+            ) from error
+        if not kernel.parallel and torch.get_num_threads() > 1:
+            log.warning("engine.weights: int8 uses one thread: the compiler lacks OpenMP for torch")
+        return kernel
+
+    def _insert_slots(self, int8: Int8Kernel | None) -> None:
+        """Puts a SlotLinear in the place of every linear layer but the head.
+
+        With `int8`, over weights that are rounded to it, and the head's too.
+        """
         found = [
-            (name, module)
+            name
             for name, module in self.base.named_modules()
             if _is_linear(module) and module is not self.head
         ]
-        for name, module in found:
+        # Names alone: a layer's float weights go as soon as it has its int8 ones.
+        for name in found:
+            module = self.base.get_submodule(name)
             parent, _, child = name.rpartition(".")
-            inner = Int8Linear(module) if int8 else module
+            inner = module if int8 is None else Int8Linear(module, int8)
             wrapped = SlotLinear(inner, self.mixture, self.slots, self.dtype)
             setattr(self.base.get_submodule(parent), child, wrapped)
             self.linears[name] = wrapped
         self._join_families()
-        if int8:
-            self.head = Int8Linear(self.head)
-        elif can_pack(self.head):
-            self.head = PackedLinear(self.head)
+        head = self.head
+        if int8 is not None:
+            self.head = Int8Linear(head, int8)
+            if head.weight is not self.embedding.weight:  # else it is needed, and stays
+                head.weight = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        elif can_pack(head):
+            self.head = PackedLinear(head)
 
     def _join_families(self) -> None:
         for name in self.linears:
             parent, _, child = name.rpartition(".")
             for children in TOGETHER:
                 members = [self.linears.get(f"{parent}.{other}") for other in children]
-                if child == children[0] and all(one and is_plain(one.base) for one in members):
-                    family = Family([one.base for one in members if one])  # type: ignore[misc]
-                    for one in members:
-                        one.family = family  # type: ignore[union-attr]
+                linears = [one for one in members if one]
+                if child != children[0] or len(linears) < len(children):
+                    continue
+                family = join([one.base for one in linears])
+                for one in linears:
+                    one.family = family
 
     def _insert_cache(self) -> None:
         text = self.base.config.get_text_config()
@@ -181,6 +209,7 @@ class BatchedModel:
             head_dim=dim,
             dtype=self.dtype,
             device=self.device,
+            kernel=attention.kernel_for(self.device, self.dtype, text.num_attention_heads // heads),
         )
         for layer in layers:
             layer.rayfin_cache = self.cache

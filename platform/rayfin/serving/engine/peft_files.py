@@ -155,7 +155,7 @@ def read_settings(source: AdapterSource) -> tuple[Settings, Mapping[str, Any]]:
 class Weights:
     """The tensors of a safetensors file that was checked as a whole; a context manager.
 
-    Shapes are known from its header: no tensor is read before its own fits. The file is read and
+    Shapes are known from its header: `check` them all before the first `read`. The file is read and
     not mapped: one that is overwritten meanwhile is an error, where a mapped one ends the process.
     """
 
@@ -224,22 +224,28 @@ class Weights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name]["shape"])
 
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Float32; raises AdapterError unless it has this shape and is finite."""
-        if name not in self.names:
-            raise self.error(f"the tensor {shown(name)} is missing; save or copy the adapter again")
-        if self.shape(name) != shape:
-            raise self.error(
-                f"the tensor {shown(name)} has shape {shown(list(self.shape(name)))}, and "
-                f"{CONFIG} and the served base ask for {list(shape)}; "
-                "use the adapter with the base that it was trained on"
-            )
-        dtype = _DTYPES.get(self._tensors[name]["dtype"])
-        if dtype is None:
-            raise self.error(
-                f"the tensor {shown(name)} is of type {self._tensors[name]['dtype']}; "
-                f"save it as {', '.join(_DTYPES)}"
-            )
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises AdapterError unless these tensors are there, with these shapes."""
+        for name, shape in shapes.items():
+            if name not in self.names:
+                raise self.error(
+                    f"the tensor {shown(name)} is missing; save or copy the adapter again"
+                )
+            if self.shape(name) != shape:
+                raise self.error(
+                    f"the tensor {shown(name)} has shape {shown(list(self.shape(name)))}, and "
+                    f"{CONFIG} and the served base ask for {list(shape)}; "
+                    "use the adapter with the base that it was trained on"
+                )
+            if self._tensors[name]["dtype"] not in _DTYPES:
+                raise self.error(
+                    f"the tensor {shown(name)} is of type {self._tensors[name]['dtype']}; "
+                    f"save it as {', '.join(_DTYPES)}"
+                )
+
+    def read(self, name: str) -> torch.Tensor:
+        """Float32, of a tensor that was checked; raises AdapterError unless it is finite."""
+        shape, dtype = self.shape(name), _DTYPES[self._tensors[name]["dtype"]]
         if not math.prod(shape):
             return torch.empty(shape)
         data = bytearray(math.prod(shape) * dtype.itemsize)

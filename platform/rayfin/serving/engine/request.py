@@ -115,6 +115,8 @@ class Request:
     params: SamplingParams
     adapter: AdapterSource | None = None
     """None is the bare base model."""
+    streamed: bool = True
+    """False where chunks between the first and the last may come late, joined to the last."""
 
 
 Sink = Callable[[Chunk], None]

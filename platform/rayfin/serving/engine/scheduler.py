@@ -82,9 +82,9 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step would find something to do; a load that ends is told otherwise."""
-        if self.running or self.cancelled or self.removed - set(self.slots.resident):
+        if self.running or self.cancelled or self.removed:
             return True
-        return any(s.loading is None or s.loading.done() for s in self.waiting)
+        return any(not s.held_back if s.loading is None else s.loading.done() for s in self.waiting)
 
     # --- admission --------------------------------------------------------------------------
 
@@ -131,7 +131,8 @@ class Scheduler:
             adapter: HostAdapter | None = None
             if not self.slots.holds(source.ref):
                 if sequence.loading is None:
-                    if self._is_ahead(sequence):
+                    sequence.held_back = self._is_ahead(sequence)
+                    if sequence.held_back:
                         return False
                     sequence.loading = self._host.load(source)
                 if not sequence.loading.done():

@@ -36,6 +36,8 @@ class Sequence:
         """Tokens whose keys and values are in the cache."""
         self._limit = 0
         self.loading: Future[HostAdapter] | None = None
+        self.held_back = False
+        """Its adapter is not to be read yet: enough is, for those before it."""
         self.blocked = False
         """Waits for a slot, and not for its adapter."""
         self.passed_over = 0

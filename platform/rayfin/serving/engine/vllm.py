@@ -247,7 +247,8 @@ class VllmEngine:
             yield
         finally:
             self._uses[lora.number] -= 1
-            self._uses += Counter()  # without those that are zero
+            if not self._uses[lora.number]:
+                del self._uses[lora.number]
             self._drop_unused(lora)
 
     def _forget(self, ref: str) -> None:
@@ -257,7 +258,7 @@ class VllmEngine:
             self._drop_unused(lora)
 
     def _drop_unused(self, lora: Lora) -> None:
-        if self._uses[lora.number] or self._loras.get(lora.source.ref) is lora:
+        if lora.number in self._uses or self._loras.get(lora.source.ref) is lora:
             return
         assert self._backend is not None
         task = self._loop.create_task(self._backend.remove(lora))

@@ -11,14 +11,9 @@ from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, ConfigError, EngineFailed, ModelError
 from rayfin.methods import METHODS
 from rayfin.models import locate
-from rayfin.serving.engine.adapter import (
-    LORA_SETTINGS,
-    MAX_RANK,
-    PLAIN_INITS,
-    check_base,
-    modules_of,
-)
-from rayfin.serving.engine.limits import require_vllm
+from rayfin.serving.engine.adapter import LORA_SETTINGS, PLAIN_INITS
+from rayfin.serving.engine.checks import check_base, check_rank, modules_of
+from rayfin.serving.engine.limits import MAX_RANK, require_vllm
 from rayfin.serving.engine.peft_files import Weights, read_settings, shown
 from rayfin.serving.engine.request import (
     AdapterSource,
@@ -211,16 +206,11 @@ def check_lora(
     # Of patterns vLLM knows nothing: one rank and one alpha for all layers.
     settings.expect_nothing_else((LORA_SETTINGS - {"rank_pattern"}) | {"use_rslora"})
     rank = settings.integer("r", 1, MAX_RANK)
-    if rank > max_rank:
-        raise settings.error(
-            f"it has rank {rank}, and slots hold {max_rank}; raise engine.max_rank"
-        )
+    check_rank(settings, rank, max_rank)
     settings.number("lora_alpha")
-    nbytes = 0
     with Weights(source) as weights:
         suffixes = {".lora_A.weight": "A", ".lora_B.weight": "B"}
-        for module, parts in modules_of(weights, suffixes, linears):
+        for module, parts in modules_of(weights, suffixes, linears).items():
             in_features, out_features = linears[module]
-            nbytes += weights.read(parts["A"], (rank, in_features)).nbytes
-            nbytes += weights.read(parts["B"], (out_features, rank)).nbytes
-    return nbytes
+            weights.check({parts["A"]: (rank, in_features), parts["B"]: (out_features, rank)})
+        return sum(weights.read(name).nbytes for name in weights.names)

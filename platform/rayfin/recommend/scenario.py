@@ -1,0 +1,124 @@
+"""What an adapter is to be trained for: the facts that a recommendation may rest on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from rayfin.config.schema import DataConfig, ModelConfig
+from rayfin.errors import ConfigError
+from rayfin.hardware import describe_hardware
+
+HardwareClass = Literal["cpu", "single_gpu", "multi_gpu"]
+DataScale = Literal["small", "medium", "large"]
+Latency = Literal["strict", "normal"]
+Priority = Literal["quality", "cost", "latency"]
+
+SMALL_ROWS, MEDIUM_ROWS = 5_000, 100_000
+"""Rows below which a data set is small, and below which it is medium.
+
+Between LIMA's 1,000 (arXiv:2305.11206) and Alpaca's 52,000, and between that and the millions of
+the large instruction sets (FLAN: arXiv:2301.13688): a convention, nothing measured.
+"""
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is known; None for what is not.
+
+    The first three choose a row of the rules' table (`rayfin.recommend.rules`), where a value that
+    is not one of those named is as good as none. The others refine what is recommended.
+    """
+
+    hardware: HardwareClass | str | None = None
+    """cpu, single_gpu or multi_gpu."""
+    data_scale: DataScale | str | None = None
+    """small, medium or large."""
+    latency: Latency | str | None = None
+    """strict or normal: whether answers are waited for."""
+    description: str = ""
+    """Anything else, for people."""
+    model_name: str | None = None
+    model_size_b: float | None = None
+    """Billions of parameters."""
+    sequence_length: int | None = None
+    """Tokens of a sample."""
+    dataset_rows: int | None = None
+    gpu_memory_gb: float | None = None
+    """GiB of one GPU."""
+    num_gpus: int | None = None
+    latency_target_ms: float | None = None
+    """To the first token."""
+    budget_hours: float | None = None
+    """Wall clock of the training."""
+    priority: Priority = "quality"
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("model_size_b", "sequence_length", "dataset_rows", "gpu_memory_gb"),
+            *("latency_target_ms", "budget_hours"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name}={value} must be a positive number, or left out")
+        if self.num_gpus is not None and self.num_gpus < 0:
+            raise ConfigError(f"num_gpus={self.num_gpus} must be 0 or more, or left out")
+        if self.priority not in get_args(Priority):
+            raise ConfigError(
+                f"priority='{self.priority}' must be one of {', '.join(get_args(Priority))}"
+            )
+
+    @classmethod
+    def detect(
+        cls,
+        model: ModelConfig | None = None,
+        data: DataConfig | None = None,
+        *,
+        use_gpu: bool | Literal["auto"] = "auto",
+        **known: Any,
+    ) -> Scenario:
+        """What this machine, `model` and `data` tell, and what is `known` before all of it.
+
+        Latency is strict where a `latency_target_ms` is known, else normal. Raises what reading
+        the model's and the data's files raises, and ConfigError for a name that is none of ours.
+        """
+        unknown = sorted(known.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            raise ConfigError(
+                f"a scenario has no '{unknown[0]}'; it has {', '.join(cls.__dataclass_fields__)}"
+            )
+        found: dict[str, Any] = {}
+        if "hardware" not in known:
+            machine = describe_hardware(use_gpu)
+            found["num_gpus"] = known.get("num_gpus", machine.device_count)
+            if machine.device == "cuda":
+                found["gpu_memory_gb"] = machine.device_memory / _GIB
+            found["hardware"] = hardware_class(found["num_gpus"])
+        if model is not None:
+            from rayfin.models import describe_model
+
+            found["model_name"] = model.name
+            found["model_size_b"] = describe_model(model).parameters / 1e9
+        if data is not None:
+            from rayfin.data import load_corpus
+
+            corpus = load_corpus(data)
+            found["dataset_rows"] = len(corpus.train)
+            found["sequence_length"] = data.max_length
+        rows = known.get("dataset_rows", found.get("dataset_rows"))
+        if rows is not None:
+            found["data_scale"] = data_scale(rows)
+        found["latency"] = "strict" if known.get("latency_target_ms") is not None else "normal"
+        return cls(**found | known)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def hardware_class(num_gpus: int) -> HardwareClass:
+    return "cpu" if num_gpus == 0 else "single_gpu" if num_gpus == 1 else "multi_gpu"
+
+
+def data_scale(rows: int) -> DataScale:
+    return "small" if rows < SMALL_ROWS else "medium" if rows < MEDIUM_ROWS else "large"

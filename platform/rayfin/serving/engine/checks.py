@@ -1,0 +1,74 @@
+"""Whether an adapter fits the served base, by its settings and its file's header alone.
+
+Asked before any tensor is read: what does not fit takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rayfin.serving.engine.layout import BaseLayout, is_called
+from rayfin.serving.engine.peft_files import CONFIG, Settings, Weights, shown
+
+OWN_BASE = "serve it with its own base"
+
+
+def check_base(settings: Settings, metadata: Mapping[str, Any], names: frozenset[str]) -> None:
+    """Raises AdapterError unless the adapter was trained on the base that `names` are names of.
+
+    Its publisher's word (rayfin.json) goes before what PEFT wrote.
+    """
+    claim = metadata.get("base_model") or settings.values.get("base_model_name_or_path")
+    served = ", ".join(f"'{name}'" for name in sorted(names))
+    if not isinstance(claim, str) or not claim:
+        raise settings.error(
+            f"{CONFIG} names no base model, and the served one is {served}; if it was trained on "
+            "that, write it there as base_model_name_or_path"
+        )
+    if not is_called(claim, names):
+        raise settings.error(
+            f"it was trained on {shown(claim)}, and the served base is {served}; {OWN_BASE}"
+        )
+
+
+def check_rank(settings: Settings, rank: int, most: int) -> None:
+    """Raises AdapterError where slots, which hold `most`, don't hold it."""
+    if rank > most:
+        raise settings.error(f"it has rank {rank}, and slots hold {most}; raise engine.max_rank")
+
+
+def check_low_rank(
+    settings: Settings,
+    weights: Weights,
+    base: BaseLayout,
+    modules: Mapping[str, Mapping[str, str]],
+    ranks: Mapping[str, int],
+) -> None:
+    """Raises AdapterError unless ranks (by module) and all tensors' shapes are what they can be."""
+    check_rank(settings, max(ranks.values()), base.max_rank)
+    for module, parts in modules.items():
+        (in_features, out_features), r = base.linears[module], ranks[module]
+        shapes: dict[str, tuple[int, ...]] = {
+            "A": (r, in_features),
+            "B": (out_features, r),
+            "E": (r, 1),
+            "magnitude": (out_features,),
+        }
+        weights.check({name: shapes[part] for part, name in parts.items()})
+
+
+def modules_of(
+    weights: Weights, suffixes: Mapping[str, str], linears: Mapping[str, tuple[int, int]]
+) -> dict[str, dict[str, str]]:
+    """Module name in the base -> part -> tensor name; raises AdapterError for unknown modules."""
+    modules = weights.by_module(suffixes)
+    for module in modules:
+        if module not in linears:
+            raise weights.error(
+                f"it adapts {shown(module)}, which is none of the served base's "
+                f"{len(linears)} adaptable linear layers (such as "
+                f"'{next(iter(linears), '')}'); train it on this base with "
+                "target_modules=all-linear"
+            )
+    return modules

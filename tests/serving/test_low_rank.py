@@ -1,0 +1,152 @@
+"""The adapters' products in C beside torch's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rayfin.serving.engine import native
+from rayfin.serving.engine.batch import Group
+from rayfin.serving.engine.low_rank import LowRankKernel, blocks_of, kernel_for
+
+CPU = torch.device("cpu")
+
+
+def products(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    groups: list[Group],
+) -> torch.Tensor:
+    out = torch.zeros(len(x), b.shape[2], dtype=torch.float64)
+    for group in groups:
+        rank = int(ranks[group.slot])
+        low = x[group.start : group.stop].double() @ a[group.slot - 1, :rank].t().double()
+        out[group.start : group.stop] += low @ b[group.slot - 1, :rank].double()
+    return out
+
+
+@pytest.mark.parametrize("variant", [0, 1, 2])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("features", "outputs"), [(16, 48), (67, 31), (576, 1536)])
+def test_it_adds_each_slots_product(
+    features: int, outputs: int, threads: int, variant: int
+) -> None:
+    groups = [Group(1, 0, 1), Group(4, 1, 4), Group(2, 5, 14), Group(3, 14, 15), Group(1, 20, 90)]
+    ranks = torch.tensor([0, 8, 1, 0, 13], dtype=torch.int32)
+    draw = torch.Generator().manual_seed(0)
+    x, before = (torch.randn(90, n, generator=draw) for n in (features, outputs))
+    a, b = (torch.randn(4, 16, n, generator=draw) for n in (features, outputs))
+    out = before.clone()
+    was = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        LowRankKernel(variant).add(x, out, a, b, ranks, blocks_of(groups))
+    finally:
+        torch.set_num_threads(was)
+    expected = before + products(x, a, b, ranks, groups)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(out[4], before[4]) and torch.equal(out[14:20], before[14:20])
+
+
+def test_it_uses_what_the_processor_has_and_torchs_threads() -> None:
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    if " avx2 " in flags and " fma " in flags:
+        assert LowRankKernel().variant > 0
+    assert LowRankKernel(0).variant == 0
+    assert LowRankKernel().parallel == (sys.platform == "linux")
+
+
+def test_a_tokens_sum_is_the_same_in_any_company() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, a, b = (torch.randn(*shape, generator=draw) for shape in ((7, 64), (2, 8, 64), (2, 8, 32)))
+    ranks = torch.tensor([0, 8, 6], dtype=torch.int32)
+    together, alone = torch.zeros(7, 32), torch.zeros(7, 32)
+    kernel = LowRankKernel()
+    kernel.add(x, together, a, b, ranks, blocks_of([Group(1, 0, 5), Group(2, 5, 7)]))
+    for token in range(7):
+        slot = 1 if token < 5 else 2
+        kernel.add(x, alone, a, b, ranks, blocks_of([Group(slot, token, token + 1)]))
+    assert torch.equal(together, alone)
+
+
+def test_views_with_wider_rows() -> None:
+    draw = torch.Generator().manual_seed(0)
+    wide, outs = torch.randn(3, 40, generator=draw), torch.zeros(3, 50)
+    a, b = torch.randn(1, 8, 16, generator=draw), torch.randn(1, 8, 20, generator=draw)
+    ranks, groups = torch.tensor([0, 8], dtype=torch.int32), [Group(1, 0, 3)]
+    LowRankKernel().add(wide[:, 8:24], outs[:, 10:30], a, b, ranks, blocks_of(groups))
+    expected = products(wide[:, 8:24], a, b, ranks, groups)
+    torch.testing.assert_close(outs[:, 10:30].double(), expected, rtol=1e-4, atol=1e-4)
+    assert not outs[:, :10].any() and not outs[:, 30:].any()
+
+
+def test_no_number_stays_no_number_and_in_its_row() -> None:
+    x, out = torch.ones(2, 16), torch.zeros(2, 8)
+    x[0, 3] = float("nan")
+    ranks = torch.tensor([0, 4], dtype=torch.int32)
+    a, b = torch.ones(1, 8, 16), torch.ones(1, 8, 8)
+    LowRankKernel().add(x, out, a, b, ranks, blocks_of([Group(1, 0, 2)]))
+    assert out[0].isnan().all()
+    assert torch.equal(out[1], torch.full((8,), 64.0))
+
+
+def test_small_numbers_are_not_flushed_by_loading_it() -> None:
+    LowRankKernel()
+    assert float(torch.tensor([1e-40]) * torch.tensor([0.5])) > 0.0
+
+
+def test_only_for_floats_on_cpu() -> None:
+    assert isinstance(kernel_for(CPU, torch.float32), LowRankKernel)
+    assert kernel_for(CPU, torch.bfloat16) is None
+    assert kernel_for(torch.device("cuda"), torch.float32) is None
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Its own cache, and nothing loaded before."""
+    monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    return tmp_path
+
+
+def test_what_others_can_write_is_not_loaded(anew: Path) -> None:
+    LowRankKernel()
+    (library,) = anew.rglob("*.so")
+    library.write_bytes(b"not what was compiled")
+    library.chmod(0o666)
+    assert isinstance(kernel_for(CPU, torch.float32), LowRankKernel)
+    assert library.read_bytes() == b"not what was compiled"
+
+
+def test_without_a_cache_it_is_compiled_for_the_process(
+    anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFIN_CACHE", "/proc/nowhere")
+    assert isinstance(kernel_for(CPU, torch.float32), LowRankKernel)
+    assert not list(anew.iterdir())
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "ccache no-such"])
+def test_without_a_compiler_torch_does_it(
+    compiler: str, anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    assert kernel_for(CPU, torch.float32) is None
+    assert "slower" in caplog.text
+    assert not list(anew.rglob("*.so*"))
+
+
+def test_many_processes_may_compile_it_at_once(tmp_path: Path) -> None:
+    code = "from rayfin.serving.engine.low_rank import LowRankKernel; LowRankKernel()"
+    own = os.environ | {"RAYFIN_CACHE": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=own) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert len(list(tmp_path.rglob("*"))) == 2, "its folder, and one library"
