@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 import shutil
 import subprocess
 import threading
@@ -260,9 +261,12 @@ def test_what_the_history_holds_is_trained_again_when_asked(
 # --- the cluster ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("failures", [1, 2])
-def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_once_more(
-    failures: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_again(
+    failures: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     begun: list[subprocess.Popen[bytes]] = []
     program = str(Path(ray.__file__).parent / "core/src/ray/raylet/raylet")
@@ -277,17 +281,22 @@ def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_once_more(
             others.append(sleep("not-of-ray"))
             raise Exception("The current node timed out during startup. …")  # noqa: TRY002 as Ray
 
+    logs = tmp_path / f"ray/session_2026-01-01_{os.getpid()}/logs"
+    logs.mkdir(parents=True)
+    (logs / "raylet.out").write_text("No space left on device\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     others = [sleep(program)]  # of another Ray, before
     monkeypatch.setattr(cluster.ray, "init", init)
     expected = (
-        pytest.raises(RayfinError, match="tried twice")
-        if failures == 2
+        pytest.raises(RayfinError, match="tried 3 times")
+        if failures == 3
         else contextlib.nullcontext()
     )
     try:
         with expected, cluster.ray_cluster(None):
             pass
         assert len(begun) == failures
+        assert caplog.text.count("raylet.out: No space left on device") == failures
         assert not any(psutil.pid_exists(process.pid) for process in begun)
         assert all(process.poll() is None for process in others)
     finally:

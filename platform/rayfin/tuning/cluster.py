@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,8 @@ from rayfin.hardware import cpu_count
 log = logging.getLogger(__name__)
 
 _END_SECONDS = 10.0
+_STARTS = 3
+_LOG_CHARACTERS = 500
 
 Resources = Mapping[str, float]
 """Ray's names (CPU, GPU) -> how many."""
@@ -56,7 +59,7 @@ def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator
 
 def _start(num_cpus: int) -> None:
     """A Ray of our own, on this machine; raises RayfinError."""
-    for again in (True, False):
+    for left in reversed(range(_STARTS)):
         before = set(psutil.Process().children())
         try:
             # "local", not None: None would join a cluster that somebody else started here.
@@ -74,13 +77,26 @@ def _start(num_cpus: int) -> None:
             if "timed out during startup" not in str(error):
                 raise
             _end(set(psutil.Process().children()) - before)
-            if not again:
+            log.warning("Ray did not start within its 30 s; %s", _last_words())
+            if not left:
                 raise RayfinError(
-                    "Ray did not start on this machine within its 30 s, tried twice; it may be "
-                    "very busy or short of memory; Ray's logs in session_latest, under /tmp/ray if "
-                    "RAY_TMPDIR is not set, say more"
+                    f"Ray did not start on this machine within its 30 s, tried {_STARTS} times; it "
+                    "may be very busy, or short of memory or disk"
                 ) from error
-            log.warning("Ray did not start within its 30 s; trying once more")
+
+
+def _last_words() -> str:
+    """The end of what each of the newest Ray's programs, started by this process, wrote."""
+    root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
+    sessions = sorted(root.glob(f"session_*_{os.getpid()}"))
+    logs = sorted((sessions[-1] / "logs").glob("*")) if sessions else []
+    ends = {
+        path.name: path.read_text("utf-8", errors="replace").rstrip()[-_LOG_CHARACTERS:]
+        for path in logs
+        if path.suffix in (".err", ".out", ".log")
+    }
+    told = [f"{name}: {end}" for name, end in ends.items() if end]
+    return "\n".join(["what its programs wrote last:", *told]) if told else "it wrote no logs"
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:
