@@ -75,6 +75,28 @@ def test_nf4_has_double_quantisation(tiny: Path) -> None:
     assert layer.compute_dtype == torch.float32
 
 
+def test_a_processor_with_bfloat16_leaves_4_bit_weights_as_they_are(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    model = load_base(at(tiny), 4, "cpu")
+    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert layers
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_gradients_pass_4_bit_layers_that_were_called_without_them(tiny: Path) -> None:
+    layer = load_base(at(tiny), 4, "cpu").get_submodule("model.layers.0.mlp.up_proj")
+    inputs = torch.randn(2, layer.in_features)
+    with torch.no_grad():
+        before = layer(inputs)
+    after = layer(inputs.requires_grad_())
+    after.square().sum().backward()
+    assert torch.equal(before, after)
+    assert inputs.grad is not None
+    assert inputs.grad.abs().min() > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("bits", [None, 4, 8])

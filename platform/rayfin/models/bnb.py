@@ -1,12 +1,16 @@
-"""Importing bitsandbytes without the compiler that it would load and not use."""
+"""bitsandbytes without the compiler that it would load and not use, and computing as it stores."""
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 _IMPORTING = threading.Lock()
 
@@ -33,8 +37,23 @@ def import_bitsandbytes() -> None:
                 return compiler(model, **options)  # somebody else's, beside the import
             return model or (lambda decorated: decorated)
 
+        # On processors with bfloat16 it asks for a package of kernels that `without_packing` leaves
+        # unused, and warns everybody who lacks it.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         torch.compile = plain
         try:
             importlib.import_module("bitsandbytes")
         finally:
             torch.compile = compiler
+
+
+def without_packing(model: Module) -> None:
+    """4-bit layers of `model` keep their weights as they are, on processors with bfloat16 too.
+
+    There bitsandbytes (0.50) repacks them in place at the first call without gradients, for a
+    product that rounds to bfloat16 and has no derivative: a model that was evaluated before it is
+    trained would train its last layers only, and other processors would compute something else.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

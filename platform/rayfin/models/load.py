@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import HardwareError, ModelError
-from rayfin.models.bnb import import_bitsandbytes
+from rayfin.models.bnb import import_bitsandbytes, without_packing
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.checkpoint import REPLACE, check_causal, check_loadable, read_config
 from rayfin.models.quiet import no_cast_warnings, no_progress_bars
@@ -112,6 +112,7 @@ def load_base(
             f"model.name: the weights in '{directory}' lack {len(missing)} of the model's tensors "
             f"('{missing[0]}', …); {REPLACE}"
         )
+    without_packing(model)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
