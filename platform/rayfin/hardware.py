@@ -6,7 +6,9 @@ import os
 import platform
 import re
 import socket
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rayfin.errors import HardwareError
@@ -70,10 +72,9 @@ def cluster_address(address: str | None) -> str | None:
 def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
     """The hardware a trial would train on; raises HardwareError for a GPU that isn't there."""
     import psutil
-    import torch
 
     host_memory = int(psutil.virtual_memory().total)
-    available = torch.cuda.is_available()
+    available = _has_gpu()
     if use_gpu is True and not available:
         raise HardwareError(
             "scaling.use_gpu: true, but torch sees no GPU here; "
@@ -89,6 +90,8 @@ def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
             host_memory=host_memory,
             bf16=False,
         )
+    import torch
+
     properties = torch.cuda.get_device_properties(0)
     return Hardware(
         device="cuda",
@@ -99,3 +102,17 @@ def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
         host_memory=host_memory,
         bf16=torch.cuda.is_bf16_supported(),
     )
+
+
+_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""Device files of NVIDIA's, AMD's and Windows' (WSL) drivers; without one Linux has no GPU."""
+
+
+def _has_gpu() -> bool:
+    """Whether torch sees a GPU; torch, which takes seconds to import, is asked where it may."""
+    linux = sys.platform == "linux" and "torch" not in sys.modules
+    if linux and not any(Path(file).exists() for file in _GPU_FILES):
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())

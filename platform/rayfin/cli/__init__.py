@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from rayfin import __version__
-from rayfin.cli import adapters, chat, doctor, history, serve, sweep, train
+from rayfin.cli import adapters, chat, doctor, estimate, history, recommend, serve, sweep, train
 from rayfin.cli.parser import Parser, print_error
 from rayfin.errors import RayfinError, UsageError
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"rayfin {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-    for module in (sweep, train, serve, chat, history, adapters, doctor):
+    for module in (sweep, train, recommend, estimate, serve, chat, history, adapters, doctor):
         module.register(verbs)
     return _run(parser, argv)
 

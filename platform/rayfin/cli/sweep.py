@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: a trial finished; 1: none did; 130: interrupted."""
+    from rayfin.recommend.loop import sweep_advisor
     from rayfin.tuning.sweep import run_sweep
 
     place = experiment.Workplace.open(args)
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
             resume=args.resume,
             rerun=args.rerun,
             address=args.address,
+            advise=lambda plan: sweep_advisor(plan, place.history),
         )
     adapter = place.publish(result.best) if result.best and not result.interrupted else None
     report = _write_report(place, result, adapter)

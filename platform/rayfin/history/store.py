@@ -170,6 +170,13 @@ class History:
         found = self.trials(fingerprint=fingerprint, status="finished", newest_first=True, limit=1)
         return found[0] if found else None
 
+    def mark(self) -> tuple[int, str]:
+        """What changes whenever a trial does: how many there are, and when the last one changed."""
+        query = select(func.count(), func.max(TRIALS.c.updated_at))
+        with translated(self._url), self._engine.connect() as connection:
+            count, changed = connection.execute(query).one()
+        return count, str(changed)
+
     def sweeps(
         self, *, metric: str = "eval_loss", mode: Literal["min", "max"] = "min"
     ) -> list[SweepSummary]:

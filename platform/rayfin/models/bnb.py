@@ -54,6 +54,7 @@ def without_packing(model: Module) -> None:
     product that rounds to bfloat16 and has no derivative: a model that was evaluated before it is
     trained would train its last layers only, and other processors would compute something else.
     """
+    name = "support_avx512bf16_for_cpu"
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if hasattr(module, name):
+            setattr(module, name, False)

@@ -12,6 +12,7 @@ from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.checkpoint import check_causal, read_config, weight_files
+from rayfin.models.sizes import Sizes, sizes_of
 from rayfin.models.source import is_hub, model_directory
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def weight_names(config: ModelConfig) -> list[str]:
 def skeleton(config: ModelConfig) -> PreTrainedModel:
     """The model on torch's meta device: every module, and no weights; raises ModelError."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
 
     directory = model_directory(config, weights=False)
@@ -121,26 +123,33 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
                 "PreTrainedModel",
                 AutoModelForCausalLM.from_config(settings, trust_remote_code=False),
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
         raise ModelError(
-            f"model.name: no model can be built from '{directory / 'config.json'}' ({error}); "
+            f"model.name: no model can be built from '{directory / 'config.json'}' ({reason}); "
             "check the file"
         ) from error
 
 
 def describe_model(config: ModelConfig) -> ModelFacts:
-    """The model's facts, from its configuration; raises ModelError."""
+    """The model's facts, from its configuration; raises ModelError.
+
+    Of a common architecture they take milliseconds, without torch or transformers (`sizes`).
+    """
+    directory = model_directory(config, weights=False)
+    sizes = sizes_of(read_config(directory)) or _sizes_of_skeleton(skeleton(config))
+    return ModelFacts(name=config.name, identity=identity(config), **vars(sizes))
+
+
+def _sizes_of_skeleton(model: PreTrainedModel) -> Sizes:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    model = skeleton(config)
     settings = model.config
     head = model.get_output_embeddings()
     text = settings.get_text_config()
     heads = text.num_attention_heads
-    return ModelFacts(
-        name=config.name,
-        identity=identity(config),
+    return Sizes(
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         linear_parameters=sum(

@@ -17,7 +17,7 @@ from rayfin.methods import METHODS, attach, detach
 from rayfin.models import import_bitsandbytes, locate
 from rayfin.paths import write_directory_whole, write_text
 from rayfin.training.checkpoint import clear_checkpoints, latest_checkpoint, save_adapter, staging
-from rayfin.training.memory import PeakMemory
+from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.spec import Report, Status, TrialResult, TrialSpec
 from rayfin.training.warm import Warm, pad_token_id
 
@@ -89,6 +89,7 @@ def _train(
 
     started = time.perf_counter()
     checkpoints = directory / "checkpoints"
+    release_memory()  # of the worker's trial before, which by now nobody holds
     peak = PeakMemory(hardware.device)
     with collector_paused():
         data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)

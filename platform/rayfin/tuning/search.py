@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import optuna
 
 from rayfin.config import Config
 from rayfin.history import TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.space import Values, decode, distributions, encode, grid, size, values_in
+from rayfin.tuning.space import (
+    Values,
+    decode,
+    distributions,
+    drawn,
+    encode,
+    grid,
+    moved,
+    size,
+    values_in,
+)
 
 # So many draws in a row that were all tried before: the sampler has nothing new in a small space.
 _PATIENCE = 50
 # A space of more points than this is not walked through for one that was not tried.
 _WALKED = 10_000
+
+# Points that an advisor chooses from: all of a small space, else so many drawn, and so many beside
+# each of the best few.
+_OPTIONS, _BESIDE, _BEST = 256, 24, 3
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial of this sweep that has ended."""
+
+    spec: Mapping[str, Any]
+    value: float | None
+    """Of the sweep's metric; None for one that failed."""
+
+
+class Advisor(Protocol):
+    """Chooses the next trial."""
+
+    def choose(
+        self,
+        options: Sequence[Mapping[str, Any]],
+        ended: Sequence[Tried],
+        running: Sequence[Mapping[str, Any]],
+    ) -> int:
+        """The place in `options` of the next one; `options` and `running` are trials' specs."""
+        ...
+
 
 Recall = Callable[[PlannedTrial], TrialRecord | None]
 """Looks a trial up in the history; a record that it returns is used instead of training again."""
@@ -26,7 +64,8 @@ class HistorySearch:
     """Suggests trials that were not tried yet, learning from those that were.
 
     - `known`: this sweep's trials that have ended (after a resume); never suggested again.
-    - `first`: points to try before the sampler's own: interrupted trials, an advisor's proposals.
+    - `first`: points to try before the sampler's own, such as interrupted trials.
+    - `advisor`: chooses the points in the sampler's place.
     - `recall`: finished trials of other sweeps, told to the sampler without running them.
     """
 
@@ -40,11 +79,16 @@ class HistorySearch:
         known: Sequence[TrialRecord] = (),
         first: Sequence[Values] = (),
         recall: Recall = lambda _: None,
+        advisor: Advisor | None = None,
     ) -> None:
         sweep = plan.config.sweep
         self.metric, self.direction = sweep.metric, sweep.direction
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._plan, self._recall = plan, recall
+        self._plan, self._recall, self._advisor = plan, recall, advisor
+        self._random = random.Random(sweep.seed)
+        self._ended: list[Tried] = []
+        self._running: dict[str, Mapping[str, Any]] = {}
+        self._queued = 0
         self._space = distributions(plan.config)
         self._study = optuna.create_study(
             sampler=_sampler(plan.config),
@@ -57,7 +101,7 @@ class HistorySearch:
         for record in known:
             self._learn(record)
         for values in first:
-            self._enqueue(values)
+            self._queued += self._enqueue(values)
         if sweep.search == "grid":
             for values in grid(plan.config):
                 self._enqueue(values)
@@ -74,6 +118,7 @@ class HistorySearch:
             return None
         self._asked[name], trial = self._next
         self._next = None
+        self._running[name] = trial.spec.model_dump(mode="json")
         return trial.as_tune_config()
 
     def tell(self, name: str, value: float | None) -> None:
@@ -81,6 +126,7 @@ class HistorySearch:
         asked = self._asked.pop(name, None)
         if asked is None:
             return
+        self._ended.append(Tried(self._running.pop(name), value))
         if value is None:
             # A failed trial has no value; told as such, the sampler neither waits for it nor learns
             # from it.
@@ -91,7 +137,7 @@ class HistorySearch:
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The next trial that must be trained; those that needn't be are recalled on the way."""
         while self._left > 0 and len(self._seen) < size(self._plan.config):
-            proposal = self._draw(_PATIENCE) or self._walk()
+            proposal = self._advised() or self._draw(_PATIENCE) or self._walk()
             if proposal is None:
                 break
             asked, trial = proposal
@@ -99,8 +145,43 @@ class HistorySearch:
             self._left -= 1
             if (record := self._recall(trial)) is None:
                 return proposal
-            self._study.tell(asked, float(record.metrics[self.metric]))
+            value = float(record.metrics[self.metric])
+            self._ended.append(Tried(record.spec, value))
+            self._study.tell(asked, value)
         return None
+
+    def _advised(self) -> tuple[optuna.Trial, PlannedTrial] | None:
+        """The advisor's choice among points that were not tried."""
+        if self._advisor is None:
+            return None
+        if self._queued:  # by whoever resumed the sweep
+            self._queued -= 1
+            return self._draw(1)
+        options = {
+            trial.fingerprint: trial
+            for trial in map(self._plan.trial, self._points())
+            if trial.fingerprint not in self._seen
+        }
+        if not options:
+            return None
+        trials = list(options.values())
+        specs = [trial.spec.model_dump(mode="json") for trial in trials]
+        chosen = self._advisor.choose(specs, self._ended, list(self._running.values()))
+        self._enqueue(trials[chosen].values)
+        return self._draw(1)
+
+    def _points(self) -> Iterator[Values]:
+        """What an advisor may choose from."""
+        config = self._plan.config
+        if size(config) <= _OPTIONS:
+            yield from grid(config)
+            return
+        yield from (drawn(config, self._random) for _ in range(_OPTIONS))
+        good = [one for one in self._ended if one.value is not None]
+        good.sort(key=lambda one: one.value or 0.0, reverse=self.direction == "max")
+        for one in good[:_BEST]:
+            values = values_in(config, one.spec)
+            yield from (moved(config, values, self._random) for _ in range(_BESIDE))
 
     def _draw(self, times: int) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The sampler's first point of so many that was not tried."""
@@ -125,19 +206,25 @@ class HistorySearch:
                 return self._draw(_WALKED)
         return None
 
-    def _enqueue(self, values: Values) -> None:
-        if (drawn := encode(self._plan.config, values)) is not None:
-            self._study.enqueue_trial(drawn)
+    def _enqueue(self, values: Values) -> bool:
+        """Makes it the next point but those before it; False where it lies outside the space."""
+        if (point := encode(self._plan.config, values)) is None:
+            return False
+        self._study.enqueue_trial(point)
+        return True
 
     def _learn(self, record: TrialRecord) -> None:
         """Adds an ended trial of this sweep to the study."""
         self._seen.add(record.fingerprint)
-        drawn = encode(self._plan.config, values_in(self._plan.config, record.spec))
+        point = encode(self._plan.config, values_in(self._plan.config, record.spec))
         value = record.metrics.get(self.metric)
-        if drawn is None or record.status not in ("finished", "stopped") or value is None:
+        if record.status not in ("finished", "stopped"):
+            value = None
+        self._ended.append(Tried(record.spec, None if value is None else float(value)))
+        if point is None or value is None:
             return
         self._study.add_trial(
-            optuna.trial.create_trial(params=drawn, distributions=self._space, value=float(value))
+            optuna.trial.create_trial(params=point, distributions=self._space, value=float(value))
         )
 
 

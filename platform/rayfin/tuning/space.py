@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, with_values
@@ -181,6 +182,52 @@ def grid(config: Config) -> Iterator[Values]:
     )
     for point in itertools.product(*values):
         yield dict(zip(axes, point, strict=True))
+
+
+def drawn(config: Config, random: Random) -> Values:
+    """A point of the space, every axis on its own and even over its list or range."""
+    return {
+        axis: _at(choices, random.random()) for axis, choices in config.sweep.parameters.items()
+    }
+
+
+def moved(config: Config, values: Mapping[str, Any], random: Random) -> Values:
+    """A point beside `values`: each axis a little further, or an entry up or down its list."""
+    point = {}
+    for axis, choices in config.sweep.parameters.items():
+        if axis not in values:
+            point[axis] = _at(choices, random.random())
+            continue
+        here = _place(choices, values[axis])
+        step = _STEP if isinstance(choices, Space) else max(_STEP, 0.7 / len(choices))
+        point[axis] = _at(choices, min(max(random.gauss(here, step), 0.0), 1.0))
+    return point
+
+
+_STEP = 0.1
+"""Of an axis' whole length: the standard deviation of a move."""
+
+
+def _at(choices: Space | tuple[Any, ...], share: float) -> Any:
+    """The value at a share of the axis, from 0 to 1."""
+    if not isinstance(choices, Space):
+        return _decode_one(choices, min(int(share * len(choices)), len(choices) - 1))
+    if choices.space == "loguniform":
+        value = choices.lower * (choices.upper / choices.lower) ** share
+        return min(max(value, choices.lower), choices.upper)
+    whole = choices.space == "randint"
+    value = choices.lower + share * (choices.upper - choices.lower + whole)
+    return min(int(value), int(choices.upper)) if whole else value
+
+
+def _place(choices: Space | tuple[Any, ...], value: Any) -> float:
+    """The share of the axis at which a value of it lies."""
+    if not isinstance(choices, Space):
+        plain = [list(c) if isinstance(c, tuple) else c for c in choices]
+        return (plain.index(value) + 0.5) / len(choices) if value in plain else 0.5
+    if choices.space == "loguniform":
+        return math.log(value / choices.lower) / math.log(choices.upper / choices.lower)
+    return float((value - choices.lower) / (choices.upper - choices.lower))
 
 
 def _sweepable(config: Config) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,11 @@ from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
+from rayfin.tuning.search import Advisor
 from rayfin.tuning.space import Values, check_space, values_in, variants
+
+Advise = Callable[[SweepPlan], Advisor | None]
+"""Makes the advisor of a sweep; None where it has nothing to say, and the search is auto."""
 
 _ENDED = ("finished", "stopped", "failed", "oom")
 
@@ -46,6 +50,7 @@ def run_sweep(
     rerun: bool = False,
     address: str | None = None,
     first: Sequence[Values] = (),
+    advise: Advise | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Runs the sweep that `config` describes; every trial becomes a row of `history`.
@@ -53,7 +58,8 @@ def run_sweep(
     - `resume`: carry on with the newest sweep that the same configuration started, if there is one.
     - `rerun`: train also what the history already holds as finished.
     - `address`: of a running Ray cluster; None starts Ray on this machine.
-    - `first`: points to try before the sampler's own, an advisor's for example.
+    - `first`: points to try before the sampler's own.
+    - `advise`: makes the advisor that sweep.search=advisor needs, and auto takes if there is one.
 
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
@@ -66,7 +72,15 @@ def run_sweep(
     plan.save()
     progress = progress or Progress()
     with _alone(plan):
-        return _run(plan, history, rows, first, rerun, cluster, progress)
+        advisor = _advisor(plan, advise)
+        return _run(plan, history, rows, first, advisor, rerun, cluster, progress)
+
+
+def _advisor(plan: SweepPlan, advise: Advise | None) -> Advisor | None:
+    search = plan.config.sweep.search
+    if search == "advisor" and advise is None:
+        raise ConfigError("sweep.search=advisor: no advisor was given; use tpe, random or grid")
+    return advise(plan) if advise is not None and search in ("advisor", "auto") else None
 
 
 @contextmanager
@@ -88,6 +102,7 @@ def _run(
     history: History,
     rows: Sequence[TrialRecord],
     first: Sequence[Values],
+    advisor: Advisor | None,
     rerun: bool,
     cluster: str | None,
     progress: Progress,
@@ -106,6 +121,7 @@ def _run(
                 known=known,
                 interrupted=[row for row in rows if row.status not in _ENDED],
                 first=first,
+                advisor=advisor,
                 rerun=rerun,
                 cluster=cluster,
                 progress=progress,

@@ -19,7 +19,7 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import recalled, usable
-from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.search import Advisor, HistorySearch
 from rayfin.tuning.space import Values, values_in
 
 
@@ -30,6 +30,7 @@ def run_trials(
     known: Sequence[TrialRecord],
     interrupted: Sequence[TrialRecord],
     first: Sequence[Values],
+    advisor: Advisor | None,
     rerun: bool,
     cluster: str | None,
     progress: Progress,
@@ -50,7 +51,9 @@ def run_trials(
         return row
 
     again = [values_in(config, row.spec) for row in interrupted]
-    search = HistorySearch(plan, known=known, first=[*again, *first], recall=recall)
+    search = HistorySearch(
+        plan, known=known, first=[*again, *first], recall=recall, advisor=advisor
+    )
     if search.look_ahead():  # a sweep that the history answers needs no Ray
         with _cluster_and_tune(cluster):
             _fit(plan, search, scheduler(config, known), recorder)

@@ -1,0 +1,110 @@
+"""Runs the sweeps that the advisor's reference history is made of, and packs it.
+
+    python experiments/reference_history.py --data clinc150=clinc150.jsonl gsm8k=gsm8k.jsonl
+        [--storage runs/reference] [--out FILE.jsonl.gz] [--quick]
+
+Every task (a model on a data set) is swept over the same grid of learning rates and ranks, or
+virtual tokens, without stopping weak trials early: the advisor learns from these what to expect of
+a setting, and experiments/benchmarks/advisor_sweep.py replays searches on them. It takes about two
+hours on two cores; what the storage holds already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+from rayfin.config import load_config
+from rayfin.history import History, TrialRecord
+from rayfin.paths import Storage, write_whole
+from rayfin.tuning.sweep import run_sweep
+
+MODELS = {
+    "tiny": {"train.max_steps": 40, "data.max_samples": 400, "data.max_length": 192},
+    "smollm2-135m": {"train.max_steps": 20, "data.max_samples": 240, "data.max_length": 128},
+}
+"""Model -> what a trial of it costs a few seconds with."""
+SWEEPS = {
+    "lora": {
+        "train.learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+        "method.r": [2, 8, 32],
+    },
+    "qlora": {"train.learning_rate": [3e-4, 1e-3, 3e-3], "method.r": [2, 8, 32]},
+    "p_tuning": {
+        "train.learning_rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
+        "method.num_virtual_tokens": [4, 16],
+    },
+}
+KEPT = ("train", "eval_loss", "steps", "tokens", "peak_memory", "exact_match", "token", "base_")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH")
+    parser.add_argument("--storage", default="runs/reference")
+    parser.add_argument(
+        "--out", type=Path, default=Path("platform/rayfin/recommend/reference.jsonl.gz")
+    )
+    parser.add_argument("--quick", action="store_true", help="the tiny model on pydocs only")
+    args = parser.parse_args()
+    tasks = {"pydocs": "pydocs"} | dict(item.split("=", 1) for item in args.data)
+    models = ["tiny"] if args.quick else list(MODELS)
+    data = ["pydocs"] if args.quick else list(tasks)
+    storage = Storage.open(args.storage)
+    with History.open(storage.history_url) as history:
+        for model in models:
+            for name in data:
+                for method in SWEEPS:
+                    sweep(model, tasks[name], method, history, storage)
+        rows = history.trials()
+    pack(rows, {str(Path(path).resolve()): name for name, path in tasks.items()}, args.out)
+
+
+def sweep(model: str, path: str, method: str, history: History, storage: Storage) -> None:
+    axes = SWEEPS[method]
+    size = 1
+    for values in axes.values():
+        size *= len(values)
+    settings: dict[str, object] = {
+        "model.name": model,
+        "data.path": path,
+        "data.val_size": 0.2,
+        "method.type": method,
+        "train.per_device_train_batch_size": 8,
+        **MODELS[model],
+        "sweep.search": "grid",
+        "sweep.scheduler": "none",
+        "sweep.num_samples": size,
+        **{f"sweep.parameters.{axis}": values for axis, values in axes.items()},
+        "storage": storage.root,
+    }
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    run_sweep(load_config(None, overrides), history=history, storage=storage, resume=True)
+
+
+def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
+    """The trials without what only this machine knows, in a fixed order."""
+    lines = []
+    for row in rows:
+        data = dict(row.spec["data"])
+        data["path"] = names.get(data["path"], Path(data["path"]).name)
+        metrics = {n: v for n, v in row.metrics.items() if n.startswith(KEPT)}
+        kept = row.model_copy(
+            update={
+                "spec": row.spec | {"data": data},
+                "metrics": metrics,
+                "directory": None,
+                "curve": [],
+            }
+        )
+        lines.append(json.dumps(kept.model_dump(mode="json"), sort_keys=True))
+    with write_whole(out) as temporary:
+        with gzip.GzipFile(temporary, "wb", mtime=0) as file:
+            file.write("".join(f"{line}\n" for line in sorted(lines)).encode())
+    print(f"{len(lines)} trials, {out.stat().st_size / 1024:.0f} KiB: {out}")
+
+
+if __name__ == "__main__":
+    main()

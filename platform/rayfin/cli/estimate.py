@@ -1,0 +1,146 @@
+"""`rayfin estimate`: what a configuration takes in memory, time and money, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayfin.cli.settings import add_settings, split_settings
+
+if TYPE_CHECKING:
+    from rayfin.config import Config
+    from rayfin.data import Corpus, DataProfile
+    from rayfin.hardware import Hardware
+    from rayfin.recommend.estimate import Estimate, Interval, Measured
+
+_SAMPLES = 2000
+"""Samples that are tokenised: enough to tell how long they are."""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "memory, time and cost of a configuration before it runs"
+    parser = subparsers.add_parser("estimate", help=summary, description=summary.capitalize())
+    add_settings(parser)
+    parser.add_argument(
+        "--price-per-hour",
+        type=float,
+        metavar="X",
+        help="what all that the run uses costs an hour, in any currency",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.epilog = f"Example: {parser.prog} data.path=my.jsonl method.type=lora method.r=16"
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0, whether the configuration fits or not; nothing is written anywhere."""
+    from rayfin.config import load_config
+    from rayfin.hardware import describe_hardware
+    from rayfin.methods import check_combination
+    from rayfin.models import describe_model
+    from rayfin.recommend.estimate import estimate
+
+    file, settings = split_settings(args.settings)
+    config = load_config(file, settings)
+    check_combination(config)
+    measured = _measured(config)
+    profile = _profile(config)
+    hardware = describe_hardware(config.scaling.use_gpu)
+    found = estimate(
+        config,
+        describe_model(config.model),
+        hardware,
+        measured=measured,
+        price_per_hour=args.price_per_hour,
+        profile=profile,
+    )
+    if args.json:
+        print(json.dumps({**found.as_dict(), "hardware": hardware.as_dict()}))
+    else:
+        _print(config, found, hardware)
+    return 0
+
+
+def _measured(config: Config) -> list[Measured]:
+    """The trials of the configuration's history; none where it has not been begun yet."""
+    from rayfin.history import History
+    from rayfin.history.connect import parse_url
+    from rayfin.paths import Storage
+    from rayfin.recommend.estimate import measured_from
+
+    # Not Storage.open, which makes the directory.
+    url = config.history or Storage(Path(config.storage).expanduser().resolve()).history_url
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+        return []
+    with History.open(url, create=False) as history:
+        return measured_from(history.trials(newest_first=True))
+
+
+def _profile(config: Config) -> DataProfile:
+    """The profile of the data, or of as many samples as tell how long they are."""
+    from rayfin.data import load_corpus, tokenize_corpus
+    from rayfin.models import load_tokenizer
+
+    corpus = _sampled(load_corpus(config.data))
+    return tokenize_corpus(corpus, load_tokenizer(config.model), config.data.max_length).profile
+
+
+def _sampled(corpus: Corpus) -> Corpus:
+    """The first samples of both splits, whose order is a random one."""
+    return replace(corpus, train=corpus.train[:_SAMPLES], eval=corpus.eval[: _SAMPLES // 4])
+
+
+def _print(config: Config, found: Estimate, hardware: Hardware) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from rayfin.evaluation.quantities import show_seconds
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for name, size in asdict(found.parts).items():
+        table.add_row(f"  {name}", show_bytes(size))
+    table.add_row("[bold]peak memory[/bold]", *_shown(found.memory, show_bytes), style="bold")
+    table.add_row("  of the device", show_bytes(hardware.device_memory), _VERDICTS[found.fits])
+    table.add_row("[bold]training time[/bold]", *_shown(found.seconds, show_seconds))
+    if found.cost is not None:
+        table.add_row("[bold]cost[/bold]", *_shown(found.cost, "{:,.2f}".format))
+    what = f"{config.model.name}, {config.method.type}, {config.train.max_steps} steps"
+    # Text, so that brackets in a path are not taken for markup.
+    console.print(Text(f"{what} on {hardware.device_name} ({hardware.device})", style="bold"))
+    console.print(table)
+    console.print(Text(_ground(found), style="dim"))
+
+
+_VERDICTS = {
+    True: "[green]enough[/green]",
+    False: "[red]not enough[/red]",
+    None: "[yellow]may not be enough[/yellow]",
+}
+
+
+def _shown(interval: Interval, show: Callable[[float], str]) -> tuple[str, str]:
+    return show(interval.expected), f"{show(interval.low)} to {show(interval.high)}"
+
+
+def show_bytes(value: float) -> str:
+    return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else f"{value / 2**20:,.1f} MiB"
+
+
+def _ground(found: Estimate) -> str:
+    """What the figures rest on."""
+    if not found.trials:
+        return "by formula alone: no trial on such a device has been measured yet"
+    return (
+        f"the parts by formula; the totals corrected by {found.trials} measured trials, "
+        f"{found.near_trials} of them of this model and method"
+    )

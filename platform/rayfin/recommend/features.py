@@ -1,0 +1,215 @@
+"""A trial, or a scenario with a setting, as the row of numbers that the learned model sees."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+from rayfin.config import METHOD_CONFIGS
+from rayfin.history import TrialRecord
+from rayfin.recommend.names import facts_from_name
+from rayfin.recommend.practice import learning_rate
+from rayfin.recommend.process import Columns
+
+NAN = math.nan
+
+COLUMNS = Columns(
+    setting={
+        "learning_rate": 0.7,  # decades beyond the method's usual one
+        "capacity": 4.0,  # octaves of the rank, or of the number of virtual tokens
+        "scaling": 2.0,  # octaves of lora_alpha / r
+        "dropout": 0.2,
+        "targets": 1.0,  # share of the linear layers that are adapted
+        "samples_per_step": 2.0,  # octaves
+        "steps": 2.0,  # octaves
+        "method_x": 1.0,
+        "method_y": 1.0,
+    },
+    scenario={
+        "size": {"parameters": 1.0, "active": 1.0, "tuned": 2.0, "width": 2.0},
+        "data": {"rows": 1.5, "tokens": 2.0, "completion_share": 0.5},
+    },
+    same=("brand", "generation", "task", "group"),
+    # A history of one task or one model says nothing of what the others share with it: these are
+    # then what an answer for another one rests on, and make its intervals wide.
+    amplitudes={
+        "size": 0.15,
+        "data": 0.2,
+        "brand": 0.1,
+        "generation": 0.1,
+        "task": 0.2,
+        "group": 0.12,
+    },
+    common=0.3,
+    group="group",
+    usual={
+        "capacity": 4.0,
+        "scaling": 1.0,
+        "targets": 1.0,
+        "samples_per_step": 4.0,
+        "steps": 7.0,
+        "parameters": 9.5,
+        "active": 9.5,
+        "tuned": 0.5,
+        "rows": 3.5,
+        "tokens": 8.0,
+        "completion_share": 0.5,
+    },
+)
+"""Sizes and rows in decades, tokens a sample in octaves, width in octaves beyond the usual."""
+
+# Where methods lie beside each other: those that share how they change the model lie close, and
+# what was learned of one is taken for the other until its own trials say otherwise.
+_METHODS = {
+    "lora": (0.0, 0.0),
+    "qlora": (0.2, 0.0),
+    "rslora": (0.0, 0.2),
+    "dora": (0.0, -0.2),
+    "adalora": (0.3, 0.4),
+    "full": (1.0, 0.0),
+    "ia3": (0.0, 1.5),
+    "p_tuning": (2.0, 0.0),
+    "prompt_tuning": (2.3, 0.4),
+    "prefix_tuning": (2.3, -0.4),
+}
+_LINEAR_LAYERS = 7  # of a Llama-like block: query, key, value, output, gate, up, down
+
+
+def code(text: str) -> float:
+    """A number that stands for `text`: equal texts have equal ones, others almost never."""
+    return float(zlib.crc32(text.encode(errors="replace")))
+
+
+def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
+    """The columns of a trial's setting; None where no trial can have run with it.
+
+    A learning rate of 1e308 or a rank of -3 is no setting but a mistake in a table.
+    """
+    method, train = _section(spec, "method"), _section(spec, "train")
+    kind = method.get("type")
+    if not isinstance(kind, str) or kind not in METHOD_CONFIGS:
+        return None
+    rate = _within(train.get("learning_rate"), 1e-8, 1.0)
+    capacity = _within(next((method[name] for name in _CAPACITY if name in method), None), 1, 4096)
+    dropout = _within(method.get("lora_dropout"), 0.0, 1.0)
+    if rate is None or capacity is None or dropout is None:
+        return None
+    alpha = _number(method.get("lora_alpha"))
+    power = 0.5 if kind == "rslora" else 1.0
+    samples = _number(train.get("per_device_train_batch_size")) * _number(
+        train.get("gradient_accumulation_steps", 1)
+    )
+    place = _METHODS[kind]
+    return {
+        "learning_rate": _log(10, rate / learning_rate(kind)),
+        "capacity": _log(2, capacity),
+        "scaling": _log(2, alpha / capacity**power if capacity > 0 else NAN),
+        "dropout": dropout,
+        "targets": _targets(method.get("target_modules")),
+        "samples_per_step": _log(2, samples),
+        "steps": _log(2, _number(train.get("max_steps"))),
+        "method_x": place[0],
+        "method_y": place[1],
+    }
+
+
+_CAPACITY = ("r", "target_r", "num_virtual_tokens")
+
+
+def model_row(name: str, facts: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of a base model, from its facts as records hold them, else from its name."""
+    said = facts_from_name(str(facts.get("name") or name))
+    total = _number(facts.get("parameters"))
+    if not total > 0:
+        total = said.size_b * 1e9 if said.size_b else NAN
+    mixture = said.active_b != said.size_b
+    active = said.active_b * 1e9 if said.active_b and mixture else total
+    # A dense transformer has about 12 * layers * width**2 parameters, and its width is about 128 *
+    # layers: a model of the usual shape is 0 wide.
+    usual = (active * 128 / 12) ** (1 / 3)
+    return {
+        "parameters": _log(10, total),
+        "active": _log(10, active),
+        "tuned": NAN if said.tuned is None else float(said.tuned),
+        "width": _log(2, _number(facts.get("hidden_size")) / usual),
+        "brand": code(said.brand),
+        "generation": code(said.generation),
+    }
+
+
+def data_row(profile: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of a data set, from its profile as records hold it."""
+    share = _within(profile.get("completion_share"), 0.0, 1.0)
+    return {
+        "rows": _log(10, _number(profile.get("rows_train"))),
+        "tokens": _log(2, _number(profile.get("tokens_per_sample_mean"))),
+        "completion_share": NAN if share is None else share,
+    }
+
+
+def task_name(spec: Mapping[str, Any], scenario: Mapping[str, Any], sweep_id: str) -> str:
+    """What scores are compared within: the content of the data, or what names it best."""
+    profile, data = _section(scenario, "data"), _section(spec, "data")
+    named = profile.get("digest") or profile.get("datasets") or data.get("path") or sweep_id
+    return str(named)
+
+
+def model_name(spec: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
+    facts, model = _section(scenario, "model"), _section(spec, "model")
+    return str(facts.get("identity") or model.get("name") or "")
+
+
+def row_of(record: TrialRecord) -> dict[str, float] | None:
+    """All columns of a trial; None where its setting is none."""
+    setting = setting_row(record.spec)
+    if setting is None:
+        return None
+    steps = _number(record.metrics.get("steps"))
+    if record.status == "stopped" and steps > 0:
+        setting["steps"] = _log(2, steps)  # so far it went, and so good it was by then
+    name = model_name(record.spec, record.scenario)
+    task = task_name(record.spec, record.scenario, record.sweep_id)
+    return (
+        setting
+        | model_row(name, _section(record.scenario, "model"))
+        | data_row(_section(record.scenario, "data"))
+        | {"task": code(task), "group": code(f"{task}\n{name}")}
+    )
+
+
+def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = values.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _targets(modules: Any) -> float:
+    if modules == "all-linear":
+        return 1.0
+    if isinstance(modules, list | tuple) and modules:
+        return min(1.0, len(modules) / _LINEAR_LAYERS)
+    return NAN
+
+
+def _number(value: Any) -> float:
+    """A finite number, else NaN: a record may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return NAN
+    try:
+        number = float(value)
+    except OverflowError:
+        return NAN
+    return number if math.isfinite(number) else NAN
+
+
+def _within(value: Any, least: float, most: float) -> float | None:
+    """NaN where it was left out; None for what is no number, or none between `least` and `most`."""
+    if value is None:
+        return NAN
+    number = _number(value)
+    return number if least <= number <= most else None
+
+
+def _log(base: float, value: float) -> float:
+    return math.log(value, base) if 0 < value < math.inf else NAN

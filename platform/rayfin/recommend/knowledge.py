@@ -1,0 +1,257 @@
+"""What the advisor knows: a history's trials and the reference's, learned from once and kept.
+
+What was learned lies in the cache as arrays and JSON, and is learned again by itself when the
+history has changed: new trials are added at once, and the process' parameters follow when there are
+a quarter more trials than they were learned from.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from rayfin import __version__
+from rayfin.errors import HistoryError
+from rayfin.history import History, TrialRecord
+from rayfin.history.record import QUALITY_METRICS
+from rayfin.paths import cache_dir, write_text
+from rayfin.recommend.answer import Basis
+from rayfin.recommend.estimate import Measured, measured_from
+from rayfin.recommend.features import COLUMNS
+from rayfin.recommend.latency import Served, served_from
+from rayfin.recommend.process import Parameters
+from rayfin.recommend.quality import Evidence, learned
+from rayfin.recommend.table import Group, TrialTable, groups_of
+
+REFERENCE = "reference.jsonl.gz"
+"""Trials that come with rayfin: experiments/reference_history.py made them."""
+_MEASURED_EACH = 12
+"""Trials of a model, method and device whose time and memory are kept."""
+_MEASURED = 600
+_GROWN = 1.25
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What recommendations rest on."""
+
+    evidence: Evidence
+    ids: Sequence[str]
+    """Of each place in the table that the evidence was made from."""
+    measured: Sequence[Measured]
+    """What trials took, for the estimates."""
+    served: Sequence[Served]
+    """What serving measured."""
+    trials: int
+    """Of the history."""
+    reference: int
+    """Those that come with rayfin, on top."""
+    look_up: Callable[[str], TrialRecord | None]
+    """A trial by its id; None where it is gone."""
+
+    @classmethod
+    def of(cls, records: Iterable[TrialRecord], *, reference: bool = True) -> Self:
+        """Learned from these trials, and the reference's."""
+        own = list(records)
+        shipped = list(reference_trials()) if reference else []
+        rows = [*own, *shipped]
+        table = TrialTable.of(rows)
+        return cls(
+            Evidence.of(table),
+            table.ids.tolist(),
+            measured_from(_telling(rows)),
+            served_from(own),
+            len(own),
+            len(shipped),
+            {row.trial_id: row for row in rows}.get,
+        )
+
+    def basis(self, place: int, likeness: float) -> Basis:
+        """What the trial at `place` of the table was, for people."""
+        trial_id = self.ids[place]
+        record = self.look_up(trial_id)
+        summary = "gone from the history" if record is None else _summary(record)
+        reference = record is not None and record.scenario.get("reference") is True
+        return Basis(trial_id=trial_id, likeness=likeness, summary=summary, reference=reference)
+
+
+def _summary(record: TrialRecord) -> str:
+    """`lora learning_rate=0.0003 r=16, smollm2-135m on pydocs: eval_loss 2.81`"""
+    spec = record.spec
+    method, train, model, data = (
+        spec[name] if isinstance(spec.get(name), dict) else {}
+        for name in ("method", "train", "model", "data")
+    )
+    names = ("r", "target_r", "num_virtual_tokens")
+    settings = {"learning_rate": train.get("learning_rate")}
+    settings |= {name: method[name] for name in names if name in method}
+    shown = " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    base, rows = model.get("name") or "a model", data.get("path") or record.sweep_id
+    where = f"{Path(str(base)).name} on {Path(str(rows)).name}"
+    scores = (
+        f"{name} {value:.4g}"
+        for name in QUALITY_METRICS
+        if isinstance(value := record.metrics.get(name), int | float)
+    )
+    return f"{method.get('type')} {shown}, {where}: {next(scores, record.error or record.status)}"
+
+
+def reference_trials() -> Iterator[TrialRecord]:
+    """The trials that come with rayfin; none where the file was left out."""
+    packed = _reference()
+    for line in gzip.decompress(packed).splitlines() if packed else ():
+        yield TrialRecord.parse(json.loads(line))
+
+
+def _reference() -> bytes:
+    packed = resources.files("rayfin.recommend").joinpath(REFERENCE)
+    return packed.read_bytes() if packed.is_file() else b""
+
+
+def knowledge_of(history: History, *, cache: Path | None = None) -> Knowledge:
+    """What there is to know from `history`, learned now or kept from before.
+
+    Raises HistoryError where the history can't be read; a cache that can't be used is made anew, or
+    done without.
+    """
+    folder = (cache or cache_dir()) / "advisor"
+    kept = _Kept(folder / hashlib.sha256(history.shown_url.encode()).hexdigest()[:16])
+    # What another version kept rests on other trials, or on other columns made of them.
+    mark = [*history.mark(), __version__, zlib.crc32(_reference())]
+    return kept.read(history, mark) or kept.renew(history, mark)
+
+
+class _Kept:
+    """The cached knowledge of one history: `table.npz` and `learned.json` in a directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self._table, self._learned = folder / "table.npz", folder / "learned.json"
+
+    def read(self, history: History, mark: list[Any]) -> Knowledge | None:
+        """What is kept, if it is of this very state of the history."""
+        notes = self._notes()
+        if notes is None or notes.get("mark") != mark:
+            return None
+        try:
+            table = TrialTable.load(self._table)
+            if len(table) != notes["rows"]:
+                return None  # another process is writing
+            parameters, _ = _parameters(notes)
+            measured = measured_from(map(TrialRecord.parse, notes["measured"]))
+            served = [Served(*one) for one in notes["served"]]
+        except (HistoryError, KeyError, TypeError, ValueError):
+            return None
+        if parameters is None:
+            return None
+        return _knowledge(history, groups_of(table), parameters, table, measured, served, mark[0])
+
+    def renew(self, history: History, mark: list[Any]) -> Knowledge:
+        rows = history.trials()
+        every = [*rows, *reference_trials()]
+        table = TrialTable.of(every)
+        groups = groups_of(table)
+        notes = self._notes() or {}
+        parameters, learned_from = _parameters(notes)
+        if parameters is None or not learned_from <= len(table) <= _GROWN * learned_from:
+            parameters, learned_from = learned(groups, parameters), len(table)
+        telling, served = _telling(every), served_from(rows)
+        self._write(
+            table,
+            {
+                "mark": mark,
+                "rows": len(table),
+                "columns": COLUMNS.names,
+                "parameters": dict(parameters.values),
+                "learned_from": learned_from,
+                "measured": [_brief(row) for row in telling],
+                "served": [list(vars(one).values()) for one in served],
+            },
+        )
+        measured = measured_from(telling)
+        return _knowledge(history, groups, parameters, table, measured, served, mark[0])
+
+    def _notes(self) -> dict[str, Any] | None:
+        try:
+            notes = json.loads(self._learned.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        ours = isinstance(notes, dict) and notes.get("columns") == list(COLUMNS.names)
+        return notes if ours else None
+
+    def _write(self, table: TrialTable, notes: dict[str, Any]) -> None:
+        try:
+            self._table.parent.mkdir(parents=True, exist_ok=True)
+            table.save(self._table)
+            write_text(self._learned, json.dumps(notes))
+        except OSError:
+            return  # a recommendation does not need its cache
+
+
+def _knowledge(
+    history: History,
+    groups: Mapping[float, Group],
+    parameters: Parameters,
+    table: TrialTable,
+    measured: Sequence[Measured],
+    served: Sequence[Served],
+    trials: int,
+) -> Knowledge:
+    shipped = {row.trial_id: row for row in reference_trials()}
+
+    def look_up(trial_id: str) -> TrialRecord | None:
+        if trial_id in shipped:
+            return shipped[trial_id]
+        try:
+            return history.get(trial_id)
+        except HistoryError:
+            return None
+
+    ids = table.ids.tolist()
+    evidence = Evidence(groups, parameters)
+    return Knowledge(evidence, ids, measured, served, trials, len(shipped), look_up)
+
+
+def _parameters(notes: dict[str, Any]) -> tuple[Parameters | None, int]:
+    values, count = notes.get("parameters"), notes.get("learned_from")
+    names = Parameters.expected(COLUMNS).values.keys()
+    if not isinstance(values, dict) or values.keys() != names or not isinstance(count, int):
+        return None, 0
+    if not all(isinstance(value, float) and math.isfinite(value) for value in values.values()):
+        return None, 0
+    return Parameters(values), count
+
+
+def _telling(rows: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """The newest trials of every model, method and device, so many of each at most."""
+    counts: Counter[str] = Counter()
+    kept: list[TrialRecord] = []
+    for row in reversed(rows):
+        if "source" in row.scenario or not row.metrics.get("train_seconds"):
+            continue
+        method, model, hardware = (
+            row.spec.get("method"), row.scenario.get("model"), row.scenario.get("hardware"),
+        )  # fmt: skip
+        if not (
+            isinstance(method, dict) and isinstance(model, dict) and isinstance(hardware, dict)
+        ):
+            continue
+        kind = f"{model.get('identity')} {method.get('type')} {hardware.get('device_name')}"
+        counts[kind] += 1
+        if counts[kind] <= _MEASURED_EACH:
+            kept.append(row)
+        if len(kept) == _MEASURED:
+            break
+    return kept
+
+
+def _brief(row: TrialRecord) -> dict[str, Any]:
+    return row.model_copy(update={"curve": [], "versions": {}}).model_dump(mode="json")

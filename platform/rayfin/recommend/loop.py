@@ -1,0 +1,138 @@
+"""A sweep's advisor: it starts from what past trials say, and learns from the sweep's own.
+
+Two processes look at the sweep's trials: one that has seen the nearest trials of the past, and one
+that knows what practice expects and nothing else. Each counts for as much as it made the sweep's
+own results likely (Bayesian model averaging), so that a past that misleads is left behind after a
+few trials. The next trial is the one that is expected to improve most on the best so far, where those
+that still run count with what they may come to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rayfin.config import Config
+from rayfin.history import History
+from rayfin.models import describe_model
+from rayfin.recommend import quality
+from rayfin.recommend.advisor import LEARNED
+from rayfin.recommend.features import COLUMNS, code, data_row, model_row, setting_row
+from rayfin.recommend.knowledge import Knowledge, knowledge_of
+from rayfin.recommend.process import Array, Observations, Parameters, Process
+from rayfin.recommend.table import Group, charges_of
+from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.search import Tried
+from rayfin.tuning.space import drawn, trial_config
+
+_PAST_ODDS = 3.0
+"""How much likelier the past is taken to hold than not, before the sweep's first trial."""
+_ASKED = 64
+"""Points of the space by which the past's relevance is judged."""
+
+
+def sweep_advisor(plan: SweepPlan, history: History) -> SweepAdvisor | None:
+    """The advisor of a sweep; None where sweep.search is auto and the past says next to nothing."""
+    advisor = SweepAdvisor(knowledge_of(history), scenario_of(plan), plan.config.sweep.metric)
+    if plan.config.sweep.search == "auto" and advisor.relevance(plan.config) < LEARNED:
+        return None
+    return advisor
+
+
+def scenario_of(plan: SweepPlan) -> dict[str, float]:
+    """The columns of a sweep's scenario; its own trials are a group beside those of the past."""
+    config = plan.config
+    corpus, facts = plan.corpus(config.data), describe_model(config.model)
+    return (
+        model_row(facts.identity, facts.as_dict())
+        | data_row({"rows_train": len(corpus.train)})
+        | {"task": code(corpus.digest), "group": code(f"sweep {plan.sweep_id}")}
+    )
+
+
+class SweepAdvisor:
+    """Chooses a sweep's next trial; see `rayfin.tuning.search.Advisor`."""
+
+    def __init__(
+        self, knowledge: Knowledge, scenario: Mapping[str, float], metric: str, *, seed: int = 0
+    ) -> None:
+        self._scenario, self._metric = scenario, metric
+        evidence = knowledge.evidence
+        self._past = evidence.near(scenario).process
+        self._spread = _relative_spread(list(evidence.groups.values()))
+        self._seed = seed
+
+    def relevance(self, config: Config) -> float:
+        """How much the past says about the sweep's own points; see `Near.relevance`."""
+        from random import Random
+
+        random = Random(0)
+        specs = [
+            trial_config(config, drawn(config, random)).model_dump(mode="json")
+            for _ in range(_ASKED)
+        ]
+        return quality.relevance(self._past, self._rows(specs))
+
+    def choose(
+        self,
+        options: Sequence[Mapping[str, Any]],
+        ended: Sequence[Tried],
+        running: Sequence[Mapping[str, Any]],
+    ) -> int:
+        rows = self._rows(options)
+        taken = self._rows([*(one.spec for one in ended), *running])
+        own = self._own(ended)
+        past, fresh = (quality.joined(process, own) for process in (self._past, _fresh()))
+        weight = self._weight(past, fresh, own)
+        self._seed += 1
+        count = round(weight * quality.DRAWS)
+        everywhere = np.concatenate([rows, taken])
+        draws = np.concatenate(
+            [
+                quality.draws(process, everywhere, seed=self._seed)[:share]
+                for process, share in ((past, count), (fresh, quality.DRAWS - count))
+                if share
+            ]
+        )
+        best = draws[:, len(rows) :].min(axis=1, initial=1.0)
+        gain = np.maximum(best[:, None] - draws[:, : len(rows)], 0.0).mean(axis=0)
+        # Where nothing promises to be better, the best of what is left.
+        gain -= 1e-6 * draws[:, : len(rows)].mean(axis=0)
+        return int(gain.argmax())
+
+    def _weight(self, past: Process, fresh: Process, own: Observations) -> float:
+        """How likely it is, after the sweep's own trials, that the past holds for it."""
+        if not len(own) or not len(self._past.observations):
+            return 1.0 if len(self._past.observations) else 0.0
+        odds = past.evidence() - self._past.evidence() - fresh.evidence() + math.log(_PAST_ODDS)
+        return 1.0 / (1.0 + math.exp(-min(max(odds, -50.0), 50.0)))
+
+    def _own(self, ended: Sequence[Tried]) -> Observations:
+        """The sweep's own trials, charged as a group is whose spread may not have shown yet."""
+        if len(ended) < 2 or all(one.value is None for one in ended):
+            return Observations.none(COLUMNS)
+        rows = self._rows([one.spec for one in ended])
+        values = np.array([np.nan if one.value is None else one.value for one in ended])
+        charges = charges_of(values, self._metric, least=self._spread)
+        return quality.observed(rows, charges)
+
+    def _rows(self, specs: Sequence[Mapping[str, Any]]) -> Array:
+        rows = []
+        for spec in specs:
+            setting = setting_row(spec) or dict.fromkeys(COLUMNS.setting, math.nan)
+            values = {**self._scenario, **setting}
+            rows.append([values.get(name, math.nan) for name in COLUMNS.names])
+        return np.array(rows, dtype=float).reshape(len(rows), len(COLUMNS.names))
+
+
+def _fresh() -> Process:
+    return Process(COLUMNS, Parameters.expected(COLUMNS), Observations.none(COLUMNS))
+
+
+def _relative_spread(groups: Sequence[Group]) -> float:
+    """What scores of one scenario usually span, as a share of the best; 0 where none is known."""
+    shares = [group.spread / abs(group.best) for group in groups if group.best]
+    return float(np.median(shares)) if shares else 0.0

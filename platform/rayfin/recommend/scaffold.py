@@ -1,0 +1,149 @@
+"""The files that an experiment starts with: what to train, what to sweep, what to serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rayfin.config import Config, ServeConfig, build_config, dump_yaml
+from rayfin.errors import StorageError
+from rayfin.paths import write_text
+from rayfin.recommend.answer import Choice, Recommendation
+from rayfin.training import TrialSpec
+
+_TRIALS = 8
+_RATE_SPREAD = 5.0
+"""The sweep goes this factor beyond the recommended learning rates to either side."""
+_MOST_RANK = 1024
+"""Of a served adapter (`EngineConfig.max_rank`)."""
+
+
+def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str, Path]:
+    """Writes train.yaml, sweep.yaml, serve.yaml and README.md; what each is -> its path.
+
+    `name` is the adapter's. Raises StorageError for a directory that holds one of them already, or
+    can't be written: nothing is overwritten.
+    """
+    files = {
+        "train": directory / "train.yaml",
+        "sweep": directory / "sweep.yaml",
+        "serve": directory / "serve.yaml",
+        "commands": directory / "README.md",
+    }
+    taken = [path for path in files.values() if path.exists()]
+    if taken:
+        raise StorageError(f"'{taken[0]}' exists; give --scaffold a new directory")
+    first = answer.choices[0]
+    base = _anchored(first.config, name)
+    sweep = _sweep(base, answer)
+    texts = {
+        "train": dump_yaml(base),
+        "sweep": dump_yaml(sweep),
+        "serve": _serve(base, sweep),
+        "commands": _commands(answer, name),
+    }
+    try:
+        for what, path in files.items():
+            write_text(path, texts[what])
+    except OSError as error:
+        raise StorageError(
+            f"'{directory}' can't be written ({error.strerror or error}); give --scaffold another"
+        ) from error
+    return files
+
+
+def _anchored(config: Mapping[str, Any], name: str) -> Config:
+    """With local paths absolute: the files may be read from any directory."""
+    whole = build_config(dict(config), {})
+    spec = TrialSpec.of(whole)
+    return whole.model_copy(
+        update={
+            "model": spec.model,
+            "data": spec.data,
+            "publish": build_config({"publish": {"name": name}}, {}).publish,
+            "storage": str(Path(whole.storage).expanduser().resolve()),
+        }
+    )
+
+
+def _sweep(base: Config, answer: Recommendation) -> Config:
+    """Around the recommended configurations that share the first one's method."""
+    same = [choice for choice in answer.choices if choice.method == base.method.type]
+    rates = [choice.config["train"]["learning_rate"] for choice in same]
+    parameters: dict[str, Any] = {
+        "train.learning_rate": {
+            "space": "loguniform",
+            "lower": float(f"{min(rates) / _RATE_SPREAD:.2g}"),
+            "upper": float(f"{min(1.0, max(rates) * _RATE_SPREAD):.2g}"),
+        }
+    }
+    for leaf in ("r", "num_virtual_tokens"):
+        if leaf in base.method.model_fields_set or hasattr(base.method, leaf):
+            values = {getattr(base.method, leaf), *(c.config["method"][leaf] for c in same)}
+            middle = getattr(base.method, leaf)
+            values |= {max(1, middle // 2), middle * 2}
+            # Virtual tokens are part of the sample's length.
+            most = base.data.max_length - 1 if leaf == "num_virtual_tokens" else _MOST_RANK
+            parameters[f"method.{leaf}"] = sorted(v for v in values if v <= max(middle, most))
+    given = base.model_dump(mode="json")
+    # A sweep's trials run side by side, each in one process.
+    scaling = given["scaling"] | {"num_workers": 1}
+    sweep = given["sweep"] | {"num_samples": _TRIALS, "parameters": parameters}
+    return build_config(given | {"scaling": scaling, "sweep": sweep}, {})
+
+
+def _serve(base: Config, sweep: Config) -> str:
+    longest = base.data.max_length
+    ranks = [getattr(base.method, "r", 0), *sweep.sweep.parameters.get("method.r", ())]
+    config = ServeConfig.model_validate(
+        {
+            "model": base.model.model_dump(mode="json"),
+            "engine": {
+                "quantization_bit": base.method.quantization_bit,
+                "max_length": max(256, 2 * longest),
+                "max_rank": min(_MOST_RANK, max(64, *ranks)),
+            },
+            "storage": base.storage,
+            "history": base.history,
+        }
+    )
+    return yaml.safe_dump(
+        config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
+    )
+
+
+def _commands(answer: Recommendation, name: str) -> str:
+    first: Choice = answer.choices[0]
+    settings = "\n".join(f"- `{key}: {value}`" for key, value in first.settings.items())
+    reasons = "\n".join(f"- {reason}" for reason in first.reasons)
+    risks = "\n".join(f"- {risk}" for risk in first.risks)
+    return f"""# {name}
+
+{answer.explanation[0].upper()}{answer.explanation[1:]}.
+
+Recommended first: {first.method}
+
+{settings}
+
+For it:
+
+{reasons or "- nothing in particular"}
+
+Against it:
+
+{risks or "- nothing in particular"}
+
+Deployment: {first.deployment}.
+
+Run from this directory:
+
+```
+rayfin estimate train.yaml        # what it takes, before it runs
+rayfin train train.yaml           # one run, published as {name}
+rayfin sweep sweep.yaml           # {_TRIALS} trials around it; the best is published as {name}
+rayfin serve serve.yaml           # answers as {name}
+```
+"""

@@ -1,0 +1,433 @@
+"""`rayfin recommend`: what it prints, what it writes, and that what it writes runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from rayfin.cli import main
+from rayfin.config import load_config, load_serve_config
+from rayfin.history import History, TrialRecord
+from rayfin.methods import check_combination
+from rayfin.paths import Storage
+from rayfin.recommend.answer import Recommendation
+from rayfin.tuning.space import check_space
+
+SCHEMA = Path(__file__).parents[2] / "docs" / "recommendation.schema.json"
+GIVEN = ("model.name=tiny", "data.path=pydocs", "data.max_samples=24")
+LENGTH = "data.max_length=192"
+RATES = (1e-4, 5e-4, 2e-3, 8e-3, 3e-2)
+
+
+def schema() -> str:
+    """As it is published; `python tests/unit/test_recommend_cli.py` writes it."""
+    return json.dumps(Recommendation.model_json_schema(), indent=2, ensure_ascii=False) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of its own; the cache too, but not that of the bundled models' weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rayfin.recommend.knowledge.cache_dir", lambda: tmp_path / "cache")
+
+
+def answered(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["recommend", *GIVEN, "--json", *arguments]) == 0
+    out, err = capfd.readouterr()
+    assert (out.count("\n"), err) == (1, "")
+    answer: dict[str, Any] = json.loads(out)
+    return answer
+
+
+def refused(capfd: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line on stderr."""
+    try:
+        code = main(["recommend", *arguments])
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    out, err = capfd.readouterr()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("rayfin: ")
+    return err
+
+
+# --- the answer ---------------------------------------------------------------------------------
+
+
+def test_the_published_schema_is_current() -> None:
+    assert SCHEMA.read_text(encoding="utf-8") == schema()
+    Draft202012Validator.check_schema(json.loads(schema()))
+
+
+def test_json_is_one_line_that_the_schema_describes(capfd: pytest.CaptureFixture[str]) -> None:
+    answer = answered(capfd)
+    Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8"))).validate(answer)
+    assert Recommendation.model_validate(answer).model_dump(mode="json") == answer
+    assert [choice["rank"] for choice in answer["choices"]] == [1, 2, 3]
+    for choice in answer["choices"]:
+        for name in ("shortfall", "memory_bytes", "train_seconds", "first_token_ms"):
+            found = choice["predictions"][name]
+            assert 0 <= found["low"] <= found["expected"] <= found["high"], name
+        assert 0 <= choice["predictions"]["divergence"] <= 1
+        check_combination(load_config(choice["config"], []))
+    assert any(point["front"] for point in answer["points"])
+
+
+def test_the_schema_refuses_what_is_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    answer = answered(capfd)
+    check = Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    assert not check.is_valid(answer | {"source": "guessed"})
+    assert not check.is_valid(answer | {"more": 1})
+    assert not check.is_valid({name: answer[name] for name in answer if name != "choices"})
+
+
+def test_k_says_how_many_and_none_repeats_another(capfd: pytest.CaptureFixture[str]) -> None:
+    answer = answered(capfd, "-k", "5")
+    assert len(answer["choices"]) == 5
+    assert len({json.dumps(choice["config"]) for choice in answer["choices"]}) == 5
+    assert len(answered(capfd, "-k", "1")["choices"]) == 1
+
+
+def test_what_is_given_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
+    given = {"method.r": 6, "train.learning_rate": 7e-4, "train.seed": 3, "data.max_length": 80}
+    arguments = [f"{name}={value}" for name, value in given.items()]
+    answer = answered(capfd, "-k", "4", *arguments)
+    for choice in answer["choices"]:
+        for name, value in given.items():
+            section, leaf = name.split(".")
+            assert choice["config"][section][leaf] == value
+            assert name not in choice["settings"]
+        assert choice["config"]["data"]["max_samples"] == 24
+    assert answer["scenario"]["sequence_length"] == 80
+
+
+def test_a_given_method_is_the_only_one(capfd: pytest.CaptureFixture[str]) -> None:
+    answer = answered(capfd, "method.type=ia3")
+    assert {point["method"] for point in answer["points"]} == {"ia3"}
+    assert {choice["method"] for choice in answer["choices"]} == {"ia3"}
+
+
+def test_a_file_is_read_first(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("my.yaml").write_text("model: {name: tiny}\ndata: {max_samples: 24}\ntrain: {seed: 7}\n")
+    assert main(["recommend", "my.yaml", "--json", "train.seed=8"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert answer["choices"][0]["config"]["train"]["seed"] == 8
+
+
+# --- the scenario -------------------------------------------------------------------------------
+
+
+def test_another_machine_can_be_described(capfd: pytest.CaptureFixture[str]) -> None:
+    here = answered(capfd)
+    assert here["scenario"]["hardware"] == "cpu"
+    for arguments in (
+        ("--hardware", "single_gpu", "--gpu-memory-gb", "24"),
+        ("--gpu-memory-gb", "24"),
+    ):
+        gpu = answered(capfd, *arguments)
+        assert gpu["scenario"]["hardware"] == "single_gpu"
+        assert gpu["scenario"]["gpu_memory_gb"] == 24
+        assert gpu["rule"].startswith("LoRA is enough")
+        first = gpu["choices"][0]
+        assert first["config"]["train"]["gradient_accumulation_steps"] > 1
+        assert first["feasibility"]["memory"] is True
+        assert first["config"]["data"]["max_length"] == 1024  # of a GPU of that size
+    several = answered(capfd, "--num-gpus", "2", "--gpu-memory-gb", "80")
+    assert several["scenario"]["hardware"] == "multi_gpu"
+    assert several["choices"][0]["config"]["scaling"]["num_workers"] == 2
+
+
+def test_a_gpu_that_is_too_small_is_said_to_be(capfd: pytest.CaptureFixture[str]) -> None:
+    answer = answered(capfd, "--hardware", "single_gpu", "--gpu-memory-gb", "1.01")
+    assert answer["choices"][0]["feasibility"]["memory"] is not True
+    assert any("fit the device's memory" in risk for risk in answer["choices"][0]["risks"])
+
+
+def test_a_budget_is_met_or_said_to_be_missed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert answered(capfd)["choices"][0]["feasibility"]["budget"] is None
+    met = answered(capfd, "--budget-hours", "1000")["choices"][0]["feasibility"]
+    missed = answered(capfd, "--budget-hours", "1e-9")["choices"][0]["feasibility"]
+    assert (met["budget"], missed["budget"]) == (True, False)
+
+
+def test_a_latency_target_is_met_or_said_to_be_missed(capfd: pytest.CaptureFixture[str]) -> None:
+    met = answered(capfd, "--latency-target-ms", "1e6")
+    missed = answered(capfd, "--latency-target-ms", "1e-3")
+    assert met["scenario"]["latency"] == "strict"
+    assert met["choices"][0]["feasibility"]["latency"] is True
+    assert missed["choices"][0]["feasibility"]["latency"] is False
+
+
+def test_the_priority_decides_what_time_is_worth(capfd: pytest.CaptureFixture[str]) -> None:
+    found = {}
+    for priority in ("quality", "cost", "latency"):
+        answer = answered(capfd, "--priority", priority)
+        assert answer["scenario"]["priority"] == priority
+        found[priority] = answer["choices"][0]["predictions"]["train_seconds"]["expected"]
+    assert found["cost"] <= found["quality"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-k", "0"], "whole number from 1 to 100"),
+        (["-k", "many"], "whole number from 1 to 100"),
+        (["--hardware", "tpu"], "invalid choice: 'tpu'"),
+        (["--latency", "fast"], "invalid choice: 'fast'"),
+        (["--priority", "beauty"], "invalid choice: 'beauty'"),
+        (["--gpu-memory-gb", "-3"], "gpu_memory_gb=-3.0 must be a positive number"),
+        (["--gpu-memory-gb", "much"], "invalid float value: 'much'"),
+        (["--num-gpus", "-1"], "num_gpus=-1 must be 0 or more"),
+        (["--budget-hours", "nan"], "budget_hours=nan must be a positive number"),
+        (["--latency-target-ms", "0"], "latency_target_ms=0.0 must be a positive number"),
+        (["--scenario", "mine"], "is no option of this command"),
+        (["data.path=gone.jsonl"], "gone.jsonl"),
+        (["model.name=tyni"], "tyni"),
+        (["method.rank=4"], "method.rank"),
+        (["gone.yaml"], "gone.yaml"),
+        (["history=nonsense"], "is not a URL"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    settings = [] if arguments == ["gone.yaml"] else list(GIVEN)
+    assert message in refused(capfd, *settings, *arguments)
+
+
+def test_settings_that_leave_nothing_to_train_are_one_clear_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    given = ("method.type=p_tuning", "method.num_virtual_tokens=64", "data.max_length=64")
+    assert "use fewer virtual tokens" in refused(capfd, *GIVEN, *given)
+
+
+def test_a_history_that_can_not_be_read_is_one_clear_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path("history.sqlite").write_text("this is no database")
+    url = f"sqlite:///{Path('history.sqlite').resolve()}"
+    assert "history.sqlite" in refused(capfd, *GIVEN, f"history={url}")
+
+
+def test_nothing_is_written_unless_asked_for(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    answered(capfd)
+    assert not any(tmp_path.iterdir())
+
+
+def test_people_get_the_choices_and_what_they_rest_on(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["recommend", *GIVEN]) == 0
+    out = capfd.readouterr().out
+    assert out.startswith("tiny on pydocs")
+    assert "the rules: 0 trials of the history" in out
+    assert "1. lora" in out and "train.learning_rate=0.0005" in out
+    assert "The rules say: LoRA or P-Tuning" in out
+
+
+# --- the picture --------------------------------------------------------------------------------
+
+
+def test_the_picture_is_well_formed_and_shows_every_candidate(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    answer = answered(capfd, "--picture", "made/it.svg")
+    root = ElementTree.parse("made/it.svg").getroot()
+    svg = "{http://www.w3.org/2000/svg}"
+    assert root.tag == f"{svg}svg"
+    dots = root.findall(f".//{svg}circle[{svg}title]")
+    assert len(dots) == len(answer["points"])
+    for dot in dots:
+        assert 0 < float(dot.attrib["cx"]) < 760 and 0 < float(dot.attrib["cy"]) < 460
+    texts = {text.text for text in root.iter(f"{svg}text")}
+    assert {"1", "2", "3", "lora", "p_tuning"} <= texts
+
+
+def test_the_front_is_what_no_other_candidate_beats(capfd: pytest.CaptureFixture[str]) -> None:
+    points = answered(capfd)["points"]
+    for point in points:
+        beaten = any(
+            other["train_seconds"] <= point["train_seconds"]
+            and other["shortfall"] < point["shortfall"]
+            for other in points
+        )
+        assert not (point["front"] and beaten)
+
+
+def test_a_picture_that_can_not_be_written_is_one_clear_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path("file").write_text("")
+    assert "--picture: 'file/it.svg' can't be written" in refused(
+        capfd, *GIVEN, "--picture", "file/it.svg"
+    )
+
+
+# --- the scaffold -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("method.type=full",),
+        ("method.type=adalora",),
+        ("method.type=rslora", "method.r=600"),
+        ("method.type=qlora", "method.quantization_bit=8"),
+        ("method.type=p_tuning", "data.max_length=32"),
+        ("method.type=ia3",),
+        ("method.type=prefix_tuning",),
+        ("--num-gpus", "2", "--gpu-memory-gb", "80"),
+        ("sweep.num_samples=3", "sweep.metric=perplexity", "publish.name=mine"),
+    ],
+)
+def test_the_scaffold_is_read_back(
+    capfd: pytest.CaptureFixture[str], arguments: tuple[str, ...]
+) -> None:
+    answer = answered(capfd, *arguments, "--scaffold", "mine")
+    folder = Path("mine")
+    assert {path.name for path in folder.iterdir()} == {
+        "train.yaml", "sweep.yaml", "serve.yaml", "README.md"
+    }  # fmt: skip
+    train = load_config(folder / "train.yaml", [])
+    check_combination(train)
+    first = answer["choices"][0]["config"]
+    for section in ("model", "method", "train", "scaling"):
+        assert train.model_dump(mode="json")[section] == first[section]
+    assert train.publish is not None
+    assert train.publish.name == ("mine" if "publish.name=mine" in arguments else "pydocs")
+    sweep = load_config(folder / "sweep.yaml", [])
+    check_space(sweep)
+    assert "train.learning_rate" in sweep.sweep.parameters
+    assert sweep.method.type == train.method.type
+    if "sweep.metric=perplexity" in arguments:
+        assert sweep.sweep.metric == "perplexity"
+    serve = load_serve_config(folder / "serve.yaml", [])
+    assert serve.model == train.model
+    assert serve.engine.quantization_bit == train.method.quantization_bit
+    assert serve.engine.max_rank >= getattr(train.method, "r", 0)
+    assert serve.storage == sweep.storage == train.storage
+    notes = (folder / "README.md").read_text()
+    assert "rayfin train train.yaml" in notes and answer["choices"][0]["method"] in notes
+
+
+@pytest.mark.parametrize("taken", ["train.yaml", "sweep.yaml", "serve.yaml", "README.md"])
+def test_the_scaffold_overwrites_nothing(capfd: pytest.CaptureFixture[str], taken: str) -> None:
+    Path("mine").mkdir()
+    (Path("mine") / taken).write_text("precious")
+    line = refused(capfd, *GIVEN, "--scaffold", "mine")
+    assert f"'mine/{taken}' exists; give --scaffold a new directory" in line
+    assert [path.read_text() for path in Path("mine").iterdir()] == ["precious"]
+
+
+def test_a_scaffold_that_can_not_be_written_is_one_clear_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path("file").write_text("")
+    assert "'file/mine' can't be written" in refused(capfd, *GIVEN, "--scaffold", "file/mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"),
+    [("my data.v2", "my-data.v2"), ("数据", "adapter"), ("数据-v2", "v2"), ("é" * 3, "adapter")],
+)
+def test_the_adapter_is_named_after_the_data(
+    capfd: pytest.CaptureFixture[str], name: str, adapter: str
+) -> None:
+    rows = [{"instruction": f"Say {n}.", "output": f"{n}"} for n in range(24)]
+    path = Path(f"{name}.jsonl")
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    command = ["recommend", "model.name=tiny", f"data.path={path}", "--scaffold", "mine"]
+    assert main(command) == 0
+    train = load_config(Path("mine/train.yaml"), [])
+    assert train.publish is not None and train.publish.name == adapter
+    assert Path(train.data.path) == path.resolve()  # whatever directory the file is run from
+
+
+# --- it runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrialRecord]:
+    """The directory in which the first configuration of a scaffold was trained, and its trial."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("rayfin.recommend.knowledge.cache_dir", lambda: folder / "cache")
+        given = (*GIVEN, LENGTH, "train.max_steps=2")
+        assert main(["recommend", *given, "--scaffold", "mine"]) == 0
+        assert main(["train", "mine/train.yaml", "--json"]) == 0
+        with History.open(Storage(folder / "runs").history_url, create=False) as history:
+            (record,) = history.trials()
+    return folder, record
+
+
+def test_the_first_configuration_trains_as_it_is(trained: tuple[Path, TrialRecord]) -> None:
+    folder, record = trained
+    assert record.status == "finished" and record.metrics["steps"] == 2
+    train = load_config(folder / "mine" / "train.yaml", [])
+    for section in ("model", "data", "method", "train"):
+        assert record.spec[section] == train.model_dump(mode="json")[section]
+    assert list((folder / "runs" / "adapters" / "pydocs").glob("*/adapter_model.safetensors"))
+
+
+def test_it_rests_on_the_trials_that_the_history_has(
+    trained: tuple[Path, TrialRecord], capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record = trained[1]
+    url = f"sqlite:///{tmp_path / 'history.sqlite'}"
+    best = RATES[3]
+    with History.open(url) as history:
+        for rate in RATES:
+            for rank in (2, 8, 32):
+                spec = json.loads(json.dumps(record.spec))
+                spec["method"]["r"], spec["train"]["learning_rate"] = rank, rate
+                loss = 3.0 + abs(RATES.index(rate) - 3) + rank / 100
+                history.put(
+                    record.updated(
+                        trial_id=f"made-{rate:g}-{rank}",
+                        spec=spec,
+                        metrics=record.metrics | {"eval_loss": loss, "base_eval_loss": 9.0},
+                    )
+                )
+    given = (LENGTH, "train.max_steps=2", f"history={url}")
+    answer = answered(capfd, *given)
+    assert (answer["source"], answer["trials"]) == ("learned", 15)
+    first = answer["choices"][0]
+    assert first["config"]["train"]["learning_rate"] == pytest.approx(best, rel=0.01)
+    assert first["method"] == "lora"
+    for basis in first["trials"]:
+        assert re.fullmatch(r"made-[\d.e-]+-\d+", basis["trial_id"])
+        assert basis["summary"].startswith("lora learning_rate=")
+        assert "tiny on pydocs: eval_loss " in basis["summary"]
+        assert basis["reference"] is False
+    # The scenario on the command line is the very one of the trial that it led to.
+    assert first["trials"][0]["likeness"] > 0.8
+    assert main(["recommend", *GIVEN, *given]) == 0
+    assert "learned from 15 trials of the history" in capfd.readouterr().out
+
+
+def test_what_trials_took_corrects_the_estimates(
+    trained: tuple[Path, TrialRecord], capfd: pytest.CaptureFixture[str]
+) -> None:
+    record = trained[1]
+    given = (LENGTH, "train.max_steps=2")
+    without = answered(capfd, *given)["choices"][0]["predictions"]
+    url = f"history={Storage(trained[0] / 'runs').history_url}"
+    corrected = answered(capfd, *given, url)["choices"][0]["predictions"]
+    peak = record.metrics["peak_memory_bytes"]
+    assert corrected["memory_bytes"] != without["memory_bytes"]
+    assert abs(corrected["memory_bytes"]["expected"] - peak) <= abs(
+        without["memory_bytes"]["expected"] - peak
+    )
+
+
+if __name__ == "__main__":
+    SCHEMA.write_text(schema(), encoding="utf-8")
