@@ -18,7 +18,10 @@ from pathlib import Path
 
 from rayfin.config import load_config
 from rayfin.history import History, TrialRecord
-from rayfin.paths import Storage, write_whole
+from rayfin.paths import Storage, write_json, write_whole
+from rayfin.recommend.knowledge import LEARNED
+from rayfin.recommend.quality import Evidence
+from rayfin.recommend.table import TrialTable
 from rayfin.tuning.sweep import run_sweep
 
 MODELS = {
@@ -37,7 +40,8 @@ SWEEPS = {
         "method.num_virtual_tokens": [4, 16],
     },
 }
-KEPT = ("train", "eval_loss", "steps", "tokens", "peak_memory", "exact_match", "token", "base_")
+KEPT = ("train", "eval_loss", "steps", "tokens", "exact_match", "base_")
+"""Beginnings of the metrics that are packed."""
 
 
 def main() -> None:
@@ -87,22 +91,25 @@ def sweep(model: str, path: str, method: str, history: History, storage: Storage
 def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
     """The trials without what only this machine knows, in a fixed order."""
     lines = []
-    for row in rows:
+    for row in (row for row in rows if row.status != "running"):
         data = dict(row.spec["data"])
         data["path"] = names.get(data["path"], Path(data["path"]).name)
         metrics = {n: v for n, v in row.metrics.items() if n.startswith(KEPT)}
         kept = row.model_copy(
             update={
                 "spec": row.spec | {"data": data},
+                "scenario": row.scenario | {"reference": True},
                 "metrics": metrics,
                 "directory": None,
                 "curve": [],
             }
         )
         lines.append(json.dumps(kept.model_dump(mode="json"), sort_keys=True))
-    with write_whole(out) as temporary:
-        with gzip.GzipFile(temporary, "wb", mtime=0) as file:
-            file.write("".join(f"{line}\n" for line in sorted(lines)).encode())
+    with write_whole(out) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
+        file.write("".join(f"{line}\n" for line in sorted(lines)).encode())
+    table = TrialTable.of(row for row in rows if row.status != "running")
+    learned = {"learned_from": len(table), "parameters": Evidence.of(table).parameters.values}
+    write_json(out.with_name(LEARNED), learned)
     print(f"{len(lines)} trials, {out.stat().st_size / 1024:.0f} KiB: {out}")
 
 

@@ -18,7 +18,7 @@ from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
 from rayfin.models import ModelFacts
 from rayfin.recommend import Scenario, practice
-from rayfin.recommend.advisor import Place, recommend
+from rayfin.recommend.advisor import LEARNED, Place, recommend
 from rayfin.recommend.answer import Recommendation
 from rayfin.recommend.knowledge import Knowledge
 from rayfin.recommend.quality import Evidence, draws
@@ -132,6 +132,7 @@ def test_trials_outweigh_the_rules_where_they_say_otherwise(
     for name, answer in known.items():
         first = answer.choices[0]
         assert answer.source == "learned"
+        assert answer.relevance > 0.9  # they tried one method, and of that they say all
         assert first.method == "lora"
         assert first.settings["train.learning_rate"] == pytest.approx(BEST_RATE, rel=0.6)
         assert first.trials and all(basis.likeness <= 1.0 for basis in first.trials)
@@ -206,6 +207,18 @@ def test_a_history_of_failures_alone_leaves_it_to_the_rules() -> None:
 
 def test_one_trial_is_no_evidence() -> None:
     assert_rules(answered([trial("only")]))
+
+
+def test_trials_that_say_little_leave_it_to_the_rules() -> None:
+    elsewhere = {"model": OTHER.as_dict(), "data": {"digest": "elsewhere"}}
+    answer = answered(
+        [
+            trial(f"few-{n}", OTHER, rate=rate, scenario=elsewhere, metrics={"eval_loss": loss})
+            for n, (rate, loss) in enumerate([(1e-1, 2.0), (3e-1, 3.0)])
+        ]
+    )
+    assert 0.0 < answer.relevance < LEARNED
+    assert_rules(answer)
 
 
 def test_a_history_of_nonsense_alone_leaves_it_to_the_rules() -> None:
@@ -422,6 +435,19 @@ def test_given_settings_that_nothing_can_be_trained_with_are_one_clear_error() -
     )
     with pytest.raises(ConfigError, match=r"the given settings leave nothing .*virtual_tokens=64"):
         answered([], config=config)
+
+
+def test_what_ends_too_late_is_not_chosen_while_something_else_may_do(
+    known: dict[str, Recommendation],
+) -> None:
+    slow = known[SMOLLM2.name].choices[0]
+    assert slow.config["method"]["r"] == 32
+    budget = 0.999 * slow.predictions.train_seconds.low / 3600
+    within = replace(place(), scenario=replace(place().scenario, budget_hours=budget))
+    answer = answered(history(), within)
+    for choice in answer.choices:
+        assert choice.feasibility.budget is not False
+        assert choice.config != slow.config
 
 
 def test_a_configuration_that_says_it_all_is_the_only_choice() -> None:

@@ -64,11 +64,19 @@ def parameters(*, seed: int = 2) -> Parameters:
     )
 
 
+def aside(name: str) -> float:
+    """How far an unknown value lies beside the usual one."""
+    scales = dict(COLUMNS.setting)
+    for columns in COLUMNS.scenario.values():
+        scales |= columns
+    return float(MISSING**0.5 * scales[name])
+
+
 def point(row: Array, name: str) -> tuple[float, float]:
     """A column as two coordinates: the value, and whether it is unknown."""
     value = float(row[NAMES.index(name)])
     if math.isnan(value):
-        return COLUMNS.usual.get(name, 0.0), MISSING**0.5
+        return COLUMNS.usual.get(name, 0.0), aside(name)
     return value, 0.0
 
 
@@ -184,7 +192,7 @@ def kernel(one: Array, other: Array) -> float:
 def test_an_unknown_value_lies_beside_the_usual_one() -> None:
     same = kernel(*pair(rank=(4.0, 4.0)))
     beside = kernel(*pair(rank=(math.nan, 4.0)))
-    apart = kernel(*pair(rank=(4.0, 4.0 + MISSING**0.5)))
+    apart = kernel(*pair(rank=(4.0, 4.0 + aside("rank"))))
     assert beside == pytest.approx(apart)
     assert beside < same
     assert kernel(*pair(rank=(math.nan, 9.0))) < beside
@@ -293,7 +301,9 @@ def test_the_loss_is_the_evidence_and_the_priors(monkeypatch: pytest.MonkeyPatch
 
     def apart(p: Parameters) -> float:
         at = np.array(list(p.values.values()))
-        prior = 0.5 * (((at - expected) / module._DEVIATION) ** 2).sum()
+        amplitude, other = module._DEVIATIONS
+        deviation = [amplitude if n.startswith("amplitude.") else other for n in p.values]
+        prior = 0.5 * (((at - expected) / deviation) ** 2).sum()
         return float(loss(at)[0] + Process(COLUMNS, p, given).evidence() - prior)
 
     # They differ by a constant, whatever the parameters.

@@ -81,13 +81,14 @@ def recommend(
     """
     knowledge = history if isinstance(history, Knowledge) else knowledge_of(history)
     options = candidates(config or Config(), place.scenario)
-    rows = _rows(options, place.columns())
-    near = knowledge.evidence.near(place.columns())
+    columns = _columns(place, knowledge.evidence)
+    rows = _rows(options, columns)
+    near = knowledge.evidence.near(columns)
     relevances = _relevances(options, rows, near)
     relevance = float(relevances.max())
     learned = relevance >= LEARNED
     if not learned:  # trials that say next to nothing must not sway
-        near = quality.Evidence({}, knowledge.evidence.parameters).near(place.columns())
+        near = quality.Evidence({}, knowledge.evidence.parameters).near(columns)
     estimates = _estimates(options, place, knowledge)
     charges = quality.draws(near.process, rows)
     costs = _costs(options, estimates, place)
@@ -136,6 +137,17 @@ def recommend(
         choices=[choice(number, at) for number, at in enumerate(chosen)],
         points=_points(options, charges.mean(axis=0), estimates),
     )
+
+
+def _columns(place: Place, evidence: quality.Evidence) -> dict[str, float]:
+    """The scenario's; what is not known of it, its samples' lengths say, its own trials tell."""
+    columns = place.columns()
+    group = evidence.groups.get(columns["group"])
+    told = {} if group is None else dict(zip(COLUMNS.names, group.rows[0].tolist(), strict=True))
+    return {
+        name: told.get(name, value) if math.isnan(value) else value
+        for name, value in columns.items()
+    }
 
 
 def _rows(options: Sequence[Candidate], scenario: Mapping[str, float]) -> Array:

@@ -20,10 +20,10 @@ COLUMNS = Columns(
         "learning_rate": 0.7,  # decades beyond the method's usual one
         "capacity": 4.0,  # octaves of the rank, or of the number of virtual tokens
         "scaling": 2.0,  # octaves of lora_alpha / r
-        "dropout": 0.2,
-        "targets": 1.0,  # share of the linear layers that are adapted
-        "samples_per_step": 2.0,  # octaves
-        "steps": 2.0,  # octaves
+        "dropout": 0.5,
+        "targets": 2.0,  # share of the linear layers that are adapted
+        "samples_per_step": 4.0,  # octaves
+        "steps": 4.0,  # octaves
         "method_x": 1.0,
         "method_y": 1.0,
     },

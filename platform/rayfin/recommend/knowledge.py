@@ -34,6 +34,8 @@ from rayfin.recommend.table import Group, TrialTable, groups_of
 
 REFERENCE = "reference.jsonl.gz"
 """Trials that come with rayfin: experiments/reference_history.py made them."""
+LEARNED = "reference.json"
+"""What was learned from them: {learned_from, parameters}."""
 _MEASURED_EACH = 12
 """Trials of a model, method and device whose time and memory are kept."""
 _MEASURED = 600
@@ -65,8 +67,10 @@ class Knowledge:
         shipped = list(reference_trials()) if reference else []
         rows = [*own, *shipped]
         table = TrialTable.of(rows)
+        groups = groups_of(table)
+        parameters, _ = _learned(groups, len(table), _reference_notes() if reference else {})
         return cls(
-            Evidence.of(table),
+            Evidence(groups, parameters),
             table.ids.tolist(),
             measured_from(_telling(rows)),
             served_from(own),
@@ -102,7 +106,8 @@ def _summary(record: TrialRecord) -> str:
         for name in QUALITY_METRICS
         if isinstance(value := record.metrics.get(name), int | float)
     )
-    return f"{method.get('type')} {shown}, {where}: {next(scores, record.error or record.status)}"
+    what = f"{method.get('type') or 'a trial'} {shown}".rstrip()
+    return f"{what}, {where}: {next(scores, record.error or record.status)}"
 
 
 def reference_trials() -> Iterator[TrialRecord]:
@@ -159,10 +164,8 @@ class _Kept:
         every = [*rows, *reference_trials()]
         table = TrialTable.of(every)
         groups = groups_of(table)
-        notes = self._notes() or {}
-        parameters, learned_from = _parameters(notes)
-        if parameters is None or not learned_from <= len(table) <= _GROWN * learned_from:
-            parameters, learned_from = learned(groups, parameters), len(table)
+        notes = self._notes() or _reference_notes()
+        parameters, learned_from = _learned(groups, len(table), notes)
         telling, served = _telling(every), served_from(rows)
         self._write(
             table,
@@ -220,7 +223,24 @@ def _knowledge(
     return Knowledge(evidence, ids, measured, served, trials, len(shipped), look_up)
 
 
-def _parameters(notes: dict[str, Any]) -> tuple[Parameters | None, int]:
+def _learned(
+    groups: Mapping[float, Group], trials: int, notes: Mapping[str, Any]
+) -> tuple[Parameters, int]:
+    """The parameters, and the trials they were learned from: those noted while they still do."""
+    parameters, learned_from = _parameters(notes)
+    if parameters is None or not learned_from <= trials <= _GROWN * learned_from:
+        return learned(groups, parameters), trials
+    return parameters, learned_from
+
+
+def _reference_notes() -> dict[str, Any]:
+    """What was learned from the reference alone; nothing where the file was left out."""
+    file = resources.files("rayfin.recommend").joinpath(LEARNED)
+    notes: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return notes
+
+
+def _parameters(notes: Mapping[str, Any]) -> tuple[Parameters | None, int]:
     values, count = notes.get("parameters"), notes.get("learned_from")
     names = Parameters.expected(COLUMNS).values.keys()
     if not isinstance(values, dict) or values.keys() != names or not isinstance(count, int):

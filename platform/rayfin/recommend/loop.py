@@ -3,8 +3,8 @@
 Two processes look at the sweep's trials: one that has seen the nearest trials of the past, and one
 that knows what practice expects and nothing else. Each counts for as much as it made the sweep's
 own results likely (Bayesian model averaging), so that a past that misleads is left behind after a
-few trials. The next trial is the one that is expected to improve most on the best so far, where those
-that still run count with what they may come to.
+few trials. The next trial is the one that is expected to improve most on the best so far, where
+those that still run count with what they may come to.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from rayfin.recommend.advisor import LEARNED
 from rayfin.recommend.features import COLUMNS, code, data_row, model_row, setting_row
 from rayfin.recommend.knowledge import Knowledge, knowledge_of
 from rayfin.recommend.process import Array, Observations, Parameters, Process
-from rayfin.recommend.table import Group, charges_of
+from rayfin.recommend.table import charges_of
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.search import Tried
 from rayfin.tuning.space import drawn, trial_config
 
 _PAST_ODDS = 3.0
 """How much likelier the past is taken to hold than not, before the sweep's first trial."""
+_SPREADS = (1.0, 2.0, 4.0, 8.0, 16.0)
 _ASKED = 64
 """Points of the space by which the past's relevance is judged."""
 
@@ -62,7 +63,6 @@ class SweepAdvisor:
         self._scenario, self._metric = scenario, metric
         evidence = knowledge.evidence
         self._past = evidence.near(scenario).process
-        self._spread = _relative_spread(list(evidence.groups.values()))
         self._seed = seed
 
     def relevance(self, config: Config) -> float:
@@ -84,9 +84,10 @@ class SweepAdvisor:
     ) -> int:
         rows = self._rows(options)
         taken = self._rows([*(one.spec for one in ended), *running])
-        own = self._own(ended)
-        past, fresh = (quality.joined(process, own) for process in (self._past, _fresh()))
-        weight = self._weight(past, fresh, own)
+        known, charges = self._charges(ended)
+        past, of_past = _best_spread(self._past, known, charges)
+        fresh, of_fresh = _best_spread(_fresh(), known, charges)
+        weight = self._weight(of_past - of_fresh)
         self._seed += 1
         count = round(weight * quality.DRAWS)
         everywhere = np.concatenate([rows, taken])
@@ -103,21 +104,22 @@ class SweepAdvisor:
         gain -= 1e-6 * draws[:, : len(rows)].mean(axis=0)
         return int(gain.argmax())
 
-    def _weight(self, past: Process, fresh: Process, own: Observations) -> float:
-        """How likely it is, after the sweep's own trials, that the past holds for it."""
-        if not len(own) or not len(self._past.observations):
-            return 1.0 if len(self._past.observations) else 0.0
-        odds = past.evidence() - self._past.evidence() - fresh.evidence() + math.log(_PAST_ODDS)
+    def _weight(self, odds: float) -> float:
+        """How likely it is, after the sweep's own trials, that the past holds for it.
+
+        `odds`: logarithm of how much likelier the past makes them.
+        """
+        if not len(self._past.observations):
+            return 0.0
+        odds += math.log(_PAST_ODDS)
         return 1.0 / (1.0 + math.exp(-min(max(odds, -50.0), 50.0)))
 
-    def _own(self, ended: Sequence[Tried]) -> Observations:
-        """The sweep's own trials, charged as a group is whose spread may not have shown yet."""
-        if len(ended) < 2 or all(one.value is None for one in ended):
-            return Observations.none(COLUMNS)
+    def _charges(self, ended: Sequence[Tried]) -> tuple[Array, Array]:
+        """The sweep's own trials, as rows and charges; none before they can be compared."""
         rows = self._rows([one.spec for one in ended])
         values = np.array([np.nan if one.value is None else one.value for one in ended])
-        charges = charges_of(values, self._metric, least=self._spread)
-        return quality.observed(rows, charges)
+        charges = charges_of(values, self._metric) if len(ended) > 1 else None
+        return (rows[:0], values[:0]) if charges is None else (rows, charges)
 
     def _rows(self, specs: Sequence[Mapping[str, Any]]) -> Array:
         rows = []
@@ -132,7 +134,18 @@ def _fresh() -> Process:
     return Process(COLUMNS, Parameters.expected(COLUMNS), Observations.none(COLUMNS))
 
 
-def _relative_spread(groups: Sequence[Group]) -> float:
-    """What scores of one scenario usually span, as a share of the best; 0 where none is known."""
-    shares = [group.spread / abs(group.best) for group in groups if group.best]
-    return float(np.median(shares)) if shares else 0.0
+def _best_spread(process: Process, rows: Array, charges: Array) -> tuple[Process, float]:
+    """`process` with the sweep's own trials, and how likely it finds them, as a logarithm.
+
+    The worst that they could come to has not been seen yet: the spread of their scores is taken to
+    be that multiple of what it is so far under which they are likeliest.
+    """
+    if not len(charges):
+        return process, 0.0
+    before, best = process.evidence(), (process, -math.inf)
+    for multiple in _SPREADS:
+        with_own = quality.joined(process, quality.observed(rows, charges / multiple))
+        likelihood = with_own.evidence() - before - len(charges) * math.log(multiple)
+        if likelihood > best[1]:
+            best = with_own, likelihood
+    return best

@@ -30,8 +30,9 @@ Array = NDArray[np.float64]
 _JITTER = 1e-6
 _STEPS = 60
 _SQRT5 = 5**0.5
-MISSING = 1.0
-"""Squared distance, in units of a column, between an unknown value and the column's usual one."""
+MISSING = 0.05
+"""Squared distance between an unknown value and the column's usual one, in units of the column's
+expected length scale: little, as other people's tables leave many columns out."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +91,20 @@ class Parameters:
         return float(np.exp(self.values[name]))
 
 
-_DEVIATION = 0.7
-"""Standard deviation of each parameter's prior, as a logarithm: within a factor of two or so."""
+_DEVIATIONS = (1.5, 0.7)
+"""Of the priors' logarithms: amplitudes lie within a factor of five or so, so that scenarios which
+agree are soon taken to be alike; all others within a factor of two."""
 
 
-def _squares(one: Array, other: Array, usual: Array) -> Array:
-    """Squared differences of each pair, a column at a time.
+def _squares(one: Array, other: Array, usual: Array, missing: Array) -> Array:
+    """Squared differences of each pair, a column at a time; `missing`: those of unknown values.
 
     Unknown values lie beside the usual one, in a dimension of their own: were they as far from all
     known ones, whatever these are, the kernel would not be positive definite.
     """
     unknown = np.isnan(one)[:, None] != np.isnan(other)[None]
     here, there = (np.where(np.isnan(rows), usual, rows) for rows in (one, other))
-    return np.asarray((here[:, None] - there[None]) ** 2 + MISSING * unknown)
+    return np.asarray((here[:, None] - there[None]) ** 2 + missing * unknown)
 
 
 class _Kernel:
@@ -123,7 +125,8 @@ class _Kernel:
             ]
             places = [place for _, place in kept]
             usual = np.array([columns.usual.get(name, 0.0) for name, _ in kept])
-            squares = _squares(one[:, places], other[:, places], usual)
+            missing = np.array([MISSING * names[name] ** 2 for name, _ in kept])
+            squares = _squares(one[:, places], other[:, places], usual, missing)
             return [name for name, _ in kept], squares
 
         self.setting = varying(columns.setting)
@@ -168,10 +171,8 @@ class _Kernel:
         value: Array = parameters["amplitude.common"] ** 2 * common + own * alike + offset
         return value
 
-    def gradients(
-        self, parameters: Parameters, weight: Array, offsets: Array
-    ) -> tuple[Array, dict[str, float]]:
-        """k, and for each parameter the sum of `weight` times k's derivative by it."""
+    def gradients(self, parameters: Parameters, weight: Array, offsets: Array) -> dict[str, float]:
+        """For each parameter the sum of `weight` times k's derivative by it."""
         common, common_slope = self.matern(parameters, "common")
         own, own_slope = self.matern(parameters, "own")
         alike = self.alike(parameters)
@@ -194,8 +195,7 @@ class _Kernel:
                 pull(term, share, self.scenario[term])
         offset = parameters["offset"] ** 2 * offsets * self.same[self.columns.group]
         found["offset"] = 2 * float((weight * offset).sum())
-        value: Array = amplitude * common + own * total + offset
-        return value, found
+        return found
 
 
 @dataclass(frozen=True)
@@ -305,25 +305,25 @@ def fit(columns: Columns, seen: Observations, start: Parameters | None = None) -
     prior = np.array([expected.values[name] for name in names])
     kernel = _Kernel(columns, seen.rows, seen.rows)
     pairs = seen.pairs()
+    deviation = np.where([name.startswith("amplitude.") for name in names], *_DEVIATIONS)
 
     def loss(point: Array) -> tuple[float, Array]:
         parameters = Parameters(dict(zip(names, point.tolist(), strict=True)))
         noise = parameters["noise"] ** 2 * seen.noise
         covariance = kernel.value(parameters, pairs) + np.diag(noise + _JITTER)
         try:
-            inverse = np.linalg.inv(np.linalg.cholesky(covariance))
+            half = np.linalg.inv(np.linalg.cholesky(covariance))
         except np.linalg.LinAlgError:
             return np.inf, np.zeros_like(point)
-        half = inverse
         inverse = half.T @ half
         weights = inverse @ seen.values
         weight = 0.5 * (inverse - np.outer(weights, weights))
-        _, found = kernel.gradients(parameters, weight, pairs)
+        found = kernel.gradients(parameters, weight, pairs)
         found["noise"] = 2 * float(weight.diagonal() @ noise)
-        away = (point - prior) / _DEVIATION
+        away = (point - prior) / deviation
         value = 0.5 * seen.values @ weights - np.log(half.diagonal()).sum() + 0.5 * away @ away
         # A column that never varies leaves its length scale to the prior.
-        return float(value), np.array([found.get(n, 0.0) for n in names]) + away / _DEVIATION
+        return float(value), np.array([found.get(n, 0.0) for n in names]) + away / deviation
 
     begin = expected if start is None else start
     best = _rprop(loss, np.array([begin.values.get(name, expected.values[name]) for name in names]))

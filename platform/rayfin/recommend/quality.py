@@ -36,15 +36,16 @@ _BY_SIZE = 1.5  # method_x and method_y below it: those whose rate practice give
 def expected(rows: Array) -> Array:
     """What practice expects: a charge that grows with the distance from the usual learning rate.
 
-    0.2 at it, about 0.5 at three times more or less, 0.9 at fifteen times; where it is not known,
-    the average of that. The usual rate is that of the model's size, where this is known.
+    0.25 at it, 0.35 at three times more or less, 0.6 at fifteen times: enough to decide where no
+    trial does, and little enough for a few of them to overrule. The usual rate is that of the
+    model's size, where this is known.
     """
     decades = np.nan_to_num(rows[:, COLUMNS.names.index("learning_rate")], nan=0.5)
     sizes = np.nan_to_num(rows[:, COLUMNS.names.index("parameters")], nan=_ANY_SIZE)
     usual = np.array([math.log10(learning_rate("lora", 10 ** (size - 9))) for size in sizes])
     by_size = (rows[:, COLUMNS.indices(("method_x", "method_y"))] < _BY_SIZE).all(axis=1)
     decades = decades - np.where(by_size, usual - math.log10(learning_rate("lora")), 0.0)
-    charge: Array = 0.2 + 0.8 * (1.0 - np.exp(-((decades / 0.8) ** 2)))
+    charge: Array = 0.25 + 0.4 * (1.0 - np.exp(-((decades / 0.9) ** 2)))
     return charge
 
 

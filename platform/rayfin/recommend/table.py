@@ -214,19 +214,15 @@ def _means(values: Array | Flags, settings: NDArray[np.intp]) -> Array:
     return means
 
 
-def charges_of(values: Array, metric: str, *, least: float) -> Array:
-    """Charges of one scenario's values of `metric`, NaN where a trial failed; not all may be NaN.
-
-    `least`: the share of the best score that their spread is taken to have at least.
-    """
+def charges_of(values: Array, metric: str) -> Array | None:
+    """Charges of one scenario's values of `metric`, NaN where a trial failed; None if all did."""
+    if np.isnan(values).all():
+        return None
     sign = 1.0 if BETTER[metric] == "min" else -1.0
-    scores = sign * values
-    return _charges(scores, np.zeros(0), metric, float(np.nanmedian(scores)), least)[0]
+    return _charges(sign * values, np.zeros(0), metric, float(np.nanmedian(sign * values)))[0]
 
 
-def _charges(
-    scores: Array, bases: Array, metric: str, usual: float, least: float = 0.0
-) -> tuple[Array, float, float]:
+def _charges(scores: Array, bases: Array, metric: str, usual: float) -> tuple[Array, float, float]:
     """Charges, spread and best; `usual` is the median, each setting counted once."""
     best = float(np.nanmin(scores))
     # One absurd score must not make all the others look alike; and worse than the untrained model
@@ -236,7 +232,7 @@ def _charges(
     if len(base) and best < float(np.median(base)):
         worst = min(worst, float(np.median(base)))
     share = 1.0 if metric in ("exact_match", "token_accuracy") else abs(best)
-    spread = max(worst - best, _FLOORS[metric] * share, least * abs(best), 1e-9)
+    spread = max(worst - best, _FLOORS[metric] * share, 1e-9)
     charges = np.clip((scores - best) / spread, 0.0, 1.0)
     return np.where(np.isnan(scores), 1.0, charges), spread, best
 

@@ -1,0 +1,356 @@
+"""What the advisor learned is kept, noticed to be old, and done without where it can't be kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rayfin.errors import HistoryError
+from rayfin.history import SERVING, History, TrialRecord
+from rayfin.recommend import knowledge as module
+from rayfin.recommend.knowledge import Knowledge, knowledge_of
+
+AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+COUNT = 12
+
+
+def trial(number: int, **changes: Any) -> TrialRecord:
+    at = AT + timedelta(minutes=number)
+    rate = 1e-4 * 2 ** (number % 6)
+    values: dict[str, Any] = {
+        "trial_id": f"t{number}",
+        "sweep_id": "s",
+        "fingerprint": f"f{number}",
+        "status": "finished",
+        "created_at": at,
+        "updated_at": at,
+        "spec": {
+            "model": {"name": "tiny"},
+            "data": {"path": "pydocs"},
+            "method": {"type": "lora", "r": 2 + number},
+            "train": {"learning_rate": rate, "max_steps": 60},
+        },
+        "scenario": {
+            "model": {"name": "tiny", "identity": "tiny@1", "parameters": 90_688},
+            "data": {"digest": "d"},
+            "hardware": {"device": "cpu", "device_name": "x"},
+        },
+        "metrics": {"eval_loss": 3.0 + abs(number % 6 - 3), "steps": 60, "train_seconds": 2.0},
+    }
+    return TrialRecord(**(values | changes))
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Iterator[History]:
+    with History.open(f"sqlite:///{tmp_path / 'history.sqlite'}") as opened:
+        opened.merge(trial(n) for n in range(COUNT))
+        yield opened
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def learnings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of groups that parameters were learned from: one a time that it happens."""
+    times: list[int] = []
+    learned = module.learned
+
+    def counted(groups: Any, start: Any = None) -> Any:
+        times.append(len(groups))
+        return learned(groups, start)
+
+    monkeypatch.setattr(module, "learned", counted)
+    monkeypatch.setattr(module, "_reference", lambda: b"")
+    monkeypatch.setattr(module, "_reference_notes", dict)
+    return times
+
+
+def equal(one: Knowledge, other: Knowledge) -> bool:
+    groups, others = one.evidence.groups, other.evidence.groups
+    return (
+        dict(one.evidence.parameters.values) == dict(other.evidence.parameters.values)
+        and list(one.ids) == list(other.ids)
+        and groups.keys() == others.keys()
+        and all(
+            np.array_equal(groups[key].rows, others[key].rows, equal_nan=True)
+            and np.array_equal(groups[key].charges, others[key].charges)
+            for key in groups
+        )
+        and list(one.measured) == list(other.measured)
+        and list(one.served) == list(other.served)
+        and (one.trials, one.reference) == (other.trials, other.reference)
+    )
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted((cache / "advisor").rglob("*.*"))
+
+
+def test_what_was_learned_is_read_back(history: History, cache: Path, learnings: list[int]) -> None:
+    first = knowledge_of(history, cache=cache)
+    assert first.trials == COUNT and len(first.ids) == COUNT
+    assert learnings == [1]
+    assert [path.name for path in files(cache)] == ["learned.json", "table.npz"]
+    assert equal(knowledge_of(history, cache=cache), first)
+    assert learnings == [1]
+    assert first.look_up("t3") == history.get("t3")
+    assert first.look_up("gone") is None
+
+
+def test_new_trials_are_seen_at_once_and_learned_from_when_they_are_many(
+    history: History, cache: Path, learnings: list[int]
+) -> None:
+    knowledge_of(history, cache=cache)
+    history.put(trial(COUNT))
+    more = knowledge_of(history, cache=cache)
+    assert (more.trials, len(more.ids), learnings) == (COUNT + 1, COUNT + 1, [1])
+    for number in range(COUNT + 1, COUNT + 6):
+        history.put(trial(number))
+    many = knowledge_of(history, cache=cache)
+    assert (many.trials, learnings) == (COUNT + 6, [1, 1])
+
+
+def test_a_trial_that_changed_is_seen(history: History, cache: Path) -> None:
+    before = knowledge_of(history, cache=cache)
+    assert before.served == []
+    name = f"{SERVING}time_to_first_token_seconds"
+    history.update_metrics("t1", lambda _: {name: 0.5})
+    after = knowledge_of(history, cache=cache)
+    assert [one.seconds for one in after.served] == [0.5]
+    assert equal(knowledge_of(history, cache=cache), after)
+
+
+def test_histories_are_kept_apart(history: History, cache: Path, tmp_path: Path) -> None:
+    knowledge_of(history, cache=cache)
+    with History.open(f"sqlite:///{tmp_path / 'other.sqlite'}") as other:
+        other.merge(trial(n) for n in range(3))
+        assert knowledge_of(other, cache=cache).trials == 3
+    assert knowledge_of(history, cache=cache).trials == COUNT
+    assert len(files(cache)) == 4
+
+
+def test_an_empty_history_is_known_to_be(tmp_path: Path, cache: Path) -> None:
+    with History.open(f"sqlite:///{tmp_path / 'empty.sqlite'}") as empty:
+        for _ in range(2):
+            found = knowledge_of(empty, cache=cache)
+            assert (found.trials, list(found.ids), dict(found.evidence.groups)) == (0, [], {})
+
+
+def broken(text: str) -> list[bytes]:
+    """What may lie where `learned.json` does."""
+    notes = json.loads(text)
+    some = next(iter(notes["parameters"]))
+    return [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        text.encode()[: len(text) // 2],
+        *(
+            json.dumps(changed).encode()
+            for changed in (
+                {name: notes[name] for name in notes if name != "rows"},
+                notes | {"mark": [0, ""]},
+                notes | {"rows": 3},
+                notes | {"columns": []},
+                notes | {"parameters": {}},
+                notes | {"parameters": notes["parameters"] | {some: "wide"}},
+                notes | {"parameters": notes["parameters"] | {some: float("nan")}},
+                notes | {"parameters": notes["parameters"] | {some: None}},
+                notes | {"learned_from": "many"},
+                notes | {"measured": [{"trial_id": 3}]},
+                notes | {"served": [[1.0]]},
+                notes | {"served": 3},
+            )
+        ),
+    ]
+
+
+def test_a_broken_cache_is_made_anew(history: History, cache: Path, learnings: list[int]) -> None:
+    first = knowledge_of(history, cache=cache)
+    notes, table = files(cache)
+    good = notes.read_text()
+    for content in broken(good):
+        notes.write_bytes(content)
+        assert equal_but_for_luck(knowledge_of(history, cache=cache), first)
+        before = len(learnings)
+        assert equal_but_for_luck(knowledge_of(history, cache=cache), first)
+        assert len(learnings) == before, content
+    whole = table.read_bytes()
+    for content in (b"", whole[:100], b"{}"):
+        table.write_bytes(content)
+        assert equal_but_for_luck(knowledge_of(history, cache=cache), first)
+        assert table.stat().st_size == len(whole)
+    table.unlink()
+    assert equal_but_for_luck(knowledge_of(history, cache=cache), first)
+
+
+def equal_but_for_luck(one: Knowledge, other: Knowledge) -> bool:
+    """Parameters that are learned from a start of their own end a little beside each other."""
+    assert one.evidence.parameters.values == pytest.approx(
+        dict(other.evidence.parameters.values), abs=0.2
+    )
+    evidence = type(one.evidence)(one.evidence.groups, other.evidence.parameters)
+    return equal(Knowledge(**(vars(one) | {"evidence": evidence})), other)
+
+
+def test_a_cache_that_can_not_be_written_is_done_without(
+    history: History, cache: Path, learnings: list[int]
+) -> None:
+    cache.write_text("not a directory")
+    for _ in range(2):
+        found = knowledge_of(history, cache=cache)
+        assert found.trials == COUNT and len(found.evidence.groups) == 1
+    assert learnings == [1, 1]
+
+
+def test_a_disk_that_is_full_leaves_the_kept_knowledge_whole(
+    history: History, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knowledge_of(history, cache=cache)
+    before = [path.read_bytes() for path in files(cache)]
+    history.put(trial(COUNT))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", full)
+        assert knowledge_of(history, cache=cache).trials == COUNT + 1
+    assert [path.read_bytes() for path in files(cache)] == before
+    assert knowledge_of(history, cache=cache).trials == COUNT + 1
+
+
+def test_another_process_that_writes_meanwhile_is_no_harm(
+    history: History, cache: Path, learnings: list[int]
+) -> None:
+    """It replaced the table, and its notes are still to come: those that lie there are older."""
+    first = knowledge_of(history, cache=cache)
+    notes, table = files(cache)
+    old_notes, old_table = notes.read_bytes(), table.read_bytes()
+    history.put(trial(COUNT))
+    newer = knowledge_of(history, cache=cache)
+    new_notes, new_table = notes.read_bytes(), table.read_bytes()
+    for left, right in ((old_notes, new_table), (new_notes, old_table)):
+        notes.write_bytes(left)
+        table.write_bytes(right)
+        assert list(knowledge_of(history, cache=cache).ids) == list(newer.ids)
+    assert len(first.ids) == COUNT and len(learnings) == 1
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from rayfin.history import History
+from rayfin.recommend import knowledge
+knowledge._reference, knowledge._reference_notes = (lambda: b""), dict
+with History.open(sys.argv[1], create=False) as history:
+    for _ in range(5):
+        found = knowledge._Kept(Path(sys.argv[2])).renew(history, ["never the same"])
+        print(len(found.ids))
+"""
+
+
+def test_processes_may_write_at_the_same_time(history: History, cache: Path) -> None:
+    knowledge_of(history, cache=cache)
+    folder = files(cache)[0].parent
+    command = [sys.executable, "-c", WRITER, history.shown_url, str(folder)]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    writers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    while any(writer.poll() is None for writer in writers):
+        assert knowledge_of(history, cache=cache).trials == COUNT
+    for writer in writers:
+        out, _ = writer.communicate()
+        assert writer.returncode == 0
+        assert len(set(out.split())) == 1
+    assert {path.name for path in folder.iterdir()} == {"learned.json", "table.npz"}
+    assert knowledge_of(history, cache=cache).trials == COUNT
+
+
+def test_another_version_learns_anew(
+    history: History, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gzip
+
+    knowledge_of(history, cache=cache)
+    shipped = trial(99, scenario=trial(99).scenario | {"reference": True})
+    line = json.dumps(shipped.model_dump(mode="json")).encode()
+    monkeypatch.setattr(module, "_reference", lambda: gzip.compress(line, mtime=0))
+    found = knowledge_of(history, cache=cache)
+    assert (found.trials, found.reference, len(found.ids)) == (COUNT, 1, COUNT + 1)
+    basis = found.basis(list(found.ids).index("t99"), 0.5)
+    assert basis.reference is True
+    monkeypatch.setattr(module, "__version__", "9.9.9")
+    before = files(cache)[0].read_bytes()
+    knowledge_of(history, cache=cache)
+    assert files(cache)[0].read_bytes() != before
+
+
+def test_a_history_that_can_not_be_read_is_an_error(tmp_path: Path, cache: Path) -> None:
+    with History.open(f"sqlite:///{tmp_path / 'gone.sqlite'}") as history:
+        history.put(trial(1))
+    (tmp_path / "gone.sqlite").write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
+    with pytest.raises(HistoryError):
+        knowledge_of(history, cache=cache)
+
+
+# --- what a trial was, for people ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "summary"),
+    [
+        ({}, "lora learning_rate=0.0002 r=3, tiny on pydocs: eval_loss 5"),
+        (
+            {"status": "failed", "error": "diverged", "metrics": {}},
+            "lora learning_rate=0.0002 r=3, tiny on pydocs: diverged",
+        ),
+        ({"spec": {}}, "a trial, a model on s: eval_loss 5"),
+        (
+            {"spec": {name: [1] for name in ("model", "data", "method", "train")}},
+            "a trial, a model on s: eval_loss 5",
+        ),
+        (
+            {"spec": {"method": {"type": "p_tuning", "num_virtual_tokens": 4}, "train": "fast"}},
+            "p_tuning num_virtual_tokens=4, a model on s: eval_loss 5",
+        ),
+        (
+            {
+                "metrics": {"eval_loss": "low", "perplexity": 3.25},
+                "scenario": {"source": "csv"},
+                "spec": {"model": {"name": "/models/m"}, "data": {"path": "/data/d.jsonl"}},
+            },
+            "a trial, m on d.jsonl: perplexity 3.25",
+        ),
+    ],
+)
+def test_a_trial_is_summed_up_whatever_it_holds(changes: dict[str, Any], summary: str) -> None:
+    record = trial(1, **changes)
+    assert module._summary(record) == summary
+
+
+def test_only_some_trials_of_a_kind_are_kept_for_the_estimates() -> None:
+    rows = [trial(n) for n in range(40)]
+    strange: list[Any] = [None, [], "x", 3]
+    for n, value in enumerate(strange):
+        scenario = {"model": value, "hardware": value}
+        rows.append(trial(100 + n, scenario=scenario, spec={"method": value}))
+    rows.append(trial(200, scenario=trial(1).scenario | {"source": "csv"}))
+    kept = module._telling(rows)
+    assert [row.trial_id for row in kept] == [f"t{n}" for n in range(39, 27, -1)]

@@ -1,0 +1,223 @@
+"""The advisor in a sweep: where it starts, and how soon it leaves a past that misleads behind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rayfin.config import load_config
+from rayfin.errors import ConfigError
+from rayfin.history import History, TrialRecord
+from rayfin.models import describe_model
+from rayfin.paths import Storage
+from rayfin.recommend import loop
+from rayfin.recommend.knowledge import Knowledge
+from rayfin.recommend.loop import SweepAdvisor, scenario_of, sweep_advisor
+from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.rows import started
+from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.sweep import run_sweep
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+BEST = 3e-3
+MISLEADING = 3e-5
+TASKS = ("one.jsonl", "two.jsonl", "three.jsonl")
+
+
+def loss(rate: float, rank: int, best: float) -> float:
+    """A bowl over the learning rate's logarithm, and a little less for larger ranks."""
+    return 2.0 + 0.5 * math.log10(rate / best) ** 2 - 0.02 * math.log2(rank)
+
+
+def past(best: float) -> list[TrialRecord]:
+    """Two other models on each of three other tasks, whose best learning rate is `best`."""
+    found = []
+    for task, model in itertools.product(TASKS, ("llama-1b", "qwen3-0.6b")):
+        for rate in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2):
+            for rank in (2, 8, 32):
+                found.append(
+                    TrialRecord(
+                        trial_id=f"{task}-{model}-{rate:g}-{rank}",
+                        sweep_id="past",
+                        fingerprint="f",
+                        status="finished",
+                        created_at=NOW,
+                        updated_at=NOW,
+                        spec={
+                            "model": {"name": model},
+                            "data": {"path": task},
+                            "method": {"type": "lora", "r": rank, "lora_alpha": 16.0},
+                            "train": {"learning_rate": rate, "max_steps": 60},
+                        },
+                        metrics={"eval_loss": loss(rate, rank, best)},
+                    )
+                )
+    return found
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> SweepPlan:
+    return plan_of(tmp_path)
+
+
+def plan_of(folder: Path, *settings: str) -> SweepPlan:
+    data = folder / "rows.jsonl"
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(8)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    config = load_config(
+        {"model": {"name": "tiny"}, "method": {"type": "lora"}},
+        [
+            f"data.path={data}",
+            f"storage={folder / 'runs'}",
+            "sweep.search=advisor",
+            "sweep.num_samples=12",
+            "sweep.parameters.method.r=[2,8,32]",
+            "sweep.parameters.train.learning_rate={space: loguniform, lower: 1.0e-5, upper: 0.03}",
+            *settings,
+        ],
+    )
+    return SweepPlan("sweep", config, Storage.open(config.storage))
+
+
+def swept(
+    plan: SweepPlan,
+    advisor: SweepAdvisor | None,
+    objective: Callable[[float, int], float | None],
+    *,
+    known: Sequence[TrialRecord] = (),
+    trials: int = 12,
+) -> list[TrialRecord]:
+    """A sweep's rows, its objective computed and not trained."""
+    search = HistorySearch(plan, known=known, advisor=advisor)
+    rows = list(known)
+    for number in range(trials):
+        config = search.suggest(str(number))
+        if config is None:
+            break
+        trial = plan.trial(config["values"])
+        train, method = config["spec"]["train"], config["spec"]["method"]
+        value = objective(train["learning_rate"], method["r"])
+        search.tell(str(number), value)
+        row = started(trial)
+        rows.append(
+            row.updated(status="failed", error="diverged")
+            if value is None
+            else row.updated(status="finished", metrics={"eval_loss": value, "steps": 60})
+        )
+    return rows
+
+
+def ours(rate: float, rank: int) -> float:
+    return loss(rate, rank, BEST)
+
+
+def losses(rows: Sequence[TrialRecord]) -> list[float]:
+    return [row.metrics.get("eval_loss", math.inf) for row in rows]
+
+
+def advisor_of(plan: SweepPlan, records: Sequence[TrialRecord], seed: int = 0) -> SweepAdvisor:
+    knowledge = Knowledge.of(records, reference=False)
+    return SweepAdvisor(knowledge, scenario_of(plan), "eval_loss", seed=seed)
+
+
+def test_it_starts_where_past_sweeps_were_best(plan: SweepPlan) -> None:
+    first, *_ = swept(plan, advisor_of(plan, past(BEST)), ours, trials=1)
+    assert abs(math.log10(first.spec["train"]["learning_rate"] / BEST)) < 0.5
+
+
+def test_a_past_that_misleads_is_left_behind_by_12_trials(tmp_path: Path) -> None:
+    """Within noise of TPE, over five seeds; and the past did mislead at first."""
+    best = ours(BEST, 32)
+    regrets: dict[str, list[float]] = {"tpe": [], "advisor": []}
+    starts = []
+    knowledge = Knowledge.of(past(MISLEADING), reference=False)
+    for seed in range(5):
+        plan = plan_of(tmp_path, f"sweep.seed={seed}")
+        advisor = SweepAdvisor(knowledge, scenario_of(plan), "eval_loss", seed=100 * seed)
+        rows = swept(plan, advisor, ours)
+        starts.append(rows[0].spec["train"]["learning_rate"])
+        regrets["advisor"].append(min(losses(rows)) - best)
+        tpe = plan_of(tmp_path, f"sweep.seed={seed}", "sweep.search=tpe")
+        regrets["tpe"].append(min(losses(swept(tpe, None, ours))) - best)
+    assert max(starts) < 3e-4
+    mean = {name: float(np.mean(values)) for name, values in regrets.items()}
+    assert mean["advisor"] <= mean["tpe"] + 0.02
+
+
+def test_trials_that_diverge_are_kept_away_from(plan: SweepPlan) -> None:
+    def half(rate: float, rank: int) -> float | None:
+        return None if rate > 1e-3 else loss(rate, rank, 1e-3)
+
+    rows = swept(plan, advisor_of(plan, past(BEST)), half)
+    assert sum(row.status == "failed" for row in rows[:4]) >= 1
+    assert sum(row.status == "failed" for row in rows[6:]) <= 2
+    assert min(losses(rows)) - loss(1e-3, 32, 1e-3) < 0.05
+
+
+def test_a_resumed_sweep_repeats_nothing_and_goes_on_from_what_it_knew(plan: SweepPlan) -> None:
+    begun = swept(plan, advisor_of(plan, past(BEST)), ours, trials=5)
+    rows = swept(plan, advisor_of(plan, past(BEST)), ours, known=begun)
+    assert len(rows) == 12
+    assert len({row.fingerprint for row in rows}) == 12
+    assert min(losses(rows)) < min(losses(begun)) + 1e-9
+
+
+def test_interrupted_points_come_before_the_advisors(plan: SweepPlan) -> None:
+    values = {"method.r": 2, "train.learning_rate": 1.2345e-5}
+    search = HistorySearch(plan, first=[values], advisor=advisor_of(plan, past(BEST)))
+    first, second = search.suggest("a"), search.suggest("b")
+    assert first is not None
+    assert second is not None
+    assert first["values"] == values
+    assert second["values"]["train.learning_rate"] > 1e-4
+
+
+def test_two_at_a_time_are_not_the_same_point(plan: SweepPlan) -> None:
+    search = HistorySearch(plan, advisor=advisor_of(plan, past(BEST)))
+    asked = [search.suggest(str(number)) for number in range(4)]
+    assert len({trial["fingerprint"] for trial in asked if trial}) == 4
+
+
+def test_a_small_list_is_tried_whole(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "sweep.parameters.train.learning_rate=[0.001,0.003]")
+    rows = swept(plan, advisor_of(plan, past(BEST)), ours)
+    assert len(rows) == 6
+
+
+@pytest.mark.parametrize(("search", "advised"), [("auto", False), ("advisor", True)])
+def test_auto_takes_no_advisor_that_has_nothing_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: str, advised: bool
+) -> None:
+    plan = plan_of(tmp_path, f"sweep.search={search}")
+    monkeypatch.setattr(loop, "knowledge_of", lambda _: Knowledge.of([], reference=False))
+    with History.open(plan.storage.history_url) as history:
+        assert (sweep_advisor(plan, history) is not None) is advised
+
+
+def test_auto_takes_the_advisor_where_the_past_is_relevant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(tmp_path, "sweep.search=auto")
+    near: list[TrialRecord] = []
+    for row in past(BEST):  # the same task and model, swept before
+        model = describe_model(plan.config.model).as_dict()
+        data = {"digest": plan.corpus(plan.config.data).digest, "rows_train": 8}
+        near.append(row.model_copy(update={"scenario": {"model": model, "data": data}}))
+    monkeypatch.setattr(loop, "knowledge_of", lambda _: Knowledge.of(near, reference=False))
+    with History.open(plan.storage.history_url) as history:
+        assert sweep_advisor(plan, history) is not None
+
+
+def test_a_sweep_that_was_given_no_advisor_says_so(plan: SweepPlan) -> None:
+    with (
+        History.open(plan.storage.history_url) as history,
+        pytest.raises(ConfigError, match="use tpe, random or grid"),
+    ):
+        run_sweep(plan.config, history=history, storage=plan.storage)
