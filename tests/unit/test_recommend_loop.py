@@ -20,6 +20,7 @@ from rayfin.paths import Storage
 from rayfin.recommend import loop
 from rayfin.recommend.knowledge import Knowledge
 from rayfin.recommend.loop import SweepAdvisor, scenario_of, sweep_advisor
+from rayfin.recommend.practice import learning_rate
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.rows import started
 from rayfin.tuning.search import HistorySearch
@@ -128,8 +129,12 @@ def advisor_of(plan: SweepPlan, records: Sequence[TrialRecord], seed: int = 0) -
 
 
 def test_it_starts_where_past_sweeps_were_best(plan: SweepPlan) -> None:
+    """Between practice's rate, where it starts without a past, and theirs."""
     first, *_ = swept(plan, advisor_of(plan, past(BEST)), ours, trials=1)
-    assert abs(math.log10(first.spec["train"]["learning_rate"] / BEST)) < 0.5
+    alone, *_ = swept(plan, advisor_of(plan, []), ours, trials=1)
+    usual = learning_rate("lora", 0.1)
+    assert usual / 2 < alone.spec["train"]["learning_rate"] < usual * 2
+    assert 1.5 * usual < first.spec["train"]["learning_rate"] < 2 * BEST
 
 
 def test_a_past_that_misleads_is_left_behind_by_12_trials(tmp_path: Path) -> None:

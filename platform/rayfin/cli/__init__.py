@@ -47,6 +47,8 @@ def guarded(command: Callable[[], int]) -> int:
     # Before torch is loaded, here or in a Ray worker: threads that spin while they wait slow each
     # other down several times over when something else runs on the machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # numpy's own threads spin whatever that says, and the advisor's matrices are small.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # PEFT still asks Transformers by the old name; users can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     try:

@@ -166,11 +166,7 @@ def _relevances(options: Sequence[Candidate], rows: Array, near: quality.Near) -
     Of several methods together they would say little, however much they say of the one.
     """
     methods = np.array([option.method for option in options])
-    found = np.zeros(len(options))
-    for method in dict.fromkeys(methods.tolist()):
-        own = methods == method
-        found[own] = quality.relevance(near.process, rows[own])
-    return found
+    return quality.relevance(near.process, rows, methods)
 
 
 def _estimates(

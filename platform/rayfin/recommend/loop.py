@@ -74,7 +74,7 @@ class SweepAdvisor:
             trial_config(config, drawn(config, random)).model_dump(mode="json")
             for _ in range(_ASKED)
         ]
-        return quality.relevance(self._past, self._rows(specs))
+        return float(quality.relevance(self._past, self._rows(specs)).mean())
 
     def choose(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,16 +94,23 @@ class Near:
         return np.clip(seen, 0.0, 1.0)
 
 
-def relevance(process: Process, rows: Array) -> float:
+def relevance(process: Process, rows: Array, sets: NDArray[Any] | None = None) -> Array:
     """How much of the doubt about which of `rows` is better its trials have taken away: 0 to 1.
 
-    Of the variance of the rows' differences, as the process expects it before any trial.
+    Of the variance of the rows' differences, as the process expects it before any trial; for each
+    row that of its own set, all rows that have the same name in `sets`, else of all rows.
     """
+    found = np.zeros(len(rows))
     if not len(process.observations):
-        return 0.0
+        return found
     nothing = Process(COLUMNS, process.parameters, Observations.none(COLUMNS))
-    before, after = (_spread(one.predict(rows)[1]) for one in (nothing, process))
-    return float(np.clip(1.0 - after / before, 0.0, 1.0)) if before > 0 else 0.0
+    covariances = [one.predict(rows)[1] for one in (nothing, process)]
+    names = np.zeros(len(rows)) if sets is None else sets
+    for name in np.unique(names):
+        own = names == name
+        before, after = (_spread(covariance[np.ix_(own, own)]) for covariance in covariances)
+        found[own] = np.clip(1.0 - after / before, 0.0, 1.0) if before > 0 else 0.0
+    return found
 
 
 def observed(rows: Array, charges: Array) -> Observations:
@@ -140,8 +147,7 @@ def draws(process: Process, rows: Array, *, measured: bool = False, seed: int = 
     nobody knows yet: what intervals are about. To compare settings, both are in the way.
     """
     mean, covariance = process.predict(rows)
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    root = vectors * np.sqrt(np.maximum(values, 0.0))
+    root = _root(covariance)
     random = np.random.default_rng(seed)
     charges = expected(rows) + mean + random.standard_normal((DRAWS, len(rows))) @ root.T
     if measured:
@@ -151,6 +157,16 @@ def draws(process: Process, rows: Array, *, measured: bool = False, seed: int = 
         charges = charges + level + noise
     clipped: Array = np.clip(charges, 0.0, 1.0)
     return clipped
+
+
+def _root(covariance: Array) -> Array:
+    """A matrix whose product with its transpose is `covariance`."""
+    symmetric = (covariance + covariance.T) / 2
+    try:
+        return np.asarray(np.linalg.cholesky(symmetric + 1e-9 * np.eye(len(symmetric))))
+    except np.linalg.LinAlgError:  # rounding has made it indefinite; this takes ten times as long
+        values, vectors = np.linalg.eigh(symmetric)
+        return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
 def choose(charges: Array, k: int, cost: Array | None = None) -> list[int]:
