@@ -6,7 +6,7 @@
 Every task (a model on a data set) is swept over the same grid of learning rates and ranks, or
 virtual tokens, without stopping weak trials early: the advisor learns from these what to expect of
 a setting, and experiments/benchmarks/advisor_sweep.py replays searches on them. It takes about two
-hours on two cores; what the storage holds already is not run again.
+hours on two cores; what the storage, or the packed file, holds already is not run again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 from pathlib import Path
 
 from rayfin.config import load_config
@@ -57,20 +58,42 @@ def main() -> None:
     models = ["tiny"] if args.quick else list(MODELS)
     data = ["pydocs"] if args.quick else list(tasks)
     storage = Storage.open(args.storage)
+    packed = read(args.out)
     with History.open(storage.history_url) as history:
         for model in models:
             for name in data:
                 for method in SWEEPS:
-                    sweep(model, tasks[name], method, history, storage)
+                    if len([row for row in packed if what(row) == (model, name, method)]) < size(
+                        method
+                    ):
+                        sweep(model, tasks[name], method, history, storage)
         rows = history.trials()
+    known = {row.fingerprint for row in rows}
+    rows += [row for row in packed if row.fingerprint not in known]
     pack(rows, {str(Path(path).resolve()): name for name, path in tasks.items()}, args.out)
 
 
+def read(path: Path) -> list[TrialRecord]:
+    """The trials that were packed before; none where there is no such file yet."""
+    if not path.exists():
+        return []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [TrialRecord.parse(json.loads(line)) for line in lines]
+
+
+def what(row: TrialRecord) -> tuple[str, str, str]:
+    """The model, the name of the data, and the method of a packed trial."""
+    return row.spec["model"]["name"], row.spec["data"]["path"], row.spec["method"]["type"]
+
+
+def size(method: str) -> int:
+    """Trials of its grid."""
+    return math.prod(len(values) for values in SWEEPS[method].values())
+
+
 def sweep(model: str, path: str, method: str, history: History, storage: Storage) -> None:
+    """Runs one grid; Ctrl-C ends the script, and what has ended is kept."""
     axes = SWEEPS[method]
-    size = 1
-    for values in axes.values():
-        size *= len(values)
     settings: dict[str, object] = {
         "model.name": model,
         "data.path": path,
@@ -80,12 +103,14 @@ def sweep(model: str, path: str, method: str, history: History, storage: Storage
         **MODELS[model],
         "sweep.search": "grid",
         "sweep.scheduler": "none",
-        "sweep.num_samples": size,
+        "sweep.num_samples": size(method),
         **{f"sweep.parameters.{axis}": values for axis, values in axes.items()},
         "storage": storage.root,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
-    run_sweep(load_config(None, overrides), history=history, storage=storage, resume=True)
+    result = run_sweep(load_config(None, overrides), history=history, storage=storage, resume=True)
+    if result.interrupted:
+        raise SystemExit(130)
 
 
 def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
