@@ -20,7 +20,7 @@ from rayfin.recommend.practice import learning_rate
 from rayfin.recommend.process import Array, Observations, Parameters, Process, fit, kinship
 from rayfin.recommend.table import Group, TrialTable, groups_of
 
-FITTED, PREDICTED = 400, 800
+FITTED, PREDICTED = 400, 500
 """Settings that the parameters are learned from, and that a prediction rests on, at most.
 
 The time of both grows with the cube, and the nearest scenarios say nearly all there is to say.
