@@ -154,9 +154,10 @@ class HistorySearch:
         """The advisor's choice among points that were not tried."""
         if self._advisor is None:
             return None
-        if self._queued:  # by whoever resumed the sweep
+        while self._queued:  # what was to come first
             self._queued -= 1
-            return self._draw(1)
+            if (proposal := self._draw(1)) is not None:
+                return proposal
         options = {
             trial.fingerprint: trial
             for trial in map(self._plan.trial, self._points())

@@ -56,7 +56,8 @@ def run_sweep(
     """Runs the sweep that `config` describes; every trial becomes a row of `history`.
 
     - `resume`: carry on with the newest sweep that the same configuration started, if there is one.
-    - `rerun`: train also what the history already holds as finished.
+    - `rerun`: train also what the history already holds as finished; else the same command's
+      trials come first, and are not trained again.
     - `address`: of a running Ray cluster; None starts Ray on this machine.
     - `first`: points to try before the sampler's own.
     - `advise`: makes the advisor that sweep.search=advisor needs, and auto takes if there is one.
@@ -65,11 +66,14 @@ def run_sweep(
     """
     check_space(config)
     cluster = cluster_address(address)
-    plan = (find_resumable(config, storage) if resume else None) or new_plan(config, storage)
+    earlier = find_resumable(config, storage)
+    plan = (earlier if resume else None) or new_plan(config, storage)
     check_run(plan, variants(config), cluster)
     rows = history.trials(sweep_id=plan.sweep_id)
     _check_unchanged(plan, rows)
     plan.save()
+    if earlier is not None and not (resume or rerun):
+        first = [*first, *_finished_points(earlier, history)]
     progress = progress or Progress()
     with _alone(plan):
         advisor = _advisor(plan, advise)
@@ -81,6 +85,15 @@ def _advisor(plan: SweepPlan, advise: Advise | None) -> Advisor | None:
     if search == "advisor" and advise is None:
         raise ConfigError("sweep.search=advisor: no advisor was given; use tpe, random or grid")
     return advise(plan) if advise is not None and search in ("advisor", "auto") else None
+
+
+def _finished_points(earlier: SweepPlan, history: History) -> list[Values]:
+    """What the same command finished before: first, so that the history answers it again.
+
+    A search that has learned from those trials would ask for others.
+    """
+    rows = history.trials(sweep_id=earlier.sweep_id, status="finished")
+    return [values_in(earlier.config, row.spec) for row in rows]
 
 
 @contextmanager

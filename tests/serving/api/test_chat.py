@@ -234,7 +234,9 @@ def test_ctrl_c_stops_an_answer_and_frees_its_row(server: Any) -> None:
         terminal.until(lambda: "tiny> " in terminal.seen)
         assert "adapters: sales, support" in terminal.seen
         terminal.write("/set temperature=0")
-        terminal.write("tell me all")  # and the tiny model goes on and on
+        # What was said is ever likelier to be said again: the tiny model goes on and on.
+        terminal.write("/set frequency_penalty=-2")
+        terminal.write("tell me all")
         terminal.until(running)
         os.kill(terminal.process.pid, signal.SIGINT)
         terminal.until(lambda: " -- tiny, stopped" in terminal.seen and not running())
