@@ -144,7 +144,7 @@ def _tpe(task: Task, seed: int) -> list[int]:
     found: list[int] = []
     again = 0  # asks in a row for what was tried, or is not on the grid
     while len(found) < min(TRIALS, len(points)):
-        if again == PATIENCE:  # as rayfin's search, which then takes any point that is left
+        if again >= PATIENCE:  # as rayfin's search, which then takes any point that is left
             left = [place for place in range(len(points)) if place not in found]
             method, rate, size = points[left[seed % len(left)]]
             level = sizes[method].index(size)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from rayfin.recommend.loop import SweepAdvisor, scenario_of, sweep_advisor
 from rayfin.recommend.practice import learning_rate
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.rows import started
-from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.search import HistorySearch, Tried
 from rayfin.tuning.sweep import run_sweep
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -172,6 +173,49 @@ def test_a_resumed_sweep_repeats_nothing_and_goes_on_from_what_it_knew(plan: Swe
     assert len(rows) == 12
     assert len({row.fingerprint for row in rows}) == 12
     assert min(losses(rows)) < min(losses(begun)) + 1e-9
+
+
+def test_a_resumed_sweep_does_not_take_its_own_trials_for_the_past(
+    plan: SweepPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen twice, they would make a past that misleads look right."""
+    begun = swept(plan, advisor_of(plan, past(MISLEADING)), ours, trials=5)
+    seen: list[set[str]] = []
+
+    def learned(rows: Iterable[TrialRecord], **_: Any) -> Knowledge:
+        kept = list(rows)
+        seen.append({row.sweep_id for row in kept})
+        return real(kept, reference=False)
+
+    real = Knowledge.of
+    monkeypatch.setattr(loop.Knowledge, "of", learned)
+    with History.open(plan.storage.history_url) as history:
+        history.merge([*past(MISLEADING), *begun])
+        assert sweep_advisor(plan, history) is not None
+    assert seen == [{"past"}]
+
+
+def test_what_the_history_answers_proves_nothing(plan: SweepPlan) -> None:
+    advisor = advisor_of(plan, past(MISLEADING))
+    rows = swept(plan, advisor_of(plan, past(MISLEADING)), ours, trials=5)
+    own = [Tried(row.spec, row.metrics["eval_loss"]) for row in rows]
+    known = [Tried(row.spec, row.metrics["eval_loss"], recalled=True) for row in rows]
+    assert len(advisor._charges(own)[1]) == 5
+    assert len(advisor._charges(known)[1]) == 0
+    assert len(advisor._charges([*own, *known])[1]) == 5
+
+
+@pytest.mark.parametrize("search", ["auto", "advisor"])
+def test_axes_that_it_does_not_know_are_left_to_others(tmp_path: Path, search: str) -> None:
+    plan = plan_of(
+        tmp_path, f"sweep.search={search}", "sweep.parameters.train.weight_decay=[0.0,0.1]"
+    )
+    with History.open(plan.storage.history_url) as history:
+        if search == "auto":
+            assert sweep_advisor(plan, history) is None
+            return
+        with pytest.raises(ConfigError, match=r"nothing about sweep\.parameters\.train\.weight"):
+            sweep_advisor(plan, history)
 
 
 def test_interrupted_points_come_before_the_advisors(plan: SweepPlan) -> None:

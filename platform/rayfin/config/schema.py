@@ -148,8 +148,8 @@ class SweepConfig(Section):
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of the metric is better; auto knows."""
     search: Literal["auto", "advisor", "tpe", "random", "grid"] = "auto"
-    """Where the next trial comes from; auto is the advisor where past trials say anything about
-    this sweep, else Optuna's TPE."""
+    """Where the next trial comes from; auto is the advisor where it knows all axes, and past trials
+    say anything about them, else Optuna's TPE."""
     scheduler: Literal["asha", "none"] = "asha"
     """Stop weak trials early, or run all to the end."""
     grace_period: int | None = Field(None, ge=1)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rayfin.config import Config
+from rayfin.errors import ConfigError
 from rayfin.history import History
 from rayfin.models import describe_model
 from rayfin.recommend import quality
@@ -31,16 +33,45 @@ from rayfin.tuning.space import drawn, trial_config
 _PAST_ODDS = 3.0
 """How much likelier the past is taken to hold than not, before the sweep's first trial."""
 _SPREADS = (1.0, 2.0, 4.0, 8.0, 16.0)
+_AXES = {
+    *("train.learning_rate", "train.per_device_train_batch_size", "train.max_steps"),
+    *("train.gradient_accumulation_steps", "method.type", "method.r", "method.target_r"),
+    *("method.num_virtual_tokens", "method.lora_alpha", "method.lora_dropout"),
+}
+"""What of a setting is a column of the learned model."""
 _ASKED = 64
 """Points of the space by which the past's relevance is judged."""
 
 
 def sweep_advisor(plan: SweepPlan, history: History) -> SweepAdvisor | None:
-    """The advisor of a sweep; None where sweep.search is auto and the past says next to nothing."""
-    advisor = SweepAdvisor(knowledge_of(history), scenario_of(plan), plan.config.sweep.metric)
-    if plan.config.sweep.search == "auto" and advisor.relevance(plan.config) < LEARNED:
+    """The advisor of a sweep.
+
+    None where sweep.search is auto, and the past says next to nothing, or the sweep has axes that
+    the advisor does not know. Raises ConfigError for those where it was asked for.
+    """
+    sweep = plan.config.sweep
+    unknown = sorted(sweep.parameters.keys() - _AXES)
+    if unknown and sweep.search == "advisor":
+        raise ConfigError(
+            f"sweep.search=advisor: it learns nothing about sweep.parameters.{unknown[0]}, only "
+            f"about {', '.join(sorted(_AXES))}; use sweep.search=tpe, or leave the axis out"
+        )
+    if unknown:
+        return None
+    advisor = SweepAdvisor(_past(plan, history), scenario_of(plan), sweep.metric, seed=sweep.seed)
+    if sweep.search == "auto" and advisor.relevance(plan.config) < LEARNED:
         return None
     return advisor
+
+
+def _past(plan: SweepPlan, history: History) -> Knowledge:
+    """What is known but for the sweep's own trials, which a resumed one is told of besides.
+
+    Seen twice, they would prove the past right, whatever it says.
+    """
+    if not history.trials(sweep_id=plan.sweep_id, limit=1):
+        return knowledge_of(history)
+    return Knowledge.of(row for row in history.trials() if row.sweep_id != plan.sweep_id)
 
 
 def scenario_of(plan: SweepPlan) -> dict[str, float]:
@@ -85,23 +116,18 @@ class SweepAdvisor:
         rows = self._rows(options)
         taken = self._rows([*(one.spec for one in ended), *running])
         known, charges = self._charges(ended)
-        past, of_past = _best_spread(self._past, known, charges)
-        fresh, of_fresh = _best_spread(_fresh(), known, charges)
-        weight = self._weight(of_past - of_fresh)
-        self._seed += 1
-        count = round(weight * quality.DRAWS)
-        everywhere = np.concatenate([rows, taken])
-        draws = np.concatenate(
-            [
-                quality.draws(process, everywhere, seed=self._seed)[:share]
-                for process, share in ((past, count), (fresh, quality.DRAWS - count))
-                if share
-            ]
-        )
-        best = draws[:, len(rows) :].min(axis=1, initial=1.0)
-        gain = np.maximum(best[:, None] - draws[:, : len(rows)], 0.0).mean(axis=0)
-        # Where nothing promises to be better, the best of what is left.
-        gain -= 1e-6 * draws[:, : len(rows)].mean(axis=0)
+        past = _best_spread(self._past, known, charges)
+        fresh = _best_spread(_fresh(), known, charges)
+        weight = self._weight(past.likelihood - fresh.likelihood)
+        seed = 10_000 * self._seed + len(taken)  # a resumed sweep draws as a whole one does
+        gain = np.zeros(len(rows))
+        for view, share in ((past, weight), (fresh, 1.0 - weight)):
+            draws = quality.draws(view.process, np.concatenate([rows, taken]), seed=seed)
+            best = draws[:, len(rows) :].min(axis=1, initial=1.0)
+            better = np.maximum(best[:, None] - draws[:, : len(rows)], 0.0).mean(axis=0)
+            # Where nothing promises to be better, the best of what is left.
+            better -= 1e-6 * draws[:, : len(rows)].mean(axis=0)
+            gain += share * view.multiple * better
         return int(gain.argmax())
 
     def _weight(self, odds: float) -> float:
@@ -115,10 +141,14 @@ class SweepAdvisor:
         return 1.0 / (1.0 + math.exp(-min(max(odds, -50.0), 50.0)))
 
     def _charges(self, ended: Sequence[Tried]) -> tuple[Array, Array]:
-        """The sweep's own trials, as rows and charges; none before they can be compared."""
-        rows = self._rows([one.spec for one in ended])
-        values = np.array([np.nan if one.value is None else one.value for one in ended])
-        charges = charges_of(values, self._metric) if len(ended) > 1 else None
+        """The sweep's own trials, as rows and charges; none before they can be compared.
+
+        Those that the history answered are of the past.
+        """
+        own = [one for one in ended if not one.recalled]
+        rows = self._rows([one.spec for one in own])
+        values = np.array([np.nan if one.value is None else one.value for one in own])
+        charges = charges_of(values, self._metric) if len(own) > 1 else None
         return (rows[:0], values[:0]) if charges is None else (rows, charges)
 
     def _rows(self, specs: Sequence[Mapping[str, Any]]) -> Array:
@@ -134,18 +164,29 @@ def _fresh() -> Process:
     return Process(COLUMNS, Parameters.expected(COLUMNS), Observations.none(COLUMNS))
 
 
-def _best_spread(process: Process, rows: Array, charges: Array) -> tuple[Process, float]:
-    """`process` with the sweep's own trials, and how likely it finds them, as a logarithm.
+@dataclass(frozen=True)
+class _View:
+    """A process that has seen the sweep's own trials."""
+
+    process: Process
+    likelihood: float
+    """Of those trials before they were seen, as a logarithm."""
+    multiple: float
+    """Of the spread that they have shown so far: what a charge of 1 is taken to be."""
+
+
+def _best_spread(process: Process, rows: Array, charges: Array) -> _View:
+    """`process` with the sweep's own trials in it.
 
     The worst that they could come to has not been seen yet: the spread of their scores is taken to
     be that multiple of what it is so far under which they are likeliest.
     """
     if not len(charges):
-        return process, 0.0
-    before, best = process.evidence(), (process, -math.inf)
+        return _View(process, 0.0, 1.0)
+    before = process.evidence()
+    views = []
     for multiple in _SPREADS:
         with_own = quality.joined(process, quality.observed(rows, charges / multiple))
         likelihood = with_own.evidence() - before - len(charges) * math.log(multiple)
-        if likelihood > best[1]:
-            best = with_own, likelihood
-    return best
+        views.append(_View(with_own, likelihood, multiple))
+    return max(views, key=lambda view: view.likelihood)

@@ -92,6 +92,8 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
     # A sweep's trials run side by side, each in one process.
     scaling = given["scaling"] | {"num_workers": 1}
     sweep = given["sweep"] | {"num_samples": _TRIALS, "parameters": parameters}
+    if sweep["search"] == "grid":  # a range has none
+        sweep["search"] = "auto"
     return build_config(given | {"scaling": scaling, "sweep": sweep}, {})
 
 

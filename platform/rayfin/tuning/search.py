@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,8 @@ class Tried:
     spec: Mapping[str, Any]
     value: float | None
     """Of the sweep's metric; None for one that failed."""
+    recalled: bool = False
+    """Whether another sweep trained it: its result was known before."""
 
 
 class Advisor(Protocol):
@@ -126,6 +129,8 @@ class HistorySearch:
         asked = self._asked.pop(name, None)
         if asked is None:
             return
+        if value is not None and not math.isfinite(value):
+            value = None
         self._ended.append(Tried(self._running.pop(name), value))
         if value is None:
             # A failed trial has no value; told as such, the sampler neither waits for it nor learns
@@ -146,7 +151,8 @@ class HistorySearch:
             if (record := self._recall(trial)) is None:
                 return proposal
             value = float(record.metrics[self.metric])
-            self._ended.append(Tried(record.spec, value))
+            spec = trial.spec.model_dump(mode="json")  # the record's own may say it differently
+            self._ended.append(Tried(spec, value, recalled=True))
             self._study.tell(asked, value)
         return None
 
@@ -221,7 +227,9 @@ class HistorySearch:
         value = record.metrics.get(self.metric)
         if record.status not in ("finished", "stopped"):
             value = None
-        self._ended.append(Tried(record.spec, None if value is None else float(value)))
+        recalled = "recalled_from" in record.scenario
+        number = None if value is None else float(value)
+        self._ended.append(Tried(record.spec, number, recalled=recalled))
         if point is None or value is None:
             return
         self._study.add_trial(

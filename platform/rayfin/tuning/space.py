@@ -225,6 +225,8 @@ def _place(choices: Space | tuple[Any, ...], value: Any) -> float:
     if not isinstance(choices, Space):
         plain = [list(c) if isinstance(c, tuple) else c for c in choices]
         return (plain.index(value) + 0.5) / len(choices) if value in plain else 0.5
+    if not isinstance(value, int | float):  # null, where the setting may be left out
+        return 0.5
     if choices.space == "loguniform":
         return math.log(value / choices.lower) / math.log(choices.upper / choices.lower)
     return float((value - choices.lower) / (choices.upper - choices.lower))
