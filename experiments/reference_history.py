@@ -123,7 +123,8 @@ def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
         kept = row.model_copy(
             update={
                 "spec": row.spec | {"data": data},
-                "scenario": row.scenario | {"reference": True},
+                "scenario": {n: v for n, v in row.scenario.items() if n != "worker"}
+                | {"reference": True},
                 "metrics": metrics,
                 "directory": None,
                 "curve": [],
