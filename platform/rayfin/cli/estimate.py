@@ -6,9 +6,9 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayfin.cli.experiment import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
@@ -67,17 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(config: Config) -> list[Measured]:
     """The trials of the configuration's history; none where it has not been begun yet."""
-    from rayfin.history import History
-    from rayfin.history.connect import parse_url
-    from rayfin.paths import Storage
     from rayfin.recommend.estimate import measured_from
 
-    # Not Storage.open, which makes the directory.
-    url = config.history or Storage(Path(config.storage).expanduser().resolve()).history_url
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+    history = begun_history(config)
+    if history is None:
         return []
-    with History.open(url, create=False) as history:
+    with history:
         return measured_from(history.trials(newest_first=True))
 
 

@@ -86,6 +86,20 @@ class Workplace:
         return self.registry.publish(publish.name, source, metadata, alias=publish.alias)
 
 
+def begun_history(config: Config) -> History | None:
+    """The configuration's history, to be closed; None where none has been begun: none is made."""
+    from rayfin.history import History
+    from rayfin.history.connect import parse_url
+    from rayfin.paths import Storage
+
+    # Not Storage.open, which makes the directory.
+    url = config.history or Storage(Path(config.storage).expanduser().resolve()).history_url
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+        return None
+    return History.open(url, create=False)
+
+
 def comparison(row: TrialRecord) -> list[tuple[str, float, float]]:
     """(metric, base model's, trained model's) for every metric that both have."""
     names = ("eval_loss", "perplexity", "exact_match", "token_accuracy")

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli.experiment import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from rayfin.hardware import Hardware
     from rayfin.recommend.advisor import Place
     from rayfin.recommend.answer import Choice, Recommendation
+    from rayfin.recommend.knowledge import Knowledge
 
 _CHOICES = {
     "hardware": ("cpu", "single_gpu", "multi_gpu"),
@@ -128,18 +130,14 @@ def _as_told(machine: Hardware, scenario: Any) -> Hardware:
     )
 
 
-def _knowledge(config: Config) -> Any:
+def _knowledge(config: Config) -> Knowledge:
     """What the history holds; only the reference where it has not been begun yet."""
-    from rayfin.history import History
-    from rayfin.history.connect import parse_url
-    from rayfin.paths import Storage
     from rayfin.recommend.knowledge import Knowledge, knowledge_of
 
-    url = config.history or Storage(Path(config.storage).expanduser().resolve()).history_url
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+    history = begun_history(config)
+    if history is None:
         return Knowledge.of([])
-    with History.open(url, create=False) as history:
+    with history:
         return knowledge_of(history)
 
 

@@ -23,26 +23,12 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.ji
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """Sizes of a base model; counts are of unquantised weights, tied ones counted once."""
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts(Sizes):
+    """A base model's name, what identifies it, and its sizes."""
 
     name: str
     identity: str
-    architecture: str
-    parameters: int
-    linear_parameters: int
-    """Weights of the linear layers but the output head: what 4 and 8 bits apply to."""
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int | None
-    dtype: str
-    """Of the stored weights."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Sizes:
-    """What `ModelFacts` holds, but for the model's name and identity."""
+    """Sizes of a base model; counts are of unquantised weights, tied ones counted once."""
 
     architecture: str
     parameters: int
     linear_parameters: int
+    """Weights of the linear layers but the output head: what 4 and 8 bits apply to."""
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -27,6 +28,7 @@ class Sizes:
     vocab_size: int
     max_position_embeddings: int | None
     dtype: str
+    """Of the stored weights."""
 
 
 @dataclass(frozen=True)
