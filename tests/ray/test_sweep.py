@@ -79,3 +79,34 @@ def plain_peft_loss(trial: TrialRecord, adapter: str) -> float:
     adapted = PeftModel.from_pretrained(base, adapter)
     scores = score(adapted, samples, batch_size=8, pad_token_id=tokenizer.pad_token_id)
     return scores.metrics()["eval_loss"]
+
+
+def test_a_trial_that_cannot_fit_is_not_started(lab: Any) -> None:
+    """Its row says so, the others run, and a resumed sweep starts it no more than this one did."""
+    text = "".join(chr(97 + i * i % 26) for i in range(4000))
+    with lab.data.open("w") as file:
+        for number in range(5000):
+            file.write(json.dumps({"text": f"{number} {text}"}) + "\n")
+    settings = (
+        "data.max_length=4000",
+        "data.val_size=0.001",
+        "train.max_steps=2",
+        "sweep.search=grid",
+        "sweep.num_samples=2",
+        # The larger one needs hundreds of gigabytes for activations.
+        "sweep.parameters={train.per_device_train_batch_size: [4096, 1]}",
+        "sweep.scheduler=none",
+        "--json",
+    )
+    sweep = lab.rayfin("sweep", *settings)
+    assert sweep.end() == 0, sweep.err
+    large, small = lab.rows()
+    assert large.spec["train"]["per_device_train_batch_size"] == 4096
+    assert (large.status, small.status) == ("oom", "finished")
+    assert (large.error or "").startswith("not started: by the estimate it needs")
+    assert large.directory is None and large.curve == []
+    assert f"oom       per_device_train_batch_size=4096  {large.error}" in sweep.err
+
+    again = lab.rayfin("sweep", *settings, "--resume")
+    assert again.end() == 0, again.err
+    assert lab.rows() == [large, small]

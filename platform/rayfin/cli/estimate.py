@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from rayfin.cli.experiment import begun_history
@@ -13,12 +13,8 @@ from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
     from rayfin.config import Config
-    from rayfin.data import Corpus, DataProfile
     from rayfin.hardware import Hardware
     from rayfin.recommend.estimate import Estimate, Interval, Measured
-
-_SAMPLES = 2000
-"""Samples that are tokenised: enough to tell how long they are."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -39,16 +35,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, whether the configuration fits or not; nothing is written anywhere."""
     from rayfin.config import load_config
+    from rayfin.data import load_corpus
     from rayfin.hardware import describe_hardware
     from rayfin.methods import check_combination
     from rayfin.models import describe_model
     from rayfin.recommend.estimate import estimate
+    from rayfin.recommend.fitting import sampled_profile
 
     file, settings = split_settings(args.settings)
     config = load_config(file, settings)
     check_combination(config)
     measured = _measured(config)
-    profile = _profile(config)
+    profile = sampled_profile(config, load_corpus(config.data))
     hardware = describe_hardware(config.scaling.use_gpu)
     found = estimate(
         config,
@@ -74,20 +72,6 @@ def _measured(config: Config) -> list[Measured]:
         return []
     with history:
         return measured_from(history.trials(newest_first=True))
-
-
-def _profile(config: Config) -> DataProfile:
-    """The profile of the data, or of as many samples as tell how long they are."""
-    from rayfin.data import load_corpus, tokenize_corpus
-    from rayfin.models import load_tokenizer
-
-    corpus = _sampled(load_corpus(config.data))
-    return tokenize_corpus(corpus, load_tokenizer(config.model), config.data.max_length).profile
-
-
-def _sampled(corpus: Corpus) -> Corpus:
-    """The first samples of both splits, whose order is a random one."""
-    return replace(corpus, train=corpus.train[:_SAMPLES], eval=corpus.eval[: _SAMPLES // 4])
 
 
 def _print(config: Config, found: Estimate, hardware: Hardware) -> None:

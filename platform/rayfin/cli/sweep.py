@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: a trial finished; 1: none did; 130: interrupted."""
+    from rayfin.recommend.fitting import MemoryCheck
     from rayfin.recommend.loop import sweep_advisor
     from rayfin.tuning.sweep import run_sweep
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             rerun=args.rerun,
             address=args.address,
             advise=lambda plan: sweep_advisor(plan, place.history),
+            refuse=MemoryCheck(place.history),
         )
     adapter = place.publish(result.best) if result.best and not result.interrupted else None
     report = _write_report(place, result, adapter)

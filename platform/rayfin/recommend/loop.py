@@ -39,6 +39,7 @@ _AXES = {
     *("method.num_virtual_tokens", "method.lora_alpha", "method.lora_dropout"),
 }
 """What of a setting is a column of the learned model."""
+_STEPS = COLUMNS.names.index("steps")
 _ASKED = 64
 """Points of the space by which the past's relevance is judged."""
 
@@ -114,6 +115,7 @@ class SweepAdvisor:
         running: Sequence[Mapping[str, Any]],
     ) -> int:
         rows = self._rows(options)
+        # The ended ones as whole trials: what counts is what such a setting comes to.
         taken = self._rows([*(one.spec for one in ended), *running])
         known, charges = self._charges(ended)
         past = _best_spread(self._past, known, charges)
@@ -147,6 +149,9 @@ class SweepAdvisor:
         """
         own = [one for one in ended if not one.recalled]
         rows = self._rows([one.spec for one in own])
+        # A trial that was stopped early was so good by then.
+        steps = [math.log2(one.steps) if one.steps else math.nan for one in own]
+        rows[:, _STEPS] = np.fmin(rows[:, _STEPS], steps)
         values = np.array([np.nan if one.value is None else one.value for one in own])
         charges = charges_of(values, self._metric) if len(own) > 1 else None
         return (rows[:0], values[:0]) if charges is None else (rows, charges)

@@ -38,7 +38,8 @@ class TuneSearcher(_Unpickled, Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        self._search.tell(trial_id, None if error else (result or {}).get(self._search.metric))
+        last = {} if error or result is None else result
+        self._search.tell(trial_id, last.get(self._search.metric), last.get("step"))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a sweep is resumed from the history, never from Tune's pickles."""

@@ -53,6 +53,11 @@ def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
     )
 
 
+def refused(planned: PlannedTrial, reason: str, created_at: datetime | None = None) -> TrialRecord:
+    """The row of a trial that was not started, as it would run out of memory."""
+    return started(planned, created_at).updated(status="oom", error=reason, directory=None)
+
+
 def sweep_of(planned: PlannedTrial) -> str:
     """`<sweep_id>-<fingerprint>` without its end."""
     return planned.trial_id.rpartition("-")[0]

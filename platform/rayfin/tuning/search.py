@@ -41,7 +41,9 @@ class Tried:
 
     spec: Mapping[str, Any]
     value: float | None
-    """Of the sweep's metric; None for one that failed."""
+    """Of the sweep's metric, as last measured; None for one that failed."""
+    steps: int | None = None
+    """How far it went, which is less than its spec says where the scheduler stopped it."""
     recalled: bool = False
     """Whether another sweep trained it: its result was known before."""
 
@@ -60,7 +62,7 @@ class Advisor(Protocol):
 
 
 Recall = Callable[[PlannedTrial], TrialRecord | None]
-"""Looks a trial up in the history; a record that it returns is used instead of training again."""
+"""Looks a trial up; a record that it returns is used, and nothing is trained for it."""
 
 
 class HistorySearch:
@@ -69,7 +71,8 @@ class HistorySearch:
     - `known`: this sweep's trials that have ended (after a resume); never suggested again.
     - `first`: points to try before the sampler's own, such as interrupted trials.
     - `advisor`: chooses the points in the sampler's place.
-    - `recall`: finished trials of other sweeps, told to the sampler without running them.
+    - `recall`: finished trials of other sweeps, and those that can't run: told to the sampler
+      without running them.
     """
 
     done = False
@@ -124,20 +127,14 @@ class HistorySearch:
         self._running[name] = trial.spec.model_dump(mode="json")
         return trial.as_tune_config()
 
-    def tell(self, name: str, value: float | None) -> None:
-        """What a suggested trial came to; None for one that failed."""
+    def tell(self, name: str, value: float | None, steps: int | None = None) -> None:
+        """What a suggested trial came to, and after how many steps; None for one that failed."""
         asked = self._asked.pop(name, None)
         if asked is None:
             return
         if value is not None and not math.isfinite(value):
             value = None
-        self._ended.append(Tried(self._running.pop(name), value))
-        if value is None:
-            # A failed trial has no value; told as such, the sampler neither waits for it nor learns
-            # from it.
-            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(asked, float(value))
+        self._end(asked, Tried(self._running.pop(name), value, steps))
 
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The next trial that must be trained; those that needn't be are recalled on the way."""
@@ -150,11 +147,22 @@ class HistorySearch:
             self._left -= 1
             if (record := self._recall(trial)) is None:
                 return proposal
-            value = float(record.metrics[self.metric])
             spec = trial.spec.model_dump(mode="json")  # the record's own may say it differently
-            self._ended.append(Tried(spec, value, recalled=True))
-            self._study.tell(asked, value)
+            if record.status == "finished":
+                self._end(asked, Tried(spec, float(record.metrics[self.metric]), recalled=True))
+            else:
+                self._end(asked, Tried(spec, None))
         return None
+
+    def _end(self, asked: optuna.Trial, tried: Tried) -> None:
+        """Tells the sampler, and keeps for the advisor, what a trial came to."""
+        self._ended.append(tried)
+        if tried.value is None:
+            # A failed trial has no value; told as such, the sampler neither waits for it nor learns
+            # from it.
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(asked, float(tried.value))
 
     def _advised(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The advisor's choice among points that were not tried."""
@@ -229,7 +237,8 @@ class HistorySearch:
             value = None
         recalled = "recalled_from" in record.scenario
         number = None if value is None else float(value)
-        self._ended.append(Tried(record.spec, number, recalled=recalled))
+        steps = record.metrics.get("steps")
+        self._ended.append(Tried(record.spec, number, steps, recalled=recalled))
         if point is None or value is None:
             return
         self._study.add_trial(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
-from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
+from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.search import Advisor
@@ -23,6 +24,9 @@ from rayfin.tuning.space import Values, check_space, values_in, variants
 
 Advise = Callable[[SweepPlan], Advisor | None]
 """Makes the advisor of a sweep; None where it has nothing to say, and the search is auto."""
+
+Refuse = Callable[[SweepPlan, PlannedTrial], str | None]
+"""Why a trial can't run on this machine; None where it may."""
 
 _ENDED = ("finished", "stopped", "failed", "oom")
 
@@ -51,6 +55,7 @@ def run_sweep(
     address: str | None = None,
     first: Sequence[Values] = (),
     advise: Advise | None = None,
+    refuse: Refuse | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Runs the sweep that `config` describes; every trial becomes a row of `history`.
@@ -61,6 +66,8 @@ def run_sweep(
     - `address`: of a running Ray cluster; None starts Ray on this machine.
     - `first`: points to try before the sampler's own.
     - `advise`: makes the advisor that sweep.search=advisor needs, and auto takes if there is one.
+    - `refuse`: asked before a trial starts on this machine; what it refuses becomes a row that ran
+      out of memory, with the reason. A cluster's machines may be others, and are not judged.
 
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
@@ -77,7 +84,8 @@ def run_sweep(
     progress = progress or Progress()
     with _alone(plan):
         advisor = _advisor(plan, advise)
-        return _run(plan, history, rows, first, advisor, rerun, cluster, progress)
+        refuse = refuse if cluster is None else None
+        return _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
 
 
 def _advisor(plan: SweepPlan, advise: Advise | None) -> Advisor | None:
@@ -116,6 +124,7 @@ def _run(
     rows: Sequence[TrialRecord],
     first: Sequence[Values],
     advisor: Advisor | None,
+    refuse: Refuse | None,
     rerun: bool,
     cluster: str | None,
     progress: Progress,
@@ -135,6 +144,7 @@ def _run(
                 interrupted=[row for row in rows if row.status not in _ENDED],
                 first=first,
                 advisor=advisor,
+                refuse=None if refuse is None else functools.partial(refuse, plan),
                 rerun=rerun,
                 cluster=cluster,
                 progress=progress,

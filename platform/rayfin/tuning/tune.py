@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
-from rayfin.tuning.rows import recalled, usable
+from rayfin.tuning.rows import recalled, refused, usable
 from rayfin.tuning.search import Advisor, HistorySearch
 from rayfin.tuning.space import Values, values_in
 
@@ -31,6 +31,7 @@ def run_trials(
     interrupted: Sequence[TrialRecord],
     first: Sequence[Values],
     advisor: Advisor | None,
+    refuse: Callable[[PlannedTrial], str | None] | None,
     rerun: bool,
     cluster: str | None,
     progress: Progress,
@@ -38,21 +39,24 @@ def run_trials(
     """Runs what `known` lacks of the sweep, the interrupted trials first; False after Ctrl-C."""
     _quiet_tune()
     config = plan.config
-    recorder = Recorder(
-        history, progress.update, {row.trial_id: row.created_at for row in interrupted}
-    )
+    created = {row.trial_id: row.created_at for row in interrupted}
+    recorder = Recorder(history, progress.update, created)
 
-    def recall(trial: PlannedTrial) -> TrialRecord | None:
+    def without_training(trial: PlannedTrial) -> TrialRecord | None:
+        """The row of a trial that the history answers, or that can't run here."""
         earlier = None if rerun else usable(history, trial, config.sweep.metric)
-        if earlier is None:
+        if earlier is not None:
+            row = recalled(trial, earlier)
+        elif refuse is not None and (reason := refuse(trial)) is not None:
+            row = refused(trial, reason, created.get(trial.trial_id))
+        else:
             return None
-        row = recalled(trial, earlier)
         recorder.put(row)
         return row
 
     again = [values_in(config, row.spec) for row in interrupted]
     search = HistorySearch(
-        plan, known=known, first=[*again, *first], recall=recall, advisor=advisor
+        plan, known=known, first=[*again, *first], recall=without_training, advisor=advisor
     )
     if search.look_ahead():  # a sweep that the history answers needs no Ray
         with _cluster_and_tune(cluster):

@@ -1,0 +1,98 @@
+"""Which trials of a sweep can't fit into the memory of this machine, told before they start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from rayfin.config import Config, with_values
+from rayfin.hardware import Hardware, describe_hardware
+from rayfin.history import History
+from rayfin.models import describe_model
+from rayfin.recommend.estimate import Estimate, Measured, estimate, measured_from
+from rayfin.tuning.plan import PlannedTrial, SweepPlan
+from rayfin.tuning.space import trial_config
+
+if TYPE_CHECKING:
+    from rayfin.data import Corpus, DataProfile
+
+_SAMPLES = 2000
+"""Samples that are tokenised: enough to tell how long they are."""
+_NEWEST = 2000
+"""Trials of the history that are looked at."""
+
+
+class MemoryCheck:
+    """Says of a sweep's trial why it can't run on this machine; see `rayfin.tuning.sweep.Refuse`.
+
+    Most trials fit even if every sample is as long as it may be: that takes a millisecond. Only for
+    the others are the history's trials read, and the data tokenised.
+    """
+
+    def __init__(self, history: History, hardware: Hardware | None = None) -> None:
+        """`hardware`: where the trials run; this machine's if it is not given."""
+        self._history, self._hardware = history, hardware
+        self._profiles: dict[tuple[object, object], DataProfile] = {}
+
+    def __call__(self, plan: SweepPlan, trial: PlannedTrial) -> str | None:
+        config = trial_config(plan.config, trial.values)
+        corpus = plan.corpus(config.data)
+        # No batch is larger than the data.
+        batch = min(config.train.per_device_train_batch_size, max(1, len(corpus.train)))
+        config = with_values(config, {"train.per_device_train_batch_size": batch})
+        hardware = _share(self._hardware or describe_hardware(config.scaling.use_gpu), config)
+        facts = describe_model(config.model)
+        if estimate(config, facts, hardware).fits is True:
+            return None
+        found = estimate(
+            config,
+            facts,
+            hardware,
+            measured=self._measured,
+            profile=self._profile(config, corpus),
+        )
+        return _refusal(found, hardware) if found.fits is False else None
+
+    @cached_property
+    def _measured(self) -> list[Measured]:
+        return measured_from(self._history.trials(newest_first=True, limit=_NEWEST))
+
+    def _profile(self, config: Config, corpus: Corpus) -> DataProfile:
+        key = (config.data, config.model)
+        if key not in self._profiles:
+            self._profiles[key] = sampled_profile(config, corpus)
+        return self._profiles[key]
+
+
+def sampled_profile(config: Config, corpus: Corpus) -> DataProfile:
+    """The profile of the data, or of as many samples as tell how long they are.
+
+    Those are the first ones of both splits, whose order is a random one.
+    """
+    from rayfin.data import tokenize_corpus
+    from rayfin.models import load_tokenizer
+
+    some = replace(corpus, train=corpus.train[:_SAMPLES], eval=corpus.eval[: _SAMPLES // 4])
+    return tokenize_corpus(some, load_tokenizer(config.model), config.data.max_length).profile
+
+
+def _share(hardware: Hardware, config: Config) -> Hardware:
+    """What one trial has of `hardware`, beside those that run at the same time."""
+    concurrent = config.sweep.max_concurrent_trials
+    if concurrent == "auto":  # one a device
+        return hardware
+    sharing = math.ceil(concurrent / max(1, hardware.device_count))
+    return replace(hardware, device_memory=hardware.device_memory // sharing)
+
+
+def _refusal(found: Estimate, hardware: Hardware) -> str:
+    low, high, room = (
+        f"{value / 2**30:.1f}"
+        for value in (found.memory.low, found.memory.high, hardware.device_memory)
+    )
+    return (
+        f"not started: by the estimate it needs {low} to {high} GiB, and has {room} GiB on "
+        f"{hardware.device_name}; rayfin estimate tells what for"
+    )
