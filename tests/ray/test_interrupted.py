@@ -17,8 +17,9 @@ STEPS = 200
 LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.scheduler=none")
 
 
-def test_ctrl_c_and_a_killed_driver_lose_nothing(lab: Any) -> None:
-    command = ("sweep_qlora.py", *LONG, "sweep.num_samples=4")
+@pytest.mark.parametrize("search", ["tpe", "advisor"])
+def test_ctrl_c_and_a_killed_driver_lose_nothing(lab: Any, search: str) -> None:
+    command = ("sweep_qlora.py", *LONG, "sweep.num_samples=4", f"sweep.search={search}")
     interrupted = lab.script(*command)
     first = interrupted.amid(finished=1)
     assert interrupted.interrupt() == 130, interrupted.err
