@@ -15,6 +15,7 @@ import argparse
 import gzip
 import json
 import math
+import os
 from pathlib import Path
 
 from rayfin.config import load_config
@@ -26,7 +27,7 @@ from rayfin.recommend.table import TrialTable
 from rayfin.tuning.sweep import run_sweep
 
 MODELS = {
-    "tiny": {"train.max_steps": 40, "data.max_samples": 400, "data.max_length": 192},
+    "tiny": {"train.max_steps": 160, "data.max_samples": 400, "data.max_length": 192},
     "smollm2-135m": {"train.max_steps": 20, "data.max_samples": 240, "data.max_length": 128},
 }
 """Model -> what a trial of it costs a few seconds with."""
@@ -41,8 +42,12 @@ SWEEPS = {
         "method.num_virtual_tokens": [4, 16],
     },
 }
-KEPT = ("train", "eval_loss", "steps", "tokens", "exact_match", "base_")
+KEPT = ("train", "peak_memory", "eval_loss", "steps", "tokens", "exact_match", "base_")
 """Beginnings of the metrics that are packed."""
+
+
+# Threads that spin while they wait make a busy machine several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main() -> None:
@@ -116,7 +121,8 @@ def sweep(model: str, path: str, method: str, history: History, storage: Storage
 def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
     """The trials without what only this machine knows, in a fixed order."""
     lines = []
-    for row in (row for row in rows if row.status != "running"):
+    rows = [row for row in rows if row.status != "running" and "recalled_from" not in row.scenario]
+    for row in rows:
         data = dict(row.spec["data"])
         data["path"] = names.get(data["path"], Path(data["path"]).name)
         metrics = {n: v for n, v in row.metrics.items() if n.startswith(KEPT)}
@@ -133,7 +139,7 @@ def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
         lines.append(json.dumps(kept.model_dump(mode="json"), sort_keys=True))
     with write_whole(out) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
         file.write("".join(f"{line}\n" for line in sorted(lines)).encode())
-    table = TrialTable.of(row for row in rows if row.status != "running")
+    table = TrialTable.of(rows)
     learned = {"learned_from": len(table), "parameters": Evidence.of(table).parameters.values}
     write_json(out.with_name(LEARNED), learned)
     print(f"{len(lines)} trials, {out.stat().st_size / 1024:.0f} KiB: {out}")

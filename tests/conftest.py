@@ -1,9 +1,30 @@
 """What all tests share."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # Before any test loads torch: see rayfin.cli, which does the same for the command line.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray's workers give way to all else, and would starve beside another test.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def advisor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the advisor learns of the tests' histories is no part of the user's cache.
+
+    The rest of it is shared: converted models and compiled kernels take long to make.
+    """
+    from rayfin.paths import cache_dir
+
+    own, shared = tmp_path_factory.mktemp("cache"), cache_dir()
+    for name in ("models", "kernels"):
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(shared / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYFIN_CACHE", str(own))
+        yield own

@@ -56,7 +56,7 @@ def main() -> None:
             fit, _ = timed(lambda: knowledge_of(history, cache=cache))
             read, knowledge = timed(lambda: knowledge_of(history, cache=cache))
         facts, hardware = describe_model(ModelConfig(name="smollm2-135m")), describe_hardware(False)
-        place = Place(Scenario("cpu", "small", "normal"), facts, hardware, "task 3")
+        place = Place(Scenario("cpu", "small", "normal"), facts, hardware, {"digest": "task 3"})
         answers = [timed(lambda: recommend(place, knowledge))[0] for _ in range(REPEATS + 1)][1:]
         command = [sys.executable, "-m", "rayfin", "recommend", "model.name=smollm2-135m"]
         command += ["data.path=pydocs", f"storage={folder}/none", "--json"]

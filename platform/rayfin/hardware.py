@@ -74,7 +74,7 @@ def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
     import psutil
 
     host_memory = int(psutil.virtual_memory().total)
-    available = _has_gpu()
+    available = _has_gpu(asked=use_gpu is True)
     if use_gpu is True and not available:
         raise HardwareError(
             "scaling.use_gpu: true, but torch sees no GPU here; "
@@ -104,14 +104,17 @@ def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
     )
 
 
-_GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""Device files of NVIDIA's, AMD's and Windows' (WSL) drivers; without one Linux has no GPU."""
+_GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/dev/dxg")
+"""Device files of NVIDIA's (servers', Jetson's), AMD's and Windows' (WSL) drivers; without one
+Linux has no GPU."""
 
 
-def _has_gpu() -> bool:
-    """Whether torch sees a GPU; torch, which takes seconds to import, is asked where it may."""
+def _has_gpu(*, asked: bool) -> bool:
+    """Whether torch sees a GPU; torch, which takes seconds to import, is asked where it may, and
+    where a GPU was `asked` for.
+    """
     linux = sys.platform == "linux" and "torch" not in sys.modules
-    if linux and not any(Path(file).exists() for file in _GPU_FILES):
+    if linux and not asked and not any(Path(file).exists() for file in _GPU_FILES):
         return False
     import torch
 

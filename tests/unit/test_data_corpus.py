@@ -368,6 +368,17 @@ def test_max_samples_is_a_sample_not_the_head(tmp_path: Path) -> None:
     assert not questions_of(small) <= {f"question {i}" for i in range(100)}
 
 
+def test_the_source_is_one_for_all_samples_and_splits_of_the_data(tmp_path: Path) -> None:
+    rows = many(300)
+    whole = load(jsonl(tmp_path / "a.jsonl", rows))
+    some = load(tmp_path / "a.jsonl", max_samples=20, val_size=0.5)
+    assert some.source == whole.source and some.digest != whole.digest
+    random.Random(0).shuffle(rows)
+    assert load(jsonl(tmp_path / "b.jsonl", rows)).source == whole.source
+    others = {load(jsonl(tmp_path / "c.jsonl", many(300, start))).source for start in (1000, 2000)}
+    assert len(others | {whole.source}) == 3
+
+
 @pytest.mark.parametrize(
     ("rows", "val_size", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (10, 0.34, 3)]
 )

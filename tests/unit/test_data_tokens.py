@@ -61,7 +61,7 @@ def make_tokenizer(template: str | None = None, *, bos: bool = False) -> PreTrai
 
 
 def corpus_of(*examples: Example) -> Corpus:
-    return Corpus(examples[:-1], examples[-1:], "messages", "digest")
+    return Corpus(examples[:-1], examples[-1:], "messages", "digest", "source")
 
 
 def learned(sample: Tokens, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -190,6 +190,7 @@ def test_profile() -> None:
         "duplicate_share": 0.25,
         "mean_turns": 1.0,
         "digest": "digest",
+        "source": "source",
     }
 
 

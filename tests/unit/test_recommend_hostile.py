@@ -63,7 +63,7 @@ def place(facts: ModelFacts = SMOLLM2, task: str = TASK) -> Place:
         model_size_b=facts.parameters / 1e9,
         dataset_rows=1000,
     )
-    return Place(scenario, facts, CPU, task, DATA | {"digest": task})
+    return Place(scenario, facts, CPU, DATA | {"digest": task})
 
 
 def trial(trial_id: str, facts: ModelFacts = SMOLLM2, **changes: Any) -> TrialRecord:
@@ -389,8 +389,12 @@ def test_a_scenario_unlike_anything_gets_the_rules_or_wide_intervals(
         Scenario(hardware="multi_gpu", num_gpus=8, data_scale="large", model_size_b=70.0),
         replace(facts, hidden_size=8192, num_layers=80),
         Hardware("cuda", "NVIDIA H100", 8, 80 * 2**30, 64, 2**40, True),
-        "another task",
-        {"rows_train": 5_000_000, "tokens_per_sample_mean": 3000.0, "completion_share": 0.9},
+        {
+            "digest": "another task",
+            "rows_train": 5_000_000,
+            "tokens_per_sample_mean": 3000.0,
+            "completion_share": 0.9,
+        },
     )
     answer = answered(history(), far)
     ranges = [choice.predictions.shortfall for choice in answer.choices]

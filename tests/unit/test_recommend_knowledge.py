@@ -102,7 +102,7 @@ def test_what_was_learned_is_read_back(history: History, cache: Path, learnings:
     first = knowledge_of(history, cache=cache)
     assert first.trials == COUNT and len(first.ids) == COUNT
     assert learnings == [1]
-    assert [path.name for path in files(cache)] == ["learned.json", "table.npz"]
+    assert [path.name[:5] for path in files(cache)] == ["learn", "table"]
     assert equal(knowledge_of(history, cache=cache), first)
     assert learnings == [1]
     assert first.look_up("t3") == history.get("t3")
@@ -162,9 +162,10 @@ def broken(text: str) -> list[bytes]:
         *(
             json.dumps(changed).encode()
             for changed in (
-                {name: notes[name] for name in notes if name != "rows"},
+                {name: notes[name] for name in notes if name != "served"},
                 notes | {"mark": [0, ""]},
-                notes | {"rows": 3},
+                notes | {"mark": "never"},
+                notes | {"mark": [None, *notes["mark"][1:]]},
                 notes | {"columns": []},
                 notes | {"parameters": {}},
                 notes | {"parameters": notes["parameters"] | {some: "wide"}},
@@ -237,18 +238,47 @@ def test_a_disk_that_is_full_leaves_the_kept_knowledge_whole(
 def test_another_process_that_writes_meanwhile_is_no_harm(
     history: History, cache: Path, learnings: list[int]
 ) -> None:
-    """It replaced the table, and its notes are still to come: those that lie there are older."""
+    """Its notes are still to come, or its table was taken away by one with other notes."""
     first = knowledge_of(history, cache=cache)
-    notes, table = files(cache)
-    old_notes, old_table = notes.read_bytes(), table.read_bytes()
+    notes, old_table = files(cache)
+    old_notes, old_rows = notes.read_bytes(), old_table.read_bytes()
     history.put(trial(COUNT))
     newer = knowledge_of(history, cache=cache)
-    new_notes, new_table = notes.read_bytes(), table.read_bytes()
-    for left, right in ((old_notes, new_table), (new_notes, old_table)):
+    _, table = files(cache)
+    new_notes, rows = notes.read_bytes(), table.read_bytes()
+    assert table != old_table, "the table of another state was written over"
+    for left, right in ((old_notes, {table: rows}), (new_notes, {old_table: old_rows})):
+        for path in (table, old_table):
+            path.unlink(missing_ok=True)
         notes.write_bytes(left)
-        table.write_bytes(right)
+        for path, content in right.items():
+            path.write_bytes(content)
         assert list(knowledge_of(history, cache=cache).ids) == list(newer.ids)
+        assert files(cache) == [notes, table]
     assert len(first.ids) == COUNT and len(learnings) == 1
+
+
+def test_a_history_that_was_begun_anew_is_learned_anew(
+    tmp_path: Path, cache: Path, learnings: list[int]
+) -> None:
+    """Under the same name, and with as many trials: what the old one taught is not kept."""
+    url = f"sqlite:///{tmp_path / 'anew.sqlite'}"
+    for start in (0, 100):
+        (tmp_path / "anew.sqlite").unlink(missing_ok=True)
+        with History.open(url) as opened:
+            opened.merge(trial(n) for n in range(start, start + COUNT))
+            assert knowledge_of(opened, cache=cache).trials == COUNT
+    assert learnings == [1, 1]
+
+
+def test_what_is_merged_is_seen_though_it_is_old(history: History, cache: Path) -> None:
+    """Neither the count nor the newest change tells that an older row was brought up to date."""
+    old = knowledge_of(history, cache=cache)
+    changed = trial(3, updated_at=trial(5).updated_at, metrics={"eval_loss": 9.0, "steps": 60})
+    assert history.merge([changed]).replaced == 1
+    new = knowledge_of(history, cache=cache)
+    (before,), (after,) = old.evidence.groups.values(), new.evidence.groups.values()
+    assert not np.array_equal(before.charges, after.charges)
 
 
 WRITER = """
@@ -259,7 +289,7 @@ from rayfin.recommend import knowledge
 knowledge._reference, knowledge._reference_notes = (lambda: b""), dict
 with History.open(sys.argv[1], create=False) as history:
     for _ in range(5):
-        found = knowledge._Kept(Path(sys.argv[2])).renew(history, ["never the same"])
+        found = knowledge._Kept(Path(sys.argv[2])).renew(history, [*history.mark(), "", 0, 0])
         print(len(found.ids))
 """
 
@@ -279,8 +309,8 @@ def test_processes_may_write_at_the_same_time(history: History, cache: Path) -> 
         out, _ = writer.communicate()
         assert writer.returncode == 0
         assert len(set(out.split())) == 1
-    assert {path.name for path in folder.iterdir()} == {"learned.json", "table.npz"}
     assert knowledge_of(history, cache=cache).trials == COUNT
+    assert {path.name[:6] for path in folder.iterdir()} == {"learne", "table-"}
 
 
 def test_another_version_learns_anew(

@@ -255,9 +255,10 @@ def test_auto_takes_the_advisor_where_the_past_is_relevant(
 ) -> None:
     plan = plan_of(tmp_path, "sweep.search=auto")
     near: list[TrialRecord] = []
+    corpus = plan.corpus(plan.config.data)
     for row in past(BEST):  # the same task and model, swept before
         model = describe_model(plan.config.model).as_dict()
-        data = {"digest": plan.corpus(plan.config.data).digest, "rows_train": 8}
+        data = {"digest": corpus.digest, "source": corpus.source, "rows_train": 8}
         near.append(row.model_copy(update={"scenario": {"model": model, "data": data}}))
     monkeypatch.setattr(loop, "knowledge_of", lambda _: Knowledge.of(near, reference=False))
     with History.open(plan.storage.history_url) as history:

@@ -426,6 +426,23 @@ def test_scores_are_compared_within_a_task_and_a_model_only() -> None:
     assert groups[key].charges == pytest.approx(alone[key].charges)
 
 
+def test_samples_of_one_data_set_are_one_task_and_their_scores_are_kept_apart() -> None:
+    whole, some, other = (
+        row(trial(1, scenario=trial(1).scenario | {"data": DATA | {"digest": d, "source": s}}))
+        for d, s in (("d1", "one"), ("d2", "one"), ("d3", "two"))
+    )
+    assert whole["task"] == some["task"] != other["task"]
+    assert len({found["group"] for found in (whole, some, other)}) == 3
+
+
+def test_every_worker_takes_a_batch_of_its_own() -> None:
+    one, four = (
+        row(trial(1, scenario=trial(1).scenario | {"hardware": {"num_workers": count}}))
+        for count in (1, 4)
+    )
+    assert (one["samples_per_step"], four["samples_per_step"]) == pytest.approx((3.0, 5.0))
+
+
 def test_charges_are_shares_of_the_way_from_best_to_worst() -> None:
     group = only_group(trial(1, 1e-4, 2.0), trial(2, 2e-4, 2.5), trial(3, 4e-4, 3.0))
     assert charge_of(group) == pytest.approx({1e-4: 0.0, 2e-4: 0.5, 4e-4: 1.0})

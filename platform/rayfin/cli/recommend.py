@@ -104,8 +104,12 @@ def _place(config: Config, args: argparse.Namespace) -> Place:
         dataset_rows=len(corpus.train),
         **known,
     )
-    profile = {"rows_train": len(corpus.train), "digest": corpus.digest}
-    return Place(scenario, facts, _as_told(hardware, scenario), corpus.digest, profile)
+    profile = {
+        "rows_train": len(corpus.train),
+        "digest": corpus.digest,
+        "source": corpus.source,
+    }
+    return Place(scenario, facts, _as_told(hardware, scenario), profile)
 
 
 def _names_length(config: Config) -> bool:

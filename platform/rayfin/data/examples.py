@@ -40,12 +40,15 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The samples of one data set, split; `digest` identifies both splits and their order."""
+    """The samples of one data set, split."""
 
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
     shape: str
     digest: str
+    """Identifies both splits and their order."""
+    source: str
+    """Names the data, however many of its samples were taken, and however they were split."""
     skipped: tuple[BadRow, ...] = ()
 
 

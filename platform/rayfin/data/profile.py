@@ -41,6 +41,8 @@ class DataProfile:
     """User and assistant turns per sample; a plain text is one."""
     digest: str
     """Of the corpus' content and split; neither tokenizer nor max_length enter it."""
+    source: str
+    """The same for any subset and split of the data."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,6 +87,7 @@ def profile_of(
         duplicate_share=1 - distinct / len(examples),
         mean_turns=sum(turns) / len(turns),
         digest=corpus.digest,
+        source=corpus.source,
     )
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import URL, Connection, Engine, Row, Select, func, select
+from sqlalchemy import URL, Connection, Engine, Row, Select, extract, func, select
 
 from rayfin.errors import HistoryError, did_you_mean
 from rayfin.history.connect import connect, lock_writers, parse_url, shown, translated, writing
@@ -170,12 +170,21 @@ class History:
         found = self.trials(fingerprint=fingerprint, status="finished", newest_first=True, limit=1)
         return found[0] if found else None
 
-    def mark(self) -> tuple[int, str]:
-        """What changes whenever a trial does: how many there are, and when the last one changed."""
-        query = select(func.count(), func.max(TRIALS.c.updated_at))
+    def mark(self) -> tuple[int, str, str, int]:
+        """What changes whenever a trial does: how many there are, when the first one started, when
+        the last one changed, and the sum of the seconds at which they did: merged older ones
+        change it, too.
+        """
+        changed = TRIALS.c.updated_at
+        query = select(
+            func.count(),
+            func.min(TRIALS.c.created_at),
+            func.max(changed),
+            func.sum(extract("epoch", changed)),
+        )
         with translated(self._url), self._engine.connect() as connection:
-            count, changed = connection.execute(query).one()
-        return count, str(changed)
+            count, first, last, total = connection.execute(query).one()
+        return count, str(first), str(last), int(total or 0)
 
     def sweeps(
         self, *, metric: str = "eval_loss", mode: Literal["min", "max"] = "min"

@@ -26,7 +26,7 @@ from rayfin.recommend.answer import (
 )
 from rayfin.recommend.candidates import Candidate, candidates
 from rayfin.recommend.estimate import Estimate, estimate
-from rayfin.recommend.features import COLUMNS, code, data_row, model_row, setting_row
+from rayfin.recommend.features import COLUMNS, data_row, model_row, place_codes, setting_row
 from rayfin.recommend.knowledge import Knowledge, knowledge_of
 from rayfin.recommend.latency import first_token
 from rayfin.recommend.process import Array
@@ -56,10 +56,8 @@ class Place:
     scenario: Scenario
     facts: ModelFacts
     hardware: Hardware
-    task: str = ""
-    """Names the data, as its trials in the history would (`features.task_name`)."""
     profile: Mapping[str, Any] | None = None
-    """Of the data, as records hold it."""
+    """Of the data, as records hold it; what is not known of it may be missing."""
 
     def columns(self) -> dict[str, float]:
         """Those of the scenario, in the learned model's rows."""
@@ -67,7 +65,7 @@ class Place:
         return (
             model_row(name, self.facts.as_dict())
             | data_row(self.profile or {"rows_train": self.scenario.dataset_rows})
-            | {"task": code(self.task), "group": code(f"{self.task}\n{name}")}
+            | place_codes(self.profile or {}, name)
         )
 
 

@@ -149,11 +149,15 @@ def data_row(profile: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def task_name(spec: Mapping[str, Any], scenario: Mapping[str, Any], sweep_id: str) -> str:
-    """What scores are compared within: the content of the data, or what names it best."""
-    profile, data = _section(scenario, "data"), _section(spec, "data")
-    named = profile.get("digest") or profile.get("datasets") or data.get("path") or sweep_id
-    return str(named)
+def place_codes(profile: Mapping[str, Any], model: str, otherwise: str = "") -> dict[str, float]:
+    """The columns that ask for sameness: of the data, and of what scores are compared within.
+
+    That is a model on one split of the data: another sample of it is another group. `profile` is
+    the data's, as records hold it; `otherwise` names data whose profile does not.
+    """
+    named = str(profile.get("digest") or profile.get("datasets") or otherwise)
+    source = str(profile.get("source") or named)
+    return {"task": code(source), "group": code(f"{named}\n{model}")}
 
 
 def model_name(spec: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
@@ -169,13 +173,16 @@ def row_of(record: TrialRecord) -> dict[str, float] | None:
     steps = _number(record.metrics.get("steps"))
     if record.status == "stopped" and steps > 0:
         setting["steps"] = _log(2, steps)  # so far it went, and so good it was by then
-    name = model_name(record.spec, record.scenario)
-    task = task_name(record.spec, record.scenario, record.sweep_id)
+    workers = _number(_section(record.scenario, "hardware").get("num_workers", 1))
+    if workers >= 1:  # each takes a batch of its own
+        setting["samples_per_step"] += _log(2, workers)
+    name, profile = model_name(record.spec, record.scenario), _section(record.scenario, "data")
+    otherwise = str(_section(record.spec, "data").get("path") or record.sweep_id)
     return (
         setting
         | model_row(name, _section(record.scenario, "model"))
-        | data_row(_section(record.scenario, "data"))
-        | {"task": code(task), "group": code(f"{task}\n{name}")}
+        | data_row(profile)
+        | place_codes(profile, name, otherwise)
     )
 
 

@@ -7,6 +7,7 @@ a quarter more trials than they were learned from.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import json
@@ -40,6 +41,8 @@ _MEASURED_EACH = 12
 """Trials of a model, method and device whose time and memory are kept."""
 _MEASURED = 600
 _GROWN = 1.25
+_FORMAT = 2
+"""Of what is kept: one more whenever the same trials would make other columns."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +134,19 @@ def knowledge_of(history: History, *, cache: Path | None = None) -> Knowledge:
     folder = (cache or cache_dir()) / "advisor"
     kept = _Kept(folder / hashlib.sha256(history.shown_url.encode()).hexdigest()[:16])
     # What another version kept rests on other trials, or on other columns made of them.
-    mark = [*history.mark(), __version__, zlib.crc32(_reference())]
+    mark = [*history.mark(), __version__, _FORMAT, zlib.crc32(_reference())]
     return kept.read(history, mark) or kept.renew(history, mark)
 
 
 class _Kept:
-    """The cached knowledge of one history: `table.npz` and `learned.json` in a directory."""
+    """The cached knowledge of one history: `learned.json` and the table that it names.
+
+    A table is never written over: who reads a state while another process writes the next one finds
+    the table of that very state, or none.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._table, self._learned = folder / "table.npz", folder / "learned.json"
+        self._folder, self._learned = folder, folder / "learned.json"
 
     def read(self, history: History, mark: list[Any]) -> Knowledge | None:
         """What is kept, if it is of this very state of the history."""
@@ -147,9 +154,7 @@ class _Kept:
         if notes is None or notes.get("mark") != mark:
             return None
         try:
-            table = TrialTable.load(self._table)
-            if len(table) != notes["rows"]:
-                return None  # another process is writing
+            table = TrialTable.load(self._table(mark))
             parameters, _ = _parameters(notes)
             measured = measured_from(map(TrialRecord.parse, notes["measured"]))
             served = [Served(*one) for one in notes["served"]]
@@ -164,14 +169,15 @@ class _Kept:
         every = [*rows, *reference_trials()]
         table = TrialTable.of(every)
         groups = groups_of(table)
-        notes = self._notes() or _reference_notes()
+        notes = self._notes()
+        if notes is None or not _goes_on(notes, mark):
+            notes = _reference_notes()
         parameters, learned_from = _learned(groups, len(table), notes)
         telling, served = _telling(every), served_from(rows)
         self._write(
             table,
             {
                 "mark": mark,
-                "rows": len(table),
                 "columns": COLUMNS.names,
                 "parameters": dict(parameters.values),
                 "learned_from": learned_from,
@@ -190,13 +196,30 @@ class _Kept:
         ours = isinstance(notes, dict) and notes.get("columns") == list(COLUMNS.names)
         return notes if ours else None
 
+    def _table(self, mark: list[Any]) -> Path:
+        return self._folder / f"table-{zlib.crc32(json.dumps(mark).encode()):08x}.npz"
+
     def _write(self, table: TrialTable, notes: dict[str, Any]) -> None:
-        try:
-            self._table.parent.mkdir(parents=True, exist_ok=True)
-            table.save(self._table)
+        path = self._table(notes["mark"])
+        # A recommendation does not need its cache.
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            table.save(path)
             write_text(self._learned, json.dumps(notes))
-        except OSError:
-            return  # a recommendation does not need its cache
+            for other in self._folder.glob("table*.npz"):
+                if other != path:
+                    other.unlink(missing_ok=True)
+
+
+def _goes_on(notes: Mapping[str, Any], mark: list[Any]) -> bool:
+    """Whether the history is the one that `notes` were made of, or has grown from it.
+
+    One that was deleted and begun anew under the same name is another: its first trial is.
+    """
+    before = notes.get("mark")
+    if not isinstance(before, list) or [*map(type, before)] != [*map(type, mark)]:
+        return False
+    return before[0] <= mark[0] and before[1] == mark[1] and before[4:] == mark[4:]
 
 
 def _knowledge(

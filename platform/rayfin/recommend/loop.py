@@ -22,7 +22,7 @@ from rayfin.history import History
 from rayfin.models import describe_model
 from rayfin.recommend import quality
 from rayfin.recommend.advisor import LEARNED
-from rayfin.recommend.features import COLUMNS, code, data_row, model_row, setting_row
+from rayfin.recommend.features import COLUMNS, data_row, model_row, place_codes, setting_row
 from rayfin.recommend.knowledge import Knowledge, knowledge_of
 from rayfin.recommend.process import Array, Observations, Parameters, Process
 from rayfin.recommend.table import charges_of
@@ -79,10 +79,11 @@ def scenario_of(plan: SweepPlan) -> dict[str, float]:
     """The columns of a sweep's scenario; its own trials are a group beside those of the past."""
     config = plan.config
     corpus, facts = plan.corpus(config.data), describe_model(config.model)
+    profile = {"rows_train": len(corpus.train), "source": corpus.source}
     return (
         model_row(facts.identity, facts.as_dict())
-        | data_row({"rows_train": len(corpus.train)})
-        | {"task": code(corpus.digest), "group": code(f"sweep {plan.sweep_id}")}
+        | data_row(profile)
+        | place_codes(profile, facts.identity, otherwise=f"sweep {plan.sweep_id}")
     )
 
 

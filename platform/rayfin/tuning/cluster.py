@@ -90,11 +90,12 @@ def _last_words() -> str:
     root = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray"
     sessions = sorted(root.glob(f"session_*_{os.getpid()}"))
     logs = sorted((sessions[-1] / "logs").glob("*")) if sessions else []
-    ends = {
-        path.name: path.read_text("utf-8", errors="replace").rstrip()[-_LOG_CHARACTERS:]
-        for path in logs
-        if path.suffix in (".err", ".out", ".log")
-    }
+    ends = {}
+    for path in logs:
+        with suppress(OSError):  # Ray is ending, and may take them away
+            if path.suffix in (".err", ".out", ".log"):
+                whole = path.read_text("utf-8", errors="replace")
+                ends[path.name] = whole.rstrip()[-_LOG_CHARACTERS:]
     told = [f"{name}: {end}" for name, end in ends.items() if end]
     return "\n".join(["what its programs wrote last:", *told]) if told else "it wrote no logs"
 
