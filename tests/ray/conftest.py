@@ -125,6 +125,10 @@ class Lab:
         """Starts `rayfin verb`."""
         return self._start(["-m", "rayfin", verb, *self.settings, *arguments])
 
+    def typed(self, *words: str) -> Driver:
+        """Starts `rayfin` with these words alone."""
+        return self._start(["-m", "rayfin", *words])
+
     def rows(self) -> list[TrialRecord]:
         if not (self.storage / "history.sqlite").exists():
             return []

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from rayfin.adapters import Registry
+from rayfin.config import load_serve_config
 from rayfin.data import load_corpus, tokenize_corpus
 from rayfin.history import TrialRecord
 from rayfin.models import load_base, load_tokenizer
+from rayfin.paths import Storage
 from rayfin.training import TrialSpec
 from rayfin.training.scoring import score
 
@@ -66,6 +68,32 @@ def test_a_sweep_from_start_to_adapter(lab: Any) -> None:
     assert not list((lab.storage / "sweeps" / recalled[0].sweep_id).glob("trials/*"))
     versions = [version.version for version in Registry(lab.storage / "adapters").list()]
     assert versions == [told["adapter"]["version"]]
+
+
+def test_a_scaffold_trains_sweeps_and_can_be_served(lab: Any) -> None:
+    mine = lab.root / "mine"
+    advice = lab.rayfin("recommend", "train.max_steps=4", "--scaffold", str(mine), "--json")
+    assert advice.end() == 0, advice.err
+    first = json.loads(advice.out)["choices"][0]["config"]
+
+    train = lab.typed("train", str(mine / "train.yaml"), "--json")
+    assert train.end() == 0, train.err
+    (row,) = lab.rows()
+    assert row.status == "finished"
+    assert {name: row.spec[name] for name in ("method", "train")} == {
+        name: first[name] for name in ("method", "train")
+    }
+
+    sweep = lab.typed("sweep", str(mine / "sweep.yaml"), "sweep.num_samples=2", "--json")
+    assert sweep.end() == 0, sweep.err
+    told = json.loads(sweep.out)
+    assert [trial["status"] for trial in told["trials"]] == ["finished"] * 2
+    assert told["adapter"]["name"] == "colours"
+
+    serve = load_serve_config(mine / "serve.yaml", [])
+    assert serve.model.name == "tiny"
+    adapters = Registry(Storage.open(serve.storage).adapters).list()
+    assert [version.name for version in adapters] == ["colours"] * 2
 
 
 def plain_peft_loss(trial: TrialRecord, adapter: str) -> float:

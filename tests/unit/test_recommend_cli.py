@@ -335,12 +335,29 @@ def test_the_scaffold_is_read_back(
     if "sweep.metric=perplexity" in arguments:
         assert sweep.sweep.metric == "perplexity"
     serve = load_serve_config(folder / "serve.yaml", [])
-    assert serve.model == train.model
+    if train.method.type == "full":  # what is served is what was trained
+        assert serve.model.name == str(Path("runs/adapters/pydocs/1").resolve())
+    else:
+        assert serve.model == train.model
     assert serve.engine.quantization_bit == train.method.quantization_bit
     assert serve.engine.max_rank >= getattr(train.method, "r", 0)
     assert serve.storage == sweep.storage == train.storage
     notes = (folder / "README.md").read_text()
     assert "rayfin train train.yaml" in notes and answer["choices"][0]["method"] in notes
+
+
+def test_the_scaffold_holds_no_password(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayfin.cli.recommend.begun_history", lambda _: None)
+    url = "history=postgresql://me:geheim@db.example:5433/trials?sslmode=require&sslpassword=geheim"
+    answered(capfd, url, "--scaffold", "mine")
+    for path in Path("mine").iterdir():
+        assert "geheim" not in path.read_text(), path
+    plain = "postgresql+psycopg://me@db.example:5433/trials?sslmode=require"
+    assert load_config(Path("mine/sweep.yaml"), []).history == plain
+    assert load_serve_config(Path("mine/serve.yaml"), []).history == plain
+    assert "PGPASSWORD" in Path("mine/README.md").read_text()
 
 
 @pytest.mark.parametrize("taken", ["train.yaml", "sweep.yaml", "serve.yaml", "README.md"])

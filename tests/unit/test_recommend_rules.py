@@ -10,6 +10,7 @@ import pytest
 
 from rayfin.config.schema import DataConfig, ModelConfig
 from rayfin.errors import ConfigError
+from rayfin.hardware import Hardware
 from rayfin.recommend import RULES, Scenario, recommend_text, rule_for
 from rayfin.recommend import scenario as scenarios
 
@@ -133,3 +134,20 @@ def test_what_is_known_goes_before_what_is_found() -> None:
     assert recommend_text(found) == MANY_STRICT
     with pytest.raises(ConfigError, match="a scenario has no 'gpus'"):
         Scenario.detect(gpus=4)
+
+
+@pytest.mark.parametrize(
+    ("known", "memory"),
+    [
+        ({}, 24.0),
+        ({"hardware": "single_gpu"}, 24.0),
+        ({"hardware": "multi_gpu", "gpu_memory_gb": 80.0}, 80.0),
+        ({"hardware": "cpu"}, None),
+    ],
+)
+def test_the_memory_of_this_machines_gpu_is_found(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, Any], memory: float | None
+) -> None:
+    machine = Hardware("cuda", "NVIDIA A10", 1, 24 * 2**30, 8, 2**36, True)
+    monkeypatch.setattr(scenarios, "describe_hardware", lambda _: machine)
+    assert Scenario.detect(**known).gpu_memory_gb == memory

@@ -32,7 +32,8 @@ CONNECT_SECONDS = 4
 _ADVISORY_LOCK = 7_215_366
 
 _FORMS = "sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE"
-_SECRET_OPTIONS = re.compile(r"([?&](?:password|sslpassword)=)[^&]*", re.IGNORECASE)
+_SECRET = re.compile(r"password|sslpassword", re.IGNORECASE)
+_SECRET_OPTIONS = re.compile(rf"([?&](?:{_SECRET.pattern})=)[^&]*", re.IGNORECASE)
 
 
 def parse_url(url: str) -> URL:
@@ -63,6 +64,18 @@ def shown(url: URL) -> str:
     if url.get_backend_name() == "sqlite":
         return f"sqlite:///{url.database}"
     return _SECRET_OPTIONS.sub(r"\1***", url.render_as_string(hide_password=True))
+
+
+def without_password(url: str) -> str:
+    """The URL of a history to be kept in a file: libpq takes the password from elsewhere."""
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return url
+    query = {name: v for name, v in parsed.query.items() if not _SECRET.fullmatch(name)}
+    # Not parsed.set(password=None), which leaves it as it is.
+    place = (parsed.host, parsed.port, parsed.database)
+    plain = URL.create(parsed.drivername, parsed.username, None, *place, query=query)
+    return plain.render_as_string(hide_password=False)
 
 
 def connect(url: URL, *, create: bool) -> Engine:

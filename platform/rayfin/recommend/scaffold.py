@@ -10,7 +10,8 @@ import yaml
 
 from rayfin.config import Config, ServeConfig, build_config, dump_yaml
 from rayfin.errors import StorageError
-from rayfin.paths import write_text
+from rayfin.history.connect import without_password
+from rayfin.paths import Storage, write_text
 from rayfin.recommend.answer import Choice, Recommendation
 from rayfin.training import TrialSpec
 
@@ -43,7 +44,7 @@ def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str,
         "train": dump_yaml(base),
         "sweep": dump_yaml(sweep),
         "serve": _serve(base, sweep),
-        "commands": _commands(answer, name),
+        "commands": _commands(answer, base, name),
     }
     try:
         for what, path in files.items():
@@ -56,7 +57,7 @@ def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str,
 
 
 def _anchored(config: Mapping[str, Any], name: str) -> Config:
-    """With local paths absolute: the files may be read from any directory."""
+    """With local paths absolute: the files may be read from any directory, and by others."""
     whole = build_config(dict(config), {})
     spec = TrialSpec.of(whole)
     return whole.model_copy(
@@ -65,6 +66,7 @@ def _anchored(config: Mapping[str, Any], name: str) -> Config:
             "data": spec.data,
             "publish": build_config({"publish": {"name": name}}, {}).publish,
             "storage": str(Path(whole.storage).expanduser().resolve()),
+            "history": whole.history and without_password(whole.history),
         }
     )
 
@@ -100,9 +102,13 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
 def _serve(base: Config, sweep: Config) -> str:
     longest = base.data.max_length
     ranks = [getattr(base.method, "r", 0), *sweep.sweep.parameters.get("method.r", ())]
+    model = base.model.model_dump(mode="json")
+    if base.method.type == "full":  # a model of its own, which lies there once it is trained
+        name = base.publish.name if base.publish else ""
+        model["name"] = str(Storage(Path(base.storage)).adapters / name / "1")
     config = ServeConfig.model_validate(
         {
-            "model": base.model.model_dump(mode="json"),
+            "model": model,
             "engine": {
                 "quantization_bit": base.method.quantization_bit,
                 "max_length": max(256, 2 * longest),
@@ -117,8 +123,17 @@ def _serve(base: Config, sweep: Config) -> str:
     )
 
 
-def _commands(answer: Recommendation, name: str) -> str:
+def _commands(answer: Recommendation, base: Config, name: str) -> str:
     first: Choice = answer.choices[0]
+    notes = ""
+    if base.method.type == "full":
+        notes += (
+            f"\nserve.yaml serves {name}@1, a whole model: name the directory of another there.\n"
+        )
+    if base.history is not None and base.history.startswith("postgres"):
+        notes += (
+            "\nThe history's password is in none of these files: set PGPASSWORD, or ~/.pgpass.\n"
+        )
     settings = "\n".join(f"- `{key}: {value}`" for key, value in first.settings.items())
     reasons = "\n".join(f"- {reason}" for reason in first.reasons)
     risks = "\n".join(f"- {risk}" for risk in first.risks)
@@ -148,4 +163,4 @@ rayfin train train.yaml           # one run, published as {name}
 rayfin sweep sweep.yaml           # {_TRIALS} trials around it; the best is published as {name}
 rayfin serve serve.yaml           # answers as {name}
 ```
-"""
+{notes}"""
