@@ -1,11 +1,14 @@
 """A sweep's first trials: the advisor's, which has seen other tasks, against TPE's and random ones.
 
-python experiments/benchmarks/advisor_sweep.py [--history FILE.jsonl.gz] [--repeats 20] [--quick]
+python experiments/benchmarks/advisor_sweep.py [--history FILE.jsonl.gz] [--leave-out task]
+    [--repeats 20] [--quick]
 
 The trials are those of the reference history: real CPU sweeps over one grid of methods, learning
 rates and ranks or virtual tokens on each task, a model on a data set
 (experiments/reference_history.py ran them). A search is replayed on a task's grid: what it asks for
-is looked up, and nothing is trained again. The advisor has seen all trials but this task's.
+is looked up, and nothing is trained again. The advisor has seen all trials but this task's; with
+--leave-out data, none on the same data, and with --leave-out model, none of the same model. It is
+told of the scenario what a real sweep knows before its first trial.
 
 The figure is the normalised regret after n trials, the mean over tasks and repeats:
 
@@ -21,14 +24,13 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
 from common import print_figure
 
 from rayfin.history import TrialRecord
-from rayfin.recommend.features import COLUMNS, code, row_of
+from rayfin.recommend.features import data_row, model_row, place_codes
 from rayfin.recommend.knowledge import Knowledge, reference_trials
 from rayfin.recommend.loop import SweepAdvisor
 from rayfin.tuning.search import Tried
@@ -70,6 +72,7 @@ Search = Callable[[Task, int], list[int]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--history", type=Path, metavar="FILE", help="default: rayfin's own")
+    parser.add_argument("--leave-out", choices=["task", "data", "model"], default="task")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="3 repeats")
     args = parser.parse_args()
@@ -80,7 +83,8 @@ def main() -> None:
     print(f"{len(tasks)} tasks, {len(records)} trials, {repeats} repeats")
     knowledge = {
         task.name: Knowledge.of(
-            [record for record in records if _task(record) != task.name], reference=False
+            [record for record in records if not _same(record, task, args.leave_out)],
+            reference=False,
         )
         for task in tasks
     }
@@ -117,6 +121,14 @@ def _read(path: Path) -> list[TrialRecord]:
 
 def _task(record: TrialRecord) -> str:
     return f"{record.spec['model']['name']} on {record.spec['data']['path']}"
+
+
+def _same(record: TrialRecord, task: Task, what: str) -> bool:
+    """Whether a trial is of that task, or has its data, or its model."""
+    model, data = _task(record).split(" on ")
+    own_model, own_data = task.name.split(" on ")
+    same_model, same_data = model == own_model, data == own_data
+    return {"task": same_model and same_data, "data": same_data, "model": same_model}[what]
 
 
 def _tasks(records: Sequence[TrialRecord]) -> list[Task]:
@@ -176,11 +188,14 @@ def _point(record: TrialRecord) -> tuple[str, float, int]:
 
 
 def _advisor(task: Task, seed: int, knowledge: Knowledge) -> list[int]:
-    row: dict[str, Any] = row_of(task.records[0]) or {}
-    scenario = {name: value for name, value in row.items() if name not in COLUMNS.setting}
-    advisor = SweepAdvisor(
-        knowledge, scenario | {"group": code(f"replay {seed}")}, "eval_loss", seed=1000 * seed
+    about = task.records[0].scenario
+    profile = {name: about["data"][name] for name in ("rows_train", "source")}
+    scenario = (
+        model_row(about["model"]["identity"], about["model"])
+        | data_row(profile)
+        | place_codes(profile, task.name, otherwise=f"replay {seed}")
     )
+    advisor = SweepAdvisor(knowledge, scenario, "eval_loss", seed=1000 * seed)
     found: list[int] = []
     for _ in range(min(TRIALS, len(task.records))):
         left = [place for place in range(len(task.records)) if place not in found]
