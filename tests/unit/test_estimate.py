@@ -24,8 +24,10 @@ from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import ModelFacts, describe_model, load_base, locate
-from rayfin.recommend.estimate import Estimate, Measured, estimate, flops_per_token, measured_from
+from rayfin.recommend.estimate import Estimate, estimate
+from rayfin.recommend.measured import Measured, measured_from
 from rayfin.recommend.memory import memory_of, teaching_memory, trained_parameters
+from rayfin.recommend.seconds import flops_per_token
 
 TINY = ModelConfig(name="tiny")
 CPU = Hardware("cpu", "x86_64", 0, 16 * 2**30, 2, 16 * 2**30, False)

@@ -14,7 +14,8 @@ from rayfin.cli.settings import add_settings, split_settings
 if TYPE_CHECKING:
     from rayfin.config import Config
     from rayfin.hardware import Hardware
-    from rayfin.recommend.estimate import Estimate, Interval, Measured
+    from rayfin.recommend.estimate import Estimate, Interval
+    from rayfin.recommend.measured import Measured
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(config: Config) -> list[Measured]:
     """The trials of the configuration's history; none where it has not been begun yet."""
-    from rayfin.recommend.estimate import measured_from
+    from rayfin.recommend.measured import measured_from
 
     history = begun_history(config)
     if history is None:

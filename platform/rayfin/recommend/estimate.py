@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
 
-from rayfin.config.method import FullConfig
 from rayfin.config.schema import Config
-from rayfin.errors import ConfigError, RayfinError
+from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
-from rayfin.methods.table import METHODS
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend import memory
-from rayfin.recommend.memory import Device, MemoryParts
+from rayfin.recommend.measured import Lengths, Machine, Measured
+from rayfin.recommend.memory import MemoryParts
 
 if TYPE_CHECKING:
     from rayfin.data import DataProfile
-    from rayfin.history import TrialRecord
 
 _Z80 = 1.2816  # standard deviations to either side of a normal's middle 80 %
 
@@ -35,25 +30,6 @@ _TIME_SPREAD = 0.9
 
 _ABSURD = math.log(30)
 """A row this far from the formula measured something else, or nothing."""
-
-_LARGEST_LEARNING_RATE = 100.0
-"""Nobody meant to run a row with a larger one."""
-
-_PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "T4": 65e12,
-}
-"""Dense 16-bit tensor FLOP/s by what a GPU's name has in it (NVIDIA's data sheets); first fit."""
-_SUSTAINED = 0.3
-"""Share of the peak that training reaches; well-tuned runs 0.3 to 0.5 (arXiv:2204.02311, 4.1)."""
-_CORE_FLOPS = 25e9
-"""float32 FLOP/s of a CPU core: half of what an AVX2 core's matrix products reach."""
-_BLOCK_SECONDS = {"cpu": 1e-2, "cuda": 2e-3}
-"""Of a block, forward and backward, however few its tokens: Python and launches."""
 
 _CUDA_RESERVE = 1 * 2**30
 """Of a GPU's memory: its context and what fragmentation leaves unusable."""
@@ -69,65 +45,6 @@ class Interval:
 
     def times(self, factor: float) -> Interval:
         return Interval(self.low * factor, self.expected * factor, self.high * factor)
-
-
-_Count = Annotated[int, Field(gt=0, lt=10**15)]
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """What of the data decides memory and time; named as in its profile."""
-
-    tokens_per_sample_mean: Annotated[float, Field(gt=0, lt=1e15)]
-    tokens_per_sample_p95: _Count
-    tokens_per_sample_max: _Count
-    completion_share: Annotated[float, Field(gt=0, le=1)]
-
-    @classmethod
-    def of(cls, profile: DataProfile | Lengths) -> Lengths:
-        return cls(*(getattr(profile, field.name) for field in fields(cls)))
-
-    def longest_of(self, samples: int) -> int:
-        """Tokens to expect of the longest of so many samples: a quantile, between those known."""
-        known = (
-            self.tokens_per_sample_mean,
-            self.tokens_per_sample_p95,
-            self.tokens_per_sample_max,
-        )
-        return round(np.interp(samples / (samples + 1), (0.5, 0.95, 1.0), known))
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What of the hardware decides memory and speed."""
-
-    device: Device
-    device_name: str
-    cpu_count: _Count
-
-
-@dataclass(frozen=True)
-class _Scenario:
-    """What is read of a trial's scenario in the history."""
-
-    model: ModelFacts
-    hardware: Machine
-    data: Lengths
-
-
-_SCENARIO = TypeAdapter(_Scenario)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A trial that ran, and what it took; None for what was not measured."""
-
-    config: Config
-    facts: ModelFacts
-    machine: Machine
-    lengths: Lengths
-    peak_memory_bytes: float | None = None
-    seconds_per_step: float | None = None
 
 
 @dataclass(frozen=True)
@@ -175,16 +92,16 @@ def estimate(
     machine = Machine(hardware.device, hardware.device_name, hardware.cpu_count)
     this = Measured(config, facts, machine, lengths)
     alike = [trial for trial in measured if trial.machine.device == hardware.device]
-    parts = _memory(this)
+    parts = this.parts
     peak = _corrected(
         parts.total,
-        [(one.peak_memory_bytes, _memory(one).total, _same(one, this)) for one in alike],
+        [(one.peak_memory_bytes, one.parts.total, _same(one, this)) for one in alike],
         _SPREAD[hardware.device],
     )
     step = _corrected(
-        _step_seconds(this),
+        this.formula_seconds,
         [
-            (one.seconds_per_step, _step_seconds(one), [one.machine == machine, *_same(one, this)])
+            (one.seconds_per_step, one.formula_seconds, [one.machine == machine, *_same(one, this)])
             for one in alike
         ],
         _TIME_SPREAD,
@@ -245,106 +162,3 @@ def _corrected(
     deviation = math.sqrt(variance * (1 + 1 / (1 + weight)))
     low, expected, high = (formula * math.exp(mean + z * deviation) for z in (-_Z80, 0, _Z80))
     return Interval(low, expected, high)
-
-
-def _memory(trial: Measured) -> MemoryParts:
-    train = trial.config.train
-    step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return memory.memory_of(
-        trial.config,
-        trial.facts,
-        device=trial.machine.device,
-        tokens=trial.lengths.longest_of(step * train.max_steps),
-        completion_share=trial.lengths.completion_share,
-    )
-
-
-def _step_seconds(trial: Measured) -> float:
-    """Seconds of an optimizer step by the formula: its FLOPs at the device's usual speed."""
-    train, machine = trial.config.train, trial.machine
-    length = trial.lengths.tokens_per_sample_mean + memory.virtual_tokens(trial.config.method)
-    tokens = train.per_device_train_batch_size * length
-    share = trial.lengths.completion_share
-    flops = tokens * flops_per_token(trial.config, trial.facts, length, share)
-    if machine.device == "cpu":
-        speed = _CORE_FLOPS * machine.cpu_count
-    else:
-        known = (peak for part, peak in _PEAK_FLOPS.items() if part in machine.device_name)
-        speed = _SUSTAINED * next(known, 60e12)  # a guess at any other
-    launches = _BLOCK_SECONDS[machine.device] * trial.facts.num_layers
-    return train.gradient_accumulation_steps * (flops / speed + launches)
-
-
-def flops_per_token(
-    config: Config, facts: ModelFacts, length: float, completion_share: float = 1.0
-) -> float:
-    """FLOPs of a training step for one token in a row of `length` tokens.
-
-    A product takes 2 a weight forward, 2 backward to its inputs, and 2 to its weights where these
-    are trained: 6 a parameter for full fine-tuning, 4 for adapters (Kaplan et al. 2020,
-    arXiv:2001.08361, section 2.1). Attention adds two products with the row; the head runs on
-    tokens with a loss only; recomputed activations are one more forward pass.
-    """
-    head = completion_share * facts.vocab_size * facts.hidden_size
-    attention = 2 * length * facts.num_attention_heads * facts.head_dim * facts.num_layers
-    forward = 2 * (facts.linear_parameters + head + attention)
-    full = isinstance(config.method, FullConfig)
-    passes = (3 if full else 2) + config.train.gradient_checkpointing
-    everywhere = not full and METHODS[config.method.type].trains == "low rank"
-    adapter = memory.trained_parameters(config.method, facts) if everywhere else 0
-    return passes * forward + 6 * adapter
-
-
-def measured_from(records: Iterable[TrialRecord]) -> list[Measured]:
-    """The trials among `records` that tell what they took, each computation once, the first one.
-
-    Left out, whatever is wrong with them: trials that did not end well, that other programs ran,
-    whose row does not hold what was trained, or whose numbers can't be.
-    """
-    found: dict[str, Measured] = {}
-    for record in records:
-        hardware = record.scenario.get("hardware")
-        key = json.dumps([record.spec, hardware], sort_keys=True)
-        if key not in found and (measured := _measured(record)) is not None:
-            found[key] = measured
-    return list(found.values())
-
-
-def _measured(record: TrialRecord) -> Measured | None:
-    if record.status not in ("finished", "stopped") or "source" in record.scenario:
-        return None
-    steps = _positive(record.metrics, "steps")
-    seconds = _positive(record.metrics, "train_seconds")
-    try:
-        scenario = _SCENARIO.validate_python(record.scenario)
-        sections = {name: record.spec[name] for name in ("model", "data", "method", "train")}
-        workers = record.scenario["hardware"].get("num_workers", 1)
-        trial = Measured(
-            config=Config.model_validate({**sections, "scaling": {"num_workers": workers}}),
-            facts=scenario.model,
-            machine=scenario.hardware,
-            lengths=scenario.data,
-            peak_memory_bytes=_positive(record.metrics, "peak_memory_bytes"),
-            seconds_per_step=seconds / steps if seconds and steps else None,
-        )
-        return trial if _credible(trial) else None
-    except (ValidationError, RayfinError, KeyError, ArithmeticError):
-        return None
-
-
-def _credible(trial: Measured) -> bool:
-    sizes = [value for value in asdict(trial.facts).values() if isinstance(value, int)]
-    return (
-        (trial.peak_memory_bytes or trial.seconds_per_step) is not None
-        and trial.config.train.learning_rate <= _LARGEST_LEARNING_RATE
-        and all(0 < size < 10**15 for size in sizes)
-        and 0 < _memory(trial).total < math.inf
-        and 0 < _step_seconds(trial) < math.inf
-    )
-
-
-def _positive(metrics: Mapping[str, Any], name: str) -> float | None:
-    value = metrics.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 < value < 1e300 else None

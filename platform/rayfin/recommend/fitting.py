@@ -11,7 +11,8 @@ from rayfin.config import Config, with_values
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History
 from rayfin.models import describe_model
-from rayfin.recommend.estimate import Estimate, Measured, estimate, measured_from
+from rayfin.recommend.estimate import Estimate, estimate
+from rayfin.recommend.measured import Measured, measured_from
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.space import trial_config
 

@@ -26,9 +26,9 @@ from rayfin.history import History, TrialRecord
 from rayfin.history.record import QUALITY_METRICS
 from rayfin.paths import cache_dir, write_text
 from rayfin.recommend.answer import Basis
-from rayfin.recommend.estimate import Measured, measured_from
 from rayfin.recommend.features import COLUMNS
 from rayfin.recommend.latency import Served, served_from
+from rayfin.recommend.measured import Measured, measured_from
 from rayfin.recommend.process import Parameters
 from rayfin.recommend.quality import Evidence, learned
 from rayfin.recommend.table import Group, TrialTable, groups_of

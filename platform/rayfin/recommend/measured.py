@@ -1,0 +1,164 @@
+"""Trials that tell what they took, as rows of a history hold them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
+
+from rayfin.config.schema import Config
+from rayfin.errors import RayfinError
+from rayfin.models.facts import ModelFacts
+from rayfin.recommend.memory import Device, MemoryParts, memory_of
+from rayfin.recommend.seconds import step_seconds
+
+if TYPE_CHECKING:
+    from rayfin.data import DataProfile
+    from rayfin.history import TrialRecord
+
+_LARGEST_LEARNING_RATE = 100.0
+"""Nobody meant to run a row with a larger one."""
+
+_Count = Annotated[int, Field(gt=0, lt=10**15)]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What of the data decides memory and time; named as in its profile."""
+
+    tokens_per_sample_mean: Annotated[float, Field(gt=0, lt=1e15)]
+    tokens_per_sample_p95: _Count
+    tokens_per_sample_max: _Count
+    completion_share: Annotated[float, Field(gt=0, le=1)]
+
+    @classmethod
+    def of(cls, profile: DataProfile | Lengths) -> Lengths:
+        return cls(*(getattr(profile, field.name) for field in fields(cls)))
+
+    def longest_of(self, samples: int) -> int:
+        """Tokens to expect of the longest of so many samples: a quantile, between those known."""
+        known = (
+            self.tokens_per_sample_mean,
+            self.tokens_per_sample_p95,
+            self.tokens_per_sample_max,
+        )
+        return round(np.interp(samples / (samples + 1), (0.5, 0.95, 1.0), known))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What of the hardware decides memory and speed."""
+
+    device: Device
+    device_name: str
+    cpu_count: _Count
+
+
+@dataclass(frozen=True)
+class _Scenario:
+    """What is read of a trial's scenario in the history."""
+
+    model: ModelFacts
+    hardware: Machine
+    data: Lengths
+
+
+_SCENARIO = TypeAdapter(_Scenario)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A trial that ran, and what it took; None for what was not measured."""
+
+    config: Config
+    facts: ModelFacts
+    machine: Machine
+    lengths: Lengths
+    peak_memory_bytes: float | None = None
+    seconds_per_step: float | None = None
+
+    # The formulas' values are asked for again with every estimate that a trial corrects.
+    @cached_property
+    def parts(self) -> MemoryParts:
+        """Bytes by the formula alone."""
+        train = self.config.train
+        step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        return memory_of(
+            self.config,
+            self.facts,
+            device=self.machine.device,
+            tokens=self.lengths.longest_of(step * train.max_steps),
+            completion_share=self.lengths.completion_share,
+        )
+
+    @cached_property
+    def formula_seconds(self) -> float:
+        """Of a step, by the formula alone."""
+        return step_seconds(
+            self.config,
+            self.facts,
+            **vars(self.machine),
+            tokens=self.lengths.tokens_per_sample_mean,
+            completion_share=self.lengths.completion_share,
+        )
+
+
+def measured_from(records: Iterable[TrialRecord]) -> list[Measured]:
+    """The trials among `records` that tell what they took, each computation once, the first one.
+
+    Left out, whatever is wrong with them: trials that did not end well, that other programs ran,
+    whose row does not hold what was trained, or whose numbers can't be.
+    """
+    found: dict[str, Measured] = {}
+    for record in records:
+        hardware = record.scenario.get("hardware")
+        key = json.dumps([record.spec, hardware], sort_keys=True)
+        if key not in found and (measured := _measured(record)) is not None:
+            found[key] = measured
+    return list(found.values())
+
+
+def _measured(record: TrialRecord) -> Measured | None:
+    if record.status not in ("finished", "stopped") or "source" in record.scenario:
+        return None
+    steps = _positive(record.metrics, "steps")
+    seconds = _positive(record.metrics, "train_seconds")
+    try:
+        scenario = _SCENARIO.validate_python(record.scenario)
+        sections = {name: record.spec[name] for name in ("model", "data", "method", "train")}
+        workers = record.scenario["hardware"].get("num_workers", 1)
+        trial = Measured(
+            config=Config.model_validate({**sections, "scaling": {"num_workers": workers}}),
+            facts=scenario.model,
+            machine=scenario.hardware,
+            lengths=scenario.data,
+            peak_memory_bytes=_positive(record.metrics, "peak_memory_bytes"),
+            seconds_per_step=seconds / steps if seconds and steps else None,
+        )
+        return trial if _credible(trial) else None
+    except (ValidationError, RayfinError, KeyError, ArithmeticError):
+        return None
+
+
+def _credible(trial: Measured) -> bool:
+    sizes = [value for value in asdict(trial.facts).values() if isinstance(value, int)]
+    return (
+        (trial.peak_memory_bytes or trial.seconds_per_step) is not None
+        and trial.config.train.learning_rate <= _LARGEST_LEARNING_RATE
+        and all(0 < size < 10**15 for size in sizes)
+        and 0 < trial.parts.total < math.inf
+        and 0 < trial.formula_seconds < math.inf
+    )
+
+
+def _positive(metrics: Mapping[str, Any], name: str) -> float | None:
+    value = metrics.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if 0 < value < 1e300 else None

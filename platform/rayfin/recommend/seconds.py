@@ -1,0 +1,69 @@
+"""Seconds of a training step by formula: its FLOPs, at the speed that devices usually have."""
+
+from __future__ import annotations
+
+from rayfin.config.method import FullConfig
+from rayfin.config.schema import Config
+from rayfin.methods.table import METHODS
+from rayfin.models.facts import ModelFacts
+from rayfin.recommend import memory
+from rayfin.recommend.memory import Device
+
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "T4": 65e12,
+}
+"""Dense 16-bit tensor FLOP/s by what a GPU's name has in it (NVIDIA's data sheets); first fit."""
+_SUSTAINED = 0.3
+"""Share of the peak that training reaches; well-tuned runs 0.3 to 0.5 (arXiv:2204.02311, 4.1)."""
+_CORE_FLOPS = 25e9
+"""float32 FLOP/s of a CPU core: half of what an AVX2 core's matrix products reach."""
+_BLOCK_SECONDS = {"cpu": 1e-2, "cuda": 2e-3}
+"""Of a block, forward and backward, however few its tokens: Python and launches."""
+
+
+def step_seconds(
+    config: Config,
+    facts: ModelFacts,
+    *,
+    device: Device,
+    device_name: str,
+    cpu_count: int,
+    tokens: float,
+    completion_share: float,
+) -> float:
+    """Of an optimizer step, of samples with so many `tokens` each, where a share has a loss."""
+    length = tokens + memory.virtual_tokens(config.method)
+    flops = config.train.per_device_train_batch_size * length
+    flops *= flops_per_token(config, facts, length, completion_share)
+    if device == "cpu":
+        speed = _CORE_FLOPS * cpu_count
+    else:
+        known = (peak for part, peak in _PEAK_FLOPS.items() if part in device_name)
+        speed = _SUSTAINED * next(known, 60e12)  # a guess at any other
+    launches = _BLOCK_SECONDS[device] * facts.num_layers
+    return config.train.gradient_accumulation_steps * (flops / speed + launches)
+
+
+def flops_per_token(
+    config: Config, facts: ModelFacts, length: float, completion_share: float = 1.0
+) -> float:
+    """FLOPs of a training step for one token in a row of `length` tokens.
+
+    A product takes 2 a weight forward, 2 backward to its inputs, and 2 to its weights where these
+    are trained: 6 a parameter for full fine-tuning, 4 for adapters (Kaplan et al. 2020,
+    arXiv:2001.08361, section 2.1). Attention adds two products with the row; the head runs on
+    tokens with a loss only; recomputed activations are one more forward pass.
+    """
+    head = completion_share * facts.vocab_size * facts.hidden_size
+    attention = 2 * length * facts.num_attention_heads * facts.head_dim * facts.num_layers
+    forward = 2 * (facts.linear_parameters + head + attention)
+    full = isinstance(config.method, FullConfig)
+    passes = (3 if full else 2) + config.train.gradient_checkpointing
+    everywhere = not full and METHODS[config.method.type].trains == "low rank"
+    adapter = memory.trained_parameters(config.method, facts) if everywhere else 0
+    return passes * forward + 6 * adapter
