@@ -92,6 +92,13 @@ def test_find_takes_a_unique_beginning(history, record):
             history.find(absent)
 
 
+def test_a_number_of_hundreds_of_digits_breaks_nothing(history, record):
+    history.put(record(1, metrics={"eval_loss": 2.0, "exact_match": 10**400}))
+    history.put(record(2, metrics={"eval_loss": 1.0, "exact_match": 0.5}))
+    (sweep,) = history.sweeps(metric="exact_match", mode="max")
+    assert (sweep.best_trial_id, sweep.best_value) == ("trial-002", 0.5)
+
+
 def test_sweeps_are_summed_up(history, record):
     history.put(record(2))
     history.put(record(1, metrics={"eval_loss": 3.0, "exact_match": 0.9}))

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rayfin.config import load_config
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
+from rayfin.recommend import fitting
 from rayfin.recommend.fitting import MemoryCheck
+from rayfin.tuning import tune
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.rows import refused, started
+from rayfin.tuning.progress import Progress
+from rayfin.tuning.rows import refused, started, was_refused
 from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.tune import trial_resources
 
 MIB = 2**20
 LONG, SHORT = 1000, 30
@@ -71,13 +77,19 @@ def test_what_cannot_fit_is_refused_and_all_else_is_not(tmp_path: Path, history:
     assert MemoryCheck(history, machine(100_000))(plan, trial_of(plan, 256)) is None
 
 
-def test_a_trial_that_fits_however_long_its_samples_are_is_not_looked_at(tmp_path: Path) -> None:
-    """Neither is the history read, nor the data tokenised: a closed history would be an error."""
+def test_a_trial_that_fits_however_long_its_samples_are_is_not_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither is the history read, nor the data tokenised."""
 
     class Unread(History):
         def trials(self, **_: object) -> list[TrialRecord]:  # type: ignore[override]
             raise AssertionError("the history was read")
 
+    def tokenised(*_: object) -> None:
+        raise AssertionError("the data was tokenised")
+
+    monkeypatch.setattr(fitting, "sampled_profile", tokenised)
     with Unread.open(f"sqlite:///{tmp_path / 'history.sqlite'}") as unread:
         check = MemoryCheck(unread, machine(100_000))
         plan = plan_of(tmp_path)
@@ -99,14 +111,36 @@ def test_no_batch_is_larger_than_the_data(tmp_path: Path, history: History) -> N
     check = MemoryCheck(history, machine(2000))
     few = plan_of(tmp_path, rows=12)
     assert check(few, trial_of(few, 256)) is None
+    held = plan_of(tmp_path, "train.per_device_eval_batch_size=4096", rows=40)
+    assert check(held, trial_of(held, 1)) is None
 
 
-def test_trials_at_the_same_time_share_the_memory(tmp_path: Path, history: History) -> None:
-    check = MemoryCheck(history, machine(8000))
-    alone = plan_of(tmp_path)
-    assert check(alone, trial_of(alone, 256)) is None
-    crowd = plan_of(tmp_path, "sweep.max_concurrent_trials=8")
-    assert check(crowd, trial_of(crowd, 256)) is not None
+@pytest.mark.parametrize(
+    ("concurrent", "trials", "cpus", "running"),
+    [("auto", 8, 16, 1), (8, 8, 16, 8), (8, 8, 2, 2), (8, 1, 16, 1), (3, 8, 16, 3)],
+)
+def test_trials_at_the_same_time_share_the_memory(
+    tmp_path: Path, history: History, concurrent: object, trials: int, cpus: int, running: int
+) -> None:
+    """Those that do run at the same time, as tune.trial_resources has it."""
+    plan = plan_of(
+        tmp_path, f"sweep.max_concurrent_trials={concurrent}", f"sweep.num_samples={trials}"
+    )
+    nodes = [{"CPU": float(cpus)}]
+    assert min(trial_resources(plan.config, nodes)[1], trials) == running
+    trial = trial_of(plan, 256)
+    for room, fits in ((4500 * running, True), (2500 * running, False)):
+        check = MemoryCheck(history, replace(machine(room), cpu_count=cpus))
+        assert (check(plan, trial) is None) is fits
+
+
+def test_trials_share_gpus(tmp_path: Path, history: History) -> None:
+    plan = plan_of(tmp_path, "sweep.max_concurrent_trials=4", "sweep.num_samples=8")
+    two = Hardware("cuda", "NVIDIA A10", 2, 24 * 2**30, 8, 2**36, True)
+    trial = trial_of(plan, 256)
+    assert MemoryCheck(history, two)(plan, trial) is None
+    reason = MemoryCheck(history, replace(two, device_memory=2 * 2**30))(plan, trial)
+    assert reason is not None and "has 1.0 GiB on NVIDIA A10" in reason
 
 
 def test_what_trials_measured_overrules_the_formula(tmp_path: Path, history: History) -> None:
@@ -161,5 +195,35 @@ def test_a_refused_trial_is_a_row_and_a_failure_to_the_search(
     assert asked == [1]
     assert [(row.status, row.metrics, row.directory) for row in rows] == [("oom", {}, None)]
     assert search.done
-    # A resumed sweep knows it, and asks for it no more.
-    assert not HistorySearch(plan, known=[*rows, started(trial_of(plan, 1))]).look_ahead()
+
+
+def test_a_resumed_sweep_judges_anew_what_was_refused(tmp_path: Path, history: History) -> None:
+    """With the same verdict its row stays as it was; what has begun is never refused."""
+    plan = plan_of(tmp_path)
+    trial = trial_of(plan, 256)
+    row = refused(trial, "not started: too large")
+    assert was_refused(row)
+    assert refused(trial, "not started: too large", row) is row
+    other = refused(trial, "not started: much too large", row)
+    assert (other.created_at, other.error) == (row.created_at, "not started: much too large")
+    small = started(trial_of(plan, 1)).updated(
+        status="finished", metrics={"eval_loss": 1.0, "steps": 1}
+    )
+    began = started(trial).updated(metrics={"eval_loss": 2.0, "steps": 1})
+    for unfinished, asked in ((row, ["large"]), (began, [])):
+        verdicts: list[str] = []
+        progress = Progress(Console(quiet=True))
+        progress.begin(plan, [small])
+
+        def refuse(_: PlannedTrial, said: list[str] = verdicts) -> str:
+            said.append("large")
+            return "not started: too large"
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tune, "_cluster_and_tune", lambda _: nullcontext())
+            patch.setattr(tune, "_fit", lambda *_: None)
+            tune.run_trials(
+                plan, history, known=[small], unfinished=[unfinished], first=(), advisor=None,
+                refuse=refuse, rerun=False, cluster=None, progress=progress,
+            )  # fmt: skip
+        assert verdicts == asked

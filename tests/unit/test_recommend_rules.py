@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -149,5 +150,11 @@ def test_the_memory_of_this_machines_gpu_is_found(
     monkeypatch: pytest.MonkeyPatch, known: dict[str, Any], memory: float | None
 ) -> None:
     machine = Hardware("cuda", "NVIDIA A10", 1, 24 * 2**30, 8, 2**36, True)
-    monkeypatch.setattr(scenarios, "describe_hardware", lambda _: machine)
+    cpu = replace(machine, device="cpu", device_count=0)
+    monkeypatch.setattr(scenarios, "describe_hardware", lambda use_gpu: machine if use_gpu else cpu)
     assert Scenario.detect(**known).gpu_memory_gb == memory
+
+
+def test_a_gpu_that_is_not_here_may_be_described() -> None:
+    found = Scenario.detect(use_gpu=True, hardware="multi_gpu", num_gpus=8)
+    assert (found.hardware, found.num_gpus) == ("multi_gpu", 8)

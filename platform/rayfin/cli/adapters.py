@@ -213,12 +213,11 @@ def _brief(metrics: Any) -> str:
     """The figures people compare, of those that are there."""
     if not isinstance(metrics, dict):
         return ""
+
+    from rayfin.history.record import finite
+
     figures = ((name, metrics.get(name)) for name in ("eval_loss", "exact_match"))
-    return "\n".join(f"{name} {value:.4g}" for name, value in figures if _number(value))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return "\n".join(f"{name} {value:.4g}" for name, value in figures if finite(value) is not None)
 
 
 def _leaves(value: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:

@@ -10,11 +10,11 @@ from rayfin.config import Config, Space
 from rayfin.evaluation.quantities import (
     COSTS,
     QUANTITIES,
-    finite,
     setting,
     show_setting,
     unit_for,
 )
+from rayfin.history.record import finite
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayfin.evaluation.quantities import finite, setting
+from rayfin.evaluation.quantities import setting
+from rayfin.history.record import finite
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rayfin.history.record import finite
+
 MISSING = "–"
 
 
@@ -41,13 +43,6 @@ _UNITS: dict[str, tuple[tuple[float, str, float], ...]] = {
     "share": ((0, "%", 0.01),),
     "number": ((0, "", 1),),
 }
-
-
-def finite(value: Any) -> float | None:
-    """`value` as a float, or None for what is missing, not a number, NaN or infinite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def unit_for(name: str, values: Iterable[float]) -> tuple[str, float]:

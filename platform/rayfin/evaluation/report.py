@@ -30,13 +30,13 @@ from rayfin.evaluation.quantities import (
     MISSING,
     QUANTITIES,
     SCORES,
-    finite,
     setting,
     show_number,
     show_quantity,
     show_seconds,
     show_setting,
 )
+from rayfin.history.record import finite
 from rayfin.paths import Storage, write_text
 
 if TYPE_CHECKING:

@@ -67,10 +67,13 @@ def shown(url: URL) -> str:
 
 
 def without_password(url: str) -> str:
-    """The URL of a history to be kept in a file: libpq takes the password from elsewhere."""
+    """The URL of a history, to be kept in a file that is read from any directory.
+
+    libpq takes the password from elsewhere.
+    """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
-        return url
+        return shown(parsed)
     query = {name: v for name, v in parsed.query.items() if not _SECRET.fullmatch(name)}
     # Not parsed.set(password=None), which leaves it as it is.
     place = (parsed.host, parsed.port, parsed.database)

@@ -26,8 +26,8 @@ from pydantic import ValidationError
 
 from rayfin.config import METHOD_CONFIGS, DataConfig, ModelConfig, Section, TrainConfig
 from rayfin.errors import HistoryError
-from rayfin.history.foreign import finite, imported, method_name, parse_time, ran_out_of_memory
-from rayfin.history.record import QUALITY_METRICS, Status, TrialRecord
+from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
+from rayfin.history.record import QUALITY_METRICS, Status, TrialRecord, finite
 
 _SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
@@ -147,7 +147,7 @@ def _row(path: Path, columns: list[tuple[str, str]], cells: list[str], at: datet
     for (name, target), text in given.items():
         if target == "extra":
             value = _plain(text)
-            if finite(value):
+            if finite(value) is not None:
                 metrics.setdefault("extra", {})[name] = value
             elif isinstance(value, str):
                 spec.setdefault("extra", {})[name] = value

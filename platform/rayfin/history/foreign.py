@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -34,11 +33,6 @@ def method_name(name: str) -> str:
 
 def ran_out_of_memory(message: str) -> bool:
     return "out of memory" in message.lower() or "outofmemory" in message.lower()
-
-
-def finite(value: Any) -> bool:
-    """Whether `value` is a number that a record can hold."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def parse_time(text: str) -> datetime:

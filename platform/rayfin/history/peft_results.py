@@ -19,8 +19,8 @@ from typing import Any
 
 from rayfin.config import METHOD_CONFIGS
 from rayfin.errors import HistoryError
-from rayfin.history.foreign import finite, imported, method_name, parse_time, ran_out_of_memory
-from rayfin.history.record import Status, TrialRecord
+from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
+from rayfin.history.record import Status, TrialRecord, finite
 
 _TRAIN = {
     "batch_size": "per_device_train_batch_size",
@@ -176,8 +176,12 @@ def _scenario(
 def _metrics(train: Mapping[str, Any]) -> dict[str, Any]:
     points = train.get("metrics") or []
     last = {key: value for point in points[-2:] for key, value in point.items()}
-    seconds = [point["train time"] for point in points if finite(point.get("train time"))]
-    speeds = [point["tokens / sec"] for point in points if finite(point.get("tokens / sec"))]
+    seconds = [
+        point["train time"] for point in points if finite(point.get("train time")) is not None
+    ]
+    speeds = [
+        point["tokens / sec"] for point in points if finite(point.get("tokens / sec")) is not None
+    ]
     metrics = {
         "exact_match": last.get("test accuracy", last.get("valid accuracy")),
         "eval_loss": last.get("test loss", last.get("eval loss")),
@@ -191,14 +195,18 @@ def _metrics(train: Mapping[str, Any]) -> dict[str, Any]:
         "trainable_parameters": train.get("num_trainable_params"),
         "adapter_bytes": train.get("file_size"),
     }
-    return {name: value for name, value in metrics.items() if finite(value)}
+    return {name: value for name, value in metrics.items() if finite(value) is not None}
 
 
 def _curve(train: Mapping[str, Any]) -> list[dict[str, Any]]:
     # The last point repeats the step with the test set's figures, which are the metrics.
     points = [point for point in train.get("metrics") or [] if "test accuracy" not in point]
     return [
-        {ours: point[theirs] for theirs, ours in _CURVE.items() if finite(point.get(theirs))}
+        {
+            ours: point[theirs]
+            for theirs, ours in _CURVE.items()
+            if finite(point.get(theirs)) is not None
+        }
         for point in points
     ]
 
@@ -213,7 +221,7 @@ def _status(train: Mapping[str, Any], message: str) -> tuple[Status, str | None]
     if status == "finished":
         losses = [point.get("train loss") for point in train.get("metrics") or []]
         # NaN and infinity are floats that `finite` refuses.
-        if losses and isinstance(losses[-1], float) and not finite(losses[-1]):
+        if losses and isinstance(losses[-1], float) and finite(losses[-1]) is None:
             return "failed", f"diverged: train loss is {losses[-1]}"
         return "finished", None
     return status, message or str(word)

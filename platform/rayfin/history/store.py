@@ -13,7 +13,7 @@ from sqlalchemy import URL, Connection, Engine, Row, Select, extract, func, sele
 
 from rayfin.errors import HistoryError, did_you_mean
 from rayfin.history.connect import connect, lock_writers, parse_url, shown, translated, writing
-from rayfin.history.record import STATUSES, Status, TrialRecord
+from rayfin.history.record import STATUSES, Status, TrialRecord, finite
 from rayfin.history.tables import TRIALS
 
 
@@ -171,9 +171,10 @@ class History:
         return found[0] if found else None
 
     def mark(self) -> tuple[int, str, str, int]:
-        """What changes whenever a trial does: how many there are, when the first one started, when
-        the last one changed, and the sum of the seconds at which they did: merged older ones
-        change it, too.
+        """What changes when trials do: how many there are, when the first one started, when the
+        last one changed, and the sum of the seconds at which they did, for merged older ones.
+
+        Not for a row that is merged in another's place with the same time of its change.
         """
         changed = TRIALS.c.updated_at
         query = select(
@@ -259,9 +260,9 @@ def _summary(
 ) -> SweepSummary:
     counts = Counter(row.status for row in rows)
     measured = [
-        (float(value), row.trial_id)
+        (value, row.trial_id)
         for row in rows
-        if row.status == "finished" and isinstance(value := row.metrics.get(metric), int | float)
+        if row.status == "finished" and (value := finite(row.metrics.get(metric))) is not None
     ]
     pick = min if mode == "min" else max
     value, trial_id = pick(measured, key=lambda pair: pair[0]) if measured else (None, None)

@@ -151,7 +151,8 @@ def _columns(place: Place, evidence: quality.Evidence) -> dict[str, float]:
 def _rows(options: Sequence[Candidate], scenario: Mapping[str, float]) -> Array:
     rows = []
     for option in options:
-        setting = setting_row(option.config.model_dump(mode="json"))
+        workers = option.config.scaling.num_workers
+        setting = setting_row(option.config.model_dump(mode="json"), workers)
         assert setting is not None  # a configuration that passed its checks
         values = {**scenario, **setting}
         rows.append([values[name] for name in COLUMNS.names])
@@ -297,7 +298,7 @@ def _deployment(option: Candidate, scenario: Scenario, rule: Rule) -> str:
     if option.config.method.quantization_bit == 4:
         return "beside other adapters on the 4-bit base (engine.quantization_bit=4)"
     if scenario.latency == "strict" and method.merging:
-        return "merged into the base model (rayfin export), or an adapter in a shared deployment"
+        return "merged into its base model, or an adapter in a shared deployment"
     return "an adapter in a shared deployment, switched per request"
 
 

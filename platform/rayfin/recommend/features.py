@@ -9,6 +9,7 @@ from typing import Any
 
 from rayfin.config import METHOD_CONFIGS
 from rayfin.history import TrialRecord
+from rayfin.history.record import finite
 from rayfin.recommend.names import facts_from_name
 from rayfin.recommend.practice import learning_rate
 from rayfin.recommend.process import Columns
@@ -82,8 +83,10 @@ def code(text: str) -> float:
     return float(zlib.crc32(text.encode(errors="replace")))
 
 
-def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
+def setting_row(spec: Mapping[str, Any], workers: Any = 1) -> dict[str, float] | None:
     """The columns of a trial's setting; None where no trial can have run with it.
+
+    Each of its `workers` takes a batch of its own.
 
     A learning rate of 1e308 or a rank of -3 is no setting but a mistake in a table.
     """
@@ -108,7 +111,7 @@ def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
         "scaling": _log(2, alpha / capacity**power if capacity > 0 else NAN),
         "dropout": dropout,
         "targets": _targets(method.get("target_modules")),
-        "samples_per_step": _log(2, samples),
+        "samples_per_step": _log(2, samples * max(1.0, _number(workers))),
         "steps": _log(2, _number(train.get("max_steps"))),
         "method_x": place[0],
         "method_y": place[1],
@@ -167,15 +170,13 @@ def model_name(spec: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
 
 def row_of(record: TrialRecord) -> dict[str, float] | None:
     """All columns of a trial; None where its setting is none."""
-    setting = setting_row(record.spec)
+    workers = _section(record.scenario, "hardware").get("num_workers", 1)
+    setting = setting_row(record.spec, workers)
     if setting is None:
         return None
     steps = _number(record.metrics.get("steps"))
     if record.status == "stopped" and steps > 0:
         setting["steps"] = _log(2, steps)  # so far it went, and so good it was by then
-    workers = _number(_section(record.scenario, "hardware").get("num_workers", 1))
-    if workers >= 1:  # each takes a batch of its own
-        setting["samples_per_step"] += _log(2, workers)
     name, profile = model_name(record.spec, record.scenario), _section(record.scenario, "data")
     otherwise = str(_section(record.spec, "data").get("path") or record.sweep_id)
     return (
@@ -201,13 +202,13 @@ def _targets(modules: Any) -> float:
 
 def _number(value: Any) -> float:
     """A finite number, else NaN: a record may hold anything."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return NAN
-    try:
-        number = float(value)
-    except OverflowError:
-        return NAN
-    return number if math.isfinite(number) else NAN
+    found = finite(value)
+    return NAN if found is None else found
+
+
+def octaves(value: Any) -> float:
+    """Base-2 logarithm of a positive number; NaN for anything else."""
+    return _log(2, _number(value))
 
 
 def _within(value: Any, least: float, most: float) -> float | None:

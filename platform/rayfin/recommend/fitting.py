@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from functools import cached_property
@@ -36,15 +37,25 @@ class MemoryCheck:
         """`hardware`: where the trials run; this machine's if it is not given."""
         self._history, self._hardware = history, hardware
         self._profiles: dict[tuple[object, object], DataProfile] = {}
+        # Every trial asks, and a model of the hub answers over the network.
+        self._facts = functools.cache(describe_model)
 
     def __call__(self, plan: SweepPlan, trial: PlannedTrial) -> str | None:
         config = trial_config(plan.config, trial.values)
         corpus = plan.corpus(config.data)
         # No batch is larger than the data.
-        batch = min(config.train.per_device_train_batch_size, max(1, len(corpus.train)))
-        config = with_values(config, {"train.per_device_train_batch_size": batch})
-        hardware = _share(self._hardware or describe_hardware(config.scaling.use_gpu), config)
-        facts = describe_model(config.model)
+        batches = {
+            "train.per_device_train_batch_size": len(corpus.train),
+            "train.per_device_eval_batch_size": len(corpus.eval),
+        }
+        sizes = config.train.model_dump()
+        config = with_values(
+            config,
+            {name: min(sizes[name.partition(".")[2]], most) for name, most in batches.items()},
+        )
+        self._hardware = self._hardware or describe_hardware(plan.config.scaling.use_gpu)
+        hardware = _share(self._hardware, config)
+        facts = self._facts(config.model)
         if estimate(config, facts, hardware).fits is True:
             return None
         found = estimate(
@@ -80,11 +91,16 @@ def sampled_profile(config: Config, corpus: Corpus) -> DataProfile:
 
 
 def _share(hardware: Hardware, config: Config) -> Hardware:
-    """What one trial has of `hardware`, beside those that run at the same time."""
+    """What one trial has of `hardware`, beside those that run at the same time.
+
+    So many as `rayfin.tuning.tune.trial_resources` lets run on one machine.
+    """
     concurrent = config.sweep.max_concurrent_trials
     if concurrent == "auto":  # one a device
         return hardware
-    sharing = math.ceil(concurrent / max(1, hardware.device_count))
+    places = hardware.cpu_count if hardware.device == "cpu" else concurrent
+    running = min(concurrent, config.sweep.num_samples, places)
+    sharing = math.ceil(running / max(1, hardware.device_count))
     return replace(hardware, device_memory=hardware.device_memory // sharing)
 
 

@@ -22,7 +22,14 @@ from rayfin.history import History
 from rayfin.models import describe_model
 from rayfin.recommend import quality
 from rayfin.recommend.advisor import LEARNED
-from rayfin.recommend.features import COLUMNS, data_row, model_row, place_codes, setting_row
+from rayfin.recommend.features import (
+    COLUMNS,
+    data_row,
+    model_row,
+    octaves,
+    place_codes,
+    setting_row,
+)
 from rayfin.recommend.knowledge import Knowledge, knowledge_of
 from rayfin.recommend.process import Array, Observations, Parameters, Process
 from rayfin.recommend.table import charges_of
@@ -151,8 +158,7 @@ class SweepAdvisor:
         own = [one for one in ended if not one.recalled]
         rows = self._rows([one.spec for one in own])
         # A trial that was stopped early was so good by then.
-        steps = [math.log2(one.steps) if one.steps else math.nan for one in own]
-        rows[:, _STEPS] = np.fmin(rows[:, _STEPS], steps)
+        rows[:, _STEPS] = np.fmin(rows[:, _STEPS], [octaves(one.steps) for one in own])
         values = np.array([np.nan if one.value is None else one.value for one in own])
         charges = charges_of(values, self._metric) if len(own) > 1 else None
         return (rows[:0], values[:0]) if charges is None else (rows, charges)

@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from rayfin.config.schema import Config
 from rayfin.errors import RayfinError
+from rayfin.history.record import finite
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend.memory import Device, MemoryParts, memory_of
 from rayfin.recommend.seconds import step_seconds
@@ -158,7 +159,5 @@ def _credible(trial: Measured) -> bool:
 
 
 def _positive(metrics: Mapping[str, Any], name: str) -> float | None:
-    value = metrics.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if 0 < value < 1e300 else None
+    value = finite(metrics.get(name))
+    return value if value is not None and 0 < value < 1e300 else None

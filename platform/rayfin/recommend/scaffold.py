@@ -104,8 +104,7 @@ def _serve(base: Config, sweep: Config) -> str:
     ranks = [getattr(base.method, "r", 0), *sweep.sweep.parameters.get("method.r", ())]
     model = base.model.model_dump(mode="json")
     if base.method.type == "full":  # a model of its own, which lies there once it is trained
-        name = base.publish.name if base.publish else ""
-        model["name"] = str(Storage(Path(base.storage)).adapters / name / "1")
+        model["name"] = str(_next_version(base))
     config = ServeConfig.model_validate(
         {
             "model": model,
@@ -121,6 +120,13 @@ def _serve(base: Config, sweep: Config) -> str:
     return yaml.safe_dump(
         config.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True
     )
+
+
+def _next_version(base: Config) -> Path:
+    """Where the adapter, or the whole model, that is trained next will lie."""
+    versions = Storage(Path(base.storage)).adapters / (base.publish.name if base.publish else "")
+    numbers = [int(path.name) for path in versions.glob("*") if path.name.isdecimal()]
+    return versions / str(max(numbers, default=0) + 1)
 
 
 def _commands(answer: Recommendation, base: Config, name: str) -> str:

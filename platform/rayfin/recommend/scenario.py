@@ -89,10 +89,12 @@ class Scenario:
                 f"a scenario has no '{unknown[0]}'; it has {', '.join(cls.__dataclass_fields__)}"
             )
         found: dict[str, Any] = {}
-        machine = describe_hardware(use_gpu)
         if "hardware" not in known:
+            machine = describe_hardware(use_gpu)
             found["num_gpus"] = known.get("num_gpus", machine.device_count)
             found["hardware"] = hardware_class(found["num_gpus"])
+        else:  # another machine may be meant; of its GPUs nothing else tells, this one's do
+            machine = describe_hardware(use_gpu=False if known["hardware"] == "cpu" else "auto")
         if machine.device == "cuda" and (found | known)["hardware"] != "cpu":
             found["gpu_memory_gb"] = machine.device_memory / _GIB
         if model is not None:

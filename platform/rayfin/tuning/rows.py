@@ -53,9 +53,20 @@ def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
     )
 
 
-def refused(planned: PlannedTrial, reason: str, created_at: datetime | None = None) -> TrialRecord:
-    """The row of a trial that was not started, as it would run out of memory."""
+def refused(planned: PlannedTrial, reason: str, before: TrialRecord | None = None) -> TrialRecord:
+    """The row of a trial that was not started, as it would run out of memory.
+
+    `before`: its row in the sweep that is resumed.
+    """
+    if before is not None and before.error == reason:
+        return before
+    created_at = before.created_at if before is not None else None
     return started(planned, created_at).updated(status="oom", error=reason, directory=None)
+
+
+def was_refused(row: TrialRecord) -> bool:
+    """Whether it was never started; another machine, or a longer history, may judge it anew."""
+    return row.status == "oom" and row.directory is None and not row.metrics
 
 
 def sweep_of(planned: PlannedTrial) -> str:

@@ -134,6 +134,7 @@ class HistorySearch:
             return
         if value is not None and not math.isfinite(value):
             value = None
+        steps = None if value is None else steps
         self._end(asked, Tried(self._running.pop(name), value, steps))
 
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
@@ -150,8 +151,8 @@ class HistorySearch:
             spec = trial.spec.model_dump(mode="json")  # the record's own may say it differently
             if record.status == "finished":
                 self._end(asked, Tried(spec, float(record.metrics[self.metric]), recalled=True))
-            else:
-                self._end(asked, Tried(spec, None))
+            else:  # it says nothing of what such a setting is worth
+                self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         return None
 
     def _end(self, asked: optuna.Trial, tried: Tried) -> None:
@@ -237,7 +238,7 @@ class HistorySearch:
             value = None
         recalled = "recalled_from" in record.scenario
         number = None if value is None else float(value)
-        steps = record.metrics.get("steps")
+        steps = None if number is None else record.metrics.get("steps")
         self._ended.append(Tried(record.spec, number, steps, recalled=recalled))
         if point is None or value is None:
             return

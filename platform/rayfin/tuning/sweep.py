@@ -19,6 +19,7 @@ from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
+from rayfin.tuning.rows import was_refused
 from rayfin.tuning.search import Advisor
 from rayfin.tuning.space import Values, check_space, values_in, variants
 
@@ -130,7 +131,8 @@ def _run(
     progress: Progress,
 ) -> SweepResult:
     config = plan.config
-    known = [row for row in rows if row.status in _ENDED]
+    # A trial that was refused is judged again, in its turn.
+    known = [row for row in rows if row.status in _ENDED and not was_refused(row)]
     completed = True
     progress.begin(plan, known)
     try:
@@ -141,7 +143,7 @@ def _run(
                 plan,
                 history,
                 known=known,
-                interrupted=[row for row in rows if row.status not in _ENDED],
+                unfinished=[row for row in rows if row not in known],
                 first=first,
                 advisor=advisor,
                 refuse=None if refuse is None else functools.partial(refuse, plan),

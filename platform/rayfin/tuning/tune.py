@@ -18,7 +18,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
-from rayfin.tuning.rows import recalled, refused, usable
+from rayfin.tuning.rows import recalled, refused, usable, was_refused
 from rayfin.tuning.search import Advisor, HistorySearch
 from rayfin.tuning.space import Values, values_in
 
@@ -28,7 +28,7 @@ def run_trials(
     history: History,
     *,
     known: Sequence[TrialRecord],
-    interrupted: Sequence[TrialRecord],
+    unfinished: Sequence[TrialRecord],
     first: Sequence[Values],
     advisor: Advisor | None,
     refuse: Callable[[PlannedTrial], str | None] | None,
@@ -36,19 +36,26 @@ def run_trials(
     cluster: str | None,
     progress: Progress,
 ) -> bool:
-    """Runs what `known` lacks of the sweep, the interrupted trials first; False after Ctrl-C."""
+    """Runs what `known` lacks of the sweep, the interrupted trials first; False after Ctrl-C.
+
+    `unfinished`: the rows of trials that were interrupted, and of those that were refused.
+    """
     _quiet_tune()
     config = plan.config
-    created = {row.trial_id: row.created_at for row in interrupted}
-    recorder = Recorder(history, progress.update, created)
+    before = {row.trial_id: row for row in unfinished}
+    interrupted = [row for row in unfinished if not was_refused(row)]
+    begun = {row.trial_id: row.created_at for row in interrupted}
+    recorder = Recorder(history, progress.update, begun)
 
     def without_training(trial: PlannedTrial) -> TrialRecord | None:
         """The row of a trial that the history answers, or that can't run here."""
         earlier = None if rerun else usable(history, trial, config.sweep.metric)
         if earlier is not None:
             row = recalled(trial, earlier)
+        elif trial.trial_id in begun:  # and so it fits
+            return None
         elif refuse is not None and (reason := refuse(trial)) is not None:
-            row = refused(trial, reason, created.get(trial.trial_id))
+            row = refused(trial, reason, before.get(trial.trial_id))
         else:
             return None
         recorder.put(row)
