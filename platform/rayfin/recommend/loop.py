@@ -10,7 +10,7 @@ those that still run count with what they may come to.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,12 @@ from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.search import Tried
 from rayfin.tuning.space import drawn, trial_config
 
-_PAST_ODDS = 3.0
-"""How much likelier the past is taken to hold than not, before the sweep's first trial."""
+_PAST_ODDS, _HALVED_AFTER = 6.0, 2.0
+"""How much likelier the past is taken to hold than not, before the sweep's first trial, and own
+trials after which that is half: what a right past knows is found by then."""
 _SPREADS = (1.0, 2.0, 4.0, 8.0, 16.0)
+_LEAST_SHARE = 0.01
+"""Views that are less likely than this are not asked."""
 _AXES = {
     *("train.learning_rate", "train.per_device_train_batch_size", "train.max_steps"),
     *("train.gradient_accumulation_steps", "method.type", "method.r", "method.target_r"),
@@ -126,12 +129,13 @@ class SweepAdvisor:
         # The ended ones as whole trials: what counts is what such a setting comes to.
         taken = self._rows([*(one.spec for one in ended), *running])
         known, charges = self._charges(ended)
-        past = _best_spread(self._past, known, charges)
-        fresh = _best_spread(_fresh(), known, charges)
-        weight = self._weight(past.likelihood - fresh.likelihood)
+        views = _views(_fresh(), known, charges)
+        if len(self._past.observations):
+            odds = _PAST_ODDS / (1.0 + len(known) / _HALVED_AFTER)
+            views += _views(self._past, known, charges, math.log(odds))
         seed = 10_000 * self._seed + len(taken)  # a resumed sweep draws as a whole one does
         gain = np.zeros(len(rows))
-        for view, share in ((past, weight), (fresh, 1.0 - weight)):
+        for view, share in _shares(views):
             draws = quality.draws(view.process, np.concatenate([rows, taken]), seed=seed)
             best = draws[:, len(rows) :].min(axis=1, initial=1.0)
             better = np.maximum(best[:, None] - draws[:, : len(rows)], 0.0).mean(axis=0)
@@ -139,16 +143,6 @@ class SweepAdvisor:
             better -= 1e-6 * draws[:, : len(rows)].mean(axis=0)
             gain += share * view.multiple * better
         return int(gain.argmax())
-
-    def _weight(self, odds: float) -> float:
-        """How likely it is, after the sweep's own trials, that the past holds for it.
-
-        `odds`: logarithm of how much likelier the past makes them.
-        """
-        if not len(self._past.observations):
-            return 0.0
-        odds += math.log(_PAST_ODDS)
-        return 1.0 / (1.0 + math.exp(-min(max(odds, -50.0), 50.0)))
 
     def _charges(self, ended: Sequence[Tried]) -> tuple[Array, Array]:
         """The sweep's own trials, as rows and charges; none before they can be compared.
@@ -178,27 +172,36 @@ def _fresh() -> Process:
 
 @dataclass(frozen=True)
 class _View:
-    """A process that has seen the sweep's own trials."""
+    """A process that has seen the sweep's own trials, and what it takes their spread to be."""
 
     process: Process
     likelihood: float
-    """Of those trials before they were seen, as a logarithm."""
+    """Of those trials before they were seen, and of the view itself, as a logarithm."""
     multiple: float
     """Of the spread that they have shown so far: what a charge of 1 is taken to be."""
 
 
-def _best_spread(process: Process, rows: Array, charges: Array) -> _View:
-    """`process` with the sweep's own trials in it.
+def _views(process: Process, rows: Array, charges: Array, odds: float = 0.0) -> list[_View]:
+    """`process` with the sweep's own trials in it, and how likely they made each view of them.
 
-    The worst that they could come to has not been seen yet: the spread of their scores is taken to
-    be that multiple of what it is so far under which they are likeliest.
+    The worst that they could come to has not been seen yet: the spread of their scores may be any
+    multiple of what it is so far. `odds`: logarithm of how likely the process is beside others.
     """
     if not len(charges):
-        return _View(process, 0.0, 1.0)
+        return [_View(process, odds, 1.0)]
     before = process.evidence()
     views = []
     for multiple in _SPREADS:
         with_own = quality.joined(process, quality.observed(rows, charges / multiple))
         likelihood = with_own.evidence() - before - len(charges) * math.log(multiple)
-        views.append(_View(with_own, likelihood, multiple))
-    return max(views, key=lambda view: view.likelihood)
+        views.append(_View(with_own, odds + likelihood, multiple))
+    return views
+
+
+def _shares(views: Sequence[_View]) -> Iterator[tuple[_View, float]]:
+    """Each view that counts, with its probability."""
+    most = max(view.likelihood for view in views)
+    weights = [math.exp(view.likelihood - most) for view in views]
+    for view, weight in zip(views, weights, strict=True):
+        if (share := weight / sum(weights)) >= _LEAST_SHARE:
+            yield view, share
