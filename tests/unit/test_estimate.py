@@ -24,6 +24,7 @@ from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import ModelFacts, describe_model, load_base, locate
+from rayfin.recommend import knowledge
 from rayfin.recommend.estimate import Estimate, estimate
 from rayfin.recommend.measured import Measured, measured_from
 from rayfin.recommend.memory import memory_of, teaching_memory, trained_parameters
@@ -573,6 +574,22 @@ def run(*arguments: str) -> int:
 SMALL = ("model.name=tiny", "data.path=pydocs", "data.max_samples=40", "method.type=lora")
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the trials that come with rayfin."""
+    monkeypatch.setattr(knowledge, "_reference", lambda: b"")
+
+
+def test_trials_that_come_with_rayfin_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*SMALL, f"storage={tmp_path / 'runs'}", "--json", "scaling.use_gpu=false") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["near_trials"] > 10
+    assert found["memory"]["high"] < 2 * found["memory"]["low"]
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_command_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storage = tmp_path / "runs"
     assert run(*SMALL, f"storage={storage}", "--json", "--price-per-hour", "3") == 0
@@ -583,6 +600,7 @@ def test_the_command_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not storage.exists()
 
 
+@pytest.mark.usefixtures("alone")
 def test_the_command_reads_the_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"sqlite:///{tmp_path / 'h.sqlite'}"
     here = describe_model(TINY)

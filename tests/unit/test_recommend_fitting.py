@@ -15,7 +15,7 @@ from rayfin.config import load_config
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
-from rayfin.recommend import fitting
+from rayfin.recommend import fitting, knowledge
 from rayfin.recommend.fitting import MemoryCheck
 from rayfin.tuning import tune
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
@@ -25,6 +25,14 @@ from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.tune import trial_resources
 
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the trials that come with rayfin, the formulas are what they are."""
+    monkeypatch.setattr(knowledge, "_reference", lambda: b"")
+
+
 LONG, SHORT = 1000, 30
 """Characters of a sample, which the tiny model takes for tokens."""
 

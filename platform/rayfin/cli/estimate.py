@@ -65,14 +65,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(config: Config) -> list[Measured]:
-    """The trials of the configuration's history; none where it has not been begun yet."""
-    from rayfin.recommend.measured import measured_from
+    """The trials of the configuration's history, and those that come with rayfin."""
+    from rayfin.recommend.knowledge import measured_trials
 
     history = begun_history(config)
     if history is None:
-        return []
+        return measured_trials(None)
     with history:
-        return measured_from(history.trials(newest_first=True))
+        return measured_trials(history)
 
 
 def _print(config: Config, found: Estimate, hardware: Hardware) -> None:

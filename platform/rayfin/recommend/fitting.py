@@ -13,7 +13,8 @@ from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History
 from rayfin.models import describe_model
 from rayfin.recommend.estimate import Estimate, estimate
-from rayfin.recommend.measured import Measured, measured_from
+from rayfin.recommend.knowledge import measured_trials
+from rayfin.recommend.measured import Measured
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.space import trial_config
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 _SAMPLES = 2000
 """Samples that are tokenised: enough to tell how long they are."""
-_NEWEST = 2000
-"""Trials of the history that are looked at."""
 
 
 class MemoryCheck:
@@ -69,7 +68,7 @@ class MemoryCheck:
 
     @cached_property
     def _measured(self) -> list[Measured]:
-        return measured_from(self._history.trials(newest_first=True, limit=_NEWEST))
+        return measured_trials(self._history)
 
     def _profile(self, config: Config, corpus: Corpus) -> DataProfile:
         key = (config.data, config.model)

@@ -40,6 +40,8 @@ LEARNED = "reference.json"
 _MEASURED_EACH = 12
 """Trials of a model, method and device whose time and memory are kept."""
 _MEASURED = 600
+_NEWEST = 2000
+"""Trials that an estimate looks at."""
 _GROWN = 1.25
 _FORMAT = 2
 """Of what is kept: one more whenever the same trials would make other columns."""
@@ -118,6 +120,12 @@ def reference_trials() -> Iterator[TrialRecord]:
     packed = _reference()
     for line in gzip.decompress(packed).splitlines() if packed else ():
         yield TrialRecord.parse(json.loads(line))
+
+
+def measured_trials(history: History | None) -> list[Measured]:
+    """What the newest trials of a history took, and those that come with rayfin."""
+    newest = [] if history is None else history.trials(newest_first=True, limit=_NEWEST)
+    return measured_from([*newest, *reference_trials()])
 
 
 def _reference() -> bytes:
