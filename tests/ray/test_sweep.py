@@ -137,4 +137,9 @@ def test_a_trial_that_cannot_fit_is_not_started(lab: Any) -> None:
 
     again = lab.rayfin("sweep", *settings, "--resume")
     assert again.end() == 0, again.err
-    assert lab.rows() == [large, small]
+    judged, unchanged = lab.rows()
+    assert unchanged == small
+    # By a history that has grown the estimate is another, and so is the reason.
+    assert (judged.trial_id, judged.status) == (large.trial_id, "oom")
+    assert judged.created_at == large.created_at and judged.directory is None
+    assert (judged.error or "").startswith("not started: by the estimate it needs")

@@ -126,7 +126,7 @@ class TrialRecord(BaseModel):
             )
         if self.status == "finished":
             allowed = QUALITY_METRICS if self.scenario.get("source") else ("eval_loss",)
-            if not any(finite(self.metrics.get(name)) is not None for name in allowed):
+            if not any(_is_number(self.metrics.get(name)) for name in allowed):
                 raise HistoryError(
                     f"{who}: status is 'finished' without a number for {' or '.join(allowed)}; "
                     "record the metric, or set status to failed"
@@ -167,9 +167,13 @@ def _text(value: str) -> str:
     return value.encode("utf-8", errors="replace").decode("utf-8")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def finite(value: Any) -> float | None:
     """`value` as a float; None for what is missing, no number, NaN, infinite, or too large."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _is_number(value):
         return None
     try:
         found = float(value)
