@@ -43,7 +43,7 @@ def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str,
     texts = {
         "train": dump_yaml(base),
         "sweep": dump_yaml(sweep),
-        "serve": _serve(base, sweep),
+        "serve": _serve(base, sweep, name),
         "commands": _commands(answer, base, name),
     }
     try:
@@ -99,12 +99,12 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
     return build_config(given | {"scaling": scaling, "sweep": sweep}, {})
 
 
-def _serve(base: Config, sweep: Config) -> str:
+def _serve(base: Config, sweep: Config, name: str) -> str:
     longest = base.data.max_length
     ranks = [getattr(base.method, "r", 0), *sweep.sweep.parameters.get("method.r", ())]
     model = base.model.model_dump(mode="json")
     if base.method.type == "full":  # a model of its own, which lies there once it is trained
-        model["name"] = str(_next_version(base))
+        model["name"] = str(_next_version(base, name))
     config = ServeConfig.model_validate(
         {
             "model": model,
@@ -122,9 +122,9 @@ def _serve(base: Config, sweep: Config) -> str:
     )
 
 
-def _next_version(base: Config) -> Path:
+def _next_version(base: Config, name: str) -> Path:
     """Where the adapter, or the whole model, that is trained next will lie."""
-    versions = Storage(Path(base.storage)).adapters / (base.publish.name if base.publish else "")
+    versions = Storage(Path(base.storage)).adapters / name
     numbers = [int(path.name) for path in versions.glob("*") if path.name.isdecimal()]
     return versions / str(max(numbers, default=0) + 1)
 
@@ -134,7 +134,8 @@ def _commands(answer: Recommendation, base: Config, name: str) -> str:
     notes = ""
     if base.method.type == "full":
         notes += (
-            f"\nserve.yaml serves {name}@1, a whole model: name the directory of another there.\n"
+            "\nserve.yaml serves the whole model that is trained first: "
+            f"{_next_version(base, name)}\n"
         )
     if base.history is not None and base.history.startswith("postgres"):
         notes += (

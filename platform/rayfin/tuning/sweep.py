@@ -131,8 +131,7 @@ def _run(
     progress: Progress,
 ) -> SweepResult:
     config = plan.config
-    # A trial that was refused is judged again, in its turn.
-    known = [row for row in rows if row.status in _ENDED and not was_refused(row)]
+    known = [row for row in rows if _has_ended(row)]
     completed = True
     progress.begin(plan, known)
     try:
@@ -143,7 +142,7 @@ def _run(
                 plan,
                 history,
                 known=known,
-                unfinished=[row for row in rows if row not in known],
+                unfinished=[row for row in rows if not _has_ended(row)],
                 first=first,
                 advisor=advisor,
                 refuse=None if refuse is None else functools.partial(refuse, plan),
@@ -158,6 +157,11 @@ def _run(
     rows = history.trials(sweep_id=plan.sweep_id)
     best = best_trial(rows, config.sweep.metric, config.sweep.direction)
     return SweepResult(plan, rows, best, interrupted=not completed)
+
+
+def _has_ended(row: TrialRecord) -> bool:
+    """Whether a resumed sweep leaves it as it is; one that was refused is judged again."""
+    return row.status in _ENDED and not was_refused(row)
 
 
 def best_trial(rows: Sequence[TrialRecord], metric: str, mode: str) -> TrialRecord | None:
