@@ -117,8 +117,8 @@ class Lab:
         answers: list[list[int]] = []
         save = trial.save_adapter
 
-        def answer_and_save(model: torch.nn.Module, tokenizer: object, directory: Path) -> None:
-            save(model, tokenizer, directory)
+        def answer_and_save(model: torch.nn.Module, *others: Any) -> None:
+            save(model, *others)
             answers.extend(self.answers(model, spec))
 
         with pytest.MonkeyPatch.context() as patch:
@@ -167,13 +167,17 @@ class Lab:
 
     def reload(self, finished: Finished) -> Any:
         """The saved adapter through plain PEFT, on a base loaded anew."""
+        return self.reloaded(finished.spec, finished.adapter)
+
+    def reloaded(self, spec: TrialSpec, adapter: Path) -> Any:
+        """`adapter` through plain PEFT, on a base loaded anew."""
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        if finished.spec.method.type == "full":
-            return AutoModelForCausalLM.from_pretrained(finished.adapter)
-        base = load_base(finished.spec.model, finished.spec.method.quantization_bit, "cpu")
-        return PeftModel.from_pretrained(base, finished.adapter)
+        if spec.method.type == "full":
+            return AutoModelForCausalLM.from_pretrained(adapter)
+        base = load_base(spec.model, spec.method.quantization_bit, "cpu")
+        return PeftModel.from_pretrained(base, adapter)
 
     @staticmethod
     def losses(result: TrialResult) -> list[float]:
@@ -182,19 +186,28 @@ class Lab:
     @staticmethod
     def killed(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Runs trials in a process of their own that kill themselves; see killed_trials.py."""
-        script = Path(__file__).with_name("killed_trials.py")
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", script],
-            input=json.dumps(jobs),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=200,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        ends: list[dict[str, Any]] = json.loads(done.stdout)
+        ends: list[dict[str, Any]] = _answer("killed_trials.py", jobs)
         return ends
+
+    @staticmethod
+    def in_groups(jobs: list[dict[str, Any]]) -> list[Any]:
+        """Runs trials on several workers each; see group_trials.py."""
+        results: list[Any] = _answer("group_trials.py", jobs)
+        return results
+
+
+def _answer(script: str, jobs: list[dict[str, Any]]) -> Any:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", Path(__file__).with_name(script)],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import torch
 
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.training import TrialSpec
-from rayfin.training.checkpoint import latest_checkpoint
+from rayfin.training.checkpoint import latest_checkpoint, load_progress
 from rayfin.training.trainer import TrialTrainer
 
 
@@ -110,7 +110,7 @@ def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
         lab.run(spec, report=interrupt, directory=directory)
     newest = latest_checkpoint(directory / "checkpoints")
     assert newest is not None
-    before = float((newest / "train_seconds.json").read_text())
+    before = load_progress(newest).train_seconds
     assert before > 0
     assert lab.run(spec, directory=directory).metrics["train_seconds"] > before
 

@@ -81,11 +81,11 @@ def test_where_it_runs_does_not_enter(sections: dict[str, Any]) -> None:
     assert fingerprint(sections) == fingerprint({})
 
 
-def test_workers_enter_through_the_samples_of_a_step() -> None:
+def test_batches_enter_through_the_samples_of_a_step() -> None:
     plain = fingerprint({"train": {"per_device_train_batch_size": 8}})
-    halves = {"train": {"per_device_train_batch_size": 4}}
-    assert fingerprint(halves, num_workers=2) == plain
-    assert fingerprint(halves, num_workers=1) != plain
+    halves = {"per_device_train_batch_size": 4}
+    assert fingerprint({"train": halves | {"gradient_accumulation_steps": 2}}) == plain
+    assert fingerprint({"train": halves}) != plain
 
 
 def test_a_result_is_plain_values() -> None:

@@ -58,9 +58,9 @@ def test_a_base_that_was_dropped_is_gone_before_the_next_trial_trains(
     loaded: list[weakref.ref[Any]] = []
     alive: list[int] = []
 
-    def load_and_count(*arguments: Any) -> Any:
+    def load_and_count(*arguments: Any, **options: Any) -> Any:
         alive.append(sum(base() is not None for base in loaded))
-        base = load_base(*arguments)
+        base = load_base(*arguments, **options)
         loaded.append(weakref.ref(base))
         return base
 

@@ -298,7 +298,10 @@ def test_every_method_has_an_estimate(method: str, device: Literal["cpu", "cuda"
             {"train__per_device_train_batch_size": 1, "method__type": "full"},
         ),
         ({"train__per_device_eval_batch_size": 64}, {"train__per_device_eval_batch_size": 128}),
-        ({"scaling__num_workers": 1}, {"scaling__num_workers": 2}),
+        (  # as many samples on each worker
+            {"scaling__num_workers": 1},
+            {"scaling__num_workers": 2, "train__gradient_accumulation_steps": 2},
+        ),
     ],
     ids=str,
 )

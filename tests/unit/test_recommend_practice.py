@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 
-from rayfin.config import METHOD_CONFIGS, Config, build_config, load_config, with_values
+from rayfin.config import (
+    METHOD_CONFIGS,
+    Config,
+    TrainConfig,
+    build_config,
+    load_config,
+    with_values,
+)
 from rayfin.errors import ConfigError
 from rayfin.methods import METHODS, check_combination
 from rayfin.recommend import Scenario
@@ -24,6 +31,7 @@ from rayfin.recommend.practice import (
     rank,
     settings,
 )
+from rayfin.training.strategies import Share, share_of_step
 
 SCENARIOS = list(
     product(("cpu", "single_gpu", "multi_gpu"), ("small", "medium", "large"), ("strict", "normal"))
@@ -251,7 +259,9 @@ def test_a_crowded_gpu_takes_the_batch_in_parts() -> None:
     assert full["train.per_device_train_batch_size"] == 2
 
 
-@pytest.mark.parametrize(("num_gpus", "parts"), [(2, (8, 1)), (4, (4, 1)), (8, (2, 1))])
+@pytest.mark.parametrize(
+    ("num_gpus", "parts"), [(2, (8, 2)), (4, (4, 4)), (8, (2, 8)), (3, (5, 3))]
+)
 def test_several_gpus_share_the_batch(num_gpus: int, parts: tuple[int, int]) -> None:
     scenario = Scenario("multi_gpu", "small", "normal", num_gpus=num_gpus, gpu_memory_gb=80.0)
     found = settings(scenario, "lora")
@@ -260,7 +270,12 @@ def test_several_gpus_share_the_batch(num_gpus: int, parts: tuple[int, int]) -> 
         found["train.per_device_train_batch_size"],
         found["train.gradient_accumulation_steps"],
     )
+    assert share_of_step(TrainConfig(**training(found)), num_gpus) == Share(parts[0], 1)
     assert "scaling.num_workers" not in single("lora", num_gpus=num_gpus)
+
+
+def training(found: dict[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix("train."): v for k, v in found.items() if k.startswith("train.")}
 
 
 def test_the_rule_s_gradient_checkpointing() -> None:

@@ -135,8 +135,10 @@ def test_where_and_how_often_one_looks_is_no_part_of_the_fingerprint(
 
     same = fingerprint()
     assert fingerprint("train.eval_steps=3", "sweep.num_samples=3", "publish.name=x") == same
-    halved = ("train.per_device_train_batch_size=2", "scaling.num_workers=2")
+    halved = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2")
     assert fingerprint(*halved) == same
+    assert fingerprint("scaling.num_workers=2", "scaling.strategy=fsdp") == same
+    assert fingerprint("train.per_device_train_batch_size=2") != same
     assert fingerprint("train.seed=1") != same
     assert fingerprint("data.max_length=128") != same
 

@@ -49,11 +49,11 @@ class TrainConfig(Section):
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     per_device_train_batch_size: int = Field(4, ge=1)
-    """Samples a device takes at once."""
+    """Samples a device takes at once, at most."""
     per_device_eval_batch_size: int = Field(16, ge=1)
     """Samples a device evaluates at once."""
     gradient_accumulation_steps: int = Field(1, ge=1)
-    """Batches summed into one optimizer step."""
+    """Batches summed into one optimizer step; several workers share them."""
     max_steps: int = Field(60, ge=1)
     """Optimizer steps."""
     eval_steps: int | None = Field(None, ge=1)
@@ -88,13 +88,20 @@ class TrainConfig(Section):
         return self.save_steps or self.evaluate_every
 
 
+Strategy = Literal["auto", "ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"]
+
+
 class ScalingConfig(Section):
     num_workers: int = Field(1, ge=1)
-    """Processes that train one trial together."""
+    """Processes that train one trial together; they share the samples of each optimizer step."""
     use_gpu: bool | Literal["auto"] = "auto"
     """Train on GPUs; auto uses one where there is one."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How several workers share a trial."""
+    strategy: Strategy = "auto"
+    """How several workers share a trial; auto takes the simplest that fits their memory."""
+    cpu_offload: bool = False
+    """Keep what the strategy shards in host memory; fsdp and deepspeed-zero1 to 3, on GPUs."""
+    strategy_config: str | None = None
+    """JSON file of DeepSpeed's or FSDP's own settings, laid over the generated ones."""
 
 
 class Space(Section):

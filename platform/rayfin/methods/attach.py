@@ -99,11 +99,17 @@ def peft_config(settings: MethodConfig, max_steps: int, tokenizer_path: str) -> 
 
 
 def attach(
-    base: PreTrainedModel, settings: MethodConfig, max_steps: int, tokenizer_path: str
+    base: PreTrainedModel,
+    settings: MethodConfig,
+    max_steps: int,
+    tokenizer_path: str,
+    *,
+    keep_dtype: bool = False,
 ) -> torch.nn.Module:
     """`base` made trainable in place: a PeftModel, or for full fine-tuning the base itself.
 
     Trained parameters are float32 whatever the base is: AdamW's updates vanish in bfloat16.
+    `keep_dtype` leaves the base's own as they are, for optimizers that keep float32 copies.
     Raises MethodError where target modules don't exist in this model.
     """
     import peft
@@ -111,7 +117,7 @@ def attach(
 
     config = peft_config(settings, max_steps, tokenizer_path)
     if config is None:
-        base.float().requires_grad_(True)
+        (base if keep_dtype else base.float()).requires_grad_(True)
         return base
     try:
         model: torch.nn.Module = peft.get_peft_model(base, config, adapter_name=ADAPTER)

@@ -65,8 +65,12 @@ def load_base(
     quantization_bit: Literal[4, 8] | None,
     device: Device,
     index: int | None = None,
+    *,
+    on_host: bool = False,
 ) -> PreTrainedModel:
     """The base model on `device`, frozen and in eval mode; raises ModelError or HardwareError.
+
+    `on_host` leaves it in host memory, as it would be for the device.
 
     4 bits are NF4 with double quantisation (Dettmers et al. 2023, QLoRA), 8 bits LLM.int8(),
     both by bitsandbytes. Attention is PyTorch's fused one where the architecture has it.
@@ -76,14 +80,14 @@ def load_base(
 
     import_bitsandbytes()
     options: dict[str, Any] = {}
-    if device == "cuda":
+    if device == "cuda" and not on_host:
         options["device_map"] = {"": _gpu(index)}
     elif quantization_bit is not None:
         # Without a map, transformers sends quantised weights to a GPU if it finds one.
         options["device_map"] = {"": "cpu"}
     dtype = _dtype(config, device)
     if quantization_bit is not None:
-        options["quantization_config"] = _quantization(quantization_bit, dtype)
+        options["quantization_config"] = _quantization(quantization_bit, dtype, on_host)
     directory = model_directory(config)
     check_loadable(directory, quantization_bit)
     try:
@@ -143,7 +147,9 @@ def _dtype(config: ModelConfig, device: Device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _quantization(bits: Literal[4, 8], dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization(
+    bits: Literal[4, 8], dtype: torch.dtype, for_sharding: bool
+) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"method.quantization_bit: {bits} needs bitsandbytes, which isn't installed; "
@@ -154,8 +160,11 @@ def _quantization(bits: Literal[4, 8], dtype: torch.dtype) -> BitsAndBytesConfig
     if bits == 8:
         no_cast_warnings()
         return BitsAndBytesConfig(load_in_8bit=True)
+    # FSDP casts and sums what it takes for floating-point numbers of one kind.
+    storage = {"bnb_4bit_quant_storage": dtype} if for_sharding else {}
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        **storage,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,

@@ -151,8 +151,7 @@ def _columns(place: Place, evidence: quality.Evidence) -> dict[str, float]:
 def _rows(options: Sequence[Candidate], scenario: Mapping[str, float]) -> Array:
     rows = []
     for option in options:
-        workers = option.config.scaling.num_workers
-        setting = setting_row(option.config.model_dump(mode="json"), workers)
+        setting = setting_row(option.config.model_dump(mode="json"))
         assert setting is not None  # a configuration that passed its checks
         values = {**scenario, **setting}
         rows.append([values[name] for name in COLUMNS.names])

@@ -83,7 +83,7 @@ def code(text: str) -> float:
     return float(zlib.crc32(text.encode(errors="replace")))
 
 
-def setting_row(spec: Mapping[str, Any], workers: Any = 1) -> dict[str, float] | None:
+def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
     """The columns of a trial's setting; None where no trial can have run with it.
 
     Each of its `workers` takes a batch of its own.
@@ -111,7 +111,7 @@ def setting_row(spec: Mapping[str, Any], workers: Any = 1) -> dict[str, float] |
         "scaling": _log(2, alpha / capacity**power if capacity > 0 else NAN),
         "dropout": dropout,
         "targets": _targets(method.get("target_modules")),
-        "samples_per_step": _log(2, samples * max(1.0, _number(workers))),
+        "samples_per_step": _log(2, samples),
         "steps": _log(2, _number(train.get("max_steps"))),
         "method_x": place[0],
         "method_y": place[1],
@@ -170,8 +170,7 @@ def model_name(spec: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
 
 def row_of(record: TrialRecord) -> dict[str, float] | None:
     """All columns of a trial; None where its setting is none."""
-    workers = _section(record.scenario, "hardware").get("num_workers", 1)
-    setting = setting_row(record.spec, workers)
+    setting = setting_row(record.spec)
     if setting is None:
         return None
     steps = _number(record.metrics.get("steps"))

@@ -43,7 +43,7 @@ _MEASURED = 600
 _NEWEST = 2000
 """Trials that an estimate looks at."""
 _GROWN = 1.25
-_FORMAT = 2
+_FORMAT = 3
 """Of what is kept: one more whenever the same trials would make other columns."""
 
 

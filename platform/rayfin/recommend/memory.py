@@ -22,6 +22,7 @@ from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.methods.table import METHODS
 from rayfin.models.facts import ModelFacts
+from rayfin.training.strategies import share_of_step
 
 Device = Literal["cpu", "cuda"]
 
@@ -319,7 +320,7 @@ def _training_step(
 ) -> float:
     """Bytes where the backward pass begins: all that was kept for it, and the logits."""
     width = 2 if device == "cuda" else base_width(config, device)  # CUDA trains under autocast
-    rows = config.train.per_device_train_batch_size * length
+    rows = share_of_step(config.train, config.scaling.num_workers).batch_size * length
     block = rows * width * _block_numbers(config, facts, device)
     kept = facts.num_layers * block
     if config.train.gradient_checkpointing:  # a block's input each, and one block at a time

@@ -247,7 +247,9 @@ def _batch(method: str, scenario: Scenario, place: MemoryClass, length: int) -> 
     )
     found: dict[str, Any] = {
         "train.per_device_train_batch_size": per_device,
-        "train.gradient_accumulation_steps": max(1, place.batch_size // (per_device * workers)),
+        # Of all workers together, which share them evenly.
+        "train.gradient_accumulation_steps": workers
+        * max(1, place.batch_size // (per_device * workers)),
         "train.gradient_checkpointing": checkpointing and METHODS[method].gradient_checkpointing,
     }
     return found | ({"scaling.num_workers": workers} if workers > 1 else {})

@@ -8,6 +8,7 @@ from rayfin.methods.table import METHODS
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend import memory
 from rayfin.recommend.memory import Device
+from rayfin.training.strategies import share_of_step
 
 _PEAK_FLOPS = {
     "H200": 989e12,
@@ -38,7 +39,8 @@ def step_seconds(
 ) -> float:
     """Of an optimizer step, of samples with so many `tokens` each, where a share has a loss."""
     length = tokens + memory.virtual_tokens(config.method)
-    flops = config.train.per_device_train_batch_size * length
+    share = share_of_step(config.train, config.scaling.num_workers)
+    flops = share.batch_size * length
     flops *= flops_per_token(config, facts, length, completion_share)
     if device == "cpu":
         speed = _CORE_FLOPS * cpu_count
@@ -46,7 +48,7 @@ def step_seconds(
         known = (peak for part, peak in _PEAK_FLOPS.items() if part in device_name)
         speed = _SUSTAINED * next(known, 60e12)  # a guess at any other
     launches = _BLOCK_SECONDS[device] * facts.num_layers
-    return config.train.gradient_accumulation_steps * (flops / speed + launches)
+    return share.accumulation * (flops / speed + launches)
 
 
 def flops_per_token(

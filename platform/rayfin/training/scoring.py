@@ -72,9 +72,20 @@ def completion_logits(
 
 @torch.no_grad()
 def score(
-    model: torch.nn.Module, samples: Sequence[Tokens], *, batch_size: int, pad_token_id: int
+    model: torch.nn.Module,
+    samples: Sequence[Tokens],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    batches: int | None = None,
+    filler: Tokens | None = None,
+    device: torch.device | None = None,
 ) -> Scores:
     """Sums of loss and hits over `samples`.
+
+    Where the model is in parts on several workers, each must call it equally often: `batches` times
+    then, those that it lacks with `filler` alone, which is not counted. `device`: where the model
+    computes, if its parameters may wait elsewhere.
 
     `exact` counts the samples whose every label is the model's first choice given the labels
     before it: those for which greedy decoding would answer the reference, token for token, and stop
@@ -82,7 +93,7 @@ def score(
     """
     training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     total = Scores()
     ordered = sorted(samples, key=lambda sample: len(sample["input_ids"]))
     for start in range(0, len(ordered), batch_size):
@@ -99,5 +110,9 @@ def score(
             exact=int((~missed).sum()),
             samples=len(missed),
         )
+    for _ in range(0 if batches is None else batches - math.ceil(len(ordered) / batch_size)):
+        assert filler is not None
+        batch = collate_padded([filler], pad_token_id)
+        completion_logits(model, {key: value.to(device) for key, value in batch.items()})
     model.train(training)
     return total

@@ -32,17 +32,15 @@ class TrialSpec(Section):
             train=config.train,
         )
 
-    def fingerprint(self, *, model_identity: str, data_digest: str, num_workers: int = 1) -> str:
+    def fingerprint(self, *, model_identity: str, data_digest: str) -> str:
         """Names the computation, not where it runs: 16 hex digits.
 
-        The model and the data enter by their content, not by their paths. Workers enter through
-        the number of samples in an optimizer step: 2 workers of 4 compute what 1 worker of 8 does.
+        The model and the data enter by their content, not by their paths, and the batches by the
+        number of samples in an optimizer step, which any number of workers share.
         """
         train = self.train.model_dump(mode="json")
-        samples = (
-            train.pop("per_device_train_batch_size")
-            * train.pop("gradient_accumulation_steps")
-            * num_workers
+        samples = train.pop("per_device_train_batch_size") * train.pop(
+            "gradient_accumulation_steps"
         )
         for name in ("per_device_eval_batch_size", "eval_steps", "save_steps"):
             del train[name]  # how often one looks, not what is computed

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,43 @@ import torch
 from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from rayfin.config import MethodConfig, TrainConfig
+from rayfin.config import MethodConfig
 from rayfin.data import TokenizedCorpus
 from rayfin.errors import TrialDiverged
-from rayfin.hardware import Hardware
 from rayfin.methods import after_optimizer_step, regularizer
-from rayfin.paths import write_json
 from rayfin.training.batches import Collator, PlannedSamples, plan_samples
-from rayfin.training.checkpoint import load_state, publish_checkpoint, save_state, staging
+from rayfin.training.checkpoint import (
+    Progress,
+    load_progress,
+    load_tensors,
+    publish_checkpoint,
+    save_progress,
+    save_tensors,
+    staging,
+)
+from rayfin.training.parallel import Parallel, as_base
 from rayfin.training.scoring import Scores, completion_logits, score
 
-_SECONDS = "train_seconds.json"
+_WEIGHTS, _MOMENTS = "training_state", "optimizer"
 
 
-def training_arguments(
-    train: TrainConfig, hardware: Hardware, directory: Path
-) -> TrainingArguments:
+def training_arguments(parallel: Parallel, directory: Path) -> TrainingArguments:
     """Evaluation, saving and the order of samples are ours; all else is Transformers'."""
-    cuda = hardware.device == "cuda"
+    train, cuda = parallel.train, parallel.hardware.device == "cuda"
     return TrainingArguments(
         output_dir=os.fspath(directory),
         max_steps=train.max_steps,
         learning_rate=train.learning_rate,
-        per_device_train_batch_size=train.per_device_train_batch_size,
-        gradient_accumulation_steps=train.gradient_accumulation_steps,
+        per_device_train_batch_size=parallel.share.batch_size,
+        gradient_accumulation_steps=parallel.share.accumulation,
         lr_scheduler_type=train.lr_scheduler_type,
         warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         activation_checkpointing=train.gradient_checkpointing,
         seed=train.seed,
-        use_cpu=not cuda,
-        bf16=cuda and hardware.bf16,
-        fp16=cuda and not hardware.bf16,
+        bf16=parallel.precision == "bfloat16",
+        fp16=parallel.precision == "float16",
         train_sampling_strategy="sequential",
         eval_strategy="no",
         save_strategy="no",
@@ -58,28 +62,30 @@ def training_arguments(
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
+        **parallel.arguments(),
     )
 
 
 class TrialTrainer(Trainer):
-    """Trains one trial; `curve` and `train_seconds` survive a resume with the checkpoint."""
+    """Trains one trial; `curve` and `train_seconds` survive a resume with the checkpoint.
+
+    `base_scores`: of the untrained model; None has the workers find them out together.
+    """
 
     def __init__(
         self,
         model: torch.nn.Module,
         *,
         method: MethodConfig,
-        train: TrainConfig,
+        parallel: Parallel,
         data: TokenizedCorpus,
         pad_token_id: int,
-        hardware: Hardware,
         directory: Path,
         on_evaluation: Callable[[TrialTrainer], bool | None],
-        num_workers: int = 1,
+        base_scores: dict[str, float] | None,
     ) -> None:
-        samples_per_step = (
-            train.per_device_train_batch_size * train.gradient_accumulation_steps * num_workers
-        )
+        train = parallel.train
+        samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
         plan = plan_samples(
             [len(sample["input_ids"]) for sample in data.train],
             batch_size=samples_per_step,
@@ -88,9 +94,13 @@ class TrialTrainer(Trainer):
             group_by_length=train.group_by_length,
         )
         planned = PlannedSamples(data.train, plan)
+        self.trainable_parameters = sum(
+            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
+        )
+        parallel.shard(model)
         super().__init__(
             model=model,
-            args=training_arguments(train, hardware, directory),
+            args=training_arguments(parallel, directory),
             train_dataset=planned,
             data_collator=Collator(pad_token_id, train.packing),
             callbacks=[_Flow(self)],
@@ -99,12 +109,13 @@ class TrialTrainer(Trainer):
         # The loss below is a sum over tokens divided by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.method, self.train_config, self.samples = method, train, data
+        self.parallel, self.base_scores = parallel, base_scores
         self.trained: torch.nn.Module = model  # as it was given: never wrapped, never None
         self.pad_token_id, self.directory = pad_token_id, directory
         self.on_evaluation = on_evaluation
         self.planned, self.samples_per_step = planned, samples_per_step
-        self.trainable_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.scores: dict[str, float] = {}
+        self.resumed_weights: dict[str, torch.Tensor] = {}
         self.stopped = False
         self._clock = _Clock()
 
@@ -126,6 +137,28 @@ class TrialTrainer(Trainer):
             loss = loss + penalty / self.args.gradient_accumulation_steps
         return loss
 
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            self.parallel.average_gradients(self.trained)
+        return loss
+
+    def _sync_replicated_trainable_parameters(self, model: torch.nn.Module) -> None:
+        """Of FSDP's adapters: they were drawn from one seed, and `training_step` keeps them equal.
+
+        Transformers would send each of their gradients in a message of its own.
+        """
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Gradients are summed on each worker until the last batch of a step."""
+        sharded: Any = self.trained
+        sharded.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            sharded.set_requires_gradient_sync(True)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for name in ("loss", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
@@ -140,14 +173,7 @@ class TrialTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Scores the validation samples, every worker a share of them."""
         self._clock.stop()
-        rank, workers = self.accelerator.process_index, self.accelerator.num_processes
-        own = score(
-            self.trained,
-            self.samples.eval[rank::workers],
-            batch_size=self.train_config.per_device_eval_batch_size,
-            pad_token_id=self.pad_token_id,
-        )
-        metrics = self._sum_over_workers(own).metrics()
+        metrics = self._score()
         self.log(dict(metrics))
         self.scores = metrics
         # The last evaluation is not asked about: it goes into the result.
@@ -160,6 +186,26 @@ class TrialTrainer(Trainer):
         )
         self._clock.start()
         return metrics
+
+    def _score(self) -> dict[str, float]:
+        rank, workers = self.accelerator.process_index, self.accelerator.num_processes
+        samples, batch_size = self.samples.eval, self.train_config.per_device_eval_batch_size
+        largest_share = math.ceil(len(samples) / workers)
+        own = score(
+            self.trained,
+            samples[rank::workers],
+            batch_size=batch_size,
+            pad_token_id=self.pad_token_id,
+            batches=math.ceil(largest_share / batch_size) if self.parallel.together else None,
+            filler=samples[0],
+            device=self.accelerator.device,
+        )
+        return self._sum_over_workers(own).metrics()
+
+    def _score_base(self) -> None:
+        if self.base_scores is None:
+            with as_base(self.trained):
+                self.base_scores = {f"base_{k}": v for k, v in self._score().items()}
 
     def _any_worker(self, flag: bool) -> bool:
         """True on all workers if it is true on one: they must leave the loop together."""
@@ -202,6 +248,10 @@ class TrialTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._clock.stop()
+        staged = staging(self.directory)
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # or it would take another worker's files with it
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -213,14 +263,56 @@ class TrialTrainer(Trainer):
         return os.fspath(staging(self.directory))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        weights = self.parallel.weights(self.trained)
         if self.args.should_save and output_dir is not None:
-            shutil.rmtree(output_dir, ignore_errors=True)
-            save_state(self.trained, Path(output_dir))
-            write_json(Path(output_dir) / _SECONDS, self.train_seconds)
+            save_tensors(weights, Path(output_dir), _WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        moments = self.parallel.moments(self)
+        if self.args.should_save:
+            save_tensors(moments, Path(output_dir), _MOMENTS)
+            scheduler: Any = self.lr_scheduler
+            progress = Progress(
+                train_seconds=self.train_seconds,
+                base_scores=self.base_scores or {},
+                schedule_steps=scheduler.last_epoch,
+                learning_rate=scheduler.get_last_lr()[0],
+            )
+            save_progress(progress, Path(output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_state(self.trained, Path(resume_from_checkpoint))
-        self._clock.before = json.loads((Path(resume_from_checkpoint) / _SECONDS).read_text())
+        self.resumed_weights = load_tensors(Path(resume_from_checkpoint), _WEIGHTS)
+        self.parallel.load_weights(self.trained, self.resumed_weights)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
+            self._load_from_checkpoint(resume_from_checkpoint)
+        # Not told of the checkpoint: each strategy has a format of its own there, rayfin has one.
+        whole: Any = super()
+        prepared = whole._prepare_for_training(max_steps, train_dataloader, None)
+        self.parallel.prepared(self)
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            self.parallel.load_moments(self, load_tensors(checkpoint, _MOMENTS))
+            self._load_scaler(resume_from_checkpoint)
+            progress = load_progress(checkpoint)
+            self._set_schedule(progress)
+            self._clock.before = progress.train_seconds
+            self.base_scores = progress.base_scores
+        self.resumed_weights = {}
+        return prepared
+
+    def _set_schedule(self, progress: Progress) -> None:
+        """Where the learning rate stands: its schedule is a function of the steps alone."""
+        scheduler: Any = self.lr_scheduler
+        scheduler.last_epoch = progress.schedule_steps
+        scheduler._step_count = progress.schedule_steps + 1
+        groups = scheduler.optimizer.param_groups
+        scheduler._last_lr = [progress.learning_rate] * len(groups)
+        for group in groups:
+            group["lr"] = progress.learning_rate
 
 
 class _Clock:
@@ -248,6 +340,7 @@ class _Flow(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._score_base()
         self.trainer._clock.first_step = state.global_step
         self.trainer._clock.start()
 

@@ -19,6 +19,7 @@ from rayfin.paths import write_directory_whole, write_text
 from rayfin.training.checkpoint import clear_checkpoints, latest_checkpoint, save_adapter, staging
 from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.spec import Report, Status, TrialResult, TrialSpec
+from rayfin.training.strategies import Group
 from rayfin.training.warm import Warm, pad_token_id
 
 if TYPE_CHECKING:
@@ -39,25 +40,30 @@ def run_trial(
     directory: Path,
     hardware: Hardware | None = None,
     warm: Warm | None = None,
-    num_workers: int = 1,
+    group: Group | None = None,
 ) -> TrialResult:
     """Trains `spec` in this process and returns how it ended; errors become a result, not a raise.
 
     Resumes from the newest checkpoint in `directory`. On success the adapter lies in
     `directory/adapter`. `report` gets the trial at each evaluation but the last, and stops it by
-    returning False. In a Ray Train worker group every worker calls this with the same arguments.
+    returning False. In a Ray Train worker group every worker calls this with the same arguments;
+    `group` says of what size it is, and how it shares the trial.
     """
     hardware = hardware or describe_hardware()
-    warm = warm or Warm()
+    warm, group = warm or Warm(), group or Group()
     scenario: dict[str, Any] = {}  # also of a trial that fails: what ran out of memory, and where
     try:
         with collector_paused():
             scenario = {
                 "model": warm.facts(spec.model).as_dict(),
-                "hardware": hardware.as_dict() | {"num_workers": num_workers},
+                "hardware": hardware.as_dict() | {"num_workers": group.size},
             }
+            if group.size > 1 or group.strategy != "ddp":
+                scenario["hardware"] |= {"strategy": group.strategy, "strategy_why": group.why}
             scenario["data"] = warm.tokenized(spec).profile.as_dict()
-        return _train(spec, report, directory, hardware=hardware, warm=warm, scenario=scenario)
+        return _train(
+            spec, report, directory, hardware=hardware, warm=warm, scenario=scenario, group=group
+        )
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
         warm.drop_base()
@@ -80,11 +86,13 @@ def _train(
     hardware: Hardware,
     warm: Warm,
     scenario: dict[str, Any],
+    group: Group,
 ) -> TrialResult:
     with collector_paused():
         import_bitsandbytes()  # before Trainer imports PEFT, which would import it the slow way
         from transformers import set_seed
 
+        from rayfin.training.parallel import parallel
         from rayfin.training.trainer import TrialTrainer
 
     started = time.perf_counter()
@@ -93,13 +101,16 @@ def _train(
     peak = PeakMemory(hardware.device)
     with collector_paused():
         data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
-        base_scores = warm.base_scores(spec, hardware)
-        base = warm.base(spec, hardware)
+        strategy = parallel(group, hardware, spec.train)
+        # Alone, the scores are kept from trial to trial; several workers share the work of them.
+        base_scores = warm.base_scores(spec, hardware) if group.size == 1 else None
+        with strategy.loading():
+            base = warm.base(spec, hardware, on_host=strategy.on_host)
 
     def stands(trainer: TrialTrainer, status: Status, adapter: Path | None = None) -> TrialResult:
         metrics = {
             **trainer.scores,
-            **base_scores,
+            **(trainer.base_scores or {}),
             "train_seconds": trainer.train_seconds,
             "wall_seconds": time.perf_counter() - started,
             "tokens_per_second": trainer.tokens_per_second,
@@ -112,19 +123,24 @@ def _train(
     # After the base's scores, so that a trial draws the same numbers on a cold and a warm worker.
     set_seed(spec.train.seed)
     with collector_paused():
-        model = attach(base, spec.method, spec.train.max_steps, locate(spec.model))
+        model = attach(
+            base,
+            spec.method,
+            spec.train.max_steps,
+            locate(spec.model),
+            keep_dtype=strategy.keeps_dtype,
+        )
     trainer: TrialTrainer | None = None
     try:
         trainer = TrialTrainer(
             model,
             method=spec.method,
-            train=spec.train,
+            parallel=strategy,
             data=data,
             pad_token_id=pad_token_id(tokenizer),
-            hardware=hardware,
             directory=checkpoints,
             on_evaluation=lambda trainer: report(stands(trainer, "running")),
-            num_workers=scenario["hardware"]["num_workers"],
+            base_scores=base_scores,
         )
         if trainer.args.should_save:
             shutil.rmtree(staging(checkpoints), ignore_errors=True)
@@ -133,7 +149,8 @@ def _train(
         adapter = _finish(trainer, model, tokenizer, directory)
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
-        _give_back(model, trainer, warm, changed=METHODS[spec.method.type].changes_base)
+        changed = METHODS[spec.method.type].changes_base or strategy.on_host
+        _give_back(model, trainer, warm, changed=changed)
 
 
 def _finish(
@@ -141,11 +158,17 @@ def _finish(
 ) -> Path | None:
     """Writes the adapter of a finished trial, then lets its checkpoints go."""
     adapter = directory / "adapter"
+    strategy = trainer.parallel
+    if not trainer.stopped:
+        # Every worker gives its part, and the first one writes.
+        whole = METHODS[trainer.method.type].changes_base and trainer.parallel.group.size > 1
+        weights = strategy.weights(model) if whole else None
+        with strategy.whole(model):
+            if trainer.args.should_save:
+                shutil.rmtree(adapter, ignore_errors=True)
+                with write_directory_whole(adapter) as temporary:
+                    save_adapter(model, tokenizer, temporary, weights)
     if trainer.args.should_save:
-        if not trainer.stopped:
-            shutil.rmtree(adapter, ignore_errors=True)
-            with write_directory_whole(adapter) as temporary:
-                save_adapter(model, tokenizer, temporary)
         clear_checkpoints(directory / "checkpoints")
     trainer.accelerator.wait_for_everyone()
     return None if trainer.stopped else adapter

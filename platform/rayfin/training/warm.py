@@ -64,8 +64,10 @@ class Warm:
             )
         return self._tokenized[key]
 
-    def base(self, spec: TrialSpec, hardware: Hardware) -> PreTrainedModel:
-        """The base model on its device, frozen, in evaluation mode."""
+    def base(
+        self, spec: TrialSpec, hardware: Hardware, *, on_host: bool = False
+    ) -> PreTrainedModel:
+        """The base model on its device (or in host memory, `on_host`), frozen, in eval mode."""
         key = (spec.model.model_dump_json(), spec.method.quantization_bit, hardware.device)
         if self._base is None or self._base.key != key:
             if self._tried:
@@ -73,7 +75,8 @@ class Warm:
                 # is in cycles, and must go before the next is loaded and everything is frozen.
                 self.drop_base()
             self._tried = True
-            model = load_base(spec.model, spec.method.quantization_bit, hardware.device)
+            bits = spec.method.quantization_bit
+            model = load_base(spec.model, bits, hardware.device, on_host=on_host)
             self._base = _Base(key, model)
             self.loads += 1
             # A trial collects garbage a few times, each a walk over all objects of the process.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import ray.train.torch
 from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
-from rayfin.hardware import describe_hardware
+from rayfin.hardware import Hardware, describe_hardware
 from rayfin.training.spec import Report, TrialResult, TrialSpec
+from rayfin.training.strategies import Group, choose
 from rayfin.training.trial import run_trial
 from rayfin.training.warm import Warm
 
@@ -26,31 +29,31 @@ def run_in_worker_group(
     report: Report,
     *,
     directory: Path,
-    num_workers: int,
+    group: Group,
     resources: Mapping[str, float],
     corpora: dict[DataConfig, Corpus],
     max_failures: int = 1,
 ) -> TrialResult:
-    """`run_trial` on `num_workers` processes of the connected Ray cluster, with `resources` each.
+    """`run_trial` on the processes of `group`, on the connected Ray cluster, with `resources` each.
 
     Everything that `run_trial` promises holds: errors become a result, `report` may stop the trial,
     and a group whose worker was killed starts again (`max_failures` times) from the newest
     checkpoint, which must lie on storage that all nodes see. The resources must be there: Ray Train
     would wait for them for ever. Raises whatever `report` raises.
     """
-    desk = ray.remote(num_cpus=0)(_Desk).remote(num_workers)
+    desk = ray.remote(num_cpus=0)(_Desk).remote(group.size)
     listener = _Listener(report, desk)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
             "spec": spec.model_dump(mode="json"),
             "directory": str(directory),
-            "num_workers": num_workers,
+            "group": group,
             "corpora": ray.put(corpora),
             "desk": desk,
         },
         scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
+            num_workers=group.size,
             use_gpu=resources.get("GPU", 0.0) > 0,
             resources_per_worker={k: v for k, v in resources.items() if v > 0},
         ),
@@ -145,6 +148,31 @@ class _Listener(threading.Thread):
             return False
 
 
+def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Group:
+    """`group` with its strategy named: where it is left open, the first worker chooses for all."""
+    if group.strategy != "auto":
+        return group
+    import torch.distributed as dist
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    on_gpu = hardware.device == "cuda"
+    chosen = [
+        choose(
+            spec.method,
+            warm.facts(spec.model),
+            workers=group.size,
+            memory=hardware.device_memory if on_gpu else hardware.host_memory / here,
+            bytes_a_weight={4: 0.6, 8: 1.1, None: 2.0 if on_gpu else 4.0}[
+                spec.method.quantization_bit
+            ],
+        )
+    ]
+    if group.size > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    strategy, why = chosen[0]
+    return replace(group, strategy=strategy, why=why)
+
+
 def _worker(config: dict[str, Any]) -> None:
     """Runs on every worker; rank 0 speaks for all."""
     import torch
@@ -159,13 +187,16 @@ def _worker(config: dict[str, Any]) -> None:
     def report(result: TrialResult) -> bool:
         return rank != 0 or bool(ray.get(desk.hand_in.remote(rank, result)))
 
+    spec = TrialSpec.model_validate(config["spec"])
+    hardware = describe_hardware(resources.get("GPU", 0) > 0)
+    warm = Warm(ray.get(config["corpora"]))
     result = run_trial(
-        TrialSpec.model_validate(config["spec"]),
+        spec,
         report,
         directory=Path(config["directory"]),
-        hardware=describe_hardware(resources.get("GPU", 0) > 0),
-        warm=Warm(ray.get(config["corpora"])),
-        num_workers=config["num_workers"],
+        hardware=hardware,
+        warm=warm,
+        group=decided(config["group"], spec, warm, hardware),
     )
     failed = result.status in ("failed", "oom")
     if rank == 0 or failed:

@@ -80,7 +80,6 @@ class SweepPlan:
         fingerprint = spec.fingerprint(
             model_identity=self.identity(spec.model),
             data_digest=self.corpus(spec.data).digest,
-            num_workers=self.config.scaling.num_workers,
         )
         trial_id = f"{self.sweep_id}-{fingerprint[:8]}"
         directory = self.storage.trial(self.sweep_id, fingerprint[:8])

@@ -11,6 +11,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.methods import check_combination
 from rayfin.paths import Storage
 from rayfin.training.spec import TrialResult
+from rayfin.training.strategies import Group, check_scaling, needs_group
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
@@ -34,8 +35,9 @@ def train_once(
     A run that the history holds as finished is returned as it is, unless `rerun`.
     """
     check_combination(config)
+    check_scaling(config)
     plan = SweepPlan(RUNS, config, storage)
-    in_group = config.scaling.num_workers > 1
+    in_group = needs_group(config.scaling)
     cluster = cluster_address(address) if in_group else None
     check_run(plan, [config], cluster)
     trial = plan.trial({})
@@ -60,7 +62,7 @@ def train_once(
                     trial.spec,
                     report,
                     directory=trial.directory,
-                    num_workers=config.scaling.num_workers,
+                    group=Group.of(config.scaling),
                     resources=worker_resources(config.scaling),
                     corpora=plan.corpora,
                     max_failures=config.sweep.max_failures,

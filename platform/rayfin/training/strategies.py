@@ -1,0 +1,224 @@
+"""How several workers share one trial: what each strategy is for, and what it can't do."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rayfin.config import Config, MethodConfig, ScalingConfig, TrainConfig
+from rayfin.config.schema import Strategy
+from rayfin.errors import ConfigError
+from rayfin.methods import METHODS
+from rayfin.models import ModelFacts
+from rayfin.training.strategy_files import read_own
+
+STRATEGIES: dict[Strategy, str] = {
+    "ddp": "every worker holds all; gradients are averaged",
+    "deepspeed-zero1": "DeepSpeed shards the optimizer's state",
+    "deepspeed-zero2": "DeepSpeed shards the optimizer's state and the gradients",
+    "deepspeed-zero3": "DeepSpeed shards the weights, too",
+    "fsdp": "PyTorch's FSDP2 shards the frozen base, or for method.type=full all that is trained",
+}
+"""Strategy -> what it does.
+
+ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: Zhao et al. 2023, arXiv:2304.11277.
+"""
+
+_SHARDS_WEIGHTS = ("deepspeed-zero3", "fsdp")
+
+# Bytes a trained number takes: float32 weight, gradient, AdamW's two moments, and the bucket that
+# averages gradients.
+_TRAINED, _WEIGHT, _GRADIENT, _MOMENTS = 20.0, 4.0, 4.0, 8.0
+# Of a worker's memory, for activations and whatever else is there.
+_ROOM = 0.6
+# Adapters train a few percent of the base's weights at most.
+_ADAPTER_SHARE = 0.03
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train one trial together."""
+
+    size: int = 1
+    strategy: Strategy = "ddp"
+    cpu_offload: bool = False
+    own: Mapping[str, Any] | None = None
+    """The user's own settings of DeepSpeed or FSDP."""
+    why: str = "asked for"
+    """What chose the strategy."""
+
+    @classmethod
+    def of(cls, scaling: ScalingConfig) -> Group:
+        own = read_own(scaling.strategy_config) if scaling.strategy_config else None
+        return cls(scaling.num_workers, scaling.strategy, scaling.cpu_offload, own)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker takes of an optimizer step."""
+
+    batch_size: int
+    accumulation: int
+
+
+def needs_group(scaling: ScalingConfig) -> bool:
+    """Whether a trial needs processes of its own: one alone shards nothing, but may offload."""
+    return scaling.num_workers > 1 or scaling.strategy not in ("auto", "ddp")
+
+
+def share_of_step(train: TrainConfig, workers: int) -> Share:
+    """The same samples make an optimizer step, however many workers share them.
+
+    Each takes as many at once as divide its part evenly, at most per_device_train_batch_size.
+    Raises ConfigError where the samples can't be shared evenly.
+    """
+    samples = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if samples % workers:
+        fitting = [str(n) for n in range(1, samples + 1) if samples % n == 0]
+        raise ConfigError(
+            f"scaling.num_workers={workers} can't share the {samples} samples of an optimizer step "
+            f"(train.per_device_train_batch_size={train.per_device_train_batch_size} x "
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}) evenly; use "
+            f"{', '.join(fitting)} workers, or train.gradient_accumulation_steps={workers}"
+        )
+    own = samples // workers
+    batch = max(n for n in range(1, own + 1) if own % n == 0 and n <= _most(train))
+    return Share(batch, own // batch)
+
+
+def _most(train: TrainConfig) -> int:
+    return train.per_device_train_batch_size
+
+
+def refusal(strategy: Strategy, method: MethodConfig) -> str | None:
+    """Why `strategy` can't train `method`, with what can; None where nothing speaks against it."""
+    bits = method.quantization_bit
+    if strategy.startswith("deepspeed") and method.type == "adalora":
+        return (
+            "AdaLoRA moves its rank budget by the gradients that are left after an optimizer step, "
+            "and DeepSpeed has handed them out by then; use ddp or fsdp"
+        )
+    if strategy == "deepspeed-zero3" and bits:
+        return (
+            "quantised weights are loaded whole on every worker, so that ZeRO-3 would save nothing "
+            "then; use fsdp, which shards them as they lie in host memory, or ddp"
+        )
+    if strategy == "fsdp" and bits == 8:
+        return (
+            "8-bit weights keep their scales in attributes that FSDP does not shard; use "
+            "method.quantization_bit=4, or ddp"
+        )
+    return None
+
+
+def check_scaling(config: Config) -> None:
+    """Raises ConfigError for a strategy that can't train `config`, before anything is launched."""
+    scaling = config.scaling
+    share_of_step(config.train, scaling.num_workers)
+    strategy = scaling.strategy
+    if strategy != "auto" and (why := refusal(strategy, config.method)) is not None:
+        quantized = config.method.quantization_bit
+        bits = f" with {quantized}-bit weights" if quantized else ""
+        raise ConfigError(
+            f"scaling.strategy={strategy} can't train method.type={config.method.type}{bits}: {why}"
+        )
+    if strategy.startswith("deepspeed") and not _installed("deepspeed"):
+        raise ConfigError(
+            f"scaling.strategy={strategy} needs DeepSpeed, which isn't installed; run: "
+            "pip install 'rayfin[deepspeed]', or use scaling.strategy=fsdp or ddp"
+        )
+    if scaling.cpu_offload:
+        if strategy in ("auto", "ddp"):
+            raise ConfigError(
+                f"scaling.cpu_offload=true with scaling.strategy={strategy}: it moves what a "
+                "strategy shards; name one of fsdp, deepspeed-zero1, -zero2, -zero3"
+            )
+        if scaling.use_gpu is False:
+            raise ConfigError(
+                "scaling.cpu_offload=true with scaling.use_gpu=false: on CPU all is in host memory "
+                "as it is; leave it out"
+            )
+    if scaling.strategy_config is not None:
+        if strategy in ("auto", "ddp"):
+            raise ConfigError(
+                f"scaling.strategy_config with scaling.strategy={strategy}: the file is "
+                "DeepSpeed's or FSDP's; name its strategy"
+            )
+        read_own(scaling.strategy_config, strategy)
+
+
+@cache
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@cache
+def verified() -> dict[str, dict[str, list[str]]]:
+    """Device -> strategy -> methods that were seen to train as one process does.
+
+    Written by experiments/strategy_table.py, never by hand.
+    """
+    whole = json.loads((Path(__file__).with_name("verified.json")).read_text())
+    found: dict[str, dict[str, list[str]]] = whole["verified"]
+    return found
+
+
+def choose(
+    method: MethodConfig, facts: ModelFacts, *, workers: int, memory: float, bytes_a_weight: float
+) -> tuple[Strategy, str]:
+    """(strategy, why) for scaling.strategy=auto: the simplest that fits `memory` bytes a worker.
+
+    `bytes_a_weight`: of the base as it is loaded. Only what `verified` holds is chosen.
+    """
+    name = method.type
+    seen = {s for s, methods in verified()["cpu"].items() if name in methods}
+    order: list[Strategy] = ["ddp"]
+    if METHODS[name].changes_base and _installed("deepspeed"):
+        order.append("deepspeed-zero2")  # of what is trained, most is gradients and moments
+    order.append("fsdp")
+    usable = [s for s in order if s in seen and refusal(s, method) is None]
+    needs = {s: bytes_needed(s, method, facts, workers, bytes_a_weight) for s in usable}
+    room = memory * _ROOM
+    size = f"about {{:.1f}} GB of each worker's {memory / 1e9:.1f} GB"
+    for strategy in usable:
+        if needs[strategy] <= room:
+            past = usable[: usable.index(strategy)]
+            told = f", where {past[-1]} needs {needs[past[-1]] / 1e9:.1f} GB" if past else ""
+            return (
+                strategy,
+                f"weights and what is trained take {size.format(needs[strategy] / 1e9)}{told}",
+            )
+    if not usable:
+        return "ddp", f"nothing else was seen to train {name}"
+    least = min(usable, key=lambda strategy: needs[strategy])
+    return least, f"it needs the least, {size.format(needs[least] / 1e9)}; that may be too much"
+
+
+def bytes_needed(
+    strategy: Strategy,
+    method: MethodConfig,
+    facts: ModelFacts,
+    workers: int,
+    bytes_a_weight: float,
+) -> float:
+    """Bytes of weights, gradients and optimizer state on one worker, activations not counted."""
+    parameters = float(facts.parameters)
+    if not METHODS[method.type].changes_base:
+        base = bytes_a_weight * parameters
+        trained = _TRAINED * _ADAPTER_SHARE * parameters
+        return base / (workers if strategy in _SHARDS_WEIGHTS else 1) + trained
+    match strategy:
+        case "deepspeed-zero1":
+            each = _WEIGHT + _GRADIENT + (_WEIGHT + _MOMENTS) / workers
+        case "deepspeed-zero2":
+            each = _WEIGHT + (_WEIGHT + _GRADIENT + _MOMENTS) / workers
+        case "deepspeed-zero3" | "fsdp":
+            each = _TRAINED / workers
+        case _:
+            each = _TRAINED
+    return each * parameters

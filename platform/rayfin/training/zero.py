@@ -1,0 +1,196 @@
+"""DeepSpeed's ZeRO, stages 1 to 3, through Transformers' and Accelerate's integration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from rayfin.config import TrainConfig
+from rayfin.hardware import Hardware
+from rayfin.training.parallel import MOMENTS, Parallel, Tensors, _trained
+from rayfin.training.strategies import Group
+from rayfin.training.strategy_files import deepspeed_settings
+
+if TYPE_CHECKING:
+    from rayfin.training.trainer import TrialTrainer
+
+
+class Zero(Parallel):
+    """See `Parallel`."""
+
+    def __init__(self, group: Group, hardware: Hardware, train: TrainConfig) -> None:
+        super().__init__(group, hardware, train)
+        self.stage = int(group.strategy[-1])
+        self.together = self.on_host = self.stage == 3
+        self.keeps_dtype = True
+        if hardware.device == "cpu":
+            # Else DeepSpeed warns of what it did not find.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+            _without_shared_memory_op()
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        return deepspeed_settings(
+            self.group.strategy,
+            self.group.own,
+            batch_size=self.share.batch_size,
+            accumulation=self.share.accumulation,
+            workers=self.group.size,
+            max_grad_norm=self.train.max_grad_norm,
+            precision=self.precision,
+            offload=self.group.cpu_offload,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        from accelerate.state import AcceleratorState, PartialState
+
+        # Accelerate takes DeepSpeed for a thing of GPUs, unless the state is made by hand.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        try:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            PartialState(backend="nccl" if self.hardware.device == "cuda" else "gloo")
+        finally:
+            del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        return {
+            "deepspeed": self.settings,
+            "accelerator_config": {"use_configured_state": True},
+        }
+
+    @contextmanager
+    def _sharded_loading(self) -> Iterator[None]:
+        import deepspeed
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(
+                "nccl" if self.hardware.device == "cuda" else "gloo", auto_mpi_discovery=False
+            )
+        # While it is there, Transformers hands every layer that it loads to ZeRO-3 at once.
+        self._loading = HfDeepSpeedConfig(self.settings)
+        yield
+
+    def loading(self) -> AbstractContextManager[None]:
+        return self._sharded_loading() if self.stage == 3 else nullcontext()
+
+    def whole(self, model: torch.nn.Module) -> AbstractContextManager[None]:
+        return self._gathered([p for _, p in _trained(model)])
+
+    def _gathered(
+        self, parameters: list[torch.nn.Parameter], *, write: bool = False
+    ) -> AbstractContextManager[None]:
+        if self.stage < 3:
+            return nullcontext()
+        import deepspeed
+
+        context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+            parameters, modifier_rank=0 if write else None
+        )
+        return context
+
+    def weights(self, model: torch.nn.Module) -> Tensors:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: Tensors = {}
+        for name, parameter in _trained(model):
+            whole = safe_get_full_fp32_param(parameter)
+            if dist.get_rank() == 0:
+                found[name] = whole.float().cpu().contiguous()
+        return found
+
+    def load_weights(self, model: torch.nn.Module, weights: Tensors) -> None:
+        for name, parameter in _trained(model):
+            with self._gathered([parameter], write=True), torch.no_grad():
+                if parameter.shape == weights[name].shape:  # of rank 0 only, in stage 3
+                    parameter.copy_(weights[name])
+
+    def moments(self, trainer: TrialTrainer) -> Tensors:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found: Tensors = {}
+        for name, parameter in _trained(trainer.trained):
+            for moment in MOMENTS:
+                whole = safe_get_full_optimizer_state(parameter, moment)
+                if dist.get_rank() == 0:
+                    found[f"{moment}/{name}"] = whole.float().cpu().contiguous()
+        (step, *_) = [state["step"] for state in _flat(trainer).state.values()]
+        found["step"] = torch.tensor(float(step))
+        return found
+
+    def prepared(self, trainer: TrialTrainer) -> None:
+        # DeepSpeed (0.19) notes where the moments are after the first group's first step, when the
+        # second group has none yet, and never again: they are made here, as AdamW would make them.
+        zero: Any = trainer.optimizer
+        zero = zero.optimizer
+        if self.stage < 3:
+            _make_state(zero.optimizer, zero.single_partition_of_fp32_groups)
+            zero._lazy_init_hp_params_optimizer_state()
+        else:
+            _make_state(zero.optimizer, zero.fp32_partitioned_groups_flat)
+
+    def load_moments(self, trainer: TrialTrainer, moments: Tensors) -> None:
+        optimizer = _flat(trainer)
+        weights = trainer.resumed_weights
+        for name, parameter in _trained(trainer.trained):
+            self._put(parameter, weights[name], None)
+            for moment in MOMENTS:
+                self._put(parameter, moments[f"{moment}/{name}"], moment)
+        for state in optimizer.state.values():
+            step = state["step"]
+            kept = isinstance(step, torch.Tensor)
+            taken = float(moments["step"])
+            state["step"] = torch.full_like(step, taken) if kept else int(taken)
+
+    def _put(self, parameter: torch.nn.Parameter, whole: torch.Tensor, moment: str | None) -> None:
+        """Writes this worker's part of a float32 weight, or of a moment."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        if self.stage < 3:
+            if moment is None:
+                safe_set_full_fp32_param(parameter, whole)
+            else:
+                safe_set_full_optimizer_state(parameter, whole, moment)
+            return
+        # DeepSpeed's own function for the whole reads past the end of the last, padded part.
+        part: Any = parameter
+        size = part.ds_tensor.ds_numel
+        padded = torch.zeros(size * self.group.size)
+        padded[: whole.numel()] = whole.flatten()
+        local = padded.narrow(0, size * dist.get_rank(), size)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, local)
+        else:
+            safe_set_local_optimizer_state(parameter, local, moment)
+
+
+def _flat(trainer: TrialTrainer) -> torch.optim.Optimizer:
+    """The AdamW over this worker's flat parts."""
+    outer: Any = trainer.optimizer  # Accelerate's wrapper of DeepSpeed's
+    found: torch.optim.Optimizer = outer.optimizer.optimizer
+    return found
+
+
+def _make_state(optimizer: torch.optim.Optimizer, parts: list[torch.Tensor]) -> None:
+    for part in parts:
+        if not optimizer.state[part]:
+            optimizer.state[part] = {
+                "step": torch.tensor(0.0, device=part.device),
+                **{moment: torch.zeros_like(part) for moment in MOMENTS},
+            }
+
+
+def _without_shared_memory_op() -> None:
+    """DeepSpeed would compile a C++ operator, half a minute, that only inference calls."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

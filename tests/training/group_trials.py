@@ -1,0 +1,99 @@
+"""Runs each trial of a JSON list on stdin in a group of forked workers, as Ray Train would.
+
+A job is {spec, directory, workers, strategy, own, kill_in}: `kill_in` is a step in which the last
+worker kills itself. Prints a JSON list of the first workers' results, null where one was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # before the first import, which looks for one
+import deepspeed
+import peft  # noqa: F401
+import torch.distributed as dist
+
+from rayfin.hardware import describe_hardware
+from rayfin.training.spec import TrialSpec
+from rayfin.training.strategies import Group
+from rayfin.training.trainer import TrialTrainer
+from rayfin.training.trial import run_trial
+from rayfin.training.warm import Warm
+
+assert deepspeed
+
+
+def die_in_step(step: int) -> None:
+    compute_loss = TrialTrainer.compute_loss
+
+    def deadly(self: TrialTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = compute_loss(self, *args, **kwargs)
+        if self.state.global_step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    TrialTrainer.compute_loss = deadly  # type: ignore[method-assign]
+
+
+def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any] | None:
+    workers = job["workers"]
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if workers > 1:
+        dist.init_process_group("gloo")
+    if rank == workers - 1 and job.get("kill_in") is not None:
+        die_in_step(job["kill_in"])
+    result = run_trial(
+        TrialSpec.model_validate_json(job["spec"]),
+        lambda _: None,
+        directory=Path(job["directory"]),
+        hardware=describe_hardware(use_gpu=False),
+        warm=warm,
+        group=Group(workers, job.get("strategy", "ddp"), own=job.get("own")),
+    )
+    return result.as_dict()
+
+
+def run(job: dict[str, Any], warm: Warm) -> dict[str, Any] | None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    answers = Path(job["directory"]).with_suffix(".json")
+    answers.unlink(missing_ok=True)
+    for rank in range(job["workers"]):
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.set_num_threads(1)
+                os.dup2(2, 1)  # stdout is for the answer; libraries print
+                result = work(job, rank, port, warm)
+                if rank == 0:
+                    answers.write_text(json.dumps(result))
+                os._exit(0)
+            except BaseException as error:
+                print(repr(error), file=sys.stderr, flush=True)
+                os._exit(1)
+        children.append(child)
+    killed = [os.WIFSIGNALED(os.waitpid(child, 0)[1]) for child in reversed(children)]
+    if any(killed) or not answers.exists():
+        return None
+    answer: dict[str, Any] = json.loads(answers.read_text())
+    return answer
+
+
+if __name__ == "__main__":
+    shared = Warm()
+    jobs = json.load(sys.stdin)
+    for each in jobs:  # read and tokenised once; nothing that starts a thread before the fork
+        shared.tokenized(TrialSpec.model_validate_json(each["spec"]))
+    json.dump([run(each, shared) for each in jobs], sys.stdout)

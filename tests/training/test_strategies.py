@@ -1,0 +1,158 @@
+"""Every strategy computes what one process does, and goes on from what any other has saved."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rayfin.config.method import METHOD_CONFIGS
+from rayfin.config.schema import Strategy
+from rayfin.training import TrialSpec
+from rayfin.training.strategies import STRATEGIES, refusal
+
+pytestmark = pytest.mark.slow
+
+Run = dict[str, Any]
+SHARDED = [strategy for strategy in STRATEGIES if strategy != "ddp"]
+
+
+def job(lab: Any, spec: TrialSpec, workers: int = 2, strategy: str = "ddp", **more: Any) -> Run:
+    directory = str(more.pop("directory", lab.directory()))
+    Path(directory).mkdir(exist_ok=True)
+    return {
+        "spec": spec.model_dump_json(),
+        "directory": directory,
+        "workers": workers,
+        "strategy": strategy,
+        **more,
+    }
+
+
+def losses(result: Run) -> list[float]:
+    return [point["loss"] for point in result["curve"] if "loss" in point]
+
+
+def twenty(lab: Any, method: str, **changes: Any) -> TrialSpec:
+    """20 steps of 4 samples; without dropout, which each worker draws for itself."""
+    has_dropout = "lora_dropout" in METHOD_CONFIGS[method].model_fields
+    spec = lab.spec(
+        method,
+        {"lora_dropout": 0.0} if has_dropout else {},
+        # An odd number of samples to evaluate on, one at a time: the workers' shares are unequal.
+        data={"val_size": 0.18},
+        per_device_eval_batch_size=1,
+        max_steps=20,
+        eval_steps=10,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        **changes,
+    )
+    found: TrialSpec = spec
+    return found
+
+
+METHODS = ["full", "lora", "qlora", "dora", "adalora", "ia3", "p_tuning", "prefix_tuning"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_strategy_gives_the_losses_of_one_process(lab: Any, method: str) -> None:
+    spec = twenty(lab, method)
+    strategies = [s for s in STRATEGIES if refusal(s, spec.method) is None]
+    jobs = [job(lab, spec, workers=1), *(job(lab, spec, strategy=s) for s in strategies)]
+    alone, *together = lab.in_groups(jobs)
+    assert alone["status"] == "finished", alone["error"]
+    assert len(losses(alone)) == 20
+    for strategy, result in zip(strategies, together, strict=True):
+        assert result["status"] == "finished", (strategy, result["error"])
+        assert losses(result) == pytest.approx(losses(alone), rel=1e-3), strategy
+        for name in ("base_eval_loss", "eval_loss", "trainable_parameters"):
+            assert result["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-3)
+        # In plain PEFT, on a base of its own, it scores what was recorded.
+        model = lab.reloaded(spec, Path(result["adapter"]))
+        assert lab.plain_loss(model, spec) == pytest.approx(result["metrics"]["eval_loss"], 1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "p_tuning"])
+def test_a_killed_group_goes_on_with_any_strategy(lab: Any, method: str) -> None:
+    """The worker that is killed takes the group with it; the checkpoint is of no strategy."""
+    spec = twenty(lab, method, save_steps=5)
+    whole = job(lab, spec, workers=1)
+    killed = [job(lab, spec, strategy=strategy, kill_in=12) for strategy in STRATEGIES]
+    # Each goes on as the next one, and the last alone.
+    resumed = [
+        job(lab, spec, strategy=following, directory=dead["directory"])
+        for dead, following in zip(killed, [*SHARDED, "ddp"], strict=True)
+    ]
+    alone = job(lab, spec, strategy="deepspeed-zero3", kill_in=12)
+    back = job(lab, spec, workers=1, directory=alone["directory"])
+    expected, *ends = lab.in_groups([whole, *killed, alone, *resumed, back])
+    assert ends[: len(killed) + 1] == [None] * (len(killed) + 1)
+    pairs = [*zip(STRATEGIES, [*SHARDED, "ddp"], strict=True), ("deepspeed-zero3", "alone")]
+    for pair, end in zip(pairs, ends[len(killed) + 1 :], strict=True):
+        assert end["status"] == "finished", (pair, end["error"])
+        assert losses(end) == pytest.approx(losses(expected), rel=1e-3), pair
+        assert end["metrics"]["base_eval_loss"] == pytest.approx(
+            expected["metrics"]["base_eval_loss"], rel=1e-3
+        )
+
+
+def test_sharded_weights_are_saved_as_one_process_saves_them(lab: Any) -> None:
+    spec = twenty(lab, "full")
+    jobs = [job(lab, spec, workers=1), *(job(lab, spec, strategy=s) for s in SHARDED)]
+    alone, *together = (
+        load_file(Path(result["adapter"]) / "model.safetensors") for result in lab.in_groups(jobs)
+    )
+    for strategy, weights in zip(SHARDED, together, strict=True):
+        assert weights.keys() == alone.keys(), strategy
+        for name, weight in weights.items():
+            assert weight.dtype == torch.float32
+            assert torch.allclose(weight, alone[name], atol=2e-3), (strategy, name)
+
+
+def test_the_user_s_own_settings_reach_the_strategy(lab: Any) -> None:
+    spec = twenty(lab, "lora")
+    assert len(lab.held_out(spec)) % 2 == 1
+    own = {"zero_optimization": {"stage": "auto", "stage3_param_persistence_threshold": 0}}
+    wrong = {"gradient_clipping": 99.0}
+    layers = {"transformer_layer_cls_to_wrap": "NoSuchLayer"}
+    alone, good, refused, unknown = lab.in_groups(
+        [
+            job(lab, spec, workers=1),
+            # Not one parameter stays whole then: also the small ones of this model are in parts.
+            job(lab, spec, strategy="deepspeed-zero3", own=own),
+            job(lab, spec, strategy="deepspeed-zero2", own=wrong),
+            job(lab, spec, strategy="fsdp", own=layers),
+        ]
+    )
+    assert good["status"] == "finished", good["error"]
+    assert losses(good) == pytest.approx(losses(alone), rel=1e-3)
+    assert refused["status"] == "failed" and "train.max_grad_norm" in refused["error"]
+    assert unknown["status"] == "failed" and "NoSuchLayer" in unknown["error"]
+
+
+def test_what_is_refused_has_a_reason_and_a_way_out() -> None:
+    refused = [
+        (strategy, name, why)
+        for strategy, (name, method) in product(STRATEGIES, METHOD_CONFIGS.items())
+        if (why := refusal(strategy, method.model_validate({"type": name}))) is not None
+    ]
+    assert refused and not any(strategy == "ddp" for strategy, *_ in refused)
+    assert all("use " in why for *_, why in refused)
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_smollm2_too(lab: Any, method: str) -> None:
+    spec = twenty(lab, method, model="smollm2-135m", learning_rate=1e-4)
+    strategies: list[Strategy] = list(STRATEGIES)
+    jobs = [job(lab, spec, workers=1), *(job(lab, spec, strategy=s) for s in strategies)]
+    alone, *together = lab.in_groups(jobs)
+    assert alone["status"] == "finished", alone["error"]
+    for strategy, result in zip(strategies, together, strict=True):
+        assert result["status"] == "finished", (strategy, result["error"])
+        assert losses(result) == pytest.approx(losses(alone), rel=1e-3), strategy
