@@ -3,8 +3,8 @@
     python cluster/try_local.py
 
 Two machines are played by two SSH servers on loopback (loopback.py). The configuration is
-cluster/local.yaml with their addresses, a key made for the occasion, one CPU a node, and this
-Python's environment in place of one that is installed anew. What is committed is what runs.
+cluster/local.yaml with their addresses, a key made for the occasion, one CPU a node, a worker that
+comes when it is asked for, and this Python's environment in place of one that is installed anew.
 Needs Linux, root, and sshd, rsync, git and unshare. What it starts and writes is gone at its end.
 """
 
@@ -103,12 +103,16 @@ def run(place: Place) -> None:
     with tunnel(place) as dashboard:
         with step("only localhost and the token lead to the dashboard"):
             check_access(place, dashboard)
-        with step("the autoscaler brings the second node up, over SSH from the first"):
-            wait_for_nodes(place, dashboard)
-        with step("ray job submit: a sweep"):
+        with step("ray job submit: the autoscaler brings the second node up, then a sweep"):
             script = ["python", "experiments/sweep_qlora.py", *SETTINGS, f"storage={place.storage}"]
+            workers = ["python", "cluster/with_workers.py", str(len(MACHINES)), "CPU", "--"]
             where = ["--address", dashboard, "--working-dir", str(ROOT)]
-            ray(place, "job", "submit", *where, "--", *script)
+            ray(place, "job", "submit", *where, "--", *workers, *script)
+    with step("ray exec: a sweep that is started on the head, by --address"):
+        more = [*SETTINGS, "train.seed=1", "sweep.num_samples=1", f"storage={place.storage}"]
+        script = "TERM=dumb python ~/rayfin/experiments/sweep_qlora.py"
+        sweep = f"{script} --address auto {' '.join(more)}"
+        ray(place, "exec", str(place.config), sweep)
     with step("the results"):
         read_results(place)
     with step("ray down"):
@@ -129,6 +133,7 @@ def configuration(place: Place) -> dict[str, Any]:
     config: dict[str, Any] = yaml.safe_load(CONFIG.read_text("utf-8"))
     config["cluster_name"] = place.name
     config["provider"] |= {"head_ip": MACHINES["head"], "worker_ips": [MACHINES["worker"]]}
+    config["min_workers"] = 0  # the second machine is brought up when work asks for it
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(place.key)}
     environment = (
         f"ln -sfn {sys.prefix} ~/rayfin-venv && "
@@ -185,15 +190,6 @@ def check_access(place: Place, dashboard: str) -> None:
             raise Failed(f"{what} listens on the head's own address")
 
 
-def wait_for_nodes(place: Place, dashboard: str) -> None:
-    for _ in waiting(f"not all of {len(MACHINES)} nodes are there"):
-        answer = get(dashboard, "/api/v0/nodes", token(place))["data"]["result"]["result"]
-        alive = sorted(node["node_ip"] for node in answer if node["state"] == "ALIVE")
-        if alive == sorted(MACHINES.values()):
-            return say(", ".join(alive))
-    return None
-
-
 def read_results(place: Place) -> None:
     command = ["rayfin", "history", "list", "--json", "--storage", str(place.storage)]
     listing = subprocess.run(command, env=place.environment, capture_output=True, check=True)
@@ -201,8 +197,8 @@ def read_results(place: Place) -> None:
     for trial in trials:
         host, loss = trial["scenario"]["worker"]["host"], trial["metrics"]["eval_loss"]
         say(f"{trial['trial_id']}  {trial['status']} on {host}, eval_loss {loss:.4f}")
-    if [trial["status"] for trial in trials] != ["finished"] * TRIALS:
-        raise Failed(f"{TRIALS} finished trials were expected")
+    if [trial["status"] for trial in trials] != ["finished"] * (TRIALS + 1):
+        raise Failed(f"{TRIALS + 1} finished trials were expected")
     for pattern in ("sweeps/*/report.html", "adapters/try-local/1/adapter_model.safetensors"):
         found = list(place.storage.glob(pattern))
         if not found:
