@@ -11,6 +11,7 @@ the cloud has fewer within --patience seconds, the command starts with those; wi
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -30,7 +31,8 @@ def main() -> int:
     args = parser.parse_args()
     name, amount = args.resource
     ray.init(address="auto", log_to_driver=False)
-    # The request stands until it is taken back, or the cluster ends.
+    # The request stands, and is paid for, until it is taken back: by `ray job stop` too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     request_resources(bundles=[{name: amount}] * args.count)
     try:
         found = wait_for(args.count, name, amount, args.patience)

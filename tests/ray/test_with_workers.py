@@ -1,0 +1,74 @@
+"""cluster/with_workers.py, on a Ray that grows as an autoscaled one would."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNEL
+from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _internal_kv_get
+
+SCRIPT = Path(__file__).parents[2] / "cluster" / "with_workers.py"
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    made = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1})
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def start(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=os.environ | {"RAY_ADDRESS": cluster.address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def requested() -> Any:
+    return _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@pytest.mark.ray
+def test_the_command_starts_when_the_workers_are_there(cluster: Cluster) -> None:
+    with start(cluster, "2", "CPU", "--", "sh", "-c", "echo started; exit 7") as process:
+        assert line(process) == "1 of 2 times CPU=1 are there"
+        assert requested() == b'[{"CPU": 1.0}, {"CPU": 1.0}]'
+        cluster.add_node(num_cpus=1)
+        assert line(process) == "2 of 2 times CPU=1 are there"
+        assert line(process) == "started"
+        assert process.wait(60) == 7
+        assert requested() == b"[]"
+
+
+@pytest.mark.ray
+def test_a_stopped_job_lets_go_of_its_workers(cluster: Cluster) -> None:
+    with start(cluster, "1", "CPU", "--", "sleep", "300") as process:
+        assert line(process) == "1 of 1 times CPU=1 are there"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+        assert requested() == b"[]"
+
+
+@pytest.mark.ray
+def test_without_any_the_command_does_not_start(cluster: Cluster) -> None:
+    with start(cluster, "2", "CPU=9", "--patience", "0", "--", "echo", "started") as process:
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert printed.strip() == "0 of 2 times CPU=9 are there"
+        assert requested() == b"[]"
