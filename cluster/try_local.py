@@ -110,9 +110,8 @@ def run(place: Place) -> None:
             ray(place, "job", "submit", *where, "--", *workers, *script)
     with step("ray exec: a sweep that is started on the head, by --address"):
         more = [*SETTINGS, "train.seed=1", "sweep.num_samples=1", f"storage={place.storage}"]
-        script = "TERM=dumb python ~/rayfin/experiments/sweep_qlora.py"
-        sweep = f"{script} --address auto {' '.join(more)}"
-        ray(place, "exec", str(place.config), sweep)
+        command = "TERM=dumb python ~/rayfin/experiments/sweep_qlora.py --address auto"
+        ray(place, "exec", str(place.config), " ".join([command, *more]))
     with step("the results"):
         read_results(place)
     with step("ray down"):
