@@ -28,3 +28,13 @@ def advisor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYFIN_CACHE", str(own))
         yield own
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=1, help="moments at which tests kill (default 1)")
+
+
+@pytest.fixture
+def kills(request: pytest.FixtureRequest) -> int:
+    """At how many random moments a test kills."""
+    return int(request.config.getoption("--kills"))

@@ -104,6 +104,7 @@ class Lab:
             "HF_HUB_OFFLINE": "1",
         }
         self.environment.pop("RAY_ADDRESS", None)
+        self.enter: list[str] = []  # what a command begins with that runs elsewhere, as on a node
         self._drivers: list[Driver] = []
 
     @property
@@ -136,7 +137,7 @@ class Lab:
             return history.trials()
 
     def _start(self, arguments: list[str]) -> Driver:
-        self._drivers.append(Driver(self, [sys.executable, *arguments]))
+        self._drivers.append(Driver(self, [*self.enter, sys.executable, *arguments]))
         return self._drivers[-1]
 
     @staticmethod

@@ -14,11 +14,13 @@ import ray
 from safetensors.torch import load_file
 
 from rayfin.config import Config, ScalingConfig, load_config
+from rayfin.config.schema import Strategy
 from rayfin.data import load_corpus
 from rayfin.errors import HardwareError
 from rayfin.history import History
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, TrialSpec
+from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
 from rayfin.training.workers import run_in_worker_group
 from rayfin.tuning.cluster import ray_cluster, worker_resources
@@ -41,33 +43,39 @@ def cluster() -> Iterator[str]:
 @pytest.fixture
 def config(lab: Any) -> Config:
     """Two samples a worker and step; without dropout, which each worker draws for itself."""
-    settings = ("train.per_device_train_batch_size=2", "train.max_steps=12", "train.eval_steps=4")
+    settings = ("train.per_device_train_batch_size=4", "train.max_steps=12", "train.eval_steps=4")
     return load_config(None, [*lab.settings, *settings])
 
 
-def in_group(config: Config, directory: Path, report: Any = lambda _: None) -> TrialResult:
+def in_group(
+    config: Config,
+    directory: Path,
+    report: Any = lambda _: None,
+    strategy: Strategy = "ddp",
+) -> TrialResult:
     return run_in_worker_group(
         TrialSpec.of(config),
         report,
         directory=directory,
-        num_workers=2,
+        group=Group(2, strategy),
         resources=worker_resources(ScalingConfig(num_workers=2)),
         corpora={config.data: load_corpus(config.data)},
     )
 
 
-def test_two_workers_compute_what_one_does_with_twice_the_batch(
-    cluster: str, config: Config, tmp_path: Path
+@pytest.mark.parametrize("strategy", ["ddp", "auto", "deepspeed-zero3"])
+def test_two_workers_compute_what_one_does(
+    cluster: str, config: Config, tmp_path: Path, strategy: Strategy
 ) -> None:
-    double = config.model_copy(
-        update={"train": config.train.model_copy(update={"per_device_train_batch_size": 4})}
-    )
-    one = run_trial(TrialSpec.of(double), lambda _: None, directory=tmp_path / "one")
+    one = run_trial(TrialSpec.of(config), lambda _: None, directory=tmp_path / "one")
     seen: list[TrialResult] = []
-    two = in_group(config, tmp_path / "two", seen.append)
+    two = in_group(config, tmp_path / "two", seen.append, strategy)
     assert two.status == one.status == "finished", two.error
     assert [result.metrics["steps"] for result in seen] == [4, 8]
-    assert two.scenario["hardware"]["num_workers"] == 2
+    hardware = two.scenario["hardware"]
+    assert hardware["num_workers"] == 2
+    assert hardware["strategy"] == ("ddp" if strategy == "auto" else strategy)
+    assert ("of each worker's" in hardware["strategy_why"]) == (strategy == "auto")
 
     for mine, other in zip(two.curve, one.curve, strict=True):
         assert mine == pytest.approx(other, abs=1e-4)
@@ -100,7 +108,8 @@ def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
 
 
 def test_too_many_workers_are_refused_at_once(cluster: str, lab: Any) -> None:
-    config = load_config(None, [*lab.settings, "scaling.num_workers=3"])
+    three = ("scaling.num_workers=3", "train.per_device_train_batch_size=3")
+    config = load_config(None, [*lab.settings, *three])
     storage = Storage.open(config.storage)
     with History.open(storage.history_url) as history:
         with pytest.raises(HardwareError, match="the cluster has 2 CPUs; use at most 2 workers"):

@@ -144,3 +144,48 @@ def test_smollm2_goes_on_too(lab: Any, steps_taken: list[int]) -> None:
         recorded = finished.result.metrics["eval_loss"]
         assert lab.plain_loss(model, spec) == pytest.approx(recorded, abs=1e-4)
         assert lab.answers(model, spec) == finished.answers
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", "trainer_state.json", "sums.json"])
+@pytest.mark.parametrize("harm", ["truncated", "missing", "flipped"])
+def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
+    lab: Any, file: str, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = lab.directory()
+    spec = lab.spec(save_steps=2, eval_steps=5)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(spec, report=interrupt, directory=directory)
+    checkpoints = directory / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    torn = checkpoints / "checkpoint-4" / file
+    content = torn.read_bytes()
+    if harm == "truncated":
+        torn.write_bytes(content[: len(content) // 2])
+    elif harm == "flipped":
+        torn.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    else:
+        torn.unlink()
+    resumed = lab.run(spec, directory=directory)
+    assert "checkpoint-4 is damaged" in caplog.text
+    assert resumed.status == "finished", resumed.error
+    assert lab.losses(resumed) == pytest.approx(lab.losses(lab.finish(spec).result), abs=1e-5)
+
+
+def test_where_all_checkpoints_are_torn_a_trial_begins_anew(lab: Any) -> None:
+    directory = lab.directory()
+    spec = lab.spec(save_steps=2, eval_steps=3)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(spec, report=interrupt, directory=directory)
+    (only,) = (directory / "checkpoints").iterdir()
+    (only / "training_state.safetensors").write_bytes(b"")
+    resumed = lab.run(spec, directory=directory)
+    assert resumed.status == "finished", resumed.error
+    assert lab.losses(resumed) == pytest.approx(lab.losses(lab.finish(spec).result), abs=1e-5)

@@ -32,7 +32,6 @@ _FLOAT32 = 4
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight: 4 bits, an 8-bit constant for 64 of them, and a float32 for 256 such constants (double
 quantisation: arXiv:2305.14314, section 3)."""
-
 _ADAMW_BYTES = 8
 """A trained parameter: two moments in float32, as torch's AdamW keeps them."""
 
@@ -259,7 +258,7 @@ def memory_of(
     longest = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
     length = longest + virtual_tokens(config.method)
     # DistributedDataParallel gathers gradients in buckets beside them.
-    copies = 2 if config.scaling.num_workers > 1 else 1
+    copies = min(config.scaling.num_workers, 2)
     return MemoryParts(
         weights=_weights(config, facts, device),
         adapter=0.0 if isinstance(config.method, FullConfig) else _FLOAT32 * trained,
@@ -320,7 +319,7 @@ def _training_step(
 ) -> float:
     """Bytes where the backward pass begins: all that was kept for it, and the logits."""
     width = 2 if device == "cuda" else base_width(config, device)  # CUDA trains under autocast
-    rows = share_of_step(config.train, config.scaling.num_workers).batch_size * length
+    rows = length * share_of_step(config.train, config.scaling.num_workers).batch_size
     block = rows * width * _block_numbers(config, facts, device)
     kept = facts.num_layers * block
     if config.train.gradient_checkpointing:  # a block's input each, and one block at a time

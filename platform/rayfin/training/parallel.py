@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rayfin.config import TrainConfig
+from rayfin.errors import HardwareError
 from rayfin.hardware import Hardware
 from rayfin.methods import load_training_state, training_state
 from rayfin.training.strategies import Group, share_of_step
@@ -22,7 +23,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parallel(group: Group, hardware: Hardware, train: TrainConfig) -> Parallel:
-    """The strategy of `group`, which must be named by now."""
+    """The strategy of `group`, which must be named by now; raises HardwareError."""
+    if group.cpu_offload and hardware.device == "cpu":
+        raise HardwareError(
+            "scaling.cpu_offload=true, but the workers have no GPU: all is in host memory as "
+            "it is; leave it out"
+        )
     if group.strategy == "fsdp":
         from rayfin.training.fsdp import FullySharded
 

@@ -79,6 +79,8 @@ class TrialResult:
     scenario: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     adapter: Path | None = None
+    storage_failed: bool = False
+    """Whether it failed of its storage (a full disk, say), as any other trial would have."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as Ray and JSON carry them."""

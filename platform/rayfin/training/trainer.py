@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from rayfin.config import MethodConfig
 from rayfin.data import TokenizedCorpus
 from rayfin.errors import TrialDiverged
 from rayfin.methods import after_optimizer_step, regularizer
+from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator, PlannedSamples, plan_samples
 from rayfin.training.checkpoint import (
     Progress,
@@ -29,47 +29,22 @@ from rayfin.training.checkpoint import (
     save_tensors,
     staging,
 )
+from rayfin.training.clock import Clock
 from rayfin.training.parallel import Parallel, as_base
 from rayfin.training.scoring import Scores, completion_logits, score
 
 _WEIGHTS, _MOMENTS = "training_state", "optimizer"
-
-
-def training_arguments(parallel: Parallel, directory: Path) -> TrainingArguments:
-    """Evaluation, saving and the order of samples are ours; all else is Transformers'."""
-    train, cuda = parallel.train, parallel.hardware.device == "cuda"
-    return TrainingArguments(
-        output_dir=os.fspath(directory),
-        max_steps=train.max_steps,
-        learning_rate=train.learning_rate,
-        per_device_train_batch_size=parallel.share.batch_size,
-        gradient_accumulation_steps=parallel.share.accumulation,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_ratio,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        activation_checkpointing=train.gradient_checkpointing,
-        seed=train.seed,
-        bf16=parallel.precision == "bfloat16",
-        fp16=parallel.precision == "float16",
-        train_sampling_strategy="sequential",
-        eval_strategy="no",
-        save_strategy="no",
-        logging_steps=max(1, train.max_steps // 100),
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=cuda,
-        ddp_find_unused_parameters=False,
-        **parallel.arguments(),
-    )
+# A question is a barrier for all workers: a few steps tell how many there may be between two.
+_STEPS_TO_TIME = 3
+_SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
 class TrialTrainer(Trainer):
     """Trains one trial; `curve` and `train_seconds` survive a resume with the checkpoint.
 
     `base_scores`: of the untrained model; None has the workers find them out together.
+    `warned`: whether this trial's machines are about to be taken away, asked by all workers
+    together every few seconds; a checkpoint is saved then, once.
     """
 
     def __init__(
@@ -83,6 +58,7 @@ class TrialTrainer(Trainer):
         directory: Path,
         on_evaluation: Callable[[TrialTrainer], bool | None],
         base_scores: dict[str, float] | None,
+        warned: Callable[[], bool] | None = None,
     ) -> None:
         train = parallel.train
         samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -109,7 +85,8 @@ class TrialTrainer(Trainer):
         # The loss below is a sum over tokens divided by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.method, self.train_config, self.samples = method, train, data
-        self.parallel, self.base_scores = parallel, base_scores
+        self.parallel, self.base_scores, self.warned = parallel, base_scores, warned
+        self._asks_every = 1  # steps
         self.trained: torch.nn.Module = model  # as it was given: never wrapped, never None
         self.pad_token_id, self.directory = pad_token_id, directory
         self.on_evaluation = on_evaluation
@@ -117,7 +94,7 @@ class TrialTrainer(Trainer):
         self.scores: dict[str, float] = {}
         self.resumed_weights: dict[str, torch.Tensor] = {}
         self.stopped = False
-        self._clock = _Clock()
+        self._clock = Clock()
 
     # --- the loss -------------------------------------------------------------------------
 
@@ -244,6 +221,20 @@ class TrialTrainer(Trainer):
         points = ({k: e[k] for k in ("step", *kept) if k in e} for e in self.state.log_history)
         return [point for point in points if len(point) > 1]
 
+    def _to_be_saved_now(self) -> bool:
+        """Whether the machines are about to go; every worker comes to the same answer."""
+        done = self.state.global_step - self._clock.first_step
+        if self.warned is None or done % self._asks_every:
+            return False
+        if done == _STEPS_TO_TIME:
+            own = torch.tensor(self._clock.elapsed / done, device=self.accelerator.device)
+            seconds = float(self.accelerator.reduce(own, "mean"))
+            self._asks_every = max(1, round(_SECONDS_BETWEEN_QUESTIONS / max(seconds, 1e-6)))
+        if not self.warned():
+            return False
+        self.warned = None
+        return True
+
     # --- checkpoints ----------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
@@ -315,24 +306,6 @@ class TrialTrainer(Trainer):
             group["lr"] = progress.learning_rate
 
 
-class _Clock:
-    """Time in the training loop, without evaluations, reports and checkpoints."""
-
-    def __init__(self) -> None:
-        self.before = 0.0  # of the processes that this trial was resumed from
-        self.first_step = 0
-        self.seconds = 0.0
-        self._started: float | None = None
-
-    def start(self) -> None:
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        if self._started is not None:
-            self.seconds += time.perf_counter() - self._started
-            self._started = None
-
-
 class _Flow(TrainerCallback):
     """When to evaluate and save: every so many steps, and at the last."""
 
@@ -355,4 +328,5 @@ class _Flow(TrainerCallback):
         last = state.global_step == train.max_steps
         control.should_evaluate = last or state.global_step % train.evaluate_every == 0
         # The last checkpoint would be deleted at once: the adapter is written instead.
-        control.should_save = not last and state.global_step % train.save_every == 0
+        now = self.trainer._to_be_saved_now()
+        control.should_save = not last and (now or state.global_step % train.save_every == 0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import shutil
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.collector import collector_paused
-from rayfin.errors import RayfinError, TrialError, TrialOutOfMemory
+from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import import_bitsandbytes, locate
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# As the system, safetensors (in Rust) and torch.save say it.
+_DISK_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
 # As torch's CPU allocator, CUDA outside torch's own allocator, and cuBLAS say it.
 _OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
@@ -41,13 +45,15 @@ def run_trial(
     hardware: Hardware | None = None,
     warm: Warm | None = None,
     group: Group | None = None,
+    warned: Callable[[], bool] | None = None,
 ) -> TrialResult:
     """Trains `spec` in this process and returns how it ended; errors become a result, not a raise.
 
     Resumes from the newest checkpoint in `directory`. On success the adapter lies in
     `directory/adapter`. `report` gets the trial at each evaluation but the last, and stops it by
     returning False. In a Ray Train worker group every worker calls this with the same arguments;
-    `group` says of what size it is, and how it shares the trial.
+    `group` says of what size it is, and how it shares the trial. `warned`: whether the machines are
+    about to be taken away, asked by all workers together; a checkpoint is saved then.
     """
     hardware = hardware or describe_hardware()
     warm, group = warm or Warm(), group or Group()
@@ -62,7 +68,14 @@ def run_trial(
                 scenario["hardware"] |= {"strategy": group.strategy, "strategy_why": group.why}
             scenario["data"] = warm.tokenized(spec).profile.as_dict()
         return _train(
-            spec, report, directory, hardware=hardware, warm=warm, scenario=scenario, group=group
+            spec,
+            report,
+            directory,
+            hardware=hardware,
+            warm=warm,
+            scenario=scenario,
+            group=group,
+            warned=warned,
         )
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
@@ -75,6 +88,7 @@ def run_trial(
             status="oom" if isinstance(failure, TrialOutOfMemory) else "failed",
             scenario=scenario,
             error=f"{failure}",
+            storage_failed=isinstance(failure, StorageError),
         )
 
 
@@ -87,6 +101,7 @@ def _train(
     warm: Warm,
     scenario: dict[str, Any],
     group: Group,
+    warned: Callable[[], bool] | None,
 ) -> TrialResult:
     with collector_paused():
         import_bitsandbytes()  # before Trainer imports PEFT, which would import it the slow way
@@ -141,6 +156,7 @@ def _train(
             directory=checkpoints,
             on_evaluation=lambda trainer: report(stands(trainer, "running")),
             base_scores=base_scores,
+            warned=warned,
         )
         if trainer.args.should_save:
             shutil.rmtree(staging(checkpoints), ignore_errors=True)
@@ -189,6 +205,15 @@ def _give_back(
         trainer.accelerator.free_memory()
 
 
+def _is_full(error: BaseException) -> bool:
+    """Whether a disk is full or can't be written, in the words of whoever tried."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    if full or any(words in str(error) for words in _DISK_FULL):
+        return True
+    before = error.__cause__ or error.__context__
+    return before is not None and _is_full(before)
+
+
 def _classify(error: Exception) -> RayfinError:
     """The error as one line a person can act on."""
     import torch
@@ -204,4 +229,10 @@ def _classify(error: Exception) -> RayfinError:
         )
     if isinstance(error, RayfinError):
         return error
+    if _is_full(error):
+        return StorageError(
+            f"storage: it can't be written ({text[:200]}); make room there, or give another one "
+            "with storage=DIR. No finished trial is lost, and the same command goes on (a sweep "
+            "with --resume)"
+        )
     return TrialError(f"{type(error).__name__}: {text[:500]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -11,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
+from ray.train.v2.api.config import FailureConfig
 
 from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
 from rayfin.hardware import Hardware, describe_hardware
+from rayfin.training.meeting import MeetOnRaysNetwork
 from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
 from rayfin.training.trial import run_trial
 from rayfin.training.warm import Warm
+
+log = logging.getLogger(__name__)
+
+_PREEMPTIONS = 20
+"""Times that a trial starts again because its machines were taken away; Ray Train has no limit."""
 
 
 def run_in_worker_group(
@@ -37,11 +46,14 @@ def run_in_worker_group(
     """`run_trial` on the processes of `group`, on the connected Ray cluster, with `resources` each.
 
     Everything that `run_trial` promises holds: errors become a result, `report` may stop the trial,
-    and a group whose worker was killed starts again (`max_failures` times) from the newest
-    checkpoint, which must lie on storage that all nodes see. The resources must be there: Ray Train
-    would wait for them for ever. Raises whatever `report` raises.
+    and a group that lost a worker, or Ray Train's controller, starts again (`max_failures` times)
+    from the newest checkpoint, which must lie on storage that all nodes see. Where a node is about
+    to be taken away, a checkpoint is saved at once. The resources must be there: Ray Train would
+    wait for them for ever. Raises whatever `report` raises.
     """
-    desk = ray.remote(num_cpus=0)(_Desk).remote(group.size)
+    # Where the caller is: on any other node it could be lost alone.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    desk: Any = ray.remote(num_cpus=0, label_selector=here)(_Desk).remote(group.size)
     listener = _Listener(report, desk)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -52,6 +64,7 @@ def run_in_worker_group(
             "corpora": ray.put(corpora),
             "desk": desk,
         },
+        torch_config=MeetOnRaysNetwork(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=group.size,
             use_gpu=resources.get("GPU", 0.0) > 0,
@@ -60,20 +73,40 @@ def run_in_worker_group(
         run_config=ray.train.RunConfig(
             name="group",
             storage_path=str(directory / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(
+                max_failures=max_failures,
+                controller_failure_limit=max_failures,
+                max_preemption_failures=_PREEMPTIONS,
+            ),
         ),
     )
     listener.start()
     error = "it ended without a result"
     try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as failed:
-        error = " ".join(str(failed).split())[:500]
+        for _ in range(max_failures + 1):
+            try:
+                trainer.fit()
+            except ray.train.TrainingFailedError as failed:
+                error = _one_line(failed)
+            except ray.exceptions.RayActorError as died:
+                # The controller was killed, and its workers with it.
+                error = _one_line(died)
+                log.warning("Ray Train's controller died; the trial goes on from its checkpoint")
+                # Ray Train's own cleaner asks the dashboard for the controller, and where there is
+                # none it holds what the next group is to have.
+                for held in ray.get(desk.placement_groups.remote()):
+                    ray.util.remove_placement_group(held)
+                continue
+            break
     finally:
         listener.close()
     if listener.error is not None:
         raise listener.error
     return listener.final or TrialResult(status="failed", error=f"worker group died: {error}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]
 
 
 class _Desk:
@@ -89,11 +122,17 @@ class _Desk:
         self._hopeless = False
         self._reports: asyncio.Queue[tuple[int, TrialResult] | None] = asyncio.Queue()
         self._answers: list[asyncio.Future[bool]] = []
+        self._placement_groups: dict[str, Any] = {}
 
-    async def begin(self) -> bool:
+    async def begin(self, placement_group: Any) -> bool:
         """Whether a worker that starts has work to do: not where its trial would fail once more."""
         self._failed.clear()
+        self._placement_groups[placement_group.id.hex()] = placement_group
         return not self._hopeless
+
+    async def placement_groups(self) -> list[Any]:
+        """Where workers have begun."""
+        return list(self._placement_groups.values())
 
     async def hand_in(self, rank: int, result: TrialResult) -> bool:
         """The caller's word on `result`: whether to go on."""
@@ -178,7 +217,7 @@ def _worker(config: dict[str, Any]) -> None:
     import torch
 
     desk = config["desk"]
-    if not ray.get(desk.begin.remote()):
+    if not ray.get(desk.begin.remote(ray.util.get_current_placement_group())):
         return
     rank = ray.train.get_context().get_world_rank()
     resources = ray.get_runtime_context().get_assigned_resources()
@@ -197,6 +236,7 @@ def _worker(config: dict[str, Any]) -> None:
         hardware=hardware,
         warm=warm,
         group=decided(config["group"], spec, warm, hardware),
+        warned=lambda: ray.train.get_preemption_info() is not None,
     )
     failed = result.status in ("failed", "oom")
     if rank == 0 or failed:

@@ -48,6 +48,19 @@ class TuneSearcher(_Unpickled, Searcher):
         """Nothing; see `save`."""
 
 
+class StorageStopper(_Unpickled, ray.tune.Stopper):
+    """Ends the sweep once its storage can't be written: every further trial would fail of it."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._recorder.storage_error is not None
+
+
 class TuneRecorder(_Unpickled, ray.tune.Callback):
     """Tells the recorder what becomes of Tune's trials."""
 

@@ -32,6 +32,8 @@ class Recorder:
         self._created = created or {}
         self._rows: dict[str, TrialRecord] = {}
         self._unwritten: dict[str, TrialRecord] = {}
+        self.storage_error: str | None = None
+        """What ended the sweep early: its storage can't be written, and no trial could end well."""
 
     def starts(self, trial: Mapping[str, Any]) -> None:
         if trial["trial_id"] not in self._rows:  # else it goes on after its process died
@@ -39,11 +41,15 @@ class Recorder:
 
     def reports(self, trial: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
         """`outcome`: a TrialResult as a dictionary."""
+        if outcome["storage_failed"]:  # its row stays as it is: the trial goes on with a resume
+            self.storage_error = outcome["error"]
+            return
         self._put(with_outcome(self._row(trial), outcome))
 
     def completes(self, trial: Mapping[str, Any]) -> None:
         row = self._row(trial)
-        if row.status == "running":  # the scheduler ended it, not the trial itself
+        ended_by_itself = row.status != "running" or self.storage_error is not None
+        if not ended_by_itself:  # the scheduler ended it
             self._put(row.updated(status="stopped"))
 
     def dies(self, trial: Mapping[str, Any], error: Exception | None) -> None:

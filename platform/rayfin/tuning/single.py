@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rayfin.config import Config
-from rayfin.errors import HardwareError
+from rayfin.errors import HardwareError, StorageError
 from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import check_combination
@@ -48,8 +48,14 @@ def train_once(
     row = started(trial, before[0].created_at if before else None)
     history.put(row)
 
+    strategies: list[str] = []
+
     def report(result: TrialResult) -> None:
         history.put(with_outcome(row, result.as_dict()))
+        hardware = result.scenario["hardware"]
+        if in_group and not strategies:
+            strategies.append(hardware["strategy"])
+            show(f"strategy {hardware['strategy']}: {hardware['strategy_why']}")
         show(evaluation_line(result, config.train.max_steps))
 
     if in_group:
@@ -78,6 +84,8 @@ def train_once(
         result = run_trial(
             trial.spec, report, directory=trial.directory, hardware=hardware, warm=warm
         )
+    if result.storage_failed:  # the row stays as it is: the same command goes on
+        raise StorageError(result.error or "storage: it can't be written")
     row = with_outcome(row, result.as_dict())
     history.put(row)
     return row

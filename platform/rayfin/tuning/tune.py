@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from rayfin.collector import collector_paused
 from rayfin.config import Config
-from rayfin.errors import HardwareError
+from rayfin.errors import HardwareError, StorageError
 from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
@@ -68,6 +69,8 @@ def run_trials(
     if search.look_ahead():  # a sweep that the history answers needs no Ray
         with _cluster_and_tune(cluster):
             _fit(plan, search, scheduler(config, known), recorder)
+    if recorder.storage_error is not None:
+        raise StorageError(recorder.storage_error)
     recorder.flush()
     return search.done and not recorder.running
 
@@ -93,7 +96,7 @@ def _fit(plan: SweepPlan, search: HistorySearch, scheduler: Any, recorder: Recor
     import ray.tune
 
     from rayfin.tuning.cluster import nodes
-    from rayfin.tuning.hooks import TuneRecorder, TuneSearcher
+    from rayfin.tuning.hooks import StorageStopper, TuneRecorder, TuneSearcher
     from rayfin.tuning.worker import WarmTrial
 
     resources, concurrent = trial_resources(plan.config, nodes())
@@ -116,6 +119,7 @@ def _fit(plan: SweepPlan, search: HistorySearch, scheduler: Any, recorder: Recor
             name=plan.sweep_id,
             storage_path=str(plan.storage.ray),
             callbacks=[TuneRecorder(recorder)],
+            stop=StorageStopper(recorder),
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=ray.tune.FailureConfig(max_failures=plan.config.sweep.max_failures),
             verbose=0,
@@ -198,3 +202,5 @@ def _quiet_tune() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
         os.environ.setdefault(name, value)
+    # Tune's own files are never read back: that a full disk took none is no news.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)

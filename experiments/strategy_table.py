@@ -1,0 +1,208 @@
+#!/usr/bin/env python
+"""Runs every strategy with every method, and writes what was seen: docs/distributed.md's table.
+
+    python experiments/strategy_table.py            # two processes on this machine's CPUs
+    python experiments/strategy_table.py --device cuda --workers 2
+
+Each trial is 20 steps of the tiny model. Verified is one whose losses are those of one process, to
+1e-3, and whose adapter was saved. Writes platform/rayfin/training/verified.json, from which
+scaling.strategy=auto chooses, and the table between the marks in docs/distributed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+VERIFIED = ROOT / "platform/rayfin/training/verified.json"
+DOCUMENT = ROOT / "docs/distributed.md"
+MARKS = ("<!-- strategies: begin -->", "<!-- strategies: end -->")
+TOLERANCE = 1e-3
+SECONDS = 300.0
+# Without dropout, which each worker draws for itself.
+SETTINGS = [
+    "model.name=tiny",
+    "data.max_samples=120",
+    "data.max_length=128",
+    "train.max_steps=20",
+    "train.eval_steps=10",
+    "train.per_device_train_batch_size=4",
+    "train.gradient_accumulation_steps=2",
+]
+QUANTIZED = {"qlora, 8-bit": ("qlora", 8)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker is not None:
+        return work(json.loads(args.worker))
+
+    from rayfin.config import METHOD_CONFIGS
+    from rayfin.training.strategies import STRATEGIES
+
+    rows = {name: (name, None) for name in METHOD_CONFIGS} | QUANTIZED
+    cells: dict[str, dict[str, str]] = {}
+    for row, (method, bits) in rows.items():
+        settings = [*SETTINGS, f"method.type={method}"]
+        settings += [f"method.quantization_bit={bits}"] if bits else []
+        settings += ["method.init_r=6", "method.target_r=3"] if method == "adalora" else []
+        alone = losses(settings, "ddp", 1, args.device)
+        cells[row] = {}
+        for strategy in STRATEGIES:
+            cells[row][strategy] = seen(settings, strategy, args, alone)
+            print(f"{row:14} {strategy:16} {cells[row][strategy]}", flush=True)
+    write(cells, args.device)
+    failed = [f"{r} {s}" for r, row in cells.items() for s, cell in row.items() if "FAILED" in cell]
+    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "none failed")
+    return 1 if failed else 0
+
+
+def seen(settings: list[str], strategy: Any, args: argparse.Namespace, alone: list[float]) -> str:
+    from rayfin.config import load_config
+    from rayfin.training.strategies import refusal
+
+    if (why := refusal(strategy, load_config(None, settings).method)) is not None:
+        return f"refused: {why}"
+    try:
+        found = losses(settings, strategy, args.workers, args.device)
+    except RuntimeError as error:
+        return f"FAILED: {error}"
+    off = max(abs(a - b) / b for a, b in zip(found, alone, strict=True))
+    return "verified" if off <= TOLERANCE else f"FAILED: off by {off:.1e}"
+
+
+def losses(settings: list[str], strategy: str, workers: int, device: str) -> list[float]:
+    """Of every step; raises RuntimeError where the trial or a process of it fails."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as directory:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        job = {
+            "settings": settings,
+            "strategy": strategy,
+            "workers": workers,
+            "device": device,
+            "directory": directory,
+        }
+        command = [sys.executable, "-W", "ignore", __file__, "--worker", json.dumps(job)]
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": workers}
+        place |= {"LOCAL_WORLD_SIZE": workers, "OMP_NUM_THREADS": 1, "OMP_WAIT_POLICY": "PASSIVE"}
+        processes = [
+            subprocess.Popen(
+                command,
+                env=os.environ
+                | {k: str(v) for k, v in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(workers)
+        ]
+        try:
+            said = [process.communicate(timeout=SECONDS)[1] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        answer = Path(directory) / "answer.json"
+        if not answer.exists():
+            raise RuntimeError(said[0].strip().rpartition("\n")[2][:200])
+        result = json.loads(answer.read_text())
+        if result["status"] != "finished":
+            raise RuntimeError(result["error"])
+        return [point["loss"] for point in result["curve"] if "loss" in point]
+
+
+def work(job: dict[str, Any]) -> int:
+    """One worker."""
+    import torch
+    import torch.distributed as dist
+
+    from rayfin.config import load_config
+    from rayfin.hardware import describe_hardware
+    from rayfin.training import TrialSpec
+    from rayfin.training.strategies import Group
+    from rayfin.training.trial import run_trial
+
+    on_gpu = job["device"] == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if job["workers"] > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    directory = Path(job["directory"])
+    result = run_trial(
+        TrialSpec.of(load_config(None, job["settings"])),
+        lambda _: None,
+        directory=directory,
+        hardware=describe_hardware(on_gpu),
+        group=Group(job["workers"], job["strategy"]),
+    )
+    if os.environ["RANK"] == "0":
+        (directory / "answer.json").write_text(json.dumps(result.as_dict()))
+    return 0
+
+
+def write(cells: dict[str, dict[str, str]], device: str) -> None:
+    from importlib.metadata import version
+
+    from rayfin.paths import write_json, write_text
+    from rayfin.training.strategies import STRATEGIES
+
+    known = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {}
+    found = {
+        strategy: [row for row, row_cells in cells.items() if row_cells[strategy] == "verified"]
+        for strategy in STRATEGIES
+    }
+    verified = known.get("verified", {}) | {device: found}
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "deepspeed")}
+    versions = known.get("versions", {}) | {device: packages}
+    write_json(VERIFIED, {"verified": verified, "versions": versions})
+
+    reasons: list[str] = []
+
+    def shown(row: str, strategy: str) -> str:
+        on = [
+            where
+            for where, key in (("CPU", "cpu"), ("GPU", "cuda"))
+            if row in verified.get(key, {}).get(strategy, ())
+        ]
+        if on:
+            return " + ".join(on)
+        told = cells[row][strategy]
+        if told not in reasons:
+            reasons.append(told)
+        kind, _, _ = told.partition(":")
+        return f"{kind.lower()} ({reasons.index(told) + 1})"
+
+    lines = [
+        f"| method | {' | '.join(STRATEGIES)} |",
+        f"|---|{'---|' * len(STRATEGIES)}",
+        *(
+            f"| {row} | {' | '.join(shown(row, strategy) for strategy in STRATEGIES)} |"
+            for row in cells
+        ),
+        "",
+        *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
+        "",
+        f"Seen with {', '.join(f'{name} {it}' for name, it in packages.items())}.",
+    ]
+    begin, end = MARKS
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    after = rest.partition(end)[2]
+    write_text(DOCUMENT, before + begin + "\n" + "\n".join(lines) + "\n" + end + after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
