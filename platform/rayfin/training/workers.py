@@ -5,23 +5,28 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
+from ray.train._internal.base_worker_group import BaseWorkerGroup
+from ray.train.backend import BackendConfig
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.config import FailureConfig
 
 from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
 from rayfin.hardware import Hardware, describe_hardware
-from rayfin.training.meeting import MeetOnRaysNetwork
 from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
 from rayfin.training.trial import run_trial
@@ -103,6 +108,33 @@ def run_in_worker_group(
     if listener.error is not None:
         raise listener.error
     return listener.final or TrialResult(status="failed", error=f"worker group died: {error}")
+
+
+class MeetOnRaysNetwork(TorchConfig):
+    """PyTorch's process group on the network on which Ray's nodes reach each other.
+
+    Gloo, left alone, waits at the address that the machine's own name stands for. On Debian and its
+    kin that is 127.0.1.1, where no other machine can be.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
+        assert isinstance(backend_config, TorchConfig)
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _choose_interface() -> None:
+    """On each worker; what the user has set stays."""
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _one_line(error: Exception) -> str:

@@ -202,5 +202,7 @@ def _quiet_tune() -> None:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     }.items():
         os.environ.setdefault(name, value)
-    # Tune's own files are never read back: that a full disk took none is no news.
-    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
+    # Tune's own files are never read back: that a full disk took none is no news. And that a trial
+    # lost its process, with a stack of Ray's own: it is in the trial's row, if it could not go on.
+    for name in ("experiment_state", "tune_controller"):
+        logging.getLogger(f"ray.tune.execution.{name}").setLevel(logging.CRITICAL)

@@ -1,0 +1,172 @@
+"""Machines played by namespaces: each has its own address, host name, processes and /tmp/ray.
+
+A network is a switch and the nodes that are plugged into it. No interface, namespace or file has a
+name outside of it, so that any number of networks can be there at once. Every node is the
+descendants of one process that waits for its end of a pipe: whatever becomes of who started it,
+what it runs ends, and the interfaces with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+_NEEDED = ("ip", "unshare", "nsenter", "mount", "hostname")
+_SUBNET = "10.77.0"  # every network has it for itself
+_PATIENCE = 60.0
+
+
+def missing() -> str | None:
+    """What this machine lacks for it."""
+    if sys.platform != "linux":
+        return "Linux"
+    if lacking := [name for name in _NEEDED if not _tool(name)]:
+        return ", ".join(lacking)
+    attempt = "ip link add switch type bridge && ip link add port1 type veth peer name eth0"
+    made = subprocess.run(
+        [*_apart("net", "uts"), "sh", "-c", attempt], capture_output=True, text=True, check=False
+    )
+    return f"namespaces ({made.stderr.strip()})" if made.returncode else None
+
+
+class Space:
+    """Namespaces that last until `end`, and everything that was started in them."""
+
+    def __init__(self, kinds: Sequence[str], script: str, directory: Path) -> None:
+        """`script` sets them up, in sh."""
+        # The shell, and not cat in its place: the first process of a namespace inherits orphans.
+        script = f"set -e; {script}; echo ready; cat; :"
+        self._holder = subprocess.Popen(
+            [*_apart(*kinds), "sh", "-c", script],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=directory,
+        )
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != "ready\n":
+            raise RuntimeError(self._holder.communicate()[1])
+        (first,) = psutil.Process(self._holder.pid).children()
+        self._first = first
+        names = [f"--{kind}" for kind in (*kinds, "pid", "mount")]
+        self.enter = [_tool("nsenter"), f"--target={first.pid}", *names, "--wd"]
+
+    def ip(self, words: str) -> None:
+        """`ip` on this network; process ids are those of the caller."""
+        _run([_tool("nsenter"), f"--target={self.first}", "--net", _tool("ip"), *words.split()])
+
+    @property
+    def first(self) -> int:
+        """The process that all others of these namespaces descend from."""
+        return self._first.pid
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Those whose name begins so: Ray names a process for what it runs."""
+        found = []
+        for process in self._first.children(recursive=True):
+            try:
+                if " ".join(process.cmdline()[:1]).startswith(title):
+                    found.append(process)
+            except psutil.Error:  # it has just ended
+                continue
+        return found
+
+    def end(self) -> None:
+        """SIGKILL to all processes in here, as when a machine loses its power."""
+        if self._holder.poll() is None:
+            self._first.kill()
+        self._holder.communicate()
+
+
+class Node(Space):
+    """A machine."""
+
+    def __init__(self, name: str, number: int, switch: Space, directory: Path) -> None:
+        self.name, self.address = name, f"{_SUBNET}.{number}"
+        self._switch, self._port = switch, f"port{number}"
+        # As Debian has it: the machine's own name is not its address on the network.
+        (directory / f"{name}-hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+        script = (
+            f"hostname {name}; mount -t tmpfs tmpfs /tmp/ray; "
+            f"mount --bind {directory / f'{name}-hosts'} /etc/hosts; ip link set lo up"
+        )
+        Path("/tmp/ray").mkdir(mode=0o777, exist_ok=True)
+        super().__init__(("net", "uts"), script, directory)
+        switch.ip(f"link add {self._port} type veth peer name eth0 netns {self.first}")
+        switch.ip(f"link set {self._port} master switch up")
+        self.ip(f"address add {self.address}/24 dev eth0")
+        self.ip("link set eth0 up")
+        # Ray asks which of its addresses leads to the world.
+        self.ip(f"route add default via {_SUBNET}.254")
+
+    def start_ray(self, environment: Mapping[str, str], head: Node | None = None) -> str:
+        """Ray with one CPU, as the head or as a node of `head`'s cluster; the cluster's address."""
+        address = f"{(head or self).address}:6379"
+        role = ["--head", "--port=6379", "--include-dashboard=false"]
+        command = [
+            *(*self.enter, sys.executable, "-m", "ray.scripts.scripts", "start"),
+            *(role if head is None else [f"--address={address}"]),
+            f"--node-ip-address={self.address}",
+            "--num-cpus=1",
+            "--object-store-memory=100000000",
+            "--disable-usage-stats",
+        ]
+        _run(command, environment)
+        return address
+
+    def cut(self) -> None:
+        """Pulls the cable: what is sent is lost, and no one is told."""
+        self._switch.ip(f"link set {self._port} down")
+
+
+class Network:
+    """A switch and its nodes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._spaces: list[Space] = []
+        script = "ip link set lo up; ip link add switch type bridge; ip link set switch up"
+        self._switch = Space(("net",), script, directory)
+        self._spaces.append(self._switch)
+
+    def add(self, name: str) -> Node:
+        node = Node(name, len(self._spaces), self._switch, self._directory)
+        self._spaces.append(node)
+        return node
+
+    def end(self) -> None:
+        for space in reversed(self._spaces):
+            space.end()
+
+
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> None:
+    """Raises RuntimeError with what the command wrote, where it failed."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=_PATIENCE,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+
+
+def _apart(*kinds: str) -> list[str]:
+    asked = [f"--{kind}" for kind in (*kinds, "pid", "fork", "mount-proc", "kill-child=KILL")]
+    return [_tool("unshare"), *asked]
+
+
+def _tool(name: str) -> str:
+    """Where a program is; those of administrators are not on everybody's PATH."""
+    path = os.environ.get("PATH", os.defpath) + os.pathsep + "/usr/sbin"
+    return shutil.which(name, path=path) or ""

@@ -1,0 +1,121 @@
+"""A cluster of two machines, played by namespaces: trials on both, and one machine is lost."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import secrets
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.config import load_config
+from rayfin.history import TrialRecord
+from rayfin.training import TrialSpec
+from rayfin.training.trial import run_trial
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+# A node that falls silent is given up after two checks of 10 s, not five: see cluster/README.md.
+HEAD = {"RAY_health_check_failure_threshold": "2"}
+STEPS = 200
+LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.scheduler=none")
+
+
+def load_nodes() -> Any:
+    """nodes.py: pytest imports test files only."""
+    path = Path(__file__).with_name("nodes.py")
+    spec = importlib.util.spec_from_file_location("rayfin_nodes", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+nodes = load_nodes()
+
+
+@pytest.fixture
+def network(lab: Any) -> Iterator[Any]:
+    """Cables; Ray on them asks for a token."""
+    if (lacking := nodes.missing()) is not None:
+        pytest.skip(f"machines can't be played here, for want of {lacking}")
+    lab.environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    network = nodes.Network(lab.root)
+    yield network
+    network.end()
+
+
+class Cluster:
+    """Two machines of one CPU each."""
+
+    def __init__(self, network: Any, environment: dict[str, str]) -> None:
+        self.head, self.worker = network.add("head"), network.add("worker")
+        self.address = self.head.start_ray(environment | HEAD)
+        self.worker.start_ray(environment, self.head)
+
+
+@pytest.fixture
+def cluster(lab: Any, network: Any) -> Cluster:
+    """The laboratory's commands are typed on the head."""
+    found = Cluster(network, lab.environment)
+    lab.enter = found.head.enter
+    return found
+
+
+def test_two_workers_on_two_nodes_compute_what_one_process_does(cluster: Cluster, lab: Any) -> None:
+    settings = ("train.max_steps=12", "train.eval_steps=4")
+    config = load_config(None, [*lab.settings, *settings])
+    one = run_trial(TrialSpec.of(config), lambda _: None, directory=lab.root / "one")
+
+    training = lab.rayfin("train", *settings, "scaling.num_workers=2", "--address", cluster.address)
+
+    def one_on_each() -> bool:
+        nodes = (cluster.head, cluster.worker)
+        return all(len(node.processes("ray::RayTrainWorker")) == 1 for node in nodes)
+
+    training.until(one_on_each)
+    assert training.end() == 0, training.out + training.err
+    (row,) = lab.rows()
+    assert row.status == "finished" and row.scenario["hardware"]["num_workers"] == 2
+    for mine, other in zip(row.curve, one.curve, strict=True):
+        losses = [(mine[name], other[name]) for name in mine if name.endswith("loss")]
+        assert losses and all(a == pytest.approx(b, rel=1e-3) for a, b in losses)
+    assert row.curve[-1]["step"] == 12
+
+
+def test_a_sweep_on_two_nodes_outlives_one(cluster: Cluster, lab: Any) -> None:
+    settings = (*LONG, "sweep.num_samples=6", "sweep.max_concurrent_trials=2")
+    sweep = lab.script("sweep_qlora.py", *settings, "--address", cluster.address)
+    lost = sweep.until(lambda: halfway(lab, "worker"))
+    cluster.worker.cut()
+    assert cluster.worker.processes("ray::"), "it is the network that is gone, and not the node"
+    assert sweep.end() == 0, sweep.err
+    cluster.worker.end()
+
+    rows = lab.rows()
+    assert [row.status for row in rows] == ["finished"] * 6
+    assert len({row.fingerprint for row in rows}) == len({row.trial_id for row in rows}) == 6
+    ends = Counter(re.findall(r"trial (\d)/6 finished", sweep.err))
+    assert ends == dict.fromkeys("123456", 1), "a trial was finished twice"
+    assert "Traceback" not in sweep.err
+    (again,) = [row for row in rows if row.trial_id == lost.trial_id]
+    assert again.scenario["worker"]["host"] == "head"
+    assert again.curve[-1]["step"] == STEPS
+
+
+def halfway(lab: Any, host: str) -> TrialRecord | None:
+    """A trial that runs on that machine and has a checkpoint."""
+    for row in lab.rows():
+        at = row.scenario.get("worker", {}).get("host")
+        if row.status == "running" and at == host and lab.checkpoints(row):
+            return row
+    return None
