@@ -10,6 +10,7 @@ from ray.tune.search import Searcher
 
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.stranded import Stranded
 
 
 class _Unpickled:
@@ -62,10 +63,13 @@ class StorageStopper(_Unpickled, ray.tune.Stopper):
 
 
 class TuneRecorder(_Unpickled, ray.tune.Callback):
-    """Tells the recorder what becomes of Tune's trials."""
+    """Tells the recorder what becomes of Tune's trials, and looks for nodes where none runs."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(self, recorder: Recorder, stranded: Stranded) -> None:
+        self._recorder, self._stranded = recorder, stranded
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._stranded.look(running=any(trial.status == Trial.RUNNING for trial in trials))
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -86,6 +90,11 @@ class TuneRecorder(_Unpickled, ray.tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         self._recorder.completes(trial.config)
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        self._recorder.restarts(trial.config, trial.get_pickled_error())
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

@@ -53,7 +53,16 @@ class Progress:
         before = self._rows.get(row.trial_id)
         self._rows[row.trial_id] = row
         if self._live is None and (before is None or row.status != "running"):
-            self.console.print(self._line(row), soft_wrap=True, markup=False)
+            self.say(self._line(row))
+
+    def restart(self, row: TrialRecord, error: str) -> None:
+        """One line for a trial that goes on after its process died."""
+        self.say(
+            f"{self._head(row, 'again')}  it goes on from its checkpoint, if it has one: {error}"
+        )
+
+    def say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False)
 
     def end(self) -> None:
         if self._live is not None:
@@ -79,8 +88,7 @@ class Progress:
         return sum(_share(row) for row in list(self._rows.values()))
 
     def _line(self, row: TrialRecord) -> str:
-        position = list(self._rows).index(row.trial_id) + 1
-        cells = [f"trial {position}/{self._total} {row.status:8}", settings(self._config, row)]
+        cells = [self._head(row, row.status)]
         cells += [f"{name} {_number(row, name)}" for name in _METRICS if name in row.metrics]
         if row.error:
             cells.append(row.error)
@@ -89,6 +97,10 @@ class Progress:
         elif row.status != "running" and (eta := self.eta_seconds()) is not None:
             cells.append(f"ETA {_duration(eta)}")
         return "  ".join(cell for cell in cells if cell)
+
+    def _head(self, row: TrialRecord, what: str) -> str:
+        position = list(self._rows).index(row.trial_id) + 1
+        return f"trial {position}/{self._total} {what:8}  {settings(self._config, row)}".rstrip()
 
     def _render(self) -> Table:
         eta = self.eta_seconds()

@@ -13,6 +13,8 @@ from rayfin.tuning.plan import PlannedTrial
 from rayfin.tuning.rows import died, started, with_outcome
 
 OnRecord = Callable[[TrialRecord], None]
+OnRestart = Callable[[TrialRecord, str], None]
+"""Told of a trial that goes on after its process died, and of what."""
 
 
 class Recorder:
@@ -25,10 +27,14 @@ class Recorder:
     """
 
     def __init__(
-        self, history: History, on_record: OnRecord, created: Mapping[str, datetime] | None = None
+        self,
+        history: History,
+        on_record: OnRecord,
+        created: Mapping[str, datetime] | None = None,
+        on_restart: OnRestart = lambda row, error: None,
     ) -> None:
         """`created`: trial id -> when an interrupted trial was started first."""
-        self._history, self._on_record = history, on_record
+        self._history, self._on_record, self._on_restart = history, on_record, on_restart
         self._created = created or {}
         self._rows: dict[str, TrialRecord] = {}
         self._unwritten: dict[str, TrialRecord] = {}
@@ -51,6 +57,10 @@ class Recorder:
         ended_by_itself = row.status != "running" or self.storage_error is not None
         if not ended_by_itself:  # the scheduler ended it
             self._put(row.updated(status="stopped"))
+
+    def restarts(self, trial: Mapping[str, Any], error: Exception | None) -> None:
+        row = self._row(trial)
+        self._on_restart(row, died(row, error).error or "")
 
     def dies(self, trial: Mapping[str, Any], error: Exception | None) -> None:
         row = self._row(trial)

@@ -46,7 +46,7 @@ def run_trials(
     before = {row.trial_id: row for row in unfinished}
     interrupted = [row for row in unfinished if not was_refused(row)]
     begun = {row.trial_id: row.created_at for row in interrupted}
-    recorder = Recorder(history, progress.update, begun)
+    recorder = Recorder(history, progress.update, begun, progress.restart)
 
     def without_training(trial: PlannedTrial) -> TrialRecord | None:
         """The row of a trial that the history answers, or that can't run here."""
@@ -68,7 +68,7 @@ def run_trials(
     )
     if search.look_ahead():  # a sweep that the history answers needs no Ray
         with _cluster_and_tune(cluster):
-            _fit(plan, search, scheduler(config, known), recorder)
+            _fit(plan, search, scheduler(config, known), recorder, progress.say)
     if recorder.storage_error is not None:
         raise StorageError(recorder.storage_error)
     recorder.flush()
@@ -92,14 +92,22 @@ def _import_tune() -> None:
         importlib.import_module("rayfin.tuning.hooks")
 
 
-def _fit(plan: SweepPlan, search: HistorySearch, scheduler: Any, recorder: Recorder) -> None:
+def _fit(
+    plan: SweepPlan,
+    search: HistorySearch,
+    scheduler: Any,
+    recorder: Recorder,
+    say: Callable[[str], None],
+) -> None:
     import ray.tune
 
     from rayfin.tuning.cluster import nodes
     from rayfin.tuning.hooks import StorageStopper, TuneRecorder, TuneSearcher
+    from rayfin.tuning.stranded import Stranded
     from rayfin.tuning.worker import WarmTrial
 
     resources, concurrent = trial_resources(plan.config, nodes())
+    stranded = Stranded({name.upper(): amount for name, amount in resources.items()}, say)
     trainable = ray.tune.with_parameters(
         WarmTrial,
         corpora=plan.corpora,
@@ -118,7 +126,7 @@ def _fit(plan: SweepPlan, search: HistorySearch, scheduler: Any, recorder: Recor
         run_config=ray.tune.RunConfig(
             name=plan.sweep_id,
             storage_path=str(plan.storage.ray),
-            callbacks=[TuneRecorder(recorder)],
+            callbacks=[TuneRecorder(recorder, stranded)],
             stop=StorageStopper(recorder),
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=ray.tune.FailureConfig(max_failures=plan.config.sweep.max_failures),

@@ -1,0 +1,51 @@
+"""A sweep whose trials no living node can hold any more: Tune would wait for one for ever."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from rayfin.errors import HardwareError
+from rayfin.tuning.cluster import Resources, fits, nodes
+
+_EVERY = 10.0
+_PATIENCE = 1200.0
+"""Seconds: a cloud may take so long to bring another machine."""
+
+
+class Stranded:
+    """Asked at every turn of Tune's loop; says that it waits for a node, and ends a long wait."""
+
+    def __init__(
+        self,
+        need: Resources,
+        say: Callable[[str], None],
+        *,
+        living: Callable[[], Sequence[Resources]] = nodes,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`need`: what one trial holds."""
+        self._need = {name: amount for name, amount in need.items() if amount > 0}
+        self._say, self._living, self._clock = say, living, clock
+        self._asked = clock()
+        self._since: float | None = None
+
+    def look(self, *, running: bool) -> None:
+        """`running`: whether any trial is. Raises HardwareError when nothing came for too long."""
+        now = self._clock()
+        if now - self._asked < _EVERY:
+            return
+        self._asked = now
+        if running or fits(self._living(), self._need) > 0:
+            self._since = None
+            return
+        wanted = ", ".join(f"{amount:g} {name}" for name, amount in self._need.items())
+        lost = f"the cluster has lost the nodes that can hold a trial ({wanted} on one node)"
+        if self._since is None:
+            self._since = now
+            self._say(f"{lost}; waiting {_PATIENCE / 60:.0f} minutes for another")
+        elif now - self._since >= _PATIENCE:
+            raise HardwareError(
+                f"{lost}, and none came in {_PATIENCE / 60:.0f} minutes; finished trials are kept: "
+                "start a node and go on with --resume"
+            )

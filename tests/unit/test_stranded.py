@@ -1,0 +1,51 @@
+"""A sweep that has lost its nodes says so, waits, and ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from rayfin.errors import HardwareError
+from rayfin.tuning.stranded import Stranded
+
+
+class Scene:
+    """A cluster, a clock, and what the user is told."""
+
+    def __init__(self, **need: float) -> None:
+        self.nodes: list[dict[str, float]] = []
+        self.now = 0.0
+        self.told: list[str] = []
+        self.stranded = Stranded(
+            need, self.told.append, living=lambda: self.nodes, clock=lambda: self.now
+        )
+
+    def wait(self, seconds: float, *, running: bool = False) -> None:
+        for _ in range(int(seconds / 5)):
+            self.now += 5
+            self.stranded.look(running=running)
+
+
+def test_nodes_too_small_for_a_trial_are_waited_for_and_then_given_up() -> None:
+    scene = Scene(CPU=4.0, GPU=0.0)
+    scene.nodes = [{"CPU": 2.0}, {"CPU": 2.0}]
+    scene.wait(600)
+    (told,) = scene.told
+    assert "4 CPU on one node" in told and "waiting 20 minutes" in told
+    with pytest.raises(HardwareError, match="--resume"):
+        scene.wait(620)
+
+
+def test_a_node_that_comes_in_time_is_used_and_the_next_loss_waits_anew() -> None:
+    scene = Scene(CPU=1.0, GPU=0.5)
+    scene.wait(1100)
+    scene.nodes = [{"CPU": 8.0, "GPU": 1.0}]
+    scene.wait(1100)
+    scene.nodes = []
+    scene.wait(1100)
+    assert len(scene.told) == 2
+
+
+def test_while_a_trial_runs_nothing_is_missing() -> None:
+    scene = Scene(CPU=1.0)
+    scene.wait(5000, running=True)
+    assert not scene.told
