@@ -89,7 +89,7 @@ class Node(Space):
     """A machine."""
 
     def __init__(self, name: str, number: int, switch: Space, directory: Path) -> None:
-        self.name, self.address = name, f"{_SUBNET}.{number}"
+        self.address = f"{_SUBNET}.{number}"
         self._switch, self._port = switch, f"port{number}"
         # As Debian has it: the machine's own name is not its address on the network.
         (directory / f"{name}-hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
@@ -99,8 +99,10 @@ class Node(Space):
         )
         Path("/tmp/ray").mkdir(mode=0o777, exist_ok=True)
         super().__init__(("net", "uts"), script, directory)
-        switch.ip(f"link add {self._port} type veth peer name eth0 netns {self.first}")
-        switch.ip(f"link set {self._port} master switch up")
+
+    def plug_in(self) -> None:
+        self._switch.ip(f"link add {self._port} type veth peer name eth0 netns {self.first}")
+        self._switch.ip(f"link set {self._port} master switch up")
         self.ip(f"address add {self.address}/24 dev eth0")
         self.ip("link set eth0 up")
         # Ray asks which of its addresses leads to the world.
@@ -139,6 +141,7 @@ class Network:
     def add(self, name: str) -> Node:
         node = Node(name, len(self._spaces), self._switch, self._directory)
         self._spaces.append(node)
+        node.plug_in()
         return node
 
     def end(self) -> None:

@@ -20,7 +20,7 @@ from rayfin.training.trial import run_trial
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-# A node that falls silent is given up after two checks of 10 s, not five: see cluster/README.md.
+# A node that falls silent is given up after two checks of 10 s, not five: see docs/distributed.md.
 HEAD = {"RAY_health_check_failure_threshold": "2"}
 STEPS = 200
 LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.scheduler=none")
@@ -96,19 +96,24 @@ def test_a_sweep_on_two_nodes_outlives_one(cluster: Cluster, lab: Any) -> None:
     settings = (*LONG, "sweep.num_samples=6", "sweep.max_concurrent_trials=2")
     sweep = lab.script("sweep_qlora.py", *settings, "--address", cluster.address)
     lost = sweep.until(lambda: halfway(lab, "worker"))
+    done = finished(lab)
     cluster.worker.cut()
+    # By then the lost one waits for an answer to its report, and saves nothing more.
+    sweep.until(lambda: finished(lab) > done)
     assert cluster.worker.processes("ray::"), "it is the network that is gone, and not the node"
-    assert sweep.end() == 0, sweep.err
+    marked = lab.mark(lost)
     cluster.worker.end()
+    assert sweep.end() == 0, sweep.err
 
     rows = lab.rows()
     assert [row.status for row in rows] == ["finished"] * 6
     assert len({row.fingerprint for row in rows}) == len({row.trial_id for row in rows}) == 6
     ends = Counter(re.findall(r"trial (\d)/6 finished", sweep.err))
     assert ends == dict.fromkeys("123456", 1), "a trial was finished twice"
-    assert "Traceback" not in sweep.err
+    assert "Traceback" not in sweep.err and "goes on from its checkpoint" in sweep.err
     (again,) = [row for row in rows if row.trial_id == lost.trial_id]
     assert again.scenario["worker"]["host"] == "head"
+    assert lab.losses(again)[0] == marked, "it started anew, and not from its checkpoint"
     assert again.curve[-1]["step"] == STEPS
 
 
@@ -119,3 +124,7 @@ def halfway(lab: Any, host: str) -> TrialRecord | None:
         if row.status == "running" and at == host and lab.checkpoints(row):
             return row
     return None
+
+
+def finished(lab: Any) -> int:
+    return sum(row.status == "finished" for row in lab.rows())
