@@ -107,6 +107,22 @@ def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
     assert not (tmp_path / "group" / "adapter").exists()
 
 
+def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(
+    cluster: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "5")  # rayfin's own: 120
+    seen: list[int] = []
+
+    def freeze(result: TrialResult) -> None:
+        seen.append(result.metrics["steps"])
+        if len(seen) == 2:
+            os.kill(workers_of_this_ray()[-1], signal.SIGSTOP)
+
+    end = in_group(config, tmp_path / "group", freeze)
+    assert end.status == "finished", end.error
+    assert seen == [4, 8, 8], "it started anew, and not from its checkpoint"
+
+
 def test_too_many_workers_are_refused_at_once(cluster: str, lab: Any) -> None:
     three = ("scaling.num_workers=3", "train.per_device_train_batch_size=3")
     config = load_config(None, [*lab.settings, *three])

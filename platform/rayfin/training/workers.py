@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 _PREEMPTIONS = 20
 """Times that a trial starts again because its machines were taken away; Ray Train has no limit."""
 
+_HANGS_AFTER = 120
+"""Seconds without an answer after which a worker counts as hanging; Ray's own are 600."""
+
 
 def run_in_worker_group(
     spec: TrialSpec,
@@ -56,6 +59,8 @@ def run_in_worker_group(
     to be taken away, a checkpoint is saved at once. The resources must be there: Ray Train would
     wait for them for ever. Raises whatever `report` raises.
     """
+    # Ray Train hands the driver's settings on to its controller.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(_HANGS_AFTER))
     # Where the caller is: on any other node it could be lost alone.
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     desk: Any = ray.remote(num_cpus=0, label_selector=here)(_Desk).remote(group.size)
