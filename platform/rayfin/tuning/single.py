@@ -51,7 +51,9 @@ def train_once(
     strategies: list[str] = []
 
     def report(result: TrialResult) -> None:
-        history.put(with_outcome(row, result.as_dict()))
+        nonlocal row  # a group that dies leaves what it had reported
+        row = with_outcome(row, result.as_dict())
+        history.put(row)
         hardware = result.scenario["hardware"]
         if in_group and not strategies:
             strategies.append(hardware["strategy"])
