@@ -31,6 +31,7 @@ from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import started
 from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.stranded import Stranded
 from rayfin.tuning.sweep import run_sweep
 from rayfin.tuning.tune import scheduler, trial_resources
 
@@ -193,7 +194,7 @@ def test_a_worker_that_dies_before_its_trial_starts_leaves_a_failed_row(plan: Sw
     tune_trial: Any = SimpleNamespace(
         trial_id="t", config=planned.as_tune_config(), get_pickled_error=lambda: OSError("no torch")
     )
-    TuneRecorder(recorder).on_trial_error(0, [], tune_trial)
+    TuneRecorder(recorder, Stranded({}, print)).on_trial_error(0, [], tune_trial)
     (row,) = history.rows.values()
     assert row.status == "failed" and "no torch" in (row.error or "")
     assert not recorder.running
