@@ -99,15 +99,21 @@ def test_a_kill_at_any_touch_of_a_file_leaves_a_trial_that_goes_on(lab: Any) -> 
         assert lab.losses(resumed) == pytest.approx(lab.losses(whole.result), abs=1e-4), job
 
 
-def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
-    directory = lab.root / "interrupted"
+def interrupted(lab: Any, spec: TrialSpec) -> Path:
+    """The directory of a trial that ended by Ctrl-C at its first evaluation."""
+    directory: Path = lab.directory()
 
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    spec = lab.spec(save_steps=1, eval_steps=3)
     with pytest.raises(KeyboardInterrupt):
         lab.run(spec, report=interrupt, directory=directory)
+    return directory
+
+
+def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
+    spec = lab.spec(save_steps=1, eval_steps=3)
+    directory = interrupted(lab, spec)
     newest = latest_checkpoint(directory / "checkpoints")
     assert newest is not None
     before = load_progress(newest).train_seconds
@@ -151,16 +157,11 @@ def test_smollm2_goes_on_too(lab: Any, steps_taken: list[int]) -> None:
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     lab: Any, file: str, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    directory = lab.directory()
     spec = lab.spec(save_steps=2, eval_steps=5)
-
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        lab.run(spec, report=interrupt, directory=directory)
+    directory = interrupted(lab, spec)
     checkpoints = directory / "checkpoints"
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    names = sorted(path.name for path in checkpoints.glob("checkpoint-*"))
+    assert names == ["checkpoint-2", "checkpoint-4"]
     torn = checkpoints / "checkpoint-4" / file
     content = torn.read_bytes()
     if harm == "truncated":
@@ -176,15 +177,9 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
 
 
 def test_where_all_checkpoints_are_torn_a_trial_begins_anew(lab: Any) -> None:
-    directory = lab.directory()
     spec = lab.spec(save_steps=2, eval_steps=3)
-
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        lab.run(spec, report=interrupt, directory=directory)
-    (only,) = (directory / "checkpoints").iterdir()
+    directory = interrupted(lab, spec)
+    (only,) = (directory / "checkpoints").glob("checkpoint-*")
     (only / "training_state.safetensors").write_bytes(b"")
     resumed = lab.run(spec, directory=directory)
     assert resumed.status == "finished", resumed.error
