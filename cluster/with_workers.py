@@ -1,7 +1,7 @@
 """Runs a command on a cluster that has grown to so many workers, and lets go of them after it.
 
     ray job submit --working-dir . -- python cluster/with_workers.py 4 GPU -- \
-        python experiments/sweep_qlora.py storage=s3://bucket/runs
+        python experiments/sweep_qlora.py storage=/mnt/shared/runs
 
 A sweep plans with the nodes that are there when it begins. This asks the autoscaler for COUNT times
 RESOURCE (`GPU`, or `CPU=8` for so many on one node), waits for them, and starts the command. Where

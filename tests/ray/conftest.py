@@ -175,3 +175,18 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     lab = Lab(tmp_path)
     yield lab
     lab.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A Ray cluster of two CPUs in this process; its address."""
+    import ray
+
+    from rayfin.tuning.cluster import ray_cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+        patch.setenv("PYTHONPATH", str(ROOT / "platform"))
+        with ray_cluster(None, num_cpus=2):
+            yield ray.get_runtime_context().gcs_address

@@ -26,22 +26,12 @@ from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
 from rayfin.training.workers import run_in_worker_group
-from rayfin.tuning.cluster import ray_cluster, worker_resources
+from rayfin.tuning.cluster import worker_resources
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SECONDS = 150.0
 """The bound: within it a trial that lost a process has ended."""
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "platform"))
-        with ray_cluster(None, num_cpus=2):
-            yield
 
 
 @pytest.fixture
@@ -73,7 +63,7 @@ class Killer(threading.Thread):
 
 @pytest.mark.parametrize("victim", ["RayTrainWorker", "TrainController"])
 def test_a_group_that_lost_a_process_ends_as_it_would_have(
-    cluster: None, config: Config, tmp_path: Path, kills: int, victim: str
+    cluster: str, config: Config, tmp_path: Path, kills: int, victim: str
 ) -> None:
     whole = run_trial(TrialSpec.of(config), lambda _: None, directory=tmp_path / "whole")
     moments = random.Random(f"{victim} {time.time_ns()}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +22,10 @@ from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
 from rayfin.training.workers import run_in_worker_group
-from rayfin.tuning.cluster import ray_cluster, worker_resources
+from rayfin.tuning.cluster import worker_resources
 from rayfin.tuning.single import train_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A Ray cluster of two CPUs; its address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RAY_ADDRESS", raising=False)
-        patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[2] / "platform"))
-        with ray_cluster(None, num_cpus=2):
-            yield ray.get_runtime_context().gcs_address
 
 
 @pytest.fixture

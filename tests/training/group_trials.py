@@ -48,7 +48,7 @@ def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    if workers > 1:
+    if workers > 1 or job["strategy"] != "ddp":
         dist.init_process_group("gloo")
     if rank == workers - 1 and job.get("kill_in") is not None:
         die_in_step(job["kill_in"])

@@ -120,6 +120,20 @@ def test_sharded_weights_are_saved_as_one_process_saves_them(lab: Any) -> None:
             assert torch.allclose(weight, alone[name], atol=2e-3), (strategy, name)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_one_worker_alone_may_shard(lab: Any, method: str) -> None:
+    """As it does on a GPU to offload to its host."""
+    spec = twenty(lab, method)
+    strategies = ["deepspeed-zero2", "deepspeed-zero3", "fsdp"]
+    jobs = [job(lab, spec, workers=1), *(job(lab, spec, workers=1, strategy=s) for s in strategies)]
+    alone, *sharded = lab.in_groups(jobs)
+    for strategy, result in zip(strategies, sharded, strict=True):
+        assert result["status"] == "finished", (strategy, result["error"])
+        assert losses(result) == pytest.approx(losses(alone), rel=1e-3), strategy
+        model = lab.reloaded(spec, Path(result["adapter"]))
+        assert lab.plain_loss(model, spec) == pytest.approx(result["metrics"]["eval_loss"], 1e-3)
+
+
 def test_the_user_s_own_settings_reach_the_strategy(lab: Any) -> None:
     spec = twenty(lab, "lora")
     assert len(lab.held_out(spec)) % 2 == 1

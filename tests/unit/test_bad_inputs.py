@@ -268,6 +268,18 @@ SPACE = [
         "scaling.num_workers=2",
         say=("scaling.num_workers=2", "scaling.num_workers=1", "rayfin train"),
     ),
+    case(
+        "strategy-in-a-sweep",
+        *SWEEP,
+        "scaling.strategy=fsdp",
+        say=("scaling.strategy=fsdp", "scaling.strategy=auto", "rayfin train"),
+    ),
+    case(
+        "offload-in-a-sweep",
+        *SWEEP,
+        "scaling.cpu_offload=true",
+        say=("scaling.cpu_offload=true", "name one of fsdp"),
+    ),
     case("no-axis", *SWEEP, "sweep.parameters={}", say=("sweep.parameters", "rayfin train")),
     case("empty-axis", *SWEEP, "sweep.parameters.method.r=[]", say=("method.r", "at least one")),
     case("axis-no-list", *SWEEP, "sweep.parameters.method.r=4", say=("method.r", "list of values")),

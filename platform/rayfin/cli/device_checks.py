@@ -68,7 +68,7 @@ def trial(problems: list[str]) -> Section:
         "4-bit": four_bit,
         "threads": max(1, hardware.cpu_count // at_a_time),
         "trials_at_a_time": at_a_time,
-        "strategy": "one process a trial; ddp with scaling.num_workers above 1",
+        "strategy": "one process a trial; chosen by memory with scaling.num_workers above 1",
     }
 
 

@@ -21,8 +21,7 @@ from rayfin.training.parallel import Parallel, Tensors
 class FullySharded(Parallel):
     """See `Parallel`."""
 
-    together = True
-    on_host = True
+    together = gathers = on_host = True
 
     def shard(self, model: torch.nn.Module) -> None:
         """Layer by layer, so that no device ever holds the whole model."""

@@ -49,6 +49,8 @@ class Parallel:
 
     together = False
     """Whether all workers must call the model equally often, as a part of it is with each."""
+    gathers = False
+    """Whether all workers must take part in reading back whole what is trained."""
     on_host = False
     """Whether the base is loaded into host memory, from where the strategy takes its part."""
     keeps_dtype = False
@@ -87,7 +89,7 @@ class Parallel:
         return nullcontext()
 
     def weights(self, model: torch.nn.Module) -> Tensors:
-        """All that is trained; whole on rank 0, called by all workers."""
+        """All that is trained, whole on rank 0; called by all workers where `gathers`."""
         return training_state(model)
 
     def load_weights(self, model: torch.nn.Module, weights: Tensors) -> None:
@@ -95,10 +97,10 @@ class Parallel:
         load_training_state(model, weights)
 
     def moments(self, trainer: TrialTrainer) -> Tensors:
-        """AdamW's state, `<moment>/<parameter>`, and `step`; whole on rank 0, called by all."""
+        """AdamW's state, `<moment>/<parameter>`, and `step`; as `weights`."""
         state = _inner(trainer.optimizer).state
         found: Tensors = {}
-        for name, parameter in _trained(trainer.trained):
+        for name, parameter in trained(trainer.trained):
             kept = state[parameter]
             found["step"] = torch.tensor(float(kept["step"]))
             for moment in MOMENTS:
@@ -108,7 +110,7 @@ class Parallel:
     def load_moments(self, trainer: TrialTrainer, moments: Tensors) -> None:
         """Puts `moments` back into the optimizer that the trainer has just made."""
         optimizer = _inner(trainer.optimizer)
-        names = {parameter: name for name, parameter in _trained(trainer.trained)}
+        names = {parameter: name for name, parameter in trained(trainer.trained)}
         numbered = (p for group in optimizer.param_groups for p in group["params"])
         state = {
             number: {"step": moments["step"].clone()}
@@ -127,7 +129,8 @@ class Parallel:
         return whole.to(parameter.device)
 
 
-def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 

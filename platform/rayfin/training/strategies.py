@@ -87,12 +87,9 @@ def share_of_step(train: TrainConfig, workers: int) -> Share:
             f"{', '.join(fitting)} workers, or train.gradient_accumulation_steps={workers}"
         )
     own = samples // workers
-    batch = max(n for n in range(1, own + 1) if own % n == 0 and n <= _most(train))
+    most = min(own, train.per_device_train_batch_size)
+    batch = max(n for n in range(1, most + 1) if own % n == 0)
     return Share(batch, own // batch)
-
-
-def _most(train: TrainConfig) -> int:
-    return train.per_device_train_batch_size
 
 
 def refusal(strategy: Strategy, method: MethodConfig) -> str | None:

@@ -254,12 +254,15 @@ class TrialTrainer(Trainer):
         return os.fspath(staging(self.directory))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        weights = self.parallel.weights(self.trained)
-        if self.args.should_save and output_dir is not None:
+        writes = self.args.should_save and output_dir is not None
+        if writes or self.parallel.gathers:
+            weights = self.parallel.weights(self.trained)
+        if writes and output_dir is not None:
             save_tensors(weights, Path(output_dir), _WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        moments = self.parallel.moments(self)
+        if self.args.should_save or self.parallel.gathers:
+            moments = self.parallel.moments(self)
         if self.args.should_save:
             save_tensors(moments, Path(output_dir), _MOMENTS)
             scheduler: Any = self.lr_scheduler

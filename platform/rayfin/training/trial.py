@@ -117,8 +117,10 @@ def _train(
     with collector_paused():
         data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
         strategy = parallel(group, hardware, spec.train)
-        # Alone, the scores are kept from trial to trial; several workers share the work of them.
-        base_scores = warm.base_scores(spec, hardware) if group.size == 1 else None
+        # Alone, the scores are kept from trial to trial; several workers share the work of them,
+        # and a base that is to be sharded is not loaded whole for them.
+        alone = group.size == 1 and not strategy.on_host
+        base_scores = warm.base_scores(spec, hardware) if alone else None
         with strategy.loading():
             base = warm.base(spec, hardware, on_host=strategy.on_host)
 
@@ -177,8 +179,8 @@ def _finish(
     strategy = trainer.parallel
     if not trainer.stopped:
         # Every worker gives its part, and the first one writes.
-        whole = METHODS[trainer.method.type].changes_base and trainer.parallel.group.size > 1
-        weights = strategy.weights(model) if whole else None
+        in_parts = METHODS[trainer.method.type].changes_base and strategy.gathers
+        weights = strategy.weights(model) if in_parts else None
         with strategy.whole(model):
             if trainer.args.should_save:
                 shutil.rmtree(adapter, ignore_errors=True)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
-from rayfin.training.parallel import MOMENTS, Parallel, Tensors, _trained
+from rayfin.training.parallel import MOMENTS, Parallel, Tensors, trained
 from rayfin.training.strategies import Group
 from rayfin.training.strategy_files import deepspeed_settings
 
@@ -28,7 +28,7 @@ class Zero(Parallel):
         super().__init__(group, hardware, train)
         self.stage = int(group.strategy[-1])
         self.together = self.on_host = self.stage == 3
-        self.keeps_dtype = True
+        self.gathers = self.keeps_dtype = True
         if hardware.device == "cpu":
             # Else DeepSpeed warns of what it did not find.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -79,7 +79,7 @@ class Zero(Parallel):
         return self._sharded_loading() if self.stage == 3 else nullcontext()
 
     def whole(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        return self._gathered([p for _, p in _trained(model)])
+        return self._gathered([p for _, p in trained(model)])
 
     def _gathered(
         self, parameters: list[torch.nn.Parameter], *, write: bool = False
@@ -97,23 +97,22 @@ class Zero(Parallel):
         from deepspeed.utils import safe_get_full_fp32_param
 
         found: Tensors = {}
-        for name, parameter in _trained(model):
+        for name, parameter in trained(model):
             whole = safe_get_full_fp32_param(parameter)
             if dist.get_rank() == 0:
                 found[name] = whole.float().cpu().contiguous()
         return found
 
     def load_weights(self, model: torch.nn.Module, weights: Tensors) -> None:
-        for name, parameter in _trained(model):
+        for name, parameter in trained(model):
             with self._gathered([parameter], write=True), torch.no_grad():
-                if parameter.shape == weights[name].shape:  # of rank 0 only, in stage 3
-                    parameter.copy_(weights[name])
+                parameter.copy_(weights[name])
 
     def moments(self, trainer: TrialTrainer) -> Tensors:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         found: Tensors = {}
-        for name, parameter in _trained(trainer.trained):
+        for name, parameter in trained(trainer.trained):
             for moment in MOMENTS:
                 whole = safe_get_full_optimizer_state(parameter, moment)
                 if dist.get_rank() == 0:
@@ -136,7 +135,7 @@ class Zero(Parallel):
     def load_moments(self, trainer: TrialTrainer, moments: Tensors) -> None:
         optimizer = _flat(trainer)
         weights = trainer.resumed_weights
-        for name, parameter in _trained(trainer.trained):
+        for name, parameter in trained(trainer.trained):
             self._put(parameter, weights[name], None)
             for moment in MOMENTS:
                 self._put(parameter, moments[f"{moment}/{name}"], moment)

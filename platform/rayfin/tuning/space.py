@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, with_values
 from rayfin.errors import ConfigError, MethodError, did_you_mean
 from rayfin.methods import check_combination
+from rayfin.training.strategies import check_scaling, needs_group
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -33,12 +34,15 @@ def check_space(config: Config) -> None:
             "sweep.parameters: is empty, there is nothing to sweep; give an axis, such as "
             "sweep.parameters.method.r=[4,8,16], or run one trial with rayfin train"
         )
-    if config.scaling.num_workers > 1:
+    if needs_group(config.scaling):
+        workers, strategy = config.scaling.num_workers, config.scaling.strategy
         raise ConfigError(
-            f"scaling.num_workers={config.scaling.num_workers}: a sweep runs each trial in one "
-            "process, and trials side by side (sweep.max_concurrent_trials); set "
-            "scaling.num_workers=1, or train a single run with rayfin train"
+            f"scaling.num_workers={workers} with scaling.strategy={strategy}: a sweep runs each "
+            "trial in one process, and trials side by side (sweep.max_concurrent_trials); set "
+            "scaling.num_workers=1 and scaling.strategy=auto, or train a single run with rayfin "
+            "train"
         )
+    check_scaling(config)
     known = _sweepable(config)
     for axis, choices in axes.items():
         if axis not in known:
