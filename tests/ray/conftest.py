@@ -144,7 +144,8 @@ class Lab:
     @staticmethod
     def checkpoints(row: TrialRecord) -> list[Path]:
         assert row.directory is not None
-        return sorted(Path(row.directory, "checkpoints").glob("checkpoint-*"))
+        found = Path(row.directory, "checkpoints").glob("checkpoint-*")
+        return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
     @staticmethod
     def mark(row: TrialRecord) -> float:

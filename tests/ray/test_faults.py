@@ -95,6 +95,25 @@ def test_a_group_that_lost_a_process_ends_as_it_would_have(
             assert mine == pytest.approx(other, abs=1e-4), told
 
 
+def test_a_group_whose_driver_is_interrupted_and_killed_goes_on(lab: Any) -> None:
+    settings = ("scaling.num_workers=2", "train.max_steps=300", "train.eval_steps=20")
+    interrupted = lab.rayfin("train", *settings, "scaling.strategy=deepspeed-zero2")
+    interrupted.until(lambda: any(lab.checkpoints(row) for row in lab.rows()))
+    assert interrupted.interrupt() == 130
+    assert interrupted.err.endswith("rayfin: interrupted\n"), interrupted.err
+    (row,) = lab.rows()
+    marked = lab.mark(row)
+
+    killed = lab.rayfin("train", *settings)
+    killed.until(lambda: lab.losses(lab.rows()[0])[:1] == [marked])
+    killed.kill()
+
+    assert lab.rayfin("train", *settings, "scaling.strategy=fsdp").end() == 0
+    (row,) = lab.rows()
+    assert row.status == "finished" and row.curve[-1]["step"] == 300
+    assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
+
+
 def full(directory: Path) -> Callable[[], None]:
     """Fills the file system under `directory`; returns what frees it."""
     filler = directory / "filler"

@@ -113,6 +113,12 @@ def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(
     assert seen == [4, 8, 8], "it started anew, and not from its checkpoint"
 
 
+def test_offloading_without_a_gpu_is_refused_at_once(cluster: str) -> None:
+    scaling = ScalingConfig(num_workers=2, strategy="fsdp", cpu_offload=True)
+    with pytest.raises(HardwareError, match="the workers have no GPU"):
+        worker_resources(scaling)
+
+
 def test_too_many_workers_are_refused_at_once(cluster: str, lab: Any) -> None:
     three = ("scaling.num_workers=3", "train.per_device_train_batch_size=3")
     config = load_config(None, [*lab.settings, *three])

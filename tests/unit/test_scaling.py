@@ -123,6 +123,8 @@ def own(tmp_path: Path) -> Write:
         ("deepspeed-zero2", {"scheduler": {}}, "lr_scheduler_type"),
         ("deepspeed-zero2", {"zero_optimisation": {}}, "did you mean 'zero_optimization'"),
         ("deepspeed-zero2", {"zero_optimization": 2}, "no object"),
+        ("deepspeed-zero2", {"gradient_clipping": 7}, "train.max_grad_norm"),
+        ("deepspeed-zero2", {"zero_optimization": {"stage": 3}}, "scaling.strategy"),
         (
             "deepspeed-zero3",
             {"zero_optimization": {"reduce_bucket_sise": 1}},

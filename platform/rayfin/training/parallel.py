@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rayfin.config import TrainConfig
-from rayfin.errors import HardwareError
 from rayfin.hardware import Hardware
 from rayfin.methods import load_training_state, training_state
 from rayfin.training.strategies import Group, share_of_step
@@ -23,12 +22,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def parallel(group: Group, hardware: Hardware, train: TrainConfig) -> Parallel:
-    """The strategy of `group`, which must be named by now; raises HardwareError."""
-    if group.cpu_offload and hardware.device == "cpu":
-        raise HardwareError(
-            "scaling.cpu_offload=true, but the workers have no GPU: all is in host memory as "
-            "it is; leave it out"
-        )
+    """The strategy of `group`, which must be named by now."""
     if group.strategy == "fsdp":
         from rayfin.training.fsdp import FullySharded
 

@@ -15,7 +15,7 @@ from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError
 from rayfin.methods import METHODS
 from rayfin.models import ModelFacts
-from rayfin.training.strategy_files import read_own
+from rayfin.training.strategy_files import deepspeed_settings, read_own
 
 STRATEGIES: dict[Strategy, str] = {
     "ddp": "every worker holds all; gradients are averaged",
@@ -146,7 +146,32 @@ def check_scaling(config: Config) -> None:
                 f"scaling.strategy_config with scaling.strategy={strategy}: the file is "
                 "DeepSpeed's or FSDP's; name its strategy"
             )
-        read_own(scaling.strategy_config, strategy)
+        own = read_own(scaling.strategy_config, strategy)
+        if strategy.startswith("deepspeed"):
+            _check_agreement(config, own)
+
+
+def _check_agreement(config: Config, own: Mapping[str, Any]) -> None:
+    """Raises ConfigError where `own` says something else than rayfin would on any device."""
+    share = share_of_step(config.train, config.scaling.num_workers)
+    problems: list[ConfigError] = []
+    for precision in ("float32", "bfloat16", "float16"):
+        try:
+            deepspeed_settings(
+                config.scaling.strategy,
+                own,
+                batch_size=share.batch_size,
+                accumulation=share.accumulation,
+                workers=config.scaling.num_workers,
+                max_grad_norm=config.train.max_grad_norm,
+                precision=precision,
+                offload=config.scaling.cpu_offload,
+            )
+        except ConfigError as problem:
+            problems.append(problem)
+        else:
+            return
+    raise problems[0]
 
 
 @cache

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,8 @@ def run_in_worker_group(
     try:
         for _ in range(max_failures + 1):
             try:
-                trainer.fit()
+                with _own_interrupt():
+                    trainer.fit()
             except ray.train.TrainingFailedError as failed:
                 error = _one_line(failed)
             except ray.exceptions.RayActorError as died:
@@ -113,6 +116,22 @@ def run_in_worker_group(
     if listener.error is not None:
         raise listener.error
     return listener.final or TrialResult(status="failed", error=f"worker group died: {error}")
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ctrl-C stays KeyboardInterrupt: Ray Train has it end the group, and then the program with 0,
+    and leaves its handler behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class MeetOnRaysNetwork(TorchConfig):

@@ -161,4 +161,9 @@ def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
             f"scaling.num_workers={workers}, but the cluster has {count} {kind}s; "
             f"use at most {count} workers, or a larger cluster with --address"
         )
+    if scaling.cpu_offload and not use_gpu:
+        raise HardwareError(
+            "scaling.cpu_offload=true, but the workers have no GPU: all is in host memory as it "
+            "is; leave it out"
+        )
     return resources
