@@ -33,7 +33,7 @@ RANK = {part: rank for rank, group in enumerate(ORDER) for part in group}
 
 # These also run where only torch, transformers and peft are installed.
 RAY_FREE = ("rayfin.training", "rayfin.serving.engine")
-RAY_USERS = ("rayfin.training.workers",)
+RAY_USERS = ("rayfin.training.workers", "rayfin.training.streams")
 
 # `/home/ray` is the home directory inside Ray's own container images.
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:home/(?!ray\b)|root/|work/|Users/)\w")

@@ -4,6 +4,7 @@ from rayfin.data.corpus import load_corpus
 from rayfin.data.examples import BadRow, Corpus, Example, Message, Tokens
 from rayfin.data.profile import DataProfile
 from rayfin.data.render import render_prompt
+from rayfin.data.survey import survey_corpus
 from rayfin.data.tokens import (
     TokenizedCorpus,
     check_lengths,
@@ -23,5 +24,6 @@ __all__ = [
     "load_corpus",
     "needs_length_check",
     "render_prompt",
+    "survey_corpus",
     "tokenize_corpus",
 ]

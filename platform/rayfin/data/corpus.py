@@ -8,15 +8,20 @@ from collections.abc import Callable, Sequence
 
 from rayfin.config.schema import DataConfig
 from rayfin.data.examples import BadRow, Corpus, Example
+from rayfin.data.normal import (
+    EVAL_SALT,
+    ORDER_SALT,
+    bad_rows,
+    content_hash,
+    example_or_reason,
+    is_preference,
+    no_valid_row,
+)
 from rayfin.data.pydocs import pydocs_examples
 from rayfin.data.readers import read_rows
 from rayfin.data.rows import Row
-from rayfin.data.shapes import COLUMNS, RowProblem, fitting_shape, nearest_shape, to_example
+from rayfin.data.shapes import fitting_shape, nearest_shape
 from rayfin.errors import DataError
-
-# Changing a salt changes every split that was ever made: histories would no longer compare.
-_ORDER_SALT = "rayfin/order/1"
-_EVAL_SALT = "rayfin/eval/1"
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -24,8 +29,13 @@ def load_corpus(config: DataConfig) -> Corpus:
 
     Order and split depend on the samples' content only, never on their order in the files:
     sorted by a hash of the content, `max_samples` keeps the first (a random sample, where the head
-    of a file may hold one class only); see `hold_out` for the split. Raises DataError.
+    of a file may hold one class only); see `hold_out` for the split. With `config.streaming` it is
+    what `survey_corpus` finds. Raises DataError.
     """
+    if config.streaming:
+        from rayfin.data.survey import survey_corpus
+
+        return survey_corpus(config)
     skipped: list[BadRow] = []
     if config.path == "pydocs":
         examples, shape = list(pydocs_examples()), "messages"
@@ -36,7 +46,7 @@ def load_corpus(config: DataConfig) -> Corpus:
             f"data.path: '{config.path}' has {len(examples)} usable row; "
             "training and evaluation need at least 2"
         )
-    ordered = sorted(examples, key=lambda example: _hash(_ORDER_SALT, example.canonical()))
+    ordered = sorted(examples, key=lambda example: content_hash(ORDER_SALT, example.canonical()))
     kept = ordered[: config.max_samples]
     if len({example.canonical() for example in kept}) == 1:
         raise DataError(
@@ -46,7 +56,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     train, held_out = hold_out(kept, config.val_size)
     # The first sample is in every subset, and few new ones of a growing file come before it: the
     # share of equal first samples is that of common samples (MinHash; Broder 1997).
-    source = _hash(_ORDER_SALT, ordered[0].canonical())[:32]
+    source = content_hash(ORDER_SALT, ordered[0].canonical())[:32]
     return Corpus(train, held_out, shape, _digest(train, held_out), source, tuple(skipped))
 
 
@@ -65,7 +75,7 @@ def hold_out(
         keyed = Example.canonical
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        groups[_hash(_EVAL_SALT, keyed(example))].append(example)
+        groups[content_hash(EVAL_SALT, keyed(example))].append(example)
     wanted = min(max(round(val_size * len(examples)), 1), len(examples) - 1)
     held: set[str] = set()
     taken = 0
@@ -75,7 +85,7 @@ def hold_out(
             taken += len(groups[key])
     if not held:
         held.add(min(groups, key=lambda key: (len(groups[key]), key)))
-    is_held = [_hash(_EVAL_SALT, keyed(example)) in held for example in examples]
+    is_held = [content_hash(EVAL_SALT, keyed(example)) in held for example in examples]
     pairs = list(zip(examples, is_held, strict=True))
     return tuple(e for e, held in pairs if not held), tuple(e for e, held in pairs if held)
 
@@ -84,32 +94,26 @@ def _normal_form(config: DataConfig) -> tuple[list[Example], str, list[BadRow]]:
     rows = list(read_rows(config.path))
     if not rows:
         raise DataError(f"data.path: '{config.path}' is empty; give a source that has rows")
-    shape = _shape_of(rows, config)
+    shape = shape_of(rows, config)
     if shape == "preference":
-        raise DataError(
-            f"data.path: '{config.path}' has preference pairs (chosen, rejected), which "
-            "train.stage=sft can't train on; give the chosen answers as prompt and completion"
-        )
+        raise is_preference(config.path)
     examples: list[Example] = []
     bad: list[BadRow] = []
     for row in rows:
-        example = _example_or_reason(row, shape)
+        example = example_or_reason(row, shape)
         if isinstance(example, Example):
             examples.append(example)
         else:
             bad.append(BadRow(row.file, row.line, example))
     if not examples:
-        raise _no_valid_row(config, bad[0])
+        raise no_valid_row(config, bad[0])
     if bad and config.on_bad_row == "error":
-        count = f" ({len(bad)} of {len(rows)} rows are bad)" if len(bad) > 1 else ""
-        raise DataError(
-            f"data: {bad[0]}{count}; mend the file, or leave such rows out "
-            "with data.on_bad_row=skip"
-        )
+        raise bad_rows(bad[0], len(bad), len(rows))
     return examples, shape, bad
 
 
-def _shape_of(rows: list[Row], config: DataConfig) -> str:
+def shape_of(rows: Sequence[Row], config: DataConfig) -> str:
+    """The format that was given, or else that of the first row that has one."""
     if config.format != "auto":
         return config.format
     for row in rows:
@@ -118,37 +122,10 @@ def _shape_of(rows: list[Row], config: DataConfig) -> str:
     # Nothing fits: say what is wrong by the shape that the first row seems to be meant as.
     first = rows[0]
     if first.problem is None and (near := nearest_shape(first.value)):
-        reason = _example_or_reason(first, near)
+        reason = example_or_reason(first, near)
     else:
         reason = first.problem or "none of the known columns"
-    raise _no_valid_row(config, BadRow(first.file, first.line, str(reason)))
-
-
-def _no_valid_row(config: DataConfig, first: BadRow) -> DataError:
-    if config.format == "auto":
-        need = " | ".join(", ".join(columns) for columns in COLUMNS.values())
-    else:
-        need = ", ".join(COLUMNS[config.format])
-    return DataError(
-        f"data.path: '{config.path}' has no valid row (the first: {first}); "
-        f"give rows with the columns {need}"
-    )
-
-
-def _example_or_reason(row: Row, shape: str) -> Example | str:
-    if row.problem is not None:
-        return row.problem
-    try:
-        return to_example(row.value, shape)
-    except RowProblem as problem:
-        other = fitting_shape(row.value)
-        if other is not None and other != shape:
-            return f"has format {other}, but the data has format {shape}; all rows need the same"
-        return str(problem)
-
-
-def _hash(salt: str, content: str) -> str:
-    return hashlib.sha256(f"{salt}\n{content}".encode()).hexdigest()
+    raise no_valid_row(config, BadRow(first.file, first.line, str(reason)))
 
 
 def _digest(train: Sequence[Example], held_out: Sequence[Example]) -> str:

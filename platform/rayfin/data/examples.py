@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
+
+if TYPE_CHECKING:
+    from rayfin.data.stream import Stream
 
 Message = dict[str, str]
 """One turn: `role` (system, user or assistant) and `content`."""
@@ -50,6 +53,8 @@ class Corpus:
     source: str
     """Names the data, however many of its samples were taken, and however they were split."""
     skipped: tuple[BadRow, ...] = ()
+    stream: Stream | None = None
+    """Where the training samples are read while training; `train` is a sample of them then."""
 
 
 NO_LOSS = -100
@@ -63,5 +68,8 @@ class Tokens(TypedDict):
     labels: list[int]
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+
+
 def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return _ENCODER.encode(value)

@@ -11,7 +11,10 @@ from rayfin.data.examples import NO_LOSS, Corpus, Tokens
 
 @dataclass(frozen=True)
 class DataProfile:
-    """Facts about a tokenised corpus; token figures are of both splits, after the cut."""
+    """Facts about a tokenised corpus; token figures are of both splits, after the cut.
+
+    Of a streamed one only the rows are counted; all else is of a sample.
+    """
 
     rows_train: int
     rows_eval: int
@@ -70,9 +73,9 @@ def profile_of(
     ]
     distinct = len({example.canonical() for example in examples})
     return DataProfile(
-        rows_train=len(train),
+        rows_train=len(train) if corpus.stream is None else sum(corpus.stream.rows),
         rows_eval=len(held_out),
-        skipped_rows=len(corpus.skipped),
+        skipped_rows=len(corpus.skipped) if corpus.stream is None else corpus.stream.bad_rows,
         shape=corpus.shape,
         tokens_per_sample_mean=tokens / len(lengths),
         tokens_per_sample_p50=_percentile(lengths, 0.50),

@@ -8,10 +8,9 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from rayfin.data.rows import Row, open_source
 from rayfin.data.shapes import USED_COLUMNS
@@ -24,16 +23,22 @@ _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<spli
 
 def read_rows(path: str) -> Iterator[Row]:
     """All rows behind `data.path` in order; raises DataError where there is nothing to read."""
-    local = _existing(path)
-    if local is None:
-        hub = _HUB_ID.fullmatch(path)
-        if hub is None or _reader_of(Path(path)) is not None:
-            raise DataError(
-                f"data.path: '{path}' does not exist; give pydocs, a hub id (owner/name), "
-                f"a directory, or a file ending in {_allowed()}"
-            )
+    hub = _HUB_ID.fullmatch(path)
+    if hub is not None and _existing(path) is None and _reader_of(Path(path)) is None:
         yield from _read_hub(path, hub["name"], hub["split"] or "train")
         return
+    for file in data_files(path):
+        yield from _read_file(file)
+
+
+def data_files(path: str) -> list[Path]:
+    """The file, or those below the directory, in order; raises DataError where there is none."""
+    local = _existing(path)
+    if local is None:
+        raise DataError(
+            f"data.path: '{path}' does not exist; give pydocs, a hub id (owner/name), "
+            f"a directory, or a file ending in {_allowed()}"
+        )
     files = _files_below(local) if local.is_dir() else [local]
     if not files:
         raise DataError(
@@ -44,8 +49,7 @@ def read_rows(path: str) -> Iterator[Row]:
             f"data.path: '{path}' has an unsupported extension '{local.suffix}'; "
             f"give a file ending in {_allowed()}"
         )
-    for file in files:
-        yield from _read_file(file)
+    return files
 
 
 def _existing(path: str) -> Path | None:
@@ -60,8 +64,15 @@ def _existing(path: str) -> Path | None:
 def _read_file(path: Path) -> Iterator[Row]:
     reader = _reader_of(path)
     assert reader is not None
-    try:
+    with reading(path):
         yield from reader(path)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system says of a file that can't be read, as a DataError."""
+    try:
+        yield
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
@@ -80,12 +91,13 @@ def _files_below(directory: Path) -> list[Path]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with open_source(path) as lines:
-        yield from _parse_lines(str(path), lines)
+        yield from parse_lines(str(path), lines)
 
 
-def _parse_lines(file: str, lines: IO[bytes]) -> Iterator[Row]:
+def parse_lines(file: str, lines: Iterable[bytes], *, first: bool = True) -> Iterator[Row]:
+    """JSON Lines as rows; `first`: they begin where the file does."""
     for number, line in enumerate(lines, 1):
-        raw = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+        raw = line.removeprefix(_BYTE_ORDER_MARK) if first and number == 1 else line
         if raw.strip():
             yield _parsed(file, number, raw)
 
@@ -115,7 +127,7 @@ def _read_json(path: Path) -> Iterator[Row]:
         return
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
-            yield from _parse_lines(str(path), io.BytesIO(raw))
+            yield from parse_lines(str(path), io.BytesIO(raw))
         else:
             problem = f"broken JSON: {error.msg} at column {error.colno}"
             yield Row(str(path), error.lineno, problem=problem)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rayfin.data.rows import Row, open_source
 from rayfin.data.shapes import USED_COLUMNS
+from rayfin.errors import DataError
 
 _LARGEST_CELL = 2**27
 
@@ -77,7 +78,20 @@ def _problem_of_cells(cells: list[str], header: list[str] | None) -> str | None:
     return None
 
 
-def read_parquet(path: Path) -> Iterator[Row]:
+def row_groups(path: Path) -> int:
+    """Of a Parquet file; raises DataError where it is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.ParquetFile(path).num_row_groups)
+    except pa.ArrowException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"data.path: '{path}' is broken Parquet: {reason}") from error
+
+
+def read_parquet(path: Path, groups: Sequence[int] | None = None) -> Iterator[Row]:
+    """`groups`: of the file's row groups; all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,7 +101,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
         # Columns that no shape reads may be large (images); with none known, all are named in
         # the message that says what is missing.
         columns = [name for name in parquet.schema_arrow.names if name in USED_COLUMNS] or None
-        for batch in parquet.iter_batches(columns=columns):
+        for batch in parquet.iter_batches(row_groups=groups, columns=columns):
             for index in range(batch.num_rows):
                 number += 1
                 try:

@@ -14,6 +14,8 @@ from rayfin.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from rayfin.data.stream import Stream
+
 
 # What a chat template puts around a prompt; a system message of its own may take more.
 _TEMPLATE_TOKENS = 48
@@ -26,6 +28,8 @@ class TokenizedCorpus:
     train: list[Tokens]
     eval: list[Tokens]
     profile: DataProfile
+    stream: Stream | None = None
+    """Where the training samples come from, if `train` is a sample of them."""
 
 
 def tokenize_corpus(
@@ -51,7 +55,7 @@ def tokenize_corpus(
         held_out=kept_eval,
         truncated=sum(len(sample["input_ids"]) > max_length for sample in whole),
     )
-    return TokenizedCorpus(kept_train, kept_eval, profile)
+    return TokenizedCorpus(kept_train, kept_eval, profile, corpus.stream)
 
 
 def needs_length_check(corpus: Corpus, max_length: int) -> bool:
@@ -69,7 +73,7 @@ def check_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length
     """Raises the DataError that `tokenize_corpus` would, mostly without tokenizing it all."""
     for split, examples in (("train", corpus.train), ("eval", corpus.eval)):
         shortest = sorted(examples, key=_prompt_bytes)[:16]
-        if not _fitting(tokenize_examples(shortest, tokenizer), max_length):
+        if not fitting(tokenize_examples(shortest, tokenizer), max_length):
             _cut(tokenize_examples(examples, tokenizer), max_length, split)
 
 
@@ -157,7 +161,7 @@ def _encode(
     ]
 
 
-def _fitting(samples: list[Tokens], max_length: int) -> list[Tokens]:
+def fitting(samples: list[Tokens], max_length: int) -> list[Tokens]:
     """The samples cut to `max_length`, without those whose answer was cut off."""
     kept: list[Tokens] = []
     for sample in samples:
@@ -169,7 +173,7 @@ def _fitting(samples: list[Tokens], max_length: int) -> list[Tokens]:
 
 
 def _cut(samples: list[Tokens], max_length: int, split: str) -> list[Tokens]:
-    kept = _fitting(samples, max_length)
+    kept = fitting(samples, max_length)
     if not kept:
         shortest = min(_first_label(sample) + 1 for sample in samples)
         longest = max(len(sample["input_ids"]) for sample in samples)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from rayfin.data import Tokens
+from rayfin.data import TokenizedCorpus, Tokens
+from rayfin.data.stream import Reader, pieces_of
+from rayfin.training.spec import TrialSpec
+from rayfin.training.strategies import Share
 
 IGNORE = -100
 # Samples are sorted by length inside windows of this many batches: enough to leave little padding,
@@ -43,6 +47,42 @@ def plan_samples(
     return grouped
 
 
+def samples_of(
+    spec: TrialSpec, data: TokenizedCorpus, share: Share, reader: Reader
+) -> PlannedSamples | StreamedSamples:
+    """The training samples of a trial, position by position; `reader` reads what is streamed."""
+    train, stream = spec.train, data.stream
+    samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    if stream is None:
+        plan = plan_samples(
+            [len(sample["input_ids"]) for sample in data.train],
+            batch_size=samples_per_step,
+            max_steps=train.max_steps,
+            seed=train.seed,
+            group_by_length=train.group_by_length,
+        )
+        return PlannedSamples(data.train, plan)
+
+    def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, Tokens]]:
+        pieces = pieces_of(
+            stream,
+            lanes=lanes,
+            of=samples_per_step,
+            seed=train.seed,
+            first=first,
+            last=train.max_steps,
+        )
+        return reader(stream, pieces, train.seed, spec.data.max_length)
+
+    return StreamedSamples(
+        read,
+        samples_per_step=samples_per_step,
+        max_steps=train.max_steps,
+        batch_size=share.batch_size,
+        workers=samples_per_step // (share.batch_size * share.accumulation),
+    )
+
+
 class PlannedSamples(torch.utils.data.Dataset[Tokens]):
     """The samples of a trial in the order of its plan; read in sequence, one epoch is the trial."""
 
@@ -59,6 +99,65 @@ class PlannedSamples(torch.utils.data.Dataset[Tokens]):
     def tokens(self, start: int, stop: int) -> int:
         """Tokens in the samples from `start` to `stop` of the plan."""
         return sum(len(self.samples[i]["input_ids"]) for i in self.plan[start:stop])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class StreamedSamples(torch.utils.data.Dataset[Tokens]):
+    """The samples of a trial on large data, read as they are asked for, once and in order.
+
+    A position is a step and a lane (`rayfin.data.stream`): what a worker asks for first says where
+    it goes on, and with its rank and the number of `workers` which lanes are its own.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[Sequence[int], int], Iterator[tuple[int, Tokens]]],
+        *,
+        samples_per_step: int,
+        max_steps: int,
+        batch_size: int,
+        workers: int,
+    ) -> None:
+        """`read`: (lanes, first step) -> (lane, sample); `batch_size`: of one worker."""
+        self.read, self.samples_per_step, self.max_steps = read, samples_per_step, max_steps
+        self.batch_size, self.workers = batch_size, workers
+        self._source: Iterator[tuple[int, Tokens]] | None = None
+        self._waiting: dict[int, deque[Tokens]] = defaultdict(deque)
+        self._tokens: dict[int, int] = defaultdict(int)
+
+    def __len__(self) -> int:
+        return self.max_steps * self.samples_per_step
+
+    def __getitem__(self, position: int) -> Tokens:
+        step, lane = divmod(position, self.samples_per_step)
+        if self._source is None:
+            rank = lane // self.batch_size % self.workers
+            own = [
+                n
+                for n in range(self.samples_per_step)
+                if n // self.batch_size % self.workers == rank
+            ]
+            self._source = self.read(own, step)
+        while not self._waiting[lane]:
+            other, sample = next(self._source)
+            self._waiting[other].append(sample)
+        sample = self._waiting[lane].popleft()
+        self._tokens[step] += len(sample["input_ids"])
+        return sample
+
+    def tokens(self, start: int, stop: int) -> int:
+        """Tokens in the samples from position `start` to `stop`, by this worker's share of them."""
+        steps = range(start // self.samples_per_step, stop // self.samples_per_step)
+        return sum(self._tokens[step] for step in steps) * self.workers
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+        if isinstance(self._source, Generator):
+            self._source.close()
+        self._source = None
+        self._waiting.clear()
 
 
 def collate_padded(samples: Sequence[Tokens], pad_token_id: int) -> dict[str, torch.Tensor]:

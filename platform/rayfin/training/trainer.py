@@ -15,11 +15,11 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from rayfin.config import MethodConfig
-from rayfin.data import TokenizedCorpus
+from rayfin.data import Tokens
 from rayfin.errors import TrialDiverged
 from rayfin.methods import after_optimizer_step, regularizer
 from rayfin.training.arguments import training_arguments
-from rayfin.training.batches import Collator, PlannedSamples, plan_samples
+from rayfin.training.batches import Collator, PlannedSamples, StreamedSamples
 from rayfin.training.checkpoint import (
     Progress,
     load_progress,
@@ -53,7 +53,8 @@ class TrialTrainer(Trainer):
         *,
         method: MethodConfig,
         parallel: Parallel,
-        data: TokenizedCorpus,
+        planned: PlannedSamples | StreamedSamples,
+        held_out: list[Tokens],
         pad_token_id: int,
         directory: Path,
         on_evaluation: Callable[[TrialTrainer], bool | None],
@@ -61,15 +62,6 @@ class TrialTrainer(Trainer):
         warned: Callable[[], bool] | None = None,
     ) -> None:
         train = parallel.train
-        samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-        plan = plan_samples(
-            [len(sample["input_ids"]) for sample in data.train],
-            batch_size=samples_per_step,
-            max_steps=train.max_steps,
-            seed=train.seed,
-            group_by_length=train.group_by_length,
-        )
-        planned = PlannedSamples(data.train, plan)
         self.trainable_parameters = sum(
             getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
         )
@@ -84,13 +76,14 @@ class TrialTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         # The loss below is a sum over tokens divided by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
-        self.method, self.train_config, self.samples = method, train, data
+        self.method, self.train_config, self.held_out = method, train, held_out
         self.parallel, self.base_scores, self.warned = parallel, base_scores, warned
         self._asks_every = 1  # steps
         self.trained: torch.nn.Module = model  # as it was given: never wrapped, never None
         self.pad_token_id, self.directory = pad_token_id, directory
         self.on_evaluation = on_evaluation
-        self.planned, self.samples_per_step = planned, samples_per_step
+        self.planned = planned
+        self.samples_per_step = len(planned) // train.max_steps
         self.scores: dict[str, float] = {}
         self.resumed_weights: dict[str, torch.Tensor] = {}
         self.stopped = False
@@ -107,7 +100,9 @@ class TrialTrainer(Trainer):
     ) -> Any:
         logits, targets, _ = completion_logits(model, inputs)
         loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-        loss = loss / (num_items_in_batch if num_items_in_batch is not None else len(targets))
+        count = num_items_in_batch if num_items_in_batch is not None else len(targets)
+        # Of large data, all answers of a step may lie beyond max_length.
+        loss = loss / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
         # DDP averages gradients over workers, but the tokens counted are those of all workers.
         loss = loss * self.accelerator.num_processes
         if (penalty := regularizer(model, self.method)) is not None:
@@ -166,7 +161,7 @@ class TrialTrainer(Trainer):
 
     def _score(self) -> dict[str, float]:
         rank, workers = self.accelerator.process_index, self.accelerator.num_processes
-        samples, batch_size = self.samples.eval, self.train_config.per_device_eval_batch_size
+        samples, batch_size = self.held_out, self.train_config.per_device_eval_batch_size
         largest_share = math.ceil(len(samples) / workers)
         own = score(
             self.trained,

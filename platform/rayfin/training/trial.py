@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import shutil
 import time
 import traceback
@@ -104,9 +105,14 @@ def _train(
     warned: Callable[[], bool] | None,
 ) -> TrialResult:
     with collector_paused():
+        if (
+            hardware.device == "cpu"
+        ):  # else DeepSpeed, where it is installed, warns of what it finds
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import_bitsandbytes()  # before Trainer imports PEFT, which would import it the slow way
         from transformers import set_seed
 
+        from rayfin.training.batches import samples_of
         from rayfin.training.parallel import parallel
         from rayfin.training.trainer import TrialTrainer
 
@@ -153,7 +159,8 @@ def _train(
             model,
             method=spec.method,
             parallel=strategy,
-            data=data,
+            planned=samples_of(spec, data, strategy.share, warm.reader(spec.model)),
+            held_out=data.eval,
             pad_token_id=pad_token_id(tokenizer),
             directory=checkpoints,
             on_evaluation=lambda trainer: report(stands(trainer, "running")),
@@ -201,6 +208,7 @@ def _give_back(
     else:
         detach(model)
     if trainer is not None:
+        trainer.planned.close()
         # Else the optimizer's state would stay beside the next trial's until a collection.
         trainer.optimizer = None
         trainer.lr_scheduler = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
+from rayfin.data.stream import Reader, read_here
 from rayfin.hardware import Hardware
 from rayfin.models import ModelFacts, describe_model, load_base, load_tokenizer
 from rayfin.training.scoring import score
@@ -30,7 +32,13 @@ class Warm:
     that changed the weights themselves, or failed on the way, calls `drop_base`.
     """
 
-    def __init__(self, corpora: dict[DataConfig, Corpus] | None = None) -> None:
+    def __init__(
+        self,
+        corpora: dict[DataConfig, Corpus] | None = None,
+        reader: Callable[[ModelConfig], Reader] | None = None,
+    ) -> None:
+        """`reader`: makes what reads streamed data, other than in this process."""
+        self._reader = reader
         self._corpora = dict(corpora or {})
         self._facts: dict[ModelConfig, ModelFacts] = {}
         self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
@@ -63,6 +71,10 @@ class Warm:
                 self.corpus(spec.data), self.tokenizer(spec.model), spec.data.max_length
             )
         return self._tokenized[key]
+
+    def reader(self, model: ModelConfig) -> Reader:
+        """What reads streamed data for `model`."""
+        return self._reader(model) if self._reader else read_here(self.tokenizer(model))
 
     def base(
         self, spec: TrialSpec, hardware: Hardware, *, on_host: bool = False

@@ -31,6 +31,7 @@ from rayfin.errors import TrialError
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
+from rayfin.training.streams import read_on_ray
 from rayfin.training.trial import run_trial
 from rayfin.training.warm import Warm
 
@@ -284,7 +285,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     spec = TrialSpec.model_validate(config["spec"])
     hardware = describe_hardware(resources.get("GPU", 0) > 0)
-    warm = Warm(ray.get(config["corpora"]))
+    warm = Warm(ray.get(config["corpora"]), read_on_ray)
     result = run_trial(
         spec,
         report,

@@ -10,7 +10,7 @@ from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import check_combination
 from rayfin.paths import Storage
-from rayfin.training.spec import TrialResult
+from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import Group, check_scaling, needs_group
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.preflight import check_run
@@ -38,7 +38,31 @@ def train_once(
     check_scaling(config)
     plan = SweepPlan(RUNS, config, storage)
     in_group = needs_group(config.scaling)
-    cluster = cluster_address(address) if in_group else None
+    # A cluster that is to read the data must be there before it is looked through.
+    cluster = cluster_address(address) if in_group or config.data.streaming else None
+    if config.data.streaming:
+        from rayfin.tuning.cluster import ray_cluster
+
+        with ray_cluster(cluster):
+            return _train(plan, history, rerun, cluster, show)
+    return _train(plan, history, rerun, cluster, show)
+
+
+def _train(
+    plan: SweepPlan,
+    history: History,
+    rerun: bool,
+    cluster: str | None,
+    show: Callable[[str], None],
+) -> TrialRecord:
+    config = plan.config
+    in_group = needs_group(config.scaling)
+    if config.data.streaming:
+        from rayfin.training.streams import survey_on_ray
+
+        show(f"looking through {config.data.path}")
+        data = TrialSpec.of(config).data
+        plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(data)
     check_run(plan, [config], cluster)
     trial = plan.trial({})
     if not rerun and (earlier := usable(history, trial)) is not None:
@@ -83,6 +107,10 @@ def train_once(
         from rayfin.training.warm import Warm
 
         hardware, warm = describe_hardware(config.scaling.use_gpu), Warm(plan.corpora)
+        if config.data.streaming:
+            from rayfin.training.streams import read_on_ray
+
+            warm = Warm(plan.corpora, read_on_ray)
         result = run_trial(
             trial.spec, report, directory=trial.directory, hardware=hardware, warm=warm
         )

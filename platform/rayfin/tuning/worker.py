@@ -48,12 +48,13 @@ class WarmTrial(ray.tune.Trainable):
         with collector_paused():
             import torch
 
+            from rayfin.training.streams import read_on_ray
             from rayfin.training.warm import Warm
 
         # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; tell torch too.
         torch.set_num_threads(num_threads)
         if _WARM is None:
-            _WARM = Warm(corpora)
+            _WARM = Warm(corpora, read_on_ray)
         self._use_gpu = use_gpu
         self._start(config)
 
