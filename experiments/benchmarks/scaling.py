@@ -1,0 +1,210 @@
+"""Tokens a second of several workers, and of several trials at a time.
+
+    python experiments/benchmarks/scaling.py [--quick]
+
+Workers: weak scaling of one LoRA trial on SmolLM2 in Ray Train worker groups of one core a worker.
+Two workers take twice the samples of an optimizer step, so that each has what one had alone. The
+efficiency is what two train a second, over twice what one does. One worker has the machine to
+itself, and memory, cache and clock with it: two groups of one at the same time, which exchange
+nothing, show what of the loss is the machine's. All take turns, the ratios are those of one round.
+
+Trials: the same sweep of four trials with sweep.max_concurrent_trials 1, 2 and 4.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from common import parse_arguments, print_figure, run_side, spread
+
+BATCH_SIZE = 4  # samples of an optimizer step, a worker
+CONCURRENT = (1, 2, 4)
+LEARNING_RATES = [2e-4, 5e-4, 1e-3, 2e-3]
+GROUPS = {"1 worker": 1, "2 workers": 2}
+
+
+def configuration(work: Path, quick: bool, *, workers: int = 1, concurrent: int = 1) -> Any:
+    from rayfin.config import load_config
+
+    steps = 6 if quick else 16
+    return load_config(
+        {
+            "model": {"name": "tiny" if quick else "smollm2-135m", "dtype": "float32"},
+            # Few validation samples: they are no part of the training that is timed.
+            "data": {"path": "pydocs", "max_samples": 240, "max_length": 128, "val_size": 0.04},
+            "method": {"type": "lora", "r": 8, "lora_alpha": 16},
+            "train": {
+                "max_steps": steps,
+                "eval_steps": steps,
+                "save_steps": steps,
+                "per_device_train_batch_size": BATCH_SIZE,
+                "gradient_accumulation_steps": workers,  # which the workers share
+            },
+            "scaling": {"num_workers": workers, "use_gpu": False, "strategy": "ddp"},
+            "sweep": {
+                "num_samples": len(LEARNING_RATES),
+                "search": "grid",
+                "scheduler": "none",
+                "max_concurrent_trials": concurrent,
+                "parameters": {"train.learning_rate": LEARNING_RATES},
+            },
+            "storage": str(work / "rayfin"),
+        }
+    )
+
+
+def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
+    """The rounds: what ran -> its measurements, in order."""
+    from rayfin.data import load_corpus
+    from rayfin.training import TrialSpec
+    from rayfin.training.strategies import Group
+    from rayfin.training.workers import run_in_worker_group
+    from rayfin.tuning.cluster import ray_cluster
+
+    data = configuration(args.work, args.quick).data
+    corpora = {data: load_corpus(data)}
+
+    def train(name: str, workers: int) -> dict[str, float]:
+        config = configuration(args.work, args.quick, workers=workers)
+        started = time.perf_counter()
+        result = run_in_worker_group(
+            TrialSpec.of(config),
+            lambda _: True,
+            directory=args.work / name,
+            group=Group.of(config.scaling),
+            resources={"CPU": 1.0},
+            corpora=corpora,
+            max_failures=0,  # a group that started twice would be no measurement
+        )
+        ended = time.perf_counter()
+        if result.status != "finished":
+            raise SystemExit(f"{name}: {result.error}")
+        names = ("tokens_per_second", "train_seconds", "wall_seconds")
+        metrics = {n: result.metrics[n] for n in names}
+        return metrics | {"call_seconds": ended - started, "ended": ended}
+
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in [*GROUPS, "two apart"]}
+    with ray_cluster(None, num_cpus=2), ThreadPoolExecutor(2) as pool:
+        train("first", 1)  # reads files from disk, which no other does
+        for number in range(1 if args.quick else 3):
+            for name, workers in GROUPS.items():
+                runs[name].append(train(f"{name} {number}", workers))
+            names = [f"apart {number} {half}" for half in "ab"]
+            both = list(pool.map(train, names, (1, 1)))
+            runs["two apart"].append(
+                {
+                    "tokens_per_second": sum(one["tokens_per_second"] for one in both),
+                    # Where they did not train at the same time, each had the machine to itself.
+                    "apart_seconds": abs(both[0]["ended"] - both[1]["ended"]),
+                    "train_seconds": max(one["train_seconds"] for one in both),
+                }
+            )
+    return runs
+
+
+def trials_side(args: Namespace, concurrent: int) -> dict[str, Any]:
+    """A sweep: its tokens, its seconds, and how many trials ran at a time."""
+    from rayfin.history import History
+    from rayfin.paths import Storage
+    from rayfin.tuning.sweep import run_sweep
+
+    config = configuration(args.work, args.quick, concurrent=concurrent)
+    storage = Storage.open(config.storage)
+    with History.open(storage.history_url) as history:
+        rows = run_sweep(config, history=history, storage=storage, rerun=True).trials
+    if failed := [row.error for row in rows if row.status != "finished"]:
+        raise SystemExit(f"trials failed: {failed}")
+    begun = [row.created_at for row in rows]
+    steps = [row.metrics["train_seconds"] for row in rows]
+    return {
+        # The most that had begun and not ended when one began, itself included.
+        "at_a_time": max(sum(r.created_at <= t < r.updated_at for r in rows) for t in begun),
+        "tokens": sum(
+            row.metrics["tokens_per_second"] * s for row, s in zip(rows, steps, strict=True)
+        ),
+        "step_seconds": sum(steps),
+        "trial_seconds": (max(row.updated_at for row in rows) - min(begun)).total_seconds(),
+    }
+
+
+def print_workers(runs: dict[str, list[dict[str, float]]]) -> tuple[float, float]:
+    """The table of the groups; efficiency and launch seconds of two workers."""
+    print(f"groups of one core a worker, median of {len(runs['1 worker'])} (least to greatest)")
+    launches = {}
+    for name, results in runs.items():
+        line = f"  {name:9} {spread([r['tokens_per_second'] for r in results], 1):>24} tokens/s"
+        if name in GROUPS:
+            launches[name] = [r["call_seconds"] - r["wall_seconds"] for r in results]
+            around = [r["wall_seconds"] - r["train_seconds"] for r in results]
+            steps = [r["train_seconds"] for r in results]
+            line += (
+                f"; seconds: launch {spread(launches[name], 1)}, "
+                f"base and scores {spread(around, 1)}, steps {spread(steps, 1)}"
+            )
+        else:
+            lags = [r["apart_seconds"] for r in results]
+            steps = [r["train_seconds"] for r in results]
+            line += f"; seconds: ended {spread(lags, 1)} after the other, steps {spread(steps, 1)}"
+        print(line)
+    print("  launch: Ray's processes, imports, the process group, and their end")
+    one, two, apart = (
+        [r["tokens_per_second"] for r in runs[name]] for name in (*GROUPS, "two apart")
+    )
+    efficiency = [b / (2 * a) for a, b in zip(one, two, strict=True)]
+    ceiling = [b / (2 * a) for a, b in zip(one, apart, strict=True)]
+    of_ceiling = [b / a for a, b in zip(apart, two, strict=True)]
+    print(
+        f"  efficiency of 2 workers {spread(efficiency)}; of two groups apart {spread(ceiling)}, "
+        f"of which 2 workers keep {spread(of_ceiling)}"
+    )
+    return statistics.median(efficiency), statistics.median(launches["2 workers"])
+
+
+def print_trials(sweeps: dict[int, dict[str, Any]]) -> None:
+    print(f"sweeps of {len(LEARNING_RATES)} trials on all cores")
+    print("  tokens/s of all trials together: in the steps, times the trials at a time; and from")
+    print("  the first trial's start to the last's end, loading and scoring included")
+    print(f"  {'asked for':>9} {'ran':>4} {'in steps':>9} {'in trials':>9} {'start and end':>14}")
+    for asked, sweep in sweeps.items():
+        ran, tokens, seconds = sweep["at_a_time"], sweep["tokens"], sweep["trial_seconds"]
+        print(
+            f"  {asked:9} {ran:4} {tokens * ran / sweep['step_seconds']:9.1f} "
+            f"{tokens / seconds:9.1f} {sweep['wall_seconds'] - seconds:12.1f} s"
+            + (f"   capped: no core for each of {asked}" if ran < asked else "")
+        )
+
+
+def main() -> None:
+    sweeps = {concurrent: f"trials-{concurrent}" for concurrent in CONCURRENT}
+    args = parse_arguments(__doc__ or "", sides=("workers", *sweeps.values()))
+    if args.side:
+        kind, _, concurrent = args.side.partition("-")
+        done = trials_side(args, int(concurrent)) if kind == "trials" else workers_side(args)
+        args.out.write_text(json.dumps(done))
+        return
+    from rayfin.models import locate
+
+    locate(configuration(Path(), args.quick).model)  # convert the model before any clock runs
+
+    def side(name: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_side(__file__, name, Path(folder), quick=args.quick)
+
+    runs = side("workers")
+    del runs["wall_seconds"]
+    efficiency, launch = print_workers(runs)
+    print_trials({concurrent: side(name) for concurrent, name in sweeps.items()})
+    print_figure("scaling", "weak_efficiency_2_workers", efficiency, "ratio", 0.8)
+    # A bar of our own: near half of it is Ray starting the workers. Above it, something waits.
+    print_figure("scaling", "launch_seconds_2_workers", launch, "s", 30.0, most=True)
+
+
+if __name__ == "__main__":
+    main()
