@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Trains on a small and on a large JSONL file with data.streaming=true: memory, and a kill.
 
 The memory is that of all processes of the run, Ray's and its object store included, shared pages
