@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import ray
+import ray.exceptions
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, Tokens, survey_corpus
@@ -37,8 +38,17 @@ def _each(look: Callable[[list[int]], Part], parts: Sequence[list[int]]) -> Iter
     for part in parts:
         begun.append(task.remote(function, part))
         if len(begun) >= _PARTS_AT_A_TIME:
-            yield ray.get(begun.pop(0))
-    yield from map(ray.get, begun)
+            yield _result(begun.pop(0))
+    yield from map(_result, begun)
+
+
+def _result(task: Any) -> Part:
+    """Of a task; what it raised comes without Ray's words around it."""
+    try:
+        part: Part = ray.get(task)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    return part
 
 
 def _call(look: Callable[[list[int]], Part], part: list[int]) -> Part:
