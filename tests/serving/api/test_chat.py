@@ -223,17 +223,7 @@ class Terminal:
             os.close(self._ours)
 
 
-def test_ctrl_c_stops_an_answer_and_frees_its_row(
-    server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = server.engine._scheduler.step
-
-    def slowly() -> bool:
-        time.sleep(0.03)  # else, on a busy machine, the answer is at its end before it is stopped
-        worked: bool = step()
-        return worked
-
-    monkeypatch.setattr(server.engine._scheduler, "step", slowly)
+def test_ctrl_c_stops_an_answer_and_frees_its_row(server: Any) -> None:
     before = server.engine.stats().generated_tokens
     terminal = Terminal(server.url)
 
