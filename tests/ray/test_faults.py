@@ -26,7 +26,7 @@ from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
 from rayfin.training.workers import run_in_worker_group
-from rayfin.tuning.cluster import worker_resources
+from rayfin.tuning.cluster import nodes, worker_resources
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -85,7 +85,7 @@ def test_a_group_that_lost_a_process_ends_as_it_would_have(
             report,
             directory=tmp_path / str(number),
             group=Group(2),
-            resources=worker_resources(ScalingConfig(num_workers=2)),
+            resources=worker_resources(ScalingConfig(num_workers=2), nodes()),
             corpora={config.data: load_corpus(config.data)},
             max_failures=2,
         )

@@ -22,7 +22,7 @@ from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
 from rayfin.training.workers import run_in_worker_group
-from rayfin.tuning.cluster import worker_resources
+from rayfin.tuning.cluster import nodes, worker_resources
 from rayfin.tuning.single import train_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -46,7 +46,7 @@ def in_group(
         report,
         directory=directory,
         group=Group(2, strategy),
-        resources=worker_resources(ScalingConfig(num_workers=2)),
+        resources=worker_resources(ScalingConfig(num_workers=2), nodes()),
         corpora={config.data: load_corpus(config.data)},
     )
 
@@ -116,7 +116,7 @@ def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(
 def test_offloading_without_a_gpu_is_refused_at_once(cluster: str) -> None:
     scaling = ScalingConfig(num_workers=2, strategy="fsdp", cpu_offload=True)
     with pytest.raises(HardwareError, match="the workers have no GPU"):
-        worker_resources(scaling)
+        worker_resources(scaling, nodes())
 
 
 def test_too_many_workers_are_refused_at_once(cluster: str, lab: Any) -> None:

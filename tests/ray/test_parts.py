@@ -126,16 +126,16 @@ def test_asha_goes_on_with_the_rungs_of_known_trials(plan: SweepPlan, metric: st
 @pytest.mark.parametrize(
     ("nodes", "wanted", "resources", "concurrent"),
     [
-        ([{"CPU": 2}], "auto", {"cpu": 2, "gpu": 0}, 1),
-        ([{"CPU": 2}], 8, {"cpu": 1, "gpu": 0}, 2),
-        ([{"CPU": 4}, {"CPU": 4}], "auto", {"cpu": 4, "gpu": 0}, 2),
+        ([{"CPU": 2}], "auto", {"CPU": 2, "GPU": 0}, 1),
+        ([{"CPU": 2}], 8, {"CPU": 1, "GPU": 0}, 2),
+        ([{"CPU": 4}, {"CPU": 4}], "auto", {"CPU": 4, "GPU": 0}, 2),
         # One trial over two machines would wait for ever for eight CPUs on one of them.
-        ([{"CPU": 4}, {"CPU": 4}], 1, {"cpu": 4, "gpu": 0}, 1),
-        ([{"CPU": 0}, {"CPU": 8}], "auto", {"cpu": 8, "gpu": 0}, 1),
-        ([{"CPU": 16, "GPU": 4}], "auto", {"cpu": 4, "gpu": 1}, 4),
-        ([{"CPU": 2, "GPU": 4}], "auto", {"cpu": 0, "gpu": 1}, 4),
-        ([{"CPU": 16, "GPU": 1}], 4, {"cpu": 4, "gpu": 0.25}, 4),
-        ([{"CPU": 12, "GPU": 4}], 6, {"cpu": 2, "gpu": 0.5}, 6),
+        ([{"CPU": 4}, {"CPU": 4}], 1, {"CPU": 4, "GPU": 0}, 1),
+        ([{"CPU": 0}, {"CPU": 8}], "auto", {"CPU": 8, "GPU": 0}, 1),
+        ([{"CPU": 16, "GPU": 4}], "auto", {"CPU": 4, "GPU": 1}, 4),
+        ([{"CPU": 2, "GPU": 4}], "auto", {"CPU": 0, "GPU": 1}, 4),
+        ([{"CPU": 16, "GPU": 1}], 4, {"CPU": 4, "GPU": 0.25}, 4),
+        ([{"CPU": 12, "GPU": 4}], 6, {"CPU": 2, "GPU": 0.5}, 6),
     ],
 )
 def test_a_trial_fits_on_a_node(
@@ -143,6 +143,35 @@ def test_a_trial_fits_on_a_node(
 ) -> None:
     limited = swept(config, max_concurrent_trials=wanted)
     assert trial_resources(limited, nodes) == (resources, concurrent)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted", "each", "concurrent"),
+    [
+        ([{"CPU": 2}], "auto", {"CPU": 1, "GPU": 0}, 1),
+        ([{"CPU": 8}], 3, {"CPU": 1, "GPU": 0}, 3),
+        ([{"CPU": 8}], 99, {"CPU": 1, "GPU": 0}, 4),
+        ([{"CPU": 8}] * 5, "auto", {"CPU": 8, "GPU": 0}, 2),
+        ([{"CPU": 16, "GPU": 8}], "auto", {"CPU": 2, "GPU": 1}, 4),
+        # No two workers share a GPU, however many trials are asked for.
+        ([{"CPU": 16, "GPU": 5}], 99, {"CPU": 4, "GPU": 1}, 2),
+        ([{"CPU": 2, "GPU": 4}], "auto", {"CPU": 0, "GPU": 1}, 2),
+        # One GPU is too few for two workers, which take the CPUs then.
+        ([{"CPU": 4, "GPU": 1}], "auto", {"CPU": 2, "GPU": 0}, 1),
+    ],
+)
+def test_a_trial_of_two_workers_fits_on_nodes(
+    config: Config, nodes: Any, wanted: Any, each: dict[str, float], concurrent: int
+) -> None:
+    scaling = config.scaling.model_copy(update={"num_workers": 2})
+    limited = swept(config, max_concurrent_trials=wanted).model_copy(update={"scaling": scaling})
+    assert trial_resources(limited, nodes) == (each, concurrent)
+
+
+def test_a_trial_of_more_workers_than_there_is_room_for_is_refused(config: Config) -> None:
+    scaling = config.scaling.model_copy(update={"num_workers": 3})
+    with pytest.raises(HardwareError, match="the cluster has 2 CPUs; use at most 2 workers"):
+        trial_resources(config.model_copy(update={"scaling": scaling}), [{"CPU": 2}])
 
 
 def test_no_cpu_at_all_is_refused(config: Config) -> None:
@@ -341,7 +370,7 @@ def test_a_worker_ends_its_thread_whenever_tune_ends_the_trial(
     trainable.reset_config(one)  # and the second before its first step
     assert trainable.step()["step"] == 1
     trainable.cleanup()  # the sweep ends: the trial leaves its checkpoints where they are
-    assert ends == ["stopped", "stopped", "_Left"]
+    assert ends == ["stopped", "stopped", "TrialLeft"]
     assert threading.active_count() == before
 
 

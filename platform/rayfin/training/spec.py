@@ -89,3 +89,7 @@ class TrialResult:
 
 Report = Callable[[TrialResult], bool | None]
 """Takes the trial as it stands at an evaluation; returns False to stop it."""
+
+
+class TrialLeft(BaseException):
+    """Raised by a report: the trial is left where it stands. No Exception: it is no failure."""

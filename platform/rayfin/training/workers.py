@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,15 @@ from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.config import FailureConfig
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
 from rayfin.hardware import Hardware, describe_hardware
-from rayfin.training.spec import Report, TrialResult, TrialSpec
+from rayfin.paths import write_json
+from rayfin.training.spec import Report, TrialLeft, TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
 from rayfin.training.streams import read_on_ray
 from rayfin.training.trial import run_trial
@@ -60,14 +64,17 @@ def run_in_worker_group(
     and a group that lost a worker, or Ray Train's controller, starts again (`max_failures` times)
     from the newest checkpoint, which must lie on storage that all nodes see. Where a node is about
     to be taken away, a checkpoint is saved at once. The resources must be there: Ray Train would
-    wait for them for ever. Raises whatever `report` raises.
+    wait for them for ever. Raises whatever `report` raises; at a `TrialLeft` the workers end where
+    they stand, and the trial stays as its checkpoints have it.
     """
     # Ray Train hands the driver's settings on to its controller.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(_HANGS_AFTER))
+    held = directory / "ray" / "held.json"
+    give_back(held)  # what a caller that was killed amid the trial could not
     # Where the caller is: on any other node it could be lost alone.
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    desk: Any = ray.remote(num_cpus=0, label_selector=here)(_Desk).remote(group.size)
-    listener = _Listener(report, desk)
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote(group.size, held)
+    listener = _Listener(report, desk, held)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config={
@@ -108,12 +115,13 @@ def run_in_worker_group(
                 log.warning("Ray Train's controller died; the trial goes on from its checkpoint")
                 # Ray Train's own cleaner asks the dashboard for the controller, and where there is
                 # none it holds what the next group is to have.
-                for held in ray.get(desk.placement_groups.remote()):
-                    ray.util.remove_placement_group(held)
+                give_back(held)
                 continue
             break
     finally:
         listener.close()
+    with suppress(FileNotFoundError):
+        held.unlink()  # Ray Train has given back what it names
     if listener.error is not None:
         raise listener.error
     return listener.final or TrialResult(status="failed", error=f"worker group died: {error}")
@@ -162,6 +170,20 @@ def _choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
+def give_back(held: Path) -> None:
+    """Gives the resources back that the file names, which ends what still runs on them.
+
+    Ray takes a placement group from whom its controller's death left it only when the whole
+    program ends, and the next group would wait until then.
+    """
+    with suppress(FileNotFoundError):
+        for name in json.loads(held.read_text()):
+            # In a Ray of another time there is none of this name, which is no error.
+            group_id = ray.PlacementGroupID(bytes.fromhex(name))
+            ray.util.remove_placement_group(PlacementGroup(group_id))
+        held.unlink()
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
 
@@ -173,23 +195,27 @@ class _Desk:
     takes no other's.
     """
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, held: Path) -> None:
+        """`held`: the file that says what the workers hold; see `give_back`."""
         self._workers = workers
+        self._held = held
         self._failed: set[int] = set()
         self._hopeless = False
         self._reports: asyncio.Queue[tuple[int, TrialResult] | None] = asyncio.Queue()
         self._answers: list[asyncio.Future[bool]] = []
-        self._placement_groups: dict[str, Any] = {}
+        self._placement_groups: set[str] = set()
 
-    async def begin(self, placement_group: Any) -> bool:
+    async def begin(self, placement_group: str) -> bool:
         """Whether a worker that starts has work to do: not where its trial would fail once more."""
         self._failed.clear()
-        self._placement_groups[placement_group.id.hex()] = placement_group
+        if placement_group not in self._placement_groups:
+            self._placement_groups.add(placement_group)
+            write_json(self._held, sorted(self._placement_groups))
         return not self._hopeless
 
-    async def placement_groups(self) -> list[Any]:
-        """Where workers have begun."""
-        return list(self._placement_groups.values())
+    async def leave(self) -> None:
+        """No worker that starts from now on has work to do."""
+        self._hopeless = True
 
     async def hand_in(self, rank: int, result: TrialResult) -> bool:
         """The caller's word on `result`: whether to go on."""
@@ -216,16 +242,21 @@ class _Desk:
 class _Listener(threading.Thread):
     """Hands rank 0's reports to the caller, and the caller's word back."""
 
-    def __init__(self, report: Report, desk: Any) -> None:
+    def __init__(self, report: Report, desk: Any, held: Path) -> None:
         super().__init__(daemon=True)
-        self._report, self._desk = report, desk
+        self._report, self._desk, self._held = report, desk, held
         self.final: TrialResult | None = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def run(self) -> None:
         while (handed := ray.get(self._desk.next_report.remote())) is not None:
             number, result = handed
-            self._desk.answer.remote(number, self._take(result))
+            try:
+                self._desk.answer.remote(number, self._take(result))
+            except TrialLeft as left:  # no answer: whoever waits for one is ended where it stands
+                self.error = left
+                ray.get(self._desk.leave.remote())
+                give_back(self._held)
 
     def close(self) -> None:
         self._desk.close.remote()
@@ -274,7 +305,9 @@ def _worker(config: dict[str, Any]) -> None:
     import torch
 
     desk = config["desk"]
-    if not ray.get(desk.begin.remote(ray.util.get_current_placement_group())):
+    place = ray.util.get_current_placement_group()
+    assert place is not None  # Ray Train runs every worker in one
+    if not ray.get(desk.begin.remote(place.id.hex())):
         return
     rank = ray.train.get_context().get_world_rank()
     resources = ray.get_runtime_context().get_assigned_resources()

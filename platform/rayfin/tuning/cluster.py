@@ -145,12 +145,13 @@ def even_share(
     return None
 
 
-def worker_resources(scaling: ScalingConfig) -> dict[str, float]:
-    """For each worker of a group: a GPU where there are enough, else an even share of the CPUs.
+def worker_resources(scaling: ScalingConfig, have: Sequence[Resources]) -> dict[str, float]:
+    """For each worker of a group on nodes that `have` so much: a GPU where there are enough, else
+    an even share of the CPUs.
 
     Raises HardwareError where the cluster is too small.
     """
-    have, workers = nodes(), scaling.num_workers
+    workers = scaling.num_workers
     on_gpu = even_share(have, workers, gpu=1.0)
     use_gpu = on_gpu is not None if scaling.use_gpu == "auto" else scaling.use_gpu
     resources = on_gpu if use_gpu else even_share(have, workers)

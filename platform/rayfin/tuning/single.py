@@ -86,7 +86,7 @@ def _train(
 
     if in_group:
         from rayfin.training.workers import run_in_worker_group
-        from rayfin.tuning.cluster import ray_cluster, worker_resources
+        from rayfin.tuning.cluster import nodes, ray_cluster, worker_resources
 
         try:
             with ray_cluster(cluster):
@@ -95,7 +95,7 @@ def _train(
                     report,
                     directory=trial.directory,
                     group=Group.of(config.scaling),
-                    resources=worker_resources(config.scaling),
+                    resources=worker_resources(config.scaling, nodes()),
                     corpora=plan.corpora,
                     max_failures=config.sweep.max_failures,
                 )

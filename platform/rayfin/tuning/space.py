@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, with_values
 from rayfin.errors import ConfigError, MethodError, did_you_mean
 from rayfin.methods import check_combination
-from rayfin.training.strategies import check_scaling, needs_group
+from rayfin.training.strategies import check_scaling
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -34,14 +34,6 @@ def check_space(config: Config) -> None:
             "sweep.parameters: is empty, there is nothing to sweep; give an axis, such as "
             "sweep.parameters.method.r=[4,8,16], or run one trial with rayfin train"
         )
-    if needs_group(config.scaling):
-        workers, strategy = config.scaling.num_workers, config.scaling.strategy
-        raise ConfigError(
-            f"scaling.num_workers={workers} with scaling.strategy={strategy}: a sweep runs each "
-            "trial in one process, and trials side by side (sweep.max_concurrent_trials); set "
-            "scaling.num_workers=1 and scaling.strategy=auto, or train a single run with rayfin "
-            "train"
-        )
     check_scaling(config)
     known = _sweepable(config)
     for axis, choices in axes.items():
@@ -63,7 +55,9 @@ def check_space(config: Config) -> None:
 
 def _check_point(config: Config, values: Values) -> None:
     try:
-        check_combination(trial_config(config, values))
+        point = trial_config(config, values)
+        check_combination(point)
+        check_scaling(point)
     except (ConfigError, MethodError) as error:
         where = " with ".join(f"sweep.parameters.{axis}" for axis in values)
         ranges = any(isinstance(config.sweep.parameters[axis], Space) for axis in values)

@@ -21,10 +21,12 @@ class Stranded:
         need: Resources,
         say: Callable[[str], None],
         *,
+        processes: int = 1,
         living: Callable[[], Sequence[Resources]] = nodes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`need`: what one trial holds."""
+        """`need`: what each of a trial's `processes` holds."""
+        self._processes = processes
         self._need = {name: amount for name, amount in need.items() if amount > 0}
         self._say, self._living, self._clock = say, living, clock
         self._asked = clock()
@@ -36,11 +38,14 @@ class Stranded:
         if now - self._asked < _EVERY:
             return
         self._asked = now
-        if running or fits(self._living(), self._need) > 0:
+        # Trials of several processes wait for room within Ray Train, where they count as running.
+        running = running and self._processes == 1
+        if running or fits(self._living(), self._need) >= self._processes:
             self._since = None
             return
         wanted = ", ".join(f"{amount:g} {name}" for name, amount in self._need.items())
-        lost = f"the cluster has lost the nodes that can hold a trial ({wanted} on one node)"
+        times = f"{self._processes} times " if self._processes > 1 else ""
+        lost = f"the cluster has lost the nodes that can hold a trial ({times}{wanted} on one node)"
         if self._since is None:
             self._since = now
             self._say(f"{lost}; waiting {_PATIENCE / 60:.0f} minutes for another")

@@ -16,6 +16,7 @@ from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
+from rayfin.training.strategies import needs_group
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
@@ -68,7 +69,8 @@ def run_sweep(
     - `first`: points to try before the sampler's own.
     - `advise`: makes the advisor that sweep.search=advisor needs, and auto takes if there is one.
     - `refuse`: asked before a trial starts on this machine; what it refuses becomes a row that ran
-      out of memory, with the reason. A cluster's machines may be others, and are not judged.
+      out of memory, with the reason. A cluster's machines may be others, and are not judged, nor
+      are trials of several workers.
 
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
@@ -85,7 +87,9 @@ def run_sweep(
     progress = progress or Progress()
     with _alone(plan):
         advisor = _advisor(plan, advise)
-        refuse = refuse if cluster is None else None
+        # The estimate is of one process.
+        alone = cluster is None and not needs_group(config.scaling)
+        refuse = refuse if alone else None
         return _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
 
 

@@ -16,6 +16,7 @@ from rayfin.collector import collector_paused
 from rayfin.config import Config
 from rayfin.errors import HardwareError, StorageError
 from rayfin.history import History, TrialRecord
+from rayfin.training.strategies import Group, needs_group
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
@@ -104,18 +105,30 @@ def _fit(
     from rayfin.tuning.cluster import nodes
     from rayfin.tuning.hooks import StorageStopper, TuneRecorder, TuneSearcher
     from rayfin.tuning.stranded import Stranded
-    from rayfin.tuning.worker import WarmTrial
+    from rayfin.tuning.worker import GroupTrial, WarmTrial
 
-    resources, concurrent = trial_resources(plan.config, nodes())
-    stranded = Stranded({name.upper(): amount for name, amount in resources.items()}, say)
-    trainable = ray.tune.with_parameters(
-        WarmTrial,
-        corpora=plan.corpora,
-        use_gpu=resources.get("gpu", 0.0) > 0,
-        num_threads=max(1, int(resources["cpu"])),
-    )
+    scaling = plan.config.scaling
+    each, concurrent = trial_resources(plan.config, nodes())
+    stranded = Stranded(each, say, processes=scaling.num_workers)
+    if needs_group(scaling):
+        trainable = ray.tune.with_parameters(
+            GroupTrial,
+            corpora=plan.corpora,
+            group=Group.of(scaling),
+            resources=each,
+            max_failures=plan.config.sweep.max_failures,
+        )
+        holds = _LISTENER
+    else:
+        trainable = ray.tune.with_parameters(
+            WarmTrial,
+            corpora=plan.corpora,
+            use_gpu=each["GPU"] > 0,
+            num_threads=max(1, int(each["CPU"])),
+        )
+        holds = {name.lower(): amount for name, amount in each.items()}
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(trainable, resources),
+        ray.tune.with_resources(trainable, holds),
         tune_config=ray.tune.TuneConfig(
             search_alg=TuneSearcher(search),
             scheduler=scheduler,
@@ -136,19 +149,27 @@ def _fit(
     tuner.fit()
 
 
+_LISTENER = {"cpu": 0.0, "memory": 1.0}
+"""What Tune reserves for a trial whose workers Ray Train places: one byte, as nothing is refused.
+
+A CPU would be one too few for the workers, on the machine that has just enough for them.
+"""
+
+
 def trial_resources(
     config: Config, nodes: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, float], int]:
-    """What one trial holds, and how many run at a time, on nodes that have so much.
+    """What each process of a trial holds, and how many trials run at a time, on nodes that have so
+    much.
 
-    On CPU one trial takes a whole machine: two halves train no faster than one whole, and hold
-    two base models. Raises HardwareError where not one trial fits: Tune would wait for ever.
+    On CPU one process takes a whole machine: two halves train no faster than one whole, and hold
+    two base models. Raises HardwareError where not one trial fits: Ray would wait for ever.
     """
-    from rayfin.tuning.cluster import even_share
+    from rayfin.tuning.cluster import even_share, worker_resources
 
     gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
     cpus = int(sum(node.get("CPU", 0.0) for node in nodes))
-    wanted = config.sweep.max_concurrent_trials
+    wanted, workers = config.sweep.max_concurrent_trials, config.scaling.num_workers
     use_gpu = gpus >= 1 if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
     if use_gpu and gpus < 1:
         raise HardwareError(
@@ -156,6 +177,18 @@ def trial_resources(
         )
     if not use_gpu and cpus < 1:
         raise HardwareError("the Ray cluster has no CPU to train on; start a node with --num-cpus")
+    if needs_group(config.scaling):
+        one = worker_resources(config.scaling, nodes)  # raises where not one trial fits
+        # Workers of one group can't share a GPU: NCCL refuses two on one.
+        have = gpus if one["GPU"] else cpus
+        machines = sum(node.get("CPU", 0.0) >= 1 for node in nodes)
+        places = max(1, (gpus if one["GPU"] else machines) // workers)
+        most = places if wanted == "auto" else wanted
+        for concurrent in range(min(most, have // workers), 1, -1):
+            share = even_share(nodes, concurrent * workers, gpu=one["GPU"])
+            if share is not None:
+                return share, concurrent
+        return one, 1
     if use_gpu:
         concurrent = gpus if wanted == "auto" else wanted
         gpu = 1.0 / math.ceil(concurrent / gpus)
@@ -163,8 +196,7 @@ def trial_resources(
         machines = sum(node.get("CPU", 0.0) >= 1 for node in nodes)
         concurrent = min(machines if wanted == "auto" else wanted, cpus)
         gpu = 0.0
-    share = even_share(nodes, concurrent, gpu=gpu) or {"CPU": 1.0, "GPU": gpu}
-    return {name.lower(): amount for name, amount in share.items()}, concurrent
+    return even_share(nodes, concurrent, gpu=gpu) or {"CPU": 1.0, "GPU": gpu}, concurrent
 
 
 def scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:

@@ -1,4 +1,4 @@
-"""A Tune worker that stays warm: one process, one base model, one trial after another."""
+"""Tune's side of trials: in a warm process, one after another, or each in a group of workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
 from rayfin.hardware import describe_hardware
-from rayfin.training.spec import TrialResult
+from rayfin.training.spec import Report, TrialLeft, TrialResult
+from rayfin.training.strategies import Group
 from rayfin.tuning.plan import PlannedTrial
 
 if TYPE_CHECKING:
@@ -27,14 +28,78 @@ _Order = Literal["go on", "stop", "leave"]
 _WARM: Warm | None = None
 
 
-class WarmTrial(ray.tune.Trainable):
-    """Runs `run_trial` in a thread and hands Tune one evaluation at each `step`.
+class _Trial(ray.tune.Trainable):
+    """Trains in a thread and hands Tune one evaluation at each `step`.
 
     The trial waits at each evaluation for Tune's word, so that nothing is computed for a trial
     that the scheduler has already stopped.
     """
 
     _waiting: bool
+
+    def step(self) -> dict[str, Any]:
+        if self._waiting:
+            self._orders.put("go on")
+        result = self._results.get()
+        if isinstance(result, BaseException):
+            raise TrialError(f"the trial's thread ended: {result!r}")
+        self._waiting = result.status == "running"
+        flat = {"step": result.metrics.get("steps", 0), "done": not self._waiting}
+        outcome = result.as_dict()
+        if result.scenario:
+            outcome["scenario"] = result.scenario | {"worker": self.facts()}
+        return flat | _numbers(result) | {"outcome": outcome}
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._end("stop")
+        self._start(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        # The sweep ends, perhaps by Ctrl-C: what the trial has saved is there for a resume.
+        self._end("leave")
+
+    def facts(self) -> dict[str, Any]:
+        """Which process had the trial."""
+        return {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
+        """Runs in the thread; `report` raises TrialLeft where the trial is to be left as it is."""
+        raise NotImplementedError
+
+    def _start(self, config: dict[str, Any]) -> None:
+        self._results: queue.Queue[TrialResult | BaseException] = queue.Queue()
+        self._orders: queue.Queue[_Order] = queue.Queue()
+        self._waiting = False
+        trial = PlannedTrial.from_tune_config(config)
+        self._thread = threading.Thread(target=self._run, args=(trial,), daemon=True)
+        self._thread.start()
+
+    def _end(self, order: _Order) -> None:
+        """Ends the trial at its next evaluation, and waits until what it used is free again."""
+        self._orders.put(order)
+        self._thread.join()
+
+    def _run(self, trial: PlannedTrial) -> None:
+        try:
+            result = self.train_trial(trial, self._report)
+        except TrialLeft:
+            return
+        except BaseException as error:  # the other thread must hear of it, or wait for ever
+            self._results.put(error)
+            raise
+        self._results.put(result)
+
+    def _report(self, result: TrialResult) -> bool:
+        self._results.put(result)
+        order = self._orders.get()
+        if order == "leave":
+            raise TrialLeft
+        return order == "go on"
+
+
+class WarmTrial(_Trial):
+    """Trials in this process, on one base model."""
 
     def setup(
         self,
@@ -58,75 +123,57 @@ class WarmTrial(ray.tune.Trainable):
         self._use_gpu = use_gpu
         self._start(config)
 
-    def step(self) -> dict[str, Any]:
-        if self._waiting:
-            self._orders.put("go on")
-        result = self._results.get()
-        if isinstance(result, BaseException):
-            raise TrialError(f"the trial's thread ended: {result!r}")
-        self._waiting = result.status == "running"
-        flat = {"step": result.metrics.get("steps", 0), "done": not self._waiting}
-        outcome = result.as_dict()
-        if result.scenario:
-            outcome["scenario"] = result.scenario | {"worker": _worker_facts()}
-        return flat | _numbers(result) | {"outcome": outcome}
+    def facts(self) -> dict[str, Any]:
+        """Also how often the process has loaded a base model so far."""
+        return super().facts() | {"base_loads": _WARM.loads if _WARM is not None else 0}
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._end("stop")
-        self._start(new_config)
-        return True
+    def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
+        from rayfin.training.trial import run_trial
 
-    def cleanup(self) -> None:
-        # The sweep ends, perhaps by Ctrl-C: what the trial has saved is there for a resume.
-        self._end("leave")
-
-    def _start(self, config: dict[str, Any]) -> None:
-        self._results: queue.Queue[TrialResult | BaseException] = queue.Queue()
-        self._orders: queue.Queue[_Order] = queue.Queue()
-        self._waiting = False
-        trial = PlannedTrial.from_tune_config(config)
-        self._thread = threading.Thread(target=self._run, args=(trial,), daemon=True)
-        self._thread.start()
-
-    def _end(self, order: _Order) -> None:
-        """Ends the trial at its next evaluation, and waits until the base model is free again."""
-        self._orders.put(order)
-        self._thread.join()
-
-    def _run(self, trial: PlannedTrial) -> None:
-        try:
-            from rayfin.training.trial import run_trial
-
-            result = run_trial(
-                trial.spec,
-                self._report,
-                directory=trial.directory,
-                hardware=describe_hardware(self._use_gpu),
-                warm=_WARM,
-            )
-        except _Left:
-            return
-        except BaseException as error:  # the other thread must hear of it, or wait for ever
-            self._results.put(error)
-            raise
-        self._results.put(result)
-
-    def _report(self, result: TrialResult) -> bool:
-        self._results.put(result)
-        order = self._orders.get()
-        if order == "leave":
-            raise _Left
-        return order == "go on"
+        return run_trial(
+            trial.spec,
+            report,
+            directory=trial.directory,
+            hardware=describe_hardware(self._use_gpu),
+            warm=_WARM,
+        )
 
 
-class _Left(BaseException):
-    """Ends a trial where it stands; no Exception, as those become failed trials."""
+class GroupTrial(_Trial):
+    """Trials of several workers, each in a Ray Train group of its own; this process only listens.
 
+    It holds no CPU, and what its group holds Tune does not see: as many trials run at a time as
+    have room for their groups.
+    """
 
-def _worker_facts() -> dict[str, Any]:
-    """Which process trained, and how often it has loaded a base model so far."""
-    loads = _WARM.loads if _WARM is not None else 0
-    return {"host": socket.gethostname(), "pid": os.getpid(), "base_loads": loads}
+    def setup(
+        self,
+        config: dict[str, Any],
+        corpora: dict[DataConfig, Corpus] | None = None,
+        group: Group | None = None,
+        resources: dict[str, float] | None = None,
+        max_failures: int = 0,
+    ) -> None:
+        assert corpora is not None
+        assert group is not None
+        assert resources is not None
+        self._corpora, self._group, self._each = corpora, group, resources
+        self._max_failures = max_failures
+        self._start(config)
+
+    def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
+        with collector_paused():
+            from rayfin.training.workers import run_in_worker_group
+
+        return run_in_worker_group(
+            trial.spec,
+            report,
+            directory=trial.directory,
+            group=self._group,
+            resources=self._each,
+            corpora=self._corpora,
+            max_failures=self._max_failures,
+        )
 
 
 def _numbers(result: TrialResult) -> dict[str, float]:

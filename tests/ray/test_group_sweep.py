@@ -1,0 +1,78 @@
+"""Sweeps whose trials are of two workers each, on two CPUs."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rayfin.history import TrialRecord
+
+SWEEP = (
+    "sweep.parameters.train.learning_rate=[0.001,0.01]",
+    "sweep.search=grid",
+    "sweep.num_samples=2",
+    "sweep.scheduler=none",
+    "train.max_steps=6",
+    "train.eval_steps=2",
+    "train.save_steps=2",
+    "train.per_device_train_batch_size=2",
+)
+
+
+def curves(rows: list[TrialRecord]) -> dict[float, list[float]]:
+    """Learning rate -> the loss at each evaluation."""
+    return {
+        row.spec["train"]["learning_rate"]: [
+            point["eval_loss"] for point in row.curve if "eval_loss" in point
+        ]
+        for row in rows
+    }
+
+
+def listeners(driver: Any) -> list[psutil.Process]:
+    """The processes that Tune started for trials."""
+    family = psutil.Process(driver.process.pid).children(recursive=True)
+    return [process for process in family if "GroupTrial" in " ".join(process.cmdline())]
+
+
+def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(lab: Any) -> None:
+    two = (*SWEEP, "scaling.num_workers=2", "scaling.strategy=ddp")
+    driver = lab.rayfin("sweep", *two)
+    before = driver.until(lambda: next((r for r in lab.rows() if lab.checkpoints(r)), None))
+    assert driver.interrupt() == 130, driver.err
+    assert lab.checkpoints(before), "what the trial had saved is there"
+    mark = lab.mark(before)
+
+    driver = lab.rayfin("sweep", *two, "--resume")
+    second = driver.amid(finished=1)
+    # What its group holds outlives it, and two CPUs have room for one group only.
+    (listener,) = listeners(driver)
+    os.kill(listener.pid, signal.SIGKILL)
+    assert driver.end() == 0, driver.err
+    together = lab.rows()
+    assert [row.trial_id for row in together] == [before.trial_id, second.trial_id]
+    assert lab.losses(together[0])[0] == mark
+    for row in together:
+        assert row.status == "finished" and row.scenario["hardware"]["num_workers"] == 2
+        assert (Path(row.directory or "") / "adapter" / "adapter_config.json").exists()
+        assert not (Path(row.directory or "") / "ray" / "held.json").exists()
+
+    driver = lab.rayfin("sweep", *SWEEP, "--rerun")
+    assert driver.end() == 0, driver.err
+    alone = curves(lab.rows()[2:])
+    assert len(alone) == 2
+    for rate, losses in curves(together).items():
+        assert losses == pytest.approx(alone[rate], rel=1e-3)
+
+
+def test_an_axis_that_the_strategy_refuses_is_named(lab: Any) -> None:
+    axis = "sweep.parameters.method.type=[lora,adalora]"
+    both = ("scaling.num_workers=2", "scaling.strategy=deepspeed-zero2")
+    driver = lab.rayfin("sweep", axis, *both)
+    assert driver.end() == 2
+    assert "sweep.parameters.method.type: scaling.strategy=deepspeed-zero2 can't" in driver.err
