@@ -266,13 +266,23 @@ SPACE = [
         "workers-in-a-sweep",
         *SWEEP,
         "scaling.num_workers=2",
-        say=("scaling.num_workers=2", "scaling.num_workers=1", "rayfin train"),
+        "sweep.parameters.train.per_device_train_batch_size=[2,3]",
+        say=(
+            "sweep.parameters.train.per_device_train_batch_size",
+            "scaling.num_workers=2 can't share the 3 samples",
+            "train.gradient_accumulation_steps=2",
+        ),
     ),
     case(
         "strategy-in-a-sweep",
         *SWEEP,
         "scaling.strategy=fsdp",
-        say=("scaling.strategy=fsdp", "scaling.strategy=auto", "rayfin train"),
+        "sweep.parameters.method.quantization_bit=[4,8]",
+        say=(
+            "sweep.parameters.method.quantization_bit",
+            "scaling.strategy=fsdp can't train",
+            "method.quantization_bit=4, or ddp",
+        ),
     ),
     case(
         "offload-in-a-sweep",

@@ -210,7 +210,8 @@ class _Desk:
         self._failed.clear()
         if placement_group not in self._placement_groups:
             self._placement_groups.add(placement_group)
-            write_json(self._held, sorted(self._placement_groups))
+            with suppress(OSError):  # a full disk is told by the checkpoint that it does not take
+                write_json(self._held, sorted(self._placement_groups))
         return not self._hopeless
 
     async def leave(self) -> None:
