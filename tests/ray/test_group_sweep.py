@@ -7,6 +7,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
 SWEEP = (
     "sweep.parameters.train.learning_rate=[0.0002,0.0005]",
     "sweep.search=grid",

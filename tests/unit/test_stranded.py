@@ -11,12 +11,16 @@ from rayfin.tuning.stranded import Stranded
 class Scene:
     """A cluster, a clock, and what the user is told."""
 
-    def __init__(self, **need: float) -> None:
+    def __init__(self, processes: int = 1, **need: float) -> None:
         self.nodes: list[dict[str, float]] = []
         self.now = 0.0
         self.told: list[str] = []
         self.stranded = Stranded(
-            need, self.told.append, living=lambda: self.nodes, clock=lambda: self.now
+            need,
+            self.told.append,
+            processes=processes,
+            living=lambda: self.nodes,
+            clock=lambda: self.now,
         )
 
     def wait(self, seconds: float, *, running: bool = False) -> None:
@@ -33,6 +37,20 @@ def test_nodes_too_small_for_a_trial_are_waited_for_and_then_given_up() -> None:
     assert "4 CPU on one node" in told and "waiting 20 minutes" in told
     with pytest.raises(HardwareError, match="--resume"):
         scene.wait(620)
+
+
+def test_a_group_waits_for_the_nodes_of_all_its_workers() -> None:
+    """Its trial counts as running all the while: only Ray Train knows that it waits."""
+    scene = Scene(2, CPU=4.0)
+    scene.nodes = [{"CPU": 4.0}, {"CPU": 4.0}]
+    scene.wait(60, running=True)
+    assert not scene.told
+    del scene.nodes[0]
+    scene.wait(60, running=True)
+    (told,) = scene.told
+    assert "2 times 4 CPU on one node" in told
+    with pytest.raises(HardwareError, match="--resume"):
+        scene.wait(1200, running=True)
 
 
 def test_a_node_that_comes_in_time_is_used_and_the_next_loss_waits_anew() -> None:

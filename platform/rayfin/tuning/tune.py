@@ -169,6 +169,7 @@ def trial_resources(
 
     gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
     cpus = int(sum(node.get("CPU", 0.0) for node in nodes))
+    machines = sum(node.get("CPU", 0.0) >= 1 for node in nodes)
     wanted, workers = config.sweep.max_concurrent_trials, config.scaling.num_workers
     use_gpu = gpus >= 1 if config.scaling.use_gpu == "auto" else config.scaling.use_gpu
     if use_gpu and gpus < 1:
@@ -181,7 +182,6 @@ def trial_resources(
         one = worker_resources(config.scaling, nodes)  # raises where not one trial fits
         # Workers of one group can't share a GPU: NCCL refuses two on one.
         have = gpus if one["GPU"] else cpus
-        machines = sum(node.get("CPU", 0.0) >= 1 for node in nodes)
         places = max(1, (gpus if one["GPU"] else machines) // workers)
         most = places if wanted == "auto" else wanted
         for concurrent in range(min(most, have // workers), 1, -1):
@@ -193,7 +193,6 @@ def trial_resources(
         concurrent = gpus if wanted == "auto" else wanted
         gpu = 1.0 / math.ceil(concurrent / gpus)
     else:
-        machines = sum(node.get("CPU", 0.0) >= 1 for node in nodes)
         concurrent = min(machines if wanted == "auto" else wanted, cpus)
         gpu = 0.0
     return even_share(nodes, concurrent, gpu=gpu) or {"CPU": 1.0, "GPU": gpu}, concurrent
