@@ -65,7 +65,7 @@ def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
     from rayfin.data import load_corpus
     from rayfin.training import TrialSpec
     from rayfin.training.strategies import Group
-    from rayfin.training.workers import run_in_worker_group
+    from rayfin.training.workers import WorkerGroup
     from rayfin.tuning.cluster import ray_cluster
 
     data = configuration(args.work, args.quick).data
@@ -74,15 +74,14 @@ def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
     def train(name: str, workers: int) -> dict[str, float]:
         config = configuration(args.work, args.quick, workers=workers)
         started = time.perf_counter()
-        result = run_in_worker_group(
-            TrialSpec.of(config),
-            lambda _: True,
-            directory=args.work / name,
-            group=Group.of(config.scaling),
-            resources={"CPU": 1.0},
-            corpora=corpora,
-            max_failures=0,  # a group that started twice would be no measurement
-        )
+        group = Group.of(config.scaling)
+        with WorkerGroup(group, resources={"CPU": 1.0}, corpora=corpora) as processes:
+            result = processes.train(
+                TrialSpec.of(config),
+                lambda _: True,
+                directory=args.work / name,
+                max_failures=0,  # a group that started twice would be no measurement
+            )
         ended = time.perf_counter()
         if result.status != "finished":
             raise SystemExit(f"{name}: {result.error}")

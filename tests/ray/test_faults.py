@@ -25,7 +25,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
-from rayfin.training.workers import run_in_worker_group
+from rayfin.training.workers import WorkerGroup
 from rayfin.tuning.cluster import nodes, worker_resources
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -70,32 +70,28 @@ def test_a_group_that_lost_a_process_ends_as_it_would_have(
     config = with_values(config, {"data.streaming": streaming})
     whole = run_trial(TrialSpec.of(config), lambda _: None, directory=tmp_path / "whole")
     moments = random.Random(f"{victim} {time.time_ns()}")
-    for number in range(kills):
-        killer = Killer(victim, moments.uniform(0.0, 1.5))
-        killer.start()
-        seen: list[int] = []
+    each = worker_resources(ScalingConfig(num_workers=2), nodes())
+    corpora = {config.data: load_corpus(config.data)}
+    with WorkerGroup(Group(2), resources=each, corpora=corpora) as workers:
+        for number in range(kills):
+            killer = Killer(victim, moments.uniform(0.0, 1.5))
+            killer.start()
+            seen: list[int] = []
 
-        def report(result: TrialResult, seen: list[int] = seen, killer: Killer = killer) -> None:
-            seen.append(result.metrics["steps"])
-            killer.begun.set()
+            def report(result: TrialResult, seen: list[int] = seen, killer: Any = killer) -> None:
+                seen.append(result.metrics["steps"])
+                killer.begun.set()
 
-        began = time.monotonic()
-        end = run_in_worker_group(
-            TrialSpec.of(config),
-            report,
-            directory=tmp_path / str(number),
-            group=Group(2),
-            resources=worker_resources(ScalingConfig(num_workers=2), nodes()),
-            corpora={config.data: load_corpus(config.data)},
-            max_failures=2,
-        )
-        killer.over.set()
-        told = f"killed {killer.killed} after {killer.delay:.2f} s; evaluated {seen}"
-        print(told)
-        assert end.status == "finished", (told, end.error)
-        assert time.monotonic() - began < SECONDS
-        for mine, other in zip(end.curve, whole.curve, strict=True):
-            assert mine == pytest.approx(other, abs=1e-4), told
+            began = time.monotonic()
+            place = tmp_path / str(number)
+            end = workers.train(TrialSpec.of(config), report, directory=place, max_failures=2)
+            killer.over.set()
+            told = f"killed {killer.killed} after {killer.delay:.2f} s; evaluated {seen}"
+            print(told)
+            assert end.status == "finished", (told, end.error)
+            assert time.monotonic() - began < SECONDS
+            for mine, other in zip(end.curve, whole.curve, strict=True):
+                assert mine == pytest.approx(other, abs=1e-4), told
 
 
 def test_a_group_whose_driver_is_interrupted_and_killed_goes_on(lab: Any) -> None:

@@ -12,16 +12,17 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
-from rayfin.config import Config, ScalingConfig, load_config
+from rayfin.config import Config, ScalingConfig, load_config, with_values
 from rayfin.config.schema import Strategy
 from rayfin.data import load_corpus
 from rayfin.errors import HardwareError
 from rayfin.history import History
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, TrialSpec
+from rayfin.training.checkpoint import latest_checkpoint
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
-from rayfin.training.workers import run_in_worker_group
+from rayfin.training.workers import WorkerGroup
 from rayfin.tuning.cluster import nodes, worker_resources
 from rayfin.tuning.single import train_once
 
@@ -41,37 +42,50 @@ def in_group(
     report: Any = lambda _: None,
     strategy: Strategy = "ddp",
 ) -> TrialResult:
-    return run_in_worker_group(
-        TrialSpec.of(config),
-        report,
-        directory=directory,
-        group=Group(2, strategy),
+    with two_workers(config, strategy) as workers:
+        return workers.train(TrialSpec.of(config), report, directory=directory)
+
+
+def two_workers(config: Config, strategy: Strategy) -> WorkerGroup:
+    return WorkerGroup(
+        Group(2, strategy),
         resources=worker_resources(ScalingConfig(num_workers=2), nodes()),
         corpora={config.data: load_corpus(config.data)},
     )
 
 
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed-zero3"])
-def test_two_workers_compute_what_one_does(
+def test_two_workers_compute_what_one_does_trial_after_trial(
     cluster: str, config: Config, tmp_path: Path, strategy: Strategy
 ) -> None:
-    one = run_trial(TrialSpec.of(config), lambda _: None, directory=tmp_path / "one")
-    seen: list[TrialResult] = []
-    two = in_group(config, tmp_path / "two", seen.append, strategy)
-    assert two.status == one.status == "finished", two.error
-    assert [result.metrics["steps"] for result in seen] == [4, 8]
-    hardware = two.scenario["hardware"]
-    assert hardware["num_workers"] == 2
-    assert hardware["strategy"] == ("ddp" if strategy == "auto" else strategy)
-    assert ("of each worker's" in hardware["strategy_why"]) == (strategy == "auto")
+    pids = set()
+    with two_workers(config, strategy) as workers:
+        for number, learning_rate in enumerate([config.train.learning_rate, 0.02]):
+            mine = with_values(config, {"train.learning_rate": learning_rate})
+            spec = TrialSpec.of(mine)
+            one = run_trial(spec, lambda _: None, directory=tmp_path / f"one {number}")
+            seen: list[TrialResult] = []
+            two = workers.train(spec, seen.append, directory=tmp_path / f"two {number}")
+            pids.add(tuple(workers_of_this_ray()))
+            assert two.status == one.status == "finished", two.error
+            assert [result.metrics["steps"] for result in seen] == [4, 8]
+            hardware = two.scenario["hardware"]
+            assert hardware["num_workers"] == 2
+            assert hardware["strategy"] == ("ddp" if strategy == "auto" else strategy)
+            assert ("of each worker's" in hardware["strategy_why"]) == (strategy == "auto")
+            # What a strategy took apart can't be the next trial's.
+            loads = number + 1 if strategy == "deepspeed-zero3" else 1
+            assert two.scenario["worker"] == {"base_loads": loads}
 
-    for mine, other in zip(two.curve, one.curve, strict=True):
-        assert mine == pytest.approx(other, abs=1e-4)
-    assert two.adapter is not None and one.adapter is not None
-    weights = [load_file(r.adapter / "adapter_model.safetensors") for r in (one, two)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, weight in weights[0].items():
-        assert (weight - weights[1][name]).abs().max() < 1e-4, name
+            for point, other in zip(two.curve, one.curve, strict=True):
+                assert point == pytest.approx(other, abs=1e-4)
+            assert two.adapter is not None and one.adapter is not None
+            weights = [load_file(r.adapter / "adapter_model.safetensors") for r in (one, two)]
+            assert weights[0].keys() == weights[1].keys()
+            for name, weight in weights[0].items():
+                assert (weight - weights[1][name]).abs().max() < 1e-4, name
+    assert len(pids) == 1 and len(pids.pop()) == 2, "each trial launched processes of its own"
+    assert workers_of_this_ray() == []
 
 
 def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
@@ -90,8 +104,9 @@ def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
     with pytest.raises(OSError, match="the disk is full"):
         in_group(config, tmp_path / "group", kill_then_fail)
     assert seen == [4, 8, 8], "it started anew, and not from its checkpoint"
-    # All workers stopped together, as they do where a report returns False.
-    assert not list((tmp_path / "group").rglob("checkpoint-*"))
+    # Ended where it stood: once there is room, it goes on from there.
+    assert workers_of_this_ray() == []
+    assert latest_checkpoint(tmp_path / "group" / "checkpoints") is not None
     assert not (tmp_path / "group" / "adapter").exists()
 
 

@@ -1,23 +1,20 @@
-"""The same trial in a Ray Train worker group: several processes, one optimizer step."""
+"""The same trials in a Ray Train worker group: several processes, one optimizer step."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import ray
-import ray.exceptions
 import ray.train
 import ray.train.torch
 from ray.train._internal.base_worker_group import BaseWorkerGroup
@@ -32,8 +29,8 @@ from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
 from rayfin.hardware import Hardware, describe_hardware
-from rayfin.paths import write_json
-from rayfin.training.spec import Report, TrialLeft, TrialResult, TrialSpec
+from rayfin.training.desk import Desk, Ended, Handed, Job
+from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
 from rayfin.training.streams import read_on_ray
 from rayfin.training.trial import run_trial
@@ -48,99 +45,150 @@ _HANGS_AFTER = 120
 """Seconds without an answer after which a worker counts as hanging; Ray's own are 600."""
 
 
-def run_in_worker_group(
-    spec: TrialSpec,
-    report: Report,
-    *,
-    directory: Path,
-    group: Group,
-    resources: Mapping[str, float],
-    corpora: dict[DataConfig, Corpus],
-    max_failures: int = 1,
-) -> TrialResult:
-    """`run_trial` on the processes of `group`, on the connected Ray cluster, with `resources` each.
+class WorkerGroup:
+    """Processes on the connected Ray cluster that train one trial after another, all on each.
 
-    Everything that `run_trial` promises holds: errors become a result, `report` may stop the trial,
-    and a group that lost a worker, or Ray Train's controller, starts again (`max_failures` times)
-    from the newest checkpoint, which must lie on storage that all nodes see. Where a node is about
-    to be taken away, a checkpoint is saved at once. The resources must be there: Ray Train would
-    wait for them for ever. Raises whatever `report` raises; at a `TrialLeft` the workers end where
-    they stand, and the trial stays as its checkpoints have it.
+    They start with the first trial and stay until `close`: the process group, the imports, the
+    tokenised data and, where the strategy leaves it whole, the base model are there for the next.
+    A trial that fails ends them, and the next one has them start anew.
     """
-    # Ray Train hands the driver's settings on to its controller.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(_HANGS_AFTER))
-    held = directory / "ray" / "held.json"
-    give_back(held)  # what a caller that was killed amid the trial could not
-    # Where the caller is: on any other node it could be lost alone.
-    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(_Desk).remote(group.size, held)
-    listener = _Listener(report, desk, held)
-    trainer = ray.train.torch.TorchTrainer(
-        _worker,
-        train_loop_config={
-            "spec": spec.model_dump(mode="json"),
-            "directory": str(directory),
-            "group": group,
-            "corpora": ray.put(corpora),
-            "desk": desk,
-        },
-        torch_config=MeetOnRaysNetwork(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=group.size,
-            use_gpu=resources.get("GPU", 0.0) > 0,
-            resources_per_worker={k: v for k, v in resources.items() if v > 0},
-        ),
-        run_config=ray.train.RunConfig(
-            name="group",
-            storage_path=str(directory / "ray"),
-            failure_config=FailureConfig(
-                max_failures=max_failures,
-                controller_failure_limit=max_failures,
-                max_preemption_failures=_PREEMPTIONS,
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        resources: Mapping[str, float],
+        corpora: Mapping[DataConfig, Corpus],
+    ) -> None:
+        """`resources`: of each process. They must be there: Ray Train would wait for ever."""
+        # Ray Train hands the driver's settings on to its controller.
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(_HANGS_AFTER))
+        self._group, self._resources = group, resources
+        # Where the caller is: on any other node it could be lost alone.
+        here = ray.get_runtime_context().get_node_id()
+        placed: Any = NodeAffinitySchedulingStrategy(here, soft=False)
+        self._desk: Any = ray.remote(num_cpus=0, scheduling_strategy=placed)(Desk).remote(
+            group.size
+        )
+        self._corpora = ray.put(dict(corpora))
+        self._jobs = 0
+        self._processes: threading.Thread | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def train(
+        self, spec: TrialSpec, report: Report, *, directory: Path, max_failures: int = 1
+    ) -> TrialResult:
+        """`run_trial` on all processes, as one.
+
+        Everything that `run_trial` promises holds: errors become a result, `report` may stop the
+        trial, and a group that lost a worker, or Ray Train's controller, starts again
+        (`max_failures` times) from the newest checkpoint, which must lie on storage that all nodes
+        see. Where a node is about to be taken away, a checkpoint is saved at once. Raises whatever
+        `report` raises: the processes end where they stand then, and the trial stays as its
+        checkpoints have it.
+        """
+        job = Job(self._jobs, spec, directory)
+        self._jobs += 1
+        give_back(job.held)  # what a caller that was killed amid the trial could not
+        ray.get(self._desk.give.remote(job))
+        try:
+            return self._result(job, report, max_failures)
+        except BaseException:  # also Ctrl-C
+            self.close(held=job.held)
+            raise
+        finally:
+            self._desk.give.remote(None)
+            job.held.unlink(missing_ok=True)
+
+    def close(self, held: Path | None = None) -> None:
+        """Ends the processes: when they are done, or at once, where a file says what they hold."""
+        ray.get(self._desk.close.remote())
+        if held is not None:
+            give_back(held)
+        if self._processes is not None:
+            self._processes.join()
+            self._processes = None
+
+    def _result(self, job: Job, report: Report, max_failures: int) -> TrialResult:
+        failures = 0
+        result: TrialResult | None = None
+        hopeless = False
+        warm = self._processes is not None
+        while True:
+            if self._processes is None:
+                self._start(job.directory)
+            event: Handed | Ended = ray.get(self._desk.next_event.remote())
+            if isinstance(event, Ended):
+                self._ended(job, event)
+                # It may have died before, of nothing that is this trial's.
+                failures += event.at_work or not warm
+                warm = False
+                if hopeless or failures > max_failures:
+                    died = TrialResult(status="failed", error=f"worker group died: {event.error}")
+                    return result or died
+                log.warning("the worker group died; the trial goes on from its checkpoint")
+            elif event.result.status == "running":
+                go_on = report(event.result) is not False
+                self._desk.answer.remote(event.ticket, go_on)
+            else:
+                self._desk.answer.remote(event.ticket, True)
+                if event.result.status in ("finished", "stopped"):
+                    return event.result
+                if result is None or result.status != "oom":  # what follows is its consequence
+                    result = event.result
+                hopeless = hopeless or event.hopeless
+
+    def _start(self, directory: Path) -> None:
+        self._processes = threading.Thread(target=self._run, args=(directory,), daemon=True)
+        self._processes.start()
+
+    def _ended(self, job: Job, event: Ended) -> None:
+        assert self._processes is not None
+        self._processes.join()
+        self._processes = None
+        # Ray Train's own cleaner of a controller that was killed asks the dashboard for it, and
+        # where there is none it holds what the next group is to have.
+        give_back(job.held)
+
+    def _run(self, directory: Path) -> None:
+        """The processes' life, in a thread: Ray Train returns when they have ended."""
+        error: str | None = None
+        try:
+            self._trainer(directory).fit()
+        except Exception as failed:  # noqa: BLE001  # whatever it is, who waits must hear of it
+            error = _one_line(failed)
+        ray.get(self._desk.ended.remote(error))
+
+    def _trainer(self, directory: Path) -> ray.train.torch.TorchTrainer:
+        return ray.train.torch.TorchTrainer(
+            _worker,
+            train_loop_config={
+                "group": self._group,
+                "corpora": self._corpora,
+                "desk": self._desk,
+            },
+            torch_config=MeetOnRaysNetwork(),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=self._group.size,
+                use_gpu=self._resources.get("GPU", 0.0) > 0,
+                resources_per_worker={k: v for k, v in self._resources.items() if v > 0},
             ),
-        ),
-    )
-    listener.start()
-    error = "it ended without a result"
-    try:
-        for _ in range(max_failures + 1):
-            try:
-                with _own_interrupt():
-                    trainer.fit()
-            except ray.train.TrainingFailedError as failed:
-                error = _one_line(failed)
-            except ray.exceptions.RayActorError as died:
-                # The controller was killed, and its workers with it.
-                error = _one_line(died)
-                log.warning("Ray Train's controller died; the trial goes on from its checkpoint")
-                # Ray Train's own cleaner asks the dashboard for the controller, and where there is
-                # none it holds what the next group is to have.
-                give_back(held)
-                continue
-            break
-    finally:
-        listener.close()
-    with suppress(FileNotFoundError):
-        held.unlink()  # Ray Train has given back what it names
-    if listener.error is not None:
-        raise listener.error
-    return listener.final or TrialResult(status="failed", error=f"worker group died: {error}")
-
-
-@contextmanager
-def _own_interrupt() -> Iterator[None]:
-    """Ctrl-C stays KeyboardInterrupt: Ray Train has it end the group, and then the program with 0,
-    and leaves its handler behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt from None
-    finally:
-        signal.signal(signal.SIGINT, before)
+            run_config=ray.train.RunConfig(
+                name="group",
+                storage_path=str(directory / "ray"),
+                # `train` counts failures, of each trial its own.
+                failure_config=FailureConfig(
+                    max_failures=0,
+                    controller_failure_limit=0,
+                    max_preemption_failures=_PREEMPTIONS,
+                ),
+            ),
+        )
 
 
 class MeetOnRaysNetwork(TorchConfig):
@@ -188,94 +236,6 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
 
 
-class _Desk:
-    """An actor between the workers and the caller: a report goes one way, its answer the other.
-
-    Every report waits for an answer of its own, so that a worker that is killed while it waits
-    takes no other's.
-    """
-
-    def __init__(self, workers: int, held: Path) -> None:
-        """`held`: the file that says what the workers hold; see `give_back`."""
-        self._workers = workers
-        self._held = held
-        self._failed: set[int] = set()
-        self._hopeless = False
-        self._reports: asyncio.Queue[tuple[int, TrialResult] | None] = asyncio.Queue()
-        self._answers: list[asyncio.Future[bool]] = []
-        self._placement_groups: set[str] = set()
-
-    async def begin(self, placement_group: str) -> bool:
-        """Whether a worker that starts has work to do: not where its trial would fail once more."""
-        self._failed.clear()
-        if placement_group not in self._placement_groups:
-            self._placement_groups.add(placement_group)
-            with suppress(OSError):  # a full disk is told by the checkpoint that it does not take
-                write_json(self._held, sorted(self._placement_groups))
-        return not self._hopeless
-
-    async def leave(self) -> None:
-        """No worker that starts from now on has work to do."""
-        self._hopeless = True
-
-    async def hand_in(self, rank: int, result: TrialResult) -> bool:
-        """The caller's word on `result`: whether to go on."""
-        if result.status in ("failed", "oom"):
-            self._failed.add(rank)
-            # Where one was killed, the others fail for want of it: that is worth another attempt.
-            if result.status == "oom" or len(self._failed) == self._workers:
-                self._hopeless = True
-        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._answers.append(answer)
-        await self._reports.put((len(self._answers) - 1, result))
-        return await answer
-
-    async def next_report(self) -> tuple[int, TrialResult] | None:
-        return await self._reports.get()
-
-    async def answer(self, number: int, go_on: bool) -> None:
-        self._answers[number].set_result(go_on)
-
-    async def close(self) -> None:
-        await self._reports.put(None)
-
-
-class _Listener(threading.Thread):
-    """Hands rank 0's reports to the caller, and the caller's word back."""
-
-    def __init__(self, report: Report, desk: Any, held: Path) -> None:
-        super().__init__(daemon=True)
-        self._report, self._desk, self._held = report, desk, held
-        self.final: TrialResult | None = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        while (handed := ray.get(self._desk.next_report.remote())) is not None:
-            number, result = handed
-            try:
-                self._desk.answer.remote(number, self._take(result))
-            except TrialLeft as left:  # no answer: whoever waits for one is ended where it stands
-                self.error = left
-                ray.get(self._desk.leave.remote())
-                give_back(self._held)
-
-    def close(self) -> None:
-        self._desk.close.remote()
-        self.join()
-        ray.kill(self._desk)
-
-    def _take(self, result: TrialResult) -> bool:
-        if result.status != "running":
-            if self.final is None or self.final.status != "oom":  # what follows is its consequence
-                self.final = result
-            return True
-        try:
-            return self._report(result) is not False
-        except Exception as error:  # noqa: BLE001  # raised by run_in_worker_group, once all stopped
-            self.error = error
-            return False
-
-
 def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Group:
     """`group` with its strategy named: where it is left open, the first worker chooses for all."""
     if group.strategy != "auto":
@@ -302,36 +262,45 @@ def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Gr
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """Runs on every worker; rank 0 speaks for all."""
+    """Runs on every worker: trains what the desk has, until that has no more."""
     import torch
 
     desk = config["desk"]
     place = ray.util.get_current_placement_group()
     assert place is not None  # Ray Train runs every worker in one
-    if not ray.get(desk.begin.remote(place.id.hex())):
-        return
-    rank = ray.train.get_context().get_world_rank()
+    ray.get(desk.begin.remote(place.id.hex()))
     resources = ray.get_runtime_context().get_assigned_resources()
     torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
-
-    def report(result: TrialResult) -> bool:
-        return rank != 0 or bool(ray.get(desk.hand_in.remote(rank, result)))
-
-    spec = TrialSpec.model_validate(config["spec"])
     hardware = describe_hardware(resources.get("GPU", 0) > 0)
     warm = Warm(ray.get(config["corpora"]), read_on_ray)
+    done = -1
+    while (job := ray.get(desk.next_job.remote(done))) is not None:
+        done = job.number
+        _train(job, desk, group=config["group"], hardware=hardware, warm=warm)
+
+
+def _train(job: Job, desk: Any, *, group: Group, hardware: Hardware, warm: Warm) -> None:
+    """One trial on this worker; rank 0 speaks for all."""
+    rank = ray.train.get_context().get_world_rank()
+
+    def hand_in(result: TrialResult) -> bool:
+        worker = {"base_loads": warm.loads}
+        scenario = result.scenario | {"worker": worker} if result.scenario else {}
+        result = replace(result, scenario=scenario)
+        return bool(ray.get(desk.hand_in.remote(rank, result)))
+
     result = run_trial(
-        spec,
-        report,
-        directory=Path(config["directory"]),
+        job.spec,
+        lambda result: rank != 0 or hand_in(result),
+        directory=job.directory,
         hardware=hardware,
         warm=warm,
-        group=decided(config["group"], spec, warm, hardware),
+        group=decided(group, job.spec, warm, hardware),
         warned=lambda: ray.train.get_preemption_info() is not None,
     )
     failed = result.status in ("failed", "oom")
     if rank == 0 or failed:
-        ray.get(desk.hand_in.remote(rank, result))
+        hand_in(result)
     if failed:
         # The other workers may wait for this one in a collective operation: end them too.
         raise TrialError(result.error or result.status)

@@ -85,20 +85,20 @@ def _train(
         show(evaluation_line(result, config.train.max_steps))
 
     if in_group:
-        from rayfin.training.workers import run_in_worker_group
+        from rayfin.training.workers import WorkerGroup
         from rayfin.tuning.cluster import nodes, ray_cluster, worker_resources
 
         try:
             with ray_cluster(cluster):
-                result = run_in_worker_group(
-                    trial.spec,
-                    report,
-                    directory=trial.directory,
-                    group=Group.of(config.scaling),
-                    resources=worker_resources(config.scaling, nodes()),
-                    corpora=plan.corpora,
-                    max_failures=config.sweep.max_failures,
-                )
+                each = worker_resources(config.scaling, nodes())
+                group = Group.of(config.scaling)
+                with WorkerGroup(group, resources=each, corpora=plan.corpora) as workers:
+                    result = workers.train(
+                        trial.spec,
+                        report,
+                        directory=trial.directory,
+                        max_failures=config.sweep.max_failures,
+                    )
         except HardwareError as error:  # the cluster is too small: a failed trial is a row, too
             history.put(row.updated(status="failed", error=str(error)))
             raise

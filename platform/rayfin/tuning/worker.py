@@ -1,4 +1,4 @@
-"""Tune's side of trials: in a warm process, one after another, or each in a group of workers."""
+"""Tune's side of trials, one after another: in a warm process, or in a warm group of them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class _Trial(ray.tune.Trainable):
         flat = {"step": result.metrics.get("steps", 0), "done": not self._waiting}
         outcome = result.as_dict()
         if result.scenario:
-            outcome["scenario"] = result.scenario | {"worker": self.facts()}
+            worker = self.facts() | result.scenario.get("worker", {})
+            outcome["scenario"] = result.scenario | {"worker": worker}
         return flat | _numbers(result) | {"outcome": outcome}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -140,7 +141,7 @@ class WarmTrial(_Trial):
 
 
 class GroupTrial(_Trial):
-    """Trials of several workers, each in a Ray Train group of its own; this process only listens.
+    """Trials of several workers, in a Ray Train group of its own; this process only listens.
 
     It holds no CPU, and what its group holds Tune does not see: as many trials run at a time as
     have room for their groups.
@@ -157,22 +158,20 @@ class GroupTrial(_Trial):
         assert corpora is not None
         assert group is not None
         assert resources is not None
-        self._corpora, self._group, self._each = corpora, group, resources
+        with collector_paused():
+            from rayfin.training.workers import WorkerGroup
+
+        self._workers = WorkerGroup(group, resources=resources, corpora=corpora)
         self._max_failures = max_failures
         self._start(config)
 
-    def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
-        with collector_paused():
-            from rayfin.training.workers import run_in_worker_group
+    def cleanup(self) -> None:
+        super().cleanup()
+        self._workers.close()
 
-        return run_in_worker_group(
-            trial.spec,
-            report,
-            directory=trial.directory,
-            group=self._group,
-            resources=self._each,
-            corpora=self._corpora,
-            max_failures=self._max_failures,
+    def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
+        return self._workers.train(
+            trial.spec, report, directory=trial.directory, max_failures=self._max_failures
         )
 
 

@@ -1,0 +1,119 @@
+"""What lies between a worker group and who has it train: trials go one way, reports the other."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rayfin.paths import write_json
+from rayfin.training.spec import TrialResult, TrialSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial for the group; a greater number is a later one."""
+
+    number: int
+    spec: TrialSpec
+    directory: Path
+
+    @property
+    def held(self) -> Path:
+        """The file that says what the workers hold while they train it."""
+        return self.directory / "ray" / "held.json"
+
+
+@dataclass(frozen=True)
+class Handed:
+    """A worker's report. It waits for the answer to its `ticket`."""
+
+    ticket: int
+    result: TrialResult
+    hopeless: bool = False
+    """Whether the trial failed as it would fail once more."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The group's processes have ended, whatever they were at."""
+
+    error: str | None
+    at_work: bool
+    """Whether one of them had taken the trial."""
+
+
+class Desk:
+    """Becomes an actor, so that it outlives the workers, and waits without a thread for each.
+
+    Every report waits for an answer of its own, so that a worker that is killed while it waits
+    takes no other's.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._job: Job | None = None
+        self._taken = False
+        self._open = True
+        self._changed = asyncio.Condition()
+        self._events: asyncio.Queue[Handed | Ended] = asyncio.Queue()
+        self._answers: list[asyncio.Future[bool]] = []
+        self._failed: set[int] = set()
+        self._placement_groups: set[str] = set()
+
+    async def begin(self, placement_group: str) -> None:
+        """A worker starts; `placement_group` (hex) is what it and its like hold."""
+        self._failed.clear()  # those were another attempt's
+        self._placement_groups.add(placement_group)
+        self._write_held()
+
+    async def next_job(self, after: int) -> Job | None:
+        """The trial whose number is greater, once there is one; None where no more will come."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._open or self._is_after(after))
+            self._taken = self._open
+            return self._job if self._open else None
+
+    async def hand_in(self, rank: int, result: TrialResult) -> bool:
+        """The caller's word on `result`: whether to go on."""
+        hopeless = False
+        if result.status in ("failed", "oom"):
+            self._failed.add(rank)
+            # Where one was killed, the others fail for want of it: that is worth another attempt.
+            hopeless = result.status == "oom" or len(self._failed) == self._workers
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._answers.append(answer)
+        await self._events.put(Handed(len(self._answers) - 1, result, hopeless))
+        return await answer
+
+    async def give(self, job: Job | None) -> None:
+        """The trial from now on; None: there is none for the moment."""
+        async with self._changed:
+            self._job, self._taken = job, False
+            self._failed.clear()
+            self._write_held()
+            self._changed.notify_all()
+
+    async def next_event(self) -> Handed | Ended:
+        return await self._events.get()
+
+    async def answer(self, ticket: int, go_on: bool) -> None:
+        self._answers[ticket].set_result(go_on)
+
+    async def ended(self, error: str | None) -> None:
+        await self._events.put(Ended(error, self._taken))
+
+    async def close(self) -> None:
+        """No worker that asks from now on has work to do."""
+        async with self._changed:
+            self._open = False
+            self._changed.notify_all()
+
+    def _is_after(self, number: int) -> bool:
+        return self._job is not None and self._job.number > number
+
+    def _write_held(self) -> None:
+        if self._job is not None and self._placement_groups:
+            with suppress(OSError):  # a full disk is told by the checkpoint that it does not take
+                write_json(self._job.held, sorted(self._placement_groups))
