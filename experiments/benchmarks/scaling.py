@@ -7,6 +7,8 @@ Two workers take twice the samples of an optimizer step, so that each has what o
 efficiency is what two train a second, over twice what one does. One worker has the machine to
 itself, and memory, cache and clock with it: two groups of one at the same time, which exchange
 nothing, show what of the loss is the machine's. All take turns, the ratios are those of one round.
+Each group trains two trials: the first tells what launching it takes, beside the seconds in steps;
+the second what a trial of a sweep pays whose group is there already, and the tokens a second.
 
 Trials: the same sweep of four trials with sweep.max_concurrent_trials 1, 2 and 4.
 """
@@ -33,7 +35,7 @@ GROUPS = {"1 worker": 1, "2 workers": 2}
 def configuration(work: Path, quick: bool, *, workers: int = 1, concurrent: int = 1) -> Any:
     from rayfin.config import load_config
 
-    steps = 6 if quick else 16
+    steps = 6 if quick else 10
     return load_config(
         {
             "model": {"name": "tiny" if quick else "smollm2-135m", "dtype": "float32"},
@@ -73,21 +75,23 @@ def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
 
     def train(name: str, workers: int) -> dict[str, float]:
         config = configuration(args.work, args.quick, workers=workers)
-        started = time.perf_counter()
-        group = Group.of(config.scaling)
+        around, group = [], Group.of(config.scaling)
         with WorkerGroup(group, resources={"CPU": 1.0}, corpora=corpora) as processes:
-            result = processes.train(
-                TrialSpec.of(config),
-                lambda _: True,
-                directory=args.work / name,
-                max_failures=0,  # a group that started twice would be no measurement
-            )
-        ended = time.perf_counter()
-        if result.status != "finished":
-            raise SystemExit(f"{name}: {result.error}")
-        names = ("tokens_per_second", "train_seconds", "wall_seconds")
+            for trial in ("first", "second"):
+                started = time.perf_counter()
+                result = processes.train(
+                    TrialSpec.of(config),
+                    lambda _: True,
+                    directory=args.work / name / trial,
+                    max_failures=0,  # a group that started twice would be no measurement
+                )
+                ended = time.perf_counter()
+                if result.status != "finished":
+                    raise SystemExit(f"{name}: {result.error}")
+                around.append(ended - started - result.metrics["train_seconds"])
+        names = ("tokens_per_second", "train_seconds")
         metrics = {n: result.metrics[n] for n in names}
-        return metrics | {"call_seconds": ended - started, "ended": ended}
+        return metrics | {"launch_seconds": around[0], "warm_seconds": around[1], "ended": ended}
 
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in [*GROUPS, "two apart"]}
     with ray_cluster(None, num_cpus=2), ThreadPoolExecutor(2) as pool:
@@ -133,26 +137,21 @@ def trials_side(args: Namespace, concurrent: int) -> dict[str, Any]:
     }
 
 
-def print_workers(runs: dict[str, list[dict[str, float]]]) -> tuple[float, float]:
-    """The table of the groups; efficiency and launch seconds of two workers."""
+def print_workers(runs: dict[str, list[dict[str, float]]]) -> tuple[float, float, float]:
+    """The table; of two workers the efficiency, and seconds beside a first and a later trial."""
     print(f"groups of one core a worker, median of {len(runs['1 worker'])} (least to greatest)")
-    launches = {}
     for name, results in runs.items():
         line = f"  {name:9} {spread([r['tokens_per_second'] for r in results], 1):>24} tokens/s"
+        line += f"; seconds: steps {spread([r['train_seconds'] for r in results], 1)}"
         if name in GROUPS:
-            launches[name] = [r["call_seconds"] - r["wall_seconds"] for r in results]
-            around = [r["wall_seconds"] - r["train_seconds"] for r in results]
-            steps = [r["train_seconds"] for r in results]
-            line += (
-                f"; seconds: launch {spread(launches[name], 1)}, "
-                f"base and scores {spread(around, 1)}, steps {spread(steps, 1)}"
-            )
+            first, second = ([r[k] for r in results] for k in ("launch_seconds", "warm_seconds"))
+            line += f", beside them {spread(first, 1)} in a first trial, {spread(second, 1)} later"
         else:
             lags = [r["apart_seconds"] for r in results]
-            steps = [r["train_seconds"] for r in results]
-            line += f"; seconds: ended {spread(lags, 1)} after the other, steps {spread(steps, 1)}"
+            line += f", ended {spread(lags, 1)} after the other"
         print(line)
-    print("  launch: Ray's processes, imports, the process group, and their end")
+    print("  beside the steps: the base and its scores; in a first trial also Ray's processes,")
+    print("  imports, and the process group")
     one, two, apart = (
         [r["tokens_per_second"] for r in runs[name]] for name in (*GROUPS, "two apart")
     )
@@ -163,7 +162,11 @@ def print_workers(runs: dict[str, list[dict[str, float]]]) -> tuple[float, float
         f"  efficiency of 2 workers {spread(efficiency)}; of two groups apart {spread(ceiling)}, "
         f"of which 2 workers keep {spread(of_ceiling)}"
     )
-    return statistics.median(efficiency), statistics.median(launches["2 workers"])
+    launched, warm = (
+        statistics.median(r[k] for r in runs["2 workers"])
+        for k in ("launch_seconds", "warm_seconds")
+    )
+    return statistics.median(efficiency), launched, warm
 
 
 def print_trials(sweeps: dict[int, dict[str, Any]]) -> None:
@@ -198,11 +201,11 @@ def main() -> None:
 
     runs = side("workers")
     del runs["wall_seconds"]
-    efficiency, launch = print_workers(runs)
+    efficiency, launched, warm = print_workers(runs)
     print_trials({concurrent: side(name) for concurrent, name in sweeps.items()})
     print_figure("scaling", "weak_efficiency_2_workers", efficiency, "ratio", 0.8)
-    # A bar of our own: near half of it is Ray starting the workers. Above it, something waits.
-    print_figure("scaling", "launch_seconds_2_workers", launch, "s", 30.0, most=True)
+    # A bar of our own: a sweep whose trials launch a group each would be at 1.
+    print_figure("scaling", "seconds_beside_a_warm_trial", warm / launched, "ratio", 0.5, most=True)
 
 
 if __name__ == "__main__":
