@@ -123,6 +123,17 @@ class Node(Space):
         _run(command, environment)
         return address
 
+    def warn(self, environment: Mapping[str, str], head: Node) -> None:
+        """Has Ray know that this machine is to be taken away, as a cloud says of a spot machine."""
+        command = [
+            *(*self.enter, sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
+            f"--address={head.address}:6379",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message=a spot machine",
+            "--deadline-remaining-seconds=20",
+        ]
+        _run(command, environment)
+
     def cut(self) -> None:
         """Pulls the cable: what is sent is lost, and no one is told."""
         self._switch.ip(f"link set {self._port} down")

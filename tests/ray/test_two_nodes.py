@@ -92,6 +92,29 @@ def test_two_workers_on_two_nodes_compute_what_one_process_does(cluster: Cluster
     assert row.curve[-1]["step"] == 12
 
 
+def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
+    cluster: Cluster, network: Any, lab: Any
+) -> None:
+    spare = network.add("spare")
+    spare.start_ray(lab.environment, cluster.head)
+    # No checkpoint but the one that the warning asks for.
+    settings = ("train.max_steps=400", "train.eval_steps=20", "train.save_steps=400")
+    training = lab.rayfin("train", *settings, "scaling.num_workers=2", "--address", cluster.address)
+    training.until(lambda: any(row.curve for row in lab.rows()))
+    (row,) = lab.rows()
+    assert not lab.checkpoints(row)
+    lost = next(n for n in (cluster.worker, spare) if n.processes("ray::RayTrainWorker"))
+    lost.warn(lab.environment, cluster.head)
+    training.until(lambda: lab.checkpoints(row))
+    marked = lab.mark(row)
+    lost.end()
+
+    assert training.end() == 0, training.out + training.err
+    (row,) = lab.rows()
+    assert row.status == "finished" and row.curve[-1]["step"] == 400
+    assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
+
+
 def test_a_sweep_on_two_nodes_outlives_one(cluster: Cluster, lab: Any) -> None:
     settings = (*LONG, "sweep.num_samples=6", "sweep.max_concurrent_trials=2")
     sweep = lab.script("sweep_qlora.py", *settings, "--address", cluster.address)
