@@ -124,7 +124,7 @@ class WorkerGroup:
                 self._start(job.directory)
             event: Handed | Ended = ray.get(self._desk.next_event.remote())
             if isinstance(event, Ended):
-                self._ended(job, event)
+                self._ended(job)
                 # It may have died before, of nothing that is this trial's.
                 failures += event.at_work or not warm
                 warm = False
@@ -147,7 +147,7 @@ class WorkerGroup:
         self._processes = threading.Thread(target=self._run, args=(directory,), daemon=True)
         self._processes.start()
 
-    def _ended(self, job: Job, event: Ended) -> None:
+    def _ended(self, job: Job) -> None:
         assert self._processes is not None
         self._processes.join()
         self._processes = None
