@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,16 @@ class Lab:
         assert row.directory is not None
         found = Path(row.directory, "checkpoints").glob("checkpoint-*")
         return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+    @staticmethod
+    def processes(title: str) -> list[psutil.Process]:
+        """What this process started and is named so: Ray names a process for what it runs."""
+        found = []
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                if title in " ".join(process.cmdline()[:1]):
+                    found.append(process)
+        return found
 
     @staticmethod
     def mark(row: TrialRecord) -> float:

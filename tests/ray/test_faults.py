@@ -6,9 +6,7 @@ Once each in every run of the tests; `pytest tests/ray/test_faults.py --kills 5`
 from __future__ import annotations
 
 import contextlib
-import os
 import random
-import signal
 import subprocess
 import threading
 import time
@@ -16,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from rayfin.config import Config, ScalingConfig, load_config, with_values
@@ -44,8 +41,9 @@ def config(lab: Any) -> Config:
 class Killer(threading.Thread):
     """Kills the first process of a name, so long after the trial's first report."""
 
-    def __init__(self, name: str, delay: float) -> None:
+    def __init__(self, lab: Any, name: str, delay: float) -> None:
         super().__init__(daemon=True)
+        self.lab = lab
         self.name_of_victim, self.delay = name, delay
         self.begun, self.over = threading.Event(), threading.Event()
         self.killed: int | None = None
@@ -54,18 +52,16 @@ class Killer(threading.Thread):
         self.begun.wait(SECONDS)
         if self.over.wait(self.delay):
             return
-        for process in psutil.Process().children(recursive=True):
-            if self.name_of_victim in " ".join(process.cmdline()[:1]):
-                os.kill(process.pid, signal.SIGKILL)
-                self.killed = process.pid
-                return
+        for victim in self.lab.processes(self.name_of_victim)[:1]:
+            victim.kill()
+            self.killed = victim.pid
 
 
 @pytest.mark.parametrize(
     ("victim", "streaming"), [("RayTrainWorker", True), ("TrainController", False)]
 )
 def test_a_group_that_lost_a_process_ends_as_it_would_have(
-    cluster: str, config: Config, tmp_path: Path, kills: int, victim: str, streaming: bool
+    cluster: str, lab: Any, config: Config, tmp_path: Path, kills: int, victim: str, streaming: bool
 ) -> None:
     config = with_values(config, {"data.streaming": streaming})
     whole = run_trial(TrialSpec.of(config), lambda _: None, directory=tmp_path / "whole")
@@ -74,7 +70,7 @@ def test_a_group_that_lost_a_process_ends_as_it_would_have(
     corpora = {config.data: load_corpus(config.data)}
     with WorkerGroup(Group(2), resources=each, corpora=corpora) as workers:
         for number in range(kills):
-            killer = Killer(victim, moments.uniform(0.0, 1.5))
+            killer = Killer(lab, victim, moments.uniform(0.0, 1.5))
             killer.start()
             seen: list[int] = []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ from rayfin.tuning.cluster import nodes, worker_resources
 from rayfin.tuning.single import train_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+WORKER = "RayTrainWorker"
+ENDED_WITHIN = 30.0
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def two_workers(config: Config, strategy: Strategy) -> WorkerGroup:
 
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed-zero3"])
 def test_two_workers_compute_what_one_does_trial_after_trial(
-    cluster: str, config: Config, tmp_path: Path, strategy: Strategy
+    cluster: str, lab: Any, config: Config, tmp_path: Path, strategy: Strategy
 ) -> None:
     pids = set()
     with two_workers(config, strategy) as workers:
@@ -66,7 +68,7 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
             one = run_trial(spec, lambda _: None, directory=tmp_path / f"one {number}")
             seen: list[TrialResult] = []
             two = workers.train(spec, seen.append, directory=tmp_path / f"two {number}")
-            pids.add(tuple(workers_of_this_ray()))
+            pids.add(tuple(worker.pid for worker in lab.processes(WORKER)))
             assert two.status == one.status == "finished", two.error
             assert [result.metrics["steps"] for result in seen] == [4, 8]
             hardware = two.scenario["hardware"]
@@ -85,11 +87,11 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
             for name, weight in weights[0].items():
                 assert (weight - weights[1][name]).abs().max() < 1e-4, name
     assert len(pids) == 1 and len(pids.pop()) == 2, "each trial launched processes of its own"
-    assert workers_of_this_ray() == []
+    assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
 
 
 def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
-    cluster: str, config: Config, tmp_path: Path
+    cluster: str, lab: Any, config: Config, tmp_path: Path
 ) -> None:
     seen: list[int] = []
 
@@ -97,7 +99,7 @@ def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
         step = result.metrics["steps"]
         seen.append(step)
         if step == 8 and seen.count(8) == 1:  # the checkpoint of step 4 is whole
-            os.kill(workers_of_this_ray()[-1], signal.SIGKILL)
+            lab.processes(WORKER)[-1].kill()
         elif step == 8:
             raise OSError("the disk is full")
 
@@ -105,13 +107,18 @@ def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
         in_group(config, tmp_path / "group", kill_then_fail)
     assert seen == [4, 8, 8], "it started anew, and not from its checkpoint"
     # Ended where it stood: once there is room, it goes on from there.
-    assert workers_of_this_ray() == []
+    assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
     assert latest_checkpoint(tmp_path / "group" / "checkpoints") is not None
     assert not (tmp_path / "group" / "adapter").exists()
 
 
 def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(
-    cluster: str, config: Config, tmp_path: Path, kills: int, monkeypatch: pytest.MonkeyPatch
+    cluster: str,
+    lab: Any,
+    config: Config,
+    tmp_path: Path,
+    kills: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if kills < 2:
         pytest.skip("it takes two minutes: with --kills 2 or more")
@@ -121,7 +128,7 @@ def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(
     def freeze(result: TrialResult) -> None:
         seen.append(result.metrics["steps"])
         if len(seen) == 2:
-            os.kill(workers_of_this_ray()[-1], signal.SIGSTOP)
+            lab.processes(WORKER)[-1].suspend()
 
     end = in_group(config, tmp_path / "group", freeze)
     assert end.status == "finished", end.error
@@ -154,9 +161,3 @@ def test_a_sweep_on_a_running_cluster_leaves_it_running(cluster: str, lab: Any) 
     assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
     pids = {row.scenario["worker"]["pid"] for row in lab.rows()}
     assert len(pids) == 1 and pids.pop() not in {sweep.process.pid, os.getpid()}
-
-
-def workers_of_this_ray() -> list[int]:
-    """Process ids of the worker group; Ray names a process for what it runs."""
-    family = psutil.Process().children(recursive=True)
-    return [p.pid for p in family if "RayTrainWorker" in " ".join(p.cmdline()[:1])]
