@@ -1,7 +1,9 @@
 """What all tests share."""
 
 import os
+import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +45,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def kills(request: pytest.FixtureRequest) -> int:
     """At how many random moments a test kills."""
     return int(request.config.getoption("--kills"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "moment" in metafunc.fixturenames:
+        times = metafunc.config.getoption("--kills")
+        metafunc.parametrize("moment", range(times), indirect=True)
+
+
+@pytest.fixture
+def moment() -> random.Random:
+    """Chooses when a test kills, which runs `--kills` times."""
+    seed = time.time_ns()
+    print(f"the moments are those of random.Random({seed})")
+    return random.Random(seed)

@@ -54,14 +54,16 @@ class Driver:
             time.sleep(0.02)
         return answer
 
-    def amid(self, *, finished: int) -> TrialRecord:
-        """Waits for so many finished trials and one that runs and has a checkpoint; the latter."""
+    def amid(self, *, finished: int, step: int = 1) -> TrialRecord:
+        """Waits for so many finished trials and one that runs and has saved `step`; the latter."""
 
         def running() -> TrialRecord | None:
             rows = self.lab.rows()
             if sum(row.status == "finished" for row in rows) < finished:
                 return None
-            found = [row for row in rows if row.status == "running" and self.lab.checkpoints(row)]
+            found = [
+                row for row in rows if row.status == "running" and self.lab.saved(row) >= step
+            ]
             return found[-1] if found and "worker" in found[-1].scenario else None
 
         row: TrialRecord = self.until(running)
@@ -147,6 +149,12 @@ class Lab:
         assert row.directory is not None
         found = Path(row.directory, "checkpoints").glob("checkpoint-*")
         return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+    @staticmethod
+    def saved(row: TrialRecord) -> int:
+        """The step of its newest checkpoint; 0 where it has none."""
+        found = Lab.checkpoints(row)
+        return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
 
     @staticmethod
     def processes(title: str) -> list[psutil.Process]:

@@ -90,26 +90,20 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
     assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
 
 
-def test_a_killed_worker_restarts_its_group_and_a_failing_report_ends_it(
+def test_a_group_whose_report_raises_ends_where_it_stands(
     cluster: str, lab: Any, config: Config, tmp_path: Path
 ) -> None:
-    seen: list[int] = []
+    def interrupt(result: TrialResult) -> None:
+        if result.metrics["steps"] == 8:  # the checkpoint of step 4 is whole
+            raise KeyboardInterrupt
 
-    def kill_then_fail(result: TrialResult) -> None:
-        step = result.metrics["steps"]
-        seen.append(step)
-        if step == 8 and seen.count(8) == 1:  # the checkpoint of step 4 is whole
-            lab.processes(WORKER)[-1].kill()
-        elif step == 8:
-            raise OSError("the disk is full")
-
-    with pytest.raises(OSError, match="the disk is full"):
-        in_group(config, tmp_path / "group", kill_then_fail)
-    assert seen == [4, 8, 8], "it started anew, and not from its checkpoint"
-    # Ended where it stood: once there is room, it goes on from there.
-    assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
-    assert latest_checkpoint(tmp_path / "group" / "checkpoints") is not None
-    assert not (tmp_path / "group" / "adapter").exists()
+    group = tmp_path / "group"
+    with two_workers(config, "ddp") as workers:
+        with pytest.raises(KeyboardInterrupt):
+            workers.train(TrialSpec.of(config), interrupt, directory=group)
+        assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
+    assert latest_checkpoint(group / "checkpoints") is not None
+    assert not (group / "adapter").exists()
 
 
 def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,18 @@ SWEEP = (
 )
 
 
-def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(lab: Any) -> None:
+def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(
+    lab: Any, moment: random.Random
+) -> None:
     two = (*SWEEP, "scaling.num_workers=2", "scaling.strategy=ddp")
     driver = lab.rayfin("sweep", *two)
-    before = driver.until(lambda: next((r for r in lab.rows() if lab.checkpoints(r)), None))
+    before = driver.amid(finished=0, step=moment.randrange(1, 100))
     assert driver.interrupt() == 130, driver.err
     assert lab.checkpoints(before), "what the trial had saved is there"
     mark = lab.mark(before)
 
     driver = lab.rayfin("sweep", *two, "--resume")
-    second = driver.amid(finished=1)
+    second = driver.amid(finished=1, step=moment.randrange(1, 100))
     # What its group holds outlives it, and two CPUs have room for one group only.
     os.kill(second.scenario["worker"]["pid"], signal.SIGKILL)
     assert driver.end() == 0, driver.err

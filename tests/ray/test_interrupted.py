@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from typing import Any
 
@@ -18,10 +19,12 @@ LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.sc
 
 
 @pytest.mark.parametrize("search", ["tpe", "advisor"])
-def test_ctrl_c_and_a_killed_driver_lose_nothing(lab: Any, search: str) -> None:
+def test_ctrl_c_and_a_killed_driver_lose_nothing(
+    lab: Any, search: str, moment: random.Random
+) -> None:
     command = ("sweep_qlora.py", *LONG, "sweep.num_samples=4", f"sweep.search={search}")
     interrupted = lab.script(*command)
-    first = interrupted.amid(finished=1)
+    first = interrupted.amid(finished=1, step=moment.randrange(1, STEPS * 8 // 10))
     assert interrupted.interrupt() == 130, interrupted.err
     assert "--resume" in interrupted.out
     done = [row for row in lab.rows() if row.status == "finished"]
@@ -29,7 +32,7 @@ def test_ctrl_c_and_a_killed_driver_lose_nothing(lab: Any, search: str) -> None:
     marked = {first.trial_id: lab.mark(first)}
 
     killed = lab.script(*command, "--resume")
-    second = killed.amid(finished=2)
+    second = killed.amid(finished=2, step=moment.randrange(1, STEPS * 8 // 10))
     killed.kill()
     assert second.trial_id != first.trial_id
     done = [row for row in lab.rows() if row.status == "finished"]

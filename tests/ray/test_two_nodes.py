@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import re
 import secrets
 import sys
@@ -117,10 +118,13 @@ def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
     assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
 
 
-def test_a_sweep_on_two_nodes_outlives_one(cluster: Cluster, lab: Any) -> None:
+def test_a_sweep_on_two_nodes_outlives_one(
+    cluster: Cluster, lab: Any, moment: random.Random
+) -> None:
     settings = (*LONG, "sweep.num_samples=6", "sweep.max_concurrent_trials=2")
     sweep = lab.script("sweep_qlora.py", *settings, "--address", cluster.address)
-    lost = sweep.until(lambda: halfway(lab, "worker"))
+    step = moment.randrange(1, STEPS * 8 // 10)
+    lost = sweep.until(lambda: on_host(lab, "worker", step))
     done = finished(lab)
     cluster.worker.cut()
     # By then the lost one waits for an answer to its report, and saves nothing more.
@@ -142,11 +146,11 @@ def test_a_sweep_on_two_nodes_outlives_one(cluster: Cluster, lab: Any) -> None:
     assert again.curve[-1]["step"] == STEPS
 
 
-def halfway(lab: Any, host: str) -> TrialRecord | None:
-    """A trial that runs on that machine and has a checkpoint."""
+def on_host(lab: Any, host: str, step: int) -> TrialRecord | None:
+    """A trial that runs on that machine and has saved that step."""
     for row in lab.rows():
         at = row.scenario.get("worker", {}).get("host")
-        if row.status == "running" and at == host and lab.checkpoints(row):
+        if row.status == "running" and at == host and lab.saved(row) >= step:
             return row
     return None
 

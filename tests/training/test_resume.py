@@ -155,7 +155,7 @@ def test_smollm2_goes_on_too(lab: Any, steps_taken: list[int]) -> None:
 @pytest.mark.parametrize("file", ["optimizer.safetensors", "trainer_state.json", "sums.json"])
 @pytest.mark.parametrize("harm", ["truncated", "missing", "flipped"])
 def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
-    lab: Any, file: str, harm: str, caplog: pytest.LogCaptureFixture
+    lab: Any, file: str, harm: str, caplog: pytest.LogCaptureFixture, moment: random.Random
 ) -> None:
     spec = lab.spec(save_steps=2, eval_steps=5)
     directory = interrupted(lab, spec)
@@ -165,9 +165,10 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
     torn = checkpoints / "checkpoint-4" / file
     content = torn.read_bytes()
     if harm == "truncated":
-        torn.write_bytes(content[: len(content) // 2])
+        torn.write_bytes(content[: moment.randrange(len(content))])
     elif harm == "flipped":
-        torn.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+        at = moment.randrange(len(content))
+        torn.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     else:
         torn.unlink()
     resumed = lab.run(spec, directory=directory)

@@ -21,6 +21,9 @@ from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -151,9 +154,7 @@ class WorkerGroup:
         assert self._processes is not None
         self._processes.join()
         self._processes = None
-        # Ray Train's own cleaner of a controller that was killed asks the dashboard for it, and
-        # where there is none it holds what the next group is to have.
-        give_back(job.held)
+        give_back(job.held)  # what a controller that was killed could not
 
     def _run(self, directory: Path) -> None:
         """The processes' life, in a thread: Ray Train returns when they have ended."""
@@ -165,7 +166,7 @@ class WorkerGroup:
         ray.get(self._desk.ended.remote(error))
 
     def _trainer(self, directory: Path) -> ray.train.torch.TorchTrainer:
-        return ray.train.torch.TorchTrainer(
+        return _FewerProcesses(
             _worker,
             train_loop_config={
                 "group": self._group,
@@ -189,6 +190,20 @@ class WorkerGroup:
                 ),
             ),
         )
+
+
+class _FewerProcesses(ray.train.torch.TorchTrainer):
+    """Without two of Ray Train's processes, which cost seconds of every start and then wake often.
+
+    One hands out Ray datasets, of which there are none. One gives back what a killed controller
+    held, as `give_back` does, but asks the dashboard for it: where there is none, it stays and holds
+    what the next group is to have.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        dispensable = (DatasetsCallback, PlacementGroupCleanerCallback)
+        every = super()._create_default_callbacks()
+        return [callback for callback in every if not isinstance(callback, dispensable)]
 
 
 class MeetOnRaysNetwork(TorchConfig):

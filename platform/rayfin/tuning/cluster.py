@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 _END_SECONDS = 10.0
 _STARTS = 3
 _LOG_CHARACTERS = 500
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 Resources = Mapping[str, float]
 """Ray's names (CPU, GPU) -> how many."""
@@ -40,21 +41,28 @@ def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator
     # Tune's workers need an environment of their own: those that Ray would start at once never fit,
     # and cost a second of both cores.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    own = not address or address == "local"
     try:
-        if address and address != "local":
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
+        if own:
             _start(num_cpus or cpu_count())
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:  # ValueError: ray:// without ray[client]
         raise HardwareError(
             f"no Ray cluster can be reached at '{address}' ({error}); start one with "
             "`ray start --head`, or leave --address and RAY_ADDRESS out; if one runs there, it may "
             "ask for a token: set RAY_AUTH_MODE=token"
         ) from error
+    # Nobody warns a Ray of our own that its machine is taken away: a process less for each group.
+    unwatched = own and _WATCHER not in os.environ
+    if unwatched:
+        os.environ[_WATCHER] = "0"
     try:
         yield
     finally:
         ray.shutdown()
+        if unwatched:
+            del os.environ[_WATCHER]
 
 
 def _start(num_cpus: int) -> None:
