@@ -41,6 +41,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="moments at which tests kill (default 1)")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("patient") and item.config.getoption("--kills") < 2:
+        pytest.skip("it takes two minutes of a quiet machine: with --kills 2 or more")
+
+
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
     """At how many random moments a test kills."""

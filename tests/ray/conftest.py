@@ -61,9 +61,7 @@ class Driver:
             rows = self.lab.rows()
             if sum(row.status == "finished" for row in rows) < finished:
                 return None
-            found = [
-                row for row in rows if row.status == "running" and self.lab.saved(row) >= step
-            ]
+            found = [row for row in rows if row.status == "running" and self.lab.saved(row) >= step]
             return found[-1] if found and "worker" in found[-1].scenario else None
 
         row: TrialRecord = self.until(running)
@@ -113,12 +111,13 @@ class Lab:
 
     @property
     def settings(self) -> list[str]:
-        """A LoRA trial on the tiny model; where it is written."""
+        """A LoRA trial on the tiny model; where it is written. No report loads the model again."""
         return [
             "model.name=tiny",
             "method.type=lora",
             f"data.path={self.data}",
             "data.max_length=64",
+            "sweep.report_samples=0",
             f"storage={self.storage}",
         ]
 

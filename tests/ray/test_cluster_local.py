@@ -20,9 +20,8 @@ def wanting() -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_own_machines_from_up_to_down(kills: int) -> None:
-    if kills < 2:
-        pytest.skip("two minutes of a quiet machine: with --kills 2 or more")
+@pytest.mark.patient
+def test_own_machines_from_up_to_down() -> None:
     if lacks := wanting():
         pytest.skip(f"a cluster over SSH to loopback can't be had, for want of {lacks}")
     command = [sys.executable, str(CLUSTER / "try_local.py")]

@@ -84,6 +84,7 @@ def test_a_trial_whose_group_loses_a_process_ends_as_it_would_have(
             told = f"{seed}: {victim} killed after {killer.delay:.2f} s; evaluated {seen}"
             print(told)
             assert end.status == "finished", (told, end.error)
+            assert seen == sorted(seen), f"it started anew, and not from its checkpoint: {told}"
             assert killer.killed is None or ended - killer.killed[1] < SECONDS, told
             for point, other in zip(end.curve, wholes[mine.data].curve, strict=True):
                 assert point == pytest.approx(other, abs=1e-4), told

@@ -29,7 +29,7 @@ SWEEP = (
 
 
 def test_a_sweep_from_start_to_adapter(lab: Any) -> None:
-    sweep = lab.script("sweep_qlora.py", *SWEEP, "--json")
+    sweep = lab.script("sweep_qlora.py", *SWEEP, "sweep.report_samples=2", "--json")
     assert sweep.end() == 0, sweep.err
     told = json.loads(sweep.out)
     rows = lab.rows()
@@ -52,7 +52,8 @@ def test_a_sweep_from_start_to_adapter(lab: Any) -> None:
     assert len({worker["pid"] for worker in workers}) == 1
     assert {worker["base_loads"] for worker in workers} == {1}
 
-    assert best.trial_id in Path(told["report"]).read_text()
+    report = Path(told["report"]).read_text()
+    assert best.trial_id in report and report.count('class="sample"') == 2
     assert plain_peft_loss(best, told["adapter"]["path"]) == pytest.approx(
         best.metrics["eval_loss"], abs=1e-3
     )

@@ -93,11 +93,10 @@ def test_two_workers_on_two_nodes_compute_what_one_process_does(cluster: Cluster
     assert row.curve[-1]["step"] == 12
 
 
+@pytest.mark.patient
 def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
-    cluster: Cluster, network: Any, lab: Any, kills: int
+    cluster: Cluster, network: Any, lab: Any
 ) -> None:
-    if kills < 2:
-        pytest.skip("it takes two minutes: with --kills 2 or more")
     spare = network.add("spare")
     spare.start_ray(lab.environment, cluster.head)
     # No checkpoint but the one that the warning asks for.

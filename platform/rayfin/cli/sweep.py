@@ -79,12 +79,13 @@ def _samples(place: Workplace, result: SweepResult) -> Sequence[Sample]:
     """Answers side by side; none, and a word why, where this machine can't give them."""
     from rayfin.evaluation.samples import answer_samples
 
-    if result.best is None or result.interrupted:
+    count = place.config.sweep.report_samples
+    if result.best is None or result.interrupted or not count:
         return ()
     # The trials' GPU may be on another machine, which this one does without.
     use_gpu: Literal["auto", False] = "auto" if place.config.scaling.use_gpu else False
     try:
-        return answer_samples(result.best, use_gpu=use_gpu)
+        return answer_samples(result.best, count, use_gpu=use_gpu)
     except UsageError as error:
         # A trial from the history may name data or a model by where they lay then.
         print_error(f"the report goes without sample answers: {error}")

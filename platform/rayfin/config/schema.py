@@ -169,6 +169,9 @@ class SweepConfig(Section):
     """Trials at a time; auto is one a GPU, or one on CPU."""
     max_failures: int = Field(1, ge=0)
     """Times that a trial whose process died is started again."""
+    report_samples: int = Field(5, ge=0)
+    """Held-out questions that the report has the base and the best adapter answer. This machine
+    loads the model for it: 0 where it should not."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the search."""
     parameters: dict[str, Axis] = Field(default_factory=dict)

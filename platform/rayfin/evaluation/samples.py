@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 def answer_samples(
     row: TrialRecord,
+    count: int,
     *,
     use_gpu: bool | Literal["auto"] = "auto",
-    count: int = 5,
     max_new_tokens: int = 24,
 ) -> list[Sample]:
     """Greedy answers, side by side, to the first `count` validation samples of a trial's data.

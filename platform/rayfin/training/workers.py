@@ -196,8 +196,8 @@ class _FewerProcesses(ray.train.torch.TorchTrainer):
     """Without two of Ray Train's processes, which cost seconds of every start and then wake often.
 
     One hands out Ray datasets, of which there are none. One gives back what a killed controller
-    held, as `give_back` does, but asks the dashboard for it: where there is none, it stays and holds
-    what the next group is to have.
+    held, as `give_back` does, but asks the dashboard for it: where there is none, it stays and
+    holds what the next group is to have.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:

@@ -124,7 +124,7 @@ def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
 
 def _what(config: Config) -> dict[str, Any]:
     sweep = config.sweep.model_dump(mode="json")
-    for name in ("num_samples", "max_concurrent_trials", "max_failures"):
+    for name in ("num_samples", "max_concurrent_trials", "max_failures", "report_samples"):
         del sweep[name]
     sweep["mode"] = config.sweep.direction
     return TrialSpec.of(config).model_dump(mode="json") | {"sweep": sweep}
