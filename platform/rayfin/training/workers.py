@@ -16,7 +16,6 @@ from typing import Any, Self
 import psutil
 import ray
 import ray.train
-import ray.train.torch
 from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
@@ -24,7 +23,8 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.callback import RayTrainCallback
-from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -165,7 +165,7 @@ class WorkerGroup:
             error = _one_line(failed)
         ray.get(self._desk.ended.remote(error))
 
-    def _trainer(self, directory: Path) -> ray.train.torch.TorchTrainer:
+    def _trainer(self, directory: Path) -> TorchTrainer:
         return _FewerProcesses(
             _worker,
             train_loop_config={
@@ -174,12 +174,12 @@ class WorkerGroup:
                 "desk": self._desk,
             },
             torch_config=MeetOnRaysNetwork(),
-            scaling_config=ray.train.ScalingConfig(
+            scaling_config=ScalingConfig(
                 num_workers=self._group.size,
                 use_gpu=self._resources.get("GPU", 0.0) > 0,
                 resources_per_worker={k: v for k, v in self._resources.items() if v > 0},
             ),
-            run_config=ray.train.RunConfig(
+            run_config=RunConfig(
                 name="group",
                 storage_path=str(directory / "ray"),
                 # `train` counts failures, of each trial its own.
@@ -192,7 +192,7 @@ class WorkerGroup:
         )
 
 
-class _FewerProcesses(ray.train.torch.TorchTrainer):
+class _FewerProcesses(TorchTrainer):
     """Without two of Ray Train's processes, which cost seconds of every start and then wake often.
 
     One hands out Ray datasets, of which there are none. One gives back what a killed controller
