@@ -28,6 +28,8 @@ from rayfin.tuning.single import train_once
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 WORKER = "RayTrainWorker"
+DISPENSABLE = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher")
+"""Processes of Ray Train's that a group on this machine alone has no use for."""
 ENDED_WITHIN = 30.0
 
 
@@ -69,6 +71,7 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
             seen: list[TrialResult] = []
             two = workers.train(spec, seen.append, directory=tmp_path / f"two {number}")
             pids.add(tuple(worker.pid for worker in lab.processes(WORKER)))
+            assert not any(lab.processes(name) for name in DISPENSABLE)
             assert two.status == one.status == "finished", two.error
             assert [result.metrics["steps"] for result in seen] == [4, 8]
             hardware = two.scenario["hardware"]

@@ -28,13 +28,13 @@ def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(
 ) -> None:
     two = (*SWEEP, "scaling.num_workers=2", "scaling.strategy=ddp")
     driver = lab.rayfin("sweep", *two)
-    before = driver.amid(finished=0, step=moment.randrange(1, 100))
+    before = driver.amid(finished=0, step=moment.randrange(1, 80))
     assert driver.interrupt() == 130, driver.err
     assert lab.checkpoints(before), "what the trial had saved is there"
     mark = lab.mark(before)
 
     driver = lab.rayfin("sweep", *two, "--resume")
-    second = driver.amid(finished=1, step=moment.randrange(1, 100))
+    second = driver.amid(finished=1, step=moment.randrange(1, 80))
     # What its group holds outlives it, and two CPUs have room for one group only.
     os.kill(second.scenario["worker"]["pid"], signal.SIGKILL)
     assert driver.end() == 0, driver.err

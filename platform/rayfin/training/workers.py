@@ -28,6 +28,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayfin.collector import collector_paused
 from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
@@ -304,13 +305,15 @@ def _train(job: Job, desk: Any, *, group: Group, hardware: Hardware, warm: Warm)
         result = replace(result, scenario=scenario)
         return bool(ray.get(desk.hand_in.remote(rank, result)))
 
+    with collector_paused():
+        group = decided(group, job.spec, warm, hardware)
     result = run_trial(
         job.spec,
         lambda result: rank != 0 or hand_in(result),
         directory=job.directory,
         hardware=hardware,
         warm=warm,
-        group=decided(group, job.spec, warm, hardware),
+        group=group,
         warned=lambda: ray.train.get_preemption_info() is not None,
     )
     failed = result.status in ("failed", "oom")
