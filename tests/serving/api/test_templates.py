@@ -1,11 +1,13 @@
 """Chat templates: an adapter's own is used, and a hostile one hurts nobody else."""
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
 import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,47 @@ def test_a_renderer_that_dies_idle_mixes_up_no_conversations() -> None:
             renderer.close()
 
     assert asyncio.run(render()) == ["[user|hello]>", "[user|b]>", "[user|c]>", "[user|d]>"]
+
+
+def test_no_renderer_that_dies_idle_takes_a_job_along() -> None:
+    async def render() -> None:
+        renderer = ApartRenderer(seconds=5, patience=2)
+        try:
+            for number in range(100):
+                said = [{"role": "user", "content": str(number)}]
+                assert await renderer.render("a@1", OWN, said, {}) == f"[user|{number}]>"
+                assert renderer._process is not None
+                # A signal that has not arrived yet may find it with the next job before it.
+                for child in psutil.Process(renderer._process.pid).children():
+                    child.kill()
+        finally:
+            renderer.close()
+
+    asyncio.run(render())
+
+
+def test_a_renderer_that_dies_amid_reading_a_job_is_started_anew() -> None:
+    async def render() -> str:
+        renderer = ApartRenderer(seconds=5)
+        try:
+            await renderer.render("a@1", OWN, HELLO, {})
+            process = renderer._process
+            assert process is not None and process.stdin is not None
+            (child,) = psutil.Process(process.pid).children()
+            process.stdin.write(b'{"number": 7, ')
+            process.stdin.flush()
+            unread = bytearray(4)
+            while fcntl.ioctl(process.stdin, termios.FIONREAD, unread) or any(unread):
+                await asyncio.sleep(0.01)
+            child.kill()
+            process.wait(30)
+            with pytest.raises(Overloaded, match="send the request again"):
+                await renderer.render("a@1", OWN, HELLO, {})
+            return await renderer.render("a@1", OWN, HELLO, {})
+        finally:
+            renderer.close()
+
+    assert asyncio.run(render()) == "[user|hello]>"
 
 
 @pytest.mark.parametrize("happens", ["kill", "suspend"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -22,6 +23,8 @@ KILLED = "killed"
 LOST = "lost"
 """The answer for one that somebody else has ended: the system, where it is short of memory."""
 
+_TAKING = b"\xff" * 8
+"""In the place of a job's number, while it is being read."""
 _MEMORY = 256 * 2**20
 _MAX_OUTPUT = 8 * 2**20
 
@@ -60,6 +63,8 @@ def main() -> None:
         _, status = os.waitpid(child, 0)
         if status == 0:  # there are no more jobs
             return
+        if at[:] == _TAKING:  # the job is lost: by this end its sender knows, and starts anew
+            return
         if number := int.from_bytes(at[:], "little"):
             # No limit of ours ends a process by this signal.
             lost = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -69,7 +74,12 @@ def main() -> None:
 def _serve(at: mmap.mmap) -> None:
     _limit_memory()
     at[:] = bytes(8)
-    while line := sys.stdin.buffer.readline():
+    while True:
+        # One that is killed while it waits takes no job along: nothing is read before it is said.
+        select.select([sys.stdin.buffer], [], [])
+        at[:] = _TAKING
+        if not (line := sys.stdin.buffer.readline()):
+            return
         job = json.loads(line)
         at[:] = job["number"].to_bytes(8, "little")
         # Processor time, so that a busy machine refuses no template. The signal's default action
