@@ -27,7 +27,7 @@ from rayfin.tuning.cluster import nodes, worker_resources
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-SECONDS = 150.0
+SECONDS = 120.0
 """The bound: so long after a trial lost a process it has ended."""
 
 
@@ -90,18 +90,25 @@ def test_a_trial_whose_group_loses_a_process_ends_as_it_would_have(
                 assert point == pytest.approx(other, abs=1e-4), told
 
 
-def test_a_group_whose_driver_is_killed_goes_on(lab: Any, moment: random.Random) -> None:
-    settings = ("train.max_steps=120", "train.eval_steps=10")
-    two = ("scaling.num_workers=2", "scaling.strategy=deepspeed-zero2")
-    killed = lab.rayfin("train", *settings, *two)
+def test_a_group_whose_driver_is_killed_and_interrupted_goes_on(
+    lab: Any, moment: random.Random
+) -> None:
+    settings = ("data.streaming=true", "train.max_steps=200", "train.eval_steps=10")
+    two = (*settings, "scaling.num_workers=2")
+    killed = lab.rayfin("train", *two, "scaling.strategy=deepspeed-zero2")
     row = killed.amid(finished=0, step=moment.randrange(1, 100))
     killed.kill()
     marked = lab.mark(row)
 
-    # Alone: whoever goes on with it. That took a group in the run before.
+    interrupted = lab.rayfin("train", *two)
+    interrupted.until(lambda: lab.losses(lab.rows()[0])[:1] == [marked])
+    assert interrupted.interrupt() == 130
+    assert interrupted.err.endswith("rayfin: interrupted\n"), interrupted.err
+
+    # Alone: whoever goes on with it. That took a group in the runs before.
     assert lab.rayfin("train", *settings, "scaling.num_workers=1").end() == 0
     (row,) = lab.rows()
-    assert row.status == "finished" and row.curve[-1]["step"] == 120
+    assert row.status == "finished" and row.curve[-1]["step"] == 200
     assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
 
 

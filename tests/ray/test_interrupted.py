@@ -18,32 +18,37 @@ STEPS = 100
 LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.scheduler=none")
 
 
-@pytest.mark.parametrize(("search", "killed"), [("tpe", False), ("advisor", True)])
+@pytest.mark.parametrize("search", ["tpe", "advisor"])
 def test_ctrl_c_and_a_killed_driver_lose_nothing(
-    lab: Any, search: str, killed: bool, moment: random.Random
+    lab: Any, search: str, moment: random.Random
 ) -> None:
     command = ("sweep_qlora.py", *LONG, "sweep.num_samples=4", f"sweep.search={search}")
-    ended = lab.script(*command)
-    unfinished = ended.amid(finished=1, step=moment.randrange(1, STEPS * 8 // 10))
-    if killed:
-        ended.kill()
-    else:
-        assert ended.interrupt() == 130, ended.err
-        assert "--resume" in ended.out
-    done, one = lab.rows()
-    assert (done.status, one.trial_id) == ("finished", unfinished.trial_id)
-    marked = lab.mark(unfinished)
+    interrupted = lab.script(*command)
+    first = interrupted.amid(finished=1, step=moment.randrange(1, STEPS * 8 // 10))
+    assert interrupted.interrupt() == 130, interrupted.err
+    assert "--resume" in interrupted.out
+    done = [row for row in lab.rows() if row.status == "finished"]
+    assert len(done) == 1 and [row.trial_id for row in lab.rows()][1:] == [first.trial_id]
+    marked = {first.trial_id: lab.mark(first)}
+
+    killed = lab.script(*command, "--resume")
+    second = killed.amid(finished=2, step=moment.randrange(1, STEPS * 8 // 10))
+    killed.kill()
+    assert second.trial_id != first.trial_id
+    done = [row for row in lab.rows() if row.status == "finished"]
+    marked[second.trial_id] = lab.mark(second)
 
     resumed = lab.script(*command, "--resume")
     assert resumed.end() == 0, resumed.err
-    rows = lab.rows()
-    assert [row.status for row in rows] == ["finished"] * 4
-    assert len({row.fingerprint for row in rows}) == 4
-    assert rows[0] == done, "a finished trial was touched"
-    assert rows[1].trial_id == unfinished.trial_id
-    assert lab.losses(rows[1])[0] == marked, "it started anew, and not from its checkpoint"
-    assert rows[1].curve[-1]["step"] == STEPS
-    assert not lab.checkpoints(rows[1])
+    rows = {row.trial_id: row for row in lab.rows()}
+    assert [row.status for row in rows.values()] == ["finished"] * 4
+    assert len({row.fingerprint for row in rows.values()}) == 4
+    for row in done:
+        assert rows[row.trial_id] == row, "a finished trial was touched"
+    for trial_id, loss in marked.items():
+        assert lab.losses(rows[trial_id])[0] == loss, "it started anew, and not from its checkpoint"
+        assert rows[trial_id].curve[-1]["step"] == STEPS
+        assert not lab.checkpoints(rows[trial_id])
 
 
 def test_killed_workers_and_a_diverged_trial_leave_the_others_alone(lab: Any) -> None:
