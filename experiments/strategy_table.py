@@ -6,8 +6,9 @@
     python experiments/strategy_table.py --model smollm2-135m --methods lora full   # only prints
 
 Each trial is 20 steps of the tiny model. Verified is one whose losses are those of one process, to
-1e-3, and whose adapter was saved. Writes platform/rayfin/training/verified.json, from which
-scaling.strategy=auto chooses, and the table between the marks in docs/distributed.md.
+1e-3, and whose adapter, loaded by plain PEFT on a base of its own, scores the recorded loss. Writes
+platform/rayfin/training/verified.json, from which scaling.strategy=auto chooses, and the table
+between the marks in docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -47,9 +48,13 @@ def main() -> int:
     parser.add_argument("--model", default="tiny", help="any but the tiny one is only printed")
     parser.add_argument("--methods", nargs="+", help="some methods only, and only printed")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--score", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker is not None:
         return work(json.loads(args.worker))
+    if args.score is not None:
+        print(score(json.loads(args.score)))
+        return 0
 
     from rayfin.config import METHOD_CONFIGS
     from rayfin.training.strategies import STRATEGIES
@@ -89,7 +94,7 @@ def seen(settings: list[str], strategy: Any, args: argparse.Namespace, alone: li
 
 
 def losses(settings: list[str], strategy: str, workers: int, device: str) -> list[float]:
-    """Of every step; raises RuntimeError where the trial or a process of it fails."""
+    """Of every step; raises RuntimeError where the trial, a process of it or its adapter fails."""
     with socket.socket() as free, tempfile.TemporaryDirectory() as directory:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -126,6 +131,15 @@ def losses(settings: list[str], strategy: str, workers: int, device: str) -> lis
         result = json.loads(answer.read_text())
         if result["status"] != "finished":
             raise RuntimeError(result["error"])
+        recorded = result["metrics"]["eval_loss"]
+        job |= {"adapter": result["adapter"]}
+        command = [sys.executable, "-W", "ignore", __file__, "--score", json.dumps(job)]
+        scoring = subprocess.run(command, check=False, capture_output=True, text=True)
+        if scoring.returncode:
+            raise RuntimeError(scoring.stderr.strip().rpartition("\n")[2][:200])
+        scored = float(scoring.stdout)
+        if abs(scored - recorded) > TOLERANCE * recorded:
+            raise RuntimeError(f"its adapter scores {scored:.4f} in PEFT, recorded {recorded:.4f}")
         return [point["loss"] for point in result["curve"] if "loss" in point]
 
 
@@ -156,6 +170,40 @@ def work(job: dict[str, Any]) -> int:
     if os.environ["RANK"] == "0":
         (directory / "answer.json").write_text(json.dumps(result.as_dict()))
     return 0
+
+
+def score(job: dict[str, Any]) -> float:
+    """The mean loss over the held-out labels, one sample at a time, of plain PEFT or Transformers.
+
+    On a CPU, whatever trained it.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from rayfin.config import load_config
+    from rayfin.models import load_base
+    from rayfin.training import TrialSpec
+    from rayfin.training.warm import Warm
+
+    spec = TrialSpec.of(load_config(None, job["settings"]))
+    model: torch.nn.Module
+    if spec.method.type == "full":
+        model = AutoModelForCausalLM.from_pretrained(job["adapter"])
+    else:
+        base = load_base(spec.model, spec.method.quantization_bit, "cpu")
+        model = PeftModel.from_pretrained(base, job["adapter"])
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for sample in Warm().tokenized(spec).eval:
+            ids, labels = (torch.tensor(sample[key]) for key in ("input_ids", "labels"))
+            mask = torch.ones(1, len(ids), dtype=torch.long)
+            logits = model.eval()(input_ids=ids[None], attention_mask=mask).logits[0, -len(ids) :]
+            total += float(
+                torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum")
+            )
+            count += int((labels[1:] != -100).sum())
+    return total / count
 
 
 def write(cells: dict[str, dict[str, str]], device: str) -> None:

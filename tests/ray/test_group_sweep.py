@@ -12,12 +12,13 @@ import pytest
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+STEPS = 120
 SWEEP = (
     "sweep.parameters.train.learning_rate=[0.0002,0.0005]",
     "sweep.search=grid",
     "sweep.num_samples=2",
     "sweep.scheduler=none",
-    "train.max_steps=120",
+    f"train.max_steps={STEPS}",
     "train.eval_steps=20",
     "train.per_device_train_batch_size=2",
 )
@@ -28,13 +29,14 @@ def test_trials_of_two_workers_outlive_ctrl_c_and_their_listener(
 ) -> None:
     two = (*SWEEP, "scaling.num_workers=2", "scaling.strategy=ddp")
     driver = lab.rayfin("sweep", *two)
-    before = driver.amid(finished=0, step=moment.randrange(1, 80))
+    before = driver.amid(finished=0, step=moment.randrange(1, STEPS - 20))
     assert driver.interrupt() == 130, driver.err
-    assert lab.checkpoints(before), "what the trial had saved is there"
-    mark = lab.mark(before)
+    # Ctrl-C may come after its last step: it is recorded then, or what it had saved is there.
+    recorded = lab.rows()[0].status == "finished"
+    mark = lab.losses(lab.rows()[0])[0] if recorded else lab.mark(before)
 
     driver = lab.rayfin("sweep", *two, "--resume")
-    second = driver.amid(finished=1, step=moment.randrange(1, 80))
+    second = driver.amid(finished=1, step=moment.randrange(1, STEPS - 40))
     # What its group holds outlives it, and two CPUs have room for one group only.
     os.kill(second.scenario["worker"]["pid"], signal.SIGKILL)
     assert driver.end() == 0, driver.err

@@ -206,13 +206,17 @@ def test_a_history_that_fails_for_a_moment_misses_nothing(plan: SweepPlan) -> No
     shown: list[TrialRecord] = []
     recorder = Recorder(history, shown.append)
     one, two = ended(plan, 2), ended(plan, 4)
+    checkpoint = Path(one.directory or "", "checkpoints", "checkpoint-4")
+    checkpoint.mkdir(parents=True)
     recorder.put(one)
     with pytest.raises(HistoryError, match="away"):
         recorder.flush()
+    assert checkpoint.exists(), "a resume would train it anew"
     history.broken = False
     recorder.put(two)
     assert history.rows == {one.trial_id: one, two.trial_id: two}
     assert shown == [one, two]
+    assert not checkpoint.exists()
 
 
 def test_a_worker_that_dies_before_its_trial_starts_leaves_a_failed_row(plan: SweepPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from rayfin.config import Config
 from rayfin.config.method import METHOD_CONFIGS
+from rayfin.history import History, TrialRecord
+from rayfin.paths import Storage
 from rayfin.training import TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint, load_progress
 from rayfin.training.trainer import TrialTrainer
+from rayfin.tuning.single import train_once
 
 
 @pytest.fixture
@@ -70,7 +75,12 @@ def assert_goes_on(lab: Any, spec: TrialSpec, directory: Path, step: int, taken:
     assert resumed.metrics["eval_loss"] == pytest.approx(recorded, abs=1e-4)
     assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.result.curve]
     assert resumed.metrics["steps"] == spec.train.max_steps
-    assert [path.name for path in directory.iterdir()] == ["adapter"]
+    # Until the end is recorded, a resume needs them: one that comes takes the last step alone.
+    assert {path.name for path in directory.iterdir()} == {"adapter", "checkpoints"}
+    taken.clear()
+    again = lab.run(saved_at_every_step(spec), directory=directory)
+    assert taken == [spec.train.max_steps - 1]
+    assert again.metrics["eval_loss"] == pytest.approx(recorded, abs=1e-4)
 
 
 def test_after_a_kill_the_losses_are_those_of_a_whole_run(
@@ -86,7 +96,7 @@ def test_a_kill_at_any_touch_of_a_file_leaves_a_trial_that_goes_on(lab: Any) -> 
     Path(job["directory"]).mkdir()
     touches = lab.killed([job])[0]["events"]
     assert touches > 20
-    # The last touches write the adapter and clear the checkpoints away.
+    # The last touches write the adapter.
     chosen = {touches, touches - 3, *random.sample(range(2, touches - 3), 3)}
     jobs = [job | {"directory": str(lab.root / f"events-{n}"), "event": n} for n in chosen]
     for job in jobs:
@@ -119,6 +129,39 @@ def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
     before = load_progress(newest).train_seconds
     assert before > 0
     assert lab.run(spec, directory=directory).metrics["train_seconds"] > before
+
+
+def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps_taken: list[int]
+) -> None:
+    spec = lab.spec(save_steps=1)
+    parts = {part: getattr(spec, part) for part in ("model", "data", "method", "train")}
+    config, storage = Config(**parts, storage=str(tmp_path)), Storage(tmp_path)
+    put = History.put
+
+    def left(history: History, row: TrialRecord) -> None:
+        if row.status == "finished":
+            raise KeyboardInterrupt
+        put(history, row)
+
+    def run(**options: bool) -> TrialRecord:
+        steps_taken.clear()
+        return train_once(config, history=history, storage=storage, show=lambda _: None, **options)
+
+    with History.open(storage.history_url) as history:
+        with monkeypatch.context() as patch:
+            patch.setattr(History, "put", left)
+            with pytest.raises(KeyboardInterrupt):
+                run()
+        first = run()
+        assert first.status == "finished" and steps_taken == [spec.train.max_steps - 1]
+        (directory,) = tmp_path.glob("sweeps/train/trials/*")
+        assert latest_checkpoint(directory / "checkpoints") is None
+        # The driver was killed after it had recorded the end, and before it let them go.
+        shutil.copytree(interrupted(lab, spec), directory, dirs_exist_ok=True)
+        again = run(rerun=True)
+        assert steps_taken == list(range(spec.train.max_steps)), "it is made anew"
+        assert again.metrics["eval_loss"] == pytest.approx(first.metrics["eval_loss"], abs=1e-4)
 
 
 @pytest.fixture

@@ -51,10 +51,12 @@ def run_trial(
     """Trains `spec` in this process and returns how it ended; errors become a result, not a raise.
 
     Resumes from the newest checkpoint in `directory`. On success the adapter lies in
-    `directory/adapter`. `report` gets the trial at each evaluation but the last, and stops it by
-    returning False. In a Ray Train worker group every worker calls this with the same arguments;
-    `group` says of what size it is, and how it shares the trial. `warned`: whether the machines are
-    about to be taken away, asked by all workers together; a checkpoint is saved then.
+    `directory/adapter`; the checkpoints stay until whoever records the result lets them go, or a
+    trial whose end nobody heard of would begin anew. `report` gets the trial at each evaluation but
+    the last, and stops it by returning False. In a Ray Train worker group every worker calls this
+    with the same arguments; `group` says of what size it is, and how it shares the trial. `warned`:
+    whether the machines are about to be taken away, asked by all workers together; a checkpoint is
+    saved then.
     """
     hardware = hardware or describe_hardware()
     warm, group = warm or Warm(), group or Group()
@@ -181,7 +183,7 @@ def _train(
 def _finish(
     trainer: TrialTrainer, model: torch.nn.Module, tokenizer: object, directory: Path
 ) -> Path | None:
-    """Writes the adapter of a finished trial, then lets its checkpoints go."""
+    """Writes the adapter of a finished trial; lets the checkpoints go of one that was stopped."""
     adapter = directory / "adapter"
     strategy = trainer.parallel
     if not trainer.stopped:
@@ -193,7 +195,7 @@ def _finish(
                 shutil.rmtree(adapter, ignore_errors=True)
                 with write_directory_whole(adapter) as temporary:
                     save_adapter(model, tokenizer, temporary, weights)
-    if trainer.args.should_save:
+    elif trainer.args.should_save:
         clear_checkpoints(directory / "checkpoints")
     trainer.accelerator.wait_for_everyone()
     return None if trainer.stopped else adapter

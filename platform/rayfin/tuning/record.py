@@ -10,7 +10,7 @@ from typing import Any
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial
-from rayfin.tuning.rows import died, started, with_outcome
+from rayfin.tuning.rows import died, let_checkpoints_go, started, with_outcome
 
 OnRecord = Callable[[TrialRecord], None]
 OnRestart = Callable[[TrialRecord, str], None]
@@ -84,6 +84,7 @@ class Recorder:
         for trial_id, row in list(self._unwritten.items()):
             self._history.put(row)
             del self._unwritten[trial_id]
+            let_checkpoints_go(row)
 
     def _row(self, trial: Mapping[str, Any]) -> TrialRecord:
         """The trial's row; a new one too for a worker that died before it could start."""

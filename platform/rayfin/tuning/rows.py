@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from datetime import datetime
@@ -10,6 +11,7 @@ from typing import Any
 
 from rayfin.history import History, TrialRecord, now
 from rayfin.history.versions import package_versions
+from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.tuning.plan import PlannedTrial
 
 
@@ -67,6 +69,16 @@ def refused(planned: PlannedTrial, reason: str, before: TrialRecord | None = Non
 def was_refused(row: TrialRecord) -> bool:
     """Whether it was never started; another machine, or a longer history, may judge it anew."""
     return row.status == "oom" and row.directory is None and not row.metrics
+
+
+def let_checkpoints_go(row: TrialRecord) -> None:
+    """Removes those of a finished trial, once the history has its row; no resume needs them then.
+
+    A stopped trial may still be writing one: it lets them go itself.
+    """
+    if row.status == "finished" and row.directory is not None:
+        with contextlib.suppress(OSError):  # they only take room
+            clear_checkpoints(Path(row.directory) / "checkpoints")
 
 
 def sweep_of(planned: PlannedTrial) -> str:

@@ -15,7 +15,7 @@ from rayfin.training.strategies import Group, check_scaling, needs_group
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
-from rayfin.tuning.rows import started, usable, with_outcome
+from rayfin.tuning.rows import let_checkpoints_go, started, usable, with_outcome
 
 RUNS = "train"
 """The sweep that all single runs belong to."""
@@ -69,6 +69,8 @@ def _train(
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
     before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
+    if before:
+        let_checkpoints_go(before[0])  # else a run that is to be made anew would go on from them
     row = started(trial, before[0].created_at if before else None)
     history.put(row)
 
@@ -118,4 +120,5 @@ def _train(
         raise StorageError(result.error or "storage: it can't be written")
     row = with_outcome(row, result.as_dict())
     history.put(row)
+    let_checkpoints_go(row)
     return row

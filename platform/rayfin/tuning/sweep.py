@@ -192,6 +192,6 @@ def _tidy(plan: SweepPlan, history: History) -> None:
     """
     for row in history.trials(sweep_id=plan.sweep_id, status="running"):
         history.put(row.updated(status="stopped", error="interrupted, and not carried on"))
-    for row in history.trials(sweep_id=plan.sweep_id, status="stopped"):
-        if row.directory is not None:
+    for row in history.trials(sweep_id=plan.sweep_id):
+        if row.status in ("finished", "stopped") and row.directory is not None:
             clear_checkpoints(Path(row.directory) / "checkpoints")
