@@ -110,7 +110,7 @@ def sweep(model: str, path: str, method: str, history: History, storage: Storage
         "sweep.scheduler": "none",
         "sweep.num_samples": size(method),
         **{f"sweep.parameters.{axis}": values for axis, values in axes.items()},
-        "storage": storage.root,
+        "storage": storage.place.path,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     result = run_sweep(load_config(None, overrides), history=history, storage=storage, resume=True)

@@ -150,6 +150,7 @@ def work(job: dict[str, Any]) -> int:
 
     from rayfin.config import load_config
     from rayfin.hardware import describe_hardware
+    from rayfin.paths import Place
     from rayfin.training import TrialSpec
     from rayfin.training.strategies import Group
     from rayfin.training.trial import run_trial
@@ -163,7 +164,7 @@ def work(job: dict[str, Any]) -> int:
     result = run_trial(
         TrialSpec.of(load_config(None, job["settings"])),
         lambda _: None,
-        directory=directory,
+        place=Place(directory),
         hardware=describe_hardware(on_gpu),
         group=Group(job["workers"], job["strategy"]),
     )

@@ -3,8 +3,11 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,41 @@ def moment() -> random.Random:
     seed = time.time_ns()
     print(f"the moments are those of random.Random({seed})")
     return random.Random(seed)
+
+
+BUCKET = "s3://rayfin-test"
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[dict[str, str]]:
+    """An S3 server: the environment from which it is reached."""
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def bucket(s3: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty place in a bucket, which processes started from here reach too."""
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    return f"{BUCKET}/{tmp_path.name}"
+
+
+@contextmanager
+def s3_server(*enter: str, address: str = "127.0.0.1") -> Iterator[dict[str, str]]:
+    """The environment from which the server, and the bucket in it, is reached.
+
+    `enter`: what a command begins with that runs elsewhere, as on a node.
+    """
+    command = [*enter, sys.executable, str(Path(__file__).with_name("s3.py")), address]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        port = int(server.stdout.readline())
+        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+        place = {"AWS_ENDPOINT_URL": f"http://{address}:{port}", "AWS_REGION": "us-east-1"}
+        yield keys | place
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()

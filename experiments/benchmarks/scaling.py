@@ -65,6 +65,7 @@ def configuration(work: Path, quick: bool, *, workers: int = 1, concurrent: int 
 def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
     """The rounds: what ran -> its measurements, in order."""
     from rayfin.data import load_corpus
+    from rayfin.paths import Place
     from rayfin.training import TrialSpec
     from rayfin.training.strategies import Group
     from rayfin.training.workers import WorkerGroup
@@ -82,7 +83,7 @@ def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
                 result = processes.train(
                     TrialSpec.of(config),
                     lambda _: True,
-                    directory=args.work / name / trial,
+                    place=Place.at(args.work / name / trial),
                     max_failures=0,  # a group that started twice would be no measurement
                 )
                 ended = time.perf_counter()

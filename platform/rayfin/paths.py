@@ -6,13 +6,17 @@ import json
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from rayfin.errors import StorageError
+from rayfin.objects import Objects, sums_of
 
 
 def cache_dir() -> Path:
@@ -24,49 +28,155 @@ def cache_dir() -> Path:
 
 
 @dataclass(frozen=True)
-class Storage:
-    """Every path under one `storage` directory; nothing else in rayfin joins these names."""
+class Place:
+    """A file or directory that all machines of a run share, and where it lies on this one.
 
-    root: Path
+    On a file system the two are the same. Of what is in an object store, `path` is this machine's
+    copy: `fetch` makes it what the store holds, and `publish` the store what it is.
+    """
+
+    path: Path
+    objects: Objects | None = None
+
+    @classmethod
+    def at(cls, location: str | Path) -> Place:
+        """Looks at the text alone; StorageError for a URL that no object store can have."""
+        if "://" not in str(location):
+            return cls(Path(location).expanduser().resolve())
+        objects = Objects.at(str(location))
+        scheme, _, path = objects.base.partition("://")
+        # The options may name another server, of which a bucket of this name is another.
+        server = f"{scheme}-{zlib.crc32(objects.options.encode()):08x}"
+        return cls(cache_dir() / "objects" / server / path, objects)
+
+    def __str__(self) -> str:
+        return str(self.objects or self.path)
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(self.path / name, self.objects / name if self.objects else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Place.at, (str(self),)  # another machine has its copies elsewhere
+
+    def names(self) -> list[str]:
+        """Of the directories in this one."""
+        if self.objects is not None:
+            return self.objects.names()
+        found = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted(path.name for path in found if path.is_dir() and path.name[0] != ".")
+
+    def publish(self) -> None:
+        """Of a directory. Raises StorageError where the store can't be written."""
+        if self.objects is not None:
+            self.objects.put(self.path)
+
+    def fetch(self) -> bool:
+        """Of a directory; whether it is there."""
+        if self.objects is None:
+            return self.path.is_dir()
+        sums = self.objects.sums()
+        if sums is None:
+            return False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Several workers on one machine ask at once.
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+            if self.path.is_dir() and sums_of(self.path) == sums:
+                return True
+            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(_NotWhole), write_directory_whole(self.path) as temporary:
+                if not self.objects.get(temporary, sums):
+                    raise _NotWhole
+        return self.path.is_dir()
+
+    def exists(self) -> bool:
+        """Whether a directory is here, whole."""
+        return self.path.is_dir() if self.objects is None else self.objects.sums() is not None
+
+    def publish_file(self) -> None:
+        if self.objects is not None:
+            self.objects.write(self.path.read_bytes())
+
+    def fetch_file(self) -> bool:
+        if self.objects is not None and (contents := self.objects.read()) is not None:
+            with write_whole(self.path) as temporary:
+                temporary.write_bytes(contents)
+        return self.path.is_file()
+
+    def forget(self) -> None:
+        """Removes the copy of a directory in an object store; never the only one there is."""
+        if self.objects is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.objects is not None:
+            self.objects.remove()
+
+
+class _NotWhole(Exception):
+    """What was read is not what was written."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Every path under one `storage`; nothing else in rayfin joins these names."""
+
+    place: Place
+
+    @classmethod
+    def at(cls, location: str | Path) -> Storage:
+        """Makes and asks nothing."""
+        return cls(Place.at(location))
 
     @classmethod
     def open(cls, location: str | Path) -> Storage:
         """The storage at `location`, made if missing; StorageError where it can't be written."""
-        text = str(location)
-        if "://" in text:
-            raise StorageError(
-                f"storage: '{text}' is a URL; this version writes to directories only. "
-                "Mount the bucket and give its path"
-            )
-        root = Path(text).expanduser().resolve()
+        place = Place.at(location)
+        if place.objects is not None:
+            place.objects.check()
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=root, prefix=".write-test-"):
+            place.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=place.path, prefix=".write-test-"):
                 pass
         except OSError as error:
+            remedy = (
+                "give another place for copies of what is in a bucket, by RAYFIN_CACHE=DIR"
+                if place.objects
+                else "give a directory you may write to, storage=DIR"
+            )
             raise StorageError(
-                f"storage: '{root}' can't be written ({error.strerror or error}); "
-                "give a directory you may write to, storage=DIR"
+                f"storage: '{place.path}' can't be written ({error.strerror or error}); {remedy}"
             ) from error
-        return cls(root)
+        return cls(place)
 
     @property
     def history_url(self) -> str:
-        return f"sqlite:///{self.root / 'history.sqlite'}"
+        if self.place.objects is not None:
+            raise StorageError(
+                f"storage: SQLite's file, the history, can't be in '{self.place}'; give "
+                "history=postgresql+psycopg://HOST/DATABASE, or history=sqlite:////PATH on the "
+                "machine that runs the command"
+            )
+        return f"sqlite:///{self.place.path / 'history.sqlite'}"
 
     @property
     def adapters(self) -> Path:
-        return self.root / "adapters"
+        if self.place.objects is not None:
+            raise StorageError(
+                f"storage: the registry of adapters can't be in '{self.place}'; give a directory, "
+                "publish.storage=DIR to a run and storage=DIR to rayfin serve"
+            )
+        return self.place.path / "adapters"
 
     @property
     def ray(self) -> Path:
         """Ray Tune's own files; nothing in rayfin reads them back."""
-        return self.root / "ray"
+        return self.place.path / "ray"
 
-    def sweep(self, sweep_id: str) -> Path:
-        return self.root / "sweeps" / sweep_id
+    def sweep(self, sweep_id: str) -> Place:
+        return self.place / "sweeps" / sweep_id
 
-    def trial(self, sweep_id: str, trial_id: str) -> Path:
+    def trial(self, sweep_id: str, trial_id: str) -> Place:
         return self.sweep(sweep_id) / "trials" / trial_id
 
 

@@ -19,6 +19,7 @@ import pytest
 from rayfin.config import ScalingConfig, load_config, with_values
 from rayfin.data import load_corpus
 from rayfin.history import History, TrialRecord
+from rayfin.paths import Place
 from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
@@ -60,7 +61,7 @@ def test_a_trial_whose_group_loses_a_process_ends_as_it_would_have(
     corpora = {each.data: load_corpus(each.data) for each in (config, streamed)}
     moments = random.Random(seed := time.time_ns())
     wholes = {
-        each.data: run_trial(TrialSpec.of(each), lambda _: None, directory=tmp_path / name)
+        each.data: run_trial(TrialSpec.of(each), lambda _: None, place=Place(tmp_path / name))
         for each, name in ((config, "whole"), (streamed, "streamed"))
     }
     each = worker_resources(ScalingConfig(num_workers=2), nodes())
@@ -77,7 +78,7 @@ def test_a_trial_whose_group_loses_a_process_ends_as_it_would_have(
                 killer.begun.set()
 
             place = tmp_path / str(number)
-            end = workers.train(TrialSpec.of(mine), report, directory=place, max_failures=2)
+            end = workers.train(TrialSpec.of(mine), report, place=Place(place), max_failures=2)
             ended = time.monotonic()
             killer.over.set()
             killer.join()

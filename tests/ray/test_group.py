@@ -16,7 +16,7 @@ from rayfin.config.schema import Strategy
 from rayfin.data import load_corpus
 from rayfin.errors import HardwareError
 from rayfin.history import History
-from rayfin.paths import Storage
+from rayfin.paths import Place, Storage
 from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint
 from rayfin.training.strategies import Group
@@ -47,7 +47,7 @@ def in_group(
     strategy: Strategy = "ddp",
 ) -> TrialResult:
     with two_workers(config, strategy) as workers:
-        return workers.train(TrialSpec.of(config), report, directory=directory)
+        return workers.train(TrialSpec.of(config), report, place=Place(directory))
 
 
 def two_workers(config: Config, strategy: Strategy) -> WorkerGroup:
@@ -67,9 +67,9 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
         for number, learning_rate in enumerate([config.train.learning_rate, 0.02]):
             mine = with_values(config, {"train.learning_rate": learning_rate})
             spec = TrialSpec.of(mine)
-            one = run_trial(spec, lambda _: None, directory=tmp_path / f"one {number}")
+            one = run_trial(spec, lambda _: None, place=Place(tmp_path / f"one {number}"))
             seen: list[TrialResult] = []
-            two = workers.train(spec, seen.append, directory=tmp_path / f"two {number}")
+            two = workers.train(spec, seen.append, place=Place(tmp_path / f"two {number}"))
             pids.add(tuple(worker.pid for worker in lab.processes(WORKER)))
             assert not any(lab.processes(name) for name in DISPENSABLE)
             assert two.status == one.status == "finished", two.error
@@ -85,16 +85,16 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
             for point, other in zip(two.curve, one.curve, strict=True):
                 assert point == pytest.approx(other, abs=1e-4)
             assert two.adapter is not None and one.adapter is not None
-            weights = [load_file(r.adapter / "adapter_model.safetensors") for r in (one, two)]
+            weights = [load_file(r.adapter.path / "adapter_model.safetensors") for r in (one, two)]
             assert weights[0].keys() == weights[1].keys()
             for name, weight in weights[0].items():
                 assert (weight - weights[1][name]).abs().max() < 1e-4, name
         assert len(pids) == 1 and len(pids.pop()) == 2, "each trial launched processes of its own"
 
         if strategy == "auto":  # Ctrl-C: the group ends where it stands, and not with the block
-            place = tmp_path / "interrupted"
+            place = Place(tmp_path / "interrupted")
             with pytest.raises(KeyboardInterrupt):
-                workers.train(spec, interrupt, directory=place)
+                workers.train(spec, interrupt, place=place)
             assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
             assert latest_checkpoint(place / "checkpoints") is not None
             assert not (place / "adapter").exists()

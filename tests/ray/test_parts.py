@@ -238,7 +238,7 @@ def test_a_worker_that_dies_before_its_trial_starts_leaves_a_failed_row(plan: Sw
 
 def test_resume_passes_over_what_it_cannot_read(plan: SweepPlan) -> None:
     plan.save()
-    newer = plan.storage.sweep("newer")
+    newer = plan.storage.sweep("newer").path
     for name, text in (("torn", b"model: {na"), ("other", b"\xff\xfe"), ("odd", b"- 1\n")):
         (newer.with_name(name)).mkdir()
         (newer.with_name(name) / "config.yaml").write_bytes(text)

@@ -16,6 +16,7 @@ import pytest
 
 from rayfin.config import load_config
 from rayfin.history import TrialRecord
+from rayfin.paths import Place
 from rayfin.training import TrialSpec
 from rayfin.training.trial import run_trial
 
@@ -75,7 +76,7 @@ def cluster(lab: Any, network: Any) -> Cluster:
 def test_two_workers_on_two_nodes_compute_what_one_process_does(cluster: Cluster, lab: Any) -> None:
     settings = ("train.max_steps=12", "train.eval_steps=4")
     config = load_config(None, [*lab.settings, *settings])
-    one = run_trial(TrialSpec.of(config), lambda _: None, directory=lab.root / "one")
+    one = run_trial(TrialSpec.of(config), lambda _: None, place=Place(lab.root / "one"))
 
     training = lab.rayfin("train", *settings, "scaling.num_workers=2", "--address", cluster.address)
 

@@ -71,7 +71,7 @@ def service(
 ) -> Iterator[Any]:
     storage = tmp_path_factory.mktemp("served")
     registry = Registry(storage / "adapters")
-    with History.open(Storage(storage).history_url) as history:
+    with History.open(Storage.at(storage).history_url) as history:
         history.put(trial("made-red"))
     registry.publish("red", tiny_adapters["lora"].path, {"trial_id": "made-red"}, alias="prod")
     registry.publish("blue", tiny_adapters["ia3"].path)
@@ -293,7 +293,7 @@ def test_requests_at_work_end_before_it_stops(service: Any, says: Says) -> None:
 
 def test_what_it_measured_is_in_the_history(service: Any) -> None:
     assert service.process.poll() is not None, "the test before this one stops it"
-    with History.open(Storage(service.registry.root.parent).history_url) as history:
+    with History.open(Storage.at(service.registry.root.parent).history_url) as history:
         metrics = history.get("made-red").metrics
     assert metrics["serving_requests"] > 0 and metrics["serving_adapter_bytes"] > 0
     assert metrics["serving_time_to_first_token_seconds"] > 0

@@ -18,6 +18,7 @@ from torch.nn import functional
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.data import Tokens
 from rayfin.models import load_base
+from rayfin.paths import Place
 from rayfin.training import TrialResult, TrialSpec, trial
 from rayfin.training.warm import Warm
 
@@ -54,7 +55,7 @@ class Finished:
     @property
     def adapter(self) -> Path:
         assert self.result.adapter is not None, self.result.error
-        return self.result.adapter
+        return self.result.adapter.path
 
 
 class Lab:
@@ -107,7 +108,7 @@ class Lab:
     ) -> TrialResult:
         directory = directory or self.directory()
         directory.mkdir(exist_ok=True)
-        return trial.run_trial(spec, report, directory=directory, warm=warm or self.warm)
+        return trial.run_trial(spec, report, place=Place(directory), warm=warm or self.warm)
 
     def finish(self, spec: TrialSpec) -> Finished:
         """Runs `spec` and asks its model for greedy answers before it is taken apart; kept."""

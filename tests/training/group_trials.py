@@ -1,7 +1,8 @@
 """Runs each trial of a JSON list on stdin in a group of forked workers, as Ray Train would.
 
-A job is {spec, directory, workers, strategy, own, kill_in}: `kill_in` is a step in which the last
-worker kills itself. Prints a JSON list of the first workers' results, null where one was killed.
+A job is {spec, directory, workers, strategy, own, kill_in, disks}: `kill_in` is a step in which the
+last worker kills itself; `disks` is a directory where each worker has one that no other sees.
+Prints a JSON list of the first workers' results, null where one was killed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import peft  # noqa: F401
 import torch.distributed as dist
 
 from rayfin.hardware import describe_hardware
+from rayfin.paths import Place, cache_dir
 from rayfin.training.spec import TrialSpec
 from rayfin.training.strategies import Group
 from rayfin.training.trainer import TrialTrainer
@@ -48,6 +51,12 @@ def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if "disks" in job:
+        own = Path(job["disks"], str(rank))
+        own.mkdir(parents=True, exist_ok=True)
+        if not (own / "models").exists():
+            (own / "models").symlink_to(cache_dir() / "models")
+        os.environ["RAYFIN_CACHE"] = str(own)
     if workers > 1 or job["strategy"] != "ddp":
         dist.init_process_group("gloo")
     if rank == workers - 1 and job.get("kill_in") is not None:
@@ -55,7 +64,7 @@ def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any
     result = run_trial(
         TrialSpec.model_validate_json(job["spec"]),
         lambda _: None,
-        directory=Path(job["directory"]),
+        place=Place.at(job["directory"]),
         hardware=describe_hardware(use_gpu=False),
         warm=warm,
         group=Group(workers, job.get("strategy", "ddp"), own=job.get("own")),
@@ -68,8 +77,7 @@ def run(job: dict[str, Any], warm: Warm) -> dict[str, Any] | None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = []
-    answers = Path(job["directory"]).with_suffix(".json")
-    answers.unlink(missing_ok=True)
+    answers = Path(tempfile.mkdtemp(), "answer.json")
     for rank in range(job["workers"]):
         child = os.fork()
         if child == 0:

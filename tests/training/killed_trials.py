@@ -17,6 +17,7 @@ import peft  # noqa: F401
 import torch
 
 from rayfin.hardware import describe_hardware
+from rayfin.paths import Place
 from rayfin.training.spec import TrialSpec
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
@@ -60,7 +61,7 @@ def run(job: dict[str, Any], warm: Warm, events_to: int) -> None:
         die_in_step(job["step"])
     events = Events(job["directory"], job.get("event", -1))
     spec = TrialSpec.model_validate_json(job["spec"])
-    result = run_trial(spec, lambda _: None, directory=Path(job["directory"]), warm=warm)
+    result = run_trial(spec, lambda _: None, place=Place.at(job["directory"]), warm=warm)
     assert result.status == "finished", result.error
     os.write(events_to, str(events.count).encode())
 

@@ -15,7 +15,7 @@ import torch
 from rayfin.config import Config
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.history import History, TrialRecord
-from rayfin.paths import Storage
+from rayfin.paths import Place, Storage
 from rayfin.training import TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint, load_progress
 from rayfin.training.trainer import TrialTrainer
@@ -64,7 +64,7 @@ def killed(lab: Any) -> dict[str, tuple[Path, int]]:
 
 def assert_goes_on(lab: Any, spec: TrialSpec, directory: Path, step: int, taken: list[int]) -> None:
     whole = lab.finish(spec)
-    newest = latest_checkpoint(directory / "checkpoints")
+    newest = latest_checkpoint(Place(directory / "checkpoints"))
     assert newest is not None and newest.name == f"checkpoint-{step}"
     taken.clear()
     resumed = lab.run(saved_at_every_step(spec), directory=directory)
@@ -124,7 +124,7 @@ def interrupted(lab: Any, spec: TrialSpec) -> Path:
 def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
     spec = lab.spec(save_steps=1, eval_steps=3)
     directory = interrupted(lab, spec)
-    newest = latest_checkpoint(directory / "checkpoints")
+    newest = latest_checkpoint(Place(directory / "checkpoints"))
     assert newest is not None
     before = load_progress(newest).train_seconds
     assert before > 0
@@ -136,7 +136,7 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
 ) -> None:
     spec = lab.spec(save_steps=1)
     parts = {part: getattr(spec, part) for part in ("model", "data", "method", "train")}
-    config, storage = Config(**parts, storage=str(tmp_path)), Storage(tmp_path)
+    config, storage = Config(**parts, storage=str(tmp_path)), Storage.at(tmp_path)
     put = History.put
 
     def left(history: History, row: TrialRecord) -> None:
@@ -156,7 +156,7 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
         first = run()
         assert first.status == "finished" and steps_taken == [spec.train.max_steps - 1]
         (directory,) = tmp_path.glob("sweeps/train/trials/*")
-        assert latest_checkpoint(directory / "checkpoints") is None
+        assert latest_checkpoint(Place(directory / "checkpoints")) is None
         # The driver was killed after it had recorded the end, and before it let them go.
         shutil.copytree(interrupted(lab, spec), directory, dirs_exist_ok=True)
         again = run(rerun=True)

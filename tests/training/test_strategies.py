@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.config.schema import Strategy
+from rayfin.paths import Place
 from rayfin.training import TrialSpec
 from rayfin.training.strategies import STRATEGIES, refusal
 
@@ -114,6 +115,31 @@ def test_a_killed_group_goes_on_with_any_strategy(lab: Any) -> None:
         assert end["metrics"]["base_eval_loss"] == pytest.approx(
             expected["metrics"]["base_eval_loss"], rel=1e-3
         )
+
+
+def test_workers_that_see_no_common_disk_go_on_from_a_bucket(
+    lab: Any, bucket: str, tmp_path: Path
+) -> None:
+    """With dropout, for which every worker must draw on where it was."""
+    spec = lab.spec("lora", {"lora_dropout": 0.2}, max_steps=12, eval_steps=6, save_steps=3)
+    # Apart again, and with none of what they had: as on other machines.
+    apart = [{"disks": str(tmp_path / name)} for name in ("one", "two", "three")]
+    jobs = [
+        job(lab, spec, **apart[0]),
+        job(lab, spec, **apart[1], kill_in=8) | {"directory": bucket},
+        job(lab, spec, **apart[2]) | {"directory": bucket},
+    ]
+    whole, killed, resumed = lab.in_groups(jobs)
+    assert killed is None
+    assert whole["status"] == resumed["status"] == "finished", resumed["error"]
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    place = Place.at(bucket)
+    assert resumed["adapter"] == str(place / "adapter")
+    assert (place / "checkpoints").names() == ["checkpoint-6", "checkpoint-9"]
+    assert (place / "adapter").fetch()
+    model = lab.reloaded(spec, (place / "adapter").path)
+    assert lab.plain_loss(model, spec) == pytest.approx(resumed["metrics"]["eval_loss"], 1e-3)
+    assert not list(tmp_path.glob("three/objects/**/*.safetensors")), "copies are let go"
 
 
 def test_one_worker_alone_may_shard(lab: Any) -> None:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BASE = ("model.name=tiny", "data.path=ok.jsonl", "storage=runs", "data.max_length=64")
 SWEEP = ("sweep", *BASE, "sweep.parameters.method.r=[4,8]")
 TRAIN = ("train", *BASE)
+BUCKET = "storage=s3://bucket/runs"
 AT = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -363,7 +364,12 @@ PLACES = [
         "storage-below-a-file", *SWEEP, "storage=ok.jsonl/runs", say=("ok.jsonl/runs", "storage=")
     ),
     case("storage-in-proc", *SWEEP, "storage=/proc/rayfin", say=("/proc/rayfin", "storage=DIR")),
-    case("storage-url", *TRAIN, "storage=s3://bucket/runs", say=("s3://bucket/runs", "Mount")),
+    case("storage-history", *TRAIN, BUCKET, say=("s3://bucket/runs", "history=postgresql")),
+    case("storage-registry", *TRAIN, BUCKET, "publish.name=a", say=("s3://b", "publish.storage=")),
+    case("storage-scheme", *TRAIN, "storage=ftp://a/b", say=("ftp://a/b", "s3://BUCKET/PATH")),
+    case("storage-bucket", *TRAIN, "storage=gs://bucket", say=("'gs://bucket'", "gs://BUCKET/PA")),
+    case("storage-dots", *TRAIN, "storage=s3://b/../etc", say=("s3://b/../etc", "..")),
+    case("storage-secret", *TRAIN, "storage=s3://me:hush@b/x", say=("URL", "s3://BUCKET/PATH")),
     case("history-scheme", *SWEEP, "history=mysql://host/db", say=("mysql", "postgresql")),
     case("history-no-url", *SWEEP, "history=h.sqlite", say=("'h.sqlite'", "sqlite:///h.sqlite")),
     case(
@@ -465,7 +471,7 @@ SERVE = [
     case("too-long", "serve", "model.name=tiny", "engine.max_length=5000", say=("5000", "4096")),
     case("port-out-of-range", "serve", "deployment.port=99999", say=("99999", "65535")),
     case("history-without-scheme", "serve", "history=x.db", say=("'x.db'", "sqlite:///x.db")),
-    case("serve-storage-url", "serve", "storage=s3://b/x", say=("s3://b/x", "Mount")),
+    case("serve-storage-url", "serve", "storage=s3://b/x", say=("s3://b/x", "storage=DIR")),
     case("int8-of-4-bit", "serve", "engine.weights=int8", "engine.quantization_bit=4",
          say=("int8", "quantization_bit=4")),
     case("serve-mistyped-key", "serve", "engine.slot=3", say=("engine.slot", "engine.slots")),

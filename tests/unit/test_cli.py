@@ -112,7 +112,7 @@ def test_settings_may_stand_between_options(sweep: Sweep) -> None:
     asked = sweep.asked[0]
     assert (asked["config"].train.max_steps, asked["config"].train.seed) == (5, 2)
     assert (asked["resume"], asked["rerun"], asked["address"]) == (True, True, "auto")
-    assert asked["storage"].root == Path("here").resolve()
+    assert asked["storage"].place.path == Path("here").resolve()
 
 
 def test_exit_codes_tell_how_it_ended(sweep: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +242,7 @@ def test_progress_is_a_line_for_each_start_and_end(
     limited = config.model_copy(
         update={"sweep": config.sweep.model_copy(update={"num_samples": 3})}
     )
-    plan = dataclasses.replace(new_plan(limited, Storage(tmp_path)), sweep_id="sweep-a")
+    plan = dataclasses.replace(new_plan(limited, Storage.at(tmp_path)), sweep_id="sweep-a")
     progress.begin(plan, [row(config, 4)])
     assert progress.eta_seconds() is None
 

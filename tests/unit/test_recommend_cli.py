@@ -407,7 +407,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrialRecord
         given = (*GIVEN, LENGTH, "train.max_steps=2")
         assert main(["recommend", *given, "--scaffold", "mine"]) == 0
         assert main(["train", "mine/train.yaml", "--json"]) == 0
-        with History.open(Storage(folder / "runs").history_url, create=False) as history:
+        with History.open(Storage.at(folder / "runs").history_url, create=False) as history:
             (record,) = history.trials()
     return folder, record
 
@@ -463,7 +463,7 @@ def test_what_trials_took_corrects_the_estimates(
     record = trained[1]
     given = (LENGTH, "train.max_steps=2")
     without = answered(capfd, *given)["choices"][0]["predictions"]
-    url = f"history={Storage(trained[0] / 'runs').history_url}"
+    url = f"history={Storage.at(trained[0] / 'runs').history_url}"
     corrected = answered(capfd, *given, url)["choices"][0]["predictions"]
     peak = record.metrics["peak_memory_bytes"]
     assert corrected["memory_bytes"] != without["memory_bytes"]

@@ -132,4 +132,4 @@ def test_the_saved_configuration_holds_no_password(data: Path) -> None:
         data, "sweep.parameters.method.r=[2]", "history=postgresql+psycopg://u:secret@db/x"
     )
     plan.save()
-    assert "secret" not in (plan.directory / "config.yaml").read_text()
+    assert "secret" not in (plan.place.path / "config.yaml").read_text()

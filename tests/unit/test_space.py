@@ -122,7 +122,7 @@ def test_the_same_point_is_the_same_trial(tmp_path: Path, data: str) -> None:
     four, eight = plan.trial({"method.r": 4}), plan.trial({"method.r": 8})
     assert again.trial({"method.r": 4}) == four
     assert four.trial_id != eight.trial_id
-    assert four.directory.is_relative_to(plan.directory)
+    assert four.place.path.is_relative_to(plan.place.path)
     assert PlannedTrial.from_tune_config(four.as_tune_config()) == four
 
 
@@ -165,7 +165,7 @@ def test_a_sweep_is_found_again_by_what_it_computes(tmp_path: Path, data: str) -
     assert find_resumable(config_with({"method.r": [4]}, data), storage) is None
     assert find_resumable(config_with({"method.r": [4, 8]}, data, "train.seed=1"), storage) is None
 
-    (plan.directory / "config.yaml").write_text("method: {type: from the future}\n")
+    (plan.place.path / "config.yaml").write_text("method: {type: from the future}\n")
     assert find_resumable(config, storage) is None
 
 

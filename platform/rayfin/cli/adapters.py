@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def _registry(args: argparse.Namespace) -> Registry:
     from rayfin.paths import Storage
 
     # Not Storage.open: looking must not make directories.
-    return Registry(args.root or Storage(Path(args.storage).expanduser()).adapters)
+    return Registry(args.root or Storage.at(args.storage).adapters)
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from rayfin import __version__
 from rayfin.cli.device_checks import Section, devices, trial
-from rayfin.errors import HistoryError, RayfinError
+from rayfin.errors import HistoryError, RayfinError, StorageError
 
 OPTIONAL = {
     "psycopg": "rayfin[postgres]",
@@ -151,11 +151,16 @@ def ray_cluster(problems: list[str]) -> Section:
 
 
 def storage_place(storage: str, problems: list[str]) -> Section:
-    """The directory of runs; it need not be there yet."""
+    """The place of runs; a directory need not be there yet."""
     from rayfin.paths import Storage
 
     if "://" in storage:
-        Storage.open(storage)  # says what is wrong with that
+        try:
+            Storage.open(storage)
+        except StorageError as error:
+            problems.append(str(error))
+            return {"url": storage, "writable": False}
+        return {"url": storage, "writable": True}
     root = Path(storage).expanduser().resolve()
     found: Section = {"directory": str(root)}
     remedy = "give a directory you may write to, with 1 GB free, by --storage or storage=DIR"
@@ -167,7 +172,11 @@ def history_place(storage: str, history: str | None, problems: list[str]) -> Sec
     from rayfin.history.connect import parse_url, shown
     from rayfin.paths import Storage
 
-    url = history or Storage(Path(storage).expanduser().resolve()).history_url
+    try:
+        url = history or Storage.at(storage).history_url
+    except StorageError as error:
+        problems.append(str(error))
+        return {"url": None, "opens": False}
     parsed = parse_url(url)
     found: Section = {"url": shown(parsed), "opens": False}
     file = Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None

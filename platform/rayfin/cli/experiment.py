@@ -37,7 +37,8 @@ class Workplace:
     config: Config
     storage: Storage
     history: History
-    registry: Registry
+    registry: Registry | None
+    """Where results are published, if they are."""
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> Workplace:
@@ -50,18 +51,22 @@ class Workplace:
         file, settings = split_settings(args.settings)
         defaults = parse_yaml(args.defaults, "defaults") if args.defaults else None
         config = load_config(file or defaults, settings)
-        if config.publish is not None:
-            check_name(config.publish.name)
-            if config.publish.alias is not None:
-                check_alias(config.publish.alias)
+        registry = None
+        if (publish := config.publish) is not None:
+            check_name(publish.name)
+            if publish.alias is not None:
+                check_alias(publish.alias)
+            registry = Registry(Storage.at(publish.storage or config.storage).adapters)
+        url = config.history or Storage.at(config.storage).history_url  # before anything is asked
         storage = Storage.open(config.storage)
-        history = History.open(config.history or storage.history_url)
-        return cls(config, storage, history, Registry(storage.adapters))
+        return cls(config, storage, History.open(url), registry)
 
     def publish(self, row: TrialRecord) -> AdapterVersion | None:
         """Makes a trial's adapter a version of `publish.name`; the same result only once."""
+        from rayfin.paths import Place
+
         publish = self.config.publish
-        if publish is None or row.directory is None:
+        if publish is None or self.registry is None or row.directory is None:
             return None
         for version in self.registry.list():
             # Not by the fingerprint alone: --rerun trains the same trial to other weights.
@@ -82,8 +87,11 @@ class Workplace:
             "metrics": row.trained_metrics,
             "versions": row.versions,
         }
-        source = Path(row.directory) / "adapter"
-        return self.registry.publish(publish.name, source, metadata, alias=publish.alias)
+        source = Place.at(row.directory) / "adapter"
+        source.fetch()
+        published = self.registry.publish(publish.name, source.path, metadata, alias=publish.alias)
+        source.forget()
+        return published
 
 
 def begun_history(config: Config) -> History | None:
@@ -93,7 +101,7 @@ def begun_history(config: Config) -> History | None:
     from rayfin.paths import Storage
 
     # Not Storage.open, which makes the directory.
-    url = config.history or Storage(Path(config.storage).expanduser().resolve()).history_url
+    url = config.history or Storage.at(config.storage).history_url
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
@@ -124,9 +123,7 @@ def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     if args.history:
         return History.open(args.history, create=create)
     # Reading must not leave an empty storage behind.
-    storage = (
-        Storage.open(args.storage) if create else Storage(Path(args.storage).expanduser().resolve())
-    )
+    storage = Storage.open(args.storage) if create else Storage.at(args.storage)
     return History.open(storage.history_url, create=create)
 
 

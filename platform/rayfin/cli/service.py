@@ -24,6 +24,7 @@ def load_settings(args: argparse.Namespace, *, elsewhere: bool = False) -> Serve
     from rayfin.serving.engine.limits import check_length, require_vllm
 
     config = load_serve_config(*split_settings(args.settings)).anchored(Path.cwd())
+    _ = Storage.at(config.storage).adapters  # refuses a bucket before anything is asked of it
     Storage.open(config.storage)
     if config.history is not None:
         parse_url(config.history)

@@ -64,15 +64,17 @@ def run(args: argparse.Namespace) -> int:
 def _write_report(place: Workplace, result: SweepResult, adapter: AdapterVersion | None) -> str:
     from rayfin.evaluation import write_sweep_report
 
-    path = write_sweep_report(
-        result.directory / "report.html",
+    report = result.place / "report.html"
+    write_sweep_report(
+        report.path,
         result.trials,
         config=place.config,
         best=result.best,
         samples=_samples(place, result),
         adapter=adapter.ref if adapter else None,
     )
-    return str(path)
+    report.publish_file()
+    return str(report)
 
 
 def _samples(place: Workplace, result: SweepResult) -> Sequence[Sample]:

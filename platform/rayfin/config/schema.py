@@ -197,6 +197,8 @@ class PublishConfig(Section):
     """The best trial becomes adapter `name@<version>`."""
     alias: str | None = Field(None, pattern=ADAPTER_NAME)
     """An alias to point at the new version, beside `latest`."""
+    storage: str | None = Field(None, min_length=1)
+    """Directory under which the registry lies; null is the run's storage."""
 
 
 class Config(Section):
@@ -211,6 +213,6 @@ class Config(Section):
     publish: PublishConfig | None = None
     """Publish the result as an adapter; null keeps it in the run's directory only."""
     storage: str = Field("./runs", min_length=1)
-    """Directory (local or NFS) for runs, history and adapters."""
+    """Directory (local or NFS) for runs, history and adapters; or s3://… or gs://… for runs."""
     history: str | None = None
-    """URL of the trial history; null is SQLite under storage."""
+    """URL of the trial history; null is SQLite under storage, which must be a directory then."""

@@ -187,12 +187,13 @@ def _best(
 
 def _commands(adapter: str, config: Config) -> list[str]:
     """How to look at the published adapter, and how to load it without rayfin."""
-    root = Path(config.storage).expanduser().resolve()
+    own = config.publish.storage if config.publish is not None else None
+    storage = Storage.at(own or config.storage)
     name, _, version = adapter.partition("@")
     # A version directory is a plain PEFT adapter; that layout is part of the registry's promise.
-    path = str(Storage(root).adapters / name / version)
+    path = str(storage.adapters / name / version)
     return [
-        f"rayfin adapters show {adapter} --storage {shlex.quote(str(root))}",
+        f"rayfin adapters show {adapter} --storage {shlex.quote(str(storage.place))}",
         f"model = peft.PeftModel.from_pretrained(base_model, {path!r})",
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rayfin.config import DataConfig, ModelConfig
@@ -10,6 +9,7 @@ from rayfin.data import load_corpus, render_prompt
 from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
 from rayfin.models import load_base, load_tokenizer
+from rayfin.paths import Place
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,10 @@ def answer_samples(
     Empty for a trial without an adapter (full fine-tuning) and for plain text, where there is no
     question.
     """
-    adapter = Path(row.directory or "") / "adapter"
-    if not (adapter / "adapter_config.json").exists():
+    if row.directory is None:
+        return []
+    adapter = Place.at(row.directory) / "adapter"
+    if not adapter.fetch() or not (adapter.path / "adapter_config.json").exists():
         return []
     data = DataConfig.model_validate(row.spec["data"])
     examples = [example for example in load_corpus(data).eval if example.messages][:count]
@@ -49,7 +51,8 @@ def answer_samples(
         return [_answer(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
 
     before = answers(base)
-    after = answers(PeftModel.from_pretrained(base, str(adapter)).eval())
+    after = answers(PeftModel.from_pretrained(base, str(adapter.path)).eval())
+    adapter.forget()
     return [
         Sample(
             _question(example.messages), example.messages[-1]["content"], base_said, adapter_said

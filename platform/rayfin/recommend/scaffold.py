@@ -124,7 +124,7 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
 
 def _next_version(base: Config, name: str) -> Path:
     """Where the adapter, or the whole model, that is trained next will lie."""
-    versions = Storage(Path(base.storage)).adapters / name
+    versions = Storage.at(base.storage).adapters / name
     numbers = [int(path.name) for path in versions.glob("*") if path.name.isdecimal()]
     return versions / str(max(numbers, default=0) + 1)
 

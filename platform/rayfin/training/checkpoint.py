@@ -12,13 +12,13 @@ import logging
 import os
 import shutil
 import warnings
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.models.quiet import no_progress_bars
-from rayfin.paths import write_json
+from rayfin.objects import sum_of, sums_of
+from rayfin.paths import Place, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -42,72 +42,71 @@ class Progress:
     learning_rate: float
 
 
-def staging(directory: Path) -> Path:
+def staging(place: Place) -> Path:
     """Where a checkpoint is written before it is renamed; never read."""
-    return directory / _STAGING
+    return place.path / _STAGING
 
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest whole checkpoint under `directory`; leftovers of a killed write don't count.
+def latest_checkpoint(place: Place) -> Path | None:
+    """The newest whole checkpoint at `place`; leftovers of a killed write don't count.
 
     One whose files are not as they were written (a torn disk, a lost block) is passed over.
     """
-    for path in reversed(_checkpoints(directory)):
-        if (damaged := _damaged(path)) is None:
-            return path
-        log.warning("checkpoint %s is damaged (%s); going back to the one before", path, damaged)
+    for checkpoint in reversed(_checkpoints(place)):
+        damaged = _damaged(checkpoint.path) if checkpoint.fetch() else "it is not whole"
+        if damaged is None:
+            return checkpoint.path
+        log.warning(
+            "checkpoint %s is damaged (%s); going back to the one before", checkpoint, damaged
+        )
     return None
 
 
-def _checkpoints(directory: Path) -> list[Path]:
+def _checkpoints(place: Place) -> list[Place]:
     found = [
-        (int(step), path)
-        for path in directory.glob("checkpoint-*")
-        if (step := path.name.removeprefix("checkpoint-")).isdigit()
+        (int(step), name)
+        for name in place.names()
+        if (step := name.removeprefix("checkpoint-")).isdigit()
     ]
-    return [path for _, path in sorted(found)]
+    return [place / name for _, name in sorted(found)]
 
 
 def _damaged(checkpoint: Path) -> str | None:
     """What is not as it was written, or None."""
     try:
         sums: dict[str, list[int]] = json.loads((checkpoint / _SUMS).read_text(encoding="utf-8"))
-        changed = (name for name, wanted in sums.items() if _sum(checkpoint / name) != wanted)
+        changed = (name for name, wanted in sums.items() if sum_of(checkpoint / name) != wanted)
         return next(changed, None)
     except (OSError, ValueError, AttributeError) as error:
         return str(error) or type(error).__name__
 
 
-def _sum(path: Path) -> list[int]:
-    """Bytes and CRC-32."""
-    size = crc = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def publish_checkpoint(directory: Path, name: str) -> None:
+def publish_checkpoint(place: Place, name: str) -> None:
     """Makes a staged checkpoint the newest one, and drops those before the one before it."""
-    staged = staging(directory) / name
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    write_json(staged / _SUMS, {str(path.relative_to(staged)): _sum(path) for path in files})
-    for path in files:
-        with path.open("rb") as written:
+    staged, checkpoint = staging(place) / name, place / name
+    sums = sums_of(staged)
+    write_json(staged / _SUMS, sums)
+    for path in sums:
+        with (staged / path).open("rb") as written:
             os.fsync(written.fileno())
-    shutil.rmtree(directory / name, ignore_errors=True)
-    staged.rename(directory / name)
-    for path in _checkpoints(directory)[:-_KEPT]:
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(checkpoint.path, ignore_errors=True)
+    staged.rename(checkpoint.path)
+    checkpoint.publish()
+    for old in _checkpoints(place)[:-_KEPT]:
+        old.remove()
 
 
-def clear_checkpoints(directory: Path) -> None:
+def clear_checkpoints(place: Place) -> None:
     """Removes them all; renamed first, so that a killed removal leaves none that looks whole."""
-    doomed = directory.with_name(f".{directory.name}-done")
+    doomed = place.path.with_name(f".{place.path.name}-done")
     shutil.rmtree(doomed, ignore_errors=True)
-    if directory.exists():
-        directory.rename(doomed)
+    if place.path.exists():
+        place.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+    if place.objects is not None:
+        for checkpoint in _checkpoints(place):
+            checkpoint.remove()
+        place.remove()
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], directory: Path, name: str) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayfin.paths import write_json
+from rayfin.paths import Place, write_json
 from rayfin.training.spec import TrialResult, TrialSpec
 
 
@@ -17,12 +17,9 @@ class Job:
 
     number: int
     spec: TrialSpec
-    directory: Path
-
-    @property
-    def held(self) -> Path:
-        """The file that says what the workers hold while they train it."""
-        return self.directory / "ray" / "held.json"
+    place: Place
+    held: Path
+    """The file, on the caller's machine, that says what the workers hold while they train it."""
 
 
 @dataclass(frozen=True)

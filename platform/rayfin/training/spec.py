@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
+from rayfin.paths import Place
 
 Status = Literal["running", "finished", "stopped", "failed", "oom"]
 
@@ -78,7 +79,7 @@ class TrialResult:
     curve: list[dict[str, Any]] = field(default_factory=list)
     scenario: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    adapter: Path | None = None
+    adapter: Place | None = None
     storage_failed: bool = False
     """Whether it failed of its storage (a full disk, say), as any other trial would have."""
 

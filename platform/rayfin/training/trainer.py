@@ -18,6 +18,7 @@ from rayfin.config import MethodConfig
 from rayfin.data import Tokens
 from rayfin.errors import TrialDiverged
 from rayfin.methods import after_optimizer_step, regularizer
+from rayfin.paths import Place
 from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator, PlannedSamples, StreamedSamples
 from rayfin.training.checkpoint import (
@@ -56,7 +57,7 @@ class TrialTrainer(Trainer):
         planned: PlannedSamples | StreamedSamples,
         held_out: list[Tokens],
         pad_token_id: int,
-        directory: Path,
+        checkpoints: Place,
         on_evaluation: Callable[[TrialTrainer], bool | None],
         base_scores: dict[str, float] | None,
         warned: Callable[[], bool] | None = None,
@@ -68,7 +69,7 @@ class TrialTrainer(Trainer):
         parallel.shard(model)
         super().__init__(
             model=model,
-            args=training_arguments(parallel, directory),
+            args=training_arguments(parallel, checkpoints.path),
             train_dataset=planned,
             data_collator=Collator(pad_token_id, train.packing),
             callbacks=[_Flow(self)],
@@ -80,7 +81,7 @@ class TrialTrainer(Trainer):
         self.parallel, self.base_scores, self.warned = parallel, base_scores, warned
         self._asks_every = 1  # steps
         self.trained: torch.nn.Module = model  # as it was given: never wrapped, never None
-        self.pad_token_id, self.directory = pad_token_id, directory
+        self.pad_token_id, self.checkpoints = pad_token_id, checkpoints
         self.on_evaluation = on_evaluation
         self.planned = planned
         self.samples_per_step = len(planned) // train.max_steps
@@ -234,19 +235,37 @@ class TrialTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._clock.stop()
-        staged = staging(self.directory)
+        staged = staging(self.checkpoints)
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # or it would take another worker's files with it
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
+        if self.checkpoints.objects is not None:
+            self._gather_random_states(staged / f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            publish_checkpoint(self.directory, f"checkpoint-{self.state.global_step}")
+            publish_checkpoint(self.checkpoints, f"checkpoint-{self.state.global_step}")
         self.accelerator.wait_for_everyone()
         self._clock.start()
 
+    def _gather_random_states(self, checkpoint: Path) -> None:
+        """Each worker has written its own on its own machine; the first one publishes them all."""
+        own = {p.name: p.read_bytes() for p in checkpoint.glob("rng_state*")}
+        for states in self._from_every_worker(own):
+            for name, state in states.items():
+                if self.args.should_save:
+                    (checkpoint / name).write_bytes(state)
+
+    def _from_every_worker(self, own: dict[str, bytes]) -> list[dict[str, bytes]]:
+        workers = self.accelerator.num_processes
+        if workers == 1:
+            return [own]
+        found: list[dict[str, bytes]] = [{}] * workers
+        torch.distributed.all_gather_object(found, own)
+        return found
+
     def _get_output_dir(self, trial: Any) -> str:
-        return os.fspath(staging(self.directory))
+        return os.fspath(staging(self.checkpoints))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         writes = self.args.should_save and output_dir is not None

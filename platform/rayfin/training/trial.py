@@ -10,7 +10,6 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.collector import collector_paused
@@ -18,7 +17,7 @@ from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemor
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import import_bitsandbytes, locate
-from rayfin.paths import write_directory_whole, write_text
+from rayfin.paths import Place, write_directory_whole, write_text
 from rayfin.training.checkpoint import clear_checkpoints, latest_checkpoint, save_adapter, staging
 from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.spec import Report, Status, TrialResult, TrialSpec
@@ -42,7 +41,7 @@ def run_trial(
     spec: TrialSpec,
     report: Report,
     *,
-    directory: Path,
+    place: Place,
     hardware: Hardware | None = None,
     warm: Warm | None = None,
     group: Group | None = None,
@@ -50,8 +49,8 @@ def run_trial(
 ) -> TrialResult:
     """Trains `spec` in this process and returns how it ended; errors become a result, not a raise.
 
-    Resumes from the newest checkpoint in `directory`. On success the adapter lies in
-    `directory/adapter`; the checkpoints stay until whoever records the result lets them go, or a
+    Resumes from the newest checkpoint in `place`. On success the adapter lies in
+    `place/adapter`; the checkpoints stay until whoever records the result lets them go, or a
     trial whose end nobody heard of would begin anew. `report` gets the trial at each evaluation but
     the last, and stops it by returning False. In a Ray Train worker group every worker calls this
     with the same arguments; `group` says of what size it is, and how it shares the trial. `warned`:
@@ -73,7 +72,7 @@ def run_trial(
         return _train(
             spec,
             report,
-            directory,
+            place,
             hardware=hardware,
             warm=warm,
             scenario=scenario,
@@ -85,8 +84,11 @@ def run_trial(
         warm.drop_base()
         failure = _classify(error)
         log.debug("trial failed", exc_info=error)
-        with contextlib.suppress(OSError):  # a full disk, say, which is what it failed of
-            write_text(directory / "error.txt", "".join(traceback.format_exception(error)))
+        # It may have failed of just that: a full disk, say.
+        with contextlib.suppress(OSError, StorageError):
+            trace = place / "error.txt"
+            write_text(trace.path, "".join(traceback.format_exception(error)))
+            trace.publish_file()
         return TrialResult(
             status="oom" if isinstance(failure, TrialOutOfMemory) else "failed",
             scenario=scenario,
@@ -98,7 +100,7 @@ def run_trial(
 def _train(
     spec: TrialSpec,
     report: Report,
-    directory: Path,
+    place: Place,
     *,
     hardware: Hardware,
     warm: Warm,
@@ -119,7 +121,7 @@ def _train(
         from rayfin.training.trainer import TrialTrainer
 
     started = time.perf_counter()
-    checkpoints = directory / "checkpoints"
+    checkpoints = place / "checkpoints"
     release_memory()  # of the worker's trial before, which by now nobody holds
     peak = PeakMemory(hardware.device)
     with collector_paused():
@@ -132,7 +134,7 @@ def _train(
         with strategy.loading():
             base = warm.base(spec, hardware, on_host=strategy.on_host)
 
-    def stands(trainer: TrialTrainer, status: Status, adapter: Path | None = None) -> TrialResult:
+    def stands(trainer: TrialTrainer, status: Status, adapter: Place | None = None) -> TrialResult:
         metrics = {
             **trainer.scores,
             **(trainer.base_scores or {}),
@@ -164,7 +166,7 @@ def _train(
             planned=samples_of(spec, data, strategy.share, warm.reader(spec.model)),
             held_out=data.eval,
             pad_token_id=pad_token_id(tokenizer),
-            directory=checkpoints,
+            checkpoints=checkpoints,
             on_evaluation=lambda trainer: report(stands(trainer, "running")),
             base_scores=base_scores,
             warned=warned,
@@ -173,7 +175,8 @@ def _train(
             shutil.rmtree(staging(checkpoints), ignore_errors=True)
         resumed = latest_checkpoint(checkpoints)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        adapter = _finish(trainer, model, tokenizer, directory)
+        adapter = _finish(trainer, model, tokenizer, place)
+        checkpoints.forget()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
         changed = METHODS[spec.method.type].changes_base or strategy.on_host
@@ -181,10 +184,10 @@ def _train(
 
 
 def _finish(
-    trainer: TrialTrainer, model: torch.nn.Module, tokenizer: object, directory: Path
-) -> Path | None:
+    trainer: TrialTrainer, model: torch.nn.Module, tokenizer: object, place: Place
+) -> Place | None:
     """Writes the adapter of a finished trial; lets the checkpoints go of one that was stopped."""
-    adapter = directory / "adapter"
+    adapter = place / "adapter"
     strategy = trainer.parallel
     if not trainer.stopped:
         # Every worker gives its part, and the first one writes.
@@ -192,11 +195,13 @@ def _finish(
         weights = strategy.weights(model) if in_parts else None
         with strategy.whole(model):
             if trainer.args.should_save:
-                shutil.rmtree(adapter, ignore_errors=True)
-                with write_directory_whole(adapter) as temporary:
+                shutil.rmtree(adapter.path, ignore_errors=True)
+                with write_directory_whole(adapter.path) as temporary:
                     save_adapter(model, tokenizer, temporary, weights)
+                adapter.publish()
+                adapter.forget()
     elif trainer.args.should_save:
-        clear_checkpoints(directory / "checkpoints")
+        clear_checkpoints(place / "checkpoints")
     trainer.accelerator.wait_for_everyone()
     return None if trainer.stopped else adapter
 

@@ -33,6 +33,7 @@ from rayfin.config import DataConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError
 from rayfin.hardware import Hardware, describe_hardware
+from rayfin.paths import Place
 from rayfin.training.desk import Desk, Ended, Handed, Job
 from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
@@ -85,7 +86,7 @@ class WorkerGroup:
         self.close()
 
     def train(
-        self, spec: TrialSpec, report: Report, *, directory: Path, max_failures: int = 1
+        self, spec: TrialSpec, report: Report, *, place: Place, max_failures: int = 1
     ) -> TrialResult:
         """`run_trial` on all processes, as one.
 
@@ -96,7 +97,7 @@ class WorkerGroup:
         `report` raises: the processes end where they stand then, and the trial stays as its
         checkpoints have it.
         """
-        job = Job(self._jobs, spec, directory)
+        job = Job(self._jobs, spec, place, held=place.path / "ray" / "held.json")
         self._jobs += 1
         give_back(job.held)  # what a caller that was killed amid the trial could not
         ray.get(self._desk.give.remote(job))
@@ -125,7 +126,7 @@ class WorkerGroup:
         warm = self._processes is not None
         while True:
             if self._processes is None:
-                self._start(job.directory)
+                self._start(job.place.path)
             event: Handed | Ended = ray.get(self._desk.next_event.remote())
             if isinstance(event, Ended):
                 self._ended(job)
@@ -310,7 +311,7 @@ def _train(job: Job, desk: Any, *, group: Group, hardware: Hardware, warm: Warm)
     result = run_trial(
         job.spec,
         lambda result: rank != 0 or hand_in(result),
-        directory=job.directory,
+        place=job.place,
         hardware=hardware,
         warm=warm,
         group=group,

@@ -15,7 +15,7 @@ from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_confi
 from rayfin.data import Corpus, load_corpus
 from rayfin.errors import RayfinError
 from rayfin.models import identity
-from rayfin.paths import Storage, write_text
+from rayfin.paths import Place, Storage, write_text
 from rayfin.training import TrialSpec
 from rayfin.tuning.space import Values, trial_config
 
@@ -30,7 +30,7 @@ class PlannedTrial:
     fingerprint: str
     values: Values
     spec: TrialSpec
-    directory: Path
+    place: Place
 
     def as_tune_config(self) -> dict[str, Any]:
         """What a worker is sent; plain values only, so that Tune can write it down."""
@@ -39,7 +39,7 @@ class PlannedTrial:
             "fingerprint": self.fingerprint,
             "values": self.values,
             "spec": self.spec.model_dump(mode="json"),
-            "directory": str(self.directory),
+            "place": str(self.place),
         }
 
     @classmethod
@@ -49,7 +49,7 @@ class PlannedTrial:
             fingerprint=config["fingerprint"],
             values=dict(config["values"]),
             spec=TrialSpec.model_validate(config["spec"]),
-            directory=Path(config["directory"]),
+            place=Place.at(config["place"]),
         )
 
 
@@ -63,7 +63,7 @@ class SweepPlan:
     corpora: dict[DataConfig, Corpus] = field(default_factory=dict)
 
     @property
-    def directory(self) -> Path:
+    def place(self) -> Place:
         return self.storage.sweep(self.sweep_id)
 
     def save(self) -> None:
@@ -72,7 +72,9 @@ class SweepPlan:
         Without the history's URL, which may hold a password.
         """
         config = self.config.model_copy(update={"history": None})
-        write_text(self.directory / _CONFIG, dump_yaml(config))
+        saved = self.place / _CONFIG
+        write_text(saved.path, dump_yaml(config))
+        saved.publish_file()
 
     def trial(self, values: Values) -> PlannedTrial:
         """The trial at one point; the same point is the same trial, in this process or the next."""
@@ -82,8 +84,8 @@ class SweepPlan:
             data_digest=self.corpus(spec.data).digest,
         )
         trial_id = f"{self.sweep_id}-{fingerprint[:8]}"
-        directory = self.storage.trial(self.sweep_id, fingerprint[:8])
-        return PlannedTrial(trial_id, fingerprint, values, spec, directory)
+        place = self.storage.trial(self.sweep_id, fingerprint[:8])
+        return PlannedTrial(trial_id, fingerprint, values, spec, place)
 
     def corpus(self, data: DataConfig) -> Corpus:
         if data not in self.corpora:
@@ -110,15 +112,15 @@ def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
 
     Where it runs, how many trials it runs and what is done with the result may differ.
     """
-    sweeps = storage.root / "sweeps"
-    found = sorted(sweeps.glob(f"*/{_CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
-    for path in reversed(found):
+    sweeps = storage.place / "sweeps"
+    # The names of one command's sweeps differ in the time at which they began.
+    for name in reversed(sweeps.names()):
+        saved = sweeps / name / _CONFIG
         try:
-            saved = load_config(path)
+            if saved.fetch_file() and _what(load_config(saved.path)) == _what(config):
+                return SweepPlan(name, config, storage)
         except RayfinError:
             continue  # another version's sweep: not this command's
-        if _what(saved) == _what(config):
-            return SweepPlan(path.parent.name, config, storage)
     return None
 
 

@@ -6,11 +6,12 @@ import contextlib
 import math
 from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
+from rayfin.errors import StorageError
 from rayfin.history import History, TrialRecord, now
 from rayfin.history.versions import package_versions
+from rayfin.paths import Place
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.tuning.plan import PlannedTrial
 
@@ -30,7 +31,7 @@ def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialR
         curve=[],
         error=None,
         versions=package_versions(),
-        directory=str(planned.directory),
+        directory=str(planned.place),
     )
 
 
@@ -39,7 +40,7 @@ def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> 
     earlier = history.finished(trial.fingerprint)
     if earlier is None or earlier.directory is None or metric not in earlier.metrics:
         return None
-    return earlier if Path(earlier.directory, "adapter").is_dir() else None
+    return earlier if (Place.at(earlier.directory) / "adapter").exists() else None
 
 
 def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
@@ -77,8 +78,8 @@ def let_checkpoints_go(row: TrialRecord) -> None:
     A stopped trial may still be writing one: it lets them go itself.
     """
     if row.status == "finished" and row.directory is not None:
-        with contextlib.suppress(OSError):  # they only take room
-            clear_checkpoints(Path(row.directory) / "checkpoints")
+        with contextlib.suppress(OSError, StorageError):  # they only take room
+            clear_checkpoints(Place.at(row.directory) / "checkpoints")
 
 
 def sweep_of(planned: PlannedTrial) -> str:

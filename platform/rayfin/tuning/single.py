@@ -98,7 +98,7 @@ def _train(
                     result = workers.train(
                         trial.spec,
                         report,
-                        directory=trial.directory,
+                        place=trial.place,
                         max_failures=config.sweep.max_failures,
                     )
         except HardwareError as error:  # the cluster is too small: a failed trial is a row, too
@@ -113,9 +113,7 @@ def _train(
             from rayfin.training.streams import read_on_ray
 
             warm = Warm(plan.corpora, read_on_ray)
-        result = run_trial(
-            trial.spec, report, directory=trial.directory, hardware=hardware, warm=warm
-        )
+        result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
     if result.storage_failed:  # the row stays as it is: the same command goes on
         raise StorageError(result.error or "storage: it can't be written")
     row = with_outcome(row, result.as_dict())

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -14,7 +13,7 @@ from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
-from rayfin.paths import Storage
+from rayfin.paths import Place, Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.strategies import needs_group
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
@@ -43,8 +42,8 @@ class SweepResult:
     interrupted: bool
 
     @property
-    def directory(self) -> Path:
-        return self.plan.directory
+    def place(self) -> Place:
+        return self.plan.place
 
 
 def run_sweep(
@@ -112,7 +111,7 @@ def _finished_points(earlier: SweepPlan, history: History) -> list[Values]:
 @contextmanager
 def _alone(plan: SweepPlan) -> Iterator[None]:
     """Holds the sweep's lock: two drivers on one sweep would train its trials over each other."""
-    lock = FileLock(plan.directory / ".lock", timeout=0)
+    lock = FileLock(plan.place.path / ".lock", timeout=0)
     try:
         with lock:
             yield
@@ -194,4 +193,4 @@ def _tidy(plan: SweepPlan, history: History) -> None:
         history.put(row.updated(status="stopped", error="interrupted, and not carried on"))
     for row in history.trials(sweep_id=plan.sweep_id):
         if row.status in ("finished", "stopped") and row.directory is not None:
-            clear_checkpoints(Path(row.directory) / "checkpoints")
+            clear_checkpoints(Place.at(row.directory) / "checkpoints")

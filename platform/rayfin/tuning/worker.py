@@ -134,7 +134,7 @@ class WarmTrial(_Trial):
         return run_trial(
             trial.spec,
             report,
-            directory=trial.directory,
+            place=trial.place,
             hardware=describe_hardware(self._use_gpu),
             warm=_WARM,
         )
@@ -171,7 +171,7 @@ class GroupTrial(_Trial):
 
     def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
         return self._workers.train(
-            trial.spec, report, directory=trial.directory, max_failures=self._max_failures
+            trial.spec, report, place=trial.place, max_failures=self._max_failures
         )
 
 

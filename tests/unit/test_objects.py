@@ -1,0 +1,130 @@
+"""Places in an object store: an S3 server on this machine, through pyarrow as in earnest."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from rayfin.errors import StorageError
+from rayfin.history import History
+from rayfin.objects import Objects, sums_of
+from rayfin.paths import Place, Storage, cache_dir
+
+
+def fill(place: Place, **files: str) -> None:
+    for name, text in files.items():
+        (place.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.path / name).write_text(text)
+
+
+def elsewhere(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
+    """The same place as another machine, without a copy, knows it."""
+    sent = pickle.dumps(place)
+    monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "elsewhere"))
+    received: Place = pickle.loads(sent)
+    return received
+
+
+def test_what_one_machine_publishes_another_fetches(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Place.at(bucket) / "adapter"
+    assert str(here) == f"{bucket}/adapter" and here.path.is_relative_to(cache_dir())
+    assert not here.fetch() and not here.exists()
+    fill(here, **{"weights": "w" * 100_000, "deep/er": "x", "empty": ""})
+    here.publish()
+
+    there = elsewhere(here, monkeypatch, tmp_path)
+    assert there == Place.at(str(here)) and there.path != here.path
+    assert there.exists() and there.fetch()
+    assert sums_of(there.path) == sums_of(here.path)
+    there.forget()
+    assert not there.path.exists() and there.exists()
+
+    fill(here, weights="other")
+    (here.path / "empty").unlink()
+    here.publish()
+    assert there.fetch() and sums_of(there.path) == sums_of(here.path)
+    there.remove()
+    assert not here.exists() and Place.at(bucket).names() == []
+
+
+def test_a_copy_that_is_not_what_the_store_holds_is_made_anew(bucket: str) -> None:
+    place = Place.at(bucket) / "checkpoint"
+    fill(place, a="1", b="2")
+    place.publish()
+    fill(place, b="torn", c="left by another")
+    found: list[bool] = []
+    threads = [threading.Thread(target=lambda: found.append(place.fetch())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 4
+    assert {p.name: p.read_text() for p in place.path.iterdir()} == {"a": "1", "b": "2"}
+
+
+@pytest.mark.parametrize("hurt", ["no list", "a list of nothing", "another list", "a file less"])
+def test_a_directory_that_is_not_whole_is_not_fetched(
+    bucket: str, hurt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place.at(bucket) / "checkpoint"
+    fill(place, a="1", b="2")
+    place.publish()
+    objects = Objects.at(bucket)
+    if hurt == "no list":  # as of a writer that was killed
+        (objects / "checkpoint.sums.json").remove()
+    elif hurt == "a file less":
+        (objects / "checkpoint" / "b").remove()
+    else:
+        text = b"" if hurt == "a list of nothing" else b'{"a": [1, 5], "b": [1, 6]}'
+        (objects / "checkpoint.sums.json").write(text)
+    there = elsewhere(place, monkeypatch, tmp_path)
+    assert not there.fetch()
+    assert not there.path.exists(), "what is half there could be taken for a checkpoint"
+
+
+def test_files_alone_and_names(bucket: str) -> None:
+    sweeps = Place.at(bucket) / "sweeps"
+    for name in ("b", "a"):
+        file = sweeps / name / "config.yaml"
+        fill(sweeps / name, **{"config.yaml": name})
+        file.publish_file()
+        file.path.unlink()
+        assert file.fetch_file() and file.path.read_text() == name
+    assert sweeps.names() == ["a", "b"]
+    assert not (sweeps / "c" / "config.yaml").fetch_file()
+
+
+def test_options_go_along_and_copies_are_apart() -> None:
+    one = Place.at("s3://bucket//runs/?region=eu-west-1") / "x"
+    assert str(one) == "s3://bucket/runs/x?region=eu-west-1"
+    others = (
+        "s3://bucket/runs/x",
+        "s3://bucket/runs/x?region=eu-west-2",
+        "gs://bucket/runs/x",
+        "s3://other/runs/x",
+    )
+    assert len({one.path, *(Place.at(url).path for url in others)}) == 5
+
+
+def test_a_store_that_refuses_is_told_in_one_line(bucket: str) -> None:
+    with pytest.raises(StorageError, match=r"can't be written .*bucket does not exist.*role"):
+        Storage.open("s3://rayfin-none/runs")
+    storage = Storage.open(bucket)
+    assert Place.at(bucket).names() == [], "the test of writing leaves nothing"
+    with pytest.raises(StorageError, match="history=postgresql"):
+        History.open(storage.history_url)
+    with pytest.raises(StorageError, match=r"publish\.storage=DIR"):
+        assert storage.adapters
+
+
+def test_a_store_that_is_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    away = "s3://bucket/runs?region=us-east-1&scheme=http&endpoint_override=127.0.0.1:1"
+    with pytest.raises(StorageError, match=r"s3://bucket/runs.* can't be written .*connect"):
+        Storage.open(away)
