@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,6 +70,12 @@ def moment() -> random.Random:
 
 
 BUCKET = "s3://rayfin-test"
+
+
+@pytest.fixture(scope="session")
+def s3_elsewhere() -> Callable[..., AbstractContextManager[dict[str, str]]]:
+    """`s3_server`, for servers beside the common one."""
+    return s3_server
 
 
 @pytest.fixture(scope="session")

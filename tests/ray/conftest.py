@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from rayfin.history import History, TrialRecord
+from rayfin.paths import Place, cache_dir
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
@@ -133,6 +134,20 @@ class Lab:
         """Starts `rayfin` with these words alone."""
         return self._start(["-m", "rayfin", *words])
 
+    def disk(self, name: str) -> dict[str, str]:
+        """The environment of a machine with a disk of its own: none sees another's copies."""
+        own = self.root / name
+        own.mkdir(exist_ok=True)
+        for shared in ("models", "kernels"):
+            if not (own / shared).exists():
+                (own / shared).symlink_to((cache_dir() / shared).resolve())
+        return {"RAYFIN_CACHE": str(own)}
+
+    def in_bucket(self, place: str) -> list[str]:
+        """Settings: the runs in a bucket, the history where `rows` reads it."""
+        self.storage.mkdir(exist_ok=True)
+        return [f"storage={place}", f"history=sqlite:///{self.storage / 'history.sqlite'}"]
+
     def rows(self) -> list[TrialRecord]:
         if not (self.storage / "history.sqlite").exists():
             return []
@@ -144,16 +159,21 @@ class Lab:
         return self._drivers[-1]
 
     @staticmethod
-    def checkpoints(row: TrialRecord) -> list[Path]:
+    def checkpoints(row: TrialRecord) -> list[Place]:
+        """The whole ones, the newest last."""
         assert row.directory is not None
-        found = Path(row.directory, "checkpoints").glob("checkpoint-*")
-        return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+        place = Place.at(row.directory) / "checkpoints"
+        found = [place / name for name in place.names()]
+        return sorted((at for at in found if at.exists()), key=Lab._step)
+
+    @staticmethod
+    def _step(checkpoint: Place) -> int:
+        return int(checkpoint.path.name.removeprefix("checkpoint-"))
 
     @staticmethod
     def saved(row: TrialRecord) -> int:
         """The step of its newest checkpoint; 0 where it has none."""
-        found = Lab.checkpoints(row)
-        return int(found[-1].name.removeprefix("checkpoint-")) if found else 0
+        return max(map(Lab._step, Lab.checkpoints(row)), default=0)
 
     @staticmethod
     def processes(title: str) -> list[psutil.Process]:
@@ -168,13 +188,16 @@ class Lab:
     @staticmethod
     def mark(row: TrialRecord) -> float:
         """Writes a loss that no training gives into the checkpoint; who resumes from it has it."""
-        path = Lab.checkpoints(row)[-1] / "trainer_state.json"
+        checkpoint = Lab.checkpoints(row)[-1]
+        assert checkpoint.fetch()
+        path = checkpoint.path / "trainer_state.json"
         state = json.loads(path.read_text())
         state["log_history"][0]["loss"] = 123.25
         path.write_text(json.dumps(state))
         sums = json.loads((path.parent / "sums.json").read_text())
         sums[path.name] = [path.stat().st_size, zlib.crc32(path.read_bytes())]
         (path.parent / "sums.json").write_text(json.dumps(sums))
+        checkpoint.publish()
         return 123.25
 
     @staticmethod

@@ -9,10 +9,12 @@ import secrets
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from rayfin.config import load_config
 from rayfin.history import TrialRecord
@@ -57,24 +59,29 @@ def network(lab: Any) -> Iterator[Any]:
 
 
 class Cluster:
-    """Two machines of one CPU each."""
+    """Two machines of one CPU each, an S3 server on the first."""
 
-    def __init__(self, network: Any, environment: dict[str, str]) -> None:
+    def __init__(self, network: Any, lab: Any, servers: Any, stack: ExitStack) -> None:
         self.head, self.worker = network.add("head"), network.add("worker")
-        self.address = self.head.start_ray(environment | HEAD)
-        self.worker.start_ray(environment, self.head)
+        server = servers(*self.head.enter, address=self.head.address)
+        lab.environment |= stack.enter_context(server) | lab.disk("head")
+        self.address = self.head.start_ray(lab.environment | HEAD)
+        self.worker.start_ray(lab.environment | lab.disk("worker"), self.head)
 
 
 @pytest.fixture
-def cluster(lab: Any, network: Any) -> Cluster:
+def cluster(lab: Any, network: Any, s3_elsewhere: Any) -> Iterator[Cluster]:
     """The laboratory's commands are typed on the head."""
-    found = Cluster(network, lab.environment)
-    lab.enter = found.head.enter
-    return found
+    with ExitStack() as stack:
+        found = Cluster(network, lab, s3_elsewhere, stack)
+        lab.enter = found.head.enter
+        yield found
 
 
 def test_two_workers_on_two_nodes_compute_what_one_process_does(cluster: Cluster, lab: Any) -> None:
-    settings = ("train.max_steps=12", "train.eval_steps=4")
+    """Without a common disk: what they write goes into a bucket."""
+    bucket = lab.in_bucket("s3://rayfin-test/runs")
+    settings = ("train.max_steps=12", "train.eval_steps=4", *bucket)
     config = load_config(None, [*lab.settings, *settings])
     one = run_trial(TrialSpec.of(config), lambda _: None, place=Place(lab.root / "one"))
 
@@ -92,6 +99,15 @@ def test_two_workers_on_two_nodes_compute_what_one_process_does(cluster: Cluster
         losses = [(mine[name], other[name]) for name in mine if name.endswith("loss")]
         assert losses and all(a == pytest.approx(b, rel=1e-3) for a, b in losses)
     assert row.curve[-1]["step"] == 12
+    # Answered from the history, it is published: the adapter is fetched from the bucket.
+    published = ("publish.name=both", f"publish.storage={lab.root}")
+    again = lab.rayfin("train", *settings, *published, "scaling.num_workers=2")
+    assert again.end() == 0, again.out + again.err
+    assert "already in the history" in again.out + again.err
+    found = load_file(lab.root / "adapters" / "both" / "1" / "adapter_model.safetensors")
+    assert one.adapter is not None
+    for name, weight in load_file(one.adapter.path / "adapter_model.safetensors").items():
+        assert (weight - found[name]).abs().max() < 1e-3, name
 
 
 @pytest.mark.patient

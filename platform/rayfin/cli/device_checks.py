@@ -102,6 +102,10 @@ def _nf4_works(device: str, problems: list[str]) -> bool:
     remedy = "run: pip install --force-reinstall --no-deps bitsandbytes, or use method.type=lora"
     try:
         import torch
+
+        from rayfin.models import import_bitsandbytes
+
+        import_bitsandbytes()  # without a word on kernels that are not used
         from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
         weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(device)
