@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from rayfin.history import History, TrialRecord
 from rayfin.paths import Place, Storage
 from rayfin.training import TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint, load_progress
+from rayfin.training.spec import TrialResult
 from rayfin.training.trainer import TrialTrainer
+from rayfin.training.trial import run_trial
 from rayfin.tuning.single import train_once
 
 
@@ -228,3 +231,24 @@ def test_where_all_checkpoints_are_torn_a_trial_begins_anew(lab: Any) -> None:
     resumed = lab.run(spec, directory=directory)
     assert resumed.status == "finished", resumed.error
     assert lab.losses(resumed) == pytest.approx(lab.losses(lab.finish(spec).result), abs=1e-5)
+
+
+def test_a_bucket_that_goes_away_is_no_fault_of_the_trial(
+    lab: Any, s3_elsewhere: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = lab.spec(save_steps=2, eval_steps=3)
+    with ExitStack() as server:
+        environment = server.enter_context(s3_elsewhere())
+        address = environment.pop("AWS_ENDPOINT_URL").removeprefix("http://")
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        place = Place.at(f"s3://rayfin-test/x?scheme=http&endpoint_override={address}")
+
+        def goes_away(_: TrialResult) -> None:
+            assert (place / "checkpoints").names() == ["checkpoint-2"]
+            server.close()
+
+        result = run_trial(spec, goes_away, place=place, warm=lab.warm)
+    assert result.status == "failed" and result.storage_failed
+    assert result.error is not None and "\n" not in result.error
+    assert "checkpoint-4" in result.error and "can't be written" in result.error

@@ -88,7 +88,8 @@ def run_trial(
         with contextlib.suppress(OSError, StorageError):
             trace = place / "error.txt"
             write_text(trace.path, "".join(traceback.format_exception(error)))
-            trace.publish_file()
+            if not isinstance(failure, StorageError):
+                trace.publish_file()
         return TrialResult(
             status="oom" if isinstance(failure, TrialOutOfMemory) else "failed",
             scenario=scenario,
