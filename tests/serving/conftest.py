@@ -226,9 +226,9 @@ class Service:
         family = psutil.Process(self.process.pid).children(recursive=True)
         return [p for p in family if f"ServeReplica:rayfin:{deployment}" in _title(p)]
 
-    def stream(self, model: str, tokens: int) -> httpx.Response:
+    def stream(self, model: str, tokens: int, **more: Any) -> httpx.Response:
         """An answer that has begun."""
-        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "stream": True}
+        body = {"model": model, "prompt": PROMPT, "max_tokens": tokens, "stream": True} | more
         request = self.http.build_request(
             "POST", "/v1/completions", json=body | {"ignore_eos": True}
         )

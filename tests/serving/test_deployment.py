@@ -6,6 +6,7 @@ How fast it is after an overload is measured by experiments/benchmarks/serving_o
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -283,11 +284,17 @@ def test_a_killed_api_leaves_no_row_occupied(service: Any, says: Says) -> None:
 
 
 def test_requests_at_work_end_before_it_stops(service: Any, says: Says) -> None:
+    events = service.stream("red@1", 600, temperature=0).iter_lines()
+    first = next(events)  # it is at work, and goes on while the rest is read
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(service.answer, "red@1", 600)
-        service.until(lambda: service.count("running") == 1)
+        rest = pool.submit(list, events)
         assert service.stop(signal.SIGTERM) == 0, service.errors()
-        assert answer.result() == ("red@1", says("lora", 600))
+    said = [line.removeprefix("data: ") for line in [first, *rest.result()] if line]
+    assert said.pop() == "[DONE]"
+    chunks = [json.loads(text) for text in said]
+    assert {chunk["model"] for chunk in chunks} == {"red@1"}
+    text = "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"])
+    assert text == says("lora", 600)
     assert "Traceback" not in service.errors()
 
 
