@@ -107,11 +107,13 @@ class Objects:
         """A file's contents; None where there is none."""
         with self._store("read") as store:
             try:
-                file = store.open_input_file(self._path)
+                return _contents(store, self._path)
             except FileNotFoundError:
                 return None
-            with file:
-                return bytes(file.read())
+            except OSError:  # it may have been removed, or written anew, while it was read
+                with suppress(FileNotFoundError):
+                    return _contents(store, self._path)
+        return None
 
     def write(self, contents: bytes) -> None:
         with self._store("written") as store, store.open_output_stream(self._path) as file:
@@ -162,8 +164,10 @@ class Objects:
                     source_filesystem=store,
                     destination_filesystem=LocalFileSystem(),
                 )
-            except FileNotFoundError:  # removed meanwhile
-                return False
+            except OSError:
+                if self.sums() != sums:  # removed, or written anew, meanwhile
+                    return False
+                raise
         return sums_of(directory) == sums
 
     def remove(self) -> None:
@@ -204,6 +208,11 @@ class Objects:
                 "that this machine reaches it, and that its role, or the credentials in the "
                 "environment, may read and write it"
             ) from error
+
+
+def _contents(store: FileSystem, path: str) -> bytes:
+    with store.open_input_stream(path) as file:
+        return bytes(file.read())
 
 
 @functools.lru_cache(maxsize=16)

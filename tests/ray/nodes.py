@@ -108,6 +108,10 @@ class Node(Space):
         # Ray asks which of its addresses leads to the world.
         self.ip(f"route add default via {_SUBNET}.254")
 
+    def hide(self, directory: Path) -> None:
+        """From now on this machine has nothing there."""
+        _run([*self.enter, _tool("mount"), "-t", "tmpfs", "tmpfs", str(directory)])
+
     def start_ray(self, environment: Mapping[str, str], head: Node | None = None) -> str:
         """Ray with one CPU, as the head or as a node of `head`'s cluster; the cluster's address."""
         address = f"{(head or self).address}:6379"

@@ -65,8 +65,11 @@ class Cluster:
         self.head, self.worker = network.add("head"), network.add("worker")
         server = servers(*self.head.enter, address=self.head.address)
         lab.environment |= stack.enter_context(server) | lab.disk("head")
+        own = lab.disk("worker")
+        self.head.hide(lab.root / "worker")
+        self.worker.hide(lab.root / "head")
         self.address = self.head.start_ray(lab.environment | HEAD)
-        self.worker.start_ray(lab.environment | lab.disk("worker"), self.head)
+        self.worker.start_ray(lab.environment | own, self.head)
 
 
 @pytest.fixture
