@@ -164,7 +164,7 @@ class Storage:
         if self.place.objects is not None:
             raise StorageError(
                 f"storage: the registry of adapters can't be in '{self.place}'; give a directory, "
-                "publish.storage=DIR to a run and storage=DIR to rayfin serve"
+                "publish.storage=DIR to a run (or publish=null) and storage=DIR to rayfin serve"
             )
         return self.place.path / "adapters"
 

@@ -112,6 +112,13 @@ def test_two_workers_on_two_nodes_compute_what_one_process_does(cluster: Cluster
     for name, weight in load_file(one.adapter.path / "adapter_model.safetensors").items():
         assert (weight - found[name]).abs().max() < 1e-3, name
 
+    two = ("sweep.num_samples=2", "sweep.max_concurrent_trials=2", "sweep.scheduler=none")
+    sweep = lab.script("sweep_qlora.py", *settings, *two, *published, "--address", cluster.address)
+    assert sweep.end() == 0, sweep.out + sweep.err
+    rows = [row for row in lab.rows() if row.sweep_id != "train"]
+    assert [row.status for row in rows] == ["finished"] * 2
+    assert {row.scenario["worker"]["host"] for row in rows} == {"head", "worker"}
+
 
 @pytest.mark.patient
 def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
