@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import secrets
 import zlib
 from collections.abc import Iterator
@@ -23,8 +22,6 @@ from rayfin.errors import StorageError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
-
-log = logging.getLogger(__name__)
 
 SCHEMES = ("s3", "gs")
 _SUMS = ".sums.json"
@@ -90,10 +87,6 @@ class Objects:
 
     def __truediv__(self, name: str) -> Objects:
         return Objects(f"{self.base}/{name}", self.options)
-
-    @property
-    def name(self) -> str:
-        return self.base.rpartition("/")[2]
 
     def check(self) -> None:
         """Raises StorageError where nothing can be written here."""
@@ -164,6 +157,8 @@ class Objects:
                     source_filesystem=store,
                     destination_filesystem=LocalFileSystem(),
                 )
+            except FileNotFoundError:
+                return False
             except OSError:
                 if self.sums() != sums:  # removed, or written anew, meanwhile
                     return False

@@ -29,7 +29,7 @@ from rayfin.tuning.hooks import TuneRecorder
 from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
-from rayfin.tuning.rows import started
+from rayfin.tuning.rows import started, usable
 from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.stranded import Stranded
 from rayfin.tuning.sweep import run_sweep
@@ -290,6 +290,16 @@ def test_what_the_history_holds_is_trained_again_when_asked(
         result = run_sweep(one, history=history, storage=plan.storage, rerun=rerun, progress=quiet)
     assert trained == [True] * rerun
     assert [r.scenario["recalled_from"] for r in result.trials] == [row.trial_id] * (not rerun)
+
+
+def test_a_trial_of_others_that_can_t_be_reached_is_trained_here(
+    plan: SweepPlan, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a bucket to which this machine has no way; the history is shared."""
+    with History.open(plan.storage.history_url) as history:
+        history.put(ended(plan, 2, directory="elsewhere://bucket/trial"))
+        assert usable(history, plan.trial({"method.r": 2, "train.seed": 0})) is None
+    assert "can't be taken from the history: storage: 'elsewhere://bucket/trial'" in caplog.text
 
 
 # --- the cluster ------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ def test_a_copy_that_is_not_what_the_store_holds_is_made_anew(bucket: str) -> No
     assert {p.name: p.read_text() for p in place.path.iterdir()} == {"a": "1", "b": "2"}
 
 
-@pytest.mark.parametrize("hurt", ["no list", "a list of nothing", "another list", "a file less"])
+@pytest.mark.parametrize(
+    "hurt", ["no list", "a list of nothing", "another list", "a file less", "no file"]
+)
 def test_a_directory_that_is_not_whole_is_not_fetched(
     bucket: str, hurt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,8 +79,10 @@ def test_a_directory_that_is_not_whole_is_not_fetched(
     objects = Objects.at(bucket)
     if hurt == "no list":  # as of a writer that was killed
         (objects / "checkpoint.sums.json").remove()
-    elif hurt == "a file less":
+    elif hurt in ("a file less", "no file"):
         (objects / "checkpoint" / "b").remove()
+        if hurt == "no file":
+            (objects / "checkpoint" / "a").remove()
     else:
         text = b"" if hurt == "a list of nothing" else b'{"a": [1, 5], "b": [1, 6]}'
         (objects / "checkpoint.sums.json").write(text)

@@ -63,6 +63,7 @@ class Workplace:
 
     def publish(self, row: TrialRecord) -> AdapterVersion | None:
         """Makes a trial's adapter a version of `publish.name`; the same result only once."""
+        from rayfin.errors import StorageError
         from rayfin.paths import Place
 
         publish = self.config.publish
@@ -88,7 +89,8 @@ class Workplace:
             "versions": row.versions,
         }
         source = Place.at(row.directory) / "adapter"
-        source.fetch()
+        if source.objects is not None and not source.fetch():
+            raise StorageError(f"'{source}' is not there, or not whole; --rerun trains it again")
         published = self.registry.publish(publish.name, source.path, metadata, alias=publish.alias)
         source.forget()
         return published

@@ -11,7 +11,7 @@ import yaml
 from rayfin.config import Config, ServeConfig, build_config, dump_yaml
 from rayfin.errors import StorageError
 from rayfin.history.connect import without_password
-from rayfin.paths import Storage, write_text
+from rayfin.paths import Place, Storage, write_text
 from rayfin.recommend.answer import Choice, Recommendation
 from rayfin.training import TrialSpec
 
@@ -124,7 +124,9 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
 
 def _next_version(base: Config, name: str) -> Path:
     """Where the adapter, or the whole model, that is trained next will lie."""
-    versions = Storage.at(base.storage).adapters / name
+    at = base.storage
+    storage = Storage.at(at) if "://" in at else Storage(Place(Path(at)))  # relative ones stay so
+    versions = storage.adapters / name
     numbers = [int(path.name) for path in versions.glob("*") if path.name.isdecimal()]
     return versions / str(max(numbers, default=0) + 1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,6 +15,8 @@ from rayfin.history.versions import package_versions
 from rayfin.paths import Place
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.tuning.plan import PlannedTrial
+
+log = logging.getLogger(__name__)
 
 
 def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialRecord:
@@ -40,7 +43,11 @@ def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> 
     earlier = history.finished(trial.fingerprint)
     if earlier is None or earlier.directory is None or metric not in earlier.metrics:
         return None
-    return earlier if (Place.at(earlier.directory) / "adapter").exists() else None
+    try:
+        return earlier if (Place.at(earlier.directory) / "adapter").exists() else None
+    except StorageError as error:  # a bucket of others, who share the history
+        log.warning("trial %s can't be taken from the history: %s", earlier.trial_id, error)
+        return None
 
 
 def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
