@@ -7,6 +7,7 @@ is compared with it.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import secrets
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs")
 _SUMS = ".sums.json"
+_AWAY = "NETWORK_CONNECTION"
+"""AWS's client's word for a server that it can't reach, after attempts of some seconds."""
+_GS_PATIENCE = "retry_limit_seconds=30"
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 Sums = dict[str, list[int]]
 """Path within a directory -> bytes and CRC-32 of the file."""
@@ -62,6 +67,8 @@ class Objects:
             parts = urlsplit(url)
         except ValueError as error:
             raise StorageError(f"storage: '{url}' is no URL ({error})") from error
+        if parts.fragment or url.endswith("#"):
+            raise StorageError(f"storage: '{url}' has a #, which no part of it may have")
         if parts.scheme not in SCHEMES:
             raise StorageError(
                 f"storage: '{url}' is of no kind that rayfin writes to; "
@@ -103,14 +110,21 @@ class Objects:
                 return _contents(store, self._path)
             except FileNotFoundError:
                 return None
-            except OSError:  # it may have been removed, or written anew, while it was read
+            except OSError as error:
+                if _AWAY in str(error):
+                    raise
+                # It may have been removed, or written anew, while it was read.
                 with suppress(FileNotFoundError):
                     return _contents(store, self._path)
         return None
 
     def write(self, contents: bytes) -> None:
-        with self._store("written") as store, store.open_output_stream(self._path) as file:
-            file.write(contents)
+        with self._store("written") as store:
+            if self.base.startswith("gs:"):
+                # There, pyarrow lists directories by objects that stand for them, made only so.
+                store.create_dir(self._path.rpartition("/")[0], recursive=True)
+            with store.open_output_stream(self._path) as file:
+                file.write(contents)
 
     def names(self) -> list[str]:
         """Of the directories directly under this one, whole or not."""
@@ -141,7 +155,7 @@ class Objects:
     def sums(self) -> Sums | None:
         """Of its files; None where it is not whole."""
         text = self._list.read()
-        with suppress(ValueError):
+        with suppress(ValueError, TypeError):
             return None if text is None else dict(json.loads(text))
         return None
 
@@ -178,6 +192,12 @@ class Objects:
                     elif kind == FileType.File:
                         store.delete_file(path)
 
+    def _patience(self) -> str:
+        """The options, with an end to Google's client's attempts, which go on for minutes."""
+        if not self.base.startswith("gs:") or "retry_limit_seconds" in self.options:
+            return self.options
+        return f"{self.options}&{_GS_PATIENCE}" if self.options else f"?{_GS_PATIENCE}"
+
     @property
     def _list(self) -> Objects:
         return Objects(self.base + _SUMS, self.options)
@@ -193,10 +213,12 @@ class Objects:
 
         scheme, _, path = self.base.partition("://")
         try:
-            yield _file_system(f"{scheme}://{path.partition('/')[0]}{self.options}")
+            yield _file_system(f"{scheme}://{path.partition('/')[0]}{self._patience()}")
         except FileNotFoundError:
             raise
         except (OSError, ArrowException) as error:
+            if getattr(error, "errno", None) in _LOCAL:  # this machine's disk, not the store
+                raise
             said = " ".join(str(error).split())
             raise StorageError(
                 f"storage: '{self}' can't be {done} ({said[:300]}); see that the bucket is there, "

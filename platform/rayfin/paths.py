@@ -97,10 +97,34 @@ class Place:
             self.objects.write(self.path.read_bytes())
 
     def fetch_file(self) -> bool:
-        if self.objects is not None and (contents := self.objects.read()) is not None:
-            with write_whole(self.path) as temporary:
-                temporary.write_bytes(contents)
+        """Whether it is there."""
+        if self.objects is not None:
+            if (contents := self.objects.read()) is None:
+                self.path.unlink(missing_ok=True)
+            else:
+                with write_whole(self.path) as temporary:
+                    temporary.write_bytes(contents)
         return self.path.is_file()
+
+    def remove_file(self) -> None:
+        self.path.unlink(missing_ok=True)
+        if self.objects is not None:
+            self.objects.remove()
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Path | None]:
+        """A directory to read for the time of the block, from an object store a copy of its own.
+
+        None where it is not there, or not whole.
+        """
+        if self.objects is None:
+            yield self.path if self.path.is_dir() else None
+            return
+        sums = self.objects.sums()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".read-") as own:
+            there = sums is not None and self.objects.get(Path(own), sums)
+            yield Path(own) if there else None
 
     def forget(self) -> None:
         """Removes the copy of a directory in an object store; never the only one there is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from rayfin.history import History
 from rayfin.paths import Place, Storage
 from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint
+from rayfin.training.desk import Desk, Job
 from rayfin.training.strategies import Group
 from rayfin.training.trial import run_trial
-from rayfin.training.workers import WorkerGroup
+from rayfin.training.workers import WorkerGroup, give_back
 from rayfin.tuning.cluster import nodes, worker_resources
 from rayfin.tuning.single import train_once
 
@@ -104,6 +106,28 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
 def interrupt(result: TrialResult) -> None:
     if result.metrics["steps"] == 8:  # the checkpoint of step 4 is whole
         raise KeyboardInterrupt
+
+
+def test_what_a_lost_machine_held_in_a_group_is_given_back_from_another(
+    cluster: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = ray.util.placement_group([{"CPU": 1}])
+    assert group.wait(60)
+    job = Job(0, TrialSpec.of(load_config(None, [])), Place.at(bucket))
+
+    async def work() -> None:
+        desk = Desk(1)
+        await desk.give(job)
+        await desk.begin(group.id.hex())
+
+    asyncio.run(work())
+    monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "another"))
+    held = Place.at(bucket) / "ray" / "held.json"
+    give_back(held)
+    states = ray.util.placement_group_table(group)
+    assert states["state"] == "REMOVED"
+    assert not held.fetch_file()
+    give_back(held)  # there is nothing, which is no error
 
 
 @pytest.mark.patient

@@ -274,6 +274,24 @@ def test_resume_for_fewer_trials_ends_the_interrupted_ones(plan: SweepPlan) -> N
     assert not checkpoint.exists()
 
 
+def test_a_sweep_that_is_done_ends_well_whatever_becomes_of_checkpoints(plan: SweepPlan) -> None:
+    """Those of a trial that was only recalled are not its own: another may be training there."""
+    plan.save()
+    kept = Path(ended(plan, 2).directory or "", "checkpoints", "checkpoint-4")
+    kept.mkdir(parents=True)
+    recalled = ended(plan, 2, scenario={"recalled_from": "train-1"})
+    unreachable = ended(plan, 4, directory="elsewhere://bucket/trial")
+    with History.open(plan.storage.history_url) as history:
+        history.put(recalled)
+        history.put(unreachable)
+        Recorder(history, lambda _: None).put(recalled)
+        quiet = Progress(Console(file=io.StringIO()))
+        both = swept(plan.config, num_samples=2)
+        result = run_sweep(both, history=history, storage=plan.storage, resume=True, progress=quiet)
+    assert result.best is not None and not result.interrupted
+    assert kept.exists()
+
+
 @pytest.mark.parametrize("rerun", [False, True])
 def test_what_the_history_holds_is_trained_again_when_asked(
     plan: SweepPlan, rerun: bool, monkeypatch: pytest.MonkeyPatch

@@ -369,6 +369,7 @@ PLACES = [
     case("storage-scheme", *TRAIN, "storage=ftp://a/b", say=("ftp://a/b", "s3://BUCKET/PATH")),
     case("storage-bucket", *TRAIN, "storage=gs://bucket", say=("'gs://bucket'", "gs://BUCKET/PA")),
     case("storage-dots", *TRAIN, "storage=s3://b/../etc", say=("s3://b/../etc", "..")),
+    case("storage-fragment", *TRAIN, "storage=s3://b/x#y", say=("s3://b/x#y", "#")),
     case("storage-secret", *TRAIN, "storage=s3://me:hush@b/x", say=("URL", "s3://BUCKET/PATH")),
     case("history-scheme", *SWEEP, "history=mysql://host/db", say=("mysql", "postgresql")),
     case("history-no-url", *SWEEP, "history=h.sqlite", say=("'h.sqlite'", "sqlite:///h.sqlite")),

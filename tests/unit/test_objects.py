@@ -12,6 +12,12 @@ from rayfin.errors import StorageError
 from rayfin.history import History
 from rayfin.objects import Objects, sums_of
 from rayfin.paths import Place, Storage, cache_dir
+from rayfin.training.checkpoint import (
+    clear_checkpoints,
+    latest_checkpoint,
+    publish_checkpoint,
+    staging,
+)
 
 
 def fill(place: Place, **files: str) -> None:
@@ -91,6 +97,47 @@ def test_a_directory_that_is_not_whole_is_not_fetched(
     assert not there.path.exists(), "what is half there could be taken for a checkpoint"
 
 
+def test_torn_uploads_take_no_whole_checkpoint_along(bucket: str) -> None:
+    checkpoints = Place.at(bucket) / "checkpoints"
+
+    def save(step: int) -> None:
+        staged = staging(checkpoints) / f"checkpoint-{step}"
+        staged.mkdir(parents=True)
+        (staged / "weights").write_text(str(step))
+        publish_checkpoint(checkpoints, staged.name)
+
+    def newest() -> str | None:
+        found = latest_checkpoint(checkpoints)
+        return found.name if found is not None else None
+
+    for step in (3, 5, 10):
+        save(step)
+    assert checkpoints.names() == ["checkpoint-10", "checkpoint-5"]
+    for step in (16, 17):  # killed amid the upload, twice
+        (Objects.at(bucket) / "checkpoints" / f"checkpoint-{step}" / "weights").write(b"half")
+    assert newest() == "checkpoint-10"
+    save(12)
+    assert newest() == "checkpoint-12"
+    assert checkpoints.names() == ["checkpoint-10", "checkpoint-12"]
+    clear_checkpoints(checkpoints)
+    assert checkpoints.names() == [] and newest() is None and not checkpoints.path.exists()
+
+
+def test_what_is_borrowed_is_nobody_elses(bucket: str) -> None:
+    place = Place.at(bucket) / "adapter"
+    with place.borrowed() as nothing:
+        assert nothing is None
+    fill(place, a="1")
+    place.publish()
+    place.forget()
+    with place.borrowed() as one, place.borrowed() as two:
+        assert one is not None and two is not None and one != two
+        assert sums_of(one) == sums_of(two) == place.objects.sums()  # type: ignore[union-attr]
+    with pytest.raises(KeyError), place.borrowed() as three:
+        raise KeyError
+    assert three is not None and not list(place.path.parent.iterdir())
+
+
 def test_files_alone_and_names(bucket: str) -> None:
     sweeps = Place.at(bucket) / "sweeps"
     for name in ("b", "a"):
@@ -100,6 +147,11 @@ def test_files_alone_and_names(bucket: str) -> None:
         file.path.unlink()
         assert file.fetch_file() and file.path.read_text() == name
     assert sweeps.names() == ["a", "b"]
+    gone = sweeps / "a" / "config.yaml"
+    assert gone.objects is not None
+    gone.objects.remove()
+    assert not gone.fetch_file() and not gone.path.exists(), "the copy is not the file"
+    gone.remove_file()
     assert not (sweeps / "c" / "config.yaml").fetch_file()
 
 

@@ -369,6 +369,24 @@ def test_the_scaffold_overwrites_nothing(capfd: pytest.CaptureFixture[str], take
     assert [path.read_text() for path in Path("mine").iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_scaffold_of_runs_in_a_bucket_serves_from_the_registry(
+    capfd: pytest.CaptureFixture[str], method: str
+) -> None:
+    bucket = ("storage=s3://bucket/runs", "history=sqlite:////nowhere/h.sqlite")
+    given = (f"method.type={method}", "publish.name=mine", "publish.storage=here")
+    answered(capfd, *bucket, *given, "--scaffold", "mine")
+    here = str(Path("here").resolve())
+    for name in ("train.yaml", "sweep.yaml"):
+        config = load_config(Path("mine", name), [])
+        assert config.storage == "s3://bucket/runs"
+        assert config.publish is not None and config.publish.storage == here
+    serve = load_serve_config(Path("mine", "serve.yaml"), [])
+    assert serve.storage == here
+    if method == "full":
+        assert serve.model.name == f"{here}/adapters/mine/1"
+
+
 def test_a_scaffold_that_can_not_be_written_is_one_clear_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

@@ -89,11 +89,12 @@ class Workplace:
             "versions": row.versions,
         }
         source = Place.at(row.directory) / "adapter"
-        if source.objects is not None and not source.fetch():
-            raise StorageError(f"'{source}' is not there, or not whole; --rerun trains it again")
-        published = self.registry.publish(publish.name, source.path, metadata, alias=publish.alias)
-        source.forget()
-        return published
+        with source.borrowed() as files:
+            if files is None:
+                raise StorageError(
+                    f"'{source}' is not there, or not whole; --rerun trains it again"
+                )
+            return self.registry.publish(publish.name, files, metadata, alias=publish.alias)
 
 
 def begun_history(config: Config) -> History | None:

@@ -8,6 +8,7 @@ from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import load_corpus, render_prompt
 from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
+from rayfin.methods import METHODS
 from rayfin.models import load_base, load_tokenizer
 from rayfin.paths import Place
 
@@ -30,29 +31,29 @@ def answer_samples(
     Empty for a trial without an adapter (full fine-tuning) and for plain text, where there is no
     question.
     """
-    if row.directory is None:
-        return []
-    adapter = Place.at(row.directory) / "adapter"
-    if not adapter.fetch() or not (adapter.path / "adapter_config.json").exists():
+    changes_base = METHODS[row.spec["method"]["type"]].changes_base
+    if row.directory is None or changes_base:
         return []
     data = DataConfig.model_validate(row.spec["data"])
     examples = [example for example in load_corpus(data).eval if example.messages][:count]
     if not examples:
         return []
-    model_config = ModelConfig.model_validate(row.spec["model"])
-    tokenizer = load_tokenizer(model_config)
-    device = describe_hardware(use_gpu).device
-    base = load_base(model_config, row.spec["method"]["quantization_bit"], device)
-    from peft import PeftModel  # after the base: see import_bitsandbytes
+    with (Place.at(row.directory) / "adapter").borrowed() as adapter:
+        if adapter is None or not (adapter / "adapter_config.json").exists():
+            return []
+        model_config = ModelConfig.model_validate(row.spec["model"])
+        tokenizer = load_tokenizer(model_config)
+        device = describe_hardware(use_gpu).device
+        base = load_base(model_config, row.spec["method"]["quantization_bit"], device)
+        from peft import PeftModel  # after the base: see import_bitsandbytes
 
-    prompts = [render_prompt(example.messages, tokenizer) for example in examples]
+        prompts = [render_prompt(example.messages, tokenizer) for example in examples]
 
-    def answers(model: torch.nn.Module) -> list[str]:
-        return [_answer(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+        def answers(model: torch.nn.Module) -> list[str]:
+            return [_answer(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
 
-    before = answers(base)
-    after = answers(PeftModel.from_pretrained(base, str(adapter.path)).eval())
-    adapter.forget()
+        before = answers(base)
+        after = answers(PeftModel.from_pretrained(base, str(adapter)).eval())
     return [
         Sample(
             _question(example.messages), example.messages[-1]["content"], base_said, adapter_said

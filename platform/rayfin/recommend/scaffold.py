@@ -11,7 +11,7 @@ import yaml
 from rayfin.config import Config, ServeConfig, build_config, dump_yaml
 from rayfin.errors import StorageError
 from rayfin.history.connect import without_password
-from rayfin.paths import Place, Storage, write_text
+from rayfin.paths import Storage, write_text
 from rayfin.recommend.answer import Choice, Recommendation
 from rayfin.training import TrialSpec
 
@@ -60,12 +60,15 @@ def _anchored(config: Mapping[str, Any], name: str) -> Config:
     """With local paths absolute: the files may be read from any directory, and by others."""
     whole = build_config(dict(config), {})
     spec = TrialSpec.of(whole)
+    publish = {"name": name}
+    if whole.publish is not None and whole.publish.storage is not None:
+        publish["storage"] = str(Storage.at(whole.publish.storage).place)
     return whole.model_copy(
         update={
             "model": spec.model,
             "data": spec.data,
-            "publish": build_config({"publish": {"name": name}}, {}).publish,
-            "storage": str(Path(whole.storage).expanduser().resolve()),
+            "publish": build_config({"publish": publish}, {}).publish,
+            "storage": str(Storage.at(whole.storage).place),
             "history": whole.history and without_password(whole.history),
         }
     )
@@ -113,7 +116,7 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
                 "max_length": max(256, 2 * longest),
                 "max_rank": min(_MOST_RANK, max(64, *ranks)),
             },
-            "storage": base.storage,
+            "storage": str(_serves_from(base).place),
             "history": base.history,
         }
     )
@@ -122,11 +125,15 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
     )
 
 
+def _serves_from(base: Config) -> Storage:
+    """Where the registry is."""
+    own = base.publish.storage if base.publish is not None else None
+    return Storage.at(own or base.storage)
+
+
 def _next_version(base: Config, name: str) -> Path:
     """Where the adapter, or the whole model, that is trained next will lie."""
-    at = base.storage
-    storage = Storage.at(at) if "://" in at else Storage(Place(Path(at)))  # relative ones stay so
-    versions = storage.adapters / name
+    versions = _serves_from(base).adapters / name
     numbers = [int(path.name) for path in versions.glob("*") if path.name.isdecimal()]
     return versions / str(max(numbers, default=0) + 1)
 

@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 _STAGING = ".staging"
 _PROGRESS = "progress.json"
 _SUMS = "sums.json"
-_KEPT = 2
-"""Checkpoints of a running trial: where the newest turns out to be torn, the one before it is."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,12 @@ def latest_checkpoint(place: Place) -> Path | None:
 
 
 def _checkpoints(place: Place) -> list[Place]:
-    found = [
-        (int(step), name)
-        for name in place.names()
-        if (step := name.removeprefix("checkpoint-")).isdigit()
-    ]
-    return [place / name for _, name in sorted(found)]
+    named = (name for name in place.names() if name.removeprefix("checkpoint-").isdigit())
+    return [place / name for name in sorted(named, key=_step)]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("checkpoint-"))
 
 
 def _damaged(checkpoint: Path) -> str | None:
@@ -82,7 +80,10 @@ def _damaged(checkpoint: Path) -> str | None:
 
 
 def publish_checkpoint(place: Place, name: str) -> None:
-    """Makes a staged checkpoint the newest one, and drops those before the one before it."""
+    """Makes a staged checkpoint the newest one, and drops all but the one before it.
+
+    Where the newest turns out to be torn, the one before it is there.
+    """
     staged, checkpoint = staging(place) / name, place / name
     sums = sums_of(staged)
     write_json(staged / _SUMS, sums)
@@ -92,21 +93,26 @@ def publish_checkpoint(place: Place, name: str) -> None:
     shutil.rmtree(checkpoint.path, ignore_errors=True)
     staged.rename(checkpoint.path)
     checkpoint.publish()
-    for old in _checkpoints(place)[:-_KEPT]:
-        old.remove()
+    # Of a later step there may be what a killed worker did not write to its end.
+    others = [other for other in _checkpoints(place) if other != checkpoint]
+    before = [other for other in others if _step(other.path.name) < _step(name) and other.exists()]
+    for other in others:
+        if other not in before[-1:]:
+            other.remove()
 
 
 def clear_checkpoints(place: Place) -> None:
     """Removes them all; renamed first, so that a killed removal leaves none that looks whole."""
+    if place.objects is not None:
+        for checkpoint in _checkpoints(place):
+            checkpoint.remove()
+        place.remove()
+        return
     doomed = place.path.with_name(f".{place.path.name}-done")
     shutil.rmtree(doomed, ignore_errors=True)
     if place.path.exists():
         place.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-    if place.objects is not None:
-        for checkpoint in _checkpoints(place):
-            checkpoint.remove()
-        place.remove()
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], directory: Path, name: str) -> None:

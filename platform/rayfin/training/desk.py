@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
+from rayfin.errors import StorageError
 from rayfin.paths import Place, write_json
 from rayfin.training.spec import TrialResult, TrialSpec
 
@@ -18,8 +18,11 @@ class Job:
     number: int
     spec: TrialSpec
     place: Place
-    held: Path
-    """The file, on the caller's machine, that says what the workers hold while they train it."""
+
+    @property
+    def held(self) -> Place:
+        """The file that says what the workers hold while they train it."""
+        return self.place / "ray" / "held.json"
 
 
 @dataclass(frozen=True)
@@ -112,5 +115,7 @@ class Desk:
 
     def _write_held(self) -> None:
         if self._job is not None and self._placement_groups:
-            with suppress(OSError):  # a full disk is told by the checkpoint that it does not take
-                write_json(self._job.held, sorted(self._placement_groups))
+            # What can't be written is told by the checkpoint that it does not take.
+            with suppress(OSError, StorageError):
+                write_json(self._job.held.path, sorted(self._placement_groups))
+                self._job.held.publish_file()

@@ -250,19 +250,15 @@ class TrialTrainer(Trainer):
 
     def _gather_random_states(self, checkpoint: Path) -> None:
         """Each worker has written its own on its own machine; the first one publishes them all."""
-        own = {p.name: p.read_bytes() for p in checkpoint.glob("rng_state*")}
-        for states in self._from_every_worker(own):
-            for name, state in states.items():
-                if self.args.should_save:
-                    (checkpoint / name).write_bytes(state)
-
-    def _from_every_worker(self, own: dict[str, bytes]) -> list[dict[str, bytes]]:
-        workers = self.accelerator.num_processes
-        if workers == 1:
-            return [own]
-        found: list[dict[str, bytes]] = [{}] * workers
-        torch.distributed.all_gather_object(found, own)
-        return found
+        if (workers := self.accelerator.num_processes) == 1:
+            return
+        name = "rng_state_{}.pth"
+        states = [b""] * workers
+        own = (checkpoint / name.format(self.accelerator.process_index)).read_bytes()
+        torch.distributed.all_gather_object(states, own)
+        if self.args.should_save:
+            for rank, state in enumerate(states):
+                (checkpoint / name.format(rank)).write_bytes(state)
 
     def _get_output_dir(self, trial: Any) -> str:
         return os.fspath(staging(self.checkpoints))

@@ -10,6 +10,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.collector import collector_paused
@@ -174,7 +175,7 @@ def _train(
         )
         if trainer.args.should_save:
             shutil.rmtree(staging(checkpoints), ignore_errors=True)
-        resumed = latest_checkpoint(checkpoints)
+        resumed = _resumed(checkpoints, trainer)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         adapter = _finish(trainer, model, tokenizer, place)
         checkpoints.forget()
@@ -182,6 +183,27 @@ def _train(
     finally:
         changed = METHODS[spec.method.type].changes_base or strategy.on_host
         _give_back(model, trainer, warm, changed=changed)
+
+
+def _resumed(checkpoints: Place, trainer: TrialTrainer) -> Path | None:
+    """What all workers go on from: the checkpoint that the first one finds whole."""
+    if trainer.accelerator.num_processes == 1:
+        return latest_checkpoint(checkpoints)
+    import torch.distributed as dist
+
+    first = trainer.accelerator.process_index == 0
+    found = latest_checkpoint(checkpoints) if first else None
+    names = [found.name if found is not None else None]
+    dist.broadcast_object_list(names, src=0)
+    if names[0] is None:
+        return None
+    checkpoint = checkpoints / names[0]
+    if not checkpoint.fetch():
+        raise StorageError(
+            f"storage: this machine does not see '{checkpoint}', from which the trial's first "
+            "worker goes on; give one that all nodes share"
+        )
+    return checkpoint.path
 
 
 def _finish(

@@ -31,7 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayfin.collector import collector_paused
 from rayfin.config import DataConfig
 from rayfin.data import Corpus
-from rayfin.errors import TrialError
+from rayfin.errors import StorageError, TrialError
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.paths import Place
 from rayfin.training.desk import Desk, Ended, Handed, Job
@@ -97,7 +97,7 @@ class WorkerGroup:
         `report` raises: the processes end where they stand then, and the trial stays as its
         checkpoints have it.
         """
-        job = Job(self._jobs, spec, place, held=place.path / "ray" / "held.json")
+        job = Job(self._jobs, spec, place)
         self._jobs += 1
         give_back(job.held)  # what a caller that was killed amid the trial could not
         ray.get(self._desk.give.remote(job))
@@ -108,9 +108,10 @@ class WorkerGroup:
             raise
         finally:
             self._desk.give.remote(None)
-            job.held.unlink(missing_ok=True)
+            with suppress(StorageError):
+                job.held.remove_file()
 
-    def close(self, held: Path | None = None) -> None:
+    def close(self, held: Place | None = None) -> None:
         """Ends the processes: when they are done, or at once, where a file says what they hold."""
         ray.get(self._desk.close.remote())
         if held is not None:
@@ -235,18 +236,20 @@ def _choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def give_back(held: Path) -> None:
+def give_back(held: Place) -> None:
     """Gives the resources back that the file names, which ends what still runs on them.
 
     Ray takes a placement group from whom its controller's death left it only when the whole
     program ends, and the next group would wait until then.
     """
-    with suppress(FileNotFoundError):
-        for name in json.loads(held.read_text()):
+    with suppress(StorageError):  # what this machine has written is here
+        held.fetch_file()
+    with suppress(FileNotFoundError, StorageError):
+        for name in json.loads(held.path.read_text()):
             # In a Ray of another time there is none of this name, which is no error.
             group_id = ray.PlacementGroupID(bytes.fromhex(name))
             ray.util.remove_placement_group(PlacementGroup(group_id))
-        held.unlink()
+        held.remove_file()
 
 
 def _one_line(error: Exception) -> str:

@@ -100,11 +100,15 @@ class SweepPlan:
 
 def new_plan(config: Config, storage: Storage) -> SweepPlan:
     """A plan with a name of its own: what it tunes, on what, and when."""
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data.path).stem).strip("-") or "sweep"
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     # Two sweeps may start in the same second.
-    name = f"{stem}-{config.method.type}-{stamp}-{secrets.token_hex(3)}".replace("_", "-")
-    return SweepPlan(name, config, storage)
+    return SweepPlan(f"{_subject(config)}-{stamp}-{secrets.token_hex(3)}", config, storage)
+
+
+def _subject(config: Config) -> str:
+    """What a sweep's name begins with."""
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data.path).stem).strip("-") or "sweep"
+    return f"{stem}-{config.method.type}".replace("_", "-")
 
 
 def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
@@ -114,7 +118,8 @@ def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
     """
     sweeps = storage.place / "sweeps"
     # The names of one command's sweeps differ in the time at which they began.
-    for name in reversed(sweeps.names()):
+    names = (name for name in sweeps.names() if name.startswith(f"{_subject(config)}-"))
+    for name in sorted(names, reverse=True):
         saved = sweeps / name / _CONFIG
         try:
             if saved.fetch_file() and _what(load_config(saved.path)) == _what(config):

@@ -84,7 +84,8 @@ class Recorder:
         for trial_id, row in list(self._unwritten.items()):
             self._history.put(row)
             del self._unwritten[trial_id]
-            let_checkpoints_go(row)
+            if row.status == "finished":  # one that was stopped may be writing, and does it itself
+                let_checkpoints_go(row)
 
     def _row(self, trial: Mapping[str, Any]) -> TrialRecord:
         """The trial's row; a new one too for a worker that died before it could start."""

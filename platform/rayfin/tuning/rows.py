@@ -80,11 +80,11 @@ def was_refused(row: TrialRecord) -> bool:
 
 
 def let_checkpoints_go(row: TrialRecord) -> None:
-    """Removes those of a finished trial, once the history has its row; no resume needs them then.
+    """Of a trial whose end the history has: no resume needs them.
 
-    A stopped trial may still be writing one: it lets them go itself.
+    Those of a trial that the row was only recalled from are not its own.
     """
-    if row.status == "finished" and row.directory is not None:
+    if row.directory is not None and "recalled_from" not in row.scenario:
         with contextlib.suppress(OSError, StorageError):  # they only take room
             clear_checkpoints(Place.at(row.directory) / "checkpoints")
 

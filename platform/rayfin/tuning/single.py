@@ -10,6 +10,7 @@ from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import check_combination
 from rayfin.paths import Storage
+from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import Group, check_scaling, needs_group
 from rayfin.tuning.plan import SweepPlan
@@ -69,8 +70,9 @@ def _train(
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
     before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
-    if before:
-        let_checkpoints_go(before[0])  # else a run that is to be made anew would go on from them
+    if before and before[0].status == "finished":
+        # Else a run that is to be made anew would go on from them.
+        clear_checkpoints(trial.place / "checkpoints")
     row = started(trial, before[0].created_at if before else None)
     history.put(row)
 
@@ -118,5 +120,6 @@ def _train(
         raise StorageError(result.error or "storage: it can't be written")
     row = with_outcome(row, result.as_dict())
     history.put(row)
-    let_checkpoints_go(row)
+    if row.status == "finished":
+        let_checkpoints_go(row)
     return row

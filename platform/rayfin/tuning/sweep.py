@@ -14,12 +14,11 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Place, Storage
-from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.strategies import needs_group
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
-from rayfin.tuning.rows import was_refused
+from rayfin.tuning.rows import let_checkpoints_go, was_refused
 from rayfin.tuning.search import Advisor
 from rayfin.tuning.space import Values, check_space, values_in, variants
 
@@ -192,5 +191,5 @@ def _tidy(plan: SweepPlan, history: History) -> None:
     for row in history.trials(sweep_id=plan.sweep_id, status="running"):
         history.put(row.updated(status="stopped", error="interrupted, and not carried on"))
     for row in history.trials(sweep_id=plan.sweep_id):
-        if row.status in ("finished", "stopped") and row.directory is not None:
-            clear_checkpoints(Place.at(row.directory) / "checkpoints")
+        if row.status in ("finished", "stopped"):
+            let_checkpoints_go(row)
