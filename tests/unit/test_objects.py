@@ -113,12 +113,18 @@ def test_torn_uploads_take_no_whole_checkpoint_along(bucket: str) -> None:
     for step in (3, 5, 10):
         save(step)
     assert checkpoints.names() == ["checkpoint-10", "checkpoint-5"]
-    for step in (16, 17):  # killed amid the upload, twice
+    for step in (11, 16, 17):  # killed amid the upload
         (Objects.at(bucket) / "checkpoints" / f"checkpoint-{step}" / "weights").write(b"half")
     assert newest() == "checkpoint-10"
     save(12)
     assert newest() == "checkpoint-12"
     assert checkpoints.names() == ["checkpoint-10", "checkpoint-12"]
+    damaged = checkpoints / "checkpoint-20"
+    fill(damaged, weights="20")
+    damaged.publish()
+    assert newest() == "checkpoint-12"
+    save(14)
+    assert checkpoints.names() == ["checkpoint-12", "checkpoint-14"]
     clear_checkpoints(checkpoints)
     assert checkpoints.names() == [] and newest() is None and not checkpoints.path.exists()
 
