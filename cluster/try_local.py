@@ -45,13 +45,14 @@ CONFIG = ROOT / "cluster" / "local.yaml"
 DASHBOARD_PORT = 18265  # the near end of the tunnel
 PATIENCE = 120.0
 TRIALS = 2
-# A sweep of seconds, the rest as the script has it.
+# Trials that outlast the start of another process, or the first one would do both of them; all else
+# as the script has it.
 SETTINGS = (
     "model.name=tiny",
     "data.max_samples=24",
     "data.max_length=192",
-    "train.max_steps=4",
-    "train.eval_steps=2",
+    "train.max_steps=600",
+    "train.eval_steps=300",
     "train.per_device_train_batch_size=2",
     "sweep.scheduler=none",
     f"sweep.num_samples={TRIALS}",

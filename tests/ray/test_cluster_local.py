@@ -20,7 +20,6 @@ def wanting() -> str:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.patient
 def test_own_machines_from_up_to_down() -> None:
     if lacks := wanting():
         pytest.skip(f"a cluster over SSH to loopback can't be had, for want of {lacks}")
