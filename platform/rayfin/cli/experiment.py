@@ -56,7 +56,7 @@ class Workplace:
             check_name(publish.name)
             if publish.alias is not None:
                 check_alias(publish.alias)
-            registry = Registry(Storage.at(publish.storage or config.storage).adapters)
+            registry = Registry(Storage.at(config.registry_storage).adapters)
         url = config.history or Storage.at(config.storage).history_url  # before anything is asked
         storage = Storage.open(config.storage)
         return cls(config, storage, History.open(url), registry)

@@ -216,3 +216,9 @@ class Config(Section):
     """Directory (local or NFS) for runs, history and adapters; or s3://… or gs://… for runs."""
     history: str | None = None
     """URL of the trial history; null is SQLite under storage, which must be a directory then."""
+
+    @property
+    def registry_storage(self) -> str:
+        """The storage that has the registry of adapters."""
+        own = self.publish.storage if self.publish is not None else None
+        return own or self.storage

@@ -187,8 +187,7 @@ def _best(
 
 def _commands(adapter: str, config: Config) -> list[str]:
     """How to look at the published adapter, and how to load it without rayfin."""
-    own = config.publish.storage if config.publish is not None else None
-    storage = Storage.at(own or config.storage)
+    storage = Storage.at(config.registry_storage)
     name, _, version = adapter.partition("@")
     # A version directory is a plain PEFT adapter; that layout is part of the registry's promise.
     path = str(storage.adapters / name / version)

@@ -116,7 +116,7 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
                 "max_length": max(256, 2 * longest),
                 "max_rank": min(_MOST_RANK, max(64, *ranks)),
             },
-            "storage": str(_serves_from(base).place),
+            "storage": base.registry_storage,
             "history": base.history,
         }
     )
@@ -125,15 +125,9 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
     )
 
 
-def _serves_from(base: Config) -> Storage:
-    """Where the registry is."""
-    own = base.publish.storage if base.publish is not None else None
-    return Storage.at(own or base.storage)
-
-
 def _next_version(base: Config, name: str) -> Path:
     """Where the adapter, or the whole model, that is trained next will lie."""
-    versions = _serves_from(base).adapters / name
+    versions = Storage.at(base.registry_storage).adapters / name
     numbers = [int(path.name) for path in versions.glob("*") if path.name.isdecimal()]
     return versions / str(max(numbers, default=0) + 1)
 
