@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rayfin.config import TrainConfig
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.config.schema import Strategy
+from rayfin.hardware import describe_hardware
 from rayfin.paths import Place
 from rayfin.training import TrialSpec
-from rayfin.training.strategies import STRATEGIES, refusal
+from rayfin.training.strategies import STRATEGIES, Group, refusal
+from rayfin.training.zero import Zero
 
 pytestmark = pytest.mark.slow
 
@@ -174,6 +177,18 @@ def test_the_user_s_own_settings_reach_the_strategy(lab: Any) -> None:
     assert losses(good) == pytest.approx(losses(alone), rel=1e-3)
     assert refused["status"] == "failed" and "train.max_grad_norm" in refused["error"]
     assert unknown["status"] == "failed" and "NoSuchLayer" in unknown["error"]
+
+
+@pytest.mark.parametrize(
+    ("own", "bucket"), [(None, 12), ({"zero_optimization": {"reduce_bucket_size": 7}}, 7)]
+)
+def test_deepspeed_s_buffer_is_no_larger_than_what_is_trained(
+    own: dict[str, Any] | None, bucket: int
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Linear(3, 4, bias=False))
+    model[0].requires_grad_(False)
+    zero = Zero(Group(2, "deepspeed-zero2", own=own), describe_hardware(False), TrainConfig())
+    assert zero.settings_for(model)["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
 def test_what_is_refused_has_a_reason_and_a_way_out() -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from rayfin.cli import estimate as verb
 from rayfin.cli.parser import Parser
 from rayfin.config import Config, MethodConfig, ModelConfig, build_config
+from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError, MethodError
 from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
@@ -26,9 +27,11 @@ from rayfin.methods import METHODS, attach, detach
 from rayfin.models import ModelFacts, describe_model, load_base, locate
 from rayfin.recommend import knowledge
 from rayfin.recommend.estimate import Estimate, estimate
+from rayfin.recommend.layers import trained_parameters
 from rayfin.recommend.measured import Measured, measured_from
-from rayfin.recommend.memory import memory_of, teaching_memory, trained_parameters
+from rayfin.recommend.memory import memory_of, teaching_memory
 from rayfin.recommend.seconds import flops_per_token
+from rayfin.recommend.sharding import Whole, held
 
 TINY = ModelConfig(name="tiny")
 CPU = Hardware("cpu", "x86_64", 0, 16 * 2**30, 2, 16 * 2**30, False)
@@ -48,6 +51,15 @@ SMOLLM2 = ModelFacts(
     vocab_size=49152,
     max_position_embeddings=8192,
     dtype="bfloat16",
+)
+LARGE = replace(
+    SMOLLM2,
+    identity="one of 3 B",
+    parameters=3_000_000_000,
+    linear_parameters=2_800_000_000,
+    hidden_size=2560,
+    intermediate_size=6912,
+    num_layers=36,
 )
 DATA = {
     "tokens_per_sample_mean": 256.0,
@@ -339,6 +351,96 @@ def test_full_fine_tuning_is_float32_and_has_no_adapter() -> None:
     assert parts.weights == parts.gradients == 4 * 134_515_008
     assert parts.optimizer == 8 * 134_515_008
     assert parts.adapter == 0
+
+
+# Gigabytes of 7.5 B parameters on 64 GPUs in 16 bits: figure 1 of the ZeRO paper. The rest is of
+# DeepSpeed's own: its bucket, and for stage 3 the weights that it keeps gathered.
+BILLIONS, OWN = 7.5e9, 2 * 5e8 + 4 * 7.5e9 / 64
+
+
+@pytest.mark.parametrize(
+    ("strategy", "published", "own"),
+    [
+        ("deepspeed-zero1", 31.4, OWN),
+        ("deepspeed-zero2", 16.6, OWN),
+        ("deepspeed-zero3", 1.9, OWN + 2 * 1e9),
+    ],
+)
+def test_zero_holds_what_its_paper_says(strategy: Strategy, published: float, own: float) -> None:
+    whole = Whole(2 * BILLIONS, 0.0, 32, BILLIONS, full=True, computed=2)
+    found = sum(held(strategy, whole, workers=64, offload=False))
+    assert (found - own) / GB == pytest.approx(published, abs=0.05)
+
+
+def test_fsdp_holds_its_part_and_two_blocks() -> None:
+    """A 70 B model of 80 blocks in 4 bits on 8 GPUs, its embeddings in 16, with a large adapter."""
+    whole = Whole(linear=36e9, rest=4e9, layers=80, trained=8e8, full=False, computed=2)
+    one = held("fsdp", whole, workers=8, offload=False)
+    assert one.weights / GB == pytest.approx(40 / 8 + 2 * 36 / 80 + 4)
+    assert one.adapter / GB == 3.2
+    assert held("fsdp", whole, workers=8, offload=True).weights / GB == pytest.approx(4.9)
+    everything = held("ddp", whole, workers=8, offload=False)
+    assert everything.weights == 40 * GB and everything[1:] == one[1:]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_more_is_shared_the_less_a_worker_holds(device: Literal["cpu", "cuda"]) -> None:
+    def total(strategy: Strategy, workers: int = 8, offload: bool = False) -> float:
+        shared = config(
+            method__type="full",
+            train__per_device_train_batch_size=8,
+            scaling__num_workers=workers,
+            scaling__strategy=strategy,
+            scaling__cpu_offload=offload,
+        )
+        return memory_of(shared, LARGE, device=device, tokens=16).total
+
+    order: list[Strategy] = ["ddp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"]
+    totals = [total(strategy) for strategy in order]
+    # On CPU a worker has all of the weights while it loads them, whatever becomes of them.
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == (3, 4)[device == "cuda"]
+    for strategy in (*order[1:], "fsdp"):
+        assert total(strategy, workers=8) < total(strategy, workers=2)
+        if device == "cuda":
+            assert total(strategy, offload=True) < total(strategy)
+
+
+def test_what_strategy_auto_takes_is_told_with_its_memory() -> None:
+    wide = {"scaling__num_workers": 4, "train__per_device_train_batch_size": 4}
+    small = replace(GPU, device_memory=9 * 2**30)
+    found = estimate(config(method__type="full", **wide), LARGE, small, tokens=16)
+    named = estimate(
+        config(method__type="full", scaling__strategy="fsdp", **wide), LARGE, small, tokens=16
+    )
+    assert found.strategy == "fsdp" and "9.7 GB" in str(found.strategy_why)
+    assert found.memory == named.memory and named.strategy_why == "asked for"
+    assert estimate(config(), SMOLLM2, CPU).strategy is None
+
+
+def test_workers_without_gpus_share_the_memory_and_the_cores() -> None:
+    two = {"scaling__num_workers": 2, "train__per_device_train_batch_size": 8}
+    alone = estimate(config(train__per_device_train_batch_size=4), SMOLLM2, CPU, tokens=64)
+    shared = estimate(config(**two), SMOLLM2, CPU, tokens=64)
+    assert shared.room == alone.room / 2
+    assert shared.seconds.expected > 1.5 * alone.seconds.expected
+    gpus = [estimate(config(**two), SMOLLM2, GPU), estimate(config(), SMOLLM2, GPU)]
+    assert gpus[0].room == gpus[1].room
+
+
+def test_only_trials_that_were_shared_alike_correct() -> None:
+    def trial(number: int, **hardware: Any) -> TrialRecord:
+        row = record(2.0 * formula(), number=number)
+        scenario = row.scenario | {"hardware": row.scenario["hardware"] | hardware}
+        return row.model_copy(update={"scenario": scenario})
+
+    alone = [trial(number) for number in range(3)]
+    group = [trial(3 + n, num_workers=2, strategy="fsdp", cpu_offload=False) for n in range(2)]
+    settings = {"scaling__num_workers": 2, "scaling__strategy": "fsdp"}
+    assert estimated(alone, **settings).trials == 0
+    assert estimated(alone + group, **settings).trials == 2
+    assert estimated(alone + group) == estimated(alone)
+    offloaded = measured_from([trial(9, num_workers=2, strategy="fsdp", cpu_offload=True)])
+    assert offloaded[0].config.scaling.cpu_offload
 
 
 def test_flops_are_six_or_four_a_parameter() -> None:

@@ -123,6 +123,31 @@ def test_no_batch_is_larger_than_the_data(tmp_path: Path, history: History) -> N
     assert check(held, trial_of(held, 1)) is None
 
 
+def test_each_worker_of_a_group_is_judged_by_its_strategy(tmp_path: Path, history: History) -> None:
+    """39 samples to train on, of which no two workers can have the half."""
+    group = ("scaling.num_workers=2", "model.name=smollm2-135m", "method.type=full")
+    check = MemoryCheck(history, machine(2 * 2200))
+    plans = [
+        plan_of(tmp_path, *group, f"scaling.strategy={strategy}", rows=43, characters=SHORT)
+        for strategy in ("ddp", "fsdp")
+    ]
+    assert len(plans[0].corpus(plans[0].config.data).train) % 2
+    whole, parts = (check(plan, trial_of(plan, 256)) for plan in plans)
+    assert whole is not None and parts is None
+    assert "each of its 2 workers (ddp) needs" in whole and "has 2.1 GiB" in whole
+
+
+def test_groups_at_the_same_time_share_the_memory_of_a_machine(
+    tmp_path: Path, history: History
+) -> None:
+    settings = ("scaling.num_workers=2", "sweep.max_concurrent_trials=4", "sweep.num_samples=8")
+    plan = plan_of(tmp_path, *settings)
+    assert trial_resources(plan.config, [{"CPU": 4.0}])[1] == 2
+    reason = MemoryCheck(history, replace(machine(4000), cpu_count=4))(plan, trial_of(plan, 256))
+    assert reason is not None and "each of its 2 workers (ddp)" in reason
+    assert "has 1.0 GiB" in reason
+
+
 @pytest.mark.parametrize(
     ("concurrent", "trials", "cpus", "running"),
     [("auto", 8, 16, 1), (8, 8, 16, 8), (8, 8, 2, 2), (8, 1, 16, 1), (3, 8, 16, 3)],

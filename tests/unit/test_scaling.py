@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from rayfin.config import Config, TrainConfig, load_config
 from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError
+from rayfin.hardware import Hardware
 from rayfin.models import ModelFacts, describe_model
 from rayfin.training import strategies
 from rayfin.training.strategies import (
@@ -215,6 +217,10 @@ def method(kind: str) -> Any:
     return config(f"method.type={kind}").method
 
 
+def machine(memory: float) -> Hardware:
+    return Hardware("cpu", "x86_64", 0, int(memory), 2, int(memory), False)
+
+
 @pytest.mark.parametrize(
     ("kind", "memory_in_bases", "strategy"),
     [
@@ -230,14 +236,14 @@ def method(kind: str) -> Any:
 def test_auto_takes_the_simplest_that_fits(
     facts: ModelFacts, kind: str, memory_in_bases: float, strategy: Strategy
 ) -> None:
-    memory = memory_in_bases * 4.0 * facts.parameters
-    chosen, why = choose(method(kind), facts, workers=4, memory=memory, bytes_a_weight=4.0)
+    here = machine(memory_in_bases * 4.0 * facts.parameters)
+    chosen, why = choose(method(kind), facts, here, workers=4, here=1)
     assert chosen == strategy
     assert "each worker's" in why
 
 
 def test_auto_says_that_nothing_may_fit(facts: ModelFacts) -> None:
-    chosen, why = choose(method("full"), facts, workers=2, memory=1.0, bytes_a_weight=4.0)
+    chosen, why = choose(method("full"), facts, machine(1.0), workers=2, here=1)
     assert chosen == "fsdp" and "may be too much" in why
 
 
@@ -246,9 +252,17 @@ def test_auto_takes_only_what_was_verified(
 ) -> None:
     seen = {"cpu": {"ddp": ["lora"], "fsdp": []}}
     monkeypatch.setattr(strategies, "verified", lambda: seen)
-    memory = 1.5 * 4.0 * facts.parameters
-    assert choose(method("lora"), facts, workers=4, memory=memory, bytes_a_weight=4.0)[0] == "ddp"
-    assert choose(method("ia3"), facts, workers=4, memory=memory, bytes_a_weight=4.0)[0] == "ddp"
+    here = machine(1.5 * 4.0 * facts.parameters)
+    assert choose(method("lora"), facts, here, workers=4, here=1)[0] == "ddp"
+    assert choose(method("ia3"), facts, here, workers=4, here=1)[0] == "ddp"
+
+
+def test_workers_of_one_machine_share_its_memory_and_each_has_its_gpu(facts: ModelFacts) -> None:
+    here = machine(7.0 * 4.0 * facts.parameters)
+    chosen = [choose(method("lora"), facts, here, workers=4, here=n)[0] for n in (1, 4)]
+    assert chosen == ["ddp", "fsdp"]
+    gpu = replace(here, device="cuda", host_memory=1)
+    assert choose(method("lora"), facts, gpu, workers=4, here=4)[0] == "ddp"
 
 
 def test_sharding_more_needs_less(facts: ModelFacts) -> None:

@@ -90,13 +90,18 @@ def _print(config: Config, found: Estimate, hardware: Hardware) -> None:
     for name, size in asdict(found.parts).items():
         table.add_row(f"  {name}", show_bytes(size))
     table.add_row("[bold]peak memory[/bold]", *_shown(found.memory, show_bytes), style="bold")
-    table.add_row("  of the device", show_bytes(hardware.device_memory), _VERDICTS[found.fits])
+    whose = "  of the device" if found.strategy is None else "  of each worker's"
+    table.add_row(whose, show_bytes(found.room), _VERDICTS[found.fits])
     table.add_row("[bold]training time[/bold]", *_shown(found.seconds, show_seconds))
     if found.cost is not None:
         table.add_row("[bold]cost[/bold]", *_shown(found.cost, "{:,.2f}".format))
     what = f"{config.model.name}, {config.method.type}, {config.train.max_steps} steps"
     # Text, so that brackets in a path are not taken for markup.
     console.print(Text(f"{what} on {hardware.device_name} ({hardware.device})", style="bold"))
+    if found.strategy is not None:
+        workers = config.scaling.num_workers
+        each = f"each of {workers} workers" if workers > 1 else "one worker"
+        console.print(Text(f"{each}, {found.strategy}: {found.strategy_why}"))
     console.print(table)
     console.print(Text(_ground(found), style="dim"))
 
@@ -119,7 +124,8 @@ def show_bytes(value: float) -> str:
 def _ground(found: Estimate) -> str:
     """What the figures rest on."""
     if not found.trials:
-        return "by formula alone: no trial on such a device has been measured yet"
+        such = "such a device" if found.strategy is None else f"such devices under {found.strategy}"
+        return f"by formula alone: no trial on {such} has been measured yet"
     return (
         f"the parts by formula; the totals corrected by {found.trials} measured trials, "
         f"{found.near_trials} of them of this model and method"

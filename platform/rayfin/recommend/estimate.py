@@ -15,6 +15,7 @@ from rayfin.hardware import Hardware
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend.measured import Lengths, Machine, Measured
 from rayfin.recommend.memory import MemoryParts
+from rayfin.training.strategies import choose, needs_group
 
 if TYPE_CHECKING:
     from rayfin.data import DataProfile
@@ -59,11 +60,16 @@ class Estimate:
     """Of the optimizer steps; loading and evaluations come on top."""
     cost: Interval | None
     trials: int
-    """Measured trials on this kind of device that corrected it."""
+    """Measured trials on this kind of device, shared in this way, that corrected it."""
     near_trials: int
     """Those of them that had this model and this method."""
+    room: float
+    """Bytes of its device that are a worker's."""
     fits: bool | None
-    """Whether the device's memory is enough; None where the interval does not tell."""
+    """Whether that is enough; None where the interval does not tell."""
+    strategy: str | None
+    """How several workers share the trial; None where one process holds all."""
+    strategy_why: str | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,16 +88,23 @@ def estimate(
     """What training `config` on `hardware` takes, corrected by the trials in `measured`.
 
     `profile` tells how long the samples are; without it all have `tokens`, or else
-    data.max_length, and a loss on every one. `price_per_hour` is that of all workers together.
-    Raises ConfigError for numbers that can't be meant.
+    data.max_length, and a loss on every one. `price_per_hour` is that of all workers together,
+    which share the memory of `hardware` where that has no GPU. Raises ConfigError for numbers that
+    can't be meant.
     """
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise ConfigError(f"price_per_hour={price_per_hour} must be 0 or more, or left out")
     length = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
     lengths = Lengths.of(profile) if profile is not None else Lengths(length, length, length, 1.0)
+    config, why = _settled(config, facts, hardware)
     machine = Machine(hardware.device, hardware.device_name, hardware.cpu_count)
     this = Measured(config, facts, machine, lengths)
-    alike = [trial for trial in measured if trial.machine.device == hardware.device]
+    # What one process took says little of what several take that share.
+    alike = [
+        trial
+        for trial in measured
+        if trial.machine.device == hardware.device and _sharing(trial) == _sharing(this)
+    ]
     parts = this.parts
     peak = _corrected(
         parts.total,
@@ -107,7 +120,9 @@ def estimate(
         _TIME_SPREAD,
     )
     seconds = step.times(config.train.max_steps)
-    room = hardware.device_memory - (_CUDA_RESERVE if hardware.device == "cuda" else 0)
+    on_gpu = hardware.device == "cuda"
+    room = hardware.device_memory / (1 if on_gpu else config.scaling.num_workers)
+    usable = room - (_CUDA_RESERVE if on_gpu else 0)
     return Estimate(
         parts=parts,
         memory=peak,
@@ -115,8 +130,29 @@ def estimate(
         cost=None if price_per_hour is None else seconds.times(price_per_hour / 3600),
         trials=len(alike),
         near_trials=sum(all(_same(trial, this)) for trial in alike),
-        fits=True if peak.high <= room else False if peak.low > room else None,
+        room=room,
+        fits=True if peak.high <= usable else False if peak.low > usable else None,
+        strategy=_sharing(this),
+        strategy_why=why,
     )
+
+
+def _settled(config: Config, facts: ModelFacts, hardware: Hardware) -> tuple[Config, str | None]:
+    """`config` with its strategy named as its workers would, and why that one."""
+    scaling = config.scaling
+    if not needs_group(scaling):
+        return config, None
+    if scaling.strategy != "auto":
+        return config, "asked for"
+    workers = scaling.num_workers
+    strategy, why = choose(config.method, facts, hardware, workers=workers, here=workers)
+    named = scaling.model_copy(update={"strategy": strategy})
+    return config.model_copy(update={"scaling": named}), why
+
+
+def _sharing(trial: Measured) -> str | None:
+    scaling = trial.config.scaling
+    return scaling.strategy if needs_group(scaling) else None
 
 
 def _same(one: Measured, other: Measured) -> list[bool]:

@@ -42,9 +42,10 @@ class MemoryCheck:
     def __call__(self, plan: SweepPlan, trial: PlannedTrial) -> str | None:
         config = trial_config(plan.config, trial.values)
         corpus = plan.corpus(config.data)
-        # No batch is larger than the data.
+        # No batch is larger than the data; of a step's samples each worker has as many.
+        workers = config.scaling.num_workers
         batches = {
-            "train.per_device_train_batch_size": len(corpus.train),
+            "train.per_device_train_batch_size": max(1, len(corpus.train) // workers) * workers,
             "train.per_device_eval_batch_size": len(corpus.eval),
         }
         sizes = config.train.model_dump()
@@ -64,7 +65,7 @@ class MemoryCheck:
             measured=self._measured,
             profile=self._profile(config, corpus),
         )
-        return _refusal(found, hardware) if found.fits is False else None
+        return _refusal(found, hardware, config) if found.fits is False else None
 
     @cached_property
     def _measured(self) -> list[Measured]:
@@ -94,21 +95,23 @@ def _share(hardware: Hardware, config: Config) -> Hardware:
 
     So many as `rayfin.tuning.tune.trial_resources` lets run on one machine.
     """
-    concurrent = config.sweep.max_concurrent_trials
-    if concurrent == "auto":  # one a device
+    concurrent, workers = config.sweep.max_concurrent_trials, config.scaling.num_workers
+    # One a device; and the workers of a group never share one.
+    if concurrent == "auto" or (hardware.device == "cuda" and workers > 1):
         return hardware
-    places = hardware.cpu_count if hardware.device == "cpu" else concurrent
+    places = max(1, hardware.cpu_count // workers) if hardware.device == "cpu" else concurrent
     running = min(concurrent, config.sweep.num_samples, places)
     sharing = math.ceil(running / max(1, hardware.device_count))
     return replace(hardware, device_memory=hardware.device_memory // sharing)
 
 
-def _refusal(found: Estimate, hardware: Hardware) -> str:
+def _refusal(found: Estimate, hardware: Hardware, config: Config) -> str:
     low, high, room = (
-        f"{value / 2**30:.1f}"
-        for value in (found.memory.low, found.memory.high, hardware.device_memory)
+        f"{value / 2**30:.1f}" for value in (found.memory.low, found.memory.high, found.room)
     )
+    workers = config.scaling.num_workers
+    who = f"each of its {workers} workers ({found.strategy})" if workers > 1 else "it"
     return (
-        f"not started: by the estimate it needs {low} to {high} GiB, and has {room} GiB on "
+        f"not started: by the estimate {who} needs {low} to {high} GiB, and has {room} GiB on "
         f"{hardware.device_name}; rayfin estimate tells what for"
     )

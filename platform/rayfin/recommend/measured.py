@@ -133,9 +133,11 @@ def _measured(record: TrialRecord) -> Measured | None:
     try:
         scenario = _SCENARIO.validate_python(record.scenario)
         sections = {name: record.spec[name] for name in ("model", "data", "method", "train")}
-        workers = record.scenario["hardware"].get("num_workers", 1)
+        hardware = record.scenario["hardware"]
+        known = ("num_workers", "strategy", "cpu_offload")
+        scaling = {name: hardware[name] for name in known if name in hardware}
         trial = Measured(
-            config=Config.model_validate({**sections, "scaling": {"num_workers": workers}}),
+            config=Config.model_validate({**sections, "scaling": scaling}),
             facts=scenario.model,
             machine=scenario.hardware,
             lengths=scenario.data,

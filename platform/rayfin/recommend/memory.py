@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple, assert_never
+from typing import Literal
 
-from rayfin.config.method import (
-    AdaloraConfig,
-    DoraConfig,
-    FullConfig,
-    Ia3Config,
-    LowRankConfig,
-    MethodConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    PTuningConfig,
-)
+from rayfin.config.method import DoraConfig, FullConfig, Ia3Config
 from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.methods.table import METHODS
 from rayfin.models.facts import ModelFacts
+from rayfin.recommend.layers import (
+    block_linears,
+    rank,
+    scaled,
+    targets,
+    trained_parameters,
+    virtual_tokens,
+)
+from rayfin.recommend.sharding import Whole, held
 from rayfin.training.strategies import share_of_step
 
 Device = Literal["cpu", "cuda"]
@@ -32,9 +30,6 @@ _FLOAT32 = 4
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight: 4 bits, an 8-bit constant for 64 of them, and a float32 for 256 such constants (double
 quantisation: arXiv:2305.14314, section 3)."""
-_ADAMW_BYTES = 8
-"""A trained parameter: two moments in float32, as torch's AdamW keeps them."""
-
 _PROCESS = 500 * 2**20
 """What an interpreter with torch, transformers, peft and bitsandbytes holds on CPU, where the
 measured peak is the resident memory of the whole process. Measured: x86-64 Linux, torch 2.13."""
@@ -88,152 +83,14 @@ def teaching_memory(parameters: float, method: Literal["full", "lora", "qlora"])
     return MemoryParts(weights, 0.0, 2 * trained, 8 * trained, shares[method] * parameters, 0.0)
 
 
-class Linear(NamedTuple):
-    """A linear layer of a block; those that read the same tensor have the same `reads`."""
-
-    reads: str
-    inputs: int
-    outputs: int
-
-
-# A block's linear layers by name: queries, keys and values, attention's output, the MLP's.
-_FUSED = {
-    "GPT2": ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"),
-    "GPTNeoX": ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
-}
-
-
-def block_linears(facts: ModelFacts) -> dict[str, Linear]:
-    """The linear layers of one block by the end of their names; Llama's, where none other fits."""
-    hidden, wide = facts.hidden_size, facts.intermediate_size
-    heads = facts.num_attention_heads * facts.head_dim
-    shared = facts.num_key_value_heads * facts.head_dim
-    output = Linear("heads", heads, hidden)
-    up, down = Linear("mlp", hidden, wide), Linear("wide", wide, hidden)
-    for family, names in _FUSED.items():
-        if facts.architecture.startswith(family):
-            first = Linear("attention", hidden, heads + 2 * shared)
-            return dict(zip(names, (first, output, up, down), strict=True))
-    key = Linear("attention", hidden, shared)
-    attention = {"q_proj": Linear("attention", hidden, heads), "k_proj": key, "v_proj": key}
-    if facts.architecture.startswith("OPT"):
-        return {**attention, "out_proj": output, "fc1": up, "fc2": down}
-    return {**attention, "o_proj": output, "gate_proj": up, "up_proj": up, "down_proj": down}
-
-
-def targets(method: MethodConfig, facts: ModelFacts) -> Iterator[tuple[str, Linear, float]]:
-    """Name, linear layer and number of blocks for all that `method` adapts; none where it has none.
-
-    A name that the table of `block_linears` lacks counts as a square matrix of the hidden width.
-    """
-    linears, layers = block_linears(facts), float(facts.num_layers)
-    names = getattr(method, "target_modules", ())
-    if names == "all-linear":
-        known = layers * sum(linear.inputs * linear.outputs for linear in linears.values())
-        # Of an architecture that the table lacks (experts, say) the weights still tell how many.
-        share = facts.linear_parameters / known
-        yield from ((name, linear, layers * share) for name, linear in linears.items())
-        return
-    for name in _ia3_choice(facts) if names is None else names:
-        if name.rpartition(".")[2] == "lm_head":
-            yield name, Linear("head", facts.hidden_size, facts.vocab_size), 1.0
-            continue
-        # PEFT compares ends: `q_proj` is every block's, `layers.3.self_attn.q_proj` only one's.
-        blocks = 1.0 if any(part.isdigit() for part in name.split(".")) else layers
-        ends = [
-            linear
-            for end, linear in linears.items()
-            if end == name or end.endswith(f".{name}") or name.endswith(f".{end}")
-        ]
-        for linear in ends or [Linear(name, facts.hidden_size, facts.hidden_size)]:
-            yield name, linear, blocks
-
-
-def _ia3_choice(facts: ModelFacts) -> tuple[str, ...]:
-    """PEFT's own, by architecture (TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)."""
-    names = tuple(block_linears(facts))
-    if "q_proj" not in names:
-        return names[0], names[-1]
-    if facts.architecture.startswith("OPT"):
-        return "q_proj", "k_proj", names[-1]
-    key = "k_proj" if facts.architecture.startswith(("LlamaFor", "Mistral")) else "q_proj"
-    return key, "v_proj", names[-1]
-
-
-def trained_parameters(method: MethodConfig, facts: ModelFacts) -> int:
-    """How many parameters PEFT attaches and trains; all of the model's for full fine-tuning."""
-    match method:
-        case FullConfig():
-            return facts.parameters
-        case LowRankConfig() | AdaloraConfig():
-            total = 0.0
-            for _, linear, blocks in targets(method, facts):
-                total += blocks * _rank(method) * (linear.inputs + linear.outputs)
-                if isinstance(method, DoraConfig):
-                    total += blocks * linear.outputs  # a magnitude for each
-                if isinstance(method, AdaloraConfig):
-                    total += blocks * method.init_r  # a singular value for each
-            return round(total)
-        case Ia3Config():
-            found = targets(method, facts)
-            return round(
-                sum(blocks * _scaled(method, name, linear) for name, linear, blocks in found)
-            )
-        case PTuningConfig():
-            return _prompt_encoder(method, facts.hidden_size)
-        case PrefixTuningConfig():
-            # The width of PEFT's token_dim here: that of one token's keys.
-            width, tokens = facts.num_key_value_heads * facts.head_dim, method.num_virtual_tokens
-            both = 2 * facts.num_layers * width
-            if not method.prefix_projection:
-                return tokens * both
-            hidden = method.encoder_hidden_size or width
-            return tokens * width + (width + 1) * hidden + (hidden + 1) * both
-        case PromptTuningConfig():
-            return method.num_virtual_tokens * facts.hidden_size
-        case _:
-            assert_never(method)
-
-
-def _rank(method: MethodConfig) -> int:
-    """Of the matrices when training begins; 0 where there are none."""
-    rank: int = getattr(method, "init_r", getattr(method, "r", 0))
-    return rank
-
-
-def _scaled(method: Ia3Config, name: str, linear: Linear) -> int:
-    """IA3's factors of one layer: its outputs, or the inputs of a feed-forward one."""
-    forward = method.feedforward_modules
-    inputs = linear.reads == "wide" if forward is None else name in forward
-    return linear.inputs if inputs else linear.outputs
-
-
-def _prompt_encoder(method: PTuningConfig, width: int) -> int:
-    """Parameters of PEFT's PromptEncoder: an embedding, then an MLP, or an LSTM and an MLP."""
-    embedding = method.num_virtual_tokens * width
-    hidden = method.encoder_hidden_size or width
-    if method.encoder_reparameterization_type == "MLP":
-        return embedding + (width + 1) * hidden + (hidden + 1) * hidden + (hidden + 1) * width
-    inputs = [width] + [2 * hidden] * (method.encoder_num_layers - 1)
-    # Two directions of four gates, each with weights for input and state, and two biases.
-    lstm = sum(2 * 4 * hidden * (size + hidden + 2) for size in inputs)
-    return embedding + lstm + (2 * hidden + 1) * (2 * hidden) + (2 * hidden + 1) * width
-
-
 def base_width(config: Config, device: Device) -> int:
     """Bytes of a base weight that is not quantised: as `rayfin.models.load_base` loads them."""
-    if isinstance(config.method, FullConfig):
+    zero = config.scaling.strategy.startswith("deepspeed")
+    if isinstance(config.method, FullConfig) and not zero:
         return _FLOAT32  # `attach` makes what is trained float32
     if config.model.dtype != "auto":
         return _WIDTH[config.model.dtype]
     return _FLOAT32 if device == "cpu" else 2
-
-
-def virtual_tokens(method: MethodConfig) -> int:
-    """Tokens that stand in every row of the batch beside the data's; a prefix is none of them."""
-    if isinstance(method, PTuningConfig | PromptTuningConfig):
-        return method.num_virtual_tokens
-    return 0
 
 
 def memory_of(
@@ -248,39 +105,46 @@ def memory_of(
 
     As `peak_memory_bytes` is measured: on CPU what the process has resident, on CUDA what torch
     has allocated. `tokens`: of the longest sample (data.max_length where it is not known);
-    `completion_share`: tokens with a loss / tokens. Raises ConfigError where they can't be that.
+    `completion_share`: tokens with a loss / tokens. scaling.strategy=auto counts as ddp: `estimate`
+    knows what is chosen. Raises ConfigError where the numbers can't be that.
     """
     if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens={tokens} must be 1 or more, or left out")
     if not 0 < completion_share <= 1:
         raise ConfigError(f"completion_share={completion_share} must be above 0 and at most 1")
-    trained = trained_parameters(config.method, facts)
+    scaling = config.scaling
     longest = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
     length = longest + virtual_tokens(config.method)
-    # DistributedDataParallel gathers gradients in buckets beside them.
-    copies = min(config.scaling.num_workers, 2)
+    whole = _whole(config, facts, device)
+    share = held(scaling.strategy, whole, workers=scaling.num_workers, offload=scaling.cpu_offload)
+    # safetensors maps the file: on CPU its pages are resident beside what is made of them. Whoever
+    # takes his part of the base has all of it before.
+    loading = _WIDTH.get(facts.dtype, _FLOAT32) * facts.parameters + max(
+        0.0, whole.weights - share.weights
+    )
     return MemoryParts(
-        weights=_weights(config, facts, device),
-        adapter=0.0 if isinstance(config.method, FullConfig) else _FLOAT32 * trained,
-        gradients=copies * _FLOAT32 * trained,
-        optimizer=_ADAMW_BYTES * trained,
+        *share,
         activations=max(
             _training_step(config, facts, device, length, completion_share),
             _evaluation(config, facts, device, length, completion_share),
-            # safetensors maps the file: on CPU its pages are resident beside what is made of them.
-            _WIDTH.get(facts.dtype, _FLOAT32) * facts.parameters if device == "cpu" else 0.0,
+            loading if device == "cpu" else 0.0,
         ),
         overhead=_PROCESS if device == "cpu" else _CUBLAS,
     )
 
 
-def _weights(config: Config, facts: ModelFacts, device: Device) -> float:
+def _whole(config: Config, facts: ModelFacts, device: Device) -> Whole:
     width, bits = base_width(config, device), config.method.quantization_bit
-    if bits is None:
-        return width * facts.parameters
     # LLM.int8() has a float32 scale for every row (arXiv:2208.07339).
-    each = _NF4_BYTES if bits == 4 else 1 + _FLOAT32 / facts.hidden_size
-    return each * facts.linear_parameters + width * (facts.parameters - facts.linear_parameters)
+    each = {4: _NF4_BYTES, 8: 1 + _FLOAT32 / facts.hidden_size, None: width}[bits]
+    return Whole(
+        linear=each * facts.linear_parameters,
+        rest=width * (facts.parameters - facts.linear_parameters),
+        layers=facts.num_layers,
+        trained=trained_parameters(config.method, facts),
+        full=isinstance(config.method, FullConfig),
+        computed=2 if device == "cuda" else _FLOAT32,
+    )
 
 
 def _block_numbers(config: Config, facts: ModelFacts, device: Device) -> float:
@@ -303,14 +167,14 @@ def _block_numbers(config: Config, facts: ModelFacts, device: Device) -> float:
     for name, linear, blocks in targets(method, facts):
         share = blocks / facts.num_layers
         if isinstance(method, Ia3Config):
-            numbers += share * _scaled(method, name, linear)
+            numbers += share * scaled(method, name, linear)
             continue
         # What several layers read is kept once, unless dropout or autocast copies it for each.
         copied = getattr(method, "lora_dropout", 0) > 0 or device == "cuda"
         if copied or linear.reads != "heads":  # attention's output, which is kept already
             inputs[name if copied else linear.reads] = share * linear.inputs
         products = 2 * linear.outputs if isinstance(method, DoraConfig) else 0
-        numbers += share * (_rank(method) + products)  # a magnitude's gradient needs both products
+        numbers += share * (rank(method) + products)  # a magnitude's gradient needs both products
     return numbers + sum(inputs.values())
 
 
@@ -324,7 +188,8 @@ def _training_step(
     kept = facts.num_layers * block
     if config.train.gradient_checkpointing:  # a block's input each, and one block at a time
         kept = facts.num_layers * rows * width * facts.hidden_size + block
-    if isinstance(config.method, FullConfig) and device == "cuda":
+    float32 = isinstance(config.method, FullConfig) and config.scaling.strategy in ("auto", "ddp")
+    if float32 and device == "cuda":
         kept += 2 * facts.parameters  # autocast keeps its 16-bit copies for the backward pass
     # float32: the log-probabilities, their gradient and that of the logits; the head runs on the
     # tokens with a loss only (rayfin.training.scoring).

@@ -6,7 +6,7 @@ from rayfin.config.method import FullConfig
 from rayfin.config.schema import Config
 from rayfin.methods.table import METHODS
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend import memory
+from rayfin.recommend.layers import trained_parameters, virtual_tokens
 from rayfin.recommend.memory import Device
 from rayfin.training.strategies import share_of_step
 
@@ -38,12 +38,12 @@ def step_seconds(
     completion_share: float,
 ) -> float:
     """Of an optimizer step, of samples with so many `tokens` each, where a share has a loss."""
-    length = tokens + memory.virtual_tokens(config.method)
+    length = tokens + virtual_tokens(config.method)
     share = share_of_step(config.train, config.scaling.num_workers)
     flops = share.batch_size * length
     flops *= flops_per_token(config, facts, length, completion_share)
-    if device == "cpu":
-        speed = _CORE_FLOPS * cpu_count
+    if device == "cpu":  # whose cores the workers share
+        speed = _CORE_FLOPS * cpu_count / config.scaling.num_workers
     else:
         known = (peak for part, peak in _PEAK_FLOPS.items() if part in device_name)
         speed = _SUSTAINED * next(known, 60e12)  # a guess at any other
@@ -67,5 +67,5 @@ def flops_per_token(
     full = isinstance(config.method, FullConfig)
     passes = (3 if full else 2) + config.train.gradient_checkpointing
     everywhere = not full and METHODS[config.method.type].trains == "low rank"
-    adapter = memory.trained_parameters(config.method, facts) if everywhere else 0
+    adapter = trained_parameters(config.method, facts) if everywhere else 0
     return passes * forward + 6 * adapter

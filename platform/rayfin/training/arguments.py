@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from rayfin.training.parallel import Parallel
 
 
-def training_arguments(parallel: Parallel, directory: Path) -> TrainingArguments:
+def training_arguments(
+    parallel: Parallel, model: torch.nn.Module, directory: Path
+) -> TrainingArguments:
     """Evaluation, saving and the order of samples are ours; all else is Transformers'."""
     train, cuda = parallel.train, parallel.hardware.device == "cuda"
     return TrainingArguments(
@@ -37,5 +40,5 @@ def training_arguments(parallel: Parallel, directory: Path) -> TrainingArguments
         disable_tqdm=True,
         dataloader_pin_memory=cuda,
         ddp_find_unused_parameters=False,
-        **parallel.arguments(),
+        **parallel.arguments(model),
     )

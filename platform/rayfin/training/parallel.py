@@ -61,8 +61,8 @@ class Parallel:
             return "float32"
         return "bfloat16" if self.hardware.bf16 else "float16"
 
-    def arguments(self) -> dict[str, Any]:
-        """What Transformers' TrainingArguments need beside rayfin's own."""
+    def arguments(self, model: torch.nn.Module) -> dict[str, Any]:
+        """What Transformers' TrainingArguments need beside rayfin's own, to train `model`."""
         return {"use_cpu": self.hardware.device == "cpu"}
 
     def loading(self) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from typing import Any
 from rayfin.config import Config, MethodConfig, ScalingConfig, TrainConfig
 from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError
+from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.models import ModelFacts
 from rayfin.training.strategy_files import deepspeed_settings, read_own
@@ -191,12 +192,16 @@ def verified() -> dict[str, dict[str, list[str]]]:
 
 
 def choose(
-    method: MethodConfig, facts: ModelFacts, *, workers: int, memory: float, bytes_a_weight: float
+    method: MethodConfig, facts: ModelFacts, hardware: Hardware, *, workers: int, here: int
 ) -> tuple[Strategy, str]:
-    """(strategy, why) for scaling.strategy=auto: the simplest that fits `memory` bytes a worker.
+    """(strategy, why) for scaling.strategy=auto: the simplest that fits the memory of a worker.
 
-    `bytes_a_weight`: of the base as it is loaded. Only what `verified` holds is chosen.
+    `here`: how many of the `workers` share the memory of a machine that has no GPU. Only what
+    `verified` holds is chosen.
     """
+    on_gpu = hardware.device == "cuda"
+    memory = hardware.device_memory if on_gpu else hardware.host_memory / here
+    bytes_a_weight = {4: 0.6, 8: 1.1, None: 2.0 if on_gpu else 4.0}[method.quantization_bit]
     name = method.type
     seen = {s for s, methods in verified()["cpu"].items() if name in methods}
     order: list[Strategy] = ["ddp"]

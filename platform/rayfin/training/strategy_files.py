@@ -17,6 +17,9 @@ from rayfin.errors import ConfigError, did_you_mean
 
 Settings = dict[str, Any]
 
+LARGEST_BUCKET = 500_000_000
+"""Gradients that DeepSpeed sends at a time at most: its own default of reduce_bucket_size."""
+
 _OWNER = {
     "train_batch_size": "train.per_device_train_batch_size and train.gradient_accumulation_steps",
     "train_micro_batch_size_per_gpu": "train.per_device_train_batch_size",

@@ -69,7 +69,7 @@ class TrialTrainer(Trainer):
         parallel.shard(model)
         super().__init__(
             model=model,
-            args=training_arguments(parallel, checkpoints.path),
+            args=training_arguments(parallel, model, checkpoints.path),
             train_dataset=planned,
             data_collator=Collator(pad_token_id, train.packing),
             callbacks=[_Flow(self)],

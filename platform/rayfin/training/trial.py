@@ -69,6 +69,7 @@ def run_trial(
             }
             if group.size > 1 or group.strategy != "ddp":
                 scenario["hardware"] |= {"strategy": group.strategy, "strategy_why": group.why}
+                scenario["hardware"] |= {"cpu_offload": group.cpu_offload}
             scenario["data"] = warm.tokenized(spec).profile.as_dict()
         return _train(
             spec,

@@ -263,18 +263,8 @@ def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Gr
     import torch.distributed as dist
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    on_gpu = hardware.device == "cuda"
-    chosen = [
-        choose(
-            spec.method,
-            warm.facts(spec.model),
-            workers=group.size,
-            memory=hardware.device_memory if on_gpu else hardware.host_memory / here,
-            bytes_a_weight={4: 0.6, 8: 1.1, None: 2.0 if on_gpu else 4.0}[
-                spec.method.quantization_bit
-            ],
-        )
-    ]
+    facts = warm.facts(spec.model)
+    chosen = [choose(spec.method, facts, hardware, workers=group.size, here=here)]
     if group.size > 1:
         dist.broadcast_object_list(chosen, src=0)
     strategy, why = chosen[0]

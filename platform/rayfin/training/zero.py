@@ -15,7 +15,7 @@ from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
 from rayfin.training.parallel import MOMENTS, Parallel, Tensors, trained
 from rayfin.training.strategies import Group
-from rayfin.training.strategy_files import deepspeed_settings
+from rayfin.training.strategy_files import LARGEST_BUCKET, deepspeed_settings
 
 if TYPE_CHECKING:
     from rayfin.training.trainer import TrialTrainer
@@ -47,7 +47,17 @@ class Zero(Parallel):
             offload=self.group.cpu_offload,
         )
 
-    def arguments(self) -> dict[str, Any]:
+    def settings_for(self, model: torch.nn.Module) -> dict[str, Any]:
+        """`settings`, with a buffer for gradients that is no larger than `model` has use for.
+
+        DeepSpeed allocates it whole, by default two gigabytes for the few megabytes of an adapter.
+        """
+        numbers = sum(getattr(p, "ds_numel", p.numel()) for _, p in trained(model))
+        bucket = {"reduce_bucket_size": min(LARGEST_BUCKET, numbers)}
+        own = self.settings["zero_optimization"]
+        return self.settings | {"zero_optimization": bucket | own}
+
+    def arguments(self, model: torch.nn.Module) -> dict[str, Any]:
         from accelerate.state import AcceleratorState, PartialState
 
         # Accelerate takes DeepSpeed for a thing of GPUs, unless the state is made by hand.
@@ -58,7 +68,7 @@ class Zero(Parallel):
         finally:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]
         return {
-            "deepspeed": self.settings,
+            "deepspeed": self.settings_for(model),
             "accelerator_config": {"use_configured_state": True},
         }
 

@@ -14,7 +14,6 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Place, Storage
-from rayfin.training.strategies import needs_group
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
@@ -67,8 +66,7 @@ def run_sweep(
     - `first`: points to try before the sampler's own.
     - `advise`: makes the advisor that sweep.search=advisor needs, and auto takes if there is one.
     - `refuse`: asked before a trial starts on this machine; what it refuses becomes a row that ran
-      out of memory, with the reason. A cluster's machines may be others, and are not judged, nor
-      are trials of several workers.
+      out of memory, with the reason. A cluster's machines may be others, and are not judged.
 
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
@@ -85,9 +83,7 @@ def run_sweep(
     progress = progress or Progress()
     with _alone(plan):
         advisor = _advisor(plan, advise)
-        # The estimate is of one process.
-        alone = cluster is None and not needs_group(config.scaling)
-        refuse = refuse if alone else None
+        refuse = refuse if cluster is None else None
         return _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
 
 
