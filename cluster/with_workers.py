@@ -5,7 +5,8 @@
 
 A sweep plans with the nodes that are there when it begins. This asks the autoscaler for COUNT times
 RESOURCE (`GPU`, or `CPU=8` for so many on one node), waits for them, and starts the command. Where
-the cloud has fewer within --patience seconds, the command starts with those; with none, it doesn't.
+the cloud has fewer within --patience seconds, the command starts with those, and no more are asked
+for; with none, it doesn't.
 """
 
 from __future__ import annotations
@@ -39,6 +40,9 @@ def main() -> int:
         if found == 0:
             print(f"with_workers.py: no node with {name}={amount:g} came", file=sys.stderr)
             return 1
+        if found < args.count:
+            # The command would not use what comes later, and it would be paid for.
+            request_resources(bundles=[{name: amount}] * found)
         return subprocess.run(args.command, check=False).returncode
     finally:
         request_resources(bundles=[])

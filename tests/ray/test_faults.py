@@ -86,7 +86,8 @@ def test_a_trial_whose_group_loses_a_process_ends_as_it_would_have(
             print(told)
             assert end.status == "finished", (told, end.error)
             assert seen == sorted(seen), f"it started anew, and not from its checkpoint: {told}"
-            assert killer.killed is None or ended - killer.killed[1] < SECONDS, told
+            assert killer.killed is not None, f"it ended first: {told}"
+            assert ended - killer.killed[1] < SECONDS, told
             for point, other in zip(end.curve, wholes[mine.data].curve, strict=True):
                 assert point == pytest.approx(other, abs=1e-4), told
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 import shutil
 import subprocess
 import threading
@@ -156,8 +157,6 @@ def test_a_trial_fits_on_a_node(
         # No two workers share a GPU, however many trials are asked for.
         ([{"CPU": 16, "GPU": 5}], 99, {"CPU": 4, "GPU": 1}, 2),
         ([{"CPU": 2, "GPU": 4}], "auto", {"CPU": 0, "GPU": 1}, 2),
-        # One GPU is too few for two workers, which take the CPUs then.
-        ([{"CPU": 4, "GPU": 1}], "auto", {"CPU": 2, "GPU": 0}, 1),
     ],
 )
 def test_a_trial_of_two_workers_fits_on_nodes(
@@ -172,6 +171,17 @@ def test_a_trial_of_more_workers_than_there_is_room_for_is_refused(config: Confi
     scaling = config.scaling.model_copy(update={"num_workers": 3})
     with pytest.raises(HardwareError, match="the cluster has 2 CPUs; use at most 2 workers"):
         trial_resources(config.model_copy(update={"scaling": scaling}), [{"CPU": 2}])
+
+
+def test_a_group_does_not_go_to_the_cpus_where_there_are_too_few_gpus(config: Config) -> None:
+    """It would train for days beside machines that are paid for by the hour."""
+    scaling = config.scaling.model_copy(update={"num_workers": 2})
+    nodes = [{"CPU": 4, "GPU": 1}]
+    with pytest.raises(HardwareError, match=r"has 1 GPU; use at most 1 worker, .*use_gpu=false"):
+        trial_resources(config.model_copy(update={"scaling": scaling}), nodes)
+    scaling = scaling.model_copy(update={"use_gpu": False})
+    each = trial_resources(config.model_copy(update={"scaling": scaling}), nodes)[0]
+    assert each == {"CPU": 2, "GPU": 0}
 
 
 def test_no_cpu_at_all_is_refused(config: Config) -> None:
@@ -219,18 +229,57 @@ def test_a_history_that_fails_for_a_moment_misses_nothing(plan: SweepPlan) -> No
     assert not checkpoint.exists()
 
 
-def test_a_worker_that_dies_before_its_trial_starts_leaves_a_failed_row(plan: SweepPlan) -> None:
+DIED = """The actor died unexpectedly before finishing this task.
+\tclass_name: with_resources.<locals>.ResourceTrainable
+\tpid: 3970
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"""
+TRACE = """ray::WarmTrial.__init__() (pid=3970, ip=127.0.0.1)
+  File "worker.py", line 115, in setup
+OSError: no torch"""
+FULL = """1 worker(s) were killed due to the node running low on memory. 9GB used / 10GB limit
+OOM kill reason: Memory usage exceeded threshold"""
+
+
+@pytest.mark.parametrize(
+    ("told", "status", "recorded"),
+    [
+        (
+            DIED,
+            "failed",
+            r": The actor died unexpectedly .* task\. The actor is dead .* SYSTEM_ERROR$",
+        ),
+        (TRACE, "failed", r": OSError: no torch$"),
+        (FULL, "oom", r"low on memory\. 9GB .* limit; lower train\.per_device"),
+        (None, "failed", r": its process ended$"),
+    ],
+    ids=["died", "trace", "memory", "nothing"],
+)
+def test_a_worker_that_dies_before_its_trial_starts_leaves_a_row_with_the_reason(
+    plan: SweepPlan, tmp_path: Path, told: str | None, status: str, recorded: str
+) -> None:
+    """The newest one of those that Tune noted, as it notes them."""
     history: Any = Failing()
     history.broken = False
-    recorder = Recorder(history, lambda _: None)
-    planned = plan.trial({"method.r": 2, "train.seed": 0})
-    tune_trial: Any = SimpleNamespace(
-        trial_id="t", config=planned.as_tune_config(), get_pickled_error=lambda: OSError("no torch")
+    restarted: list[str] = []
+    shown: list[TrialRecord] = []
+    recorder = Recorder(
+        history, shown.append, on_restart=lambda row, error: restarted.append(error)
     )
-    TuneRecorder(recorder, Stranded({}, print)).on_trial_error(0, [], tune_trial)
+    planned = plan.trial({"method.r": 2, "train.seed": 0})
+    notes = tmp_path / "error.txt"
+    tune_trial: Any = SimpleNamespace(
+        trial_id="t", config=planned.as_tune_config(), error_file=str(notes)
+    )
+    hooks = TuneRecorder(recorder, Stranded({}, print))
+    hooks.on_trial_recover(0, [], tune_trial)
+    assert [row.status for row in shown] == ["running"], "who shows it must know it"
+    if told is not None:
+        earlier = "Failure # 1 (occurred at 2026-11-27_21-42-47)\nsomething else\n"
+        notes.write_text(f"{earlier}Failure # 2 (occurred at 2026-11-27_21-43-01)\n{told}\n")
+    hooks.on_trial_error(0, [], tune_trial)
     (row,) = history.rows.values()
-    assert row.status == "failed" and "no torch" in (row.error or "")
-    assert not recorder.running
+    assert row.status == status and re.search(recorded, row.error or ""), row.error
+    assert not recorder.running and len(restarted) == 1
 
 
 # --- resume -----------------------------------------------------------------------------------

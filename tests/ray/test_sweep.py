@@ -147,3 +147,19 @@ def test_a_trial_that_cannot_fit_is_not_started(lab: Any) -> None:
     assert (judged.trial_id, judged.status) == (large.trial_id, "oom")
     assert judged.created_at == large.created_at and judged.directory is None
     assert (judged.error or "").startswith("not started: by the estimate it needs")
+
+
+def test_what_ray_ends_for_want_of_memory_is_a_trial_and_not_the_sweep(lab: Any) -> None:
+    """Its memory monitor ends every process here, as none may take more than nothing."""
+    lab.environment |= {
+        "RAY_memory_usage_threshold": "0.001",
+        "RAY_memory_monitor_refresh_ms": "100",
+    }
+    settings = ("sweep.search=grid", "sweep.num_samples=2", "sweep.parameters={method.r: [2, 4]}")
+    sweep = lab.rayfin("sweep", *settings, "train.max_steps=2000")
+    assert sweep.end() == 1, sweep.err
+    assert [row.status for row in lab.rows()] == ["oom", "oom"]
+    for row in lab.rows():
+        assert "running low on memory" in (row.error or "")
+        assert "lower train.per_device_train_batch_size" in (row.error or "")
+    assert "Traceback" not in sweep.err

@@ -7,6 +7,7 @@ import random
 import re
 import secrets
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,6 +27,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # A node that falls silent is given up after two checks of 10 s, not five: see docs/distributed.md.
 HEAD = {"RAY_health_check_failure_threshold": "2"}
+SECONDS = 150.0
+"""The bound: so long after the head was lost a sweep has ended."""
+CONTROLLER = "ray::TrainController"
 STEPS = 200
 LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.scheduler=none")
 
@@ -144,6 +148,58 @@ def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
     assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
 
 
+def test_a_group_that_loses_a_node_waits_for_another(
+    cluster: Cluster, network: Any, lab: Any
+) -> None:
+    """Longer than Ray Train does, and with no attempt of the trial's spent on it."""
+    settings = ("train.max_steps=200", "train.eval_steps=10", "sweep.max_failures=1")
+    training = lab.rayfin("train", *settings, "scaling.num_workers=2", "--address", cluster.address)
+    row = training.until(lambda: next((r for r in lab.rows() if lab.saved(r) >= 20), None))
+    began = {process.pid for process in cluster.head.processes(CONTROLLER)}
+    cluster.worker.end()
+
+    def gave_up() -> bool:
+        """Whether one controller has seen the loss, and one has waited in vain."""
+        began.update(process.pid for process in cluster.head.processes(CONTROLLER))
+        return len(began) == 3
+
+    training.until(gave_up)
+    marked = lab.mark(row)
+    network.add("spare").start_ray(lab.environment, cluster.head)
+    assert training.end() == 0, training.out + training.err
+    (row,) = lab.rows()
+    assert row.status == "finished" and row.curve[-1]["step"] == 200
+    assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
+    assert "no room for 2 workers on the cluster; waiting" in training.err
+    assert "waiting 20 minutes for another" in training.err
+
+
+def test_a_trial_that_is_warned_of_losing_its_node_saves_and_goes_on_elsewhere(
+    cluster: Cluster, lab: Any
+) -> None:
+    """No checkpoint is there but the one that the warning asks for."""
+    sweep = lab.script(
+        "sweep_qlora.py",
+        *("train.max_steps=600", "train.eval_steps=10", "train.save_steps=600"),
+        *("sweep.num_samples=2", "sweep.max_concurrent_trials=2", "sweep.scheduler=none"),
+        *("--address", cluster.address),
+    )
+    warned = sweep.until(
+        lambda: next((r for r in lab.rows() if r.curve and host_of(r) == "worker"), None)
+    )
+    assert not lab.checkpoints(warned)
+    cluster.worker.warn(lab.environment, cluster.head)
+    sweep.until(lambda: lab.checkpoints(warned))
+    marked = lab.mark(warned)
+    cluster.worker.end()
+    assert sweep.end() == 0, sweep.err
+    rows = lab.rows()
+    assert [row.status for row in rows] == ["finished"] * 2
+    (again,) = [row for row in rows if row.trial_id == warned.trial_id]
+    assert host_of(again) == "head" and again.curve[-1]["step"] == 600
+    assert lab.losses(again)[0] == marked, "it started anew, and not from its checkpoint"
+
+
 def test_a_sweep_on_two_nodes_outlives_one(
     cluster: Cluster, lab: Any, moment: random.Random
 ) -> None:
@@ -172,13 +228,44 @@ def test_a_sweep_on_two_nodes_outlives_one(
     assert again.curve[-1]["step"] == STEPS
 
 
+def test_a_sweep_whose_head_is_lost_ends_and_goes_on_under_another(
+    cluster: Cluster, network: Any, lab: Any, moment: random.Random
+) -> None:
+    """The driver is on the other machine: nobody ends it, and nobody answers it any more."""
+    settings = (*LONG, "sweep.num_samples=3", "sweep.max_concurrent_trials=1")
+    lab.enter = cluster.worker.enter
+    sweep = lab.script("sweep_qlora.py", *settings, "--address", cluster.address)
+    row = sweep.amid(finished=1, step=moment.randrange(1, STEPS * 8 // 10))
+    cluster.head.end()
+    lost = time.monotonic()
+    assert sweep.end() not in (0, None)
+    assert time.monotonic() - lost < SECONDS, sweep.err
+    marked, before = lab.mark(row), lab.rows()
+    cluster.worker.end()
+
+    head = network.add("head2")
+    lab.enter = head.enter
+    again = lab.script(
+        "sweep_qlora.py", *settings, "--resume", "--address", head.start_ray(lab.environment)
+    )
+    assert again.end() == 0, again.err
+    rows = lab.rows()
+    assert [row.status for row in rows] == ["finished"] * 3
+    assert rows[0] == before[0], "it was finished before"
+    assert lab.losses(rows[1])[0] == marked, "it started anew, and not from its checkpoint"
+
+
 def on_host(lab: Any, host: str, step: int) -> TrialRecord | None:
     """A trial that runs on that machine and has saved that step."""
     for row in lab.rows():
-        at = row.scenario.get("worker", {}).get("host")
-        if row.status == "running" and at == host and lab.saved(row) >= step:
+        if row.status == "running" and host_of(row) == host and lab.saved(row) >= step:
             return row
     return None
+
+
+def host_of(row: TrialRecord) -> str | None:
+    found: str | None = row.scenario.get("worker", {}).get("host")
+    return found
 
 
 def finished(lab: Any) -> int:

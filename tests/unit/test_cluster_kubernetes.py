@@ -1,8 +1,6 @@
 """cluster/kuberay/: KubeRay's fields, Kubernetes' own schemas, and rules of ours."""
 
 import copy
-import importlib.util
-import shlex
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from rayfin.config import load_config, load_serve_config, parse_yaml
+from rayfin.config import load_serve_config
 
 ROOT = Path(__file__).resolve().parents[2]
 KUBERAY = ROOT / "cluster" / "kuberay"
@@ -176,21 +174,6 @@ def test_gpus_are_there_only_for_work(name: str) -> None:
 @pytest.mark.parametrize("name", ["storage", "network"])
 def test_what_the_pods_share(name: str) -> None:
     kubernetes_validate.validate(load(name), KUBERNETES, strict=True)
-
-
-def test_the_command_of_the_sweep_is_one_that_rayfin_takes() -> None:
-    words = shlex.split(load("sweep")["spec"]["entrypoint"])
-    split = words.index("--")
-    assert words[:2] == ["python", "/opt/rayfin/cluster/with_workers.py"]
-    assert int(words[2]) == cluster_of(load("sweep"))["workerGroupSpecs"][0]["maxReplicas"]
-    script, settings = words[split + 2], words[split + 3 :]
-    file = ROOT / Path(script).relative_to("/opt/rayfin")
-    spec = importlib.util.spec_from_file_location("cluster_sweep", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = load_config(parse_yaml(module.DEFAULTS, "defaults"), settings)
-    assert config.storage == "/mnt/rayfin"
 
 
 def test_the_configuration_of_the_service_is_one_that_serve_and_rayfin_take() -> None:

@@ -257,6 +257,31 @@ def test_auto_takes_only_what_was_verified(
     assert choose(method("ia3"), facts, here, workers=4, here=1)[0] == "ddp"
 
 
+def test_auto_on_gpus_takes_what_was_verified_there_or_says_that_nothing_was(
+    facts: ModelFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(machine(1.5 * 2.0 * facts.parameters), device="cuda")
+    seen = {"cpu": {"ddp": ["lora"], "fsdp": ["lora"]}}
+    monkeypatch.setattr(strategies, "verified", lambda: seen)
+    chosen, why = choose(method("lora"), facts, gpu, workers=4, here=1)
+    assert chosen == "fsdp" and why.endswith("; verified on CPUs only")
+    seen["cuda"] = {"ddp": ["lora"], "fsdp": []}
+    chosen, why = choose(method("lora"), facts, gpu, workers=4, here=1)
+    assert chosen == "ddp" and "CPUs" not in why
+    here = machine(1.5 * 4.0 * facts.parameters)
+    assert choose(method("lora"), facts, here, workers=4, here=1)[0] == "fsdp"
+
+
+def test_auto_knows_eight_bits_from_four(facts: ModelFacts) -> None:
+    small = machine(0.5 * facts.parameters)
+    four = config("method.type=qlora").method
+    eight = config("method.type=qlora", "method.quantization_bit=8").method
+    assert choose(four, facts, small, workers=4, here=1)[0] == "fsdp"
+    assert choose(eight, facts, small, workers=4, here=1)[0] == "ddp"
+    other = config("method.type=lora", "method.quantization_bit=8").method
+    assert "nothing else was seen" in choose(other, facts, small, workers=4, here=1)[1]
+
+
 def test_workers_of_one_machine_share_its_memory_and_each_has_its_gpu(facts: ModelFacts) -> None:
     here = machine(7.0 * 4.0 * facts.parameters)
     chosen = [choose(method("lora"), facts, here, workers=4, here=n)[0] for n in (1, 4)]

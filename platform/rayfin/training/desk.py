@@ -42,6 +42,9 @@ class Ended:
     error: str | None
     at_work: bool
     """Whether one of them had taken the trial."""
+    no_room: bool = False
+    """Whether they ended, or did not start, as the cluster had no room for all of them."""
+    out_of_memory: bool = False
 
 
 class Desk:
@@ -101,8 +104,9 @@ class Desk:
     async def answer(self, ticket: int, go_on: bool) -> None:
         self._answers[ticket].set_result(go_on)
 
-    async def ended(self, error: str | None) -> None:
-        await self._events.put(Ended(error, self._taken))
+    async def ended(self, error: str | None, **how: bool) -> None:
+        """`how`: what else there is to say of it, by `Ended`'s names."""
+        await self._events.put(Ended(error, self._taken, **how))
 
     async def close(self) -> None:
         """No worker that asks from now on has work to do."""

@@ -14,6 +14,9 @@ from rayfin.paths import Place
 
 Status = Literal["running", "finished", "stopped", "failed", "oom"]
 
+MEMORY_MONITOR = "running low on memory"
+"""Of what Ray says where it ended a process, lest its machine run out of memory."""
+
 
 class TrialSpec(Section):
     """The sections of a configuration that decide a trial's result."""

@@ -197,15 +197,18 @@ def choose(
     """(strategy, why) for scaling.strategy=auto: the simplest that fits the memory of a worker.
 
     `here`: how many of the `workers` share the memory of a machine that has no GPU. Only what
-    `verified` holds is chosen.
+    `verified` holds for the device is chosen; for GPUs, while nothing was run on any, what it holds
+    for CPUs, and `why` says so.
     """
     on_gpu = hardware.device == "cuda"
     memory = hardware.device_memory if on_gpu else hardware.host_memory / here
     bytes_a_weight = {4: 0.6, 8: 1.1, None: 2.0 if on_gpu else 4.0}[method.quantization_bit]
-    name = method.type
-    seen = {s for s, methods in verified()["cpu"].items() if name in methods}
+    name = method.type if method.quantization_bit != 8 else f"{method.type}, 8-bit"
+    device = "cuda" if on_gpu and "cuda" in verified() else "cpu"
+    doubt = "; verified on CPUs only" if on_gpu and device == "cpu" else ""
+    seen = {s for s, methods in verified()[device].items() if name in methods}
     order: list[Strategy] = ["ddp"]
-    if METHODS[name].changes_base and _installed("deepspeed"):
+    if METHODS[method.type].changes_base and _installed("deepspeed"):
         order.append("deepspeed-zero2")  # of what is trained, most is gradients and moments
     order.append("fsdp")
     usable = [s for s in order if s in seen and refusal(s, method) is None]
@@ -216,14 +219,13 @@ def choose(
         if needs[strategy] <= room:
             past = usable[: usable.index(strategy)]
             told = f", where {past[-1]} needs {needs[past[-1]] / 1e9:.1f} GB" if past else ""
-            return (
-                strategy,
-                f"weights and what is trained take {size.format(needs[strategy] / 1e9)}{told}",
-            )
+            taken = size.format(needs[strategy] / 1e9)
+            return strategy, f"weights and what is trained take {taken}{told}{doubt}"
     if not usable:
         return "ddp", f"nothing else was seen to train {name}"
     least = min(usable, key=lambda strategy: needs[strategy])
-    return least, f"it needs the least, {size.format(needs[least] / 1e9)}; that may be too much"
+    taken = size.format(needs[least] / 1e9)
+    return least, f"it needs the least, {taken}; that may be too much{doubt}"
 
 
 def bytes_needed(

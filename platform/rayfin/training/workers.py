@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -35,7 +36,7 @@ from rayfin.errors import StorageError, TrialError
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.paths import Place
 from rayfin.training.desk import Desk, Ended, Handed, Job
-from rayfin.training.spec import Report, TrialResult, TrialSpec
+from rayfin.training.spec import MEMORY_MONITOR, Report, Status, TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
 from rayfin.training.streams import read_on_ray
 from rayfin.training.trial import run_trial
@@ -46,8 +47,13 @@ log = logging.getLogger(__name__)
 _PREEMPTIONS = 20
 """Times that a trial starts again because its machines were taken away; Ray Train has no limit."""
 
-_HANGS_AFTER = 120
-"""Seconds without an answer after which a worker counts as hanging; Ray's own are 600."""
+_SETTINGS = {
+    # Without an answer after which a worker counts as hanging; Ray's own are 600.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    # Until it is said that there is no room; also how long Ctrl-C may wait for an answer then.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+"""Seconds. Ray Train hands the driver's settings on to its controller."""
 
 
 class WorkerGroup:
@@ -64,11 +70,14 @@ class WorkerGroup:
         *,
         resources: Mapping[str, float],
         corpora: Mapping[DataConfig, Corpus],
+        waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """`resources`: of each process. They must be there: Ray Train would wait for ever."""
-        # Ray Train hands the driver's settings on to its controller.
-        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(_HANGS_AFTER))
-        self._group, self._resources = group, resources
+        """`resources`: of each process. `waiting` is called twice a minute while the cluster has no
+        room for all of them, and raises where that has lasted for too long.
+        """
+        for name, seconds in _SETTINGS.items():
+            os.environ.setdefault(name, seconds)
+        self._group, self._resources, self._waiting = group, resources, waiting
         # Where the caller is: on any other node it could be lost alone.
         here = ray.get_runtime_context().get_node_id()
         placed: Any = NodeAffinitySchedulingStrategy(here, soft=False)
@@ -94,8 +103,8 @@ class WorkerGroup:
         trial, and a group that lost a worker, or Ray Train's controller, starts again
         (`max_failures` times) from the newest checkpoint, which must lie on storage that all nodes
         see. Where a node is about to be taken away, a checkpoint is saved at once. Raises whatever
-        `report` raises: the processes end where they stand then, and the trial stays as its
-        checkpoints have it.
+        `report` or `waiting` raises: the processes end where they stand then, and the trial stays
+        as its checkpoints have it.
         """
         job = Job(self._jobs, spec, place)
         self._jobs += 1
@@ -131,11 +140,15 @@ class WorkerGroup:
             event: Handed | Ended = ray.get(self._desk.next_event.remote())
             if isinstance(event, Ended):
                 self._ended(job)
+                if event.no_room:  # its nodes were taken away, or others hold them
+                    self._waiting()
+                    continue
                 # It may have died before, of nothing that is this trial's.
                 failures += event.at_work or not warm
                 warm = False
                 if hopeless or failures > max_failures:
-                    died = TrialResult(status="failed", error=f"worker group died: {event.error}")
+                    status: Status = "oom" if event.out_of_memory else "failed"
+                    died = TrialResult(status, error=f"worker group died: {event.error}")
                     return result or died
                 log.warning("the worker group died; the trial goes on from its checkpoint")
             elif event.result.status == "running":
@@ -162,11 +175,15 @@ class WorkerGroup:
     def _run(self, directory: Path) -> None:
         """The processes' life, in a thread: Ray Train returns when they have ended."""
         error: str | None = None
+        how: dict[str, bool] = {}
         try:
             self._trainer(directory).fit()
         except Exception as failed:  # noqa: BLE001  # whatever it is, who waits must hear of it
             error = _one_line(failed)
-        ray.get(self._desk.ended.remote(error))
+            cause = getattr(failed, "controller_failure", None)
+            how["no_room"] = isinstance(cause, WorkerGroupStartupTimeoutError)
+            how["out_of_memory"] = MEMORY_MONITOR in str(failed)
+        ray.get(self._desk.ended.remote(error, **how))
 
     def _trainer(self, directory: Path) -> TorchTrainer:
         return _FewerProcesses(

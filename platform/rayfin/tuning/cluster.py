@@ -154,21 +154,23 @@ def even_share(
 
 
 def worker_resources(scaling: ScalingConfig, have: Sequence[Resources]) -> dict[str, float]:
-    """For each worker of a group on nodes that `have` so much: a GPU where there are enough, else
-    an even share of the CPUs.
+    """For each worker of a group on nodes that `have` so much: a GPU where there are any, else an
+    even share of the CPUs.
 
     Raises HardwareError where the cluster is too small.
     """
     workers = scaling.num_workers
-    on_gpu = even_share(have, workers, gpu=1.0)
-    use_gpu = on_gpu is not None if scaling.use_gpu == "auto" else scaling.use_gpu
-    resources = on_gpu if use_gpu else even_share(have, workers)
+    gpus = sum(node.get("GPU", 0.0) for node in have)
+    use_gpu = gpus >= 1 if scaling.use_gpu == "auto" else scaling.use_gpu
+    resources = even_share(have, workers, gpu=1.0 if use_gpu else 0.0)
     if resources is None:
         kind = "GPU" if use_gpu else "CPU"
         count = int(sum(node.get(kind, 0.0) for node in have))
+        many = "" if count == 1 else "s"
         raise HardwareError(
-            f"scaling.num_workers={workers}, but the cluster has {count} {kind}s; "
-            f"use at most {count} workers, or a larger cluster with --address"
+            f"scaling.num_workers={workers}, but the cluster has {count} {kind}{many}; "
+            f"use at most {count} worker{many}, or a larger cluster with --address"
+            f"{', or scaling.use_gpu=false' if use_gpu else ''}"
         )
     if scaling.cpu_offload and not use_gpu:
         raise HardwareError(

@@ -2,15 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import ray.tune
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.stranded import Stranded
+
+_FAILURE = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
+
+_task_failed = RayActorManager._actor_task_failed
+
+
+def _any_task_failed(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+    """Tune ends the whole sweep for a kind of death that it has no case for, such as that of a
+    process which Ray's memory monitor ended. It is one trial's, as any other.
+    """
+    if not isinstance(exception, RayActorError | RayTaskError):
+        exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
+    _task_failed(self, tracked_actor_task, exception)
+
+
+RayActorManager._actor_task_failed = _any_task_failed  # type: ignore[method-assign]
+
+
+def _reason(trial: Trial) -> str | None:
+    """What Tune noted of the trial's newest failure.
+
+    It also pickles it, but into a file that comes to the storage, where it would look for it, much
+    later, and that others may have put there.
+    """
+    try:
+        notes = Path(trial.error_file or "").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return _FAILURE.split(notes)[-1].strip() or None
 
 
 class _Unpickled:
@@ -94,9 +127,9 @@ class TuneRecorder(_Unpickled, ray.tune.Callback):
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.restarts(trial.config, trial.get_pickled_error())
+        self._recorder.restarts(trial.config, _reason(trial))
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.dies(trial.config, trial.get_pickled_error())
+        self._recorder.dies(trial.config, _reason(trial))

@@ -58,14 +58,15 @@ class Recorder:
         if not ended_by_itself:  # the scheduler ended it
             self._put(row.updated(status="stopped"))
 
-    def restarts(self, trial: Mapping[str, Any], error: Exception | None) -> None:
+    def restarts(self, trial: Mapping[str, Any], reason: str | None) -> None:
+        self.starts(trial)  # its process may have died before it came to that
         row = self._row(trial)
-        self._on_restart(row, died(row, error).error or "")
+        self._on_restart(row, died(row, reason).error or "")
 
-    def dies(self, trial: Mapping[str, Any], error: Exception | None) -> None:
+    def dies(self, trial: Mapping[str, Any], reason: str | None) -> None:
         row = self._row(trial)
         if row.status == "running":  # what has ended well stays so, whatever befalls its process
-            self._put(died(row, error))
+            self._put(died(row, reason))
 
     @property
     def running(self) -> bool:

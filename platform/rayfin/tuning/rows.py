@@ -14,6 +14,7 @@ from rayfin.history import History, TrialRecord, now
 from rayfin.history.versions import package_versions
 from rayfin.paths import Place
 from rayfin.training.checkpoint import clear_checkpoints
+from rayfin.training.spec import MEMORY_MONITOR
 from rayfin.tuning.plan import PlannedTrial
 
 log = logging.getLogger(__name__)
@@ -109,13 +110,24 @@ def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
     )
 
 
-def died(row: TrialRecord, error: Exception | None) -> TrialRecord:
-    text = " ".join(str(error or "its process ended").split())
-    out_of_memory = "OutOfMemoryError" in type(error).__name__ or "memory monitor" in text.lower()
-    return row.updated(
-        status="oom" if out_of_memory else "failed",
-        error=f"worker process died: {text[:500]}",
-    )
+def died(row: TrialRecord, reason: str | None) -> TrialRecord:
+    """The row of a trial whose process died; `reason`: a message of Ray's, or a whole trace."""
+    text = reason or "its process ended"
+    if not any(words in text for words in (MEMORY_MONITOR, "OutOfMemoryError")):
+        return row.updated(status="failed", error=f"worker process died: {_gist(text)}")
+    remedy = "lower train.per_device_train_batch_size or sweep.max_concurrent_trials"
+    return row.updated(status="oom", error=f"worker process died: {_gist(text)}; {remedy}")
+
+
+def _gist(text: str) -> str:
+    """Of a trace the error, of a message of Ray's what is not about which process it was."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if any(line.startswith(("Traceback", "ray::")) for line in lines):
+        lines = lines[-1:]
+    elif MEMORY_MONITOR in text:  # a page on what else took memory follows
+        lines = lines[:1]
+    told = " ".join(line for line in lines if not line.startswith("\t"))
+    return " ".join(told.split())[:400]
 
 
 def _sound(value: Any) -> bool:

@@ -91,12 +91,21 @@ def _train(
     if in_group:
         from rayfin.training.workers import WorkerGroup
         from rayfin.tuning.cluster import nodes, ray_cluster, worker_resources
+        from rayfin.tuning.stranded import Stranded
 
         try:
             with ray_cluster(cluster):
                 each = worker_resources(config.scaling, nodes())
                 group = Group.of(config.scaling)
-                with WorkerGroup(group, resources=each, corpora=plan.corpora) as workers:
+                stranded = Stranded(each, show, processes=group.size)
+
+                def waiting() -> None:
+                    show(f"no room for {group.size} workers on the cluster; waiting")
+                    stranded.look()
+
+                with WorkerGroup(
+                    group, resources=each, corpora=plan.corpora, waiting=waiting
+                ) as workers:
                     result = workers.train(
                         trial.spec,
                         report,

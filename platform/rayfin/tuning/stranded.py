@@ -32,13 +32,13 @@ class Stranded:
         self._asked = clock()
         self._since: float | None = None
 
-    def look(self, *, running: bool) -> None:
+    def look(self, *, running: bool = False) -> None:
         """`running`: whether any trial is. Raises HardwareError when nothing came for too long."""
         now = self._clock()
         if now - self._asked < _EVERY:
             return
         self._asked = now
-        # Trials of several processes wait for room within Ray Train, where they count as running.
+        # A trial of several processes counts as running also while its group waits for room.
         running = running and self._processes == 1
         if running or fits(self._living(), self._need) >= self._processes:
             self._since = None

@@ -177,7 +177,10 @@ def trial_resources(
             "scaling.use_gpu: true, but the Ray cluster has no GPU; set scaling.use_gpu=false"
         )
     if not use_gpu and cpus < 1:
-        raise HardwareError("the Ray cluster has no CPU to train on; start a node with --num-cpus")
+        raise HardwareError(
+            "the Ray cluster has no CPU to train on; start a node with --num-cpus, or, where nodes "
+            "come when they are asked for, run the command by cluster/with_workers.py"
+        )
     if needs_group(config.scaling):
         one = worker_resources(config.scaling, nodes)  # raises where not one trial fits
         # Workers of one group can't share a GPU: NCCL refuses two on one.

@@ -8,6 +8,7 @@ import socket
 import threading
 from typing import TYPE_CHECKING, Any, Literal
 
+import ray
 import ray.tune
 
 from rayfin.collector import collector_paused
@@ -137,7 +138,14 @@ class WarmTrial(_Trial):
             place=trial.place,
             hardware=describe_hardware(self._use_gpu),
             warm=_WARM,
+            warned=_draining,
         )
+
+
+def _draining() -> bool:
+    """Whether this machine is about to be taken away, as somebody told Ray; one question to Ray."""
+    here = ray.get_runtime_context().get_node_id()
+    return here in ray._private.state.state.get_draining_nodes()
 
 
 class GroupTrial(_Trial):
@@ -161,11 +169,20 @@ class GroupTrial(_Trial):
         with collector_paused():
             from rayfin.training.workers import WorkerGroup
 
-        self._workers = WorkerGroup(group, resources=resources, corpora=corpora)
+        self._leaving = threading.Event()
+        self._workers = WorkerGroup(
+            group, resources=resources, corpora=corpora, waiting=self._leave_if_asked
+        )
         self._max_failures = max_failures
         self._start(config)
 
+    def _leave_if_asked(self) -> None:
+        """How long a group waits for room is the driver's to say, who ends the sweep then."""
+        if self._leaving.is_set():
+            raise TrialLeft
+
     def cleanup(self) -> None:
+        self._leaving.set()
         super().cleanup()
         self._workers.close()
 

@@ -1,0 +1,88 @@
+"""cluster/with_workers.py, on nodes that are made up; tests/ray/ has it on a Ray that grows."""
+
+import importlib.util
+import subprocess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "cluster" / "with_workers.py"
+
+Bundles = list[dict[str, float]]
+
+
+class Seen:
+    """What is asked of the autoscaler, and what of it stood when the command began."""
+
+    def __init__(self) -> None:
+        self.requests: list[Bundles] = []
+        self.standing: Bundles | None = None
+
+    def request(self, bundles: Bundles) -> None:
+        self.requests.append(bundles)
+
+    def run(self, command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        self.standing = self.requests[-1]
+        return subprocess.CompletedProcess(command, 7)
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cluster_with_workers", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def seen(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Two living nodes of eight CPUs and a GPU each, and one that is gone."""
+    resources = {"CPU": 8.0, "GPU": 1.0}
+    nodes = [{"Alive": alive, "Resources": resources} for alive in (True, True, False)]
+    made = Seen()
+    for name, value in (("init", None), ("shutdown", None), ("nodes", nodes)):
+        monkeypatch.setattr(script.ray, name, lambda *_, value=value, **__: value)
+    monkeypatch.setattr(script, "request_resources", made.request)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(script.subprocess, "run", made.run)
+    return made
+
+
+def call(script: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    command = [str(SCRIPT), *arguments, "--patience", "0", "--", "a", "command"]
+    monkeypatch.setattr(script.sys, "argv", command)
+    return script.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked", "standing"),
+    [
+        (("2", "GPU"), [{"GPU": 1.0}] * 2, [{"GPU": 1.0}] * 2),
+        # What comes after patience has run out would be paid for, and not be used.
+        (("4", "GPU"), [{"GPU": 1.0}] * 4, [{"GPU": 1.0}] * 2),
+        (("9", "CPU=4"), [{"CPU": 4.0}] * 9, [{"CPU": 4.0}] * 4),
+    ],
+)
+def test_while_the_command_runs_what_was_found_is_asked_for(
+    script: ModuleType,
+    seen: Seen,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    asked: Bundles,
+    standing: Bundles,
+) -> None:
+    assert call(script, monkeypatch, *arguments) == 7
+    assert seen.requests[0] == asked
+    assert seen.standing == standing
+    assert seen.requests[-1] == []
+
+
+def test_without_any_the_command_does_not_run(
+    script: ModuleType, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(script, monkeypatch, "2", "TPU") == 1
+    assert seen.standing is None
+    assert seen.requests == [[{"TPU": 1.0}] * 2, []]
