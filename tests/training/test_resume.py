@@ -15,6 +15,7 @@ import torch
 
 from rayfin.config import Config
 from rayfin.config.method import METHOD_CONFIGS
+from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Place, Storage
 from rayfin.training import TrialSpec
@@ -22,6 +23,7 @@ from rayfin.training.checkpoint import latest_checkpoint, load_progress
 from rayfin.training.spec import TrialResult
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
+from rayfin.tuning.plan import alone
 from rayfin.tuning.single import train_once
 
 
@@ -155,6 +157,9 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
         assert first.status == "finished" and steps_taken == [spec.train.max_steps - 1]
         (directory,) = tmp_path.glob("sweeps/train/trials/*")
         assert latest_checkpoint(Place(directory / "checkpoints")) is None
+        with alone(Place(directory), ""), pytest.raises(ConfigError, match="another process"):
+            run(rerun=True)
+        assert not steps_taken
         # The driver was killed after it had recorded the end, and before it let them go.
         shutil.copytree(interrupted(lab, spec), directory, dirs_exist_ok=True)
         again = run(rerun=True)

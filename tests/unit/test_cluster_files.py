@@ -14,6 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 CLUSTERS = ("gpu", "cpu", "gcp-gpu", "local")
+WATCHER = "~/rayfin/cluster/spot_notice.py"
 
 Config = dict[str, Any]
 
@@ -48,6 +49,11 @@ def faults(config: Config) -> list[str]:
         found.append("Ray Client stays open")
     if any("unset OMP_NUM_THREADS" not in line for line in starts):
         found.append("trials would compute with one thread")
+    spot = any(word in str(config) for word in ("'spot'", "'SPOT'"))
+    watch = f"RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 ~/rayfin-venv/bin/python {WATCHER} "
+    watch += f"{config['provider']['type']} --address $RAY_HEAD_IP:6379"
+    if spot != any(watch in line for line in workers) or any(WATCHER in line for line in heads):
+        found.append("the notice of spot machines is not passed on, or one of others is waited for")
     installs = [line for line in validated(config)["head_setup_commands"] if "pip install" in line]
     if not installs or any(
         line.count("pip install") != line.count("-c ~/rayfin/constraints.txt") for line in installs
@@ -96,6 +102,9 @@ def without(key: str) -> Callable[[Config], Config]:
         (replaced("unset OMP_NUM_THREADS; ", ""), "one thread"),
         (replaced("pip install -q -c ~/rayfin/constraints.txt", "pip install -q"), "any version"),
         (without("head_setup_commands"), "any version"),
+        (replaced("spot_notice.py aws", "spot_notice.py gcp"), "notice of spot"),
+        (replaced("RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 ~", "~"), "notice of spot"),
+        (replaced('"MarketType": "spot"', '"MarketType": "none"'), "notice of spot"),
         (replaced("archive $COMMIT", "archive main"), "one commit"),
         (replaced("~/.ray/auth_token", "~/.ray/other"), "does not come along"),
     ],

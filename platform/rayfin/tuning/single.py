@@ -13,7 +13,7 @@ from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import Group, check_scaling, needs_group
-from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.rows import let_checkpoints_go, started, usable, with_outcome
@@ -57,7 +57,6 @@ def _train(
     show: Callable[[str], None],
 ) -> TrialRecord:
     config = plan.config
-    in_group = needs_group(config.scaling)
     if config.data.streaming:
         from rayfin.training.streams import survey_on_ray
 
@@ -69,6 +68,23 @@ def _train(
     if not rerun and (earlier := usable(history, trial)) is not None:
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
+    running = (
+        f"{trial.trial_id} is being trained by another process; wait for its end, or change the "
+        "configuration: train.seed=1, say, is another run"
+    )
+    with alone(trial.place, running):
+        return _train_alone(plan, trial, history, cluster, show)
+
+
+def _train_alone(
+    plan: SweepPlan,
+    trial: PlannedTrial,
+    history: History,
+    cluster: str | None,
+    show: Callable[[str], None],
+) -> TrialRecord:
+    config = plan.config
+    in_group = needs_group(config.scaling)
     before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
     if before and before[0].status == "finished":
         # Else a run that is to be made anew would go on from them.

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from filelock import FileLock, Timeout
 
 from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Place, Storage
-from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
+from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.rows import let_checkpoints_go, was_refused
@@ -81,7 +78,11 @@ def run_sweep(
     if earlier is not None and not (resume or rerun):
         first = [*first, *_finished_points(earlier, history)]
     progress = progress or Progress()
-    with _alone(plan):
+    running = (
+        f"--resume: sweep {plan.sweep_id} is running in another process; wait for its end, "
+        "or leave --resume out to start another"
+    )
+    with alone(plan.place, running):
         advisor = _advisor(plan, advise)
         refuse = refuse if cluster is None else None
         return _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
@@ -101,20 +102,6 @@ def _finished_points(earlier: SweepPlan, history: History) -> list[Values]:
     """
     rows = history.trials(sweep_id=earlier.sweep_id, status="finished")
     return [values_in(earlier.config, row.spec) for row in rows]
-
-
-@contextmanager
-def _alone(plan: SweepPlan) -> Iterator[None]:
-    """Holds the sweep's lock: two drivers on one sweep would train its trials over each other."""
-    lock = FileLock(plan.place.path / ".lock", timeout=0)
-    try:
-        with lock:
-            yield
-    except Timeout:
-        raise ConfigError(
-            f"--resume: sweep {plan.sweep_id} is running in another process; wait for its end, "
-            "or leave --resume out to start another"
-        ) from None
 
 
 def _run(
