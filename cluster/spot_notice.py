@@ -7,7 +7,7 @@ the notice is there, it has Ray drain this machine's node, with the notice's dea
 nothing new on it, and rayfin's trials save a checkpoint. Then it ends, as it does when this
 machine's Ray does. Exit code 1: there is no such service or no Ray here, or Ray did not take it.
 
-It needs Linux, and Ray alone for the command that drains, so that it takes a few MB while it waits.
+It needs Linux. Ray is loaded by the command that drains alone: while it waits it takes some 20 MB.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Google:
         return time.time() + self.notice_seconds if answer == "TRUE" else None
 
 
-CLOUDS = {"aws": Aws, "gcp": Google}
+CLOUDS: dict[str, type[Aws] | type[Google]] = {"aws": Aws, "gcp": Google}
 
 
 class Raylet(NamedTuple):

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import secrets
+import select
 import subprocess
 import sys
 import time
@@ -180,6 +181,16 @@ def until(true: Callable[[], Any]) -> None:
         time.sleep(0.01)
 
 
+def let_go(terminal: int) -> bool:
+    """Whether no process has the other end any more: reading is an error on Linux then."""
+    while select.select([terminal], [], [], PATIENCE / 6)[0]:
+        try:
+            os.read(terminal, 4096)
+        except OSError:
+            return True
+    return False
+
+
 def test_awss_notice_drains_the_node_once(service: Service, machine: Machine) -> None:
     service.answers = [404, 404, notice(3000)]
     code, said = ended(machine.watch("aws", service.url))
@@ -281,7 +292,8 @@ def test_ray_up_leaves_it_running(name: str, cloud: str, tmp_path: Path) -> None
     python = tmp_path / "rayfin-venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        '#!/bin/sh\necho "$RAY_AUTH_MODE $*" > ~/called\nread line < ~/pipe\necho $line > ~/lived\n'
+        '#!/bin/sh\necho "$RAY_AUTH_MODE $*" > ~/called\nread line < ~/pipe\n'
+        "kill -HUP $$\necho $line > ~/lived\n"
     )
     python.chmod(0o755)
     os.mkfifo(tmp_path / "pipe")
@@ -302,6 +314,7 @@ def test_ray_up_leaves_it_running(name: str, cloud: str, tmp_path: Path) -> None
     )
     os.close(theirs)
     assert shell.wait(PATIENCE) == 0
+    assert let_go(ours), "the launcher's ssh would not return"
     os.close(ours)
     until((tmp_path / "called").exists)
     called = (tmp_path / "called").read_text().split()

@@ -20,7 +20,7 @@ from rayfin.recommend.layers import (
     virtual_tokens,
 )
 from rayfin.recommend.sharding import Whole, held
-from rayfin.training.strategies import share_of_step
+from rayfin.training.strategies import SHARDS_WEIGHTS, share_of_step
 
 Device = Literal["cpu", "cuda"]
 
@@ -117,17 +117,16 @@ def memory_of(
     length = longest + virtual_tokens(config.method)
     whole = _whole(config, facts, device)
     share = held(scaling.strategy, whole, workers=scaling.num_workers, offload=scaling.cpu_offload)
-    # safetensors maps the file: on CPU its pages are resident beside what is made of them. Whoever
-    # takes his part of the base has all of it before.
-    loading = _WIDTH.get(facts.dtype, _FLOAT32) * facts.parameters + max(
-        0.0, whole.weights - share.weights
-    )
+    if device == "cpu" and scaling.strategy in SHARDS_WEIGHTS:
+        # Its part of a base it takes from the whole, whose memory the process keeps.
+        share = share._replace(weights=share.weights + whole.weights)
     return MemoryParts(
         *share,
         activations=max(
             _training_step(config, facts, device, length, completion_share),
             _evaluation(config, facts, device, length, completion_share),
-            loading if device == "cpu" else 0.0,
+            # safetensors maps the file: on CPU its pages are resident beside what is made of them.
+            _WIDTH.get(facts.dtype, _FLOAT32) * facts.parameters if device == "cpu" else 0.0,
         ),
         overhead=_PROCESS if device == "cpu" else _CUBLAS,
     )

@@ -30,7 +30,7 @@ STRATEGIES: dict[Strategy, str] = {
 ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: Zhao et al. 2023, arXiv:2304.11277.
 """
 
-_SHARDS_WEIGHTS = ("deepspeed-zero3", "fsdp")
+SHARDS_WEIGHTS = ("deepspeed-zero3", "fsdp")
 
 # Bytes a trained number takes: float32 weight, gradient, AdamW's two moments, and the bucket that
 # averages gradients.
@@ -240,7 +240,7 @@ def bytes_needed(
     if not METHODS[method.type].changes_base:
         base = bytes_a_weight * parameters
         trained = _TRAINED * _ADAPTER_SHARE * parameters
-        return base / (workers if strategy in _SHARDS_WEIGHTS else 1) + trained
+        return base / (workers if strategy in SHARDS_WEIGHTS else 1) + trained
     match strategy:
         case "deepspeed-zero1":
             each = _WEIGHT + _GRADIENT + (_WEIGHT + _MOMENTS) / workers
