@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from rayfin.config import Config, ScalingConfig, load_config, with_values
 from rayfin.config.schema import Strategy
 from rayfin.data import load_corpus
-from rayfin.errors import HardwareError
+from rayfin.errors import HardwareError, TrialError
 from rayfin.history import History
 from rayfin.paths import Place, Storage
 from rayfin.training import TrialResult, TrialSpec
@@ -100,7 +101,37 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
             assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
             assert latest_checkpoint(place / "checkpoints") is not None
             assert not (place / "adapter").exists()
+        else:  # the actor through which the workers speak dies
+            lost = Place(tmp_path / "lost")
+            with pytest.raises(TrialError, match=r"died .* goes on from the newest checkpoint"):
+                workers.train(spec, lambda _: kill("ray::Desk", lab), place=lost)
     assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
+
+
+def kill(title: str, lab: Any) -> None:
+    for process in lab.processes(title):
+        process.kill()
+
+
+def test_a_group_that_ray_ends_for_want_of_memory_is_told_from_one_that_fails(
+    cluster: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = ["1 worker(s) were killed due to the node running low on memory.", "a fault"]
+
+    def fit() -> None:
+        raise RuntimeError(reasons[(len(tried) - 1) // 2])
+
+    tried: list[Path] = []
+
+    def trainer(self: WorkerGroup, directory: Path) -> Any:
+        tried.append(directory)
+        return SimpleNamespace(fit=fit)
+
+    monkeypatch.setattr(WorkerGroup, "_trainer", trainer)
+    ends = [in_group(config, tmp_path / name) for name in ("first", "second")]
+    assert [end.status for end in ends] == ["oom", "failed"]
+    assert "running low on memory" in (ends[0].error or "")
+    assert len(tried) == 4, "each is tried once more"
 
 
 def interrupt(result: TrialResult) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import psutil
 import ray
 import ray.train
+from ray.exceptions import RayError
 from ray.train._internal.base_worker_group import BaseWorkerGroup
 from ray.train.backend import BackendConfig
 from ray.train.torch import TorchConfig
@@ -103,18 +104,23 @@ class WorkerGroup:
         trial, and a group that lost a worker, or Ray Train's controller, starts again
         (`max_failures` times) from the newest checkpoint, which must lie on storage that all nodes
         see. Where a node is about to be taken away, a checkpoint is saved at once. Raises whatever
-        `report` or `waiting` raises: the processes end where they stand then, and the trial stays
-        as its checkpoints have it.
+        `report` or `waiting` raises, and TrialError where the actor through which they speak dies:
+        the processes end where they stand then, and the trial stays as its checkpoints have it.
         """
         job = Job(self._jobs, spec, place)
         self._jobs += 1
         give_back(job.held)  # what a caller that was killed amid the trial could not
-        ray.get(self._desk.give.remote(job))
         try:
+            ray.get(self._desk.give.remote(job))
             return self._result(job, report, max_failures)
-        except BaseException:  # also Ctrl-C
+        except BaseException as error:  # also Ctrl-C
             self.close(held=job.held)
-            raise
+            if not isinstance(error, RayError):
+                raise
+            raise TrialError(
+                f"the process between the workers and this one died ({_one_line(error)}); the same "
+                "command goes on from the newest checkpoint"
+            ) from error
         finally:
             self._desk.give.remote(None)
             with suppress(StorageError):
@@ -122,7 +128,8 @@ class WorkerGroup:
 
     def close(self, held: Place | None = None) -> None:
         """Ends the processes: when they are done, or at once, where a file says what they hold."""
-        ray.get(self._desk.close.remote())
+        with suppress(RayError):  # it has died: so will the workers, who ask it
+            ray.get(self._desk.close.remote())
         if held is not None:
             give_back(held)
         if self._processes is not None:
@@ -183,7 +190,8 @@ class WorkerGroup:
             cause = getattr(failed, "controller_failure", None)
             how["no_room"] = isinstance(cause, WorkerGroupStartupTimeoutError)
             how["out_of_memory"] = MEMORY_MONITOR in str(failed)
-        ray.get(self._desk.ended.remote(error, **how))
+        with suppress(RayError):  # who waits has heard of its death
+            ray.get(self._desk.ended.remote(error, **how))
 
     def _trainer(self, directory: Path) -> TorchTrainer:
         return _FewerProcesses(
