@@ -95,6 +95,5 @@ def test_the_notice_drains_the_node_that_it_is_for(lab: Any, network: Any, start
     found = {each["NodeManagerAddress"]: each for each in json.loads(answer.splitlines()[-1])}
     assert found[head.address]["Alive"]
     lost = found[worker.address]
-    print(said, lost)
     assert f"draining node {lost['NodeID']}" in said
     assert "the cloud takes this spot machine away" in lost["DeathReasonMessage"]
