@@ -131,7 +131,7 @@ def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
     spare = network.add("spare")
     spare.start_ray(lab.environment, cluster.head)
     # No checkpoint but the one that the warning asks for.
-    settings = ("train.max_steps=400", "train.eval_steps=20", "train.save_steps=400")
+    settings = ("train.max_steps=1200", "train.eval_steps=60", "train.save_steps=1200")
     training = lab.rayfin("train", *settings, "scaling.num_workers=2", "--address", cluster.address)
     training.until(lambda: any(row.curve for row in lab.rows()))
     (row,) = lab.rows()
@@ -144,7 +144,7 @@ def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
 
     assert training.end() == 0, training.out + training.err
     (row,) = lab.rows()
-    assert row.status == "finished" and row.curve[-1]["step"] == 400
+    assert row.status == "finished" and row.curve[-1]["step"] == 1200
     assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
 
 
