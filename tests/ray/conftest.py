@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -217,6 +219,32 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     lab = Lab(tmp_path)
     yield lab
     lab.close()
+
+
+def load_nodes() -> Any:
+    """nodes.py: pytest imports test files only."""
+    path = Path(__file__).with_name("nodes.py")
+    spec = importlib.util.spec_from_file_location("rayfin_nodes", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def network(lab: Lab) -> Iterator[Any]:
+    """Cables, and machines to plug in; Ray on them asks for a token."""
+    nodes = load_nodes()
+    if (lacking := nodes.missing()) is not None:
+        pytest.skip(f"machines can't be played here, for want of {lacking}")
+    lab.environment |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+    network = nodes.Network(lab.root)
+    yield network
+    network.end()
 
 
 @pytest.fixture(scope="module")

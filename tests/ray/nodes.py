@@ -55,6 +55,7 @@ class Space:
             raise RuntimeError(self._holder.communicate()[1])
         (first,) = psutil.Process(self._holder.pid).children()
         self._first = first
+        self._started: list[subprocess.Popen[str]] = []
         names = [f"--{kind}" for kind in (*kinds, "pid", "mount")]
         self.enter = [_tool("nsenter"), f"--target={first.pid}", *names, "--wd"]
 
@@ -78,11 +79,24 @@ class Space:
                 continue
         return found
 
+    def python(self, environment: Mapping[str, str], *arguments: str) -> subprocess.Popen[str]:
+        """Starts a Python in here, whose output is for the caller to read."""
+        process = subprocess.Popen(
+            [*self.enter, sys.executable, "-u", *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._started.append(process)
+        return process
+
     def end(self) -> None:
         """SIGKILL to all processes in here, as when a machine loses its power."""
         if self._holder.poll() is None:
             self._first.kill()
-        self._holder.communicate()
+        for process in (*self._started, self._holder):
+            process.communicate()
 
 
 class Node(Space):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
-import secrets
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,34 +28,6 @@ SECONDS = 150.0
 CONTROLLER = "ray::TrainController"
 STEPS = 200
 LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.scheduler=none")
-
-
-def load_nodes() -> Any:
-    """nodes.py: pytest imports test files only."""
-    path = Path(__file__).with_name("nodes.py")
-    spec = importlib.util.spec_from_file_location("rayfin_nodes", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-nodes = load_nodes()
-
-
-@pytest.fixture
-def network(lab: Any) -> Iterator[Any]:
-    """Cables; Ray on them asks for a token."""
-    if (lacking := nodes.missing()) is not None:
-        pytest.skip(f"machines can't be played here, for want of {lacking}")
-    lab.environment |= {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    network = nodes.Network(lab.root)
-    yield network
-    network.end()
 
 
 class Cluster:

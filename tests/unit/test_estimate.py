@@ -24,14 +24,14 @@ from rayfin.errors import ConfigError, MethodError
 from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS, attach, detach
+from rayfin.methods.layers import trained_parameters
 from rayfin.models import ModelFacts, describe_model, load_base, locate
 from rayfin.recommend import knowledge
 from rayfin.recommend.estimate import Estimate, estimate
-from rayfin.recommend.layers import trained_parameters
 from rayfin.recommend.measured import Lengths, Measured, measured_from
 from rayfin.recommend.memory import memory_of, teaching_memory
 from rayfin.recommend.seconds import flops_per_token
-from rayfin.recommend.sharding import Whole, held
+from rayfin.training.sharding import Whole, held
 
 TINY = ModelConfig(name="tiny")
 CPU = Hardware("cpu", "x86_64", 0, 16 * 2**30, 2, 16 * 2**30, False)

@@ -144,8 +144,8 @@ def _settled(config: Config, facts: ModelFacts, hardware: Hardware) -> tuple[Con
         return config, None
     if scaling.strategy != "auto":
         return config, "asked for"
-    workers = scaling.num_workers
-    strategy, why = choose(config.method, facts, hardware, workers=workers, here=workers)
+    size, dtype = scaling.num_workers, config.model.dtype
+    strategy, why = choose(config.method, facts, hardware, workers=size, here=size, dtype=dtype)
     named = scaling.model_copy(update={"strategy": strategy})
     return config.model_copy(update={"scaling": named}), why
 

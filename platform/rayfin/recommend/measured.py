@@ -16,8 +16,9 @@ from rayfin.config.schema import Config
 from rayfin.errors import RayfinError
 from rayfin.history.record import finite
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend.memory import Device, MemoryParts, memory_of
+from rayfin.recommend.memory import MemoryParts, memory_of
 from rayfin.recommend.seconds import step_seconds
+from rayfin.training.sharding import Device
 
 if TYPE_CHECKING:
     from rayfin.data import DataProfile

@@ -9,27 +9,20 @@ from typing import Literal
 from rayfin.config.method import DoraConfig, FullConfig, Ia3Config
 from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
-from rayfin.methods.table import METHODS
-from rayfin.models.facts import ModelFacts
-from rayfin.recommend.layers import (
+from rayfin.methods.layers import (
     block_linears,
     rank,
     scaled,
     targets,
-    trained_parameters,
     virtual_tokens,
 )
-from rayfin.recommend.sharding import Whole, held
-from rayfin.training.strategies import SHARDS_WEIGHTS, share_of_step
+from rayfin.methods.table import METHODS
+from rayfin.models.facts import ModelFacts
+from rayfin.training.sharding import SHARDS_WEIGHTS, WIDTH, Device, Whole, base_width, held
+from rayfin.training.strategies import share_of_step
 
-Device = Literal["cpu", "cuda"]
-
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FLOAT32 = 4
 
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A weight: 4 bits, an 8-bit constant for 64 of them, and a float32 for 256 such constants (double
-quantisation: arXiv:2305.14314, section 3)."""
 _PROCESS = 500 * 2**20
 """What an interpreter with torch, transformers, peft and bitsandbytes holds on CPU, where the
 measured peak is the resident memory of the whole process. Measured: x86-64 Linux, torch 2.13."""
@@ -83,16 +76,6 @@ def teaching_memory(parameters: float, method: Literal["full", "lora", "qlora"])
     return MemoryParts(weights, 0.0, 2 * trained, 8 * trained, shares[method] * parameters, 0.0)
 
 
-def base_width(config: Config, device: Device) -> int:
-    """Bytes of a base weight that is not quantised: as `rayfin.models.load_base` loads them."""
-    zero = config.scaling.strategy.startswith("deepspeed")
-    if isinstance(config.method, FullConfig) and not zero:
-        return _FLOAT32  # `attach` makes what is trained float32
-    if config.model.dtype != "auto":
-        return _WIDTH[config.model.dtype]
-    return _FLOAT32 if device == "cpu" else 2
-
-
 def memory_of(
     config: Config,
     facts: ModelFacts,
@@ -115,7 +98,7 @@ def memory_of(
     scaling = config.scaling
     longest = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
     length = longest + virtual_tokens(config.method)
-    whole = _whole(config, facts, device)
+    whole = Whole.of(config.method, facts, scaling.strategy, config.model.dtype, device)
     share = held(scaling.strategy, whole, workers=scaling.num_workers, offload=scaling.cpu_offload)
     if device == "cpu" and scaling.strategy in SHARDS_WEIGHTS:
         # Its part of a base it takes from the whole, whose memory the process keeps.
@@ -126,24 +109,14 @@ def memory_of(
             _training_step(config, facts, device, length, completion_share),
             _evaluation(config, facts, device, length, completion_share),
             # safetensors maps the file: on CPU its pages are resident beside what is made of them.
-            _WIDTH.get(facts.dtype, _FLOAT32) * facts.parameters if device == "cpu" else 0.0,
+            WIDTH.get(facts.dtype, _FLOAT32) * facts.parameters if device == "cpu" else 0.0,
         ),
         overhead=_PROCESS if device == "cpu" else _CUBLAS,
     )
 
 
-def _whole(config: Config, facts: ModelFacts, device: Device) -> Whole:
-    width, bits = base_width(config, device), config.method.quantization_bit
-    # LLM.int8() has a float32 scale for every row (arXiv:2208.07339).
-    each = {4: _NF4_BYTES, 8: 1 + _FLOAT32 / facts.hidden_size, None: width}[bits]
-    return Whole(
-        linear=each * facts.linear_parameters,
-        rest=width * (facts.parameters - facts.linear_parameters),
-        layers=facts.num_layers,
-        trained=trained_parameters(config.method, facts),
-        full=isinstance(config.method, FullConfig),
-        computed=2 if device == "cuda" else _FLOAT32,
-    )
+def _width(config: Config, device: Device) -> int:
+    return base_width(config.method, config.scaling.strategy, config.model.dtype, device)
 
 
 def _block_numbers(config: Config, facts: ModelFacts, device: Device) -> float:
@@ -181,7 +154,7 @@ def _training_step(
     config: Config, facts: ModelFacts, device: Device, length: int, share: float
 ) -> float:
     """Bytes where the backward pass begins: all that was kept for it, and the logits."""
-    width = 2 if device == "cuda" else base_width(config, device)  # CUDA trains under autocast
+    width = 2 if device == "cuda" else _width(config, device)  # CUDA trains under autocast
     rows = length * share_of_step(config.train, config.scaling.num_workers).batch_size
     block = rows * width * _block_numbers(config, facts, device)
     kept = facts.num_layers * block
@@ -204,7 +177,7 @@ def _evaluation(
     """Bytes beside the model while a batch is scored: the logits and their log-probabilities."""
     rows = config.train.per_device_eval_batch_size * length
     logits = 2 * _FLOAT32 * rows * share * facts.vocab_size
-    return max(logits, _in_flight(config, facts, rows, base_width(config, device)))
+    return max(logits, _in_flight(config, facts, rows, _width(config, device)))
 
 
 def _in_flight(config: Config, facts: ModelFacts, rows: int, width: int) -> float:

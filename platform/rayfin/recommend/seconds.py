@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rayfin.config.method import FullConfig
 from rayfin.config.schema import Config
+from rayfin.methods.layers import trained_parameters, virtual_tokens
 from rayfin.methods.table import METHODS
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend.layers import trained_parameters, virtual_tokens
-from rayfin.recommend.memory import Device
+from rayfin.training.sharding import Device
 from rayfin.training.strategies import share_of_step
 
 _PEAK_FLOPS = {

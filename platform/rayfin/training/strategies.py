@@ -16,6 +16,7 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.models import ModelFacts
+from rayfin.training.sharding import Whole, held
 from rayfin.training.strategy_files import deepspeed_settings, read_own
 
 STRATEGIES: dict[Strategy, str] = {
@@ -30,15 +31,8 @@ STRATEGIES: dict[Strategy, str] = {
 ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: Zhao et al. 2023, arXiv:2304.11277.
 """
 
-SHARDS_WEIGHTS = ("deepspeed-zero3", "fsdp")
-
-# Bytes a trained number takes: float32 weight, gradient, AdamW's two moments, and the bucket that
-# averages gradients.
-_TRAINED, _WEIGHT, _GRADIENT, _MOMENTS = 20.0, 4.0, 4.0, 8.0
-# Of a worker's memory, for activations and whatever else is there.
+# Of a worker's memory; the rest is for activations and whatever else is there.
 _ROOM = 0.6
-# Adapters train a few percent of the base's weights at most.
-_ADAPTER_SHARE = 0.03
 
 
 @dataclass(frozen=True)
@@ -192,17 +186,23 @@ def verified() -> dict[str, dict[str, list[str]]]:
 
 
 def choose(
-    method: MethodConfig, facts: ModelFacts, hardware: Hardware, *, workers: int, here: int
+    method: MethodConfig,
+    facts: ModelFacts,
+    hardware: Hardware,
+    *,
+    workers: int,
+    here: int,
+    dtype: str = "auto",
 ) -> tuple[Strategy, str]:
     """(strategy, why) for scaling.strategy=auto: the simplest that fits the memory of a worker.
 
-    `here`: how many of the `workers` share the memory of a machine that has no GPU. Only what
+    `here`: how many of the `workers` share the memory of a machine that has no GPU; `dtype`: that
+    of the base, model.dtype. Activations are not counted, but have room left for them. Only what
     `verified` holds for the device is chosen; for GPUs, while nothing was run on any, what it holds
     for CPUs, and `why` says so.
     """
     on_gpu = hardware.device == "cuda"
     memory = hardware.device_memory if on_gpu else hardware.host_memory / here
-    bytes_a_weight = {4: 0.6, 8: 1.1, None: 2.0 if on_gpu else 4.0}[method.quantization_bit]
     name = method.type if method.quantization_bit != 8 else f"{method.type}, 8-bit"
     device = "cuda" if on_gpu and "cuda" in verified() else "cpu"
     doubt = "; verified on CPUs only" if on_gpu and device == "cpu" else ""
@@ -212,7 +212,10 @@ def choose(
         order.append("deepspeed-zero2")  # of what is trained, most is gradients and moments
     order.append("fsdp")
     usable = [s for s in order if s in seen and refusal(s, method) is None]
-    needs = {s: bytes_needed(s, method, facts, workers, bytes_a_weight) for s in usable}
+    needs = {}
+    for strategy in usable:
+        whole = Whole.of(method, facts, strategy, dtype, hardware.device)
+        needs[strategy] = sum(held(strategy, whole, workers=workers))
     room = memory * _ROOM
     size = f"about {{:.1f}} GB of each worker's {memory / 1e9:.1f} GB"
     for strategy in usable:
@@ -226,28 +229,3 @@ def choose(
     least = min(usable, key=lambda strategy: needs[strategy])
     taken = size.format(needs[least] / 1e9)
     return least, f"it needs the least, {taken}; that may be too much{doubt}"
-
-
-def bytes_needed(
-    strategy: Strategy,
-    method: MethodConfig,
-    facts: ModelFacts,
-    workers: int,
-    bytes_a_weight: float,
-) -> float:
-    """Bytes of weights, gradients and optimizer state on one worker, activations not counted."""
-    parameters = float(facts.parameters)
-    if not METHODS[method.type].changes_base:
-        base = bytes_a_weight * parameters
-        trained = _TRAINED * _ADAPTER_SHARE * parameters
-        return base / (workers if strategy in SHARDS_WEIGHTS else 1) + trained
-    match strategy:
-        case "deepspeed-zero1":
-            each = _WEIGHT + _GRADIENT + (_WEIGHT + _MOMENTS) / workers
-        case "deepspeed-zero2":
-            each = _WEIGHT + (_WEIGHT + _GRADIENT + _MOMENTS) / workers
-        case "deepspeed-zero3" | "fsdp":
-            each = _TRAINED / workers
-        case _:
-            each = _TRAINED
-    return each * parameters

@@ -288,8 +288,8 @@ def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Gr
     import torch.distributed as dist
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    facts = warm.facts(spec.model)
-    chosen = [choose(spec.method, facts, hardware, workers=group.size, here=here)]
+    facts, dtype = warm.facts(spec.model), spec.model.dtype
+    chosen = [choose(spec.method, facts, hardware, workers=group.size, here=here, dtype=dtype)]
     if group.size > 1:
         dist.broadcast_object_list(chosen, src=0)
     strategy, why = chosen[0]

@@ -8,12 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
+from rayfin.config import MethodConfig
+from rayfin.config.method import FullConfig
 from rayfin.config.schema import Strategy
+from rayfin.methods.layers import trained_parameters
+from rayfin.models.facts import ModelFacts
 from rayfin.training.strategy_files import LARGEST_BUCKET
 
+Device = Literal["cpu", "cuda"]
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a number by the name of its type."""
+
+SHARDS_WEIGHTS = ("deepspeed-zero3", "fsdp")
+
 _FLOAT32 = 4
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A weight: 4 bits, an 8-bit constant for 64 of them, and a float32 for 256 such constants (double
+quantisation: arXiv:2305.14314, section 3)."""
 _ADAMW_BYTES = 8
 """A trained parameter: two moments in float32, as torch's AdamW keeps them."""
 
@@ -47,6 +62,23 @@ class Whole:
     computed: int
     """Bytes of a number that products take: 2 where there is mixed precision."""
 
+    @classmethod
+    def of(
+        cls, method: MethodConfig, facts: ModelFacts, strategy: Strategy, dtype: str, device: Device
+    ) -> Whole:
+        """`dtype`: model.dtype."""
+        width, bits = base_width(method, strategy, dtype, device), method.quantization_bit
+        # LLM.int8() has a float32 scale for every row (arXiv:2208.07339).
+        each = {4: _NF4_BYTES, 8: 1 + _FLOAT32 / facts.hidden_size, None: width}[bits]
+        return cls(
+            linear=each * facts.linear_parameters,
+            rest=width * (facts.parameters - facts.linear_parameters),
+            layers=facts.num_layers,
+            trained=trained_parameters(method, facts),
+            full=isinstance(method, FullConfig),
+            computed=2 if device == "cuda" else _FLOAT32,
+        )
+
     @property
     def weights(self) -> float:
         return self.linear + self.rest
@@ -55,6 +87,15 @@ class Whole:
     def bucket(self) -> float:
         """Bytes of gradients on their way to the others; rayfin.training.zero sets their size."""
         return self.computed * min(self.trained, LARGEST_BUCKET)
+
+
+def base_width(method: MethodConfig, strategy: Strategy, dtype: str, device: Device) -> int:
+    """Bytes of a base weight that is not quantised: as `rayfin.models.load_base` loads them."""
+    if isinstance(method, FullConfig) and not strategy.startswith("deepspeed"):
+        return _FLOAT32  # `attach` makes what is trained float32
+    if dtype != "auto":
+        return WIDTH[dtype]
+    return _FLOAT32 if device == "cpu" else 2
 
 
 def _ddp(whole: Whole, workers: int, offload: bool) -> Held:
@@ -91,36 +132,33 @@ def _fsdp(whole: Whole, workers: int, offload: bool) -> Held:
     )
 
 
-def _zero(stage: int) -> Callable[[Whole, int, bool], Held]:
-    def held(whole: Whole, workers: int, offload: bool) -> Held:
-        """The optimizer has float32 copies of its part beside AdamW's moments, for a step also of
-        the gradients, which else are as products take them.
-        """
-        part = whole.trained / workers
-        weights, adapter = whole.weights, 0.0 if whole.full else whole.computed * whole.trained
-        gradients = whole.computed * (whole.trained if stage == 1 else part)
-        if stage == 3:
-            live = min(1.0, _LIVE * whole.computed / whole.weights) * whole.weights
-            weights = (0.0 if offload else whole.weights / workers) + live
-        if offload:
-            gradients = gradients if stage == 1 else 0.0
-            return Held(weights, adapter, gradients + whole.bucket, 0.0)
-        gradients += whole.bucket + _FLOAT32 * part
-        return Held(weights, adapter, gradients, (_FLOAT32 + _ADAMW_BYTES) * part)
-
-    return held
+def _zero(stage: int, whole: Whole, workers: int, offload: bool) -> Held:
+    """The optimizer has float32 copies of its part beside AdamW's moments, for a step also of the
+    gradients, which else are as products take them.
+    """
+    part = whole.trained / workers
+    weights, adapter = whole.weights, 0.0 if whole.full else whole.computed * whole.trained
+    gradients = whole.computed * (whole.trained if stage == 1 else part)
+    if stage == 3:
+        live = min(whole.weights, _LIVE * whole.computed)
+        weights = (0.0 if offload else whole.weights / workers) + live
+    if offload:
+        gradients = gradients if stage == 1 else 0.0
+        return Held(weights, adapter, gradients + whole.bucket, 0.0)
+    gradients += whole.bucket + _FLOAT32 * part
+    return Held(weights, adapter, gradients, (_FLOAT32 + _ADAMW_BYTES) * part)
 
 
 _HELD: dict[Strategy, Callable[[Whole, int, bool], Held]] = {
     "auto": _ddp,  # until it is chosen
     "ddp": _ddp,
     "fsdp": _fsdp,
-    "deepspeed-zero1": _zero(1),
-    "deepspeed-zero2": _zero(2),
-    "deepspeed-zero3": _zero(3),
+    "deepspeed-zero1": partial(_zero, 1),
+    "deepspeed-zero2": partial(_zero, 2),
+    "deepspeed-zero3": partial(_zero, 3),
 }
 
 
-def held(strategy: Strategy, whole: Whole, *, workers: int, offload: bool) -> Held:
+def held(strategy: Strategy, whole: Whole, *, workers: int, offload: bool = False) -> Held:
     """What one of `workers` holds; `offload`: whether its own part is in host memory instead."""
     return _HELD[strategy](whole, workers, offload)
