@@ -142,6 +142,13 @@ def test_names_and_texts_are_escaped_everywhere(tmp_path):
     assert data_of(page)["parameters"][1]["choices"][-1] == EVIL
 
 
+def test_notes_are_listed_escaped_and_without_passwords(tmp_path):
+    assert 'class="notes"' not in written(tmp_path, history(3))
+    page = written(tmp_path, history(3), notes=[EVIL, "read from postgresql://ann:s3cret@db/h"])
+    assert page.count("<li>&lt;/script&gt;") == 1
+    assert "<li>read from postgresql://ann:***@db/h</li>" in page
+
+
 def test_passwords_stay_out(tmp_path):
     page = written(
         tmp_path,

@@ -26,6 +26,7 @@ from markupsafe import Markup
 from rayfin.config import Config, dump_yaml
 from rayfin.evaluation.chart_data import chart_data, ordered
 from rayfin.evaluation.importance import LEAST_TRIALS, parameter_importance, scored_trials
+from rayfin.evaluation.notes import sweep_notes
 from rayfin.evaluation.quantities import (
     MISSING,
     QUANTITIES,
@@ -72,10 +73,12 @@ def write_sweep_report(
     best: TrialRecord | None,
     samples: Sequence[Sample] = (),
     adapter: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Writes the report of a sweep to `path` and returns it; `adapter` is `name@version`.
 
-    Trials in any state are welcome, also none at all.
+    Trials in any state are welcome, also none at all. `notes` are sentences that follow those of
+    `sweep_notes`: what only the caller knows, not the rows.
     """
     trials = ordered(trials)
     environment = Environment(
@@ -89,6 +92,7 @@ def write_sweep_report(
         **_assets(),
         **_header(trials, config),
         best=_best(trials, best, config, adapter),
+        notes=[_redact(note) for note in [*sweep_notes(trials, config), *notes]],
         importance=_importance(trials, config),
         samples=samples,
         table=_table(trials, config, best),
