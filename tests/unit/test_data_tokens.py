@@ -191,6 +191,7 @@ def test_profile() -> None:
         "mean_turns": 1.0,
         "digest": "digest",
         "source": "source",
+        "notes": [],
     }
 
 

@@ -149,6 +149,12 @@ def test_notes_are_listed_escaped_and_without_passwords(tmp_path):
     assert "<li>read from postgresql://ann:***@db/h</li>" in page
 
 
+def test_what_is_to_be_told_of_the_data_is_told_once(tmp_path):
+    told = {"data": {"notes": ["evaluated on test.jsonl"]}}
+    page = written(tmp_path, [record(n, scenario=told) for n in range(3)])
+    assert page.count("<li>evaluated on test.jsonl</li>") == 1
+
+
 def test_passwords_stay_out(tmp_path):
     page = written(
         tmp_path,

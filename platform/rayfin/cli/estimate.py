@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rayfin.cli.experiment import begun_history
+from rayfin.cli.experiment import begun_history, read_data
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, whether the configuration fits or not; nothing is written anywhere."""
     from rayfin.config import load_config
-    from rayfin.data import load_corpus
     from rayfin.hardware import describe_hardware
     from rayfin.methods import check_combination
     from rayfin.models import describe_model
@@ -47,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(file, settings)
     check_combination(config)
     measured = _measured(config)
-    profile = sampled_profile(config, load_corpus(config.data))
+    profile = sampled_profile(config, read_data(config))
     hardware = describe_hardware(config.scaling.use_gpu)
     found = estimate(
         config,

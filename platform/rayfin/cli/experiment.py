@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rayfin.cli.parser import printable
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
     from rayfin.config import Config
+    from rayfin.data import Corpus
     from rayfin.history import History, TrialRecord
     from rayfin.paths import Storage
 
@@ -95,6 +98,19 @@ class Workplace:
                     f"'{source}' is not there, or not whole; --rerun trains it again"
                 )
             return self.registry.publish(publish.name, files, metadata, alias=publish.alias)
+
+
+def read_data(config: Config) -> Corpus:
+    """Returns the configuration's data; what is to be told of it goes to standard error.
+
+    Raises DataError where the data can't be used.
+    """
+    from rayfin.data import load_corpus
+
+    corpus = load_corpus(config.data)
+    for note in corpus.notes:
+        print(printable(note), file=sys.stderr, flush=True)
+    return corpus
 
 
 def begun_history(config: Config) -> History | None:

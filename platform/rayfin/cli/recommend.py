@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.experiment import begun_history
+from rayfin.cli.experiment import begun_history, read_data
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
@@ -79,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _place(config: Config, args: argparse.Namespace) -> Place:
-    from rayfin.data import load_corpus
     from rayfin.hardware import describe_hardware
     from rayfin.models import describe_model
     from rayfin.recommend.advisor import Place
@@ -96,7 +95,7 @@ def _place(config: Config, args: argparse.Namespace) -> Place:
     if "gpu_memory_gb" in known and "hardware" not in known:
         known.setdefault("num_gpus", max(1, hardware.device_count))
     facts = describe_model(config.model)
-    corpus = load_corpus(config.data)
+    corpus = read_data(config)
     scenario = Scenario.detect(
         use_gpu=config.scaling.use_gpu,
         model_name=config.model.name,

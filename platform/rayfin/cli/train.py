@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rayfin.cli import experiment
+from rayfin.cli.parser import printable
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             rerun=args.rerun,
             address=args.address,
             # Standard output is the result's, which machines read with --json.
-            show=lambda line: print(line, file=sys.stderr, flush=True),
+            show=lambda line: print(printable(line), file=sys.stderr, flush=True),
         )
     adapter = place.publish(row) if row.status == "finished" else None
     if args.json:

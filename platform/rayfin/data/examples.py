@@ -53,6 +53,8 @@ class Corpus:
     source: str
     """Names the data, however many of its samples were taken, and however they were split."""
     skipped: tuple[BadRow, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What whoever brought the data should know of how it was read, a line each."""
     stream: Stream | None = None
     """Where the training samples are read while training; `train` is a sample of them then."""
 

@@ -46,9 +46,11 @@ class DataProfile:
     """Of the corpus' content and split; neither tokenizer nor max_length enter it."""
     source: str
     """The same for any subset and split of the data."""
+    notes: tuple[str, ...]
+    """What whoever brought the data should know of how it was read, a line each."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"notes": list(self.notes)}  # as JSON gives it back
 
 
 def profile_of(
@@ -91,6 +93,7 @@ def profile_of(
         mean_turns=sum(turns) / len(turns),
         digest=corpus.digest,
         source=corpus.source,
+        notes=corpus.notes,
     )
 
 

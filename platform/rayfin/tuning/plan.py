@@ -97,6 +97,11 @@ class SweepPlan:
             self.corpora[data] = next(read, None) or load_corpus(data)
         return self.corpora[data]
 
+    @property
+    def notes(self) -> list[str]:
+        """Returns what the data read so far asks to be told, each line once."""
+        return list(dict.fromkeys(note for c in self.corpora.values() for note in c.notes))
+
     def identity(self, model: ModelConfig) -> str:
         return _identity(model)
 

@@ -64,6 +64,8 @@ def _train(
         data = TrialSpec.of(config).data
         plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(data)
     check_run(plan, [config], cluster)
+    for note in plan.notes:
+        show(note)
     trial = plan.trial({})
     if not rerun and (earlier := usable(history, trial)) is not None:
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")

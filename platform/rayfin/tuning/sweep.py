@@ -71,13 +71,15 @@ def run_sweep(
     cluster = cluster_address(address)
     earlier = find_resumable(config, storage)
     plan = (earlier if resume else None) or new_plan(config, storage)
+    progress = progress or Progress()
     check_run(plan, variants(config), cluster)
+    for note in plan.notes:
+        progress.say(note)
     rows = history.trials(sweep_id=plan.sweep_id)
     _check_unchanged(plan, rows)
     plan.save()
     if earlier is not None and not (resume or rerun):
         first = [*first, *_finished_points(earlier, history)]
-    progress = progress or Progress()
     running = (
         f"--resume: sweep {plan.sweep_id} is running in another process; wait for its end, "
         "or leave --resume out to start another"
