@@ -191,7 +191,7 @@ def check_access(place: Place, dashboard: str) -> None:
 
 
 def read_results(place: Place) -> None:
-    command = ["rayfin", "history", "list", "--json", "--storage", str(place.storage)]
+    command = ["rayfin", "history", "list", "--json", f"storage={place.storage}"]
     listing = subprocess.run(command, env=place.environment, capture_output=True, check=True)
     trials = json.loads(listing.stdout)
     for trial in trials:

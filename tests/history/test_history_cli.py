@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import pytest
 
 from rayfin.cli.history import register
+from rayfin.cli.parser import Parser
 from rayfin.errors import HistoryError
 from rayfin.history import History
 from rayfin.paths import Storage
 
 
 def run(*words):
-    parser = argparse.ArgumentParser(prog="rayfin")
+    parser = Parser(prog="rayfin")
     register(parser.add_subparsers())
     args = parser.parse_args(["history", *map(str, words)])
     return args.handler(args)
@@ -31,7 +31,7 @@ def storage(tmp_path, record):
 
 
 def test_list_shows_the_newest_first(storage, capsys):
-    assert run("list", "--storage", storage) == 0
+    assert run("list", f"storage={storage}") == 0
     out = capsys.readouterr().out
     assert out.index("trial-003") < out.index("trial-002") < out.index("trial-001")
     assert "lora 8" in out
@@ -39,54 +39,54 @@ def test_list_shows_the_newest_first(storage, capsys):
 
 
 def test_list_filters_and_speaks_json(storage, capsys):
-    run("list", "--storage", storage, "--json", "--sweep", "sweep-a", "--status", "finished")
+    run("list", f"storage={storage}", "--json", "--sweep", "sweep-a", "--status", "finished")
     (trial,) = json.loads(capsys.readouterr().out)
     assert trial["trial_id"] == "trial-001"
-    run("list", "--storage", storage, "--limit", 1)
+    run("list", f"storage={storage}", "--limit", 1)
     assert "the newest 1" in capsys.readouterr().out
 
 
 def test_list_sums_up_sweeps(storage, capsys):
-    run("list", "--storage", storage, "--sweeps")
+    run("list", f"storage={storage}", "--sweeps")
     assert "1 finished, 1 failed" in capsys.readouterr().out
-    run("list", "--storage", storage, "--sweeps", "--json")
+    run("list", f"storage={storage}", "--sweeps", "--json")
     sweeps = json.loads(capsys.readouterr().out)
     assert [sweep["best_trial_id"] for sweep in sweeps] == ["trial-001", "trial-003"]
 
 
 def test_show_takes_the_beginning_of_an_id(storage, capsys, record):
-    run("show", "--storage", storage, "trial-002")
+    run("show", f"storage={storage}", "trial-002")
     assert "[red]no[/red]" in capsys.readouterr().out
-    run("show", "--storage", storage, "trial-003", "--json")
+    run("show", f"storage={storage}", "trial-003", "--json")
     assert json.loads(capsys.readouterr().out) == record(3, sweep_id="sweep-b").model_dump(
         mode="json"
     )
     with pytest.raises(HistoryError, match="could be any of"):
-        run("show", "--storage", storage, "trial")
+        run("show", f"storage={storage}", "trial")
 
 
 def test_export_and_import_by_url(storage, tmp_path, capsys):
     file, url = tmp_path / "all.jsonl", f"sqlite:///{tmp_path / 'new.sqlite'}"
-    run("export", "--storage", storage, file, "--json")
+    run("export", f"storage={storage}", file, "--json")
     assert json.loads(capsys.readouterr().out) == {"path": str(file), "trials": 3}
-    run("import", "--history", url, file, "--json")
+    run("import", f"history={url}", file, "--json")
     assert json.loads(capsys.readouterr().out)["added"] == 3
-    run("import", "--history", url, file)
+    run("import", f"history={url}", file)
     assert "0 added, 0 replaced, 3 unchanged" in capsys.readouterr().out
 
 
 def test_import_says_what_it_skipped(tmp_path, capsys):
     file, storage = tmp_path / "table.csv", tmp_path / "runs"
     file.write_text("lr,eval_loss\n1,2\n1,low\n")
-    assert run("import", "--storage", storage, file) == 0
+    assert run("import", f"storage={storage}", file) == 0
     assert f"skipped {file}:3: eval_loss is 'low'" in capsys.readouterr().out
     file.write_text("lr,eval_loss\n1,low\n")
     with pytest.raises(HistoryError, match=r"nothing in .* could be used \(1 skipped\), first: "):
-        run("import", "--storage", storage, file)
+        run("import", f"storage={storage}", file)
 
 
 @pytest.mark.parametrize("words", [["list"], ["show", "x"], ["export", "x.jsonl"]])
 def test_reading_makes_no_storage(tmp_path, words):
     with pytest.raises(HistoryError, match="does not exist; run a trial first"):
-        run(*words, "--storage", tmp_path / "runs")
+        run(*words, f"storage={tmp_path / 'runs'}")
     assert list(tmp_path.iterdir()) == []

@@ -43,7 +43,7 @@ def test_list_and_show(registry: Registry, capsys: pytest.CaptureFixture[str]) -
     listed = capsys.readouterr().out
     assert "support@1" in listed and "support@2" in listed and "1.25" in listed
 
-    assert rayfin("list", "--json", "--root", str(registry.root)) == 0
+    assert rayfin("list", "--json", f"storage={registry.root.parent}") == 0
     value = json.loads(capsys.readouterr().out)
     assert [adapter["ref"] for adapter in value["adapters"]] == ["support@1", "support@2"]
     assert value["problems"] == []

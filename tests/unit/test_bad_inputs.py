@@ -399,15 +399,15 @@ PLACES = [
 ]
 
 HISTORY = [
-    case("no-history", "history", "list", "--storage", "none", say=("none", "--storage DIR")),
-    case("unknown-trial", "history", "show", "x9", "--storage=runs", say=("'x9'", "history list")),
-    case("import-missing", "history", "import", "no.jsonl", "--storage=runs", say=("no.jsonl",)),
+    case("no-history", "history", "list", "storage=none", say=("none", "storage=DIR")),
+    case("unknown-trial", "history", "show", "x9", "storage=runs", say=("'x9'", "history list")),
+    case("import-missing", "history", "import", "no.jsonl", "storage=runs", say=("no.jsonl",)),
     case(
         "import-garbage",
         "history",
         "import",
         "garbage.parquet",
-        "--storage=runs",
+        "storage=runs",
         say=("garbage.parquet",),
     ),
     case(
@@ -415,7 +415,7 @@ HISTORY = [
         "history",
         "import",
         "trials.jsonl",
-        "--storage=runs",
+        "storage=runs",
         say=("'trials.jsonl'", "nothing"),
     ),
     case(
@@ -423,7 +423,7 @@ HISTORY = [
         "history",
         "import",
         "rows.txt",
-        "--storage=runs",
+        "storage=runs",
         say=("rows.txt", ".jsonl"),
     ),
     case(
@@ -431,7 +431,7 @@ HISTORY = [
         "history",
         "export",
         "out.xls",
-        "--storage=runs",
+        "storage=runs",
         say=("out.xls", ".jsonl"),
     ),
     case("unknown-status", "history", "list", "--status=ended", say=("'ended'", "finished")),
@@ -439,20 +439,16 @@ HISTORY = [
 ]
 
 ADAPTERS = [
-    case("unknown-adapter", "adapters", "show", "yours", "--storage=runs", say=("'yours'", "mine")),
-    case("unknown-version", "adapters", "rm", "mine@4", "--storage=runs", say=("mine@4", "1")),
-    case(
-        "unknown-alias", "adapters", "show", "mine@prod", "--storage=runs", say=("prod", "latest")
-    ),
-    case(
-        "hostile-name", "adapters", "show", "../mine", "--storage=runs", say=("../mine", "letters")
-    ),
+    case("unknown-adapter", "adapters", "show", "yours", "storage=runs", say=("'yours'", "mine")),
+    case("unknown-version", "adapters", "rm", "mine@4", "storage=runs", say=("mine@4", "1")),
+    case("unknown-alias", "adapters", "show", "mine@prod", "storage=runs", say=("prod", "latest")),
+    case("hostile-name", "adapters", "show", "../mine", "storage=runs", say=("../mine", "letters")),
     case(
         "corrupt-adapter",
         "adapters",
         "verify",
         "hurt@1",
-        "--storage=runs",
+        "storage=runs",
         say=("adapter_model.safetensors", "hurt"),
     ),
     case(
@@ -461,7 +457,7 @@ ADAPTERS = [
         "promote",
         "mine@1",
         "--alias=3",
-        "--storage=runs",
+        "storage=runs",
         say=("'3'", "version"),
     ),
 ]

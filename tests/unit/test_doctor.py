@@ -77,7 +77,7 @@ def test_each_broken_place_is_one_line_with_its_remedy(
     monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
     history = f"postgresql+psycopg://someone:secret@127.0.0.1:{port}/rayfin"
-    code, report = doctor(capsys, "--storage", str(tmp_path / "file"), "--history", history)
+    code, report = doctor(capsys, f"storage={tmp_path / 'file'}", f"history={history}")
     assert code == 1
     problems = "\n".join(report["problems"])
     for expected in (
@@ -109,7 +109,7 @@ def test_a_cluster_that_listens_answers(
 @pytest.mark.usefixtures("quick")
 def test_histories(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def opens(name: str) -> tuple[bool | str, str]:
-        _, report = doctor(capsys, "--history", f"sqlite:///{tmp_path / name}")
+        _, report = doctor(capsys, f"history=sqlite:///{tmp_path / name}")
         lines = [line for line in report["problems"] if line.startswith("history")]
         return report["history"]["opens"], "\n".join(lines)
 

@@ -190,7 +190,7 @@ def test_the_best_is_set_against_the_base(tmp_path):
     page = written(tmp_path, [trial], best=trial, adapter="demo@2")
     assert "−50.0 % <span>better" in page
     assert "−20.0 points <span>worse" in page
-    assert "rayfin adapters show demo@2 --storage" in page
+    assert "rayfin adapters show demo@2 storage=" in page
 
 
 def test_failed_trials_are_rows_with_their_reason(tmp_path):

@@ -12,7 +12,18 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from rayfin import __version__
-from rayfin.cli import adapters, chat, doctor, estimate, history, recommend, serve, sweep, train
+from rayfin.cli import (
+    adapters,
+    chat,
+    completion,
+    doctor,
+    estimate,
+    history,
+    recommend,
+    serve,
+    sweep,
+    train,
+)
 from rayfin.cli.parser import Parser, print_error
 from rayfin.errors import RayfinError, UsageError
 
@@ -28,8 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"rayfin {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-    for module in (sweep, train, recommend, estimate, serve, chat, history, adapters, doctor):
+    modules = (sweep, train, recommend, estimate, serve, chat, history, adapters, doctor)
+    for module in (*modules, completion):
         module.register(verbs)
+    completion.answer(parser)
     return _run(parser, argv)
 
 

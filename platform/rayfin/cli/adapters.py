@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli.places import add_places, place_config
+
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
 
@@ -21,35 +23,39 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     _verb(verbs, "list", "every adapter, its versions and aliases", _list)
-    show = _verb(verbs, "show", "one version and where it comes from", _show)
-    show.add_argument("ref", metavar="NAME[@VERSION|@ALIAS]")
-    promote = _verb(verbs, "promote", "point an alias at a version", _promote)
-    promote.add_argument("ref", metavar="NAME[@VERSION|@ALIAS]")
-    rollback = _verb(verbs, "rollback", "point an alias back at what it was before", _rollback)
-    rollback.add_argument("name", metavar="NAME")
-    unalias = _verb(verbs, "unalias", "drop an alias", _unalias)
-    unalias.add_argument("name", metavar="NAME")
+    any_ref, name = "NAME[@VERSION|@ALIAS]", "NAME"
+    _verb(verbs, "show", "one version and where it comes from", _show, ref=any_ref)
+    promote = _verb(verbs, "promote", "point an alias at a version", _promote, ref=any_ref)
+    back = "point an alias back at what it was before"
+    rollback = _verb(verbs, "rollback", back, _rollback, name=name)
+    unalias = _verb(verbs, "unalias", "drop an alias", _unalias, name=name)
     for one in (promote, rollback):
         one.add_argument("--alias", default="prod", help="the alias to move (default: prod)")
     unalias.add_argument("--alias", required=True, help="the alias to drop")
-    remove = _verb(verbs, "rm", "remove one version", _remove)
-    remove.add_argument("ref", metavar="NAME@VERSION")
-    verify = _verb(verbs, "verify", "check files and checksums", _verify)
-    verify.add_argument(
-        "ref", metavar="NAME[@VERSION|@ALIAS]", nargs="?", help="default: every version"
-    )
+    _verb(verbs, "rm", "remove one version", _remove, ref="NAME@VERSION")
+    _verb(verbs, "verify", "check files and checksums", _verify, optional_ref=any_ref)
 
 
 def _verb(
     verbs: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
+    verb: str,
     summary: str,
     handler: Handler,
+    *,
+    ref: str | None = None,
+    name: str | None = None,
+    optional_ref: str | None = None,
 ) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=summary, description=summary.capitalize())
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument("--storage", default="./runs", help="where runs lie (default: ./runs)")
-    place.add_argument("--root", help="the registry itself (default: STORAGE/adapters)")
+    """A verb with what it is about, as its help shows it, before the settings."""
+    parser = verbs.add_parser(verb, help=summary, description=summary.capitalize())
+    if ref is not None:
+        parser.add_argument("ref", metavar=ref)
+    if name is not None:
+        parser.add_argument("name", metavar=name)
+    if optional_ref is not None:
+        every = "default: every version"
+        parser.add_argument("ref", metavar=optional_ref, nargs="?", help=every)
+    add_places(parser, "storage")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.set_defaults(handler=handler)
     return parser
@@ -60,7 +66,7 @@ def _registry(args: argparse.Namespace) -> Registry:
     from rayfin.paths import Storage
 
     # Not Storage.open: looking must not make directories.
-    return Registry(args.root or Storage.at(args.storage).adapters)
+    return Registry(Storage.at(place_config(args).registry_storage).adapters)
 
 
 def _list(args: argparse.Namespace) -> int:

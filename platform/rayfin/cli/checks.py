@@ -163,7 +163,7 @@ def storage_place(storage: str, problems: list[str]) -> Section:
         return {"url": storage, "writable": True}
     root = Path(storage).expanduser().resolve()
     found: Section = {"directory": str(root)}
-    remedy = "give a directory you may write to, with 1 GB free, by --storage or storage=DIR"
+    remedy = "give a directory you may write to, with 1 GB free, by storage=DIR"
     return found | _place(root, "storage", remedy, DISK_NEEDED, problems)
 
 

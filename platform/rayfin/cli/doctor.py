@@ -7,15 +7,14 @@ import json
 import sys
 from typing import Any
 
+from rayfin.cli.places import add_places, place_config
+
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `doctor`, whose `handler` returns 0 where nothing is wrong and 1 where something is."""
     summary = "what is installed, which devices, what would be used, what is wrong"
     parser = subparsers.add_parser("doctor", help=summary, description=summary.capitalize())
-    parser.add_argument(
-        "--storage", metavar="DIR", default="./runs", help="where runs lie (default: ./runs)"
-    )
-    parser.add_argument("--history", metavar="URL", help="default: history.sqlite in STORAGE")
+    add_places(parser, "storage and history")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.set_defaults(handler=_doctor)
 
@@ -23,7 +22,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _doctor(args: argparse.Namespace) -> int:
     from rayfin.cli.checks import examine
 
-    sections, problems = examine(args.storage, args.history)
+    storage, history = "./runs", None
+    if args.settings:  # else not even the configuration's own libraries need be there
+        config = place_config(args)
+        storage, history = config.storage, config.history
+    sections, problems = examine(storage, history)
     if args.json or not _print(sections, problems):
         print(json.dumps({**sections, "problems": problems}, indent=2, ensure_ascii=False))
     return 1 if problems else 0

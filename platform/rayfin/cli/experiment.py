@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayfin.cli.parser import printable
+from rayfin.cli.places import history_url
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Workplace:
             if publish.alias is not None:
                 check_alias(publish.alias)
             registry = Registry(Storage.at(config.registry_storage).adapters)
-        url = config.history or Storage.at(config.storage).history_url  # before anything is asked
+        url = history_url(config)  # refuses a bucket's before anything is asked of it
         storage = Storage.open(config.storage)
         return cls(config, storage, History.open(url), registry)
 
@@ -111,20 +111,6 @@ def read_data(config: Config) -> Corpus:
     for note in corpus.notes:
         print(printable(note), file=sys.stderr, flush=True)
     return corpus
-
-
-def begun_history(config: Config) -> History | None:
-    """The configuration's history, to be closed; None where none has been begun: none is made."""
-    from rayfin.history import History
-    from rayfin.history.connect import parse_url
-    from rayfin.paths import Storage
-
-    # Not Storage.open, which makes the directory.
-    url = config.history or Storage.at(config.storage).history_url
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
-        return None
-    return History.open(url, create=False)
 
 
 def comparison(row: TrialRecord) -> list[tuple[str, float, float]]:

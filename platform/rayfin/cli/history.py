@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from rayfin.cli.places import add_places, history_url, place_config
 
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
 if TYPE_CHECKING:
@@ -22,37 +25,46 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     history = subparsers.add_parser("history", help=summary, description=summary.capitalize())
     verbs = history.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--history", metavar="URL", help="sqlite:///PATH or postgresql+psycopg://…")
-    common.add_argument(
-        "--storage", metavar="DIR", default="./runs", help="use the history under DIR (./runs)"
-    )
-    common.add_argument("--json", action="store_true", help="print JSON for machines")
-
-    listing = verbs.add_parser("list", parents=[common], help="the newest trials, or all sweeps")
+    listing = _verb(verbs, "list", "the newest trials, or all sweeps", list_trials)
     listing.add_argument("--sweep", metavar="ID", help="only this sweep's trials")
     listing.add_argument("--status", choices=_STATUSES, help="only trials that ended so")
     listing.add_argument("--limit", type=_count, metavar="N", help="show N trials (20; 0 is all)")
     listing.add_argument("--sweeps", action="store_true", help="one line a sweep")
-    listing.set_defaults(handler=list_trials)
 
-    show = verbs.add_parser("show", parents=[common], help="everything about one trial")
-    show.add_argument("trial", metavar="TRIAL", help="its id, or the beginning of it")
-    show.set_defaults(handler=show_trial)
+    its_id = "its id, or the beginning of it"
+    _verb(verbs, "show", "everything about one trial", show_trial, trial=its_id)
 
-    export = verbs.add_parser("export", parents=[common], help="write trials to a file")
-    export.add_argument("path", metavar="FILE", help=".jsonl or .parquet")
-    export.add_argument("--sweep", metavar="ID", help="only this sweep's trials")
-    export.set_defaults(handler=export_trials)
-
-    importing = verbs.add_parser("import", parents=[common], help="add the trials in a file")
-    importing.add_argument(
-        "path",
-        metavar="FILE",
-        help=".jsonl or .parquet export, .csv table, or .json results (a directory, too) of PEFT's "
-        "method_comparison",
+    export = _verb(
+        verbs, "export", "write trials to a file", export_trials, path=".jsonl, .parquet"
     )
-    importing.set_defaults(handler=import_trials)
+    export.add_argument("--sweep", metavar="ID", help="only this sweep's trials")
+
+    readable = (
+        ".jsonl or .parquet export, .csv table, or .json results (a directory, too) of PEFT's "
+        "method_comparison"
+    )
+    _verb(verbs, "import", "add the trials in a file", import_trials, path=readable)
+
+
+def _verb(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    verb: str,
+    summary: str,
+    handler: Callable[[argparse.Namespace], int],
+    *,
+    trial: str | None = None,
+    path: str | None = None,
+) -> argparse.ArgumentParser:
+    """A verb with what it is about, as its help says it, before the settings."""
+    parser = verbs.add_parser(verb, help=summary, description=summary.capitalize())
+    if trial is not None:
+        parser.add_argument("trial", metavar="TRIAL", help=trial)
+    if path is not None:
+        parser.add_argument("path", metavar="FILE", help=path)
+    add_places(parser, "storage and history")
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.set_defaults(handler=handler)
+    return parser
 
 
 def list_trials(args: argparse.Namespace) -> int:
@@ -120,11 +132,10 @@ def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     from rayfin.history import History
     from rayfin.paths import Storage
 
-    if args.history:
-        return History.open(args.history, create=create)
-    # Reading must not leave an empty storage behind.
-    storage = Storage.open(args.storage) if create else Storage.at(args.storage)
-    return History.open(storage.history_url, create=create)
+    config = place_config(args)
+    if create and config.history is None:  # reading must not leave an empty storage behind
+        Storage.open(config.storage)
+    return History.open(history_url(config), create=create)
 
 
 def _print(args: argparse.Namespace, value: Any, human: Table | str) -> None:

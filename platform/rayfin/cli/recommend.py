@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.experiment import begun_history, read_data
+from rayfin.cli.experiment import read_data
+from rayfin.cli.places import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from rayfin.cli.completion import Kind, SettingsCompleter
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 class ShowSettings(argparse.Action):
     """Prints the settings and ends the command, as --help does."""
+
+    kind: Kind = "experiment"
 
     def lines(self) -> Iterator[str]:
         return settings_lines()
@@ -28,18 +32,21 @@ class ShowSettings(argparse.Action):
 class ShowServeSettings(ShowSettings):
     """The same of a deployment."""
 
+    kind: Kind = "deployment"
+
     def lines(self) -> Iterator[str]:
         return serve_settings_lines()
 
 
 def add_settings(parser: argparse.ArgumentParser, show: type[ShowSettings] = ShowSettings) -> None:
     """The arguments `[config.yaml] [section.key=value …]`, and `--settings`, which lists them."""
-    parser.add_argument(
+    settings = parser.add_argument(
         "settings",
         nargs="*",
         metavar="config.yaml | section.key=value",
         help="a configuration file first, if any, and settings that win over it",
     )
+    settings.completer = SettingsCompleter(show.kind)  # type: ignore[attr-defined]
     parser.add_argument(
         "--settings",
         dest="show_settings",

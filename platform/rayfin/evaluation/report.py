@@ -196,7 +196,7 @@ def _commands(adapter: str, config: Config) -> list[str]:
     # A version directory is a plain PEFT adapter; that layout is part of the registry's promise.
     path = str(storage.adapters / name / version)
     return [
-        f"rayfin adapters show {adapter} --storage {shlex.quote(str(storage.place))}",
+        f"rayfin adapters show {adapter} {shlex.quote(f'storage={storage.place}')}",
         f"model = peft.PeftModel.from_pretrained(base_model, {path!r})",
     ]
 

@@ -136,7 +136,7 @@ def _check_file(path: Path, url: URL, *, create: bool) -> None:
         if not create:
             raise HistoryError(
                 f"history: '{shown(url)}' does not exist; run a trial first, "
-                "or name the right one with --history URL or --storage DIR"
+                "or name the right one with storage=DIR or history=URL"
             )
         if not path.parent.is_dir():
             raise HistoryError(

@@ -1,0 +1,66 @@
+"""Where results lie, for verbs that look at them: `[config.yaml] [storage=DIR] [history=URL]`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayfin.cli.completion import Kind, SettingsCompleter
+from rayfin.cli.settings import split_settings
+from rayfin.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from rayfin.config import Config
+    from rayfin.history import History
+
+
+def add_places(parser: argparse.ArgumentParser, kind: Kind) -> None:
+    """The arguments `[config.yaml] [storage=DIR]`, and `[history=URL]` where `kind` has it."""
+    both = kind == "storage and history"
+    settings = parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="config.yaml | storage=DIR" + " | history=URL" * both,
+        help="where results lie, as in any configuration: storage=DIR (./runs)"
+        + ", history=URL (sqlite:///PATH or postgresql+psycopg://…)" * both,
+    )
+    settings.completer = SettingsCompleter(kind)  # type: ignore[attr-defined]
+    parser.set_defaults(places=("storage", "history") if both else ("storage",))
+
+
+def place_config(args: argparse.Namespace) -> Config:
+    """The configuration, of which the verb needs the places only.
+
+    A file may have all the rest. Raises UsageErrors, also for a setting that the verb wouldn't use.
+    """
+    from rayfin.config import load_config, parse_overrides
+
+    file, settings = split_settings(args.settings)
+    for key in parse_overrides(settings):
+        if key not in args.places:
+            raise UsageError(
+                f"'{key}' is no setting that {args.parser.prog} uses"
+                f"{did_you_mean(key, args.places)}; it takes {' and '.join(args.places)}"
+            )
+    return load_config(file, settings)
+
+
+def history_url(config: Config) -> str:
+    """URL of the configuration's history; nothing is made."""
+    from rayfin.paths import Storage
+
+    # Not Storage.open, which makes the directory.
+    return config.history or Storage.at(config.storage).history_url
+
+
+def begun_history(config: Config) -> History | None:
+    """The configuration's history, to be closed; None where none has been begun: none is made."""
+    from rayfin.history import History
+    from rayfin.history.connect import parse_url
+
+    url = history_url(config)
+    parsed = parse_url(url)
+    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
+        return None
+    return History.open(url, create=False)
