@@ -176,7 +176,10 @@ def test_two_sweeps_that_start_together_have_names_of_their_own(tmp_path: Path, 
     assert all(name.startswith("data-p-tuning-") for name in names)
 
 
-def test_a_drawn_method_brings_its_own_defaults() -> None:
-    config = load_config({"method": {"type": "lora", "r": 4, "target_modules": "all-linear"}})
-    assert trial_config(config, {"method.type": "ia3"}).method.target_modules is None
-    assert trial_config(config, {"method.type": "dora"}).method.r == 4
+def test_a_drawn_method_brings_its_own_defaults_and_keeps_what_was_written() -> None:
+    config = load_config({"method": {"type": "lora", "r": 4, "quantization_bit": 4}})
+    ia3 = trial_config(config, {"method.type": "ia3"}).method
+    assert (ia3.target_modules, ia3.quantization_bit) == (None, 4)
+    dora = trial_config(config, {"method.type": "dora"}).method
+    assert (dora.r, dora.target_modules, dora.quantization_bit) == (4, "all-linear", 4)
+    assert trial_config(load_config(), {"method.type": "dora"}).method.quantization_bit is None

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rayfin.config.method import METHOD_CONFIGS
-from rayfin.config.problems import describe
+from rayfin.config.problems import describe, shown
+from rayfin.config.scalars import load_yaml, typed, typed_override
 from rayfin.config.schema import Config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError
 
-# YAML 1.1 reads 2e-4 as a string; people write learning rates like that.
-_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+log = logging.getLogger(__name__)
 
 
 def load_config(
@@ -25,17 +25,24 @@ def load_config(
 ) -> Config:
     """The configuration in `source` (a YAML file, or a mapping) with `overrides` applied over it.
 
-    Raises ConfigError, naming key, value, what is allowed and the nearest known key.
+    Raises ConfigError, naming key, value, what is allowed and the nearest known key. Settings of
+    `source` that the method of an override doesn't have are named in a warning.
     """
-    return build_config(_tree(source), parse_overrides(overrides))
+    tree, values = _tree(source, Config), parse_overrides(overrides)
+    if "method.type" in values and (left := _method_over(tree, values["method.type"])[1]):
+        settings = ", ".join(f"method.{name}={shown(value)}" for name, value in left.items())
+        log.warning(
+            "method.type=%s has no such setting: %s; left out", values["method.type"], settings
+        )
+    return build_config(tree, values)
 
 
 def load_serve_config(
     source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
 ) -> ServeConfig:
     """As `load_config`, of a deployment."""
-    tree = _tree(source)
-    for key, value in parse_overrides(overrides).items():
+    tree = _tree(source, ServeConfig)
+    for key, value in parse_overrides(overrides, ServeConfig).items():
         _put(tree, key, value)
     try:
         return ServeConfig.model_validate(tree)
@@ -43,15 +50,18 @@ def load_serve_config(
         raise ConfigError(describe(error, tree, ServeConfig)) from None
 
 
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["train.max_steps=20"]` -> `{"train.max_steps": 20}`; values are YAML."""
+def parse_overrides(overrides: Iterable[str], kind: type[BaseModel] = Config) -> dict[str, Any]:
+    """`["train.max_steps=20"]` -> `{"train.max_steps": 20}`, as the settings of `kind` take it.
+
+    Values are YAML; what is given for a setting of text is that text.
+    """
     parsed: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{text}' is not an override; write section.key=value")
         try:
-            parsed[key] = _number(yaml.safe_load(value))
+            parsed[key] = typed_override(value, kind, key)
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"{key}: '{value}' is not valid YAML ({_first_line(error)}); quote the value"
@@ -60,12 +70,14 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
-    """`tree` with the dotted `overrides` put in, validated."""
+    """`tree` with the dotted `overrides` put in, validated.
+
+    Of a method that an override changes, all that the new one has stays.
+    """
     merged = _copy(tree)
     overrides = dict(overrides or {})
-    # A new type first: the settings of the old one that the new one does not know go away.
-    if (new_type := overrides.pop("method.type", None)) is not None:
-        _change_method(merged, new_type)
+    if "method.type" in overrides:
+        merged["method"], _ = _method_over(merged, overrides.pop("method.type"))
     for key, value in overrides.items():
         _put(merged, key, value)
     merged = _default_method(merged)
@@ -76,19 +88,37 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy of `config` with dotted names set, validated again."""
-    return build_config(config.model_dump(mode="json"), values)
+    """A copy of `config` with dotted names set, validated again.
+
+    What was not written in `config` is left to its defaults, which another method may have others
+    of.
+    """
+    return build_config(config.model_dump(mode="json", exclude_unset=True), values)
 
 
 def dump_yaml(config: Config) -> str:
     """The resolved configuration, to be saved with a run and read back by `load_config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(saved(config), sort_keys=False, allow_unicode=True)
 
 
-def _tree(source: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+def saved(config: Config) -> dict[str, Any]:
+    """All settings of `config`, from which `build_config` makes it again.
+
+    Where method.type is swept, `method` is what was written of it: each trial's has defaults of its
+    own.
+    """
+    tree = config.model_dump(mode="json")
+    if "method.type" in config.sweep.parameters:
+        tree["method"] = config.method.model_dump(mode="json", exclude_unset=True)
+    return tree
+
+
+def _tree(source: str | Path | Mapping[str, Any] | None, kind: type[BaseModel]) -> dict[str, Any]:
+    """What was written, each value as the settings of `kind` take it."""
     if source is None:
         return {}
-    return _copy(source) if isinstance(source, Mapping) else _read_yaml(Path(source))
+    written = source if isinstance(source, Mapping) else _read_yaml(Path(source))
+    return dict(typed(written, kind))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -108,9 +138,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping in a YAML text; `name` is what an error calls it."""
+    """The mapping in a YAML text, for `load_config`; `name` is what an error calls it."""
     try:
-        tree = yaml.safe_load(text)
+        tree = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(
             f"configuration '{name}' is not valid YAML ({_first_line(error)}); mend that line"
@@ -125,23 +155,21 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
     return tree
 
 
-def _change_method(tree: dict[str, Any], new_type: Any) -> None:
+def _method_over(tree: Mapping[str, Any], new_type: Any) -> tuple[Any, dict[str, Any]]:
+    """The section `method` with another type, and what was written there that it doesn't have."""
     method = tree.get("method")
-    if not isinstance(method, dict) or method.get("type") == new_type:
-        _put(tree, "method.type", new_type)
-        return
+    if method is not None and not isinstance(method, Mapping):
+        raise ConfigError("method.type: 'method' is a value, not a section")
+    written = {name: value for name, value in (method or {}).items() if name != "type"}
     known = METHOD_CONFIGS.get(str(new_type))
-    kept = set(known.model_fields) if known else set(method)
-    # What the old method has by default (a quantised base, say) is not asked for by naming a new
-    # one, and the new one may not even take it: ia3 has no all-linear.
-    before = METHOD_CONFIGS.get(str(method.get("type", "qlora")))
-    defaults = {k: field.default for k, field in before.model_fields.items()} if before else {}
-    tree["method"] = {
-        k: v
-        for k, v in method.items()
-        if k in kept and k != "quantization_bit" and (k not in defaults or v != defaults[k])
+    left = (
+        {} if known is None else {k: v for k, v in written.items() if k not in known.model_fields}
+    )
+    # An unknown setting is no other method's: it stays, to be refused with the nearest name.
+    left = {
+        k: v for k, v in left.items() if any(k in m.model_fields for m in METHOD_CONFIGS.values())
     }
-    tree["method"]["type"] = new_type
+    return {"type": new_type} | {k: v for k, v in written.items() if k not in left}, left
 
 
 def _default_method(tree: dict[str, Any]) -> dict[str, Any]:
@@ -169,17 +197,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Mapping) else _number(v) for k, v in tree.items()}
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, str) and _FLOAT.fullmatch(value.strip()):
-        return float(value)
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _number(item) for key, item in value.items()}
-    return value
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
 
 
 def _first_line(error: Exception) -> str:
