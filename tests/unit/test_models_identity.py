@@ -14,6 +14,7 @@ from threading import Thread
 import pytest
 from safetensors.torch import load_file, save_file
 
+from rayfin import hub as hub_module
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError
 from rayfin.models import (
@@ -22,7 +23,6 @@ from rayfin.models import (
     load_base,
     load_tokenizer,
     locate,
-    source,
     write_tiny,
 )
 
@@ -39,6 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _empty_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub_module, "_failure", None)
 
 
 def point_hub_at(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
@@ -195,7 +196,7 @@ def test_offline_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_silent_hub_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "_HUB_TIMEOUT", 0.2)
+    monkeypatch.setattr(hub_module, "SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         point_hub_at(monkeypatch, silent.getsockname()[1])
         assert "can't be reached" in refused("someone/tiny")

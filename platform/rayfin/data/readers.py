@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import re
 import zlib
@@ -16,6 +15,7 @@ from rayfin.data.rows import Row, open_source
 from rayfin.data.shapes import USED_COLUMNS
 from rayfin.data.tables import read_csv, read_parquet, read_tsv
 from rayfin.errors import DataError
+from rayfin.hub import REMEDY, HubUnreachable, dataset_access
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<split>[\w.-]+))?")
@@ -149,28 +149,19 @@ def _read_hub(path: str, name: str, split: str) -> Iterator[Row]:
     import datasets
 
     try:
-        with _without_retry_messages():
+        with dataset_access(name):
             rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the hub's client raises dozens of unrelated kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "give an existing file or directory, or owner/name[:split]"
+        if isinstance(error, HubUnreachable):
+            remedy = REMEDY
         raise DataError(
             f"data.path: '{path}' is no local path, and as a hub data set it can't be loaded "
-            f"({reason:.200}); give an existing file or directory, or owner/name[:split]"
+            f"({reason:.200}); {remedy}"
         ) from error
     for number, value in enumerate(rows, 1):
         yield Row(name, number, value)
-
-
-@contextmanager
-def _without_retry_messages() -> Iterator[None]:
-    """The hub's client logs each of its retries; the error at the end says it all."""
-    client = logging.getLogger("huggingface_hub")
-    level = client.level
-    client.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        client.setLevel(level)
 
 
 _FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {

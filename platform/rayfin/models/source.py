@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from rayfin import hub
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError, did_you_mean
 from rayfin.models.bundled import BUNDLED, bundled_directory
@@ -16,7 +17,6 @@ _CONFIG_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 _WEIGHT_FILES = ["*.safetensors"]
 # The same weights once more, in other formats or for other libraries.
 _OTHER_COPIES = ["*/*", "consolidated*"]
-_HUB_TIMEOUT = 5.0
 
 
 def locate(config: ModelConfig) -> str:
@@ -69,15 +69,18 @@ def _hub_directory(config: ModelConfig, weights: bool) -> Path:
         "allow_patterns": _CONFIG_FILES + (_WEIGHT_FILES if weights else []),
         "ignore_patterns": _OTHER_COPIES,
     }
-    try:
-        # A question with a time limit first: the download would wait minutes on a silent server.
-        HfApi().model_info(name, revision=config.revision, timeout=_HUB_TIMEOUT)
-        # A bar is for weights, which take a while.
-        with nullcontext() if weights else no_progress_bars():
-            return Path(snapshot_download(**wanted))
-    # The hub client lets errors of its HTTP library through, and which one that is, it may change.
-    except Exception as error:  # noqa: BLE001
-        failure = error
+    # The download itself would wait minutes for a silent server.
+    failure = hub.ask(
+        lambda: HfApi().model_info(name, revision=config.revision, timeout=hub.SECONDS)
+    )
+    if failure is None:
+        try:
+            # A bar is for weights, which take a while.
+            with nullcontext() if weights else no_progress_bars():
+                return Path(snapshot_download(**wanted))
+        # As in `ask`: any error of the HTTP library's may come through.
+        except Exception as error:  # noqa: BLE001
+            failure = error
     try:
         return Path(snapshot_download(**wanted, local_files_only=True))
     except (OSError, ValueError):
@@ -93,7 +96,10 @@ def _not_found(config: ModelConfig, failure: Exception) -> str:
         RevisionNotFoundError,
     )
 
+    remedy = "check the name, or give a directory"
     match failure:
+        case hub.HubUnreachable():
+            reason, remedy = f"{failure}, nor is it in the hub's cache", hub.REMEDY
         case GatedRepoError():
             reason = "the hub asks for its terms to be accepted on the model's page, then HF_TOKEN"
         case RepositoryNotFoundError():
@@ -104,10 +110,11 @@ def _not_found(config: ModelConfig, failure: Exception) -> str:
             reason = "it can't be a hub id"
         case OfflineModeIsEnabled():
             reason = "HF_HUB_OFFLINE is set and it isn't in the hub's cache"
+            remedy = "unset it, or give a local directory"
         case _:
-            reason = f"the hub can't be reached ({type(failure).__name__})"
+            reason = f"it can't be downloaded ({' '.join(str(failure).split()):.120})"
     return (
         f"model.name: '{config.name}' is neither bundled ({', '.join(sorted(BUNDLED))}) nor a "
         f"directory here nor to be had from the Hugging Face hub: {reason}"
-        f"{did_you_mean(config.name, BUNDLED)}; check the name, or give a directory"
+        f"{did_you_mean(config.name, BUNDLED)}; {remedy}"
     )

@@ -1,0 +1,115 @@
+"""Whether the Hugging Face hub answers: known within seconds, and asked once."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS = 5.0
+"""What the hub has to answer a question, the look-up of its address included."""
+_REMEMBERED = 60.0
+"""Seconds for which a hub that did not answer isn't asked again."""
+
+REMEDY = (
+    "give a local directory, set HF_ENDPOINT to a mirror that this machine reaches, or put it "
+    "into the hub's cache (HF_HOME) where there is a network"
+)
+"""What helps where the hub can't be reached."""
+
+_silent_until = 0.0
+_failure: Exception | None = None
+
+
+class HubUnreachable(OSError):
+    """Nothing answered at the hub's address."""
+
+
+def ask(question: Callable[[], object]) -> Exception | None:
+    """Returns what a question to the hub failed with, and None where the hub answered it.
+
+    The hub's client has no bound for the look-up of the address, and one for each of the addresses
+    behind it; here the whole question takes `SECONDS`. What failed for want of an answer is a
+    HubUnreachable, and is not asked again for a minute.
+    """
+    global _silent_until, _failure  # noqa: PLW0603 -- of the machine's network, one for a process
+    if _failure is not None and time.monotonic() < _silent_until:
+        return _failure
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    raised: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            question()
+            raised.append(None)
+        # The hub client lets errors of its HTTP library through, and which one that is may change.
+        except Exception as error:  # noqa: BLE001
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    failure = raised[0] if raised else TimeoutError(f"no answer in {SECONDS:g} s")
+    if failure is None or isinstance(
+        failure, (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)
+    ):
+        return failure
+    reason = " ".join(str(failure).split()) or type(failure).__name__
+    _failure = HubUnreachable(f"{_endpoint()} can't be reached ({reason:.120})")
+    _silent_until = time.monotonic() + _REMEMBERED
+    return _failure
+
+
+@contextmanager
+def dataset_access(name: str) -> Iterator[None]:
+    """Within, `datasets` asks the hub if it answers, else reads what was downloaded before.
+
+    An error within is a HubUnreachable where the hub did not answer, and else is let through.
+    """
+    from huggingface_hub import HfApi
+
+    failure = ask(lambda: HfApi().dataset_info(name, timeout=SECONDS))
+    if not isinstance(failure, HubUnreachable):
+        with _without_retry_messages():
+            yield
+        return
+    with _cache_only():
+        try:
+            yield
+        except Exception as error:
+            raise failure from error
+
+
+@contextmanager
+def _cache_only() -> Iterator[None]:
+    """Within, neither the hub's client nor `datasets` asks the hub."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def _without_retry_messages() -> Iterator[None]:
+    """The hub's client logs each of its retries; the error at the end says it all."""
+    client = logging.getLogger("huggingface_hub")
+    level = client.level
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        client.setLevel(level)
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
