@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import zlib
@@ -208,17 +209,13 @@ class Storage:
 def write_whole(path: Path) -> Iterator[Path]:
     """Yields a temporary sibling of `path`; on success it is renamed over `path`, else removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _temporary(path)
+    # Not mkstemp, whose file is private: the kernel applies the user's umask to this one.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        # mkstemp makes files private; what is published should follow the user's umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -231,10 +228,10 @@ def write_directory_whole(path: Path) -> Iterator[Path]:
     Where another process published `path` first, theirs stays and FileExistsError is raised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+    temporary = _temporary(path)
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
         try:
             temporary.rename(path)
         except OSError as error:
@@ -243,6 +240,11 @@ def write_directory_whole(path: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary(path: Path) -> Path:
+    """A new name beside `path`, of the same file system."""
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
 def write_text(path: Path, text: str) -> None:
