@@ -127,6 +127,29 @@ def test_the_survey_is_the_corpus_of_the_same_rows(data: DataConfig) -> None:
     assert survey_corpus(data, backwards) == streamed, "whoever looks through which part"
 
 
+def test_weights_and_columns_are_streamed_as_they_are_held(tmp_path: Path, tokenizer: Any) -> None:
+    def turns(n: int) -> list[dict[str, Any]]:
+        answer = {"role": "assistant", "content": f"no, {n}", "weight": n % 2}
+        return [{"role": "user", "content": f"say {n}"}, answer] * 2
+
+    last = {"role": "user", "content": "so?"}, {"role": "assistant", "content": "yes"}
+    path = written(
+        tmp_path / "a.jsonl",
+        [{"messages": [*turns(n), *last], "system": "S", "id": n, "tools": "x"} for n in range(60)],
+    )
+    config = DataConfig(path=path, streaming=True, ignore_columns=("tools",))
+    held = load_corpus(config.model_copy(update={"streaming": False}))
+    stream = stream_of(config)
+    assert load_corpus(config).notes == held.notes
+    assert "not trained on: id; where" in held.notes[0]
+    pieces = pieces_of(stream, lanes=[0], of=1, seed=0, first=0, last=sum(stream.rows))
+    labels = [sample["labels"] for _, sample in read_here(tokenizer)(stream, pieces, 0, 256)]
+    assert sorted(labels) == sorted(
+        sample["labels"] for sample in tokenize_corpus(held, tokenizer, 256).train
+    )
+    assert len({sum(label != NO_LOSS for label in each) for each in labels}) > 2
+
+
 def test_how_much_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rayfin.data.survey.MOST_HELD_OUT", 20)
     path = written(tmp_path / "b.jsonl", rows(500))
@@ -183,12 +206,20 @@ def test_bad_rows_are_found_before_anything_is_trained(tmp_path: Path) -> None:
         ("a.parquet", "no parquet", {}, "broken Parquet"),
         ("a.jsonl", '{"chosen": "a", "rejected": "b"}\n', {}, "preference pairs"),
         ("a.jsonl", '{"other": "a"}\n', {}, "has no valid row"),
+        (
+            "a.jsonl",
+            '\ufeff{"text": "a"}\n',
+            {},
+            "is UTF-16, which can't .* iconv -f utf-16 -t utf",
+        ),
+        ("a.jsonl", '{\n"text": "a"}\n', {}, "an object must be on one line; jq -c ."),
     ],
 )
 def test_what_cannot_be_streamed(
     tmp_path: Path, name: str, content: str, settings: dict[str, Any], says: str
 ) -> None:
-    (tmp_path / name).write_text(content)
+    encoding = "utf-16" if content.startswith("\ufeff") else "utf-8"
+    (tmp_path / name).write_text(content.lstrip("\ufeff"), encoding=encoding)
     with pytest.raises(DataError, match=says):
         load_corpus(DataConfig(path=str(tmp_path / name), streaming=True, **settings))
 

@@ -156,10 +156,12 @@ def turns(*pairs: tuple[object, object]) -> dict[str, object]:
         (b'{"messages": []}', "messages is empty"),
         (b'{"messages": [7]}', "messages[0] must be an object, not a number"),
         (b'{"messages": [{"role": "user"}]}', "messages[0].content is missing"),
-        (turns(("tool", "x")), "messages[0].role is 'tool'; allowed are system, user, assistant"),
+        (turns(("tool", "x")), "messages[0].role is 'tool': tool calls can't be trained on yet"),
         (turns(("user", "x"), ("assistant", " \n")), "messages[1].content is empty"),
         (turns(("user", "x"), ("assistant", 4)), "messages[1].content must be a string, not a num"),
-        (turns(("user", "x"), ("assistant", ["y"])), "must be a string, not a list"),
+        (turns(("user", "x"), ("assistant", ["y"])), "content[0] must be an object, not a string"),
+        (turns(("user", "x"), ("assistant", {})), "must be a string, not an object"),
+        (turns(("me", "x")), "is 'me'; allowed are system, developer, user, human, assistant, gpt"),
         (turns(("user", "x"), ("assistant", "\ud800")), "not valid UTF-8 text"),
         (turns(("user", "x")), "ends with a user turn, not an assistant turn"),
         (turns(("assistant", "x")), "has no user turn before the answer"),
@@ -191,16 +193,17 @@ def test_a_bad_row_is_named_or_skipped(
         ({"instruction": "a"}, "output missing: format instruction needs instruction, output"),
         ({"instruction": "a", "output": ""}, "output is empty"),
         ({"instruction": "a", "output": 4}, "output must be a string, not a number"),
-        ({"instruction": "a", "input": [], "output": "b"}, "input must be a string, not a list"),
+        ({"instruction": "a", "input": [1], "output": "b"}, "input must be a string, not a list"),
         ({"prompt": "a"}, "completion missing"),
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
         ({"prompt": 4, "completion": "b"}, "prompt must be a list of turns, not a number"),
         (
             {"conversations": [{"from": "me", "value": "x"}]},
-            "from is 'me'; allowed are human, user",
+            "from is 'me'; allowed are system, developer, user, human",
         ),
         ({"text": ""}, "text is empty"),
-        ({"question": "a"}, "none of the known columns"),
+        ({"question": "a"}, "completion (or answer, response); found question"),
+        ({"sentence": "a"}, "none of the known columns: rename sentence to those of a format"),
     ],
 )
 def test_no_valid_row(tmp_path: Path, row: dict[str, object], reason: str) -> None:
@@ -229,12 +232,16 @@ def test_bad_csv_rows_are_named_by_the_line_they_begin_on(tmp_path: Path) -> Non
     assert [(bad.line, bad.reason) for bad in corpus.skipped] == [
         (4, "has 3 cells where the header has 2"),
         (5, "has 1 cells where the header has 2"),
-        (6, "not UTF-8"),
+        (6, "not UTF-8 (byte 0xff); perhaps iconv -f windows-1252 -t utf-8 makes it so"),
         (7, "holds a NUL character"),
         (8, "output is empty"),
-        (11, "broken CSV: a quote is never closed"),
+        (
+            11,
+            "broken CSV: the quote opened on line 11 is never closed, and takes the 2 lines from "
+            "here on along; double each quote within a cell",
+        ),
     ]
-    with pytest.raises(DataError, match="6 of 8 rows are bad"):
+    with pytest.raises(DataError, match="7 of 9 rows are bad"):
         load(path)
 
 
@@ -250,10 +257,11 @@ def test_turns_in_a_csv_cell_and_a_huge_cell(tmp_path: Path) -> None:
 
 def test_bad_parquet_rows_and_unused_columns(tmp_path: Path) -> None:
     rows = [*SHAPES["instruction"], {"instruction": "x", "output": None, "input": None}]
-    table = pa.Table.from_pylist(rows).append_column("image", pa.array([b"\xff"] * len(rows)))
+    table = pa.Table.from_pylist(rows).append_column("raw", pa.array([b"\xff"] * len(rows)))
     pq.write_table(table, tmp_path / "a.parquet")
     corpus = load(tmp_path / "a.parquet", on_bad_row="skip")
     assert [bad.line for bad in corpus.skipped] == [7]
+    assert "raw; where that is meant, set data.ignore_columns=[raw]" in corpus.notes[0]
 
     not_text = pa.StringArray.from_buffers(
         2, pa.array([0, 1, 2], pa.int32()).buffers()[1], pa.py_buffer(b"a\xff")
@@ -282,7 +290,8 @@ def test_bad_parquet_rows_and_unused_columns(tmp_path: Path) -> None:
         ("a.json", b" ", "is empty"),
         ("a.json", b"[1, 2", "broken JSON"),
         ("a.json", b"\n\xff", "a.json:2: not UTF-8"),
-        ("a.csv", b"\xff\xfe\0t", "a.csv:1: holds a NUL"),
+        ("a.csv", b"\0t", "a.csv:1: holds a NUL"),
+        ("a.csv", b"text,text\na,b\n", "a.csv:1: the header has 'text' twice; rename one of them"),
         ("a.jsonl.gz", b"no gzip", "can't be read"),
         (
             "a.jsonl",

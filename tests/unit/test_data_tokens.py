@@ -114,6 +114,19 @@ def test_a_greeting_before_the_first_question_is_not_learned() -> None:
     assert learned(one(tokenizer, ANSWER, USER, AGAIN), tokenizer) == "ba<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_turn_that_is_not_to_be_learned_is_read_only(template: str | None) -> None:
+    tokenizer = make_tokenizer(template)
+    messages = (USER, ANSWER, USER, AGAIN, USER, AGAIN)
+    sample, whole = (
+        tokenize_examples([Example(messages=messages, unlearned=which)], tokenizer)[0]
+        for which in ((1,), ())
+    )
+    assert sample["input_ids"] == whole["input_ids"]
+    assert learned(sample, tokenizer) == "ba<|im_end|>ba<|im_end|>"
+    assert learned(whole, tokenizer).startswith("ab, na")
+
+
 def test_plain_rendering() -> None:
     tokenizer = make_tokenizer(bos=True)
     prompt = "<s>user:\nWhat is ab?\n\nassistant:\n"

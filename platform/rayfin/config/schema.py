@@ -41,6 +41,8 @@ class DataConfig(Section):
     """Use a deterministic sample of this many rows."""
     on_bad_row: Literal["error", "skip"] = "error"
     """Stop at a row that can't be used, or leave it out and count it."""
+    ignore_columns: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Columns, and keys of turns (messages.name), to be left out of account without a word."""
     streaming: bool = False
     """Read and tokenise while training, through Ray Data: JSON Lines and Parquet of any size."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rayfin.data.readers import data_files, parse_lines, reading
-from rayfin.data.rows import Row
+from rayfin.data.rows import Row, marked_encoding
 from rayfin.data.tables import read_parquet, row_groups
 from rayfin.errors import DataError
 
@@ -40,6 +40,13 @@ def chunks_of(path: str) -> list[Chunk]:
                 f"{', '.join(_STREAMED)} (unpack .gz, and bring others into one of these), or set "
                 "data.streaming=false"
             )
+        with reading(file), file.open("rb") as start:
+            encoding = marked_encoding(start.read(4))
+        if encoding is not None and file.suffix.lower() != ".parquet":
+            raise DataError(
+                f"data.streaming=true: '{file}' is {encoding.upper()}, which can't be read in "
+                f"parts; convert it with iconv -f {encoding} -t utf-8, or set data.streaming=false"
+            )
     lines = sum(f.stat().st_size for f in files if f.suffix.lower() != ".parquet")
     size = min(max(lines // _WANTED, _LEAST_BYTES), _MOST_BYTES)
     found: list[Chunk] = []
@@ -56,12 +63,15 @@ def chunks_of(path: str) -> list[Chunk]:
     return found
 
 
-def read_chunk(chunk: Chunk) -> Iterator[Row]:
-    """The rows of a chunk; lines count from 1 at its beginning (see `line_before`)."""
+def read_chunk(chunk: Chunk, ignore: Collection[str] = ()) -> Iterator[Row]:
+    """The rows of a chunk; lines count from 1 at its beginning (see `line_before`).
+
+    The columns in `ignore` are not read where that saves anything.
+    """
     path = Path(chunk.file)
     with reading(path):
         if chunk.is_parquet:
-            yield from read_parquet(path, range(chunk.start, chunk.stop))
+            yield from read_parquet(path, ignore, range(chunk.start, chunk.stop))
         else:
             yield from parse_lines(chunk.file, _lines(chunk), first=chunk.start == 0)
 

@@ -11,10 +11,11 @@ from rayfin.data.examples import BadRow, Corpus, Example
 from rayfin.data.normal import (
     EVAL_SALT,
     ORDER_SALT,
+    Census,
     bad_rows,
     content_hash,
-    example_or_reason,
     is_preference,
+    no_known_column,
     no_valid_row,
 )
 from rayfin.data.pydocs import pydocs_examples
@@ -36,11 +37,12 @@ def load_corpus(config: DataConfig) -> Corpus:
         from rayfin.data.survey import survey_corpus
 
         return survey_corpus(config)
-    skipped: list[BadRow] = []
+    census, skipped = Census(frozenset(config.ignore_columns)), list[BadRow]()
     if config.path == "pydocs":
         examples, shape = list(pydocs_examples()), "messages"
     else:
-        examples, shape, skipped = _normal_form(config)
+        examples, shape, skipped = _normal_form(config, census)
+    census.check_ignored()
     if len(examples) < 2:
         raise DataError(
             f"data.path: '{config.path}' has {len(examples)} usable row; "
@@ -57,7 +59,15 @@ def load_corpus(config: DataConfig) -> Corpus:
     # The first sample is in every subset, and few new ones of a growing file come before it: the
     # share of equal first samples is that of common samples (MinHash; Broder 1997).
     source = content_hash(ORDER_SALT, ordered[0].canonical())[:32]
-    return Corpus(train, held_out, shape, _digest(train, held_out), source, tuple(skipped))
+    return Corpus(
+        train,
+        held_out,
+        shape,
+        _digest(train, held_out),
+        source,
+        tuple(skipped),
+        census.notes(sum(each.rows for each in skipped), skipped[0] if skipped else None),
+    )
 
 
 def hold_out(
@@ -90,8 +100,8 @@ def hold_out(
     return tuple(e for e, held in pairs if not held), tuple(e for e, held in pairs if held)
 
 
-def _normal_form(config: DataConfig) -> tuple[list[Example], str, list[BadRow]]:
-    rows = list(read_rows(config.path))
+def _normal_form(config: DataConfig, census: Census) -> tuple[list[Example], str, list[BadRow]]:
+    rows = list(read_rows(config.path, census.ignore))
     if not rows:
         raise DataError(f"data.path: '{config.path}' is empty; give a source that has rows")
     shape = shape_of(rows, config)
@@ -100,15 +110,15 @@ def _normal_form(config: DataConfig) -> tuple[list[Example], str, list[BadRow]]:
     examples: list[Example] = []
     bad: list[BadRow] = []
     for row in rows:
-        example = example_or_reason(row, shape)
+        example = census.example_or_reason(row, shape)
         if isinstance(example, Example):
             examples.append(example)
         else:
-            bad.append(BadRow(row.file, row.line, example))
+            bad.append(BadRow(row.file, row.line, example, row.rows))
     if not examples:
         raise no_valid_row(config, bad[0])
     if bad and config.on_bad_row == "error":
-        raise bad_rows(bad[0], len(bad), len(rows))
+        raise bad_rows(bad[0], sum(each.rows for each in bad), census.rows)
     return examples, shape, bad
 
 
@@ -116,16 +126,17 @@ def shape_of(rows: Sequence[Row], config: DataConfig) -> str:
     """The format that was given, or else that of the first row that has one."""
     if config.format != "auto":
         return config.format
+    ignore = frozenset(config.ignore_columns)
     for row in rows:
-        if row.problem is None and (shape := fitting_shape(row.value)):
+        if row.problem is None and (shape := fitting_shape(row.value, ignore)):
             return shape
     # Nothing fits: say what is wrong by the shape that the first row seems to be meant as.
     first = rows[0]
-    if first.problem is None and (near := nearest_shape(first.value)):
-        reason = example_or_reason(first, near)
+    if first.problem is None and (near := nearest_shape(first.value, ignore)):
+        reason = str(Census(ignore).example_or_reason(first, near))
     else:
-        reason = first.problem or "none of the known columns"
-    raise no_valid_row(config, BadRow(first.file, first.line, str(reason)))
+        reason = first.problem or no_known_column(first.value)
+    raise no_valid_row(config, BadRow(first.file, first.line, reason))
 
 
 def _digest(train: Sequence[Example], held_out: Sequence[Example]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
@@ -19,10 +19,25 @@ class Example:
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    unlearned: tuple[int, ...] = ()
+    """Numbers of the assistant turns before the last one that are not to be learned."""
 
     def canonical(self) -> str:
         """The content as JSON that is the same for equal samples, whatever file they came from."""
+        if self.unlearned:
+            return _canonical({"messages": self.messages, "unlearned": self.unlearned})
         return _canonical(self.text if self.text is not None else self.messages)
+
+    @classmethod
+    def from_canonical(cls, canonical: str) -> Example:
+        """The example whose `canonical` it is."""
+        match json.loads(canonical):
+            case str(text):
+                return cls(text=text)
+            case {"messages": messages, "unlearned": unlearned}:
+                return cls(messages=tuple(messages), unlearned=tuple(unlearned))
+            case messages:
+                return cls(messages=tuple(messages))
 
     def canonical_prompt(self) -> str:
         """As `canonical`, without the last answer; of plain text all is taken."""
@@ -36,6 +51,8 @@ class BadRow:
     file: str
     line: int
     reason: str
+    rows: int = 1
+    """Rows that are lost with it: an open quote takes those after it along."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.reason}"
@@ -53,10 +70,18 @@ class Corpus:
     source: str
     """Names the data, however many of its samples were taken, and however they were split."""
     skipped: tuple[BadRow, ...] = ()
-    notes: tuple[str, ...] = ()
+    """Bad rows that were left out; of streamed data only the first."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
     """What whoever brought the data should know of how it was read, a line each."""
     stream: Stream | None = None
     """Where the training samples are read while training; `train` is a sample of them then."""
+
+    @property
+    def skipped_rows(self) -> int:
+        """Rows that were left out as bad."""
+        if self.stream is not None:
+            return self.stream.bad_rows
+        return sum(bad.rows for bad in self.skipped)
 
 
 NO_LOSS = -100

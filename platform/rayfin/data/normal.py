@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from rayfin.config.schema import DataConfig
+from rayfin.data.columns import COLUMNS, Reading, Refused, RowProblem, ignoring, names_in
 from rayfin.data.examples import BadRow, Example
 from rayfin.data.rows import Row
-from rayfin.data.shapes import COLUMNS, RowProblem, fitting_shape, to_example
-from rayfin.errors import DataError
+from rayfin.data.shapes import fitting_shape, to_example
+from rayfin.errors import DataError, did_you_mean
 
 # Changing a salt changes every split that was ever made: histories would no longer compare.
 ORDER_SALT = "rayfin/order/1"
@@ -19,28 +23,87 @@ def content_hash(salt: str, content: str) -> str:
     return hashlib.sha256(f"{salt}\n{content}".encode()).hexdigest()
 
 
-def example_or_reason(row: Row, shape: str) -> Example | str:
-    """The row as a sample, or why it is none."""
-    if row.problem is not None:
-        return row.problem
-    try:
-        return to_example(row.value, shape)
-    except RowProblem as problem:
-        other = fitting_shape(row.value)
-        if other is not None and other != shape:
-            return f"has format {other}, but the data has format {shape}; all rows need the same"
-        return str(problem)
+@dataclass
+class Census:
+    """What the rows of a source hold besides what is used, counted while they are read."""
+
+    ignore: frozenset[str] = frozenset()
+    rows: int = 0
+    samples: int = 0
+    unused: Counter[str] = field(default_factory=Counter)
+    """Column, or key of turns (`messages.name`), that nothing was made of -> rows that have it."""
+    names: set[str] = field(default_factory=set)
+    """All names of columns and keys; kept only to tell whether what is ignored is there."""
+
+    def example_or_reason(self, row: Row, shape: str) -> Example | str:
+        """The row as a sample, or why it is none."""
+        self.rows += row.rows
+        if row.problem is not None:
+            return row.problem
+        if self.ignore:
+            self.names.update(names_in(row.value))
+        reading = Reading(self.ignore)
+        try:
+            example = to_example(row.value, shape, reading)
+        except Refused as problem:
+            return str(problem)
+        except RowProblem as problem:
+            other = fitting_shape(row.value, self.ignore)
+            if other is not None and other != shape:
+                return (
+                    f"has format {other}, but the data has format {shape}; all rows need the same"
+                )
+            return str(problem)
+        self.samples += 1
+        self.unused.update(reading.unused)
+        return example
+
+    def add(self, other: Census) -> None:
+        """Counts what another has counted, too."""
+        self.rows += other.rows
+        self.samples += other.samples
+        self.unused += other.unused
+        self.names |= other.names
+
+    def notes(self, skipped: int, first: BadRow | None) -> tuple[str, ...]:
+        """What is to be told: which columns are not used, and how many rows are left out."""
+        told = []
+        if self.unused:
+            names = sorted(self.unused)
+            some = {n: f" ({self.unused[n]} of {self.samples} rows)" for n in names}
+            # A name may be anything, and goes to a terminal.
+            shown = {n: n if n.isprintable() else ascii(n)[1:-1] for n in names}
+            listed = ", ".join(shown[n] + some[n] * (self.unused[n] < self.samples) for n in names)
+            told.append(
+                f"data: not used, and not trained on: {listed}; where that is meant, set "
+                f"{ignoring(names)}"
+            )
+        if first is not None:
+            told.append(f"data: {skipped} of {self.rows} rows are bad and left out, first {first}")
+        return tuple(told)
+
+    def check_ignored(self) -> None:
+        """Raises DataError for a name in data.ignore_columns that no row has."""
+        for name in sorted(self.ignore - self.names):
+            has = f"the rows have {', '.join(sorted(self.names)[:20])}" if self.names else ""
+            raise DataError(
+                f"data.ignore_columns: no row has '{name}'{did_you_mean(name, self.names)}; "
+                f"{has or 'leave it out'}"
+            )
+
+
+def no_known_column(row: object) -> str:
+    """Why a row that has no column of any format is no sample."""
+    need = " | ".join(", ".join(columns) for columns in COLUMNS.values())
+    if not isinstance(row, Mapping):
+        return "a row must be an object with columns"
+    have = ", ".join(str(name) for name in list(row)[:8]) or "none"
+    return f"it has none of the known columns: rename {have} to those of a format: {need}"
 
 
 def no_valid_row(config: DataConfig, first: BadRow) -> DataError:
-    if config.format == "auto":
-        need = " | ".join(", ".join(columns) for columns in COLUMNS.values())
-    else:
-        need = ", ".join(COLUMNS[config.format])
-    return DataError(
-        f"data.path: '{config.path}' has no valid row (the first: {first}); "
-        f"give rows with the columns {need}"
-    )
+    """What is said where not one row can be used; `first`: the first one, and why."""
+    return DataError(f"data.path: '{config.path}' has no valid row (the first: {first})")
 
 
 def bad_rows(first: BadRow, bad: int, rows: int) -> DataError:

@@ -58,9 +58,14 @@ def profile_of(
     *,
     train: Sequence[Tokens],
     held_out: Sequence[Tokens],
+    max_length: int,
     truncated: int,
+    longest: int,
 ) -> DataProfile:
-    """The profile of `corpus`, tokenised and cut to `train` and `held_out`."""
+    """The profile of `corpus`, tokenised and cut to `train` and `held_out`.
+
+    At `max_length`, `truncated` samples were cut; before that, the longest had `longest` tokens.
+    """
     examples = [*corpus.train, *corpus.eval]
     lengths = sorted(len(sample["input_ids"]) for sample in [*train, *held_out])
     tokens = sum(lengths)
@@ -73,11 +78,12 @@ def profile_of(
         sum(message["role"] != "system" for message in example.messages) or 1
         for example in examples
     ]
+    dropped = len(examples) - len(lengths)
     distinct = len({example.canonical() for example in examples})
     return DataProfile(
         rows_train=len(train) if corpus.stream is None else sum(corpus.stream.rows),
         rows_eval=len(held_out),
-        skipped_rows=len(corpus.skipped) if corpus.stream is None else corpus.stream.bad_rows,
+        skipped_rows=corpus.skipped_rows,
         shape=corpus.shape,
         tokens_per_sample_mean=tokens / len(lengths),
         tokens_per_sample_p50=_percentile(lengths, 0.50),
@@ -85,7 +91,7 @@ def profile_of(
         tokens_per_sample_max=lengths[-1],
         completion_share=learned / tokens,
         truncated=truncated,
-        dropped=len(examples) - len(lengths),
+        dropped=dropped,
         vocabulary_size=len(seen | asked),
         vocabulary_overlap=len(asked & seen) / len(asked),
         type_token_ratio=len(seen | asked) / tokens,
@@ -93,8 +99,23 @@ def profile_of(
         mean_turns=sum(turns) / len(turns),
         digest=corpus.digest,
         source=corpus.source,
-        notes=corpus.notes,
+        notes=(*corpus.notes, *_cut_note(corpus, max_length, truncated, dropped, longest)),
     )
+
+
+def _cut_note(
+    corpus: Corpus, max_length: int, truncated: int, dropped: int, longest: int
+) -> list[str]:
+    """What data.max_length took away, in a line; none where it took nothing."""
+    if not truncated:
+        return []
+    count = len(corpus.train) + len(corpus.eval)
+    samples = f"{count} samples" if corpus.stream is None else f"a sample of {count}"
+    lost = f", and {dropped} of them left out, as nothing of an answer remains" if dropped else ""
+    return [
+        f"data: {truncated} of {samples} cut at data.max_length={max_length}{lost}; "
+        f"data.max_length={longest} cuts none"
+    ]
 
 
 def _percentile(ordered: Sequence[int], share: float) -> int:

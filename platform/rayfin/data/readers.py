@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from rayfin.data.rows import Row, open_source
-from rayfin.data.shapes import USED_COLUMNS
-from rayfin.data.tables import read_csv, read_parquet, read_tsv
+from rayfin.data.columns import NEEDED
+from rayfin.data.rows import Row, not_utf8, open_source
+from rayfin.data.separated import read_csv, read_tsv
+from rayfin.data.tables import read_parquet
 from rayfin.errors import DataError
 from rayfin.hub import REMEDY, HubUnreachable, dataset_access
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
+_NEXT_VALUE = re.compile(r"[\s,]*(?=[^\s,])")
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<split>[\w.-]+))?")
 
 
-def read_rows(path: str) -> Iterator[Row]:
-    """All rows behind `data.path` in order; raises DataError where there is nothing to read."""
+def read_rows(path: str, ignore: Collection[str] = ()) -> Iterator[Row]:
+    """All rows behind `data.path` in order; raises DataError where there is nothing to read.
+
+    The columns in `ignore` are not read where that saves anything.
+    """
     hub = _HUB_ID.fullmatch(path)
     if hub is not None and _existing(path) is None and _reader_of(Path(path)) is None:
         yield from _read_hub(path, hub["name"], hub["split"] or "train")
         return
     for file in data_files(path):
-        yield from _read_file(file)
+        yield from _read_file(file, ignore)
 
 
 def data_files(path: str) -> list[Path]:
@@ -61,11 +69,11 @@ def _existing(path: str) -> Path | None:
         return None
 
 
-def _read_file(path: Path) -> Iterator[Row]:
+def _read_file(path: Path, ignore: Collection[str]) -> Iterator[Row]:
     reader = _reader_of(path)
     assert reader is not None
     with reading(path):
-        yield from reader(path)
+        yield from read_parquet(path, ignore) if reader is read_parquet else reader(path)
 
 
 @contextmanager
@@ -73,7 +81,7 @@ def reading(path: Path) -> Iterator[None]:
     """What the system says of a file that can't be read, as a DataError."""
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
             f"data.path: '{path}' can't be read ({reason}); check that the file is whole "
@@ -91,11 +99,16 @@ def _files_below(directory: Path) -> list[Path]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with open_source(path) as lines:
-        yield from parse_lines(str(path), lines)
+        first = next((line for line in lines if line.removeprefix(_BYTE_ORDER_MARK).strip()), b"")
+        lines.seek(0)
+        if isinstance(_parsed(str(path), 1, first.removeprefix(_BYTE_ORDER_MARK)).value, dict):
+            yield from parse_lines(str(path), lines)
+        else:  # a list, objects over several lines, or a broken first line
+            yield from _whole(str(path), lines.read().removeprefix(_BYTE_ORDER_MARK))
 
 
 def parse_lines(file: str, lines: Iterable[bytes], *, first: bool = True) -> Iterator[Row]:
-    """JSON Lines as rows; `first`: they begin where the file does."""
+    """JSON Lines as rows, commas between them allowed; `first`: they begin where the file does."""
     for number, line in enumerate(lines, 1):
         raw = line.removeprefix(_BYTE_ORDER_MARK) if first and number == 1 else line
         if raw.strip():
@@ -104,45 +117,85 @@ def parse_lines(file: str, lines: Iterable[bytes], *, first: bool = True) -> Ite
 
 def _parsed(file: str, line: int, raw: bytes) -> Row:
     try:
-        return Row(file, line, json.loads(raw.decode()))
+        return Row(file, line, _json(raw.decode().rstrip().removesuffix(",")))
     except UnicodeDecodeError as error:
-        return Row(file, line, problem=f"not UTF-8 (byte {raw[error.start]:#04x})")
+        return Row(file, line, problem=not_utf8(raw, raw[error.start]))
     except json.JSONDecodeError as error:
-        return Row(file, line, problem=f"broken JSON: {error.msg} at column {error.colno}")
+        if b"\0" in raw:
+            problem = "not UTF-8; perhaps iconv -f utf-16 -t utf-8 makes it so"
+        elif raw.strip() in (b"{", b"["):
+            problem = "broken JSON: an object must be on one line; jq -c . puts it there"
+        else:
+            problem = f"broken JSON: {error.msg} at column {error.colno}"
+        return Row(file, line, problem=problem)
     except (ValueError, RecursionError) as error:
         return Row(file, line, problem=f"JSON that can't be read: {error}")
 
 
+def _json(text: str) -> object:
+    # NaN is no JSON, but what pandas makes of a missing value; a number it can't be here.
+    return json.loads(text, parse_constant=_CONSTANTS.get)
+
+
 def _read_json(path: Path) -> Iterator[Row]:
-    """A list of objects, an object that has one list, or JSON Lines under the wrong name."""
     with open_source(path) as source:
-        raw = source.read().removeprefix(_BYTE_ORDER_MARK)
+        yield from _whole(str(path), source.read().removeprefix(_BYTE_ORDER_MARK))
+
+
+def _whole(file: str, raw: bytes) -> Iterator[Row]:
+    """A list of objects, an object that has one list, objects one after another, or JSON Lines."""
     if not raw.strip():
         return
     try:
-        whole = json.loads(raw.decode())
+        whole = _json(raw.decode())
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        yield Row(str(path), line, problem=f"not UTF-8 (byte {raw[error.start]:#04x})")
+        around = raw.splitlines()[line - 1]
+        yield Row(file, line, problem=not_utf8(around, raw[error.start]))
         return
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            yield from parse_lines(str(path), io.BytesIO(raw))
+        first = raw.lstrip().partition(b"\n")[0]
+        if _parsed(file, 1, first).problem is not None and (rows := _one_by_one(file, raw)):
+            yield from rows
+        elif error.msg == "Extra data" or (b"\n" in raw.strip() and first[:1] != b"["):
+            yield from parse_lines(file, io.BytesIO(raw))
         else:
             problem = f"broken JSON: {error.msg} at column {error.colno}"
-            yield Row(str(path), error.lineno, problem=problem)
+            yield Row(file, error.lineno, problem=problem)
         return
     except (ValueError, RecursionError) as error:
-        yield Row(str(path), 1, problem=f"JSON that can't be read: {error}")
+        yield Row(file, 1, problem=f"JSON that can't be read: {error}")
         return
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        whole = lists[0] if len(lists) == 1 and not USED_COLUMNS & whole.keys() else [whole]
+        whole = _listed(whole)
     if not isinstance(whole, list):
-        yield Row(str(path), 1, problem="must be a list of objects, or an object that has one list")
+        yield Row(file, 1, problem="must be a list of objects, or an object that has one list")
         return
     for number, value in enumerate(whole, 1):
-        yield Row(str(path), number, value)
+        yield Row(file, number, value)
+
+
+def _listed(whole: dict[str, Any]) -> list[Any]:
+    """The only list of an object, each row of it with what stands beside the list; or the object
+    itself, where it is a row."""
+    lists = [name for name, value in whole.items() if isinstance(value, list)]
+    if len(lists) != 1 or NEEDED & whole.keys():
+        return [whole]
+    beside = {name: value for name, value in whole.items() if name != lists[0]}
+    return [{**beside, **row} if isinstance(row, dict) else row for row in whole[lists[0]]]
+
+
+def _one_by_one(file: str, raw: bytes) -> list[Row]:
+    """Objects over several lines, with or without commas between; empty where that is not it."""
+    text, at, rows = raw.decode(), 0, list[Row]()
+    decoder = json.JSONDecoder(parse_constant=_CONSTANTS.get)
+    while start := _NEXT_VALUE.match(text, at):
+        try:
+            value, at = decoder.raw_decode(text, start.end())
+        except (ValueError, RecursionError):
+            return []
+        rows.append(Row(file, text.count("\n", 0, start.end()) + 1, value))
+    return rows
 
 
 def _read_hub(path: str, name: str, split: str) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rayfin.data.examples import Message
+from rayfin.data.examples import Example, Message
 from rayfin.errors import DataError
 
 if TYPE_CHECKING:
@@ -48,17 +48,18 @@ def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFas
 
 
 def render_conversations(
-    conversations: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerFast
+    conversations: Sequence[Example], tokenizer: PreTrainedTokenizerFast
 ) -> list[Rendered]:
-    """Each conversation as text with the spans of its assistant turns, end of turn included.
+    """Each conversation as text with the spans of what is learned, end of turn included: of all
+    its assistant turns but those that the example says are not to be learned.
 
     A turn's span is the difference between two renderings: up to the turn with the generation
     prompt, and with the turn. Where a template rewrites earlier turns (drops their reasoning, say)
     only the last turn is learned; where not even that begins with what generation would be given,
     DataError is raised.
     """
-    turns = [_learned_turns(messages) for messages in conversations]
-    pairs = list(zip(conversations, turns, strict=True))
+    turns = [_learned_turns(example) for example in conversations]
+    pairs = list(zip((example.messages for example in conversations), turns, strict=True))
     prompts = iter(_texts([m[:turn] for m, of in pairs for turn in of], tokenizer, opens=True))
     wholes = iter(_texts([m[: turn + 1] for m, of in pairs for turn in of], tokenizer))
     endings = _end_of_turn_tokens(tokenizer)
@@ -72,11 +73,15 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     )
 
 
-def _learned_turns(messages: Sequence[Message]) -> list[int]:
+def _learned_turns(example: Example) -> list[int]:
     """The assistant turns that answer something: a greeting before the first question does not."""
-    roles = [message["role"] for message in messages]
+    roles = [message["role"] for message in example.messages]
     first = roles.index("user")
-    return [turn for turn, role in enumerate(roles) if role == "assistant" and turn > first]
+    return [
+        turn
+        for turn, role in enumerate(roles)
+        if role == "assistant" and turn > first and turn not in example.unlearned
+    ]
 
 
 def _spanned(renderings: list[tuple[str, str]], endings: tuple[str, ...]) -> Rendered:

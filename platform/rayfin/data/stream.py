@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from rayfin.data.chunks import Chunk, read_chunk
 from rayfin.data.examples import NO_LOSS, Example, Tokens
-from rayfin.data.normal import EVAL_SALT, content_hash, example_or_reason
+from rayfin.data.normal import EVAL_SALT, Census, content_hash
 from rayfin.data.tokens import fitting, tokenize_examples
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Stream:
     held_by_prompt: bool
     """Whether the prompt is hashed, or, where almost all prompts are the same, the sample."""
     bad_rows: int
+    ignore: frozenset[str] = frozenset()
+    """Columns, and keys of turns, that are not looked at."""
 
     def is_held(self, example: Example) -> bool:
         content = example.canonical_prompt() if self.held_by_prompt else example.canonical()
@@ -98,10 +100,11 @@ def tokenized_piece(
 ) -> list[Tokens]:
     """The samples of a piece; one whose answer lies beyond `max_length` keeps two tokens, and no
     loss: it takes its place, and no time."""
+    census = Census(stream.ignore)
     examples = [
         example
-        for row in read_chunk(piece.chunk)
-        if isinstance(example := example_or_reason(row, stream.shape), Example)
+        for row in read_chunk(piece.chunk, stream.ignore)
+        if isinstance(example := census.example_or_reason(row, stream.shape), Example)
         and not stream.is_held(example)
     ]
     random.Random(f"{seed}/{piece.epoch}/{piece.number}").shuffle(examples)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from rayfin.config.schema import DataConfig
@@ -18,9 +17,9 @@ from rayfin.data.examples import BadRow, Corpus, Example
 from rayfin.data.normal import (
     EVAL_SALT,
     ORDER_SALT,
+    Census,
     bad_rows,
     content_hash,
-    example_or_reason,
     is_preference,
     no_valid_row,
 )
@@ -53,6 +52,7 @@ class Part:
     source: str = "g"  # beyond every hash
     bad: int = 0
     first_bad: tuple[int, int, str] | None = None  # chunk, line in it, reason
+    census: Census = field(default_factory=Census)
 
     def add(self, other: Part) -> None:
         """Puts what a later part holds to this one."""
@@ -62,6 +62,7 @@ class Part:
         self.by_content = heapq.nsmallest(_KEPT, self.by_content + other.by_content)
         self.source = min(self.source, other.source)
         self.bad += other.bad
+        self.census.add(other.census)
         self.first_bad = self.first_bad or other.first_bad
 
 
@@ -85,33 +86,43 @@ def survey_corpus(config: DataConfig, each: Each = map) -> Corpus:
     shape = shape_of(_first_rows(config, chunks), config)
     if shape == "preference":
         raise is_preference(config.path)
-    whole = Part()
-    for part in each(partial(survey_part, chunks, shape), _parts(chunks)):
+    ignore = frozenset(config.ignore_columns)
+    whole = Part(census=Census(ignore))
+    for part in each(partial(survey_part, chunks, shape, ignore), _parts(chunks)):
         whole.add(part)
     rows = sum(whole.valid.values())
-    if whole.first_bad is not None and (config.on_bad_row == "error" or not rows):
+    first: BadRow | None = None
+    if whole.first_bad is not None:
         number, line, reason = whole.first_bad
         chunk = chunks[number]
         first = BadRow(chunk.file, line_before(chunks, chunk) + line, reason)
         if not rows:
             raise no_valid_row(config, first)
-        raise bad_rows(first, whole.bad, rows + whole.bad)
+        if config.on_bad_row == "error":
+            raise bad_rows(first, whole.bad, rows + whole.bad)
+    whole.census.check_ignored()
     if rows < 2 or len({content for _, _, content in whole.by_content}) == 1:
         raise DataError(
             f"data.path: '{config.path}' has {rows} usable rows, and not two different ones; "
             "training and evaluation need at least 2"
         )
-    return _corpus(config, chunks, shape, whole)
+    return replace(
+        _corpus(config, chunks, shape, whole),
+        skipped=() if first is None else (first,),
+        notes=whole.census.notes(whole.bad, first),
+    )
 
 
-def survey_part(chunks: Sequence[Chunk], shape: str, numbers: Sequence[int]) -> Part:
+def survey_part(
+    chunks: Sequence[Chunk], shape: str, ignore: frozenset[str], numbers: Sequence[int]
+) -> Part:
     """What is in the chunks of these numbers."""
-    part = Part()
+    part = Part(census=Census(ignore))
     by_prompt, by_content = _Least(), _Least()
     for number in numbers:
         digest, valid = hashlib.sha256(), 0
-        for row in read_chunk(chunks[number]):
-            example = example_or_reason(row, shape)
+        for row in read_chunk(chunks[number], ignore):
+            example = part.census.example_or_reason(row, shape)
             if not isinstance(example, Example):
                 part.bad += 1
                 part.first_bad = part.first_bad or (number, row.line, example)
@@ -166,15 +177,16 @@ def _corpus(config: DataConfig, chunks: Sequence[Chunk], shape: str, whole: Part
         held_to=held[-1][0],
         held_by_prompt=by_prompt,
         bad_rows=whole.bad,
+        ignore=whole.census.ignore,
     )
-    examples = (_example(content) for _, _, content in whole.by_content)
+    examples = (Example.from_canonical(content) for _, _, content in whole.by_content)
     sample = itertools.islice((e for e in examples if not stream.is_held(e)), _SAMPLED)
     digest = hashlib.sha256(f"{stream.held_to} {by_prompt}\n".encode())
     for number in range(len(chunks)):
         digest.update(whole.digests[number].encode())
     return Corpus(
         train=tuple(sample),
-        eval=tuple(_example(content) for _, _, content in held),
+        eval=tuple(Example.from_canonical(content) for _, _, content in held),
         shape=shape,
         digest=digest.hexdigest()[:32],
         source=whole.source[:32],
@@ -194,11 +206,6 @@ def _first_group(kept: Sequence[_Kept]) -> Sequence[_Kept]:
     return [each for each in kept if each[0] == kept[0][0]]
 
 
-def _example(canonical: str) -> Example:
-    value = json.loads(canonical)
-    return Example(text=value) if isinstance(value, str) else Example(messages=tuple(value))
-
-
 def _parts(chunks: Sequence[Chunk]) -> list[list[int]]:
     """The numbers of the chunks, in lists of some 32 MB of lines, or of one row group, each."""
     parts: list[list[int]] = []
@@ -213,7 +220,8 @@ def _parts(chunks: Sequence[Chunk]) -> list[list[int]]:
 
 
 def _first_rows(config: DataConfig, chunks: Sequence[Chunk]) -> list[Row]:
-    rows = itertools.chain.from_iterable(map(read_chunk, chunks))
+    ignore = frozenset(config.ignore_columns)
+    rows = itertools.chain.from_iterable(read_chunk(chunk, ignore) for chunk in chunks)
     found = list(itertools.islice(rows, _ROWS_TO_KNOW_THE_SHAPE))
     if not found:
         raise DataError(f"data.path: '{config.path}' is empty; give a source that has rows")

@@ -53,7 +53,9 @@ def tokenize_corpus(
         corpus,
         train=kept_train,
         held_out=kept_eval,
+        max_length=max_length,
         truncated=sum(len(sample["input_ids"]) > max_length for sample in whole),
+        longest=max(len(sample["input_ids"]) for sample in whole),
     )
     return TokenizedCorpus(kept_train, kept_eval, profile, corpus.stream)
 
@@ -87,7 +89,7 @@ def tokenize_examples(
     """Each sample at its full length, in order."""
     texts = [example.text for example in examples if example.text is not None]
     plain = iter(_plain_texts(texts, tokenizer))
-    talks = [example.messages for example in examples if example.text is None]
+    talks = [example for example in examples if example.text is None]
     talked = iter(_conversations(render_conversations(talks, tokenizer), tokenizer))
     return [next(talked if example.text is None else plain) for example in examples]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rayfin.config import Config
@@ -16,11 +16,4 @@ def sweep_notes(trials: Sequence[TrialRecord], config: Config) -> list[str]:
 
     `trials` are in the order in which they were started.
     """
-    return list(dict.fromkeys(note for trial in trials for note in _of_data(trial)))
-
-
-def _of_data(trial: TrialRecord) -> list[str]:
-    """Returns what is to be told of how a trial's data was read; older rows say nothing."""
-    data = trial.scenario.get("data")
-    notes = data.get("notes") if isinstance(data, Mapping) else None
-    return [str(note) for note in notes] if isinstance(notes, list) else []
+    return list(dict.fromkeys(note for trial in trials for note in trial.notes))

@@ -73,6 +73,13 @@ class TrialRecord(BaseModel):
     directory: str | None = None
     """Where its adapter and checkpoints lie."""
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be told of how its data was read, a line each; older rows say nothing."""
+        data = self.scenario.get("data")
+        notes = data.get("notes") if isinstance(data, Mapping) else None
+        return [str(note) for note in notes] if isinstance(notes, (list, tuple)) else []
+
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
         """The record in a mapping from elsewhere; raises HistoryError where it is malformed."""

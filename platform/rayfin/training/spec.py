@@ -30,8 +30,8 @@ class TrialSpec(Section):
     def of(cls, config: Config) -> TrialSpec:
         """Local paths become absolute: Ray's workers run in directories of their own."""
         return cls(
-            model=config.model.model_copy(update={"name": _absolute(config.model.name)}),
-            data=config.data.model_copy(update={"path": _absolute(config.data.path)}),
+            model=config.model.model_copy(update={"name": absolute(config.model.name)}),
+            data=config.data.model_copy(update={"path": absolute(config.data.path)}),
             method=config.method,
             train=config.train,
         )
@@ -58,7 +58,7 @@ class TrialSpec(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _absolute(name: str) -> str:
+def absolute(name: str) -> str:
     """An existing file or directory by its absolute path; any other name as it is."""
     try:
         path = Path(name).expanduser()

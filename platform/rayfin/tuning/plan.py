@@ -20,6 +20,7 @@ from rayfin.errors import ConfigError, RayfinError, StorageError
 from rayfin.models import identity
 from rayfin.paths import Place, Storage, write_text
 from rayfin.training import TrialSpec
+from rayfin.training.spec import absolute
 from rayfin.tuning.space import Values, trial_config
 
 _CONFIG = "config.yaml"
@@ -92,8 +93,8 @@ class SweepPlan:
 
     def corpus(self, data: DataConfig) -> Corpus:
         if data not in self.corpora:
-            # Samples are the same at any length: a sweep of max_length reads its data once.
-            read = (c for d, c in self.corpora.items() if _any_length(d) == _any_length(data))
+            # Samples are the same at any length, and by any path: the data is read once.
+            read = (c for d, c in self.corpora.items() if _samples(d) == _samples(data))
             self.corpora[data] = next(read, None) or load_corpus(data)
         return self.corpora[data]
 
@@ -169,8 +170,8 @@ def _what(config: Config) -> dict[str, Any]:
     return TrialSpec.of(config).model_dump(mode="json") | {"sweep": sweep}
 
 
-def _any_length(data: DataConfig) -> DataConfig:
-    return data.model_copy(update={"max_length": 0})
+def _samples(data: DataConfig) -> DataConfig:
+    return data.model_copy(update={"max_length": 0, "path": absolute(data.path)})
 
 
 # Hashing a large local model's headers takes a moment, and every trial asks.

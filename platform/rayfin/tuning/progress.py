@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -34,6 +34,7 @@ class Progress:
         self._live: Live | None = None
         self._rows: dict[str, TrialRecord] = {}
         self._before: set[str] = set()
+        self._told: set[str] = set()
 
     def begin(self, plan: SweepPlan, known: Sequence[TrialRecord]) -> None:
         self._config, self._sweep_id = plan.config, plan.sweep_id
@@ -49,7 +50,15 @@ class Progress:
             )
             self._live.start()
 
+    def tell(self, notes: Iterable[str]) -> None:
+        """Each line once, however many trials have it."""
+        for note in notes:
+            if note not in self._told:
+                self._told.add(note)
+                self.say(note)
+
     def update(self, row: TrialRecord) -> None:
+        self.tell(row.notes)
         before = self._rows.get(row.trial_id)
         self._rows[row.trial_id] = row
         if self._live is None and (before is None or row.status != "running"):

@@ -95,11 +95,20 @@ def _train_alone(
     history.put(row)
 
     strategies: list[str] = []
+    told = set(plan.notes)
+
+    def tell() -> None:
+        """What only the tokenised data has to say."""
+        for note in row.notes:
+            if note not in told:
+                told.add(note)
+                show(note)
 
     def report(result: TrialResult) -> None:
         nonlocal row  # a group that dies leaves what it had reported
         row = with_outcome(row, result.as_dict())
         history.put(row)
+        tell()
         hardware = result.scenario["hardware"]
         if in_group and not strategies:
             strategies.append(hardware["strategy"])
@@ -147,6 +156,7 @@ def _train_alone(
         raise StorageError(result.error or "storage: it can't be written")
     row = with_outcome(row, result.as_dict())
     history.put(row)
+    tell()
     if row.status == "finished":
         let_checkpoints_go(row)
     return row

@@ -73,8 +73,7 @@ def run_sweep(
     plan = (earlier if resume else None) or new_plan(config, storage)
     progress = progress or Progress()
     check_run(plan, variants(config), cluster)
-    for note in plan.notes:
-        progress.say(note)
+    progress.tell(plan.notes)
     rows = history.trials(sweep_id=plan.sweep_id)
     _check_unchanged(plan, rows)
     plan.save()

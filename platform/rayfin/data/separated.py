@@ -1,0 +1,120 @@
+"""CSV and TSV as rows: which delimiter, which quotes, and what an open quote takes along."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from rayfin.data.rows import Row, not_utf8, open_source
+
+_LARGEST_CELL = 2**27
+
+
+def read_csv(path: Path) -> Iterator[Row]:
+    text = _text_of(path)
+    first = text.partition("\n")[0]
+    if "\t" in first and "," not in first:  # what spreadsheets write as "Unicode text"
+        return iter(_tab_separated(str(path), text))
+    # A semicolon is what spreadsheets write in much of Europe.
+    return _rows(str(path), text, ";" if ";" in first and "," not in first else ",")
+
+
+def read_tsv(path: Path) -> Iterator[Row]:
+    return iter(_tab_separated(str(path), _text_of(path)))
+
+
+def _text_of(path: Path) -> str:
+    csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_CELL))
+    # surrogateescape: a byte that is not UTF-8 spoils its own row, not the rest of the file.
+    with open_source(path) as raw:
+        return raw.read().decode("utf-8-sig", errors="surrogateescape")
+
+
+def _tab_separated(file: str, text: str) -> list[Row]:
+    """A quote is a character, unless the file shows that quotes enclose its cells."""
+    plain = list(_rows(file, text, "\t", quotes=False))
+    if '"' not in text:
+        return plain
+    quoted = list(_rows(file, text, "\t"))
+    lost = [sum(row.rows for row in rows if row.problem) for rows in (plain, quoted)]
+    if lost[0] != lost[1]:
+        return plain if lost[0] < lost[1] else quoted
+    return quoted if _shows_quotes(plain) else plain
+
+
+def _shows_quotes(plain: list[Row]) -> bool:
+    """Whether cells are enclosed in quotes: all of a column, or one that doubles those within."""
+    cells = [row.value for row in plain if row.problem is None]
+    columns = [[row[name] for row in cells if row[name]] for name in (cells[0] if cells else ())]
+    enclosed = [[len(c) > 1 and c[0] == c[-1] == '"' for c in column] for column in columns]
+    return any(column and all(column) for column in enclosed) or any(
+        yes and '""' in cell[1:-1] and '"' not in cell[1:-1].replace('""', "")
+        for column, marks in zip(columns, enclosed, strict=True)
+        for cell, yes in zip(column, marks, strict=True)
+    )
+
+
+def _rows(file: str, text: str, delimiter: str, quotes: bool = True) -> Iterator[Row]:
+    lines = io.StringIO(text, newline="").readlines()
+    reader = csv.reader(
+        lines,
+        delimiter=delimiter,
+        quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
+        strict=True,
+    )
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield _broken(file, line, lines[line - 1 : reader.line_num], delimiter, str(error))
+            if header is None:
+                return
+            continue
+        if not any(cells):
+            continue
+        problem = _problem_of_cells(cells, header)
+        if problem is not None:
+            yield Row(file, line, problem=problem)
+            if header is None:  # without a header no row after it means anything
+                return
+        elif header is None:
+            header = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
+        else:
+            yield Row(file, line, dict(zip(header, cells, strict=True)))
+
+
+def _broken(file: str, line: int, lost: list[str], delimiter: str, reason: str) -> Row:
+    """The lines that a quote made one row, which is none."""
+    rows = sum(1 for each in lost if each.strip())
+    if "end of data" in reason:
+        loose = list(csv.reader(lost, delimiter=delimiter))
+        opened = line + len(lost) - 1 - loose[-1][-1].rstrip("\n").count("\n")
+        reason = f"the quote opened on line {opened} is never closed"
+    if rows > 1:
+        reason += f", and takes the {rows} lines from here on along"
+    return Row(
+        file, line, problem=f"broken CSV: {reason}; double each quote within a cell", rows=rows
+    )
+
+
+def _problem_of_cells(cells: list[str], header: list[str] | None) -> str | None:
+    joined = "".join(cells)
+    if "\0" in joined:
+        return "holds a NUL character"
+    try:
+        joined.encode()
+    except UnicodeEncodeError as error:
+        return not_utf8(joined.encode(errors="surrogateescape"), ord(joined[error.start]) - 0xDC00)
+    if header is None:
+        named = [cell.strip() for cell in cells if cell.strip()]
+        twice = [name for name in named if named.count(name) > 1]
+        return f"the header has '{twice[0]}' twice; rename one of them" if twice else None
+    if len(cells) != len(header):
+        return f"has {len(cells)} cells where the header has {len(header)}"
+    return None

@@ -1,0 +1,159 @@
+"""The turns of a conversation, as data sets write them, and what of them is learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rayfin.data.columns import (
+    LEARN_KEYS,
+    SPEAKERS,
+    TOOL_SPEAKERS,
+    TURN_KEYS,
+    Reading,
+    Refused,
+    RowProblem,
+)
+from rayfin.data.examples import Example, Message
+
+_USED = frozenset({key for pair in TURN_KEYS for key in pair} | set(LEARN_KEYS))
+_PART_KEYS = frozenset(("type", "text"))
+_KINDS = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
+
+
+class Turn(NamedTuple):
+    """What one side says; `learned` is of an assistant's turn."""
+
+    role: str
+    content: str
+    learned: bool = True
+
+    def message(self) -> Message:
+        return {"role": self.role, "content": self.content}
+
+
+def turns(value: object, column: str, reading: Reading) -> list[Turn]:
+    """The turns of a column, without empty system turns: exports often hold one."""
+    found = [
+        _turn(turn, column, f"{column}[{number}]", reading)
+        for number, turn in enumerate(as_list(value, column))
+    ]
+    return [turn for turn in found if turn.content.strip()]
+
+
+def conversation(said: Sequence[Turn], column: str) -> Example:
+    """The example that ends with the last answer that is learned: after it, nothing is."""
+    if not said:
+        raise RowProblem(f"{column} is empty")
+    if any(turn.role == "system" for turn in said[1:]):
+        raise RowProblem(
+            f"{column} has a system turn that is not the first; put its words into the user turn "
+            "after it"
+        )
+    if said[-1].role != "assistant":
+        raise RowProblem(
+            f"{column} ends with a {said[-1].role} turn, not an assistant turn; take out what "
+            "follows the last answer"
+        )
+    answers = [number for number, turn in enumerate(said) if turn.role == "assistant"]
+    learned = [number for number in answers if said[number].learned]
+    if not learned:
+        raise RowProblem(f"{column} has no answer with weight 1: nothing of it would be learned")
+    said = said[: learned[-1] + 1]
+    asked = [number for number, turn in enumerate(said) if turn.role == "user"]
+    if not asked:
+        raise RowProblem(f"{column} has no user turn before the answer")
+    # What is said before the first question isn't learned in any case.
+    unlearned = [n for n in answers if asked[0] < n < learned[-1] and n not in learned]
+    return Example(tuple(turn.message() for turn in said), unlearned=tuple(unlearned))
+
+
+def as_list(value: object, column: str) -> Sequence[Any]:
+    """A list of turns, or its JSON text: a cell of a CSV holds no other."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowProblem(f"{column} must be a list of turns, not a string") from None
+    if not isinstance(value, (list, tuple)):
+        raise RowProblem(f"{column} must be a list of turns, not {kind(value)}")
+    return value
+
+
+def _turn(turn: object, column: str, where: str, reading: Reading) -> Turn:
+    if not isinstance(turn, Mapping):
+        raise RowProblem(f"{where} must be an object, not {kind(turn)}")
+    pair = TURN_KEYS[1] if column == "conversations" else TURN_KEYS[0]
+    pair = next((keys for keys in TURN_KEYS if turn.get(keys[0]) is not None), pair)
+    given = reading.keys(turn, column, {*pair, *LEARN_KEYS})
+    for key in pair[:1] if given.get(pair[0]) in TOOL_SPEAKERS else pair:
+        if key not in given:
+            raise RowProblem(f"{where}.{key} is missing")
+    speaker = given[pair[0]]
+    if speaker in TOOL_SPEAKERS:
+        raise Refused(
+            f"{where}.{pair[0]} is {speaker!r}: tool calls can't be trained on yet; take such "
+            "conversations out"
+        )
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        allowed = ", ".join(SPEAKERS)
+        raise RowProblem(f"{where}.{pair[0]} is {speaker!r:.40}; allowed are {allowed}")
+    role, place = SPEAKERS[speaker], f"{where}.{pair[1]}"
+    content = _text(given[pair[1]], f"{column}.{pair[1]}", place, reading)
+    content = string(content, place, may_be_empty=role == "system")
+    return Turn(role, content, _is_learned(given, role, where))
+
+
+def _text(content: object, name: str, where: str, reading: Reading) -> object:
+    """Parts of text joined by line breaks, as the server joins them; other content as it is."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        if not isinstance(part, Mapping):
+            raise RowProblem(f"{where}[{number}] must be an object, not {kind(part)}")
+        if part.get("type") != "text":
+            raise Refused(
+                f"{where}[{number}].type is {part.get('type')!r:.40}: of the parts of a content "
+                "only text can be trained on yet; take such conversations out"
+            )
+        text = reading.keys(part, name, _PART_KEYS).get("text")
+        texts.append(string(text, f"{where}[{number}].text"))
+    return "\n".join(texts)
+
+
+def _is_learned(given: Mapping[str, Any], role: str, where: str) -> bool:
+    """What the turn says of itself; an assistant's is learned unless it says otherwise."""
+    said = {key: given[key] for key in LEARN_KEYS if key in given}
+    for key, value in said.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise RowProblem(f"{where}.{key} is {value!r:.40}; allowed are 0 (not learned) and 1")
+        if value and role != "assistant":
+            raise RowProblem(
+                f"{where}.{key} is {value!r}, but of a {role} turn nothing can be learned; give 0, "
+                "or leave it out"
+            )
+    if len({bool(value) for value in said.values()}) > 1:
+        raise RowProblem(f"{where}: {' and '.join(said)} contradict each other; give one of them")
+    return all(said.values())
+
+
+def string(value: object, where: str, *, may_be_empty: bool = False) -> str:
+    """The value if it is text that can be learned; raises RowProblem otherwise."""
+    if not isinstance(value, str):
+        raise RowProblem(f"{where} must be a string, not {kind(value)}")
+    if not may_be_empty and not value.strip():
+        raise RowProblem(f"{where} is empty")
+    try:
+        # JSON can spell half of a surrogate pair, which no tokenizer takes; undecodable bytes
+        # of a CSV arrive the same way.
+        value.encode()
+    except UnicodeEncodeError:
+        raise RowProblem(f"{where} is not valid UTF-8 text") from None
+    return value
+
+
+def kind(value: object) -> str:
+    """What a value is, in JSON's words."""
+    return _KINDS.get(type(value), "a number" if isinstance(value, (int, float)) else "an object")

@@ -1,0 +1,365 @@
+"""What the user wrote is used, refused, or named: whatever the layout, the column and the file."""
+
+import copy
+import csv
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rayfin.cli import main
+from rayfin.cli.experiment import read_data
+from rayfin.config import load_config
+from rayfin.data import Corpus, load_corpus
+from rayfin.data.columns import LEARN_KEYS, NAMED
+from rayfin.errors import DataError
+
+Row = dict[str, Any]
+PAIRS = [(f"question {i}", f"answer {i}") for i in range(4)]
+
+
+def said(*contents: Any, keys: tuple[str, str] = ("role", "content"), **more: Any) -> list[Row]:
+    """A user's and an assistant's turns in alternation; `more` stands in each of them."""
+    speakers = ("human", "gpt") if keys[0] == "from" else ("user", "assistant")
+    return [{keys[0]: speakers[i % 2], keys[1]: c, **more} for i, c in enumerate(contents)]
+
+
+LAYOUTS: dict[str, list[Row]] = {
+    "messages": [
+        {"messages": [{"role": "system", "content": "Be brief."}, *said(q, a)]} for q, a in PAIRS
+    ],
+    "long": [{"messages": said(q, a, "Again?", a)} for q, a in PAIRS],
+    "parts": [{"messages": said([{"type": "text", "text": q}], a)} for q, a in PAIRS],
+    "conversations": [{"conversations": said(q, a, keys=("from", "value"))} for q, a in PAIRS],
+    "instruction": [{"instruction": q, "input": "of 4", "output": a} for q, a in PAIRS],
+    "history": [{"instruction": q, "history": said(q, a), "output": a} for q, a in PAIRS],
+    "dolly": [{"instruction": q, "context": "of 4", "response": a} for q, a in PAIRS],
+    "prompt_completion": [{"prompt": q, "completion": a} for q, a in PAIRS],
+    "prompt_turns": [{"prompt": said(q), "completion": said(q, a)[1:]} for q, a in PAIRS],
+    "question_answer": [{"question": q, "answer": a} for q, a in PAIRS],
+    "text": [{"text": f"{q} {a}"} for q, a in PAIRS],
+}
+KNOWN = sorted(
+    {*NAMED, *LEARN_KEYS, "name", "id", "role", "content", "from", "value", "reasoning_content"}
+    | {"thinking", "tool_call_id", "train_detail", "parallel_tool_calls", "source", "refusal"}
+)
+TEXTS = st.text("abcXYZ _-.,0é😀\x1b[", min_size=1, max_size=8).filter(lambda text: text.strip())
+VALUES = st.one_of(
+    st.sampled_from(["some text", 0, 1, 0.5, True, False, ["x"], {"a": 1}, [["q", "a"]]]),
+    st.just([{"role": "user", "content": "Hello."}]),
+    TEXTS.filter(lambda text: text not in ("[]", "{}")),
+)
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    """The rows as the kind of file that the name says; `.object.json` has them under a key."""
+    if path.name.endswith(".object.json"):
+        path.write_text(json.dumps({"data": rows}))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        with path.open("w", newline="") as file:
+            names = list(dict.fromkeys(name for row in rows for name in row))
+            writer = csv.DictWriter(file, names, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            text = {str: str, type(None): lambda _: ""}
+            writer.writerows(
+                {name: text.get(type(v), json.dumps)(v) for name, v in row.items()} for row in rows
+            )
+    return path
+
+
+def load(path: Path, *overrides: str) -> Corpus:
+    return load_corpus(load_config(None, [f"data.path={path}", *overrides]).data)
+
+
+def objects(value: Any) -> Iterator[Row]:
+    """The row itself, its turns, and the parts of their contents."""
+    if isinstance(value, dict):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value:
+        if isinstance(each, (dict, list)):
+            yield from objects(each)
+
+
+def outcome(path: Path, *overrides: str) -> tuple[str | None, str]:
+    """The digest of what is trained, None where it is refused; and what is said of it."""
+    try:
+        corpus = load(path, *overrides)
+    except DataError as error:
+        return None, str(error)
+    return corpus.digest, "\n".join(corpus.notes)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_whatever_is_added_to_a_row_is_used_refused_or_named(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    layout = data.draw(st.sampled_from(sorted(LAYOUTS)), "layout")
+    rows = copy.deepcopy(LAYOUTS[layout])
+    before = load(write(tmp_path / "before.jsonl", rows))
+    place = data.draw(st.sampled_from(list(objects(rows[0]))), "place")
+    name = data.draw(st.sampled_from(KNOWN) | TEXTS, "name")
+    value = data.draw(VALUES, "value")
+    if place.get(name) == value:
+        return
+    place[name] = value
+    digest, text = outcome(write(tmp_path / "after.jsonl", rows))
+    says_nothing_new = name in LEARN_KEYS and value in (0, 1)  # as every turn is without it
+    if digest == before.digest and not says_nothing_new:
+        shown = name if name.isprintable() else ascii(name)[1:-1]
+        assert shown in text
+    elif digest is None:
+        assert "after.jsonl:1: " in text
+
+
+@pytest.mark.parametrize(
+    ("name", "streaming"),
+    [
+        *((name, "false") for name in ("a.jsonl", "a.json", "a.object.json", "a.csv", "a.tsv")),
+        *(("a.parquet", "false"), ("a.parquet", "true"), ("a.jsonl", "true")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("column", "value", "wanted"),
+    [
+        ("source", "web", "not used, and not trained on: source (1 of 4 rows)"),
+        ("data", [0.5], "not used, and not trained on: data (1 of 4 rows)"),
+        ("system", "Be brief.", "used"),
+        ("tools", [{"name": "f"}], ":2: tools: tool calls can't be trained on yet"),
+        ("label", False, ":2: label: labels"),
+        ("source", None, "nothing"),
+        ("tools", None, "nothing"),
+    ],
+)
+def test_every_kind_of_file(
+    tmp_path: Path, name: str, streaming: str, column: str, value: object, wanted: str
+) -> None:
+    rows = copy.deepcopy(LAYOUTS["prompt_completion"])
+    setting = f"data.streaming={streaming}"
+    before = outcome(write(tmp_path / name, rows), setting)
+    for row in rows:
+        row[column] = None
+    rows[1][column] = value
+    digest, text = outcome(write(tmp_path / name, rows), setting)
+    if wanted == "used":
+        assert digest not in (None, before[0])
+    elif wanted == "nothing":
+        assert (digest, text) == before
+    else:
+        line = {"a.csv": ":3:", "a.tsv": ":3:"}.get(name, ":2:")
+        assert wanted.replace(":2:", line) in text
+        assert digest == (None if line in text else before[0])
+
+
+def test_what_stands_beside_the_only_list_is_each_rows(tmp_path: Path) -> None:
+    rows = LAYOUTS["conversations"]
+    plain = load(write(tmp_path / "rows.json", rows))
+    path = tmp_path / "o.json"
+    path.write_text(json.dumps({"version": 2, "system": "Be brief.", "data": rows}))
+    corpus = load(path)
+    assert corpus.digest != plain.digest
+    assert corpus.train[0].messages[0] == {"role": "system", "content": "Be brief."}
+    assert "not trained on: version; where" in corpus.notes[0]
+    path.write_text(json.dumps({"functions": "f()", "data": rows}))
+    assert "o.json:1: functions: tool calls can't be trained on" in outcome(path)[1]
+
+
+def test_ignored_columns_and_keys_are_as_if_they_were_not_there(tmp_path: Path) -> None:
+    rows = [
+        {"messages": said(q, a, name="x", tool_calls=[{"id": 1}]), "tools": "f()", "system": "S"}
+        for q, a in PAIRS
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert (
+        "messages.tool_calls and messages" not in (told := outcome(path)[1])
+        and "data.ignore_columns=[messages.tool_calls,tools] learns the rest" in told
+    )
+    partly = load(path, "data.ignore_columns=[messages.tool_calls,tools]")
+    assert [m["role"] for m in partly.train[0].messages] == ["system", "user", "assistant"]
+    assert (
+        "not trained on: messages.name; where that is meant, set data.ignore_c" in partly.notes[0]
+    )
+    every = "data.ignore_columns=[messages.tool_calls,messages.name,tools,system]"
+    bare = [{"messages": said(q, a)} for q, a in PAIRS]
+    for kind in ("a.jsonl", "a.csv", "a.parquet"):
+        corpus = load(write(tmp_path / kind, rows), every)
+        assert corpus.digest == load(write(tmp_path / f"bare.{kind}", bare)).digest
+        assert corpus.notes == ()
+    with pytest.raises(DataError, match=r"no row has 'tolls' \(did you mean 'tools'\?\); the rows"):
+        load(path, "data.ignore_columns=[tolls,tools,messages.tool_calls]")
+    with pytest.raises(DataError, match="no row has 'x'; leave it out"):
+        load(Path("pydocs"), "data.ignore_columns=[x]")
+
+
+@pytest.mark.parametrize("name", ["a, b", "true", "ein Wort", "it's", "\x1b[2J"])
+def test_the_setting_that_is_told_ignores_what_it_names(tmp_path: Path, name: str) -> None:
+    rows = [{"text": f"{q} {a}", name: 1} for q, a in PAIRS]
+    path = write(tmp_path / "a.jsonl", rows)
+    (note,) = load(path).notes
+    assert "\x1b" not in note
+    (setting,) = shlex.split(note.partition("where that is meant, set ")[2])
+    assert load(path, setting).notes == ()
+
+
+def test_system_and_history_become_turns(tmp_path: Path) -> None:
+    rows: list[Row] = [
+        {
+            "instruction": q,
+            "input": "of 4",
+            "output": a,
+            "system": "Be brief.",
+            "history": [["Hi", "Ho"], ["Hm", "So"]],
+        }
+        for q, a in PAIRS
+    ]
+    corpus = load(write(tmp_path / "a.jsonl", rows))
+    turns = [{"role": "system", "content": "Be brief."}, *said("Hi", "Ho", "Hm", "So")]
+    expected = [{"messages": [*turns, *said(f"{q}\n\nof 4", a)]} for q, a in PAIRS]
+    assert corpus.digest == load(write(tmp_path / "b.jsonl", expected)).digest
+    assert load(write(tmp_path / "a.csv", rows)).digest == corpus.digest
+    rows[0]["history"] = [["Hi"]]
+    assert "history[0] must be a pair" in outcome(write(tmp_path / "a.jsonl", rows))[1]
+
+    same: list[Row] = [{"system": "Be brief.", **row} for row in LAYOUTS["messages"]]
+    plain = load(write(tmp_path / "a.jsonl", LAYOUTS["messages"]))
+    assert load(write(tmp_path / "a.jsonl", same)).digest == plain.digest
+    same[2]["system"] = "Be long."
+    text = outcome(write(tmp_path / "a.jsonl", same))[1]
+    assert "a.jsonl:3: system and the system turn of messages differ; give one of them" in text
+
+
+def test_layouts_that_mean_the_same_are_read_the_same(tmp_path: Path) -> None:
+    plain = load(write(tmp_path / "a.jsonl", LAYOUTS["prompt_completion"]))
+    mixed = [{"conversations": said(q, a)} for q, a in PAIRS]
+    named = [{"query": q, "response": a} for q, a in PAIRS]
+    developer = [
+        {"messages": [{"role": "developer", "content": "Be brief."}, *said(q, a)]} for q, a in PAIRS
+    ]
+    for rows in (LAYOUTS["parts"], LAYOUTS["question_answer"], mixed, named):
+        assert load(write(tmp_path / "b.jsonl", rows)).digest == plain.digest
+    assert (
+        load(write(tmp_path / "b.jsonl", developer)).digest
+        == load(write(tmp_path / "a.jsonl", LAYOUTS["messages"])).digest
+    )
+    two = [[{"type": "text", "text": "one"}, {"type": "text", "text": q}] for q, _ in PAIRS]
+    rows = [{"messages": said(each, a)} for each, (_, a) in zip(two, PAIRS, strict=True)]
+    first = load(write(tmp_path / "b.jsonl", rows)).train[0].messages[0]["content"]
+    assert first.startswith("one\nquestion")
+
+
+@pytest.mark.parametrize("key", LEARN_KEYS)
+def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path, key: str) -> None:
+    def rows(*weights: object) -> list[Row]:
+        found = [{"messages": said(q, f"bad {q}", "No!", a)} for q, a in PAIRS]
+        for row in found:
+            for turn, weight in zip(row["messages"][1::2], weights, strict=False):
+                turn[key] = weight
+        return found
+
+    plain = load(write(tmp_path / "a.jsonl", rows()))
+    assert load(write(tmp_path / "b.jsonl", rows(1, True))).digest == plain.digest
+    first = load(write(tmp_path / "b.jsonl", rows(0, 1)))
+    assert first.digest != plain.digest
+    assert {example.unlearned for example in first.train} == {(1,)}
+    assert [e.messages for e in first.train] != []
+    # Nothing after the last answer that is learned can be: it is as if the sample ended there.
+    cut = [{"messages": row["messages"][:2]} for row in rows()]
+    last = load(write(tmp_path / "b.jsonl", rows(1.0, 0.0)))
+    assert last.digest == load(write(tmp_path / "a.jsonl", cut)).digest
+    for weights, reason in [
+        ((0, 0), "has no answer with weight 1"),
+        ((0.5,), f"messages[1].{key} is 0.5; allowed are 0 (not learned) and 1"),
+        (("no",), f"messages[1].{key} is 'no'; allowed are 0"),
+    ]:
+        assert reason in outcome(write(tmp_path / "b.jsonl", rows(*weights)))[1]
+    asked = rows()
+    asked[0]["messages"][0][key] = 0
+    assert load(write(tmp_path / "b.jsonl", asked)).digest == plain.digest
+    asked[0]["messages"][0][key] = 1
+    text = outcome(write(tmp_path / "b.jsonl", asked))[1]
+    assert f"messages[0].{key} is 1, but of a user turn nothing can be learned" in text
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"messages": said("q", None, tool_calls=[{"id": 1}]), "tools": "f"},
+            "tools and messages.tool_calls: tool calls can't be trained on yet; nor can what "
+            "remains be learned: messages[1].content is missing",
+        ),
+        (
+            {"messages": [*said("q", "a"), {"role": "tool", "content": "4"}, *said("q", "a")]},
+            "messages[2].role is 'tool': tool calls can't be trained on yet; take such conv",
+        ),
+        (
+            {"messages": said([{"type": "image_url", "image_url": {}}], "a"), "text": "rendered"},
+            "messages[0].content[0].type is 'image_url': of the parts of a content only text can",
+        ),
+        ({"prompt": "q", "completion": "a", "label": False}, "data.ignore_columns=[label] learns"),
+        ({"text": "t", "label": 1}, "data.ignore_columns=[label] learns"),
+        ({"prompt": "q", "completion": "a", "context": "c"}, "context: is a part of the question"),
+        ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "context: input has a"),
+        ({"messages": said("q", "a"), "images": ["a.png"]}, "images, sound and video can't be"),
+        ({"messages": said("q", "a", reasoning_content="r")}, "put it into the content"),
+        ({"text": "t", "weight": 0.3}, "weights of whole samples can't be trained with yet"),
+    ],
+)
+def test_what_would_be_learned_as_something_else_is_refused(
+    tmp_path: Path, row: Row, reason: str
+) -> None:
+    digest, text = outcome(write(tmp_path / "a.jsonl", [row, {**row, "id": 1}]))
+    assert digest is None
+    assert f"a.jsonl:1: {reason.split(':', maxsplit=1)[0]}" in text or reason in text
+    assert reason in text
+    good = {"text": "other"} if "text" in row and "messages" not in row else None
+    if good:
+        rows = [row, {"text": "one"}, {"text": "two"}]
+        corpus = load(write(tmp_path / "b.jsonl", rows), "data.on_bad_row=skip")
+        assert [e.text for e in corpus.train + corpus.eval if e.text == "t"] == []
+        assert corpus.notes[0].startswith("data: 1 of 3 rows are bad and left out, first ")
+
+
+def test_it_is_told_once_on_stderr_and_in_the_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows: list[Row] = [{"prompt": f"what is {n}", "completion": str(n), "id": n} for n in range(8)]
+    rows[3]["prompt"] *= 40
+    rows[4]["completion"] *= 200
+    with write(Path("a.jsonl"), rows).open("a") as file:
+        file.write("{broken\n")
+    command = ["model.name=tiny", "data.path=a.jsonl", "method.type=lora", "train.max_steps=2"]
+    command += ["data.max_length=64", "data.on_bad_row=skip", "storage=runs"]
+    assert main(["train", "--json", *command]) == 0
+    out, err = capsys.readouterr()
+    notes = json.loads(out)["trial"]["scenario"]["data"]["notes"]
+    assert [note for note in notes if err.splitlines().count(note) != 1] == []
+    assert [note[:30] for note in notes] == [
+        "data: not used, and not traine",
+        "data: 1 of 9 rows are bad and ",
+        "data: 2 of 8 samples cut at da",
+    ]
+    assert "data.max_length=64, and 1 of them left out" in notes[2]
+    for verb in ("estimate", "recommend"):
+        assert main([verb, "--json", *command[:4], "data.on_bad_row=skip"]) == 0
+        out, err = capsys.readouterr()
+        json.loads(out)
+        assert err.splitlines()[:2] == notes[:2]
+    read_data(load_config(None, [*command, "data.ignore_columns=[id]"]))
+    assert "not used" not in capsys.readouterr().err
