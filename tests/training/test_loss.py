@@ -15,7 +15,7 @@ from peft import PeftModel
 from rayfin.config import DataConfig
 from rayfin.models import load_base
 from rayfin.training.batches import collate_packed, collate_padded, plan_samples
-from rayfin.training.scoring import completion_logits, score
+from rayfin.training.scoring import Scores, completion_logits, score
 
 PAD = 0
 
@@ -103,12 +103,45 @@ def test_scores_do_not_depend_on_the_batch_size(lab: Any) -> None:
     samples = [*lab.held_out(spec), *lab.warm.tokenized(spec).train]
     whole = score(base, samples, batch_size=64, pad_token_id=PAD)
     single = score(base, samples, batch_size=1, pad_token_id=PAD)
-    assert single.loss == pytest.approx(whole.loss, rel=1e-6)
-    parts = score(base, samples[::2], batch_size=5, pad_token_id=PAD) + score(
-        base, samples[1::2], batch_size=5, pad_token_id=PAD
+    assert torch.allclose(single.table, whole.table, rtol=1e-5, atol=1e-5)
+    assert single.metrics() == pytest.approx(whole.metrics(), rel=1e-6)
+    assert whole.samples == len(samples)
+    # In the order of the samples, whatever order they were computed in.
+    first = score(base, samples[:1], batch_size=1, pad_token_id=PAD)
+    assert torch.allclose(first.table[0], whole.table[0], rtol=1e-5)
+
+
+def test_the_change_from_the_base_is_paired_by_sample() -> None:
+    """Standard errors as the jackknife over samples has them, and what only the base answers."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1, 30, (400,), generator=draw).double()
+    hard = torch.rand(400, generator=draw, dtype=torch.float64) * 5  # so that the pairs are alike
+    noise = torch.randn(2, 400, generator=draw, dtype=torch.float64).abs() * 0.3
+    hits = (torch.rand(2, 400, generator=draw) * (tokens + 1)).floor()
+    base = Scores(torch.stack([(hard + noise[0]) * tokens, tokens, hits[0]], 1))
+    ours = Scores(torch.stack([(hard / 2 + noise[1]) * tokens, tokens, hits[1]], 1))
+    found = ours.against(base)
+    keep = ~torch.eye(400, dtype=torch.bool)
+    for name in ("eval_loss", "token_accuracy"):
+        without = torch.tensor(
+            [
+                Scores(ours.table[kept]).metrics()[name] - Scores(base.table[kept]).metrics()[name]
+                for kept in keep
+            ],
+            dtype=torch.float64,
+        )
+        jackknife = float(((without - without.mean()).square().sum() * 399 / 400).sqrt())
+        assert found[f"{name}_change_se"] == pytest.approx(jackknife, rel=0.01)
+    lost = sum(
+        b == t and a != t
+        for a, b, t in zip(hits[1].tolist(), hits[0].tolist(), tokens.tolist(), strict=True)
     )
-    assert parts.metrics() == pytest.approx(whole.metrics(), rel=1e-6)
-    assert (parts.tokens, parts.samples) == (whole.tokens, len(samples))
+    assert 0 < lost == found["exact_match_only_base"]
+    assert ours.against(ours) == {
+        "eval_loss_change_se": 0, "token_accuracy_change_se": 0, "exact_match_only_base": 0,
+    }  # fmt: skip
+    one = Scores(ours.table[:1]).against(Scores(base.table[:1]))
+    assert set(one) == {"exact_match_only_base"}
 
 
 def test_exact_match_is_what_greedy_generation_gives(lab: Any) -> None:

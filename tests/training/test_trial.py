@@ -18,6 +18,7 @@ METRICS = {
     *("base_eval_loss", "base_perplexity", "base_exact_match", "base_token_accuracy"),
     *("train_seconds", "wall_seconds", "tokens_per_second", "peak_memory_bytes"),
     *("trainable_parameters", "steps"),
+    *("eval_loss_change_se", "token_accuracy_change_se", "exact_match_only_base"),
 }
 
 

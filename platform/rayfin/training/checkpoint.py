@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,6 @@ class Progress:
     """What a checkpoint holds beside tensors and Transformers' own state."""
 
     train_seconds: float
-    base_scores: dict[str, float]
     schedule_steps: int
     learning_rate: float
 
@@ -133,7 +132,9 @@ def save_progress(progress: Progress, directory: Path) -> None:
 
 
 def load_progress(directory: Path) -> Progress:
-    return Progress(**json.loads((directory / _PROGRESS).read_text(encoding="utf-8")))
+    """What a checkpoint holds beside tensors; what other versions wrote there is passed over."""
+    values = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
+    return Progress(**{field.name: values[field.name] for field in fields(Progress)})
 
 
 def save_adapter(

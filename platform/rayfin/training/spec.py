@@ -72,8 +72,9 @@ class TrialResult:
     """How a trial ended, or (status running) how it stands at an evaluation.
 
     `metrics`: eval_loss (nats a completion token), perplexity, exact_match, token_accuracy, the
-    same with `base_` of the untrained model, train_seconds (optimizer steps only),
-    wall_seconds, tokens_per_second, peak_memory_bytes, trainable_parameters, steps.
+    same with `base_` of the untrained model, how sure the change is (`Scores.against`),
+    train_seconds (optimizer steps only), wall_seconds, tokens_per_second, peak_memory_bytes,
+    trainable_parameters, steps.
     `curve`: points {step, loss} and {step, eval_loss, exact_match, token_accuracy, seconds}.
     """
 

@@ -34,7 +34,7 @@ from rayfin.training.clock import Clock
 from rayfin.training.parallel import Parallel, as_base
 from rayfin.training.scoring import Scores, completion_logits, score
 
-_WEIGHTS, _MOMENTS = "training_state", "optimizer"
+_WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
 # A question is a barrier for all workers: a few steps tell how many there may be between two.
 _STEPS_TO_TIME = 3
 _SECONDS_BETWEEN_QUESTIONS = 5.0
@@ -59,7 +59,7 @@ class TrialTrainer(Trainer):
         pad_token_id: int,
         checkpoints: Place,
         on_evaluation: Callable[[TrialTrainer], bool | None],
-        base_scores: dict[str, float] | None,
+        base_scores: Scores | None,
         warned: Callable[[], bool] | None = None,
     ) -> None:
         train = parallel.train
@@ -85,7 +85,7 @@ class TrialTrainer(Trainer):
         self.on_evaluation = on_evaluation
         self.planned = planned
         self.samples_per_step = len(planned) // train.max_steps
-        self.scores: dict[str, float] = {}
+        self.scores: Scores | None = None
         self.resumed_weights: dict[str, torch.Tensor] = {}
         self.stopped = False
         self._clock = Clock()
@@ -146,9 +146,9 @@ class TrialTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Scores the validation samples, every worker a share of them."""
         self._clock.stop()
-        metrics = self._score()
+        self.scores = self._score()
+        metrics = self.scores.metrics()
         self.log(dict(metrics))
-        self.scores = metrics
         # The last evaluation is not asked about: it goes into the result.
         last = self.state.global_step >= self.train_config.max_steps
         if not last and self._any_worker(self.on_evaluation(self) is False):
@@ -160,7 +160,7 @@ class TrialTrainer(Trainer):
         self._clock.start()
         return metrics
 
-    def _score(self) -> dict[str, float]:
+    def _score(self) -> Scores:
         rank, workers = self.accelerator.process_index, self.accelerator.num_processes
         samples, batch_size = self.held_out, self.train_config.per_device_eval_batch_size
         largest_share = math.ceil(len(samples) / workers)
@@ -173,12 +173,12 @@ class TrialTrainer(Trainer):
             filler=samples[0],
             device=self.accelerator.device,
         )
-        return self._sum_over_workers(own).metrics()
+        return own if workers == 1 else self._joined(own)
 
     def _score_base(self) -> None:
         if self.base_scores is None:
             with as_base(self.trained):
-                self.base_scores = {f"base_{k}": v for k, v in self._score().items()}
+                self.base_scores = self._score()
 
     def _any_worker(self, flag: bool) -> bool:
         """True on all workers if it is true on one: they must leave the loop together."""
@@ -187,16 +187,13 @@ class TrialTrainer(Trainer):
         flags = torch.tensor(int(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flags).item())
 
-    def _sum_over_workers(self, own: Scores) -> Scores:
-        if self.accelerator.num_processes == 1:
-            return own
-        sums = torch.tensor(
-            [own.loss, own.tokens, own.correct, own.exact, own.samples],
-            dtype=torch.float64,
-            device=self.accelerator.device,
-        )
-        loss, tokens, correct, exact, samples = self.accelerator.reduce(sums).tolist()
-        return Scores(loss, int(tokens), int(correct), int(exact), int(samples))
+    def _joined(self, own: Scores) -> Scores:
+        """All samples' scores from every worker's share of them."""
+        rank, workers = self.accelerator.process_index, self.accelerator.num_processes
+        table = torch.zeros(len(self.held_out), own.table.shape[1], dtype=own.table.dtype)
+        table[rank::workers] = own.table
+        # What the others have is zero here, so that the sum is each sample's own.
+        return Scores(self.accelerator.reduce(table.to(self.accelerator.device)).cpu())
 
     @property
     def train_seconds(self) -> float:
@@ -278,11 +275,12 @@ class TrialTrainer(Trainer):
             scheduler: Any = self.lr_scheduler
             progress = Progress(
                 train_seconds=self.train_seconds,
-                base_scores=self.base_scores or {},
                 schedule_steps=scheduler.last_epoch,
                 learning_rate=scheduler.get_last_lr()[0],
             )
             save_progress(progress, Path(output_dir))
+            if self.base_scores is not None:
+                save_tensors({"table": self.base_scores.table}, Path(output_dir), _BASE_SCORES)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.resumed_weights = load_tensors(Path(resume_from_checkpoint), _WEIGHTS)
@@ -304,7 +302,8 @@ class TrialTrainer(Trainer):
             progress = load_progress(checkpoint)
             self._set_schedule(progress)
             self._clock.before = progress.train_seconds
-            self.base_scores = progress.base_scores
+            if self.base_scores is None:
+                self.base_scores = Scores(load_tensors(checkpoint, _BASE_SCORES)["table"])
         self.resumed_weights = {}
         return prepared
 

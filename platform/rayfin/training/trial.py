@@ -121,6 +121,7 @@ def _train(
 
         from rayfin.training.batches import samples_of
         from rayfin.training.parallel import parallel
+        from rayfin.training.scoring import all_metrics
         from rayfin.training.trainer import TrialTrainer
 
     started = time.perf_counter()
@@ -139,8 +140,7 @@ def _train(
 
     def stands(trainer: TrialTrainer, status: Status, adapter: Place | None = None) -> TrialResult:
         metrics = {
-            **trainer.scores,
-            **(trainer.base_scores or {}),
+            **all_metrics(trainer.scores, trainer.base_scores),
             "train_seconds": trainer.train_seconds,
             "wall_seconds": time.perf_counter() - started,
             "tokens_per_second": trainer.tokens_per_second,

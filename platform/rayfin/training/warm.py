@@ -12,7 +12,7 @@ from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
 from rayfin.data.stream import Reader, read_here
 from rayfin.hardware import Hardware
 from rayfin.models import ModelFacts, describe_model, load_base, load_tokenizer
-from rayfin.training.scoring import score
+from rayfin.training.scoring import Scores, score
 from rayfin.training.spec import TrialSpec
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Warm:
         self._tokenized: dict[tuple[DataConfig, ModelConfig], TokenizedCorpus] = {}
         self._base: _Base | None = None
         self._tried = False  # to load a base, with success or without
-        self._base_scores: dict[tuple[object, ...], dict[str, float]] = {}
+        self._base_scores: dict[tuple[object, ...], Scores] = {}
         self.loads = 0
         """Base models loaded so far."""
 
@@ -106,17 +106,16 @@ class Warm:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def base_scores(self, spec: TrialSpec, hardware: Hardware) -> dict[str, float]:
-        """The untrained model's scores on the validation samples, with `base_` before each name."""
+    def base_scores(self, spec: TrialSpec, hardware: Hardware) -> Scores:
+        """The untrained model's scores on the validation samples."""
         key = (spec.model, spec.method.quantization_bit, spec.data, hardware.device)
         if key not in self._base_scores:
-            scores = score(
+            self._base_scores[key] = score(
                 self.base(spec, hardware),
                 self.tokenized(spec).eval,
                 batch_size=spec.train.per_device_eval_batch_size,
                 pad_token_id=pad_token_id(self.tokenizer(spec.model)),
             )
-            self._base_scores[key] = {f"base_{k}": v for k, v in scores.metrics().items()}
         return self._base_scores[key]
 
 
