@@ -77,18 +77,18 @@ def test_the_parameter_that_decides_comes_first(seed):
 
 
 def test_the_direction_of_the_metric_counts():
-    trials = [record(n, r=r, loss=1.0 + n % 2) for n, r in enumerate([4, 8] * 6)]
+    trials = [record(n, r=r, loss=1.0 + n % 2) for n, r in enumerate([4, 8] * 10)]
     for mode in ("min", "max"):
         assert parameter_importance(trials, "eval_loss", mode, ["method.r"]) == {"method.r": 1.0}
 
 
 def test_a_parameter_that_never_varied_is_not_judged():
-    shares = parameter_importance(history(12), "eval_loss", "min", list(SPACE))
+    shares = parameter_importance(history(20), "eval_loss", "min", list(SPACE))
     assert "method.target_modules" not in shares
 
 
 def test_a_parameter_of_another_method_may_be_absent():
-    trials = history(12)
+    trials = history(20)
     trials += [t.updated(trial_id=f"{t.trial_id}b", spec={"train": {}}) for t in trials[:4]]
     assert set(parameter_importance(trials, "eval_loss", "min", list(SPACE))) == {
         "train.learning_rate",
@@ -100,12 +100,14 @@ def test_a_parameter_of_another_method_may_be_absent():
     "trials",
     [
         [],
-        history(3),
-        [record(n, r=r) for n, r in enumerate([4, 8, 16, 4, 8])],
-        [record(n, loss=1.0 + n) for n in range(6)],
-        [*history(3), *(record(n, r=4 * n, status="failed") for n in range(10, 20))],
+        history(19),
+        [record(n, r=4 * (n % 3 + 1)) for n in range(24)],
+        [record(n, loss=1.0 + n) for n in range(24)],
+        [*history(19), *(record(n, r=4 * n, status="failed") for n in range(20, 30))],
+        [*history(19), *(record(n, r=4, status="stopped", loss=2) for n in range(20, 30))],
+        [t.updated(spec={**t.spec, "data": {"path": n % 2}}) for n, t in enumerate(history(38))],
     ],
-    ids=["none", "three", "equal scores", "equal settings", "failed ones do not count"],
+    ids=["none", "too few", "equal scores", "equal settings", "failed", "stopped", "other data"],
 )
 def test_no_importance_is_invented(trials):
     assert parameter_importance(trials, "eval_loss", "min", list(SPACE)) == {}
@@ -185,12 +187,31 @@ def test_chart_data_follows_the_trials(tmp_path):
 
 
 def test_the_best_is_set_against_the_base(tmp_path):
-    metrics = {"eval_loss": 1.5, "base_eval_loss": 3.0, "exact_match": 0.1, "base_exact_match": 0.3}
-    trial = record(0, metrics=metrics)
+    metrics = {
+        "eval_loss": 1.5, "base_eval_loss": 13.0, "eval_loss_change_se": 0.1,
+        "perplexity": math.exp(1.5), "base_perplexity": math.exp(13), "token_accuracy": 0.5,
+        "exact_match": 0.1, "base_exact_match": 0.3, "exact_match_only_base": 8,
+    }  # fmt: skip
+    trial = record(0, metrics=metrics, scenario={"data": {"rows_eval": 40}})
     page = written(tmp_path, [trial], best=trial, adapter="demo@2")
-    assert "−50.0 % <span>better" in page
-    assert "−20.0 points <span>worse" in page
+    scores = re.sub(r"<[^>]*>", " ", re.search(r"<tbody>(.*?)</tbody>", page, re.S).group(1))
+    assert " ".join(scores.split()) == (
+        "Eval loss 13 1.5 11.50 better 95 % interval 11.30 to 11.70 "
+        "Perplexity 442,413 4.482 98,716 times lower 95 % interval ÷ 80,638 to ÷ 120,846 "
+        "Exact match 30.0 % 10.0 % 20 points worse 95 % interval −34 to −6 "
+        "Token accuracy – 50.0 % –"
+    )
+    assert '<span class="worse">20 points worse' in page
     assert "rayfin adapters show demo@2 storage=" in page
+
+
+def test_the_verdict_comes_first_and_the_versions_last(tmp_path):
+    trial = record(0, versions={"torch": "2.13.0"})
+    page = written(tmp_path, [trial], best=trial)
+    text = " ".join(re.sub(r"<[^>]*>", " ", page[page.index("<body>") :]).split())
+    assert text.startswith("rayfin sweep sweep-1 The one finished trial (#1: lora, r 8, ")
+    assert page.count("2.13.0") == 1
+    assert page.index("Resolved configuration") < page.index("Versions: torch 2.13.0")
 
 
 def test_failed_trials_are_rows_with_their_reason(tmp_path):
@@ -202,10 +223,13 @@ def test_failed_trials_are_rows_with_their_reason(tmp_path):
     assert page.count("<tr data-trial=") == 3
 
 
-def test_few_trials_are_called_a_hint(tmp_path):
-    assert "hint only" in written(tmp_path, history(6))
-    assert "hint only" not in written(tmp_path, history(24))
-    assert "at least 4 trials with a score, and there are none" in written(tmp_path, [])
+def test_importance_waits_for_trials_that_tell_it(tmp_path):
+    few = written(tmp_path, history(19))
+    assert "it takes 20 finished trials on the same model and data" in few
+    assert "there are 19." in few
+    assert 'class="bar"' not in few
+    assert 'class="bar"' in written(tmp_path, history(20))
+    assert "there are none." in written(tmp_path, [])
 
 
 def test_long_curves_are_thinned_but_keep_their_ends(tmp_path):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
     from rayfin.cli.experiment import Workplace
     from rayfin.evaluation.report import Sample
+    from rayfin.evaluation.verdict import Verdict
     from rayfin.tuning.sweep import SweepResult
 
 
@@ -72,6 +73,7 @@ def _write_report(place: Workplace, result: SweepResult, adapter: AdapterVersion
         best=result.best,
         samples=_samples(place, result),
         adapter=adapter.ref if adapter else None,
+        interrupted=result.interrupted,
     )
     report.publish_file()
     return str(report)
@@ -94,6 +96,18 @@ def _samples(place: Workplace, result: SweepResult) -> Sequence[Sample]:
         return ()
 
 
+def _verdict(place: Workplace, result: SweepResult, adapter: AdapterVersion | None) -> Verdict:
+    from rayfin.evaluation.verdict import sweep_verdict
+
+    return sweep_verdict(
+        result.trials,
+        place.config,
+        result.best,
+        adapter=adapter.ref if adapter else None,
+        interrupted=result.interrupted,
+    )
+
+
 def _as_dict(
     place: Workplace, result: SweepResult, adapter: AdapterVersion | None, report: str
 ) -> dict[str, Any]:
@@ -102,6 +116,7 @@ def _as_dict(
         "interrupted": result.interrupted,
         "trials": [row.model_dump(mode="json") for row in result.trials],
         "best": result.best.trial_id if result.best else None,
+        "verdict": _verdict(place, result, adapter).as_dict(),
         "adapter": adapter.as_dict() if adapter else None,
         "report": report,
         "history": place.history.shown_url,
@@ -121,20 +136,18 @@ def _print(
     console.print(trials_table(place.config, result.trials))
     console.print()
     best = result.best
-    if best is None:
-        console.print("No trial finished; `rayfin history show TRIAL` tells why.")
-    else:
+    if best is not None:
         chosen = settings(place.config, best) or best.trial_id
         console.print(f"[bold]Best trial[/bold] {escape(chosen)}, base model -> adapter:")
         for line in experiment.comparison_lines(best):
             console.print(line)
-        if best.metrics["eval_loss"] >= best.metrics.get("base_eval_loss", float("inf")):
-            console.print("[yellow]It does not beat the base model on eval_loss.[/yellow]")
-    console.print()
+        console.print()
     # A path may have brackets, which would be taken for markup.
     console.print(f"  report   {report}", markup=False)
     console.print(f"  history  {place.history.shown_url}", markup=False)
     if adapter is not None:
         console.print(f"  adapter  {adapter.ref}  {adapter.path}", markup=False)
     if result.interrupted:
-        console.print("\nInterrupted; the same command with --resume carries on.")
+        console.print("\nInterrupted.")
+    console.print()
+    console.print(_verdict(place, result, adapter).text, markup=False)

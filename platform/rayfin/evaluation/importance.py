@@ -15,16 +15,22 @@ if TYPE_CHECKING:
 
     from rayfin.history.record import TrialRecord
 
-LEAST_TRIALS = 4
+# With fewer, chance alone gives every parameter some share.
+LEAST_TRIALS = 20
 
 
-def scored_trials(trials: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
-    """The finished and early-stopped trials that have a finite value of the metric."""
-    return [
-        trial
-        for trial in trials
-        if trial.status in ("finished", "stopped") and finite(trial.metrics.get(metric)) is not None
-    ]
+def comparable_trials(trials: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
+    """Those that finished with a finite value of the metric, on the same model and data.
+
+    One that was stopped early would have scored better later. Where the sweep varies the model or
+    the data, these are the trials of the largest group.
+    """
+    groups: dict[str, list[TrialRecord]] = {}
+    for trial in trials:
+        if trial.status == "finished" and finite(trial.metrics.get(metric)) is not None:
+            scenario = [trial.spec.get("model"), trial.spec.get("data")]
+            groups.setdefault(json.dumps(scenario, sort_keys=True), []).append(trial)
+    return max(groups.values(), key=len, default=[])
 
 
 def parameter_importance(
@@ -32,10 +38,10 @@ def parameter_importance(
 ) -> dict[str, float]:
     """Each varied parameter's share in reaching the better trials, largest first; sums to 1.
 
-    Empty where nothing can be said: fewer than 4 scored trials, or no variation in the metric or
-    in the parameters. Parameters that never varied are left out.
+    Empty where nothing can be said: fewer than 20 comparable trials, or no variation in the metric
+    or in the parameters. Parameters that never varied are left out.
     """
-    scored = scored_trials(trials, metric)
+    scored = comparable_trials(trials, metric)
     values = [float(trial.metrics[metric]) for trial in scored]
     if len(scored) < LEAST_TRIALS or min(values) == max(values):
         return {}
@@ -85,8 +91,8 @@ def _ped_anova(
                     distributions={name: kind for name, (kind, _) in row.items()},
                 )
             )
-        # Optuna asks for five trials or more in the better group; a tenth of a small sweep is one.
-        evaluator = PedAnovaImportanceEvaluator(target_quantile=min(0.5, max(0.1, 5 / len(values))))
+        # Optuna asks for five trials or more in the better group; a tenth of 20 is two.
+        evaluator = PedAnovaImportanceEvaluator(target_quantile=max(0.1, 5 / len(values)))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             raw = get_param_importances(

@@ -11,6 +11,14 @@ from rayfin.history.record import finite
 
 MISSING = "–"
 
+STATUS_WORDS = {
+    "finished": "finished",
+    "stopped": "stopped early",
+    "failed": "failed",
+    "oom": "out of memory",
+    "running": "running or interrupted",
+}
+
 
 @dataclass(frozen=True)
 class Quantity:
@@ -78,6 +86,53 @@ def show_number(value: float) -> str:
     decimals = max(0, 3 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{decimals}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def show_gain(name: str, gain: float, low: float | None, high: float | None) -> str:
+    """How much better or worse: `63 points better`, `2.31 better`, `10 times lower`.
+
+    It has the digits that its interval from `low` to `high` allows. The gain of perplexity is the
+    logarithm of a factor, as are its ends.
+    """
+    if not gain:
+        return "no difference"
+    if name == "perplexity":
+        return f"{_factor(abs(gain))} times {'lower' if gain > 0 else 'higher'}"
+    unit = " points" if QUANTITIES[name].kind == "share" else ""
+    amount = _rounded(abs(gain) * _scale(name), *_ends(name, low, high))
+    return f"{amount}{unit} {'better' if gain > 0 else 'worse'}"
+
+
+def show_between(name: str, low: float, high: float) -> str:
+    """The gain's interval, `50 to 75`; of perplexity, `÷ 8.33 to ÷ 13.5`."""
+    if name == "perplexity":
+        first, last = (f"÷ {_factor(end)}" for end in (low, high))
+    else:
+        ends = _ends(name, low, high)
+        first, last = (_rounded(end, *ends).replace("-", "−") for end in ends)
+    return f"{first} to {last}"
+
+
+def _factor(logarithm: float) -> str:
+    factor = math.exp(max(-700.0, min(logarithm, 700.0)))
+    return f"{factor:.3g}" if 0.01 <= factor < 1000 else show_number(factor)
+
+
+def _scale(name: str) -> float:
+    return 100.0 if QUANTITIES[name].kind == "share" else 1.0
+
+
+def _ends(name: str, *ends: float | None) -> list[float]:
+    return [end * _scale(name) for end in ends if end is not None]
+
+
+def _rounded(value: float, *ends: float) -> str:
+    """`value` with two digits of the interval's width, or with four of its own."""
+    width = max(ends) - min(ends) if ends else 0.0
+    if width <= 0:
+        return show_number(value)
+    decimals = max(0, 1 - math.floor(math.log10(width)))
+    return f"{value:,.{decimals}f}" if decimals <= 6 else show_number(value)
 
 
 def show_seconds(seconds: float) -> str:

@@ -24,32 +24,30 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rayfin.config import Config, dump_yaml
+from rayfin.evaluation.change import change_of
 from rayfin.evaluation.chart_data import chart_data, ordered
-from rayfin.evaluation.importance import LEAST_TRIALS, parameter_importance, scored_trials
+from rayfin.evaluation.importance import LEAST_TRIALS, comparable_trials, parameter_importance
 from rayfin.evaluation.notes import sweep_notes
 from rayfin.evaluation.quantities import (
     MISSING,
     QUANTITIES,
     SCORES,
+    STATUS_WORDS,
     setting,
+    show_between,
+    show_gain,
     show_number,
     show_quantity,
     show_seconds,
     show_setting,
 )
+from rayfin.evaluation.verdict import sweep_verdict
 from rayfin.history.record import finite
 from rayfin.paths import Storage, write_text
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
 
-STATUS_WORDS = {
-    "finished": "finished",
-    "stopped": "stopped early",
-    "failed": "failed",
-    "oom": "out of memory",
-    "running": "running or interrupted",
-}
 _SCRIPTS = ("plot.js", "charts.js", "parallel.js", "page.js")
 _TABLE = (*SCORES, "steps", "train_seconds", "tokens_per_second", "peak_memory_bytes",
           "trainable_parameters")  # fmt: skip
@@ -73,6 +71,7 @@ def write_sweep_report(
     best: TrialRecord | None,
     samples: Sequence[Sample] = (),
     adapter: str | None = None,
+    interrupted: bool = False,
     notes: Sequence[str] = (),
 ) -> Path:
     """Writes the report of a sweep to `path` and returns it; `adapter` is `name@version`.
@@ -91,6 +90,7 @@ def write_sweep_report(
     page = environment.get_template("report.html.j2").render(
         **_assets(),
         **_header(trials, config),
+        verdict=sweep_verdict(trials, config, best, adapter=adapter, interrupted=interrupted),
         best=_best(trials, best, config, adapter),
         notes=[_redact(note) for note in [*sweep_notes(trials, config), *notes]],
         importance=_importance(trials, config),
@@ -127,6 +127,7 @@ def _header(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:
     return {
         "sweep_id": trials[0].sweep_id if trials else None,
         "config": config,
+        "methods": _methods(config),
         "counts": [(key, counts[key], word) for key, word in STATUS_WORDS.items() if counts[key]],
         "when": _when(trials),
         "hardware": _distinct(_hardware(trial.scenario.get("hardware")) for trial in trials),
@@ -136,6 +137,11 @@ def _header(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:
         "metric_label": QUANTITIES[config.sweep.metric].label,
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
+
+
+def _methods(config: Config) -> str:
+    swept = config.sweep.parameters.get("method.type")
+    return f"{len(swept)} methods" if isinstance(swept, list | tuple) else config.method.type
 
 
 def _when(trials: Sequence[TrialRecord]) -> str:
@@ -172,7 +178,7 @@ def _best(
     return {
         "trial_id": best.trial_id,
         "number": next((i for i, t in enumerate(trials, 1) if t.trial_id == best.trial_id), None),
-        "scores": [row for key in SCORES if (row := _compare(key, best.metrics))],
+        "scores": [row for key in SCORES if (row := _compare(key, best))],
         "parameters": [
             (key, show_setting(value))
             for key in config.sweep.parameters
@@ -201,37 +207,33 @@ def _commands(adapter: str, config: Config) -> list[str]:
     ]
 
 
-def _compare(key: str, metrics: Mapping[str, Any]) -> dict[str, str] | None:
-    """A row base -> best; the change is relative, or in percentage points for shares."""
-    quantity = QUANTITIES[key]
-    base, now = finite(metrics.get(f"base_{key}")), finite(metrics.get(key))
+def _compare(key: str, trial: TrialRecord) -> dict[str, str] | None:
+    """A row base -> best, and by how much it is better."""
+    now = finite(trial.metrics.get(key))
     if now is None:
         return None
-    change, verdict = MISSING, ""
-    if base is not None:
-        gain = now - base
-        if quantity.kind == "share":
-            change = f"{gain * 100:+.1f} points"
-        elif base:
-            change = f"{gain / abs(base) * 100:+.1f} %"
-        if gain:
-            verdict = "better" if (gain < 0) == (quantity.better == "less") else "worse"
-        else:
-            verdict = "equal"
-    return {
-        "label": quantity.label,
-        "base": show_quantity(key, base),
+    row = {
+        "label": QUANTITIES[key].label,
+        "base": show_quantity(key, trial.metrics.get(f"base_{key}")),
         "best": show_quantity(key, now),
-        "change": change.replace("-", "−"),
-        "verdict": verdict,
+        "change": MISSING,
+        "interval": "",
+        "verdict": "",
     }
+    if (change := change_of(trial, key)) is None:
+        return row
+    row["change"] = show_gain(key, change.gain, change.low, change.high)
+    if change.low is not None and change.high is not None:
+        row["interval"] = show_between(key, change.low, change.high)
+        row["verdict"] = "better" if change.low > 0 else "worse" if change.high < 0 else ""
+    return row
 
 
 def _importance(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:
     sweep = config.sweep
     shares = parameter_importance(trials, sweep.metric, sweep.direction, list(sweep.parameters))
     return {
-        "trials": len(scored_trials(trials, sweep.metric)),
+        "trials": len(comparable_trials(trials, sweep.metric)),
         "bars": [(name, share * 100) for name, share in shares.items()],
     }
 

@@ -1,0 +1,201 @@
+"""What a sweep found, in one sentence, and what to do next.
+
+The report begins with it, and `rayfin sweep` ends with it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rayfin.config import Config
+from rayfin.evaluation.change import Change, change_of
+from rayfin.evaluation.chart_data import ordered
+from rayfin.evaluation.quantities import (
+    STATUS_WORDS,
+    setting,
+    show_between,
+    show_gain,
+    show_quantity,
+    show_setting,
+)
+from rayfin.history.record import finite
+from rayfin.paths import Storage
+
+if TYPE_CHECKING:
+    from rayfin.history.record import TrialRecord
+
+Outcome = Literal["better", "no clear difference", "worse", "no interval", "no base", "no result"]
+
+_SETTINGS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the best trial stands against the base model; `change` is None where that is unknown."""
+
+    outcome: Outcome
+    sentence: str
+    next: str
+    """What to do now."""
+    caution: str | None = None
+    """What the sentence's figure does not take into account."""
+    change: Change | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it as one line."""
+        return " ".join(filter(None, (self.sentence, self.caution, self.next)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        return asdict(self)
+
+
+def sweep_verdict(
+    trials: Sequence[TrialRecord],
+    config: Config,
+    best: TrialRecord | None,
+    *,
+    adapter: str | None = None,
+    interrupted: bool = False,
+) -> Verdict:
+    """Says how the best of `trials` compares with the base model on the sweep's metric.
+
+    `adapter` is `name@version` of what was published.
+    """
+    trials = ordered(trials)
+    if best is None:
+        return _nothing(trials, interrupted)
+    metric = config.sweep.metric
+    scored = sum(
+        trial.status == "finished" and finite(trial.metrics.get(metric)) is not None
+        for trial in trials
+    )
+    change = change_of(best, metric)
+    who = _who(trials, best, config, scored)
+    caution = None
+    if scored > 1 and change is not None:
+        caution = (
+            f"It was chosen among {scored} finished trials by these same samples, so expect "
+            "somewhat less on new ones."
+        )
+    if change is None:
+        outcome: Outcome = "no base"
+        sentence = (
+            f"{who} {_scores(metric, best.metrics[metric], None)}; the base model was not scored, "
+            "so there is nothing to compare it with."
+        )
+    else:
+        outcome = _outcome(change)
+        sentence = f"{who} {_compared(change)}."
+    return Verdict(
+        outcome, sentence, _next(outcome, config, change, adapter, interrupted), caution, change
+    )
+
+
+def _nothing(trials: Sequence[TrialRecord], interrupted: bool) -> Verdict:
+    counts: Counter[str] = Counter(trial.status for trial in trials)
+    told = ", ".join(
+        f"{counts[status]} {word}" for status, word in STATUS_WORDS.items() if counts[status]
+    )
+    failed = next((t for t in trials if t.status in ("failed", "oom")), None)
+    if interrupted:
+        after = "The same command with --resume carries on."
+    elif failed is not None:
+        after = f"Next: `rayfin history show {failed.trial_id}` tells why the first one failed."
+    elif counts["running"]:
+        after = "Next: wait for it to end, or carry on with --resume if it was interrupted."
+    else:
+        after = "Next: train longer, or lower sweep.reduction_factor, so that a trial finishes."
+    if not trials:
+        return Verdict("no result", "No trial was started.", "Next: start the sweep again.")
+    return Verdict("no result", f"No trial finished: {told}.", after)
+
+
+def _outcome(change: Change) -> Outcome:
+    if change.low is None or change.high is None:
+        return "no interval"
+    if change.low > 0:
+        return "better"
+    return "worse" if change.high < 0 else "no clear difference"
+
+
+def _who(trials: Sequence[TrialRecord], best: TrialRecord, config: Config, scored: int) -> str:
+    """`The best of 8 trials (#3: lora, r 16, learning_rate 2e-4)`."""
+    number = next((n for n, t in enumerate(trials, 1) if t.trial_id == best.trial_id), None)
+    method = setting(best.spec, "method.type")[1]
+    shown = [str(method)] if method else []
+    for name in config.sweep.parameters:
+        has, value = setting(best.spec, name)
+        if has and name != "method.type":
+            text = show_setting(value)
+            shown.append(f"{name.partition('.')[2]} {text if len(text) <= 40 else text[:39] + '…'}")
+    if len(shown) > _SETTINGS_SHOWN + 1:
+        shown = [*shown[: _SETTINGS_SHOWN + 1], "…"]
+    details = ": ".join(filter(None, (f"#{number}" if number else "", ", ".join(shown))))
+    subject = "The one finished trial" if scored == 1 else f"The best of {scored} finished trials"
+    return f"{subject} ({details})" if details else subject
+
+
+def _scores(metric: str, value: float, samples: int | None) -> str:
+    """The predicate of a model that scored `value`."""
+    on = f"{samples} held-out samples" if samples else "the held-out samples"
+    if metric == "exact_match":
+        share = f"{round(value * samples)} of {on}" if samples else f"{value:.1%} of {on}"
+        return f"answers {share} exactly"
+    if metric == "token_accuracy":
+        return f"predicts {show_quantity(metric, value)} of the answer tokens of {on}"
+    shown = show_quantity(metric, value)
+    if metric == "eval_loss":
+        return f"has a loss of {shown} nats a token on {on}"
+    return f"has a perplexity of {shown} on {on}"
+
+
+def _compared(change: Change) -> str:
+    metric, samples = change.metric, change.samples
+    base = show_quantity(metric, change.base)
+    if metric == "exact_match" and samples:
+        base = str(round(change.base * samples))
+    start = f"{_scores(metric, change.best, samples)}, the base model {base}"
+    gained = show_gain(metric, change.gain, change.low, change.high)
+    if change.low is None or change.high is None:
+        return f"{start}: {gained}, without an interval ({change.missing})"
+    interval = f"95 % interval {show_between(metric, change.low, change.high)}"
+    if change.low > 0 or change.high < 0 or not change.gain:
+        return f"{start}: {gained} ({interval})"
+    nothing = "÷ 1" if metric == "perplexity" else "zero"
+    return f"{start}: {gained}, but that may be chance ({interval} contains {nothing})"
+
+
+def _next(
+    outcome: Outcome,
+    config: Config,
+    change: Change | None,
+    adapter: str | None,
+    interrupted: bool,
+) -> str:
+    if interrupted:
+        return "The same command with --resume carries on."
+    samples = change.samples if change else None
+    if outcome == "worse":
+        return (
+            "Next: lower train.learning_rate or raise train.max_steps "
+            f"({config.train.max_steps} now), and look at the samples."
+        )
+    if outcome == "no clear difference":
+        held_out = f" (data.val_size; {samples} now)" if samples else ""
+        return (
+            f"Next: train longer (train.max_steps; {config.train.max_steps} now) or search wider, "
+            f"and hold out more samples{held_out} to tell."
+        )
+    if adapter is not None:
+        storage = Storage.at(config.registry_storage).place
+        return f"Next: `rayfin chat --use {adapter} storage={shlex.quote(str(storage))}`."
+    return (
+        "Next: the same command with --resume publish.name=NAME publishes it, without training "
+        "again."
+    )
