@@ -116,9 +116,10 @@ def test_it_says_by_how_much_on_how_many_and_how_sure(metric, says) -> None:
 
 
 def test_the_best_of_several_is_said_to_flatter() -> None:
-    found = verdict([trial(0), trial(1, eval_loss=1.1), trial(2, "failed")], best=1)
+    rows = [trial(0), trial(1, eval_loss=1.1), trial(2, "failed"), trial(3, "stopped")]
+    found = verdict(rows, best=1)
     assert found.sentence.startswith("The best of 2 finished trials (#2: ")
-    assert "chosen among 2 finished trials by these same samples" in found.caution
+    assert "chosen among 3 trials by these same samples" in found.caution
     assert found.text.index(found.sentence) == 0
 
 

@@ -71,17 +71,14 @@ def sweep_verdict(
     if best is None:
         return _nothing(trials, interrupted)
     metric = config.sweep.metric
-    scored = sum(
-        trial.status == "finished" and finite(trial.metrics.get(metric)) is not None
-        for trial in trials
-    )
+    scored = [t.status for t in trials if finite(t.metrics.get(metric)) is not None]
     change = change_of(best, metric)
-    who = _who(trials, best, config, scored)
+    who = _who(trials, best, config, scored.count("finished"))
     caution = None
-    if scored > 1 and change is not None:
+    if len(scored) > 1 and change is not None:
         caution = (
-            f"It was chosen among {scored} finished trials by these same samples, so expect "
-            "somewhat less on new ones."
+            f"It was chosen among {len(scored)} trials by these same samples, so expect somewhat "
+            "less on new ones."
         )
     if change is None:
         outcome: Outcome = "no base"
