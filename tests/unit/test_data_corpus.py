@@ -323,20 +323,20 @@ def test_a_directory_without_data(tmp_path: Path) -> None:
 
 def test_hub_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str, str | None]] = []
 
-    def load_dataset(name: str, *, split: str) -> list[dict[str, object]]:
+    def load_dataset(name: str, *, split: str | None) -> object:
         asked.append((name, split))
         if name == "owner/absent":
             raise ConnectionError("the hub can't be reached\nand more")
-        return list(MESSAGES)
+        return list(MESSAGES) if split else {"train": list(MESSAGES)}
 
     hub = types.ModuleType("datasets")
     hub.load_dataset = load_dataset  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", hub)
     assert len(questions_of(load("owner/name"))) == 6
     load("owner/name:test")
-    assert asked == [("owner/name", "train"), ("owner/name", "test")]
+    assert asked == [("owner/name", None), ("owner/name", "test")]
     with pytest.raises(DataError, match=r"no local path.*\(the hub can't be reached\); give"):
         load("owner/absent")
     with pytest.raises(DataError, match=r"'owner/absent\.jsonl' does not exist"):

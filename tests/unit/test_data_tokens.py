@@ -204,6 +204,8 @@ def test_profile() -> None:
         "mean_turns": 1.0,
         "digest": "digest",
         "source": "source",
+        "eval_split": "held_out",
+        "eval_rows_in_train": 0,
         "notes": [],
     }
 

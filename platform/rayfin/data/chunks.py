@@ -6,8 +6,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayfin.data.readers import data_files, parse_lines, reading
+from rayfin.data.readers import parse_lines, reading
 from rayfin.data.rows import Row, marked_encoding
+from rayfin.data.splits import Split
 from rayfin.data.tables import read_parquet, row_groups
 from rayfin.errors import DataError
 
@@ -30,9 +31,17 @@ class Chunk:
         return self.file.lower().endswith(".parquet")
 
 
-def chunks_of(path: str) -> list[Chunk]:
-    """The data behind `path`, in order; by the files' names and sizes alone. Raises DataError."""
-    files = [file.absolute() for file in data_files(path)]  # other processes read them, too
+def chunks_of(split: Split) -> list[Chunk]:
+    """Returns the rows of a split, in order, by the files' names and sizes alone.
+
+    Raises DataError where they can't be read in parts.
+    """
+    if split.tables:
+        raise DataError(
+            f"data.streaming=true: '{split.tables[0][0]}' is a hub data set; fetch its Parquet "
+            "files and give their directory as data.path, or set data.streaming=false"
+        )
+    files = [file.absolute() for file in split.files]  # other processes read them, too
     for file in files:
         if file.suffix.lower() not in _STREAMED:
             raise DataError(

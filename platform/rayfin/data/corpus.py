@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from rayfin.config.schema import DataConfig
 from rayfin.data.examples import BadRow, Corpus, Example
@@ -19,55 +20,91 @@ from rayfin.data.normal import (
     no_valid_row,
 )
 from rayfin.data.pydocs import pydocs_examples
-from rayfin.data.readers import read_rows
 from rayfin.data.rows import Row
 from rayfin.data.shapes import fitting_shape, nearest_shape
+from rayfin.data.sources import read_rows, sources_of
+from rayfin.data.splits import Sources, Split
 from rayfin.errors import DataError
 
 
 def load_corpus(config: DataConfig) -> Corpus:
     """The samples behind `config.path`, sampled and split the same way every time.
 
-    Order and split depend on the samples' content only, never on their order in the files:
-    sorted by a hash of the content, `max_samples` keeps the first (a random sample, where the head
-    of a file may hold one class only); see `hold_out` for the split. With `config.streaming` it is
-    what `survey_corpus` finds. Raises DataError.
+    The data's own splits are what `sources_of` finds; of data without them, see `hold_out`. Order
+    and split depend on the samples' content only, never on their order in the files: sorted by a
+    hash of the content, `max_samples` keeps the first of each split (a random sample, where the
+    head of a file may hold one class only). With `config.streaming` it is what `survey_corpus`
+    finds. Raises DataError.
     """
     if config.streaming:
         from rayfin.data.survey import survey_corpus
 
         return survey_corpus(config)
-    census, skipped = Census(frozenset(config.ignore_columns)), list[BadRow]()
+    sources, census = sources_of(config), Census(frozenset(config.ignore_columns))
     if config.path == "pydocs":
-        examples, shape = list(pydocs_examples()), "messages"
+        samples = _Samples(tuple(pydocs_examples()), (), "messages")
     else:
-        examples, shape, skipped = _normal_form(config, census)
+        samples = _normal_form(config, sources, census)
     census.check_ignored()
-    if len(examples) < 2:
+    return _corpus(config, sources, samples, census)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """All samples of the splits that are used, in the order of their files."""
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    shape: str
+    skipped: tuple[BadRow, ...] = ()
+
+
+def _corpus(config: DataConfig, sources: Sources, samples: _Samples, census: Census) -> Corpus:
+    if len(samples.train + samples.eval) < 2:
         raise DataError(
-            f"data.path: '{config.path}' has {len(examples)} usable row; "
+            f"data.path: '{config.path}' has {len(samples.train)} usable row; "
             "training and evaluation need at least 2"
         )
-    ordered = sorted(examples, key=lambda example: content_hash(ORDER_SALT, example.canonical()))
-    kept = ordered[: config.max_samples]
-    if len({example.canonical() for example in kept}) == 1:
+    whole, own = _ordered(samples.train), _ordered(samples.eval)
+    train, held_out = whole[: config.max_samples], own[: config.max_samples]
+    if sources.eval is not None:
+        trained = {example.canonical() for example in train}
+        common = sum(example.canonical() in trained for example in held_out)
+    elif len({example.canonical() for example in train}) == 1:
         raise DataError(
-            f"data.path: '{config.path}': all {len(kept)} rows are the same; "
+            f"data.path: '{config.path}': all {len(train)} rows are the same; "
             "give at least 2 different ones"
         )
-    train, held_out = hold_out(kept, config.val_size)
+    else:
+        train, held_out = hold_out(train, config.val_size)
+        common = 0
     # The first sample is in every subset, and few new ones of a growing file come before it: the
     # share of equal first samples is that of common samples (MinHash; Broder 1997).
-    source = content_hash(ORDER_SALT, ordered[0].canonical())[:32]
+    source = min(_place(each) for each in whole[:1] + own[:1])[:32]
+    bad = samples.skipped
     return Corpus(
         train,
         held_out,
-        shape,
+        samples.shape,
         _digest(train, held_out),
         source,
-        tuple(skipped),
-        census.notes(sum(each.rows for each in skipped), skipped[0] if skipped else None),
+        bad,
+        eval_split=sources.eval_split,
+        eval_rows_in_train=common,
+        notes=(
+            *sources.notes(len(train), len(held_out), common, config.val_size),
+            *census.notes(sum(each.rows for each in bad), bad[0] if bad else None),
+        ),
     )
+
+
+def _ordered(examples: Sequence[Example]) -> tuple[Example, ...]:
+    return tuple(sorted(examples, key=_place))
+
+
+def _place(example: Example) -> str:
+    """What an example's place in the order of all is by."""
+    return content_hash(ORDER_SALT, example.canonical())
 
 
 def hold_out(
@@ -100,26 +137,37 @@ def hold_out(
     return tuple(e for e, held in pairs if not held), tuple(e for e, held in pairs if held)
 
 
-def _normal_form(config: DataConfig, census: Census) -> tuple[list[Example], str, list[BadRow]]:
-    rows = list(read_rows(config.path, census.ignore))
-    if not rows:
-        raise DataError(f"data.path: '{config.path}' is empty; give a source that has rows")
-    shape = shape_of(rows, config)
-    if shape == "preference":
-        raise is_preference(config.path)
-    examples: list[Example] = []
+def _normal_form(config: DataConfig, sources: Sources, census: Census) -> _Samples:
+    shape = ""
+    found: list[tuple[Example, ...]] = []
     bad: list[BadRow] = []
-    for row in rows:
-        example = census.example_or_reason(row, shape)
-        if isinstance(example, Example):
-            examples.append(example)
-        else:
-            bad.append(BadRow(row.file, row.line, example, row.rows))
-    if not examples:
-        raise no_valid_row(config, bad[0])
+    for split in filter(None, (sources.train, sources.eval)):
+        rows = list(read_rows(split, census.ignore))
+        if not rows:
+            raise is_empty(config, split)
+        shape = shape or shape_of(rows, config)
+        if shape == "preference":
+            raise is_preference(config.path)
+        examples, before = list[Example](), len(bad)
+        for row in rows:
+            example = census.example_or_reason(row, shape)
+            if isinstance(example, Example):
+                examples.append(example)
+            else:
+                bad.append(BadRow(row.file, row.line, example, row.rows))
+        if not examples:
+            raise no_valid_row(config, bad[before])
+        found.append(tuple(examples))
     if bad and config.on_bad_row == "error":
         raise bad_rows(bad[0], sum(each.rows for each in bad), census.rows)
-    return examples, shape, bad
+    train, held_out = found if sources.eval else (found[0], ())
+    return _Samples(train, held_out, shape, tuple(bad))
+
+
+def is_empty(config: DataConfig, split: Split) -> DataError:
+    """What is said of a split without a row."""
+    which = f": split {split.name} ({split.shown})" if split.name else ""
+    return DataError(f"data.path: '{config.path}'{which} is empty; give a source that has rows")
 
 
 def shape_of(rows: Sequence[Row], config: DataConfig) -> str:

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, TypedDict
 if TYPE_CHECKING:
     from rayfin.data.stream import Stream
 
+HELD_OUT = "held_out"
+"""The name of the split that is evaluated on where rows are held out of training for it."""
+
 Message = dict[str, str]
 """One turn: `role` (system, user or assistant) and `content`."""
 
@@ -70,7 +73,11 @@ class Corpus:
     source: str
     """Names the data, however many of its samples were taken, and however they were split."""
     skipped: tuple[BadRow, ...] = ()
-    """Bad rows that were left out; of streamed data only the first."""
+    """Bad rows that were left out; of streamed data only the first of each split."""
+    eval_split: str = HELD_OUT
+    """The name of the split that `eval` is of."""
+    eval_rows_in_train: int = 0
+    """Samples of `eval` that are in the training data, too."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What whoever brought the data should know of how it was read, a line each."""
     stream: Stream | None = None

@@ -46,6 +46,10 @@ class DataProfile:
     """Of the corpus' content and split; neither tokenizer nor max_length enter it."""
     source: str
     """The same for any subset and split of the data."""
+    eval_split: str
+    """The name of the split that was evaluated on; held_out: rows held out of training."""
+    eval_rows_in_train: int
+    """Samples evaluated on that are in the training data, too."""
     notes: tuple[str, ...]
     """What whoever brought the data should know of how it was read, a line each."""
 
@@ -99,6 +103,8 @@ def profile_of(
         mean_turns=sum(turns) / len(turns),
         digest=corpus.digest,
         source=corpus.source,
+        eval_split=corpus.eval_split,
+        eval_rows_in_train=corpus.eval_rows_in_train,
         notes=(*corpus.notes, *_cut_note(corpus, max_length, truncated, dropped, longest)),
     )
 

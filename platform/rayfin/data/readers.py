@@ -1,11 +1,10 @@
-"""Files and hub data sets as rows; a row that can't be read says why instead of stopping."""
+"""Files as rows; a row that can't be read says why instead of stopping."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -13,63 +12,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rayfin.data.arrow import read_arrow
 from rayfin.data.columns import NEEDED
 from rayfin.data.rows import Row, not_utf8, open_source
 from rayfin.data.separated import read_csv, read_tsv
 from rayfin.data.tables import read_parquet
 from rayfin.errors import DataError
-from rayfin.hub import REMEDY, HubUnreachable, dataset_access
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 _NEXT_VALUE = re.compile(r"[\s,]*(?=[^\s,])")
-_HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<split>[\w.-]+))?")
 
 
-def read_rows(path: str, ignore: Collection[str] = ()) -> Iterator[Row]:
-    """All rows behind `data.path` in order; raises DataError where there is nothing to read.
+def read_file(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
+    """Yields the rows of a file; raises DataError where the system can't read it.
 
     The columns in `ignore` are not read where that saves anything.
     """
-    hub = _HUB_ID.fullmatch(path)
-    if hub is not None and _existing(path) is None and _reader_of(Path(path)) is None:
-        yield from _read_hub(path, hub["name"], hub["split"] or "train")
-        return
-    for file in data_files(path):
-        yield from _read_file(file, ignore)
-
-
-def data_files(path: str) -> list[Path]:
-    """The file, or those below the directory, in order; raises DataError where there is none."""
-    local = _existing(path)
-    if local is None:
-        raise DataError(
-            f"data.path: '{path}' does not exist; give pydocs, a hub id (owner/name), "
-            f"a directory, or a file ending in {_allowed()}"
-        )
-    files = _files_below(local) if local.is_dir() else [local]
-    if not files:
-        raise DataError(
-            f"data.path: directory '{path}' has no data file; give files ending in {_allowed()}"
-        )
-    if _reader_of(files[0]) is None:
-        raise DataError(
-            f"data.path: '{path}' has an unsupported extension '{local.suffix}'; "
-            f"give a file ending in {_allowed()}"
-        )
-    return files
-
-
-def _existing(path: str) -> Path | None:
-    """The file or directory, if there is one: names that no file system takes are not there."""
-    try:
-        local = Path(path).expanduser()
-        return local if local.exists() else None
-    except (OSError, RuntimeError):
-        return None
-
-
-def _read_file(path: Path, ignore: Collection[str]) -> Iterator[Row]:
     reader = _reader_of(path)
     assert reader is not None
     with reading(path):
@@ -87,14 +46,6 @@ def reading(path: Path) -> Iterator[None]:
             f"data.path: '{path}' can't be read ({reason}); check that the file is whole "
             "and that you may read it"
         ) from error
-
-
-def _files_below(directory: Path) -> list[Path]:
-    found = []
-    for folder, names, files in os.walk(directory):
-        names[:] = [name for name in names if not name.startswith(".")]
-        found += [Path(folder, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if _reader_of(path) is not None)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -198,25 +149,6 @@ def _one_by_one(file: str, raw: bytes) -> list[Row]:
     return rows
 
 
-def _read_hub(path: str, name: str, split: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        with dataset_access(name):
-            rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub's client raises dozens of unrelated kinds
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = "give an existing file or directory, or owner/name[:split]"
-        if isinstance(error, HubUnreachable):
-            remedy = REMEDY
-        raise DataError(
-            f"data.path: '{path}' is no local path, and as a hub data set it can't be loaded "
-            f"({reason:.200}); {remedy}"
-        ) from error
-    for number, value in enumerate(rows, 1):
-        yield Row(name, number, value)
-
-
 _FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
@@ -224,6 +156,7 @@ _FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }
 
 
@@ -231,9 +164,15 @@ def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]] | None:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         suffix = Path(path.stem).suffix.lower()
-        return _FORMATS.get(suffix) if suffix != ".parquet" else None
+        return _FORMATS.get(suffix) if suffix not in (".parquet", ".arrow") else None
     return _FORMATS.get(suffix)
 
 
-def _allowed() -> str:
+def is_readable(path: Path) -> bool:
+    """Whether the name of a file is that of a format that is read."""
+    return _reader_of(path) is not None
+
+
+def allowed_names() -> str:
+    """Returns the endings of the names of files that are read."""
     return ", ".join(_FORMATS)

@@ -7,12 +7,12 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 from rayfin.config.schema import DataConfig
 from rayfin.data.chunks import Chunk, chunks_of, line_before, read_chunk
-from rayfin.data.corpus import shape_of
+from rayfin.data.corpus import is_empty, shape_of
 from rayfin.data.examples import BadRow, Corpus, Example
 from rayfin.data.normal import (
     EVAL_SALT,
@@ -24,6 +24,8 @@ from rayfin.data.normal import (
     no_valid_row,
 )
 from rayfin.data.rows import Row
+from rayfin.data.sources import sources_of
+from rayfin.data.splits import Sources, Split
 from rayfin.data.stream import Stream
 from rayfin.errors import DataError
 
@@ -50,8 +52,10 @@ class Part:
     by_prompt: list[_Kept] = field(default_factory=list)
     by_content: list[_Kept] = field(default_factory=list)
     source: str = "g"  # beyond every hash
+    known: set[str] = field(default_factory=set)  # hashes of samples that were looked for
     bad: int = 0
     first_bad: tuple[int, int, str] | None = None  # chunk, line in it, reason
+    first: BadRow | None = None  # the same, once all chunks are looked through
     census: Census = field(default_factory=Census)
 
     def add(self, other: Part) -> None:
@@ -61,6 +65,7 @@ class Part:
         self.by_prompt = heapq.nsmallest(_KEPT, self.by_prompt + other.by_prompt)
         self.by_content = heapq.nsmallest(_KEPT, self.by_content + other.by_content)
         self.source = min(self.source, other.source)
+        self.known |= other.known
         self.bad += other.bad
         self.census.add(other.census)
         self.first_bad = self.first_bad or other.first_bad
@@ -82,41 +87,61 @@ def survey_corpus(config: DataConfig, each: Each = map) -> Corpus:
         raise DataError(
             f"data.streaming=true: {what} makes a set that fits into memory; leave one of the two"
         )
-    chunks = chunks_of(config.path)
-    shape = shape_of(_first_rows(config, chunks), config)
+    sources = sources_of(config)
+    chunks = chunks_of(sources.train)
+    shape = shape_of(_first_rows(config, sources.train, chunks), config)
     if shape == "preference":
         raise is_preference(config.path)
-    ignore = frozenset(config.ignore_columns)
-    whole = Part(census=Census(ignore))
-    for part in each(partial(survey_part, chunks, shape, ignore), _parts(chunks)):
-        whole.add(part)
+    if sources.eval is not None:
+        own = chunks_of(sources.eval)
+        _first_rows(config, sources.eval, own)
+        evaluated = _looked_through(config, own, shape, each)
+        held = evaluated.by_content[:MOST_HELD_OUT]
+        known = frozenset(key for key, _, _ in held)
+        whole = _looked_through(config, chunks, shape, each, known)
+        return _with_own_split(config, sources, chunks, shape, whole, evaluated, held)
+    whole = _looked_through(config, chunks, shape, each)
     rows = sum(whole.valid.values())
-    first: BadRow | None = None
-    if whole.first_bad is not None:
-        number, line, reason = whole.first_bad
-        chunk = chunks[number]
-        first = BadRow(chunk.file, line_before(chunks, chunk) + line, reason)
-        if not rows:
-            raise no_valid_row(config, first)
-        if config.on_bad_row == "error":
-            raise bad_rows(first, whole.bad, rows + whole.bad)
-    whole.census.check_ignored()
     if rows < 2 or len({content for _, _, content in whole.by_content}) == 1:
         raise DataError(
             f"data.path: '{config.path}' has {rows} usable rows, and not two different ones; "
             "training and evaluation need at least 2"
         )
-    return replace(
-        _corpus(config, chunks, shape, whole),
-        skipped=() if first is None else (first,),
-        notes=whole.census.notes(whole.bad, first),
-    )
+    return _held_out(config, sources, chunks, shape, whole)
+
+
+def _looked_through(
+    config: DataConfig,
+    chunks: Sequence[Chunk],
+    shape: str,
+    each: Each,
+    known: frozenset[str] = frozenset(),
+) -> Part:
+    """Returns what is in all chunks; raises DataError for bad rows that are not to be skipped."""
+    ignore = frozenset(config.ignore_columns)
+    whole = Part(census=Census(ignore))
+    for part in each(partial(survey_part, chunks, shape, ignore, known=known), _parts(chunks)):
+        whole.add(part)
+    rows = sum(whole.valid.values())
+    if whole.first_bad is not None:
+        number, line, reason = whole.first_bad
+        chunk = chunks[number]
+        whole.first = BadRow(chunk.file, line_before(chunks, chunk) + line, reason)
+        if not rows:
+            raise no_valid_row(config, whole.first)
+        if config.on_bad_row == "error":
+            raise bad_rows(whole.first, whole.bad, rows + whole.bad)
+    return whole
 
 
 def survey_part(
-    chunks: Sequence[Chunk], shape: str, ignore: frozenset[str], numbers: Sequence[int]
+    chunks: Sequence[Chunk],
+    shape: str,
+    ignore: frozenset[str],
+    numbers: Sequence[int],
+    known: frozenset[str] = frozenset(),
 ) -> Part:
-    """What is in the chunks of these numbers."""
+    """What is in the chunks of these numbers; `known`: hashes of samples to look for in them."""
     part = Part(census=Census(ignore))
     by_prompt, by_content = _Least(), _Least()
     for number in numbers:
@@ -133,7 +158,10 @@ def survey_part(
             part.source = min(part.source, content_hash(ORDER_SALT, content))
             prompt = content_hash(EVAL_SALT, example.canonical_prompt())
             by_prompt.see((prompt, number, content))
-            by_content.see((content_hash(EVAL_SALT, content), number, content))
+            key = content_hash(EVAL_SALT, content)
+            by_content.see((key, number, content))
+            if key in known:
+                part.known.add(key)
         part.valid[number], part.digests[number] = valid, digest.hexdigest()
     part.by_prompt, part.by_content = by_prompt.least(), by_content.least()
     return part
@@ -157,7 +185,10 @@ class _Least:
         return heapq.nsmallest(_KEPT, self._held)
 
 
-def _corpus(config: DataConfig, chunks: Sequence[Chunk], shape: str, whole: Part) -> Corpus:
+def _held_out(
+    config: DataConfig, sources: Sources, chunks: Sequence[Chunk], shape: str, whole: Part
+) -> Corpus:
+    """The corpus of a data set without a split to evaluate on: some rows are held out."""
     rows = sum(whole.valid.values())
     wanted = min(max(round(config.val_size * rows), 1), rows - 1, MOST_HELD_OUT)
     held = _least(whole.by_prompt, wanted)
@@ -179,17 +210,65 @@ def _corpus(config: DataConfig, chunks: Sequence[Chunk], shape: str, whole: Part
         bad_rows=whole.bad,
         ignore=whole.census.ignore,
     )
-    examples = (Example.from_canonical(content) for _, _, content in whole.by_content)
+    return _corpus(config, sources, stream, [whole], held)
+
+
+def _with_own_split(
+    config: DataConfig,
+    sources: Sources,
+    chunks: Sequence[Chunk],
+    shape: str,
+    whole: Part,
+    evaluated: Part,
+    held: Sequence[_Kept],
+) -> Corpus:
+    """The corpus of a data set with a split to evaluate on, of which `held` are the samples."""
+    stream = Stream(
+        shape=shape,
+        chunks=tuple(chunks),
+        rows=tuple(whole.valid[n] for n in range(len(chunks))),
+        held_to="",  # before every hash: all of the train split is trained on
+        held_by_prompt=False,
+        bad_rows=whole.bad + evaluated.bad,
+        ignore=whole.census.ignore,
+    )
+    return _corpus(config, sources, stream, [whole, evaluated], held)
+
+
+def _corpus(
+    config: DataConfig,
+    sources: Sources,
+    stream: Stream,
+    parts: Sequence[Part],
+    held: Sequence[_Kept],
+) -> Corpus:
+    """`parts`: what is in the split that is trained on, and in that which is evaluated on, if it is
+    another one."""
+    digest = hashlib.sha256(f"{stream.held_to} {stream.held_by_prompt}\n".encode())
+    census = Census(frozenset(config.ignore_columns))
+    for part in parts:
+        digest.update(b"eval\n" if part is not parts[0] else b"")
+        for number in sorted(part.digests):
+            digest.update(part.digests[number].encode())
+        census.add(part.census)
+    census.check_ignored()
+    examples = (Example.from_canonical(content) for _, _, content in parts[0].by_content)
     sample = itertools.islice((e for e in examples if not stream.is_held(e)), _SAMPLED)
-    digest = hashlib.sha256(f"{stream.held_to} {by_prompt}\n".encode())
-    for number in range(len(chunks)):
-        digest.update(whole.digests[number].encode())
+    bad = tuple(part.first for part in parts if part.first is not None)
+    common = sum(key in parts[0].known for key, _, _ in held)
     return Corpus(
         train=tuple(sample),
         eval=tuple(Example.from_canonical(content) for _, _, content in held),
-        shape=shape,
+        shape=stream.shape,
         digest=digest.hexdigest()[:32],
-        source=whole.source[:32],
+        source=min(part.source for part in parts)[:32],
+        skipped=bad,
+        eval_split=sources.eval_split,
+        eval_rows_in_train=common,
+        notes=(
+            *sources.notes(sum(stream.rows), len(held), common, config.val_size),
+            *census.notes(stream.bad_rows, bad[0] if bad else None),
+        ),
         stream=stream,
     )
 
@@ -219,10 +298,10 @@ def _parts(chunks: Sequence[Chunk]) -> list[list[int]]:
     return parts
 
 
-def _first_rows(config: DataConfig, chunks: Sequence[Chunk]) -> list[Row]:
+def _first_rows(config: DataConfig, split: Split, chunks: Sequence[Chunk]) -> list[Row]:
     ignore = frozenset(config.ignore_columns)
     rows = itertools.chain.from_iterable(read_chunk(chunk, ignore) for chunk in chunks)
     found = list(itertools.islice(rows, _ROWS_TO_KNOW_THE_SHAPE))
     if not found:
-        raise DataError(f"data.path: '{config.path}' is empty; give a source that has rows")
+        raise is_empty(config, split)
     return found

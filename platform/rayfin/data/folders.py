@@ -1,0 +1,235 @@
+"""The splits of a directory: by the names in it, by a hub repository's card, or as it was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+
+from rayfin.data.readers import is_readable
+from rayfin.data.splits import KEYWORDS, Split, kinds_in, listed
+from rayfin.errors import DataError
+
+# `split-00000-of-00012.parquet`: what the hub and the datasets library write.
+_SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b.*")
+_CARD = re.compile(r"---[ ]*\n(?P<metadata>.*?)\n---[ ]*(\n|$)", re.DOTALL)
+_MOST_NAMED = 3
+
+
+def directory_splits(root: Path) -> tuple[list[Split], list[Split], list[str]]:
+    """Returns (the splits that have names, the files that have none, what is to be told).
+
+    Raises DataError where the directory lists files that are not there, and where a name tells
+    more than one split.
+    """
+    files = data_below(root)
+    saved = _object_of(root / "dataset_dict.json").get("splits")
+    if isinstance(saved, list):  # what DatasetDict.save_to_disk writes
+        named = {str(name): data_below(root / str(name)) for name in saved}
+        _check_there(root / "dataset_dict.json", named)
+    else:
+        named = _by_card(root, files) or _by_names(root, files)
+    taken = {file for some in named.values() for file in some}
+    others = [file for file in files if file not in taken]
+    splits = [Split(name, _shown(root, some), tuple(some)) for name, some in named.items()]
+    return (
+        sorted(splits, key=_rank),
+        [Split("", _shown(root, others), tuple(others))] if others else [],
+        _unread_settings(root),
+    )
+
+
+def _rank(split: Split) -> int:
+    kinds = list(KEYWORDS)
+    return kinds.index(split.kind) if split.kind is not None else len(kinds)
+
+
+def data_below(root: Path) -> list[Path]:
+    """Returns the data files below a directory, in order, without metadata and hidden files."""
+    found: list[Path] = []
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith((".", "__")))
+        here = Path(folder)
+        saved = _saved_files(here, set(files))
+        if saved is not None:
+            found += saved
+            names.clear()
+            continue
+        found += [
+            here / name
+            for name in files
+            if not name.startswith(".")
+            and is_readable(here / name)
+            and not _is_metadata(here / name)
+        ]
+    return sorted(found)
+
+
+def _saved_files(folder: Path, names: set[str]) -> list[Path] | None:
+    """Returns the files of a directory that Dataset.save_to_disk wrote; None of any other."""
+    if "state.json" not in names:
+        return None
+    state = _object_of(folder / "state.json")
+    listed = state.get("_data_files")
+    if not isinstance(listed, list):
+        return None
+    if state.get("_indices_data_files"):
+        raise DataError(
+            f"data.path: '{folder}' was saved with its rows selected or shuffled by a list of "
+            "indices, which is not read; save it again with "
+            "dataset.flatten_indices().save_to_disk(...)"
+        )
+    files = [folder / str(entry["filename"]) for entry in listed]
+    _check_there(folder / "state.json", {str(file.name): [file] for file in files})
+    return files
+
+
+def _check_there(source: Path, listed: dict[str, list[Path]]) -> None:
+    """Raises DataError where a split has no file, or one that isn't there."""
+    for name, files in listed.items():
+        if not files or not all(file.is_file() for file in files):
+            raise DataError(
+                f"data.path: '{source}' lists '{name}', which is not there; fetch or save the "
+                "whole directory again, or give its files as data.path"
+            )
+
+
+def _is_metadata(file: Path) -> bool:
+    """Whether a file tells of the data instead of holding it: its content says, not its name."""
+    name = file.name
+    if name.startswith("cache-") and name.endswith(".arrow"):
+        return True  # what the datasets library made of the data
+    if name == "dataset_dict.json":
+        return "splits" in _object_of(file)
+    if name == "state.json":
+        return "_data_files" in _object_of(file)
+    return name in ("dataset_info.json", "dataset_infos.json", "config.json") and bool(
+        _object_of(file)
+    )
+
+
+def _object_of(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one where there is none."""
+    try:
+        value = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _by_names(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Returns the splits that names of directories tell, and where these tell none, of files.
+
+    Where that finds no train split, names of files alone tell.
+    """
+    found: dict[str, list[Path]] = {}
+    for with_directories in (True, False):
+        found = defaultdict(list)
+        for file in files:
+            if (name := _split_of(file.relative_to(root), with_directories)) is not None:
+                found[name].append(file)
+        if any(kinds_in(name) == ["train"] for name in found):
+            break
+    return dict(found)
+
+
+def _split_of(file: Path, with_directories: bool) -> str | None:
+    folders = reversed(file.parts[:-1]) if with_directories else ()
+    for folder in folders:
+        if kinds := _kinds(file, folder):
+            return kinds[0]
+    shard = _SHARD.fullmatch(file.name)
+    kinds = _kinds(file, shard["split"] if shard else file.name)
+    return shard["split"] if shard and kinds else next(iter(kinds), None)
+
+
+def _kinds(file: Path, name: str) -> list[str]:
+    kinds = kinds_in(name)
+    if len(kinds) > 1:
+        raise DataError(
+            f"data.path: the name '{file}' tells more than one split ({', '.join(kinds)}); rename "
+            "it, or give the files to train on as data.path"
+        )
+    return kinds
+
+
+def _by_card(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+    """Returns the splits that the README.md of a hub repository lists; empty where it has none."""
+    try:
+        card = _CARD.match((root / "README.md").read_text(encoding="utf-8"))
+        metadata = yaml.safe_load(card["metadata"]) if card else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    configs = metadata.get("configs") if isinstance(metadata, dict) else None
+    if not isinstance(configs, list):
+        return {}
+    listed = [each for each in configs if isinstance(each, dict) and "data_files" in each]
+    default = [
+        each for each in listed if each.get("default") or each.get("config_name") == "default"
+    ]
+    if len(listed) > 1 and not default:
+        names = ", ".join(str(each.get("config_name")) for each in listed)
+        raise DataError(
+            f"data.path: '{root}/README.md' lists several subsets ({names}), which are data sets "
+            "of their own; give the directory or the files of one as data.path"
+        )
+    chosen = (default or listed)[:1]
+    named: dict[str, list[Path]] = {}
+    for config in chosen:
+        folder = str(config.get("data_dir") or "")
+        for split, patterns in _patterns(config["data_files"], folder):
+            matching = _matching(root, patterns)
+            named[split] = [file for file in files if file in matching]
+    _check_there(root / "README.md", named)
+    return named
+
+
+def _patterns(data_files: Any, folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yields (split, patterns of its files) of a card's `data_files`, in any of its forms."""
+
+    def all_in(value: Any) -> list[str]:
+        some = value if isinstance(value, list) else [value]
+        return [str(PurePosixPath(folder, str(one))) for one in some]
+
+    if isinstance(data_files, dict):
+        yield from ((str(split), all_in(value)) for split, value in data_files.items())
+    elif isinstance(data_files, list) and all(isinstance(each, dict) for each in data_files):
+        yield from ((str(each.get("split")), all_in(each.get("path"))) for each in data_files)
+    else:
+        yield "train", all_in(data_files)
+
+
+def _matching(root: Path, patterns: Sequence[str]) -> set[Path]:
+    here = [pattern for pattern in patterns if not PurePosixPath(pattern).is_absolute()]
+    return {file for pattern in here for file in root.glob(pattern)}
+
+
+def _unread_settings(root: Path) -> list[str]:
+    """Returns what is to be told of LLaMA-Factory's list of data sets, which is not read."""
+    sets = _object_of(root / "dataset_info.json")
+    entries = [each for each in sets.values() if isinstance(each, dict)]
+    if not any({"file_name", "hf_hub_url", "script_url"} & each.keys() for each in entries):
+        return []
+    given = sorted({key for each in entries for key in each} & {"columns", "tags", "formatting"})
+    what = f" ({', '.join(given)})" if given else ""
+    return [
+        f"data: not read: dataset_info.json of LLaMA-Factory{what}; rows are read as they stand"
+    ]
+
+
+def _shown(root: Path, files: Sequence[Path]) -> str:
+    """Returns what people call some files of a directory."""
+    names = [_printable(file.relative_to(root).as_posix()) for file in files]
+    if len(names) <= _MOST_NAMED:
+        return listed(names)
+    return f"{names[0]} and {len(names) - 1} more files"
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else ascii(name)

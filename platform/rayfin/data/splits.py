@@ -1,0 +1,200 @@
+"""Which rows are trained on and which are evaluated on, by the names of files and splits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rayfin.config.schema import DataConfig
+from rayfin.data.examples import HELD_OUT
+from rayfin.errors import DataError, did_you_mean
+
+KEYWORDS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "eval": ("eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+"""Kind of a split -> the words that name it, in the order in which kinds are evaluated on.
+
+These are the words of the datasets library (`datasets.data_files`), which counts eval as test.
+"""
+
+ALL = "all"
+"""The value of data.split that takes all splits together as one."""
+
+# The datasets library's separators of words.
+_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows that belong together: those of some files, or of a hub data set's split."""
+
+    name: str
+    """Empty where no name tells what the rows are for."""
+    shown: str
+    """What people call it: its files, or its name."""
+    files: tuple[Path, ...] = ()
+    tables: tuple[tuple[str, Iterable[Any]], ...] = ()
+    """(name, rows) where they are not in files of the user's."""
+
+    @property
+    def kind(self) -> str | None:
+        """The kind that the name tells, or None where it tells none, or more than one."""
+        found = kinds_in(self.name)
+        return found[0] if len(found) == 1 else None
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is trained on, what is evaluated on, and what is not read."""
+
+    train: Split
+    eval: Split | None = None
+    """None where rows are held out of `train`."""
+    left: tuple[Split, ...] = ()
+    also: tuple[str, ...] = ()
+    """What else is to be told of where they lie."""
+
+    @property
+    def eval_split(self) -> str:
+        """The name of the split that is evaluated on."""
+        return HELD_OUT if self.eval is None else self.eval.name
+
+    def notes(self, train: int, evaluated: int, common: int, val_size: float) -> list[str]:
+        """Returns one line each on what became of the rows.
+
+        `train` and `evaluated` are numbers of rows, `common` of rows evaluated on that are trained
+        on, too; `val_size` is the setting.
+        """
+        return [
+            *self._used(train, evaluated, val_size),
+            *self._common(evaluated, common),
+            *map(_not_read, self.left),
+            *self.also,
+        ]
+
+    def _used(self, train: int, evaluated: int, val_size: float) -> list[str]:
+        if self.eval is None:
+            if not self.train.shown:  # one file: there was nothing to choose
+                return []
+            return [
+                f"data: trains on {_rows(train)} of {self.train.shown}, "
+                f"evaluates on {_rows(evaluated)} held out (data.val_size={val_size:g})"
+            ]
+        used = (
+            f"data: trains on {_rows(train)} of {self.train.shown}, "
+            f"evaluates on {_rows(evaluated)} of {self.eval.shown}"
+        )
+        if val_size == DataConfig.model_fields["val_size"].default:
+            return [used]
+        return [
+            used,
+            f"data: data.val_size={val_size:g} has no effect: nothing is held out of training",
+        ]
+
+    def _common(self, evaluated: int, common: int) -> list[str]:
+        if not common:
+            return []
+        return [
+            f"data: {common} of the {_rows(evaluated)} evaluated on are trained on, too: "
+            "the scores of these say nothing of new data"
+        ]
+
+
+def _not_read(split: Split) -> str:
+    if not split.name:
+        return (
+            f"data: not read: {split.shown}, whose names tell no split; "
+            "data.split=all takes all files together"
+        )
+    return f"data: not read: {split.shown}{f' (split {split.name})' if split.files else ''}"
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
+
+
+def kinds_in(name: str) -> list[str]:
+    """Returns the kinds of splits whose words are in a name."""
+    words = set(_BETWEEN_WORDS.split(name.lower()))
+    return [kind for kind, known in KEYWORDS.items() if not words.isdisjoint(known)]
+
+
+def joined(name: str, splits: Sequence[Split]) -> Split:
+    """Returns one split of the rows of several."""
+    shown = [split.shown for split in splits]
+    return Split(
+        name,
+        listed(shown) + (" together" if len(shown) > 1 else ""),
+        tuple(file for split in splits for file in split.files),
+        tuple(table for split in splits for table in split.tables),
+    )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns names as a sentence lists them: a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def choose(
+    path: str, splits: Sequence[Split], others: Sequence[Split], wanted: str | None
+) -> Sources:
+    """Returns what is trained and evaluated on of the named `splits` and of `others`, without name.
+
+    `wanted` is data.split. Without it, the train split is trained on, and the first of validation,
+    eval and test that is there is evaluated on. Raises DataError where that leaves a doubt.
+    """
+    everything = [*splits, *others]
+    if wanted == ALL or (wanted is None and not splits):
+        return Sources(joined("", everything))
+    if wanted is not None:
+        return _only(path, splits, others, wanted)
+    train = _of_kind(splits, "train")
+    if not train:
+        if len(everything) == 1 and splits[0].kind is None:
+            return Sources(splits[0])
+        raise DataError(
+            f"data.path: '{path}' has no train split, only {_names(everything)}; name what is to "
+            f"be trained on train-..., or say with data.split={splits[0].name} which split is the "
+            "whole data (all: all of them)"
+        )
+    if len(train) > 1:
+        raise DataError(
+            f"data.path: '{path}' has several train splits ({_names(train)}); say with "
+            f"data.split={train[0].name} which one is the data (all: all splits together)"
+        )
+    for kind in list(KEYWORDS)[1:]:
+        if evaluated := _of_kind(splits, kind):
+            one = evaluated[0] if len(evaluated) == 1 else joined(kind, evaluated)
+            break
+    else:
+        evaluated, one = [], None
+    left = [each for each in everything if each not in train and each not in evaluated]
+    return Sources(train[0], one, tuple(left))
+
+
+def _only(path: str, splits: Sequence[Split], others: Sequence[Split], wanted: str) -> Sources:
+    found = [split for split in splits if split.name == wanted]
+    if not found:
+        names = [split.name for split in splits]
+        has = f"it has {_names(splits)}" if splits else "its names tell none: leave data.split out"
+        raise DataError(
+            f"data.split: '{path}' has no split '{wanted}'{did_you_mean(wanted, names)}; {has}"
+        )
+    left = [each for each in (*splits, *others) if each not in found]
+    return Sources(found[0], left=tuple(left))
+
+
+def _of_kind(splits: Sequence[Split], kind: str) -> list[Split]:
+    """Returns the split that has the kind's own name, or else all of the kind."""
+    found = [split for split in splits if split.kind == kind]
+    return [split for split in found if split.name == kind] or found
+
+
+def _names(splits: Sequence[Split]) -> str:
+    return ", ".join(split.name or split.shown for split in splits)
