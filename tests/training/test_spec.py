@@ -47,12 +47,21 @@ def test_every_training_setting_enters(name: str) -> None:
     assert fingerprint(changed) != fingerprint({})
 
 
+EFFECTIVE = {
+    "p_tuning": {"encoder_reparameterization_type": "LSTM"},
+    "prefix_tuning": {"prefix_projection": True},
+    "prompt_tuning": {"prompt_tuning_init": "TEXT"},
+}
+"""What makes the rest of a method's settings have an effect."""
+
+
 def test_every_setting_of_every_method_enters() -> None:
     for kind, config in METHOD_CONFIGS.items():
-        plain = config.model_validate({"type": kind})
         for name in set(config.model_fields) - {"type"}:
-            changed = {"type": kind, name: other(name, getattr(plain, name))}
-            assert fingerprint({"method": changed}) != fingerprint({"method": {"type": kind}}), name
+            effective = EFFECTIVE.get(kind, {})
+            section = {"type": kind} | ({} if name in effective else effective)
+            changed = section | {name: other(name, getattr(config.model_validate(section), name))}
+            assert fingerprint({"method": changed}) != fingerprint({"method": section}), name
     kinds = {fingerprint({"method": {"type": kind}}) for kind in METHOD_CONFIGS}
     assert len(kinds) == len(METHOD_CONFIGS)
 
@@ -79,6 +88,38 @@ def test_model_data_and_length_enter_by_content() -> None:
 )
 def test_where_it_runs_does_not_enter(sections: dict[str, Any]) -> None:
     assert fingerprint(sections) == fingerprint({})
+
+
+@pytest.mark.parametrize(
+    ("sections", "same"),
+    [
+        (
+            {"method": {"type": "lora", "quantization_bit": 8}},
+            {"method": {"type": "qlora", "quantization_bit": 8}},
+        ),
+        (
+            {"method": {"type": "p_tuning", "encoder_num_layers": 3, "encoder_dropout": 0.2}},
+            {"method": {"type": "p_tuning"}},
+        ),
+        (
+            {"method": {"type": "prefix_tuning", "encoder_hidden_size": 8}},
+            {"method": {"type": "prefix_tuning"}},
+        ),
+        (
+            {"method": {"type": "prompt_tuning", "prompt_tuning_init_text": "Say"}},
+            {"method": {"type": "prompt_tuning"}},
+        ),
+        (
+            {"train": {"lr_scheduler_type": "constant", "warmup_ratio": 0.2}},
+            {"train": {"lr_scheduler_type": "constant"}},
+        ),
+    ],
+    ids=["lora over 4 bit", "MLP encoder", "no projection", "no text", "constant rate"],
+)
+def test_what_others_leave_without_effect_does_not_enter(
+    sections: dict[str, Any], same: dict[str, Any]
+) -> None:
+    assert fingerprint(sections) == fingerprint(same)
 
 
 def test_batches_enter_through_the_samples_of_a_step() -> None:

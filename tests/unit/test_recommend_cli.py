@@ -18,7 +18,7 @@ from rayfin.methods import check_combination
 from rayfin.paths import Storage
 from rayfin.recommend import knowledge
 from rayfin.recommend.answer import Recommendation
-from rayfin.tuning.space import check_space
+from rayfin.tuning.space_check import check_space
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "recommendation.schema.json"
 GIVEN = ("model.name=tiny", "data.path=pydocs", "data.max_samples=24")

@@ -218,6 +218,24 @@ def test_axes_that_it_does_not_know_are_left_to_others(tmp_path: Path, search: s
             sweep_advisor(plan, history)
 
 
+def test_it_chooses_among_points_of_which_each_has_the_axes_of_its_method(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path,
+        "sweep.parameters.method.type=[lora,ia3,p_tuning]",
+        "sweep.parameters.method.num_virtual_tokens=[5,10,20]",
+    )
+    advisor = advisor_of(plan, past(BEST))
+    assert 0 <= advisor.relevance(plan.config) <= 1
+    search = HistorySearch(plan, advisor=advisor)
+    for number in range(6):
+        config = search.suggest(str(number))
+        assert config is not None
+        kind = config["spec"]["method"]["type"]
+        own = {"lora": {"method.r"}, "p_tuning": {"method.num_virtual_tokens"}}.get(kind, set())
+        assert config["values"].keys() == own | {"method.type", "train.learning_rate"}
+        search.tell(str(number), ours(config["spec"]["train"]["learning_rate"], 8))
+
+
 def test_interrupted_points_come_before_the_advisors(plan: SweepPlan) -> None:
     values = {"method.r": 2, "train.learning_rate": 1.2345e-5}
     search = HistorySearch(plan, first=[values], advisor=advisor_of(plan, past(BEST)))

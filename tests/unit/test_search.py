@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -14,10 +17,11 @@ from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training import TrialSpec
-from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, new_plan
-from rayfin.tuning.progress import Progress
+from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, find_resumable, new_plan
+from rayfin.tuning.progress import Progress, trials_table
 from rayfin.tuning.rows import recalled, started
-from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.search import HistorySearch, distinct_settings
+from rayfin.tuning.space import grid, size, values_in
 from rayfin.tuning.sweep import run_sweep
 
 
@@ -62,6 +66,130 @@ def test_a_grid_is_tried_whole_although_many_of_its_points_compute_the_same(data
     kinds = [config["spec"]["method"]["type"] for config in proposed]
     assert (kinds.count("ia3"), kinds.count("lora")) == (8, 56)
     assert len({config["fingerprint"] for config in proposed}) == 64
+
+
+CONDITIONAL = (
+    "sweep.parameters.method.type=[lora,ia3,p_tuning]",
+    "sweep.parameters.method.r=[2,4]",
+    "sweep.parameters.method.num_virtual_tokens={space: randint, lower: 4, upper: 6}",
+)
+RATES = "sweep.parameters.train.learning_rate={space: loguniform, lower: 1e-5, upper: 1e-1}"
+
+
+def proposed_by(search: HistorySearch) -> list[dict[str, Any]]:
+    """All that a search proposes, each told to be as good as its learning rate is near 1e-3."""
+    proposed: list[dict[str, Any]] = []
+    while (config := search.suggest(str(len(proposed)))) is not None:
+        rate = config["spec"]["train"]["learning_rate"]
+        search.tell(str(len(proposed)), abs(math.log10(rate / 1e-3)))
+        proposed.append(config)
+    return proposed
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+def test_each_trial_takes_the_axes_of_its_method(data: Path, search: str) -> None:
+    plan = plan_of(data, *CONDITIONAL, RATES, f"sweep.search={search}", "sweep.num_samples=30")
+    rates: dict[str, list[float]] = {}
+    for config in proposed_by(HistorySearch(plan)):
+        values, spec = config["values"], config["spec"]
+        kind = spec["method"]["type"]
+        own = {"lora": {"method.r"}, "p_tuning": {"method.num_virtual_tokens"}, "ia3": set()}[kind]
+        assert values.keys() == own | {"method.type", "train.learning_rate"}
+        assert values_in(plan.config, spec) == values
+        rates.setdefault(kind, []).append(values["train.learning_rate"])
+    assert sum(map(len, rates.values())) == 30
+    assert rates.keys() == {"lora", "ia3", "p_tuning"}
+    if search == "tpe":  # it learned of all methods' trials
+        late = [rate for found in rates.values() for rate in found[-3:]]
+        assert sum(1e-4 < rate < 1e-2 for rate in late) >= 7
+
+
+@pytest.mark.parametrize("search", ["grid", "tpe", "random"])
+def test_settings_that_compute_the_same_are_one_trial(data: Path, search: str) -> None:
+    """What an MLP encoder ignores, LoRA over 4 bits by two names, one rate in two ways."""
+    plan = plan_of(
+        data,
+        "method.quantization_bit=4",
+        "sweep.parameters.method.type=[lora,qlora,p_tuning]",
+        "sweep.parameters.method.encoder_num_layers=[1,2,3]",
+        "sweep.parameters.train.learning_rate=[1e-3,0.001]",
+        "sweep.parameters.train.eval_steps=[5,10]",
+        f"sweep.search={search}",
+    )
+    assert size(plan.config) == 20
+    assert distinct_settings(plan) == 2
+    assert len(proposed_by(HistorySearch(plan))) == 2
+
+
+def test_a_resumed_sweep_tells_the_sampler_what_each_row_says(data: Path) -> None:
+    plan = plan_of(data, *CONDITIONAL, RATES, "sweep.search=tpe", "sweep.num_samples=30")
+    points = list(grid_without_rates(plan))
+    for number, point in enumerate(points):
+        point["train.learning_rate"] = 1e-3 * (number + 1)
+    rows = [finished(plan.trial(point), plan.config) for point in points]
+    resumed = HistorySearch(plan, known=rows)
+    learned = [set(trial.params) for trial in resumed._study.trials]
+    assert learned == [set(point) for point in points]
+    proposed = proposed_by(resumed)
+    assert len(proposed) == 30 - len(points)
+    assert {trial["fingerprint"] for trial in proposed}.isdisjoint(row.fingerprint for row in rows)
+    # What was interrupted comes first, as it was.
+    interrupted = [values_in(plan.config, row.spec) for row in rows]
+    again = proposed_by(HistorySearch(plan, first=interrupted))
+    assert [trial["values"] for trial in again[: len(points)]] == points
+
+
+def grid_without_rates(plan: SweepPlan) -> Iterator[dict[str, Any]]:
+    axes = {k: v for k, v in plan.config.sweep.parameters.items() if k != "train.learning_rate"}
+    sweep = plan.config.sweep.model_copy(update={"parameters": axes})
+    return grid(plan.config.model_copy(update={"sweep": sweep}))
+
+
+def test_what_was_written_of_the_method_is_part_of_the_sweep(data: Path) -> None:
+    """Where methods are swept, 4 bits that were asked for make it another sweep."""
+    axis = "sweep.parameters.method.type=[lora,dora]"
+    plan = plan_of(data, axis, "method.quantization_bit=4")
+    plan = new_plan(plan.config, plan.storage)
+    plan.save()
+    found = find_resumable(plan.config, plan.storage)
+    assert found is not None and found.sweep_id == plan.sweep_id
+    assert find_resumable(plan_of(data, axis).config, plan.storage) is None
+    dora = found.trial({"method.type": "dora"})
+    assert dora.spec.method.quantization_bit == 4
+    # As the saved file is run, so is the command.
+    again = load_config(plan.place.path / "config.yaml")
+    assert SweepPlan("x", again, plan.storage).trial({"method.type": "dora"}).spec == dora.spec
+
+
+def test_fewer_settings_than_trials_are_said_and_not_every_method_s_settings(data: Path) -> None:
+    plan = plan_of(
+        data,
+        "method.lora_alpha=32",
+        "sweep.parameters.method.type=[lora,ia3]",
+        "sweep.parameters.method.r=[2,4,8]",
+        "sweep.num_samples=5",
+        "sweep.search=grid",
+    )
+    trials = [plan.trial(values) for values in grid(plan.config)]
+    with History.open(plan.storage.history_url) as history:
+        for trial in trials:
+            row = finished(trial, plan.config).updated(sweep_id="before")
+            adapter = trial.place.path / "adapter"
+            adapter.mkdir(parents=True)
+            history.put(row)
+        out = io.StringIO()
+        progress = Progress(Console(file=out, width=80))
+        result = run_sweep(plan.config, history=history, storage=plan.storage, progress=progress)
+    assert "4 distinct settings of 5 trials; each is trained once\n" in out.getvalue()
+    assert "method.r is for lora; ia3 has no such setting\n" in out.getvalue()
+    assert "method.lora_alpha is for lora; ia3 has no such setting\n" in out.getvalue()
+    assert "trial 4/4 finished  type=ia3  " in out.getvalue()
+    assert result.notes[-1] == "4 distinct settings of 5 trials"
+    assert not result.interrupted and len(result.trials) == 4
+    table = io.StringIO()
+    Console(file=table, width=120).print(trials_table(plan.config, result.trials))
+    (ia3,) = [line for line in table.getvalue().splitlines() if "ia3" in line]
+    assert ia3.split()[2:5] == ["ia3", "–", "60/60"]
 
 
 def test_trials_that_the_history_holds_are_recalled_and_count(data: Path) -> None:

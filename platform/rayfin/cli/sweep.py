@@ -74,6 +74,7 @@ def _write_report(place: Workplace, result: SweepResult, adapter: AdapterVersion
         samples=_samples(place, result),
         adapter=adapter.ref if adapter else None,
         interrupted=result.interrupted,
+        notes=result.notes,
     )
     report.publish_file()
     return str(report)
@@ -115,6 +116,7 @@ def _as_dict(
         "sweep_id": result.plan.sweep_id,
         "interrupted": result.interrupted,
         "trials": [row.model_dump(mode="json") for row in result.trials],
+        "notes": list(result.notes),
         "best": result.best.trial_id if result.best else None,
         "verdict": _verdict(place, result, adapter).as_dict(),
         "adapter": adapter.as_dict() if adapter else None,
@@ -135,6 +137,8 @@ def _print(
     console.print()
     console.print(trials_table(place.config, result.trials))
     console.print()
+    for note in result.notes:
+        console.print(note, markup=False)
     best = result.best
     if best is not None:
         chosen = settings(place.config, best) or best.trial_id

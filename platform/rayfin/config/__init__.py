@@ -7,10 +7,11 @@ from rayfin.config.load import (
     load_serve_config,
     parse_overrides,
     parse_yaml,
+    saved,
     with_values,
 )
 from rayfin.config.method import METHOD_CONFIGS, MethodConfig, Section
-from rayfin.config.problems import leaf_names
+from rayfin.config.problems import leaf_names, shown
 from rayfin.config.schema import (
     Config,
     DataConfig,
@@ -46,5 +47,7 @@ __all__ = [
     "load_serve_config",
     "parse_overrides",
     "parse_yaml",
+    "saved",
+    "shown",
     "with_values",
 ]

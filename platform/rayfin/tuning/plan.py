@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config
+from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config, saved
 from rayfin.data import Corpus, load_corpus
 from rayfin.errors import ConfigError, RayfinError, StorageError
 from rayfin.models import identity
@@ -76,9 +76,9 @@ class SweepPlan:
         Without the history's URL, which may hold a password.
         """
         config = self.config.model_copy(update={"history": None})
-        saved = self.place / _CONFIG
-        write_text(saved.path, dump_yaml(config))
-        saved.publish_file()
+        file = self.place / _CONFIG
+        write_text(file.path, dump_yaml(config))
+        file.publish_file()
 
     def trial(self, values: Values) -> PlannedTrial:
         """The trial at one point; the same point is the same trial, in this process or the next."""
@@ -153,9 +153,9 @@ def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
     # The names of one command's sweeps differ in the time at which they began.
     names = (name for name in sweeps.names() if name.startswith(f"{_subject(config)}-"))
     for name in sorted(names, reverse=True):
-        saved = sweeps / name / _CONFIG
+        file = sweeps / name / _CONFIG
         try:
-            if saved.fetch_file() and _what(load_config(saved.path)) == _what(config):
+            if file.fetch_file() and _what(load_config(file.path)) == _what(config):
                 return SweepPlan(name, config, storage)
         except RayfinError:
             continue  # another version's sweep: not this command's
@@ -167,7 +167,9 @@ def _what(config: Config) -> dict[str, Any]:
     for name in ("num_samples", "max_concurrent_trials", "max_failures", "report_samples"):
         del sweep[name]
     sweep["mode"] = config.sweep.direction
-    return TrialSpec.of(config).model_dump(mode="json") | {"sweep": sweep}
+    # A swept method's defaults are each trial's own: what was written of it is what counts.
+    method = saved(config)["method"]
+    return TrialSpec.of(config).model_dump(mode="json") | {"method": method, "sweep": sweep}
 
 
 def _samples(data: DataConfig) -> DataConfig:

@@ -23,6 +23,8 @@ _COLOURS = {
     "failed": "red",
     "oom": "red",
 }
+MISSING = "–"
+"""In place of a setting that a trial's method doesn't have."""
 _METRICS = ("eval_loss", "exact_match", "tokens_per_second")
 
 
@@ -36,14 +38,22 @@ class Progress:
         self._before: set[str] = set()
         self._told: set[str] = set()
 
-    def begin(self, plan: SweepPlan, known: Sequence[TrialRecord]) -> None:
+    def begin(
+        self, plan: SweepPlan, known: Sequence[TrialRecord], distinct: int | None = None
+    ) -> None:
+        """Says what a sweep is about to do; `known` are its trials that have ended.
+
+        `distinct`: how many there are to run in all; sweep.num_samples if it isn't given.
+        """
         self._config, self._sweep_id = plan.config, plan.sweep_id
-        self._total = plan.config.sweep.num_samples
+        self._total = plan.config.sweep.num_samples if distinct is None else distinct
         self._rows = {row.trial_id: row for row in known}
         self._before = set(self._rows)
         self._started = time.monotonic()
         carried = f", {len(known)} trials already done" if known else ""
-        self.console.print(f"sweep {plan.sweep_id}: {self._total} trials{carried}", markup=False)
+        few = few_settings(plan.config, self._total)
+        what = f"{few}; each is trained once" if few else f"{self._total} trials"
+        self.say(f"sweep {plan.sweep_id}: {what}{carried}")
         if self.console.is_terminal:
             self._live = Live(
                 get_renderable=self._render, console=self.console, refresh_per_second=2
@@ -139,13 +149,21 @@ def trials_table(config: Config, rows: Sequence[TrialRecord]) -> Table:
         table.add_row(
             str(number),
             Text(row.status, style=colour),
-            *(Text(_value(values.get(axis))) for axis in axes),
+            *(Text(_value(values[axis]) if axis in values else MISSING) for axis in axes),
             f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
             *(_number(row, name) for name in _METRICS),
             # Text, not str: an error's [brackets] are no markup.
             Text((row.error or _origin(row))[:60]),
         )
     return table
+
+
+def few_settings(config: Config, distinct: int) -> str | None:
+    """`4 distinct settings of 5 trials`, where the space has fewer than sweep.num_samples."""
+    wanted = config.sweep.num_samples
+    if distinct >= wanted:
+        return None
+    return f"{distinct} distinct setting{'s' if distinct > 1 else ''} of {wanted} trials"
 
 
 def evaluation_line(result: TrialResult, max_steps: int) -> str:
@@ -185,7 +203,7 @@ def _number(row: TrialRecord, name: str) -> str:
 def _value(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
-    return "" if value is None else str(value)
+    return "null" if value is None else str(value)
 
 
 def _duration(seconds: float) -> str:

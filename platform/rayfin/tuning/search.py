@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import optuna
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from rayfin.config import Config
 from rayfin.history import TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.space import (
+    Choices,
     Values,
     decode,
     distributions,
@@ -21,6 +24,7 @@ from rayfin.tuning.space import (
     encode,
     grid,
     moved,
+    point,
     size,
     values_in,
 )
@@ -59,6 +63,23 @@ class Advisor(Protocol):
     ) -> int:
         """The place in `options` of the next one; `options` and `running` are trials' specs."""
         ...
+
+
+def distinct_settings(plan: SweepPlan) -> int:
+    """How many of sweep.num_samples trials have something of their own to compute.
+
+    As many as the space has points that differ in what they compute; a space too large to be
+    walked through is taken to have enough.
+    """
+    wanted = plan.config.sweep.num_samples
+    if size(plan.config) > _WALKED:
+        return wanted
+    seen: set[str] = set()
+    for values in grid(plan.config):
+        if len(seen) == wanted:
+            break
+        seen.add(plan.trial(values).fingerprint)
+    return len(seen)
 
 
 Recall = Callable[[PlannedTrial], TrialRecord | None]
@@ -202,12 +223,27 @@ class HistorySearch:
     def _draw(self, times: int) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The sampler's first point of so many that was not tried."""
         for _ in range(times):
-            asked = self._study.ask(self._space)
-            trial = self._plan.trial(decode(self._plan.config, asked.params))
+            asked = self._study.ask()
+            trial = self._plan.trial(self._drawn_for(asked))
             if trial.fingerprint not in self._seen:
                 return asked, trial
             self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         return None
+
+    def _drawn_for(self, asked: optuna.Trial) -> Values:
+        """The sampler's point, which is asked for the axes that the drawn method has."""
+
+        def ask(axis: str, choices: Choices) -> Any:
+            match self._space[axis]:
+                case FloatDistribution(low=low, high=high, log=log):
+                    drawn: Any = asked.suggest_float(axis, low, high, log=log)
+                case IntDistribution(low=low, high=high):
+                    drawn = asked.suggest_int(axis, low, high)
+                case CategoricalDistribution(choices=indices):
+                    drawn = asked.suggest_categorical(axis, indices)
+            return decode(choices, drawn)
+
+        return point(self._plan.config, ask)
 
     def _walk(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """Any point of a small space that was not tried."""
@@ -224,15 +260,15 @@ class HistorySearch:
 
     def _enqueue(self, values: Values) -> bool:
         """Makes it the next point but those before it; False where it lies outside the space."""
-        if (point := encode(self._plan.config, values)) is None:
+        if (parameters := encode(self._plan.config, values)) is None:
             return False
-        self._study.enqueue_trial(point)
+        self._study.enqueue_trial(parameters)
         return True
 
     def _learn(self, record: TrialRecord) -> None:
         """Adds an ended trial of this sweep to the study."""
         self._seen.add(record.fingerprint)
-        point = encode(self._plan.config, values_in(self._plan.config, record.spec))
+        parameters = encode(self._plan.config, values_in(self._plan.config, record.spec))
         value = record.metrics.get(self.metric)
         if record.status not in ("finished", "stopped"):
             value = None
@@ -240,10 +276,11 @@ class HistorySearch:
         number = None if value is None else float(value)
         steps = None if number is None else record.metrics.get("steps")
         self._ended.append(Tried(record.spec, number, steps, recalled=recalled))
-        if point is None or value is None:
+        if parameters is None or value is None:
             return
+        axes = {axis: self._space[axis] for axis in parameters}
         self._study.add_trial(
-            optuna.trial.create_trial(params=point, distributions=self._space, value=float(value))
+            optuna.trial.create_trial(params=parameters, distributions=axes, value=float(value))
         )
 
 
@@ -253,6 +290,12 @@ def _sampler(config: Config) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=sweep.seed)
     # Optuna's default of 10 random trials would leave TPE nothing to do in a sweep of 8.
     startup = max(3, min(10, sweep.num_samples // 3))
-    return optuna.samplers.TPESampler(
-        seed=sweep.seed, n_startup_trials=startup, multivariate=True, constant_liar=True
-    )
+    with warnings.catch_warnings():  # Optuna calls `group` experimental
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=sweep.seed,
+            n_startup_trials=startup,
+            multivariate=True,
+            group=True,  # axes that only some methods have are drawn from the trials that have them
+            constant_liar=True,
+        )

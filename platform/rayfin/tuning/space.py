@@ -1,17 +1,19 @@
-"""The search space: axes checked before anything starts, and turned into Optuna's distributions."""
+"""The search space: its points, and how Optuna's distributions say them.
+
+A point gives a value to each axis that its method has. Where method.type is swept, the space is
+conditional: a point of `lora` has a `method.r` and no `method.num_virtual_tokens`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, with_values
-from rayfin.errors import ConfigError, MethodError, did_you_mean
-from rayfin.methods import check_combination
-from rayfin.training.strategies import check_scaling
+from rayfin.config import METHOD_CONFIGS, Config, Space, with_values
+from rayfin.training import TrialSpec
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -19,76 +21,49 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 """Dotted setting -> value: one point of the space."""
 
-_SWEPT_SECTIONS = ("model", "data", "method", "train")
+Choices = Space | tuple[Any, ...]
+
+METHOD = "method.type"
 
 
-def check_space(config: Config) -> None:
-    """Raises ConfigError or MethodError for an axis or value that can't be tried.
-
-    Every value of a list is tried, and of a range both ends and a point between: each on its own,
-    then each with each value of every other axis.
-    """
-    axes = config.sweep.parameters
-    if not axes:
-        raise ConfigError(
-            "sweep.parameters: is empty, there is nothing to sweep; give an axis, such as "
-            "sweep.parameters.method.r=[4,8,16], or run one trial with rayfin train"
-        )
-    check_scaling(config)
-    known = _sweepable(config)
-    for axis, choices in axes.items():
-        if axis not in known:
-            raise ConfigError(
-                f"sweep.parameters.{axis}: unknown setting{did_you_mean(axis, known)}; any setting "
-                f"of {', '.join(_SWEPT_SECTIONS)} can be swept"
-            )
-        if config.sweep.search == "grid" and isinstance(choices, Space):
-            raise ConfigError(
-                f"sweep.parameters.{axis}: a range has no grid; give a list of values, "
-                "or use sweep.search=tpe or random"
-            )
-    for count in (1, 2):
-        for names in itertools.combinations(axes, count):
-            for values in itertools.product(*(_probes(axes[name]) for name in names)):
-                _check_point(config, dict(zip(names, values, strict=True)))
+def methods_of(config: Config) -> tuple[str, ...]:
+    """The methods that the sweep's trials have, each once."""
+    swept = config.sweep.parameters.get(METHOD)
+    return tuple(dict.fromkeys(swept)) if isinstance(swept, tuple) else (config.method.type,)
 
 
-def _check_point(config: Config, values: Values) -> None:
-    try:
-        point = trial_config(config, values)
-        check_combination(point)
-        check_scaling(point)
-    except (ConfigError, MethodError) as error:
-        where = " with ".join(f"sweep.parameters.{axis}" for axis in values)
-        ranges = any(isinstance(config.sweep.parameters[axis], Space) for axis in values)
-        whole = ranges and "whole number" in str(error)
-        hint = "; a range of whole numbers is {space: randint, …}" if whole else ""
-        raise type(error)(f"{where}: {error}{hint}") from None
+def has_setting(method: str, setting: str) -> bool:
+    """Whether trials of a method have the dotted setting."""
+    section, _, name = setting.partition(".")
+    return section != "method" or name in METHOD_CONFIGS[method].model_fields
 
 
-def variants(config: Config) -> list[Config]:
-    """`config` with each value of each axis put in, one at a time: what a sweep will ask for."""
-    points = [
-        {axis: value}
+def axes_of(config: Config, method: str) -> dict[str, Choices]:
+    """The axes that a trial of the method has, but for that of the method itself."""
+    return {
+        axis: choices
         for axis, choices in config.sweep.parameters.items()
-        for value in _probes(choices)
-    ]
-    return [trial_config(config, point) for point in points] or [config]
+        if axis != METHOD and has_setting(method, axis)
+    }
+
+
+def point(config: Config, choose: Callable[[str, Choices], Any]) -> Values:
+    """The point whose axes have the values that `choose(axis, choices)` returns.
+
+    It is asked for the method first, and then for the axes that this method has.
+    """
+    swept = config.sweep.parameters.get(METHOD)
+    values = {} if swept is None else {METHOD: choose(METHOD, swept)}
+    axes = axes_of(config, values.get(METHOD, config.method.type))
+    return values | {axis: choose(axis, choices) for axis, choices in axes.items()}
 
 
 def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
     """`config` with one point of the space put in.
 
-    Where method.type is itself swept, settings that the drawn method does not have are left out.
+    What was written of the method holds for each method that has it; all else follows the
+    defaults of the point's own.
     """
-    values = dict(values)
-    if (drawn := values.get("method.type")) is not None and drawn in METHOD_CONFIGS:
-        has = METHOD_CONFIGS[drawn].model_fields
-        values = {
-            name: value
-            for name, value in values.items()
-            if not name.startswith("method.") or name.removeprefix("method.") in has
-        }
     return with_values(config, values)
 
 
@@ -100,7 +75,7 @@ def distributions(config: Config) -> dict[str, BaseDistribution]:
     """
     from optuna import distributions as optuna
 
-    def one(choices: Space | tuple[Any, ...]) -> BaseDistribution:
+    def one(choices: Choices) -> BaseDistribution:
         if not isinstance(choices, Space):
             indices = range(len(choices))
             if _ordered_numbers(choices):
@@ -115,41 +90,41 @@ def distributions(config: Config) -> dict[str, BaseDistribution]:
     return {axis: one(choices) for axis, choices in config.sweep.parameters.items()}
 
 
-def decode(config: Config, drawn: Mapping[str, Any]) -> Values:
-    """Optuna's parameters -> values of settings."""
-    return {
-        axis: _decode_one(config.sweep.parameters[axis], value) for axis, value in drawn.items()
-    }
+def decode(choices: Choices, drawn: Any) -> Any:
+    """Optuna's parameter -> a setting's value."""
+    if not isinstance(choices, Space):
+        chosen = choices[int(drawn)]
+        return list(chosen) if isinstance(chosen, tuple) else chosen
+    return int(drawn) if choices.space == "randint" else float(drawn)
 
 
 def encode(config: Config, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Values of settings -> Optuna's parameters; None where a value lies outside the space.
+    """A point -> Optuna's parameters; None where it lies outside the space.
 
-    A setting that the drawn method doesn't have may be missing, and then takes any value.
+    `values` may be as a trial's spec has them (see `values_in`): 8 for '8', an absolute path for a
+    relative one.
     """
+    swept = config.sweep.parameters.get(METHOD)
+    method = config.method.type if swept is None else values.get(METHOD)
+    if method not in methods_of(config):
+        return None
+    axes = axes_of(config, method) if swept is None else {METHOD: swept, **axes_of(config, method)}
     drawn: dict[str, Any] = {}
-    for axis, choices in config.sweep.parameters.items():
-        if axis not in values:
-            if not axis.startswith("method.") or "method.type" not in values:
-                return None
-            drawn[axis] = choices.lower if isinstance(choices, Space) else 0
-            continue
-        value = values[axis]
+    for axis, choices in axes.items():
+        value = values.get(axis)
         if isinstance(choices, Space):
-            if not isinstance(value, (int, float)) or not choices.lower <= value <= choices.upper:
-                return None
-            drawn[axis] = value
-        else:
-            plain = [list(c) if isinstance(c, tuple) else c for c in choices]
-            value = list(value) if isinstance(value, tuple) else value
-            if value not in plain:
-                return None
-            drawn[axis] = plain.index(value)
+            inside = isinstance(value, int | float) and choices.lower <= value <= choices.upper
+            drawn[axis] = value if inside else None
+        elif axis in values:
+            drawn[axis] = _index(config, method, axis, choices, value)
+        if drawn.get(axis) is None:
+            return None
     return drawn
 
 
 def values_in(config: Config, spec: Mapping[str, Any]) -> Values:
-    """The swept settings as a trial's saved `spec` has them; others are left out."""
+    """The swept settings as a trial's saved `spec` has them; those that it doesn't have are left
+    out."""
     found: Values = {}
     for axis in config.sweep.parameters:
         section, _, name = axis.partition(".")
@@ -159,57 +134,63 @@ def values_in(config: Config, spec: Mapping[str, Any]) -> Values:
 
 
 def size(config: Config) -> float:
-    """Distinct points of the space; infinite where an axis is a range of real numbers."""
-    total = 1.0
-    for choices in config.sweep.parameters.values():
-        if not isinstance(choices, Space):
-            total *= len(choices)
-        elif choices.space == "randint":
-            total *= choices.upper - choices.lower + 1
-        else:
-            return math.inf
-    return total
+    """Points of the space; infinite where a method has an axis that is a range of real numbers.
+
+    Several may compute the same: see `rayfin.tuning.search.distinct_settings`.
+    """
+    return sum(
+        math.prod(map(_length, axes_of(config, method).values())) for method in methods_of(config)
+    )
 
 
 def grid(config: Config) -> Iterator[Values]:
-    """Every point of a space of finite `size`."""
-    axes = config.sweep.parameters
-    values = (
-        range(int(choices.lower), int(choices.upper) + 1) if isinstance(choices, Space) else choices
-        for choices in axes.values()
-    )
-    for point in itertools.product(*values):
-        yield dict(zip(axes, point, strict=True))
+    """Every point of a space of finite `size`, a method after the other."""
+    swept = METHOD in config.sweep.parameters
+    for method in methods_of(config):
+        axes = axes_of(config, method)
+        values = map(_values, axes.values())
+        for one in itertools.product(*values):
+            yield ({METHOD: method} if swept else {}) | dict(zip(axes, one, strict=True))
 
 
 def drawn(config: Config, random: Random) -> Values:
     """A point of the space, every axis on its own and even over its list or range."""
-    return {
-        axis: _at(choices, random.random()) for axis, choices in config.sweep.parameters.items()
-    }
+    return point(config, lambda _, choices: _at(choices, random.random()))
 
 
 def moved(config: Config, values: Mapping[str, Any], random: Random) -> Values:
     """A point beside `values`: each axis a little further, or an entry up or down its list."""
-    point = {}
-    for axis, choices in config.sweep.parameters.items():
+
+    def beside(axis: str, choices: Choices) -> Any:
         if axis not in values:
-            point[axis] = _at(choices, random.random())
-            continue
+            return _at(choices, random.random())
         here = _place(choices, values[axis])
         step = _STEP if isinstance(choices, Space) else max(_STEP, 0.7 / len(choices))
-        point[axis] = _at(choices, min(max(random.gauss(here, step), 0.0), 1.0))
-    return point
+        return _at(choices, min(max(random.gauss(here, step), 0.0), 1.0))
+
+    return point(config, beside)
 
 
 _STEP = 0.1
 """Of an axis' whole length: the standard deviation of a move."""
 
 
-def _at(choices: Space | tuple[Any, ...], share: float) -> Any:
+def _values(choices: Choices) -> Sequence[Any]:
+    if isinstance(choices, Space):
+        return range(int(choices.lower), int(choices.upper) + 1)
+    return [decode(choices, index) for index in range(len(choices))]
+
+
+def _length(choices: Choices) -> float:
+    if not isinstance(choices, Space):
+        return len(choices)
+    return choices.upper - choices.lower + 1 if choices.space == "randint" else math.inf
+
+
+def _at(choices: Choices, share: float) -> Any:
     """The value at a share of the axis, from 0 to 1."""
     if not isinstance(choices, Space):
-        return _decode_one(choices, min(int(share * len(choices)), len(choices) - 1))
+        return decode(choices, min(int(share * len(choices)), len(choices) - 1))
     if choices.space == "loguniform":
         value = choices.lower * (choices.upper / choices.lower) ** share
         return min(max(value, choices.lower), choices.upper)
@@ -218,41 +199,33 @@ def _at(choices: Space | tuple[Any, ...], share: float) -> Any:
     return min(int(value), int(choices.upper)) if whole else value
 
 
-def _place(choices: Space | tuple[Any, ...], value: Any) -> float:
+def _place(choices: Choices, value: Any) -> float:
     """The share of the axis at which a value of it lies."""
     if not isinstance(choices, Space):
-        plain = [list(c) if isinstance(c, tuple) else c for c in choices]
+        plain = _plain(choices)
         return (plain.index(value) + 0.5) / len(choices) if value in plain else 0.5
-    if not isinstance(value, int | float):  # null, where the setting may be left out
-        return 0.5
     if choices.space == "loguniform":
         return math.log(value / choices.lower) / math.log(choices.upper / choices.lower)
     return float((value - choices.lower) / (choices.upper - choices.lower))
 
 
-def _sweepable(config: Config) -> list[str]:
-    types = config.sweep.parameters.get("method.type")
-    kinds = [t for t in types if t in METHOD_CONFIGS] if isinstance(types, tuple) else []
-    names = dict.fromkeys(leaf_names(config))
-    for kind in kinds:
-        names |= dict.fromkeys(f"method.{field}" for field in METHOD_CONFIGS[kind].model_fields)
-    return [name for name in names if name.partition(".")[0] in _SWEPT_SECTIONS]
+def _index(
+    config: Config, method: str, axis: str, choices: tuple[Any, ...], value: Any
+) -> int | None:
+    """The place of a value in its axis' list."""
+    value = list(value) if isinstance(value, tuple) else value
+    if value in (plain := _plain(choices)):
+        return plain.index(value)
+    swept = {METHOD: method} if METHOD in config.sweep.parameters else {}
+    for index, choice in enumerate(plain):
+        spec = TrialSpec.of(trial_config(config, swept | {axis: choice})).model_dump(mode="json")
+        if values_in(config, spec).get(axis) == value:
+            return index
+    return None
 
 
-def _probes(choices: Space | tuple[Any, ...]) -> list[Any]:
-    if not isinstance(choices, Space):
-        return list(choices)
-    if choices.space == "randint":
-        return [int(choices.lower), int(choices.upper)]
-    # A point between, so that a real range over a setting that takes whole numbers is found out.
-    return [choices.lower, choices.lower + (choices.upper - choices.lower) / math.pi, choices.upper]
-
-
-def _decode_one(choices: Space | tuple[Any, ...], value: Any) -> Any:
-    if not isinstance(choices, Space):
-        chosen = choices[int(value)]
-        return list(chosen) if isinstance(chosen, tuple) else chosen
-    return int(value) if choices.space == "randint" else float(value)
+def _plain(choices: tuple[Any, ...]) -> list[Any]:
+    return [list(choice) if isinstance(choice, tuple) else choice for choice in choices]
 
 
 def _ordered_numbers(choices: tuple[Any, ...]) -> bool:

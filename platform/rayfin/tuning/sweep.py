@@ -13,10 +13,11 @@ from rayfin.history import History, TrialRecord
 from rayfin.paths import Place, Storage
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
-from rayfin.tuning.progress import Progress
+from rayfin.tuning.progress import Progress, few_settings
 from rayfin.tuning.rows import let_checkpoints_go, was_refused
-from rayfin.tuning.search import Advisor
-from rayfin.tuning.space import Values, check_space, values_in, variants
+from rayfin.tuning.search import Advisor, distinct_settings
+from rayfin.tuning.space import Values, values_in
+from rayfin.tuning.space_check import check_space, space_notes, variants
 
 Advise = Callable[[SweepPlan], Advisor | None]
 """Makes the advisor of a sweep; None where it has nothing to say, and the search is auto."""
@@ -35,6 +36,8 @@ class SweepResult:
     trials: list[TrialRecord]
     best: TrialRecord | None
     interrupted: bool
+    notes: tuple[str, ...] = ()
+    """What is to be known of its space: which method lacks what, and that it has few settings."""
 
     @property
     def place(self) -> Place:
@@ -73,7 +76,7 @@ def run_sweep(
     plan = (earlier if resume else None) or new_plan(config, storage)
     progress = progress or Progress()
     check_run(plan, variants(config), cluster)
-    progress.tell(plan.notes)
+    progress.tell((*plan.notes, *space_notes(config)))
     rows = history.trials(sweep_id=plan.sweep_id)
     _check_unchanged(plan, rows)
     plan.save()
@@ -118,10 +121,10 @@ def _run(
 ) -> SweepResult:
     config = plan.config
     known = [row for row in rows if _has_ended(row)]
-    completed = True
-    progress.begin(plan, known)
+    completed, distinct = True, distinct_settings(plan)
+    progress.begin(plan, known, distinct)
     try:
-        if len(known) < config.sweep.num_samples:
+        if len(known) < distinct:
             from rayfin.tuning.tune import run_trials
 
             completed = run_trials(
@@ -142,7 +145,9 @@ def _run(
         _tidy(plan, history)
     rows = history.trials(sweep_id=plan.sweep_id)
     best = best_trial(rows, config.sweep.metric, config.sweep.direction)
-    return SweepResult(plan, rows, best, interrupted=not completed)
+    few = few_settings(config, distinct)
+    notes = (*space_notes(config), *([few] if few else []))
+    return SweepResult(plan, rows, best, not completed, notes)
 
 
 def _has_ended(row: TrialRecord) -> bool:
