@@ -86,7 +86,8 @@ def test_json_is_one_line_for_machines(sweep: Sweep, capfd: pytest.CaptureFixtur
     assert (out.count("\n"), err) == (1, "")
     result = json.loads(out)
     assert set(result) == {
-        "sweep_id", "interrupted", "trials", "notes", "best", "adapter", "report", "history"
+        "sweep_id", "interrupted", "trials", "notes", "best", "verdict", "adapter", "report",
+        "history",
     }  # fmt: skip
     assert result["best"] == "sweep-a-4"
     assert [trial["trial_id"] for trial in result["trials"]] == ["sweep-a-4", "sweep-a-8"]
