@@ -68,6 +68,10 @@ def write(path: Path, rows: list[Row]) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
     else:
         with path.open("w", newline="") as file:
             names = list(dict.fromkeys(name for row in rows for name in row))
@@ -131,7 +135,7 @@ def test_whatever_is_added_to_a_row_is_used_refused_or_named(
     ("name", "streaming"),
     [
         *((name, "false") for name in ("a.jsonl", "a.json", "a.object.json", "a.csv", "a.tsv")),
-        *(("a.parquet", "false"), ("a.parquet", "true"), ("a.jsonl", "true")),
+        *(("a.parquet", "false"), ("a.arrow", "false"), ("a.parquet", "true"), ("a.jsonl", "true")),
     ],
 )
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_whatever_is_added_to_a_row_is_used_refused_or_named(
         ("data", [0.5], "not used, and not trained on: data (1 of 4 rows)"),
         ("system", "Be brief.", "used"),
         ("tools", [{"name": "f"}], ":2: tools: tool calls can't be trained on yet"),
-        ("label", False, ":2: label: labels"),
+        ("label", False, ":2: label: which answers are good"),
         ("source", None, "nothing"),
         ("tools", None, "nothing"),
     ],
@@ -166,6 +170,22 @@ def test_every_kind_of_file(
         assert digest == (None if line in text else before[0])
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_values_of_a_table_that_are_not_text(tmp_path: Path, name: str) -> None:
+    """Large ones are not read where nothing is made of them, but no row has them unnoticed."""
+    picture = {"bytes": b"\xff" * 1000, "path": None}
+    rows: list[Row] = [{"text": f"{q} {a}", "scan": picture} for q, a in PAIRS]
+    rows[0]["scan"] = None
+    corpus = load(write(tmp_path / name, rows))
+    assert corpus.digest == load(write(tmp_path / "b.jsonl", LAYOUTS["text"])).digest
+    assert "not trained on: scan (3 of 4 rows)" in corpus.notes[0]
+    for row in rows:
+        row["image"] = row.pop("scan")
+    assert f"{name}:2: image: images, sound and" in outcome(write(tmp_path / name, rows))[1]
+    raw = [{"text": row["text"].encode()} for row in rows]
+    assert "text must be a string" in outcome(write(tmp_path / name, raw))[1]
+
+
 def test_what_stands_beside_the_only_list_is_each_rows(tmp_path: Path) -> None:
     rows = LAYOUTS["conversations"]
     plain = load(write(tmp_path / "rows.json", rows))
@@ -187,7 +207,7 @@ def test_ignored_columns_and_keys_are_as_if_they_were_not_there(tmp_path: Path) 
     path = write(tmp_path / "a.jsonl", rows)
     assert (
         "messages.tool_calls and messages" not in (told := outcome(path)[1])
-        and "data.ignore_columns=[messages.tool_calls,tools] learns the rest" in told
+        and "data.ignore_columns=[messages.tool_calls,tools] trains on the rest of the row" in told
     )
     partly = load(path, "data.ignore_columns=[messages.tool_calls,tools]")
     assert [m["role"] for m in partly.train[0].messages] == ["system", "user", "assistant"]
@@ -311,8 +331,8 @@ def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path, key: str) -> None:
             {"messages": said([{"type": "image_url", "image_url": {}}], "a"), "text": "rendered"},
             "messages[0].content[0].type is 'image_url': of the parts of a content only text can",
         ),
-        ({"prompt": "q", "completion": "a", "label": False}, "data.ignore_columns=[label] learns"),
-        ({"text": "t", "label": 1}, "data.ignore_columns=[label] learns"),
+        ({"prompt": "q", "completion": "a", "label": False}, "data.ignore_columns=[label] trains"),
+        ({"text": "t", "label": 1}, "data.ignore_columns=[label] trains"),
         ({"prompt": "q", "completion": "a", "context": "c"}, "context: is a part of the question"),
         ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "context: input has a"),
         ({"messages": said("q", "a"), "images": ["a.png"]}, "images, sound and video can't be"),

@@ -70,7 +70,10 @@ _TOOLS = "tool calls can't be trained on yet"
 _MEDIA = "images, sound and video can't be trained on yet"
 _REASONING = "reasoning beside an answer can't be trained on yet; put it into the content"
 _WEIGHTS = "weights of whole samples can't be trained with yet"
-_LABELS = "labels (of good and bad answers, or of classes) can't be trained on yet"
+_LABELS = (
+    "which answers are good, or which class a text is of, can't be trained on yet; take the bad "
+    "answers out"
+)
 _PAIRS = "preference pairs can't be trained on yet"
 _TEMPLATE = "options of the chat template can't be given by the data yet"
 _PARTIAL = "only whole turns can be left out of the learning (weight: 0)"
@@ -111,11 +114,14 @@ _REFUSED_TURN_KEYS = {
 TURN_COLUMNS = ("messages", "conversations", "prompt", "completion", "history")
 """Columns that may hold a list of turns, whose keys have names like `messages.name`."""
 
-NAMED = frozenset(
+USED = frozenset(
     {column for need in (*COLUMNS.values(), *OPTIONAL.values()) for column in need}
     | {name for names in OTHER_NAMES.values() for name in names}
-    | _REFUSED.keys()
-    | {name for names in _REFUSED_IN.values() for name in names}
+)
+"""Every column that some shape uses."""
+
+NAMED = frozenset(
+    USED | _REFUSED.keys() | {name for names in _REFUSED_IN.values() for name in names}
 )
 """Every column that these tables name: its values decide what becomes of a row."""
 
@@ -154,7 +160,9 @@ class Reading:
         """
         names, reasons = " and ".join(self.refused), "; ".join(dict.fromkeys(self.refused.values()))
         if otherwise is None:
-            return Refused(f"{names}: {reasons}; {ignoring(self.refused)} learns the rest")
+            return Refused(
+                f"{names}: {reasons}; {ignoring(self.refused)} trains on the rest of the row"
+            )
         return Refused(f"{names}: {reasons}; nor can what remains be learned: {otherwise}")
 
     def columns(self, row: Mapping[str, Any], shape: str) -> dict[str, Any]:

@@ -29,10 +29,12 @@ def read_file(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
 
     The columns in `ignore` are not read where that saves anything.
     """
-    reader = _reader_of(path)
-    assert reader is not None
+    ending = _ending(path)
     with reading(path):
-        yield from read_parquet(path, ignore) if reader is read_parquet else reader(path)
+        if ending in _TABLES:
+            yield from _TABLES[ending](path, ignore)
+        else:
+            yield from _TEXTS[ending](path)
 
 
 @contextmanager
@@ -149,30 +151,31 @@ def _one_by_one(file: str, raw: bytes) -> list[Row]:
     return rows
 
 
-_FORMATS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,
+}
+_TABLES: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
 
 
-def _reader_of(path: Path) -> Callable[[Path], Iterator[Row]] | None:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        suffix = Path(path.stem).suffix.lower()
-        return _FORMATS.get(suffix) if suffix not in (".parquet", ".arrow") else None
-    return _FORMATS.get(suffix)
+def _ending(path: Path) -> str:
+    """What tells the format of a file; of a compressed text, what it is called without .gz."""
+    ending = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return inner if ending == ".gz" and inner in _TEXTS else ending
 
 
 def is_readable(path: Path) -> bool:
     """Whether the name of a file is that of a format that is read."""
-    return _reader_of(path) is not None
+    return _ending(path) in _TEXTS.keys() | _TABLES.keys()
 
 
 def allowed_names() -> str:
     """Returns the endings of the names of files that are read."""
-    return ", ".join(_FORMATS)
+    return ", ".join([*_TEXTS, *_TABLES])

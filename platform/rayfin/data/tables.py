@@ -1,12 +1,12 @@
-"""Parquet as rows."""
+"""Parquet, and other tables, as rows."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.data.columns import NAMED
+from rayfin.data.columns import NAMED, USED
 from rayfin.data.rows import Row
 from rayfin.errors import DataError
 
@@ -33,38 +33,58 @@ def row_groups(path: Path) -> int:
 def read_parquet(
     path: Path, ignore: Collection[str] = (), groups: Sequence[int] | None = None
 ) -> Iterator[Row]:
-    """`groups`: of the file's row groups; all. Columns in `ignore` are not read, and hold None."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """`groups`: of the file's row groups; all. The columns in `ignore` are not read."""
 
-    number = 0
-    try:
+    def batches() -> Iterator[pa.RecordBatch]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         parquet = pq.ParquetFile(path)
         names = parquet.schema_arrow.names
         wanted = [name for name in names if name not in ignore]
-        ignored = dict.fromkeys(name for name in names if name in ignore)
         for batch in parquet.iter_batches(row_groups=groups, columns=wanted):
+            nothing = pa.nulls(batch.num_rows)
+            columns = [batch.column(n) if n in wanted else nothing for n in names]
+            yield pa.RecordBatch.from_arrays(columns, names=names)
+
+    yield from table_rows(path, "Parquet", batches(), ignore)
+
+
+def table_rows(
+    path: Path, kind: str, batches: Iterable[pa.RecordBatch], ignore: Collection[str]
+) -> Iterator[Row]:
+    """Yields the rows of a table of some `kind`; the columns in `ignore` hold None.
+
+    Values that nothing is made of are not made Python's: they may be large.
+    """
+    import pyarrow as pa
+
+    number = 0
+    try:
+        for batch in batches:
             light = pa.RecordBatch.from_arrays(
-                [_light(name, batch.column(name)) for name in wanted], names=wanted
+                [_light(name, batch.column(name), ignore) for name in batch.schema.names],
+                names=batch.schema.names,
             )
             for index in range(batch.num_rows):
                 number += 1
                 try:
-                    row = light.slice(index, 1).to_pylist()[0] if wanted else {}
-                    yield Row(str(path), number, row | ignored)
+                    yield Row(str(path), number, light.slice(index, 1).to_pylist()[0])
                 except UnicodeDecodeError:
                     yield Row(str(path), number, problem="not UTF-8")
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
-        yield Row(str(path), number + 1, problem=f"broken Parquet: {reason}")
+        yield Row(str(path), number + 1, problem=f"broken {kind}: {reason}")
 
 
-def _light(name: str, column: pa.Array) -> pa.Array:
-    """The column; where it is large or not used, only whether a row has something in it."""
+def _light(name: str, column: pa.Array, ignore: Collection[str]) -> pa.Array:
+    """The column if its values matter; else whether a row has something in it."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if name in NAMED and "binary" not in str(column.type):
+    if name in ignore:
+        return pa.nulls(len(column))
+    if name in USED or (name in NAMED and "binary" not in str(column.type)):
         return column
     has: Any = column.is_valid()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
