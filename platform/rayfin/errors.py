@@ -57,6 +57,10 @@ class HardwareError(UsageError):
     """A device or cluster that was asked for and isn't there."""
 
 
+class NothingFits(RayfinError):
+    """Nothing can be recommended: no configuration fits what there is (exit code 1)."""
+
+
 class TrialError(RayfinError):
     """A trial that could not end well; `status` is what its history row says."""
 

@@ -57,14 +57,24 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, whatever fits; nothing is trained."""
+    """Exit code 0, or 1 where nothing fits: with one line on stderr that says what would.
+
+    With --json the answer is printed either way, its `nothing_fits` the same line. Nothing is
+    trained, and nothing is written where nothing fits.
+    """
     from rayfin.config import load_config
+    from rayfin.errors import NothingFits
     from rayfin.recommend.advisor import recommend
 
     file, settings = split_settings(args.settings)
     config = load_config(file, settings)
     place = _place(config, args)
     answer = recommend(place, _knowledge(config), args.k, config=config)
+    if answer.nothing_fits is not None:
+        if not args.json:
+            raise NothingFits(answer.nothing_fits)
+        print(json.dumps(answer.model_dump(mode="json"), ensure_ascii=False))
+        return 1
     if args.picture is not None:
         _write_picture(answer, args.picture)
     written: dict[str, Path] = {}
@@ -190,18 +200,20 @@ def _print_choice(console: Any, choice: Choice) -> None:
     console.print(Text(f"{choice.rank}. {choice.method}", style="bold"))
     settings = " ".join(f"{key}={value}" for key, value in choice.settings.items())
     console.print(Text(f"   {settings}"))
-    short = predicted.shortfall
+    short, chance = predicted.shortfall, predicted.divergence
+    diverges = "" if chance is None else f", diverges {chance:.0%}"
     console.print(
         Text(
             f"   shortfall {short.expected:.2f} ({short.low:.2f} to {short.high:.2f}; 0 is the best"
-            f" known, 1 the worst), diverges {predicted.divergence:.0%}"
+            f" known, 1 the worst){diverges}"
         )
     )
     memory, seconds = predicted.memory_bytes, predicted.train_seconds
-    verdict = {True: "fits", False: "does not fit", None: "may not fit"}[fits.memory]
+    verdict = "fits" if fits.memory else "may not fit"
     console.print(
         Text(
-            f"   memory {show_bytes(memory.expected)} ({verdict}), training "
+            f"   memory {show_bytes(memory.expected)} ({show_bytes(memory.low)} to "
+            f"{show_bytes(memory.high)}; {verdict}), training "
             f"{show_seconds(seconds.expected)} ({show_seconds(seconds.low)} to "
             f"{show_seconds(seconds.high)})"
         )

@@ -24,8 +24,8 @@ class Predictions(_Part):
 
     shortfall: Range
     """Of the way from the best that is known for the scenario (0) to the worst (1)."""
-    divergence: float
-    """Probability that the training diverges."""
+    divergence: float | None
+    """Probability that the training diverges; None where no trial tells."""
     memory_bytes: Range
     """At the peak, of one worker."""
     train_seconds: Range
@@ -35,7 +35,7 @@ class Predictions(_Part):
 
 
 class Feasibility(_Part):
-    """None where it was not asked, or the interval does not tell."""
+    """None where it was not asked, or the interval does not tell; never false in a choice."""
 
     memory: bool | None
     """Whether it fits the device."""
@@ -103,4 +103,7 @@ class Recommendation(_Part):
     trials: int
     """In the history."""
     choices: list[Choice]
+    """What fits the memory, the budget and the latency, or may; empty where nothing does."""
+    nothing_fits: str | None
+    """Where there is no choice: why, and what would fit, in one line."""
     points: list[Point]

@@ -9,10 +9,14 @@ from typing import Any
 
 from rayfin.config import Config, with_values
 from rayfin.errors import ConfigError, MethodError, RayfinError
+from rayfin.hardware import Hardware
 from rayfin.methods import METHODS, check_combination
+from rayfin.models.facts import ModelFacts
 from rayfin.recommend import practice
 from rayfin.recommend.rules import rule_for
 from rayfin.recommend.scenario import Scenario
+from rayfin.training.strategies import check_scaling
+from rayfin.tuning.preflight import check_positions
 
 _RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Of practice's learning rate; a factor of two is as near as anybody can tell apart."""
@@ -47,13 +51,25 @@ def given(config: Config) -> dict[str, Any]:
     return found
 
 
-def candidates(base: Config, scenario: Scenario) -> list[Candidate]:
-    """Variants of `base` for `scenario`: methods, learning rates and ranks around practice's.
+@dataclass(frozen=True)
+class Place:
+    """What a recommendation is for: the scenario, and the facts that its predictions need."""
+
+    scenario: Scenario
+    facts: ModelFacts
+    hardware: Hardware
+    profile: Mapping[str, Any] | None = None
+    """Of the data, as records hold it; what is not known of it may be missing."""
+
+
+def candidates(base: Config, place: Place) -> list[Candidate]:
+    """Variants of `base` for `place`: methods, learning rates and ranks around practice's.
 
     What `base` was given is kept in all of them; of the rest, practice decides what the advisor
-    does not (batch, length, checkpointing by the memory). Those that can't work are left out;
+    does not (batch, length, checkpointing by the memory). Those that can't run there are left out;
     ConfigError where none is left.
     """
+    scenario = place.scenario
     fixed = given(base)
     found: dict[str, Candidate] = {}
     refused: RayfinError | None = None
@@ -65,15 +81,77 @@ def candidates(base: Config, scenario: Scenario) -> list[Candidate]:
                 if name == "method.type" or name not in fixed
             }
             try:
-                config = with_values(base, settings)
+                config = _within_positions(with_values(base, settings), place.facts, fixed)
                 check_combination(config)
+                check_scaling(config)
+                check_positions(config, place.facts.max_position_embeddings)
+                _check_workers(config, place.hardware)
             except (ConfigError, MethodError) as error:
                 refused = refused or error
                 continue
+            if "data.max_length" in settings:
+                settings["data.max_length"] = config.data.max_length
             found.setdefault(config.model_dump_json(), Candidate(config, settings))
     if not found:
         raise ConfigError(f"the given settings leave nothing that can be trained: {refused}")
     return list(found.values())
+
+
+def tighter(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Changes to `option` that take less memory, those that cost least first; `fixed` is kept.
+
+    A step's samples stay the same: fewer at once, then recomputed activations, then 4-bit weights.
+    """
+    method, train = option.config.method, option.config.train
+    own = METHODS[method.type]
+    bits: list[dict[str, Any]] = [{}]
+    if (
+        own.quantized_base
+        and not method.quantization_bit
+        and "method.quantization_bit" not in fixed
+    ):
+        bits.append({"method.quantization_bit": 4})
+    recomputed: list[dict[str, Any]] = [{}]
+    name = "train.gradient_checkpointing"
+    if own.gradient_checkpointing and not train.gradient_checkpointing and name not in fixed:
+        recomputed.append({name: True})
+    size, steps = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
+    batches: list[dict[str, Any]] = [{}]
+    at_once, times = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    while at_once % 2 == 0 and not {size, steps} & fixed.keys():
+        at_once, times = at_once // 2, times * 2
+        batches.append({size: at_once, steps: times})
+    for parts in itertools.product(bits, recomputed, batches):
+        if changes := {key: value for part in parts for key, value in part.items()}:
+            yield changes
+
+
+def changed(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
+    """`option` with dotted settings changed; one that needs no check besides that of the values."""
+    if not changes:
+        return option
+    return Candidate(with_values(option.config, changes), {**option.settings, **changes})
+
+
+def _within_positions(config: Config, facts: ModelFacts, fixed: Mapping[str, Any]) -> Config:
+    """With samples cut to what the model has positions for, where their length was not given."""
+    has = facts.max_position_embeddings
+    virtual = METHODS[config.method.type].virtual_tokens
+    tokens: int = getattr(config.method, "num_virtual_tokens", 0) if virtual else 0
+    room = config.data.max_length if has is None else has - tokens
+    if "data.max_length" in fixed or config.data.max_length <= room:
+        return config
+    return with_values(config, {"data.max_length": max(8, room)})
+
+
+def _check_workers(config: Config, hardware: Hardware) -> None:
+    """Raises ConfigError for more workers than GPUs: no two of them share one."""
+    workers, devices = config.scaling.num_workers, hardware.device_count
+    if hardware.device == "cuda" and workers > devices:
+        raise ConfigError(
+            f"scaling.num_workers={workers} needs as many GPUs, and there "
+            f"{'is' if devices == 1 else 'are'} {devices}; use {devices} workers, or --num-gpus"
+        )
 
 
 def methods_for(fixed: Mapping[str, Any], scenario: Scenario) -> Sequence[str]:

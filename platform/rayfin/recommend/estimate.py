@@ -15,6 +15,7 @@ from rayfin.hardware import Hardware
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend.measured import Lengths, Machine, Measured
 from rayfin.recommend.memory import MemoryParts
+from rayfin.recommend.reach import is_toy
 from rayfin.training.strategies import choose, needs_group
 
 if TYPE_CHECKING:
@@ -99,11 +100,14 @@ def estimate(
     config, why = _settled(config, facts, hardware)
     machine = Machine(hardware.device, hardware.device_name, hardware.cpu_count)
     this = Measured(config, facts, machine, lengths)
-    # What one process took says little of what several take that share.
+    # What one process took says little of what several take that share; and a toy model's memory
+    # and time are the interpreter's.
     alike = [
         trial
         for trial in measured
-        if trial.machine.device == hardware.device and _sharing(trial) == _sharing(this)
+        if trial.machine.device == hardware.device
+        and _sharing(trial) == _sharing(this)
+        and (not is_toy(trial.facts.parameters) or trial.facts.identity == facts.identity)
     ]
     parts = this.parts
     peak = _corrected(

@@ -43,8 +43,8 @@ _MEASURED = 600
 _NEWEST = 2000
 """Trials that an estimate looks at."""
 _GROWN = 1.25
-_FORMAT = 3
-"""Of what is kept: one more whenever the same trials would make other columns."""
+_FORMAT = 4
+"""Of what is kept: one more whenever the same trials would make other columns or parameters."""
 
 
 @dataclass(frozen=True)
@@ -85,34 +85,45 @@ class Knowledge:
         )
 
     def basis(self, place: int, likeness: float) -> Basis:
-        """What the trial at `place` of the table was, for people."""
+        """What the trial at `place` of the table was."""
         trial_id = self.ids[place]
         record = self.look_up(trial_id)
         summary = "gone from the history" if record is None else _summary(record)
         reference = record is not None and record.scenario.get("reference") is True
         return Basis(trial_id=trial_id, likeness=likeness, summary=summary, reference=reference)
 
+    def scenario_of(self, place: int) -> str:
+        """`smollm2-135m on pydocs`: what the trial at `place` of the table was run in."""
+        record = self.look_up(self.ids[place])
+        return "a trial that is gone from the history" if record is None else _where(record)
+
 
 def _summary(record: TrialRecord) -> str:
     """`lora learning_rate=0.0003 r=16, smollm2-135m on pydocs: eval_loss 2.81`"""
-    spec = record.spec
-    method, train, model, data = (
-        spec[name] if isinstance(spec.get(name), dict) else {}
-        for name in ("method", "train", "model", "data")
-    )
+    method, train = (_section(record, name) for name in ("method", "train"))
     names = ("r", "target_r", "num_virtual_tokens")
     settings = {"learning_rate": train.get("learning_rate")}
     settings |= {name: method[name] for name in names if name in method}
     shown = " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-    base, rows = model.get("name") or "a model", data.get("path") or record.sweep_id
-    where = f"{Path(str(base)).name} on {Path(str(rows)).name}"
     scores = (
         f"{name} {value:.4g}"
         for name in QUALITY_METRICS
         if isinstance(value := record.metrics.get(name), int | float)
     )
     what = f"{method.get('type') or 'a trial'} {shown}".rstrip()
-    return f"{what}, {where}: {next(scores, record.error or record.status)}"
+    return f"{what}, {_where(record)}: {next(scores, record.error or record.status)}"
+
+
+def _where(record: TrialRecord) -> str:
+    """`smollm2-135m on pydocs`"""
+    base = _section(record, "model").get("name") or "a model"
+    rows = _section(record, "data").get("path") or record.sweep_id
+    return f"{Path(str(base)).name} on {Path(str(rows)).name}"
+
+
+def _section(record: TrialRecord, name: str) -> dict[str, Any]:
+    section = record.spec.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def reference_trials() -> Iterator[TrialRecord]:

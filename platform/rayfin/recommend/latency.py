@@ -11,6 +11,7 @@ from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend.answer import Range
+from rayfin.recommend.reach import is_toy
 
 _FIRST_TOKEN = f"{SERVING}time_to_first_token_seconds"
 _PROMPT_TOKENS = 128
@@ -69,6 +70,7 @@ def first_token(facts: ModelFacts, hardware: Hardware, served: Sequence[Served])
         error
         for one in served
         if one.device == hardware.device and abs(math.log2(one.parameters / facts.parameters)) < 1
+        if not is_toy(one.parameters) or one.parameters == facts.parameters
         if abs(error := math.log(one.seconds / formula(one.parameters))) < _ABSURD
     ]
     error = sum(errors) / (1 + len(errors))  # the formula counts as one measurement

@@ -16,6 +16,8 @@ _PUBLISHED = {
     "mixtral-8x7b": (46.7, 12.9),
     "mixtral-8x22b": (141.0, 39.0),
 }
+_BUNDLED = {"tiny": 90_688 / 1e9}
+"""The same of rayfin's own model for dry runs, whose name says nothing: exact names only."""
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _ACTIVE = re.compile(r"(?<![a-z0-9.])a(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _TUNED = re.compile(r"(?<![a-z])(instruct|chat|it|thinking|sft|dpo|rl|reasoning)(?![a-z])")
@@ -53,6 +55,8 @@ def facts_from_name(name: str) -> NameFacts:
 
 
 def _sizes(plain: str) -> tuple[float | None, float | None]:
+    if plain in _BUNDLED:
+        return _BUNDLED[plain], _BUNDLED[plain]
     for start, published in _PUBLISHED.items():
         if plain.startswith(start) and "distill" not in plain:  # that is another model's size
             return published

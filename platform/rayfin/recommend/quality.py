@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rayfin.recommend.features import COLUMNS
 from rayfin.recommend.practice import learning_rate
 from rayfin.recommend.process import Array, Observations, Parameters, Process, fit, kinship
+from rayfin.recommend.reach import is_toy, within_reach
 from rayfin.recommend.table import Group, TrialTable, groups_of
 
 FITTED, PREDICTED = 400, 500
@@ -65,8 +66,12 @@ class Evidence:
         return cls(groups, learned(groups, start))
 
     def near(self, scenario: Mapping[str, float], own: Group | None = None) -> Near:
-        """What is known for `scenario`, from the groups nearest to it; `own` is its own, if any."""
-        nearest = _nearest(self.groups, scenario, self.parameters)
+        """What is known for `scenario`, from the groups nearest to it; `own` is its own, if any.
+
+        Groups whose models are out of reach (`informs`) are left out.
+        """
+        groups = {code: group for code, group in self.groups.items() if informs(group, scenario)}
+        nearest = _nearest(groups, scenario, self.parameters)
         chosen = [self.groups[code] for code in nearest]
         if own is not None:
             chosen = [own, *(group for group in chosen if group.code != scenario["group"])]
@@ -131,11 +136,33 @@ def _spread(covariance: Array) -> float:
     return float(covariance.diagonal().mean() - covariance.mean())
 
 
+def size_of(group: Group) -> float:
+    """Parameters of the group's model; NaN where they are not known."""
+    return float(10.0 ** group.rows[0, COLUMNS.names.index("parameters")])
+
+
+def informs(group: Group, scenario: Mapping[str, float]) -> bool:
+    """Whether a group's trials say anything about `scenario`: models of about its size do.
+
+    A toy's count for the same model alone, and those of a model of unknown size for its family.
+    """
+    here = dict(zip(COLUMNS.names, group.rows[0].tolist(), strict=True))
+    family = all(here[name] == scenario.get(name) for name in ("brand", "generation"))
+    there, size = size_of(group), 10.0 ** scenario.get("parameters", math.nan)
+    if math.isnan(there) or math.isnan(size):
+        return family
+    return family and math.isclose(there, size) if is_toy(there) else within_reach(there, size)
+
+
 def learned(groups: Mapping[float, Group], start: Parameters | None = None) -> Parameters:
-    """The process' parameters; those of the priors where there is nothing to learn from."""
-    if not groups:
+    """The process' parameters; those of the priors where there is nothing to learn from.
+
+    Toy models teach nothing here: what is learned is used for all others.
+    """
+    telling = [code for code, group in groups.items() if not is_toy(size_of(group))]
+    if not telling:
         return Parameters.expected(COLUMNS)
-    order = np.random.default_rng(0).permutation(sorted(groups))
+    order = np.random.default_rng(0).permutation(sorted(telling))
     seen, *_ = _observations([groups[code] for code in order], FITTED, _FITTED_OF_GROUP)
     return fit(COLUMNS, seen, start)
 

@@ -40,7 +40,7 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
         if first_time(config.model, config.method):
             _check_modules(config)
         if first_time(config.model, config.method, config.data):
-            _check_positions(config)
+            check_positions(config, max_positions(config.model))
         if first_time(config.model, config.data):
             _check_lengths(config, corpus)
 
@@ -70,8 +70,8 @@ def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:
     ]
 
 
-def _check_positions(config: Config) -> None:
-    has = max_positions(config.model)
+def check_positions(config: Config, has: int | None) -> None:
+    """Raises MethodError where samples are longer than the positions that the model `has`."""
     virtual = METHODS[config.method.type].virtual_tokens
     tokens: int = getattr(config.method, "num_virtual_tokens", 0) if virtual else 0
     if has is None or config.data.max_length + tokens <= has:

@@ -1,0 +1,224 @@
+"""Which candidates can run where they are meant to, and what would where none can.
+
+A candidate that does not fit the memory is made tighter (`candidates.tighter`) until it does. What
+then still doesn't fit, ends too late or answers too slowly by the whole of its interval is no
+answer, and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rayfin.config import Config, build_config
+from rayfin.errors import RayfinError
+from rayfin.hardware import Hardware
+from rayfin.models.facts import ModelFacts
+from rayfin.recommend.answer import Feasibility, Range
+from rayfin.recommend.candidates import Candidate, Place, candidates, changed, given, tighter
+from rayfin.recommend.estimate import Estimate, Interval, estimate
+from rayfin.recommend.measured import Measured
+from rayfin.recommend.reach import shown_size
+from rayfin.recommend.scenario import hardware_class
+
+_SOLD_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
+"""Memory of GPUs that there are."""
+_HALVINGS = 12
+_MOST_WORKERS = 64
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate, and what it takes."""
+
+    candidate: Candidate
+    estimate: Estimate
+    feasibility: Feasibility
+
+    @property
+    def possible(self) -> bool:
+        """Whether nothing says that it can't run as it is meant to."""
+        return False not in vars(self.feasibility).values()
+
+
+def options_for(
+    found: Sequence[Candidate],
+    place: Place,
+    measured: Sequence[Measured],
+    first_token: Range,
+    fixed: Mapping[str, Any],
+) -> list[Option]:
+    """Each candidate, as tight as it has to be; `fixed` settings are kept.
+
+    Those that differ in the learning rate alone take the same.
+    """
+    known: dict[str, tuple[dict[str, Any], Estimate]] = {}
+    options = []
+    for candidate in found:
+        train = candidate.config.train.model_copy(update={"learning_rate": 1.0})
+        key = f"{candidate.config.method.model_dump_json()} {train.model_dump_json()}"
+        if key not in known:
+            known[key] = _fitted(candidate, place, measured, fixed)
+        changes, taken = known[key]
+        feasibility = Feasibility(
+            memory=taken.fits,
+            budget=_within(taken.seconds, _seconds(place.scenario.budget_hours)),
+            latency=_within(first_token, place.scenario.latency_target_ms),
+        )
+        options.append(Option(changed(candidate, changes), taken, feasibility))
+    return options
+
+
+def _fitted(
+    candidate: Candidate, place: Place, measured: Sequence[Measured], fixed: Mapping[str, Any]
+) -> tuple[dict[str, Any], Estimate]:
+    """The first changes with which it fits, else those with which it takes the least."""
+    best: dict[str, Any] = {}
+    taken = _estimate(candidate, place, measured)
+    if taken.fits is True:
+        return best, taken
+    for changes in tighter(candidate, fixed):
+        less = _estimate(changed(candidate, changes), place, measured)
+        if less.fits is True:
+            return changes, less
+        if less.memory.high < taken.memory.high:
+            best, taken = changes, less
+    return best, taken
+
+
+def _estimate(candidate: Candidate, place: Place, measured: Sequence[Measured]) -> Estimate:
+    return estimate(
+        candidate.config,
+        place.facts,
+        place.hardware,
+        measured=measured,
+        tokens=place.scenario.sequence_length,
+    )
+
+
+def _seconds(hours: float | None) -> float | None:
+    return None if hours is None else 3600 * hours
+
+
+def _within(value: Range | Interval, limit: float | None) -> bool | None:
+    if limit is None:
+        return None
+    return True if value.high <= limit else False if value.low > limit else None
+
+
+# --- where nothing fits -------------------------------------------------------------------------
+
+
+def nothing_fits(
+    options: Sequence[Option],
+    place: Place,
+    measured: Sequence[Measured],
+    first_token: Range,
+    base: Config,
+) -> str:
+    """Why none of `options` is an answer, and what would be one: in one line."""
+    scenario = place.scenario
+    fitting = [one for one in options if one.feasibility.memory is not False]
+    if not fitting:
+        least = min(options, key=lambda one: one.estimate.memory.high).estimate
+        low, high, room = (
+            f"{n / _GIB:.1f}" for n in (least.memory.low, least.memory.high, least.room)
+        )
+        # What is asked of the other machines is whether anything fits, by the formula: fast.
+        remedies = list(_more_room(least, place, measured, base))
+        return (
+            f"nothing fits: {place.facts.name} needs {low} to {high} GiB at least, and there are "
+            f"{room} GiB on {place.hardware.device_name}; what would: {_listed(remedies)}"
+        )
+    if all(one.feasibility.latency is False for one in fitting):
+        return (
+            f"nothing answers in time: the first token takes {first_token.low:.3g} to "
+            f"{first_token.high:.3g} ms on {place.hardware.device_name}, more than "
+            f"--latency-target-ms {scenario.latency_target_ms:g}; use a smaller model or a faster "
+            "machine, or allow more"
+        )
+    quickest = min(fitting, key=lambda one: one.estimate.seconds.high).estimate.seconds
+    low, high = (f"{n / 3600:.2g}" for n in (quickest.low, quickest.high))
+    return (
+        f"nothing ends in time: the fastest takes {low} to {high} hours for "
+        f"{base.train.max_steps} steps, more than --budget-hours {scenario.budget_hours:g}; use "
+        "fewer train.max_steps, a smaller model or a faster machine, or allow more"
+    )
+
+
+def _more_room(
+    least: Estimate, place: Place, measured: Sequence[Measured], base: Config
+) -> Iterator[str]:
+    """What would fit, each on its own; the first ones change the least."""
+    fixed = sorted(given(base).keys() - {"model.name", "model.revision", "data.path"})
+    free = build_config({"model": base.model.model_dump(), "data": {"path": base.data.path}}, {})
+    loose = [name for name in fixed if name.startswith(("method.", "train.", "data.", "scaling."))]
+    if loose and (method := _fits(free, place, measured)):
+        yield f"without {', '.join(loose)} ({method} does)"
+    gpu = place.hardware.device == "cuda"
+    workers = max(1, place.hardware.device_count) * 2
+    while gpu and workers <= _MOST_WORKERS and "scaling.num_workers" not in fixed:
+        if method := _fits(base, _with_gpus(place, workers), measured):
+            yield f"--num-gpus {workers} ({method}, sharded)"
+            break
+        workers *= 2
+    needed = least.memory.high / _GIB + (1 if gpu else 0)
+    if gpu:
+        sold = next((size for size in _SOLD_GIB if size >= needed), None)
+        if sold is not None:
+            yield f"a GPU of {sold} GiB"
+    else:
+        yield f"a machine with {math.ceil(needed)} GiB"
+    facts = place.facts
+    for _ in range(_HALVINGS):
+        facts = _half(facts)
+        if method := _fits(base, replace(place, facts=facts), measured):
+            yield f"a model of up to {shown_size(facts.parameters)} ({method})"
+            break
+
+
+def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | None:
+    """The first method of which something surely fits in `place`; None for none."""
+    size = place.facts.parameters / 1e9
+    place = replace(place, scenario=replace(place.scenario, model_size_b=size))
+    fixed = given(base)
+    seen = set()
+    try:
+        found = candidates(base, place)
+    except RayfinError:
+        return None
+    for candidate in found:
+        if candidate.method not in seen:
+            seen.add(candidate.method)
+            changes, taken = _fitted(candidate, place, measured, fixed)
+            if taken.fits is True:
+                config = changed(candidate, changes).config
+                four = config.method.quantization_bit == 4 and candidate.method != "qlora"
+                return f"{candidate.method} over 4-bit weights" if four else candidate.method
+    return None
+
+
+def _with_gpus(place: Place, count: int) -> Place:
+    scenario = replace(place.scenario, hardware=hardware_class(count), num_gpus=count)
+    hardware: Hardware = replace(place.hardware, device_count=count)
+    return replace(place, scenario=scenario, hardware=hardware)
+
+
+def _half(facts: ModelFacts) -> ModelFacts:
+    """A model of the same kind with about half as many parameters."""
+    return replace(
+        facts,
+        parameters=facts.parameters // 2,
+        linear_parameters=facts.linear_parameters // 2,
+        num_layers=max(1, facts.num_layers // 2),
+    )
+
+
+def _listed(remedies: Sequence[str]) -> str:
+    if not remedies:
+        return "a machine with more memory, or a smaller model"
+    *rest, last = remedies
+    return f"{'; '.join(rest)}; or {last}" if rest else last

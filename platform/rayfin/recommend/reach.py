@@ -1,0 +1,40 @@
+"""Which models a trial says something about: those of about its model's size.
+
+The best settings move with the size of a model. By the law that tinker-cookbook fitted over many
+models (`get_lr`), a low-rank method's learning rate falls with the width to the power 0.78, so that
+models whose parameters differ by a factor of five (and widths by 1.7) differ by 1.5 in their rate:
+less than the factor of two that anybody can tell apart. Trials of models farther away than that
+decide nothing, however many there are.
+
+A model below `LEAST_PARAMETERS` is a toy, such as the built-in `tiny`: the smallest published
+families that people adapt begin at 14 million parameters (Pythia, arXiv:2304.01373), and what a
+model of random weights does with a learning rate says nothing about any that was trained. Its
+trials count for itself alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+LEAST_PARAMETERS = 10_000_000
+FACTOR = 5.0
+"""Of parameters, up or down."""
+
+
+def is_toy(parameters: float) -> bool:
+    """Whether a model of so many parameters counts for itself alone; not where NaN: unknown."""
+    return 0 < parameters < LEAST_PARAMETERS
+
+
+def within_reach(parameters: float, other: float) -> bool:
+    """Whether trials at one size say anything about the other; not where either is NaN."""
+    return abs(math.log(parameters / other)) <= math.log(FACTOR) if other > 0 else False
+
+
+def shown_size(parameters: float) -> str:
+    """`8.0 billion parameters`, for people."""
+    if parameters >= 1e9:
+        return f"{parameters / 1e9:.3g} billion parameters"
+    if parameters >= 1e6:
+        return f"{parameters / 1e6:.3g} million parameters"
+    return f"{parameters:,.0f} parameters"

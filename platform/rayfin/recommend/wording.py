@@ -1,0 +1,107 @@
+"""What a recommendation says of itself, for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rayfin.methods import METHODS
+from rayfin.recommend.answer import Basis, Predictions
+from rayfin.recommend.candidates import Candidate
+from rayfin.recommend.estimate import Estimate
+from rayfin.recommend.features import COLUMNS
+from rayfin.recommend.knowledge import Knowledge
+from rayfin.recommend.quality import informs, size_of
+from rayfin.recommend.reach import FACTOR, is_toy, shown_size
+from rayfin.recommend.rules import Rule
+from rayfin.recommend.scenario import Scenario
+from rayfin.recommend.table import Group
+
+
+def explanation(
+    relevance: float, knowledge: Knowledge, columns: Mapping[str, float], *, learned: bool
+) -> str:
+    """What the answer rests on; where that is the rules, how far the nearest trials are."""
+    trials = f"{knowledge.trials} trials of the history and {knowledge.reference} of the reference"
+    doubt = f"{relevance:.0%} of the doubt about which settings are better"
+    groups = list(knowledge.evidence.groups.values())
+    near = [group for group in groups if informs(group, columns)]
+    if learned:
+        settings = sum(len(group) for group in near)
+        models = len({_model(group) for group in near})
+        return (
+            f"learned from {settings} of the settings tried in {trials}: those of {models} "
+            f"model{'s' * (models > 1)} of about this size, which take away {doubt} here"
+        )
+    if near:
+        return (
+            f"the rules: {trials} say next to nothing about this scenario (they take away {doubt})"
+        )
+    far = _nearest(knowledge, groups, columns)
+    return f"the rules: {trials} say nothing about a model of this size{far}"
+
+
+def _nearest(knowledge: Knowledge, groups: Sequence[Group], columns: Mapping[str, float]) -> str:
+    """` (8 billion parameters): the nearest is …`, as far as that is known."""
+    size = 10.0 ** columns["parameters"]
+    here = f" ({shown_size(size)})" if size > 0 else ""
+    known = [group for group in groups if size_of(group) > 0 and not is_toy(size_of(group))]
+    if not known or not size > 0:
+        return here
+    away = [abs(math.log(size_of(group) / size)) for group in known]
+    group = known[int(np.argmin(away))]
+    times = size / size_of(group)
+    far = f"{times:.3g} times smaller" if times > 1 else f"{1 / times:.3g} times larger"
+    return (
+        f"{here}: the nearest, {knowledge.scenario_of(int(group.first[0]))}, is {far}, and "
+        f"settings carry over within a factor of {FACTOR:g}"
+    )
+
+
+def _model(group: Group) -> tuple[float, ...]:
+    names = ("parameters", "brand", "generation")
+    return tuple(float(group.rows[0, COLUMNS.names.index(name)]) for name in names)
+
+
+def reasons(
+    option: Candidate, rule: Rule, predictions: Predictions, number: int, basis: Sequence[Basis]
+) -> list[str]:
+    found = []
+    if number:
+        found.append("covers for where those before it go wrong")
+    quantised = option.config.method.quantization_bit is not None and option.method != "qlora"
+    if quantised:
+        found.append("4-bit weights make room for it")
+    elif option.method in rule.methods:
+        found.append(rule.reason)
+    if basis and basis[0].likeness > 0.5:
+        found.append(f"much like trial {basis[0].trial_id}: {basis[0].summary}")
+    if predictions.shortfall.high < 0.25:
+        found.append("expected near the best known, with little doubt")
+    return found
+
+
+def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estimate) -> list[str]:
+    found = [rule.risk] if rule.risk and option.method in rule.methods else []
+    if predictions.divergence is not None and predictions.divergence >= 0.1:
+        found.append(f"{predictions.divergence:.0%} of settings like it diverge")
+    if predictions.shortfall.high - predictions.shortfall.low > 0.5:
+        found.append("little is known of such settings here: its interval is wide")
+    if taken.fits is not True:
+        found.append("may not fit the device's memory")
+    return found
+
+
+def deployment(option: Candidate, scenario: Scenario, rule: Rule) -> str:
+    method = METHODS[option.method]
+    if scenario.latency == "strict" and scenario.hardware == "multi_gpu":
+        return rule.deployment
+    if option.method == "full":
+        return "a base model of its own"
+    if option.config.method.quantization_bit == 4:
+        return "beside other adapters on the 4-bit base (engine.quantization_bit=4)"
+    if scenario.latency == "strict" and method.merging:
+        return "merged into its base model, or an adapter in a shared deployment"
+    return "an adapter in a shared deployment, switched per request"
