@@ -387,7 +387,7 @@ def test_a_scenario_unlike_anything_gets_the_rules_or_wide_intervals(
     facts = replace(SMOLLM2, name="llama-3.1-70b", identity="x@1", parameters=size)
     far = Place(
         Scenario(hardware="multi_gpu", num_gpus=8, data_scale="large", model_size_b=70.0),
-        replace(facts, hidden_size=8192, num_layers=80),
+        replace(facts, hidden_size=8192, num_layers=80, linear_parameters=size),
         Hardware("cuda", "NVIDIA H100", 8, 80 * 2**30, 64, 2**40, True),
         {
             "digest": "another task",
@@ -399,7 +399,8 @@ def test_a_scenario_unlike_anything_gets_the_rules_or_wide_intervals(
     answer = answered(history(), far)
     ranges = [choice.predictions.shortfall for choice in answer.choices]
     near = [choice.predictions.shortfall for choice in known[SMOLLM2.name].choices]
-    assert answer.source == "rules" or ranges[0].high - ranges[0].low > 0.3
+    assert answer.source == "rules"
+    assert "is 117 times smaller" in answer.explanation  # than the largest that is known
     assert ranges[0].high - ranges[0].low > 2 * (near[0].high - near[0].low)
     assert answer.relevance < known[SMOLLM2.name].relevance
 

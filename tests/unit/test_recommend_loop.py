@@ -19,6 +19,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.models import describe_model
 from rayfin.paths import Storage
 from rayfin.recommend import loop
+from rayfin.recommend.features import model_row
 from rayfin.recommend.knowledge import Knowledge
 from rayfin.recommend.loop import SweepAdvisor, scenario_of, sweep_advisor
 from rayfin.recommend.practice import learning_rate
@@ -30,6 +31,8 @@ from rayfin.tuning.sweep import run_sweep
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 BEST = 3e-3
 MISLEADING = 3e-5
+SIZE = model_row("mistral-0.8b", {})
+"""The plan's model counts as one of this size: a toy would learn from itself alone."""
 TASKS = ("one.jsonl", "two.jsonl", "three.jsonl")
 
 
@@ -126,7 +129,7 @@ def losses(rows: Sequence[TrialRecord]) -> list[float]:
 
 def advisor_of(plan: SweepPlan, records: Sequence[TrialRecord], seed: int = 0) -> SweepAdvisor:
     knowledge = Knowledge.of(records, reference=False)
-    return SweepAdvisor(knowledge, scenario_of(plan), "eval_loss", seed=seed)
+    return SweepAdvisor(knowledge, scenario_of(plan) | SIZE, "eval_loss", seed=seed)
 
 
 def test_it_starts_where_past_sweeps_were_best(plan: SweepPlan) -> None:
@@ -146,7 +149,7 @@ def test_a_past_that_misleads_is_left_behind_by_12_trials(tmp_path: Path) -> Non
     knowledge = Knowledge.of(past(MISLEADING), reference=False)
     for seed in range(5):
         plan = plan_of(tmp_path, f"sweep.seed={seed}")
-        advisor = SweepAdvisor(knowledge, scenario_of(plan), "eval_loss", seed=100 * seed)
+        advisor = SweepAdvisor(knowledge, scenario_of(plan) | SIZE, "eval_loss", seed=100 * seed)
         rows = swept(plan, advisor, ours)
         starts.append(rows[0].spec["train"]["learning_rate"])
         regrets["advisor"].append(min(losses(rows)) - best)

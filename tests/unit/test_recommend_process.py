@@ -265,12 +265,12 @@ def loss_of(seen: Observations, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What `fit` minimises, with its gradient."""
     kept: list[Any] = []
 
-    def keep(loss: Any, start: Array) -> Array:
+    def keep(loss: Any, start: Array, _: Array) -> Array:
         kept.append(loss)
         return start
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_rprop", keep)
+        patch.setattr(module, "rprop", keep)
         fit(COLUMNS, seen)
     return kept[0]
 

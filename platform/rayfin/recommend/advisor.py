@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayfin.config import Config
 from rayfin.history import History
@@ -14,8 +15,8 @@ from rayfin.methods import METHODS
 from rayfin.recommend import practice, quality
 from rayfin.recommend.answer import Choice, Point, Predictions, Range, Recommendation
 from rayfin.recommend.candidates import Place, candidates, given
-from rayfin.recommend.feasible import Option, nothing_fits, options_for
-from rayfin.recommend.features import COLUMNS, data_row, model_row, place_codes, setting_row
+from rayfin.recommend.feasible import Option, answers, nothing_fits, options_for
+from rayfin.recommend.features import COLUMNS, setting_row
 from rayfin.recommend.knowledge import Knowledge, knowledge_of
 from rayfin.recommend.latency import first_token
 from rayfin.recommend.process import Array, Parameters
@@ -35,6 +36,9 @@ _PER_DOUBLING = {"quality": 0.005, "cost": 0.05, "latency": 0.01}
 _PER_OCTAVE = 0.03
 _OCTAVES = ("train.learning_rate", "method.r", "method.target_r", "method.num_virtual_tokens")
 _OCTAVES_OF_METHOD = 2.0
+_USUAL, _SAME = 0.4, 0.1
+"""Decades within which a learning rate is about practice's, whose sources differ by as much; and
+within which it is one that was tried."""
 _UNMERGEABLE = {"quality": 0.0, "cost": 0.0, "latency": 0.1}
 _MAY_NOT_FIT = 0.1
 """Charge of what the estimate of its memory leaves open; what does not fit is not chosen at all."""
@@ -53,7 +57,7 @@ def recommend(
     columns = _columns(place, knowledge.evidence)
     latency = first_token(place.facts, place.hardware, knowledge.served)
     every = options_for(candidates(base, place), place, knowledge.measured, latency, given(base))
-    options = [option for option in every if option.possible]
+    options = answers(every)
     rows = _rows(options or every, columns)
     near = knowledge.evidence.near(columns)
     relevances = _relevances(options or every, rows, near)
@@ -76,6 +80,8 @@ def recommend(
     if not learned:  # trials that say next to nothing must not sway
         near = quality.Evidence({}, Parameters.expected(COLUMNS)).near(columns)
         relevances = np.zeros(len(options))
+    tried = _tried(options, rows, near, place)
+    options, rows, relevances = [options[at] for at in tried], rows[tried], relevances[tried]
     charges = quality.draws(near.process, rows)
     costs = _costs(options, place)
     costs += (1.0 - relevances) * _unusual(options, place)  # as far as trials leave it open
@@ -123,12 +129,7 @@ def recommend(
 
 def _columns(place: Place, evidence: quality.Evidence) -> dict[str, float]:
     """The scenario's; what is not known of it, its samples' lengths say, its own trials tell."""
-    name = place.facts.identity
-    columns = (
-        model_row(name, place.facts.as_dict())
-        | data_row(place.profile or {"rows_train": place.scenario.dataset_rows})
-        | place_codes(place.profile or {}, name)
-    )
+    columns = place.columns()
     group = evidence.groups.get(columns["group"])
     told = {} if group is None else dict(zip(COLUMNS.names, group.rows[0].tolist(), strict=True))
     return {
@@ -154,6 +155,25 @@ def _relevances(options: Sequence[Option], rows: Array, near: quality.Near) -> A
     """
     methods = np.array([option.candidate.method for option in options])
     return quality.relevance(near.process, rows, methods)
+
+
+def _tried(
+    options: Sequence[Option], rows: Array, near: quality.Near, place: Place
+) -> NDArray[np.intp]:
+    """Places of those with about practice's learning rate, or with one among those of the trials.
+
+    Beyond both nobody knows anything, so that such a rate would be proposed for its uncertainty
+    alone. All where the rate was given.
+    """
+    column = COLUMNS.names.index("learning_rate")
+    seen = near.process.observations.rows[:, column]
+    least, most = np.nanmin(seen, initial=np.inf), np.nanmax(seen, initial=-np.inf)
+    found = (rows[:, column] >= least - _SAME) & (rows[:, column] <= most + _SAME)
+    for at, option in enumerate(options):
+        rate = option.candidate.config.train.learning_rate
+        usual = practice.learning_rate(option.candidate.method, place.scenario.model_size_b)
+        found[at] |= abs(math.log10(rate / usual)) <= _USUAL
+    return np.flatnonzero(found) if found.any() else np.arange(len(options))
 
 
 def _costs(options: Sequence[Option], place: Place) -> Array:

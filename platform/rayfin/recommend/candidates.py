@@ -13,6 +13,7 @@ from rayfin.hardware import Hardware
 from rayfin.methods import METHODS, check_combination
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend import practice
+from rayfin.recommend.features import data_row, model_row, place_codes
 from rayfin.recommend.rules import rule_for
 from rayfin.recommend.scenario import Scenario
 from rayfin.training.strategies import check_scaling
@@ -61,6 +62,15 @@ class Place:
     profile: Mapping[str, Any] | None = None
     """Of the data, as records hold it; what is not known of it may be missing."""
 
+    def columns(self) -> dict[str, float]:
+        """Those of the scenario, in the learned model's rows."""
+        name = self.facts.identity
+        return (
+            model_row(name, self.facts.as_dict())
+            | data_row(self.profile or {"rows_train": self.scenario.dataset_rows})
+            | place_codes(self.profile or {}, name)
+        )
+
 
 def candidates(base: Config, place: Place) -> list[Candidate]:
     """Variants of `base` for `place`: methods, learning rates and ranks around practice's.
@@ -100,7 +110,8 @@ def candidates(base: Config, place: Place) -> list[Candidate]:
 def tighter(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Changes to `option` that take less memory, those that cost least first; `fixed` is kept.
 
-    A step's samples stay the same: fewer at once, then recomputed activations, then 4-bit weights.
+    A step's samples stay the same: fewer are scored at once, fewer are trained on at once, then
+    activations are recomputed, and then the weights have 4 bits.
     """
     method, train = option.config.method, option.config.train
     own = METHODS[method.type]
@@ -116,11 +127,16 @@ def tighter(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, A
     if own.gradient_checkpointing and not train.gradient_checkpointing and name not in fixed:
         recomputed.append({name: True})
     size, steps = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
-    batches: list[dict[str, Any]] = [{}]
+    scored = "train.per_device_eval_batch_size"
     at_once, times = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    while at_once % 2 == 0 and not {size, steps} & fixed.keys():
+    batches: list[dict[str, Any]] = [{}]
+    while True:
+        # Scoring holds the logits of every position: with long samples that is the most of all.
+        fewer = {} if scored in fixed else {scored: min(at_once, train.per_device_eval_batch_size)}
+        batches.append(fewer | ({} if len(batches) == 1 else {size: at_once, steps: times}))
+        if at_once % 2 or {size, steps} & fixed.keys():
+            break
         at_once, times = at_once // 2, times * 2
-        batches.append({size: at_once, steps: times})
     for parts in itertools.product(bits, recomputed, batches):
         if changes := {key: value for part in parts for key, value in part.items()}:
             yield changes
@@ -150,7 +166,8 @@ def _check_workers(config: Config, hardware: Hardware) -> None:
     if hardware.device == "cuda" and workers > devices:
         raise ConfigError(
             f"scaling.num_workers={workers} needs as many GPUs, and there "
-            f"{'is' if devices == 1 else 'are'} {devices}; use {devices} workers, or --num-gpus"
+            f"{'is' if devices == 1 else 'are'} {devices}; use scaling.num_workers={devices}, or "
+            f"--num-gpus {workers}"
         )
 
 

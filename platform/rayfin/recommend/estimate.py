@@ -67,7 +67,11 @@ class Estimate:
     room: float
     """Bytes of its device that are a worker's."""
     fits: bool | None
-    """Whether that is enough; None where the interval does not tell."""
+    """Whether that is enough; None where the interval does not tell.
+
+    Not where weights, gradients and the optimizer's state alone are more than a GPU has: they are
+    counted, whatever the interval of the rest says.
+    """
     strategy: str | None
     """How several workers share the trial; None where one process holds all."""
     strategy_why: str | None
@@ -127,6 +131,8 @@ def estimate(
     on_gpu = hardware.device == "cuda"
     room = hardware.device_memory / (1 if on_gpu else config.scaling.num_workers)
     usable = room - (_CUDA_RESERVE if on_gpu else 0)
+    counted = parts.weights + parts.adapter + parts.gradients + parts.optimizer
+    least = max(peak.low, counted) if on_gpu else peak.low
     return Estimate(
         parts=parts,
         memory=peak,
@@ -135,7 +141,7 @@ def estimate(
         trials=len(alike),
         near_trials=sum(all(_same(trial, this)) for trial in alike),
         room=room,
-        fits=True if peak.high <= usable else False if peak.low > usable else None,
+        fits=True if peak.high <= usable else False if least > usable else None,
         strategy=_sharing(this),
         strategy_why=why,
     )

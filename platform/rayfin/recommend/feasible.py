@@ -43,6 +43,13 @@ class Option:
         """Whether nothing says that it can't run as it is meant to."""
         return False not in vars(self.feasibility).values()
 
+    @property
+    def likely(self) -> bool:
+        """Whether it is expected to fit the memory, though that may not be sure."""
+        return (
+            self.feasibility.memory is True or self.estimate.memory.expected <= self.estimate.room
+        )
+
 
 def options_for(
     found: Sequence[Candidate],
@@ -70,6 +77,12 @@ def options_for(
         )
         options.append(Option(changed(candidate, changes), taken, feasibility))
     return options
+
+
+def answers(options: Sequence[Option]) -> list[Option]:
+    """What may be recommended: nothing that can't run, no gamble while there is anything else."""
+    possible = [option for option in options if option.possible]
+    return [option for option in possible if option.likely] or possible
 
 
 def _fitted(

@@ -11,10 +11,9 @@ are alike as far as their settings are, and their scenarios:
 - `offset` is a constant of each group: the level of its scores says nothing about its settings.
 
 How much each term counts, and how far apart two settings are, are learned from the trials
-(Rasmussen & Williams 2006, chapter 5: maximum a posteriori, with log-normal priors). What scenarios
-differ by is never learned to be less than expected: a history of two models can't tell whether
-their size matters, and where they happen to agree, the likeliest answer is that nothing does. All
-of it is numpy: a recommendation must not wait for torch to be imported.
+(Rasmussen & Williams 2006, chapter 5: maximum a posteriori, with log-normal priors), where no term
+is learned to count for less than expected (`fit` says why). All of it is numpy: a recommendation
+must not wait for torch to be imported.
 """
 
 from __future__ import annotations
@@ -299,8 +298,10 @@ def kinship(columns: Columns, parameters: Parameters, row: Array, rows: Array) -
 def fit(columns: Columns, seen: Observations, start: Parameters | None = None) -> Parameters:
     """The parameters under which `seen` is most likely, and which the priors allow.
 
-    The amplitudes of the scenario's terms (size, data, brand, ...) are those of the priors at
-    least, so that what was seen in one scenario never passes for what another one does.
+    Amplitudes are those of the priors at least. Those of the scenario's terms (size, data, brand,
+    ...), so that what was seen in one scenario never passes for what another one does: a history
+    of two models can't tell whether their size matters. And that of `common` beside them, which
+    would else be left nothing to explain, as if no scenario told anything about another.
     Time grows with the cube of the observations: about 3 s for 500 on two cores.
     """
     expected = Parameters.expected(columns)
@@ -308,7 +309,8 @@ def fit(columns: Columns, seen: Observations, start: Parameters | None = None) -
     prior = np.array([expected.values[name] for name in names])
     kernel = _Kernel(columns, seen.rows, seen.rows)
     pairs = seen.pairs()
-    deviation = np.where([name.startswith("amplitude.") for name in names], *_DEVIATIONS)
+    amplitude = np.array([name.startswith("amplitude.") for name in names])
+    deviation = np.where(amplitude, *_DEVIATIONS)
 
     def loss(point: Array) -> tuple[float, Array]:
         parameters = Parameters(dict(zip(names, point.tolist(), strict=True)))
@@ -328,8 +330,7 @@ def fit(columns: Columns, seen: Observations, start: Parameters | None = None) -
         # A column that never varies leaves its length scale to the prior.
         return float(value), np.array([found.get(n, 0.0) for n in names]) + away / deviation
 
-    scenario = {f"amplitude.{term}" for term in columns.terms}
-    floor = np.where([name in scenario for name in names], prior, -np.inf)
+    floor = np.where(amplitude, prior, -np.inf)
     begin = expected if start is None else start
     point = np.array([begin.values.get(name, expected.values[name]) for name in names])
     return Parameters(dict(zip(names, rprop(loss, point, floor).tolist(), strict=True)))

@@ -32,8 +32,8 @@ def explanation(
         settings = sum(len(group) for group in near)
         models = len({_model(group) for group in near})
         return (
-            f"learned from {settings} of the settings tried in {trials}: those of {models} "
-            f"model{'s' * (models > 1)} of about this size, which take away {doubt} here"
+            f"learned from {settings} settings tried with {models} model{'s' * (models > 1)} of "
+            f"about this size, among {trials}; they take away {doubt} here"
         )
     if near:
         return (
