@@ -145,6 +145,24 @@ def test_a_first_answer_rests_on_the_trials_that_come_with_rayfin(
             )
 
 
+GUIDE = Path(__file__).parents[2] / "docs" / "recommend.md"
+
+
+@pytest.mark.smollm2
+def test_the_guides_commands_run(capfd: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(24)]
+    Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    blocks = re.findall(r"```bash\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) == 6
+    for command in commands:
+        said, _, comment = command.partition("#")
+        program, *arguments = said.split()
+        assert (program, arguments[0]) == ("rayfin", "recommend")
+        assert main(arguments) == (1 if "exit code 1" in comment else 0), command
+    assert "nothing fits: smollm2-135m needs " in capfd.readouterr().err
+
+
 # --- the scenario -------------------------------------------------------------------------------
 
 

@@ -51,7 +51,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.epilog = (
         f"Example: {parser.prog} model.name=smollm2-135m data.path=my.jsonl --scaffold mine. What "
-        "the settings name is kept; the advisor chooses the rest"
+        "the settings name is kept; the advisor chooses the rest. Exit code 1: nothing fits, and "
+        "what would is said. Guide: docs/recommend.md"
     )
     parser.set_defaults(handler=run)
 

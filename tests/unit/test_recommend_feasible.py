@@ -1,0 +1,194 @@
+"""What is recommended can run where it is meant to; if nothing can, it is said what would."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from rayfin.config import build_config, load_config
+from rayfin.errors import ConfigError
+from rayfin.hardware import Hardware
+from rayfin.methods import METHODS
+from rayfin.models import ModelFacts
+from rayfin.models.sizes import sizes_of
+from rayfin.recommend import Scenario
+from rayfin.recommend.advisor import Place, recommend
+from rayfin.recommend.answer import Recommendation
+from rayfin.recommend.estimate import estimate
+from rayfin.recommend.knowledge import Knowledge
+from rayfin.training.strategies import check_scaling
+
+EMPTY = Knowledge.of([], reference=False)
+LAPTOP = Hardware("cpu", "x86_64", 0, 24 * 2**30, 8, 24 * 2**30, True)
+
+
+SHAPES = {  # width, feed-forward width, layers, heads, key-value heads, vocabulary
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
+    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256),
+    "smollm2-135m": (576, 1536, 30, 9, 3, 49152),
+}
+
+
+def facts_of(name: str) -> ModelFacts:
+    width, inner, layers, heads, groups, vocabulary = SHAPES[name]
+    sizes = sizes_of(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": width,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": groups,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": width < 4096,
+            "torch_dtype": "bfloat16",
+        }
+    )
+    assert sizes is not None
+    return ModelFacts(name=name, identity=f"{name}@1", **vars(sizes))
+
+
+def gpus(gib: float, count: int = 1) -> Hardware:
+    return Hardware("cuda", "a GPU", count, int(gib * 2**30), 16, 256 * 2**30, True)
+
+
+def where(name: str, hardware: Hardware) -> Place:
+    facts, kind = facts_of(name), {0: "cpu", 1: "single_gpu"}
+    scenario = Scenario(
+        hardware=kind.get(hardware.device_count, "multi_gpu"),
+        data_scale="small",
+        latency="normal",
+        model_name=name,
+        model_size_b=facts.parameters / 1e9,
+        dataset_rows=1000,
+        num_gpus=hardware.device_count,
+        gpu_memory_gb=hardware.device_memory / 2**30 if hardware.device == "cuda" else None,
+    )
+    return Place(scenario, facts, hardware, {"rows_train": 1000, "digest": "d"})
+
+
+def asked(name: str, hardware: Hardware, *given: str, k: int = 3) -> Recommendation:
+    config = load_config({"model": {"name": "tiny"}, "data": {"path": "pydocs"}}, list(given))
+    return recommend(where(name, hardware), EMPTY, k, config=config)
+
+
+PLACES = [LAPTOP, *(gpus(*many) for many in ((8, 1), (24, 1), (80, 1), (24, 4), (80, 8)))]
+
+
+@pytest.mark.parametrize("hardware", PLACES, ids=lambda it: f"{it.device_count}x{it.device}")
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.1-8b", "llama-3.1-70b"])
+def test_every_choice_may_fit_by_an_estimate_of_its_own(name: str, hardware: Hardware) -> None:
+    answer = asked(name, hardware, k=8)
+    assert (answer.nothing_fits is None) == bool(answer.choices) == bool(answer.points)
+    for choice in answer.choices:
+        config = build_config(choice.config, {})
+        check_scaling(config)
+        taken = estimate(config, facts_of(name), hardware)
+        assert choice.feasibility.memory is taken.fits is not False
+        assert config.scaling.num_workers <= max(1, hardware.device_count)
+        for setting, value in choice.settings.items():
+            section, leaf = setting.split(".")
+            assert choice.config[section][leaf] == value
+        assert "does not fit" not in " ".join(choice.risks)
+
+
+def test_an_eight_billion_model_is_made_to_fit_a_24_gib_gpu() -> None:
+    """Fewer samples at once, scored ones too, as many in a step, recomputed, over 4-bit weights."""
+    roomy = asked("llama-3.1-8b", gpus(640)).choices[0].config["train"]
+    answer = asked("llama-3.1-8b", gpus(24))
+    train = answer.choices[0].config["train"]
+    assert answer.choices[0].feasibility.memory is True
+    assert answer.choices[0].config["method"]["quantization_bit"] == 4
+    assert train["gradient_checkpointing"] is True
+    assert train["per_device_eval_batch_size"] < 16
+    batches = [
+        it["per_device_train_batch_size"] * it["gradient_accumulation_steps"]
+        for it in (train, roomy)
+    ]
+    assert batches[0] == batches[1] == 16
+
+
+def test_what_was_given_is_not_made_smaller() -> None:
+    given = ("train.per_device_train_batch_size=4", "train.per_device_eval_batch_size=8")
+    for choice in asked("llama-3.1-8b", gpus(24), *given).choices:
+        assert choice.config["train"]["per_device_train_batch_size"] == 4
+        assert choice.config["train"]["per_device_eval_batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "hardware", "given", "said"),
+    [
+        ("llama-3.1-70b", gpus(24), (), ["a GPU of ", "--num-gpus ", "a model of up to "]),
+        ("llama-3.1-70b", LAPTOP, (), ["a machine with ", "a model of up to "]),
+        ("llama-3.1-8b", gpus(24), ("method.type=full",), ["without method.type (lora"]),
+        (
+            "llama-3.1-8b",
+            gpus(24),
+            ("train.per_device_train_batch_size=512",),
+            ["without train.per_device_train_batch_size (lora over 4-bit weights does)"],
+        ),
+        ("llama-3.1-8b", gpus(4), (), ["a GPU of ", "a model of up to "]),
+    ],
+)
+def test_where_nothing_fits_it_says_what_would(
+    name: str, hardware: Hardware, given: tuple[str, ...], said: list[str]
+) -> None:
+    answer = asked(name, hardware, *given)
+    assert answer.choices == [] and answer.nothing_fits is not None
+    assert answer.nothing_fits.startswith(f"nothing fits: {name} needs ")
+    assert "\n" not in answer.nothing_fits
+    for remedy in said:
+        assert remedy in answer.nothing_fits
+
+
+def test_the_gpu_that_is_named_is_one_that_it_fits() -> None:
+    said = asked("llama-3.1-8b", gpus(4)).nothing_fits or ""
+    gib = int(said.split("a GPU of ")[1].split()[0])
+    assert asked("llama-3.1-8b", gpus(gib)).choices[0].feasibility.memory is not False
+
+
+def test_weights_that_are_counted_decide_though_the_interval_is_wide() -> None:
+    """70 billion parameters in 4 bits are 35 GB, and no doubt about the rest makes them less."""
+    config = build_config({"method": {"type": "qlora"}}, {})
+    found = estimate(config, facts_of("llama-3.1-70b"), gpus(24), tokens=64)
+    assert found.memory.low < 24 * 2**30 < found.parts.weights
+    assert found.fits is False
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "full"])
+def test_samples_are_no_longer_than_the_models_positions(method: str) -> None:
+    short = where("smollm2-135m", gpus(80))
+    short = replace(short, facts=replace(short.facts, max_position_embeddings=2048))
+    config = build_config({"data": {"path": "pydocs"}}, {"method.type": method})
+    for choice in recommend(short, EMPTY, config=config).choices:
+        tokens = choice.config["method"].get("num_virtual_tokens") or 0
+        assert choice.config["data"]["max_length"] + tokens <= 2048
+        assert choice.settings["data.max_length"] == choice.config["data"]["max_length"]
+    with pytest.raises(ConfigError, match="is more than the 2048 positions"):
+        recommend(short, EMPTY, config=build_config({}, {"data.max_length": 4096}))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("scaling.num_workers=4",), "needs as many GPUs, and there is 1"),
+        (("scaling.num_workers=3", "train.per_device_train_batch_size=8"), "can't share the"),
+        (
+            ("scaling.strategy=fsdp", "method.type=lora", "method.quantization_bit=8"),
+            "8-bit weights keep their scales",
+        ),
+    ],
+)
+def test_what_can_not_run_there_is_refused(given: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"leave nothing that can be trained: .*{said}"):
+        asked("smollm2-135m", gpus(24), *given)
+
+
+def test_a_gamble_is_no_choice_while_something_likely_fits() -> None:
+    """70 billion parameters on 80 GiB: a small rank is likely to fit, a rank of 256 is not."""
+    for choice, room in itertools.product(asked("llama-3.1-70b", gpus(80), k=6).choices, [80]):
+        assert choice.predictions.memory_bytes.expected <= room * 2**30
