@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,7 +280,7 @@ def test_a_worker_that_dies_before_its_trial_starts_leaves_a_row_with_the_reason
     hooks.on_trial_error(0, [], tune_trial)
     (row,) = history.rows.values()
     assert row.status == status and re.search(recorded, row.error or ""), row.error
-    assert not recorder.running and len(restarted) == 1
+    assert not recorder.interrupt() and len(restarted) == 1
 
 
 # --- resume -----------------------------------------------------------------------------------
@@ -375,9 +376,7 @@ def test_a_trial_of_others_that_can_t_be_reached_is_trained_here(
 @pytest.mark.parametrize("failures", [1, 2, 3])
 def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_again(
     failures: int,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     begun: list[subprocess.Popen[bytes]] = []
     program = str(Path(ray.__file__).parent / "core/src/ray/raylet/raylet")
@@ -392,28 +391,60 @@ def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_again(
             others.append(sleep("not-of-ray"))
             raise Exception("The current node timed out during startup. …")  # noqa: TRY002 as Ray
 
-    logs = tmp_path / f"ray/session_2026-01-01_{os.getpid()}/logs"
+    place = Path(tempfile.mkdtemp(dir="/tmp"))  # a short one: Ray's sockets have long names
+    logs = place / f"ray/session_2026-01-01_{os.getpid()}/logs"
     logs.mkdir(parents=True)
     (logs / "raylet.out").write_text("No space left on device\n")
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_TMPDIR", str(place))
     others = [sleep(program)]  # of another Ray, before
-    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setattr(ray, "init", init)
     expected = (
-        pytest.raises(RayfinError, match="tried 3 times")
+        pytest.raises(RayfinError, match="did not start")
         if failures == 3
         else contextlib.nullcontext()
     )
     try:
-        with expected, cluster.ray_cluster(None):
+        with expected as told, cluster.ray_cluster(None):
             pass
         assert len(begun) == failures
-        assert caplog.text.count("raylet.out: No space left on device") == failures
+        if told is not None:
+            log = re.search(r"; log: (\S+); likeliest reasons: \(1\) .+; \(3\) ", str(told.value))
+            assert log and "No space left on device" in Path(log.group(1)).read_text()
         assert not any(psutil.pid_exists(process.pid) for process in begun)
         assert all(process.poll() is None for process in others)
     finally:
+        shutil.rmtree(place)
         for process in (*begun, *others):
             process.kill()
             process.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("file", "can't be written (Not a directory): set RAY_TMPDIR to another"),
+        ("x" * 60, "is too long for Ray's sockets: set RAY_TMPDIR to another"),
+    ],
+)
+def test_a_ray_that_cannot_start_is_one_line_with_reasons_and_a_log(
+    name: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    place = tmp_path / name
+    place.touch() if name == "file" else place.mkdir()
+    monkeypatch.setenv("RAY_TMPDIR", str(place))
+    environment = dict(os.environ)
+    with pytest.raises(RayfinError) as told, cluster.ray_cluster(None, num_cpus=1):
+        pass
+    line = str(told.value)
+    assert "\n" not in line and capfd.readouterr().err == ""
+    log = re.search(r"; log: (\S+); likeliest reasons: \(1\) (.+?); \(2\) .+; \(3\) .+: .+$", line)
+    assert (log and reason in log.group(2)) or reason in line, line
+    assert log and "Traceback" in Path(log.group(1)).read_text()
+    assert dict(os.environ) == environment, "a Ray elsewhere is to be joined as the user set it"
 
 
 # --- the worker -------------------------------------------------------------------------------

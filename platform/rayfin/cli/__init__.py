@@ -25,6 +25,7 @@ from rayfin.cli import (
     train,
 )
 from rayfin.cli.parser import Parser, print_error
+from rayfin.cli.signals import ends_as_by_ctrl_c
 from rayfin.errors import RayfinError, UsageError
 
 INTERRUPTED = 130
@@ -32,7 +33,11 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Runs one command; returns its exit code: 0 done, 1 failed, 2 wrong usage, 3 trained
+    but not published or shown, 130 interrupted.
+
+    143 and 129 stand for SIGTERM and for a terminal that was closed, which end it as Ctrl-C does.
+    """
     parser = Parser(
         prog="rayfin",
         description="Parameter-efficient fine-tuning on Ray: sweep, train, publish, serve.",
@@ -87,4 +92,6 @@ def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
         code: int = args.handler(args)
         return code
 
-    return guarded(command)
+    with ends_as_by_ctrl_c() as received:
+        code = guarded(command)
+    return 128 + received[0] if received and code == INTERRUPTED else code

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rayfin.cli.parser import printable
 from rayfin.cli.places import history_url
 from rayfin.cli.settings import add_settings, split_settings
+from rayfin.errors import RayfinError
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
@@ -31,6 +34,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"Example: {parser.prog} data.path=my.jsonl method.r=16 publish.name=mine. "
             f"All settings: {parser.prog} --settings"
         )
+
+
+INCOMPLETE = 3
+"""Exit code: what was trained is whole and recorded, and a step that follows it failed."""
+
+
+class Failures:
+    """Steps after the training that failed; none keeps the others from being done."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        """One for each: what is missing, why, and the remedy."""
+
+    @contextmanager
+    def noting(self, what: str, remedy: str) -> Iterator[None]:
+        """Whatever the block raises becomes a line; only an interruption goes on."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # a library's too: no traceback helps the user
+            why = str(error) if isinstance(error, RayfinError) else _named(error)
+            self.lines.append(f"{what}: {' '.join(why.split())}; {remedy}")
+
+
+def _named(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def unpublished(config: Config, row: TrialRecord, again: str) -> tuple[str, str]:
+    """What `Failures.noting` says where a trial's adapter can't be published."""
+    name = config.publish.name if config.publish is not None else ""
+    return (
+        f"trial {row.trial_id} is not published as '{name}'",
+        f"its adapter stays in {row.directory}: mend that, and the same command{again} publishes "
+        "it and trains nothing",
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rayfin.history import History, SweepSummary, TrialRecord
 
-_STATUSES = ("running", "finished", "stopped", "failed", "oom")
+_STATUSES = ("running", "interrupted", "finished", "stopped", "failed", "oom")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -130,12 +130,15 @@ def import_trials(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     from rayfin.history import History
+    from rayfin.history.driver import note_lost
     from rayfin.paths import Storage
 
     config = place_config(args)
     if create and config.history is None:  # reading must not leave an empty storage behind
         Storage.open(config.storage)
-    return History.open(history_url(config), create=create)
+    history = History.open(history_url(config), create=create)
+    note_lost(history)
+    return history
 
 
 def _print(args: argparse.Namespace, value: Any, human: Table | str) -> None:

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rayfin.cli import experiment
 from rayfin.cli.parser import print_error
-from rayfin.errors import UsageError
+from rayfin.errors import StorageError
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
     from rayfin.cli.experiment import Workplace
     from rayfin.evaluation.report import Sample
     from rayfin.evaluation.verdict import Verdict
+    from rayfin.history import TrialRecord
     from rayfin.tuning.sweep import SweepResult
 
 
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: a trial finished; 1: none did; 130: interrupted."""
+    """Exit code 0: all is done; 1: no trial finished; 3: the trials and the report are there, and
+    publishing or the sample answers failed; 130: interrupted.
+    """
     from rayfin.recommend.fitting import MemoryCheck
     from rayfin.recommend.loop import sweep_advisor
     from rayfin.tuning.sweep import run_sweep
@@ -51,50 +54,73 @@ def run(args: argparse.Namespace) -> int:
             advise=lambda plan: sweep_advisor(plan, place.history),
             refuse=MemoryCheck(place.history),
         )
-    adapter = place.publish(result.best) if result.best and not result.interrupted else None
-    report = _write_report(place, result, adapter)
+    # What follows a sweep may fail in more ways than training did: first what the trials are worth.
+    report = _write_report(place, result)
+    failed = experiment.Failures()
+    adapter: AdapterVersion | None = None
+    samples: Sequence[Sample] = ()
+    if (best := result.best) is not None and not result.interrupted:
+        with failed.noting(*experiment.unpublished(place.config, best, " with --resume")):
+            adapter = place.publish(best)
+        with failed.noting(
+            "the report goes without sample answers",
+            "the same command with --resume tries again, sweep.report_samples=0 asks for none",
+        ):
+            samples = _samples(place, best)
+        if adapter is not None or samples:
+            report = _write_report(place, result, adapter, samples)
     if args.json:
-        print(json.dumps(_as_dict(place, result, adapter, report), ensure_ascii=False))
+        told = _as_dict(place, result, adapter, report) | {"failed": failed.lines}
+        print(json.dumps(told, ensure_ascii=False))
     else:
         _print(place, result, adapter, report)
+    for line in failed.lines:
+        print_error(line)
     if result.interrupted:
         return 130
-    return 0 if result.best else 1
+    if result.best is None:
+        return 1
+    return experiment.INCOMPLETE if failed.lines else 0
 
 
-def _write_report(place: Workplace, result: SweepResult, adapter: AdapterVersion | None) -> str:
+def _write_report(
+    place: Workplace,
+    result: SweepResult,
+    adapter: AdapterVersion | None = None,
+    samples: Sequence[Sample] = (),
+) -> str:
+    """Raises StorageError where it can't be written."""
     from rayfin.evaluation import write_sweep_report
 
     report = result.place / "report.html"
-    write_sweep_report(
-        report.path,
-        result.trials,
-        config=place.config,
-        best=result.best,
-        samples=_samples(place, result),
-        adapter=adapter.ref if adapter else None,
-        interrupted=result.interrupted,
-        notes=result.notes,
-    )
+    try:
+        write_sweep_report(
+            report.path,
+            result.trials,
+            config=place.config,
+            best=result.best,
+            samples=samples,
+            adapter=adapter.ref if adapter else None,
+            interrupted=result.interrupted,
+            notes=result.notes,
+        )
+    except OSError as error:
+        raise StorageError(
+            f"storage: the report '{report.path}' can't be written ({error.strerror or error}); "
+            "the trials are in the history: mend that, and the same command with --resume writes it"
+        ) from error
     report.publish_file()
     return str(report)
 
 
-def _samples(place: Workplace, result: SweepResult) -> Sequence[Sample]:
-    """Answers side by side; none, and a word why, where this machine can't give them."""
+def _samples(place: Workplace, best: TrialRecord) -> Sequence[Sample]:
+    """Answers side by side."""
     from rayfin.evaluation.samples import answer_samples
 
     count = place.config.sweep.report_samples
-    if result.best is None or result.interrupted or not count:
-        return ()
     # The trials' GPU may be on another machine, which this one does without.
     use_gpu: Literal["auto", False] = "auto" if place.config.scaling.use_gpu else False
-    try:
-        return answer_samples(result.best, count, use_gpu=use_gpu)
-    except UsageError as error:
-        # A trial from the history may name data or a model by where they lay then.
-        print_error(f"the report goes without sample answers: {error}")
-        return ()
+    return answer_samples(best, count, use_gpu=use_gpu) if count else ()
 
 
 def _verdict(place: Workplace, result: SweepResult, adapter: AdapterVersion | None) -> Verdict:

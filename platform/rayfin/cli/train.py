@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from rayfin.cli import experiment
-from rayfin.cli.parser import printable
+from rayfin.cli.parser import print_error, printable
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: trained, or already in the history; 1: failed."""
+    """Exit code 0: trained, or already in the history; 1: failed; 3: trained, and not published."""
     from rayfin.tuning.single import train_once
 
     place = experiment.Workplace.open(args)
@@ -42,13 +42,22 @@ def run(args: argparse.Namespace) -> int:
             # Standard output is the result's, which machines read with --json.
             show=lambda line: print(printable(line), file=sys.stderr, flush=True),
         )
-    adapter = place.publish(row) if row.status == "finished" else None
+    failed = experiment.Failures()
+    adapter: AdapterVersion | None = None
+    if row.status == "finished":
+        with failed.noting(*experiment.unpublished(place.config, row, "")):
+            adapter = place.publish(row)
     if args.json:
         published = adapter.as_dict() if adapter else None
-        print(json.dumps({"trial": row.model_dump(mode="json"), "adapter": published}))
+        told = {"trial": row.model_dump(mode="json"), "adapter": published, "failed": failed.lines}
+        print(json.dumps(told))
     else:
         _print(place, row, adapter)
-    return 0 if row.status == "finished" else 1
+    for line in failed.lines:
+        print_error(line)
+    if row.status != "finished":
+        return 1
+    return experiment.INCOMPLETE if failed.lines else 0
 
 
 def _print(place: Workplace, row: TrialRecord, adapter: AdapterVersion | None) -> None:

@@ -20,7 +20,7 @@ from pydantic import (
 
 from rayfin.errors import HistoryError
 
-Status = Literal["running", "finished", "stopped", "failed", "oom"]
+Status = Literal["running", "interrupted", "finished", "stopped", "failed", "oom"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 # Any of these says how good an imported trial was; rayfin's own trials always have eval_loss.
@@ -53,7 +53,7 @@ class TrialRecord(BaseModel):
     fingerprint: str = Field(min_length=1)
     """Of what the trial computes; where it runs does not enter."""
     status: Status
-    """`running`, or how it ended."""
+    """`running`, `interrupted` (a resumed sweep goes on with it), or how it ended."""
     created_at: AwareDatetime
     """When the trial started, UTC."""
     updated_at: AwareDatetime

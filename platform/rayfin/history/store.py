@@ -106,15 +106,28 @@ class History:
 
         What others write meanwhile is neither lost nor seen half.
         """
+
+        def with_metrics(row: TrialRecord) -> TrialRecord:
+            return row.updated(metrics=row.metrics | dict(change(row.metrics)))
+
+        return self.change(trial_id, with_metrics) is not None
+
+    def change(
+        self, trial_id: str, change: Callable[[TrialRecord], TrialRecord | None]
+    ) -> TrialRecord | None:
+        """Puts what `change` makes of a trial's row in its place, and returns it.
+
+        None for an unknown trial, and where `change` returns None, which leaves the row as it is.
+        What others write meanwhile is neither lost nor seen half.
+        """
         query = select(TRIALS).where(TRIALS.c.trial_id == trial_id)
         with translated(self._url), writing(self._engine).begin() as connection:
             lock_writers(connection)
             held = _one(connection, query)
-            if held is None:
-                return False
-            metrics = held.metrics | dict(change(held.metrics))
-            _upsert(connection, [held.updated(metrics=metrics)])
-        return True
+            changed = None if held is None else change(held)
+            if changed is not None:
+                _upsert(connection, [changed])
+        return changed
 
     def get(self, trial_id: str) -> TrialRecord:
         """The trial with that id; raises HistoryError, naming the nearest id, if there is none."""

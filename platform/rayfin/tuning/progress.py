@@ -18,6 +18,7 @@ from rayfin.tuning.space import values_in
 
 _COLOURS = {
     "running": "cyan",
+    "interrupted": "yellow",
     "finished": "green",
     "stopped": "yellow",
     "failed": "red",
@@ -113,7 +114,9 @@ class Progress:
             cells.append(row.error)
         if "recalled_from" in row.scenario:
             cells.append(f"from the history ({row.scenario['recalled_from']})")
-        elif row.status != "running" and (eta := self.eta_seconds()) is not None:
+        elif (
+            row.status not in ("running", "interrupted") and (eta := self.eta_seconds()) is not None
+        ):
             cells.append(f"ETA {_duration(eta)}")
         return "  ".join(cell for cell in cells if cell)
 
@@ -188,7 +191,7 @@ def _origin(row: TrialRecord) -> str:
 
 
 def _share(row: TrialRecord) -> float:
-    if row.status != "running":
+    if row.status not in ("running", "interrupted"):
         return 1.0
     return float(row.metrics.get("steps", 0)) / float(row.spec["train"]["max_steps"])
 

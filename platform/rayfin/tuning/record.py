@@ -9,8 +9,9 @@ from typing import Any
 
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
+from rayfin.history.driver import interrupted
 from rayfin.tuning.plan import PlannedTrial
-from rayfin.tuning.rows import died, let_checkpoints_go, started, with_outcome
+from rayfin.tuning.rows import died, ended, let_checkpoints_go, started, with_outcome
 
 OnRecord = Callable[[TrialRecord], None]
 OnRestart = Callable[[TrialRecord, str], None]
@@ -56,7 +57,7 @@ class Recorder:
         row = self._row(trial)
         ended_by_itself = row.status != "running" or self.storage_error is not None
         if not ended_by_itself:  # the scheduler ended it
-            self._put(row.updated(status="stopped"))
+            self._put(ended(row, "stopped"))
 
     def restarts(self, trial: Mapping[str, Any], reason: str | None) -> None:
         self.starts(trial)  # its process may have died before it came to that
@@ -68,17 +69,20 @@ class Recorder:
         if row.status == "running":  # what has ended well stays so, whatever befalls its process
             self._put(died(row, reason))
 
-    @property
-    def running(self) -> bool:
-        """Whether a trial has started and not ended."""
-        return any(row.status == "running" for row in self._rows.values())
+    def interrupt(self) -> bool:
+        """The sweep ends here: trials that still run are `interrupted`. Whether there were any."""
+        left = [row for row in self._rows.values() if row.status == "running"]
+        for row in left:
+            self._put(interrupted(row))
+        return bool(left)
 
     def put(self, row: TrialRecord) -> None:
         """Writes a row now or, where the history can't take it, with a later one."""
         self._unwritten[row.trial_id] = row
         with contextlib.suppress(HistoryError):
             self.flush()
-        self._on_record(row)
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            self._on_record(row)
 
     def flush(self) -> None:
         """Writes what could not be written before; raises HistoryError where that fails again."""

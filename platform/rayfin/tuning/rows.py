@@ -10,7 +10,8 @@ from datetime import datetime
 from typing import Any
 
 from rayfin.errors import StorageError
-from rayfin.history import History, TrialRecord, now
+from rayfin.history import History, Status, TrialRecord, now
+from rayfin.history.driver import DRIVER, this_driver
 from rayfin.history.versions import package_versions
 from rayfin.paths import Place
 from rayfin.training.checkpoint import clear_checkpoints
@@ -30,7 +31,7 @@ def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialR
         created_at=created_at or now(),
         updated_at=now(),
         spec=planned.spec.model_dump(mode="json"),
-        scenario={},
+        scenario={DRIVER: this_driver()},
         metrics={},
         curve=[],
         error=None,
@@ -72,7 +73,8 @@ def refused(planned: PlannedTrial, reason: str, before: TrialRecord | None = Non
     if before is not None and before.error == reason:
         return before
     created_at = before.created_at if before is not None else None
-    return started(planned, created_at).updated(status="oom", error=reason, directory=None)
+    row = started(planned, created_at)
+    return row.updated(status="oom", error=reason, directory=None, scenario={})
 
 
 def was_refused(row: TrialRecord) -> bool:
@@ -101,11 +103,12 @@ def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
     metrics = {k: v for k, v in outcome["metrics"].items() if _sound(v)}
     if status == "finished" and "eval_loss" not in metrics:
         status, error = "failed", f"eval_loss is {outcome['metrics'].get('eval_loss')}"
+    driver = {DRIVER: this_driver()} if status == "running" else {}
     return row.updated(
         status=status,
         metrics=metrics or row.metrics,
         curve=[p for p in outcome["curve"] if all(map(_sound, p.values()))] or row.curve,
-        scenario=outcome["scenario"] or row.scenario,
+        scenario=(outcome["scenario"] or _undriven(row)) | driver,
         error=error,
     )
 
@@ -114,9 +117,18 @@ def died(row: TrialRecord, reason: str | None) -> TrialRecord:
     """The row of a trial whose process died; `reason`: a message of Ray's, or a whole trace."""
     text = reason or "its process ended"
     if not any(words in text for words in (MEMORY_MONITOR, "OutOfMemoryError")):
-        return row.updated(status="failed", error=f"worker process died: {_gist(text)}")
+        return ended(row, "failed", f"worker process died: {_gist(text)}")
     remedy = "lower train.per_device_train_batch_size or sweep.max_concurrent_trials"
-    return row.updated(status="oom", error=f"worker process died: {_gist(text)}; {remedy}")
+    return ended(row, "oom", f"worker process died: {_gist(text)}; {remedy}")
+
+
+def ended(row: TrialRecord, status: Status, error: str | None = None) -> TrialRecord:
+    """The row of a trial that ended without an outcome of its own."""
+    return row.updated(status=status, error=error, scenario=_undriven(row))
+
+
+def _undriven(row: TrialRecord) -> dict[str, Any]:
+    return {key: value for key, value in row.scenario.items() if key != DRIVER}
 
 
 def _gist(text: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from rayfin.config import Config
-from rayfin.errors import HardwareError, StorageError
+from rayfin.errors import HardwareError, HistoryError, StorageError
 from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.history import History, TrialRecord
+from rayfin.history.driver import interrupted, note_lost
 from rayfin.methods import check_combination
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
@@ -16,7 +18,7 @@ from rayfin.training.strategies import Group, check_scaling, needs_group
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
-from rayfin.tuning.rows import let_checkpoints_go, started, usable, with_outcome
+from rayfin.tuning.rows import ended, let_checkpoints_go, started, usable, with_outcome
 
 RUNS = "train"
 """The sweep that all single runs belong to."""
@@ -64,6 +66,7 @@ def _train(
         data = TrialSpec.of(config).data
         plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(data)
     check_run(plan, [config], cluster)
+    note_lost(history)
     for note in plan.notes:
         show(note)
     trial = plan.trial({})
@@ -85,15 +88,34 @@ def _train_alone(
     cluster: str | None,
     show: Callable[[str], None],
 ) -> TrialRecord:
-    config = plan.config
-    in_group = needs_group(config.scaling)
     before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
     if before and before[0].status == "finished":
         # Else a run that is to be made anew would go on from them.
         clear_checkpoints(trial.place / "checkpoints")
     row = started(trial, before[0].created_at if before else None)
     history.put(row)
+    try:
+        return _train_row(row, plan, trial, history, cluster, show)
+    except BaseException:  # also Ctrl-C: the same command goes on
+        with contextlib.suppress(HistoryError):
+            history.change(trial.trial_id, _interrupted)
+        raise
 
+
+def _interrupted(row: TrialRecord) -> TrialRecord | None:
+    return interrupted(row) if row.status == "running" else None
+
+
+def _train_row(
+    row: TrialRecord,
+    plan: SweepPlan,
+    trial: PlannedTrial,
+    history: History,
+    cluster: str | None,
+    show: Callable[[str], None],
+) -> TrialRecord:
+    config = plan.config
+    in_group = needs_group(config.scaling)
     strategies: list[str] = []
     told = set(plan.notes)
 
@@ -140,7 +162,7 @@ def _train_alone(
                         max_failures=config.sweep.max_failures,
                     )
         except HardwareError as error:  # the cluster is too small: a failed trial is a row, too
-            history.put(row.updated(status="failed", error=str(error)))
+            history.put(ended(row, "failed", str(error)))
             raise
     else:
         from rayfin.training.trial import run_trial
@@ -152,7 +174,7 @@ def _train_alone(
 
             warm = Warm(plan.corpora, read_on_ray)
         result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
-    if result.storage_failed:  # the row stays as it is: the same command goes on
+    if result.storage_failed:  # the same command goes on
         raise StorageError(result.error or "storage: it can't be written")
     row = with_outcome(row, result.as_dict())
     history.put(row)

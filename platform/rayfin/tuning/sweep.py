@@ -10,11 +10,12 @@ from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
+from rayfin.history.driver import note_lost
 from rayfin.paths import Place, Storage
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress, few_settings
-from rayfin.tuning.rows import let_checkpoints_go, was_refused
+from rayfin.tuning.rows import ended, let_checkpoints_go, was_refused
 from rayfin.tuning.search import Advisor, distinct_settings
 from rayfin.tuning.space import Values, values_in
 from rayfin.tuning.space_check import check_space, space_notes, variants
@@ -77,6 +78,7 @@ def run_sweep(
     progress = progress or Progress()
     check_run(plan, variants(config), cluster)
     progress.tell((*plan.notes, *space_notes(config)))
+    note_lost(history)
     rows = history.trials(sweep_id=plan.sweep_id)
     _check_unchanged(plan, rows)
     plan.save()
@@ -177,8 +179,9 @@ def _tidy(plan: SweepPlan, history: History) -> None:
 
     Lets go of the checkpoints of trials that will not be carried on.
     """
-    for row in history.trials(sweep_id=plan.sweep_id, status="running"):
-        history.put(row.updated(status="stopped", error="interrupted, and not carried on"))
+    for row in history.trials(sweep_id=plan.sweep_id):
+        if row.status in ("running", "interrupted"):
+            history.put(ended(row, "stopped", "interrupted, and not carried on"))
     for row in history.trials(sweep_id=plan.sweep_id):
         if row.status in ("finished", "stopped"):
             let_checkpoints_go(row)

@@ -67,13 +67,17 @@ def run_trials(
     search = HistorySearch(
         plan, known=known, first=[*again, *first], recall=without_training, advisor=advisor
     )
+    left = False
     if search.look_ahead():  # a sweep that the history answers needs no Ray
         with _cluster_and_tune(cluster):
-            _fit(plan, search, scheduler(config, known), recorder, progress.say)
+            try:
+                _fit(plan, search, scheduler(config, known), recorder, progress.say)
+            finally:  # before Ray ends, which takes a moment in which we may be killed
+                left = recorder.interrupt()
     if recorder.storage_error is not None:
         raise StorageError(recorder.storage_error)
     recorder.flush()
-    return search.done and not recorder.running
+    return search.done and not left
 
 
 @contextmanager

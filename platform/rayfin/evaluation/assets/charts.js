@@ -88,7 +88,7 @@ function drawLoss(figure, report, page) {
 /** How a curve that did not finish ends: a square for stopped early, a cross for failed. */
 function endMark(group, trial, at) {
   const points = trial.evalLoss.length ? trial.evalLoss : trial.loss;
-  if (trial.status === "finished" || trial.status === "running") return;
+  if (["finished", "running", "interrupted"].includes(trial.status)) return;
   const [cx, cy] = at(points[points.length - 1]);
   if (trial.status === "stopped") draw(group, "rect", { class: "end", x: cx - 4, y: cy - 4, width: 8, height: 8 });
   else draw(group, "path", { class: "end", d: `M${cx - 5} ${cy - 5}l10 10m0 -10l-10 10` });

@@ -1,0 +1,119 @@
+"""A Ray of our own on this machine: on loopback alone, with a token of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from rayfin.errors import RayfinError
+from rayfin.tuning.no_start import certain_reasons, why_no_start
+
+_END_SECONDS = 10.0
+_STARTS = 3
+_MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+_CLUSTERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+_SETTINGS = {
+    # Tune's workers need an environment of their own: those that Ray would start at once never fit,
+    # and cost a second of both cores.
+    "RAY_prestart_worker_first_driver": "0",
+    # Nobody warns a Ray of our own that its machine is taken away: a process less for each group.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # "No cluster": the setting by which Ray binds to loopback on macOS and Windows, where a
+    # firewall would ask otherwise. Its node then is 127.0.0.1, which no other can join.
+    _CLUSTERS: "0",
+    # A driver that is killed takes Ray's servers along. What asks them for help then gives up
+    # after this time, and not after a minute.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+}
+
+
+@contextmanager
+def local_ray(num_cpus: int) -> Iterator[None]:
+    """Ray with so many CPUs for the time of the block; raises RayfinError where it doesn't start.
+
+    What the environment sets of Ray's own settings stays as it is.
+    """
+    settings = dict(_SETTINGS)
+    if not {_MODE, _TOKEN, _TOKEN_PATH} & os.environ.keys():
+        # Left alone, Ray writes a token that all users of this machine may read into ~/.ray.
+        settings |= {_MODE: "token", _TOKEN: secrets.token_hex(32)}
+    settings = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ |= settings
+    clusters = ray_constants.ENABLE_RAY_CLUSTER  # it was read when Ray was imported
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ[_CLUSTERS] == "1"
+    _read_settings_again()
+    try:
+        _start(num_cpus)
+        yield
+    finally:
+        ray.shutdown()
+        for name in settings:
+            os.environ.pop(name, None)
+        ray_constants.ENABLE_RAY_CLUSTER = clusters
+        _read_settings_again()
+
+
+def _read_settings_again() -> None:
+    """Ray's compiled part keeps what it read of the environment, and the token."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _start(num_cpus: int) -> None:
+    for left in reversed(range(_STARTS)):
+        before = set(psutil.Process().children())
+        on_term = signal.getsignal(signal.SIGTERM)
+        try:
+            # "local", not None: None would join a cluster that somebody else started here.
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            return
+        # Ray raises what happens to go wrong first, and may exit.
+        except (Exception, SystemExit) as error:
+            # What it started would stay until this process ends.
+            _end(set(psutil.Process().children()) - before)
+            # It gives its node 30 s, has no setting for it, and may have them another time.
+            slow = "timed out during startup" in str(error) and not any(certain_reasons())
+            if not left or not slow:
+                raise RayfinError(why_no_start(error)) from error
+        finally:
+            _handle_again(on_term)
+
+
+def _handle_again(on_term: Any) -> None:
+    """Ray puts a handler of its own in the place of a command's, which ends it in order."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and callable(on_term) and signal.getsignal(signal.SIGTERM) is not on_term:
+        signal.signal(signal.SIGTERM, on_term)
+
+
+def _end(processes: Iterable[psutil.Process]) -> None:
+    """Those of Ray's own programs, and what they started themselves."""
+    programs = str(Path(ray.__file__).parent)
+    every = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if programs in " ".join(process.cmdline()):
+                process.suspend()  # or it starts one more
+                every += [*process.children(recursive=True), process]
+    for process in every:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(every, timeout=_END_SECONDS)

@@ -1,0 +1,88 @@
+"""A row that says `running` when nobody runs it any more."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.cli import main
+from rayfin.history import History, TrialRecord, now
+from rayfin.history.driver import DRIVER, note_lost, this_driver
+
+
+@pytest.fixture
+def dead() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def running(driver: dict[str, Any] | None) -> TrialRecord:
+    scenario = {} if driver is None else {DRIVER: driver}
+    return TrialRecord(
+        trial_id="sweep-1", sweep_id="sweep", fingerprint="f", status="running",
+        created_at=now(), updated_at=now(), scenario=scenario | {"hardware": {"device": "cpu"}},
+    )  # fmt: skip
+
+
+def stands(storage: Path, row: TrialRecord, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `rayfin history list` says of the row's status, also where it is asked for by it."""
+    with History.open(f"sqlite:///{storage / 'history.sqlite'}") as history:
+        history.put(row)
+    assert main(["history", "list", f"storage={storage}", "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    assert (
+        main(["history", "list", f"storage={storage}", "--status", told["status"], "--json"]) == 0
+    )
+    assert json.loads(capsys.readouterr().out) == [told]
+    return str(told["status"])
+
+
+def test_a_driver_that_is_gone_is_noticed(
+    tmp_path: Path, dead: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = running(this_driver() | {"pid": dead})
+    assert stands(tmp_path, row, capsys) == "interrupted"
+    with History.open(f"sqlite:///{tmp_path / 'history.sqlite'}") as history:
+        (noted,) = history.trials()
+    assert noted.updated_at == row.updated_at, "when it was last heard of"
+    assert noted.scenario == {"hardware": {"device": "cpu"}} and "driver" in (noted.error or "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "status"),
+    [
+        ({}, "running"),  # this process
+        ({"started": 0.0}, "interrupted"),  # its id has been given to another since
+        ({"boot": "before"}, "interrupted"),  # the machine was started anew
+        ({"host": "elsewhere", "pid": -1}, "running"),  # of which nothing is known here
+        ({"processes": "pid:[of another container]", "pid": -1}, "running"),
+    ],
+)
+def test_only_what_is_known_to_be_gone_is_interrupted(
+    changes: dict[str, Any], status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stands(tmp_path, running(this_driver() | changes), capsys) == status
+
+
+def test_a_row_that_another_driver_goes_on_with_meanwhile_is_left_to_it(
+    tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with History.open(f"sqlite:///{tmp_path / 'history.sqlite'}") as history:
+        lost = running(this_driver() | {"pid": dead})
+        history.put(lost)
+        resumed = lost.updated(scenario={DRIVER: this_driver()})
+        change = history.change
+
+        def after_it_resumed(*arguments: Any) -> TrialRecord | None:
+            history.put(resumed)
+            return change(*arguments)
+
+        monkeypatch.setattr(history, "change", after_it_resumed)
+        assert note_lost(history) == []
+        assert history.trials() == [resumed]

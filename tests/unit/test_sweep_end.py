@@ -1,0 +1,179 @@
+"""What follows the training of a sweep or a run fails for real: what was trained is told first."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rayfin.cli import main
+from rayfin.cli.experiment import Workplace
+from rayfin.config import ModelConfig
+from rayfin.evaluation import samples
+from rayfin.history import History
+from rayfin.models import load_base, load_tokenizer
+from rayfin.training import TrialResult, trial
+
+COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
+
+
+class Lab:
+    """A trained trial, and a sweep that is answered by it without Ray."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.storage, self.model = root, root / "runs", root / "model"
+        load_base(ModelConfig(name="tiny"), None, "cpu").save_pretrained(self.model)
+        load_tokenizer(ModelConfig(name="tiny")).save_pretrained(self.model)
+        data = root / "colours.jsonl"
+        rows = [
+            {"prompt": f"say {c} {i}", "completion": c[::-1]} for c in COLOURS for i in range(3)
+        ]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.settings = [
+            f"model.name={self.model}", "method.type=lora", "method.r=2", f"data.path={data}",
+            "data.max_length=32", "train.max_steps=2", "scaling.use_gpu=false",
+            f"storage={self.storage}",
+        ]  # fmt: skip
+
+    def sweep(self, *more: str) -> int:
+        one = ("sweep.num_samples=1", "sweep.parameters={method.r: [2]}", "sweep.report_samples=1")
+        return main(["sweep", *self.settings, *one, *more])
+
+    def report(self) -> str:
+        """The newest sweep's."""
+        found = max(
+            self.storage.glob("sweeps/*/report.html"), key=lambda path: path.stat().st_mtime
+        )
+        return found.read_text()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    lab = Lab(tmp_path_factory.mktemp("lab"))
+    assert main(["train", *lab.settings, "publish=null"]) == 0
+    return lab
+
+
+@pytest.fixture
+def model(lab: Lab) -> Iterator[Path]:
+    """The sweep's base model; there again after the test."""
+    kept = lab.root / "kept"
+    shutil.copytree(lab.model, kept)
+    yield lab.model
+    shutil.rmtree(lab.model, ignore_errors=True)
+    kept.rename(lab.model)
+
+
+def one_line(err: str, *words: str) -> None:
+    told = [line for line in err.splitlines() if line.startswith("rayfin: ")]
+    assert len(told) == 1 and "Traceback" not in err, err
+    assert all(word in told[0] for word in words), told[0]
+
+
+def test_a_best_trial_that_cannot_be_published_is_reported_and_published_later(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = lab.root / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "adapters").touch()  # a file where the registry is to be
+    publish = ("publish.name=colours", f"publish.storage={elsewhere}")
+    assert lab.sweep(*publish, "--json") == 3
+    out, err = capsys.readouterr()
+    one_line(err, "not published as 'colours'", "can't be used", "with --resume publishes it")
+    told = json.loads(out)
+    assert told["best"] in lab.report() and told["adapter"] is None and len(told["failed"]) == 1
+    assert 'class="sample"' in lab.report(), "one step that fails keeps no other from being done"
+    (elsewhere / "adapters").unlink()
+    assert lab.sweep(*publish, "--resume", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["adapter"]["name"] == "colours" and not told["failed"]
+    assert "colours@1" in lab.report()
+
+
+def test_a_model_that_is_gone_costs_the_samples_only(
+    lab: Lab, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish = Workplace.publish
+
+    def then_it_goes(place: Workplace, row: Any) -> Any:
+        adapter = publish(place, row)
+        shutil.rmtree(model)
+        return adapter
+
+    monkeypatch.setattr(Workplace, "publish", then_it_goes)
+    assert lab.sweep("publish.name=kept") == 3
+    out, err = capsys.readouterr()
+    one_line(err, "the report goes without sample answers: ", str(model), "--resume")
+    assert "Best trial" in out and "kept@1" in out and "kept@1" in lab.report()
+
+
+def test_samples_that_run_out_of_memory_cost_the_samples_only(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = samples.answer_samples
+
+    def without_memory(*args: Any, **options: Any) -> Any:
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms, before[1]))
+        try:
+            return answer(*args, max_new_tokens=2**28, **options)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
+    monkeypatch.setattr(samples, "answer_samples", without_memory)
+    assert lab.sweep() == 3
+    out, err = capsys.readouterr()
+    one_line(err, "without sample answers: MemoryError", "sweep.report_samples=0")
+    assert "Best trial" in out and "report.html" in out and "Best" in lab.report()
+
+
+def test_a_report_that_cannot_be_written_is_one_line(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lab.sweep() == 0
+    report = max(lab.storage.glob("sweeps/*/report.html"), key=lambda path: path.stat().st_mtime)
+    report.unlink()
+    report.mkdir()
+    capsys.readouterr()
+    assert lab.sweep("--resume") == 2
+    one_line(capsys.readouterr().err, "the report", str(report), "the trials are in the history")
+
+
+def test_a_run_that_cannot_be_published_is_told_first(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = lab.root / "taken"
+    elsewhere.mkdir()
+    (elsewhere / "adapters").touch()
+    assert main(["train", *lab.settings, "publish.name=mine", f"publish.storage={elsewhere}"]) == 3
+    out, err = capsys.readouterr()
+    one_line(err, "not published as 'mine'", "the same command publishes it")
+    assert "Trained" in out
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_what_ends_a_run_leaves_no_row_running(
+    lab: Lab, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, a supervisor's word, and a terminal that is closed."""
+
+    def interrupted(_: Any, report: Callable[[TrialResult], Any], **__: Any) -> TrialResult:
+        os.kill(os.getpid(), number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(trial, "run_trial", interrupted)
+    assert main(["train", *lab.settings, f"train.seed={number}", "publish=null"]) == code
+    with History.open(f"sqlite:///{lab.storage / 'history.sqlite'}") as history:
+        row = history.trials(newest_first=True, limit=1)[0]
+    assert row.spec["train"]["seed"] == number and row.status == "interrupted"
+    assert "driver" not in row.scenario
