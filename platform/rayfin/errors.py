@@ -8,9 +8,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from rayfin.redaction import redact
+
 
 class RayfinError(Exception):
-    """Base of all errors that rayfin raises on purpose."""
+    """Base of all errors that rayfin raises on purpose; no message holds a password."""
+
+    def __init__(self, message: str = "", *more: object) -> None:
+        super().__init__(redact(message), *more)
 
 
 class UsageError(RayfinError):

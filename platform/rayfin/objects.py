@@ -17,9 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from rayfin.errors import StorageError
+from rayfin.redaction import is_secret
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -78,6 +79,11 @@ class Objects:
             raise StorageError(
                 f"storage: credentials in a URL would be written into the history; give "
                 f"{parts.scheme}://BUCKET/PATH, and the credentials in the environment"
+            )
+        if any(is_secret(name, value) for name, value in parse_qsl(parts.query)):
+            raise StorageError(
+                "storage: a key in a URL would be written into the history; leave it out, and give "
+                "the credentials in the environment"
             )
         path = "/".join(part for part in parts.path.split("/") if part)
         if not parts.netloc or not path:

@@ -47,11 +47,11 @@ def rewrite(url: str, statement: str) -> None:
         ("sqlite:////proc/h.sqlite", "a directory that you may write to"),
         ("sqlite:////dev/null/h.sqlite", "dev/null"),
         ("sqlite:////tmp", "is not a file"),
-        ("mysql://u:secret@host/db", "'mysql://***@host/db' is not supported (mysql)"),
+        ("mysql://u:secret@host/db", "'mysql://u:***@host/db' is not supported (mysql)"),
         ("postgresql+asyncpg://u:secret@host/db", "(postgresql+asyncpg)"),
         (
             "postgresql://u:se@cret@host:port/db",
-            "'postgresql://***@host:port/db' is not a valid URL",
+            "'postgresql://u:***@host:port/db' is not a valid URL",
         ),
     ],
 )

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from rayfin import __version__
 from rayfin.cli.device_checks import Section, devices, trial
 from rayfin.errors import HistoryError, RayfinError, StorageError
+from rayfin.redaction import redact, redacted
 
 OPTIONAL = {
     "psycopg": "rayfin[postgres]",
@@ -59,7 +60,7 @@ def examine(storage: str, history: str | None) -> tuple[dict[str, Section], list
     with redirect_stdout(sys.stderr):
         for name, (check, seconds) in checks.items():
             sections[name] = guarded(name, check, seconds, problems)
-    return sections, [" ".join(problem.split()) for problem in problems]
+    return redacted(sections), [redact(" ".join(problem.split())) for problem in problems]
 
 
 def versions(problems: list[str]) -> Section:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rayfin.errors import RayfinError, did_you_mean
+from rayfin.redaction import redact
 
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _PLACE = re.compile(r"(storage|history)=")
@@ -79,7 +80,7 @@ def _no_option(parser: argparse.ArgumentParser, word: str, following: str) -> No
 
 def print_error(error: RayfinError | str) -> None:
     """One line on stderr, whatever a path or a library put into the message."""
-    print(f"rayfin: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    print(f"rayfin: {printable(redact(' '.join(str(error).split())))}", file=sys.stderr)
 
 
 def printable(text: str) -> str:

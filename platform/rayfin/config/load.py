@@ -16,6 +16,7 @@ from rayfin.config.scalars import load_yaml, typed, typed_override
 from rayfin.config.schema import Config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError
+from rayfin.redaction import HIDDEN, is_secret, redacted
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,8 @@ def parse_overrides(overrides: Iterable[str], kind: type[BaseModel] = Config) ->
             parsed[key] = typed_override(value, kind, key)
         except yaml.YAMLError as error:
             raise ConfigError(
-                f"{key}: '{value}' is not valid YAML ({_first_line(error)}); quote the value"
+                f"{key}: '{HIDDEN if is_secret(key) else value}' is not valid YAML "
+                f"({'no scalar' if is_secret(key) else _first_line(error)}); quote the value"
             ) from error
     return parsed
 
@@ -97,8 +99,11 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def dump_yaml(config: Config) -> str:
-    """The resolved configuration, to be saved with a run and read back by `load_config`."""
-    return yaml.safe_dump(saved(config), sort_keys=False, allow_unicode=True)
+    """The resolved configuration without secrets, to be shown and saved with a run.
+
+    `load_config` reads it back.
+    """
+    return yaml.safe_dump(redacted(saved(config)), sort_keys=False, allow_unicode=True)
 
 
 def saved(config: Config) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from rayfin.config.method import METHOD_CONFIGS
 from rayfin.config.schema import Config, PublishConfig
 from rayfin.errors import did_you_mean
+from rayfin.redaction import is_secret
 
 # pydantic's own words for these name Python classes.
 _WANTED = {
@@ -55,7 +56,7 @@ def describe(
             case other:
                 words = _WANTED.get(other, problem["msg"].removeprefix("Input should be "))
                 # Every member of a union has its say: they are one problem.
-                given = "what is given" if _is_secret(key) else shown(value)
+                given = "what is given" if is_secret(key) else shown(value)
                 wanted.setdefault((key, given), []).append(words)
     for (key, given), choices in wanted.items():
         allowed = " or ".join(dict.fromkeys(choices))
@@ -84,10 +85,6 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _is_secret(key: str) -> bool:
-    return key.startswith(("api.api_keys", "api.admin_token"))
 
 
 def _key(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ STATUS_WORDS = {
     "stopped": "stopped early",
     "failed": "failed",
     "oom": "out of memory",
-    "running": "running or interrupted",
+    "running": "running",
+    "interrupted": "interrupted",
 }
 
 

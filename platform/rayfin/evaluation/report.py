@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -44,6 +43,7 @@ from rayfin.evaluation.quantities import (
 from rayfin.evaluation.verdict import sweep_verdict
 from rayfin.history.record import finite
 from rayfin.paths import Storage, write_text
+from rayfin.redaction import redact
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
@@ -92,13 +92,13 @@ def write_sweep_report(
         **_header(trials, config),
         verdict=sweep_verdict(trials, config, best, adapter=adapter, interrupted=interrupted),
         best=_best(trials, best, config, adapter),
-        notes=[_redact(note) for note in [*sweep_notes(trials, config), *notes]],
+        notes=[redact(note) for note in [*sweep_notes(trials, config), *notes]],
         importance=_importance(trials, config),
         samples=samples,
         table=_table(trials, config, best),
         data=_json(chart_data(trials, config, best)),
         least_trials=LEAST_TRIALS,
-        config_yaml=_redact(dump_yaml(config)),
+        config_yaml=dump_yaml(config),
     )
     write_text(path, page)
     return path
@@ -272,7 +272,7 @@ def _table(
 
 def _reason(trial: TrialRecord) -> dict[str, str]:
     """Why a trial is not a finished one: a line, and the whole text where there is more."""
-    text = _redact((trial.error or "").strip())
+    text = redact((trial.error or "").strip())
     if not text:
         steps = finite(trial.metrics.get("steps"))
         stopped = trial.status == "stopped" and steps is not None
@@ -282,11 +282,6 @@ def _reason(trial: TrialRecord) -> dict[str, str]:
     line = (lines[-1] if lines[0].startswith("Traceback") else lines[0]).strip()
     short = line if len(line) <= 160 else line[:157] + "..."
     return {"line": short, "rest": text if short != text else ""}
-
-
-def _redact(text: str) -> str:
-    """A report is passed around; the password in a database URL is not."""
-    return re.sub(r"(\w://[^:/@\s]*):[^\s]*@", r"\1:***@", text)
 
 
 def _json(value: Any) -> Markup:

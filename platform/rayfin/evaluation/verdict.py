@@ -105,7 +105,9 @@ def _nothing(trials: Sequence[TrialRecord], interrupted: bool) -> Verdict:
     elif failed is not None:
         after = f"Next: `rayfin history show {failed.trial_id}` tells why the first one failed."
     elif counts["running"]:
-        after = "Next: wait for it to end, or carry on with --resume if it was interrupted."
+        after = "Next: wait for it to end."
+    elif counts["interrupted"]:
+        after = "Next: carry on with --resume."
     else:
         after = "Next: train longer, or lower sweep.reduction_factor, so that a trial finishes."
     if not trials:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from rayfin.errors import HistoryError
 from rayfin.history.tables import META, SCHEMA_VERSION, TRIALS, metadata
+from rayfin.redaction import HIDDEN, is_secret, redact
 
 BUSY_SECONDS = 30
 # psycopg applies it to each address of a host; an unreachable one should be known within 5 s.
@@ -32,8 +32,6 @@ CONNECT_SECONDS = 4
 _ADVISORY_LOCK = 7_215_366
 
 _FORMS = "sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE"
-_SECRET = re.compile(r"password|sslpassword", re.IGNORECASE)
-_SECRET_OPTIONS = re.compile(rf"([?&](?:{_SECRET.pattern})=)[^&]*", re.IGNORECASE)
 
 
 def parse_url(url: str) -> URL:
@@ -50,12 +48,17 @@ def parse_url(url: str) -> URL:
             raise HistoryError(f"history: '{url}' names no file; write sqlite:///PATH")
         return URL.create("sqlite", database=str(Path(path).expanduser().absolute()))
     if scheme not in ("postgresql", "postgresql+psycopg", "postgres"):
-        raise HistoryError(f"history: '{_redact(url)}' is not supported ({scheme}); write {_FORMS}")
+        raise HistoryError(f"history: '{url}' is not supported ({scheme}); write {_FORMS}")
+    place, _, options = rest.partition("?")
     try:
+        # Else a part of the password would be taken for the host.
+        if place.count("@") > 1 or not all("=" in one for one in options.split("&") if one):
+            raise ValueError("a password that is not encoded")
         return make_url(f"postgresql+psycopg://{rest}")
     except (ArgumentError, ValueError):
         raise HistoryError(
-            f"history: '{_redact(url)}' is not a valid URL; write {_FORMS}"
+            f"history: '{url}' is not a valid URL; write {_FORMS}; in a password, @ : / ? are "
+            "%40 %3A %2F %3F"
         ) from None
 
 
@@ -63,7 +66,7 @@ def shown(url: URL) -> str:
     """The URL without its password."""
     if url.get_backend_name() == "sqlite":
         return f"sqlite:///{url.database}"
-    return _SECRET_OPTIONS.sub(r"\1***", url.render_as_string(hide_password=True))
+    return redact(url.render_as_string(hide_password=True))
 
 
 def without_password(url: str) -> str:
@@ -74,7 +77,7 @@ def without_password(url: str) -> str:
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
         return shown(parsed)
-    query = {name: v for name, v in parsed.query.items() if not _SECRET.fullmatch(name)}
+    query = {name: v for name, v in parsed.query.items() if not is_secret(name, str(v))}
     # Not parsed.set(password=None), which leaves it as it is.
     place = (parsed.host, parsed.port, parsed.database)
     plain = URL.create(parsed.drivername, parsed.username, None, *place, query=query)
@@ -104,8 +107,9 @@ def translated(url: URL) -> Iterator[None]:
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
         message = " ".join(str(cause).split())
-        if url.password:
-            message = message.replace(str(url.password), "***")
+        options = (str(v) for name, v in url.query.items() if is_secret(name, str(v)))
+        for secret in filter(None, (str(url.password or ""), *options)):
+            message = message.replace(secret, HIDDEN)
         raise HistoryError(
             f"history: '{shown(url)}' can't be used: {message}; {_remedy(url, message)}"
         ) from None
@@ -240,8 +244,3 @@ def _remedy(url: URL, message: str) -> str:
     if "malformed" in message or "not a database" in message:
         return "the file is damaged or not a history: restore a copy or an export, or name another"
     return "give a file in a directory that you may write to"
-
-
-def _redact(url: str) -> str:
-    # Up to the last @, for a password may hold one.
-    return _SECRET_OPTIONS.sub(r"\1***", re.sub(r"//.*@", "//***@", url))

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from rayfin.errors import HistoryError
+from rayfin.redaction import redact
 
 Status = Literal["running", "interrupted", "finished", "stopped", "failed", "oom"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -112,6 +113,11 @@ class TrialRecord(BaseModel):
     @classmethod
     def _json(cls, value: Any, info: ValidationInfo) -> Any:
         return _plain(value, f"trial '{info.data.get('trial_id')}': {info.field_name}")
+
+    @field_validator("error")
+    @classmethod
+    def _without_secrets(cls, value: str | None) -> str | None:
+        return None if value is None else redact(value)
 
     @field_validator("error", "directory")
     @classmethod

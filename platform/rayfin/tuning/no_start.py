@@ -59,8 +59,8 @@ def certain_reasons() -> Iterator[str]:
         if free < _LEAST_DISK:
             yield f"{free / 1e9:.1f} GB of disk are free under '{directory}': {_OTHER}"
     for name, option, least in (
-        ("RLIMIT_AS", "-v unlimited", float("inf")),
-        ("RLIMIT_FSIZE", "-f unlimited", float("inf")),
+        ("RLIMIT_AS", "-v unlimited", psutil.virtual_memory().total),
+        ("RLIMIT_FSIZE", "-f unlimited", _LEAST_DISK),
         ("RLIMIT_NOFILE", "-n 65536", _LEAST_FILES),
     ):
         limit = resource.getrlimit(getattr(resource, name))[0]

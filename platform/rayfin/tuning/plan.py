@@ -71,13 +71,9 @@ class SweepPlan:
         return self.storage.sweep(self.sweep_id)
 
     def save(self) -> None:
-        """Writes the resolved configuration, by which `find_resumable` knows the sweep again.
-
-        Without the history's URL, which may hold a password.
-        """
-        config = self.config.model_copy(update={"history": None})
+        """Writes the resolved configuration, by which `find_resumable` knows the sweep again."""
         file = self.place / _CONFIG
-        write_text(file.path, dump_yaml(config))
+        write_text(file.path, dump_yaml(self.config))
         file.publish_file()
 
     def trial(self, values: Values) -> PlannedTrial:

@@ -1,0 +1,154 @@
+"""What is secret is nowhere in what rayfin shows or writes."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+
+import pytest
+
+from rayfin.cli import main
+from rayfin.config import load_config, load_serve_config
+from rayfin.errors import ConfigError, HistoryError, StorageError
+from rayfin.evaluation import write_sweep_report
+from rayfin.history import History, TrialRecord, now
+from rayfin.history.connect import parse_url, shown, without_password
+from rayfin.objects import Objects
+from rayfin.paths import Storage
+from rayfin.redaction import redact, redacted
+from rayfin.tuning.plan import find_resumable, new_plan
+
+SECRET = "hush"
+PG = "postgresql+psycopg://"
+URLS = [
+    f"{PG}ann:{SECRET}@db/trials",
+    f"{PG}ann:a%40{SECRET}%2Fb@db/trials",
+    f"{PG}ann:a@{SECRET}/b?c@db/trials",  # nobody encoded it
+    f"{PG}db/trials?user=ann&password={SECRET}",
+    f"{PG}db/trials?user=ann&PassWord={SECRET}&sslmode=require",
+    f"{PG}db/trials?pass%77ord={SECRET}",
+    f"{PG}db/trials?password={SECRET}@x",
+    f"{PG}ann@db/trials?password=two words {SECRET}&user=ann",
+    f"{PG}ann@db/trials?sslpassword={SECRET}&sslkey=/keys/ann",
+    f"{PG}ann@db/trials?options=-c%20app.secret%3D{SECRET}",
+    f"s3://AKIAIOSFODNN7EXAMPLE:{SECRET}@bucket/runs",
+    f"s3://bucket/runs?region=eu&secret_key={SECRET}&access_key=AKIAIOSFODNN7EXAMPLE",
+    f"https://bucket/x?X-Amz-Signature={SECRET}&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE",
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_a_url_loses_what_is_secret_and_nothing_else(url: str) -> None:
+    text = redact(url)
+    assert SECRET not in text and "AKIAIOSFODNN7EXAMPLE" not in text.replace("://AKIA", "")
+    assert "***" in text and redact(text) == text
+    for kept in ("sslmode=require", "region=eu", "sslkey=/keys/ann", "bucket", "user=ann"):
+        assert (kept in url) == (kept in text)
+
+
+@pytest.mark.parametrize("url", [url for url in URLS if " " not in url])
+def test_in_the_midst_of_a_message_too(url: str) -> None:
+    told = redact(f"history: '{url}' can't be used: it is down; mend that")
+    assert SECRET not in told and told.endswith("' can't be used: it is down; mend that")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"invalid dsn: password={SECRET} host=db",
+        f'{{"password": "{SECRET}"}}',
+        f"Authorization: Bearer {SECRET}{SECRET}",
+        "401 for hf_abcdefghijklmnopqrstuvwx",
+    ],
+)
+def test_settings_headers_and_marked_tokens(text: str) -> None:
+    assert SECRET not in redact(text) and "hf_abc" not in redact(text) and "***" in redact(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:////data/runs?x/history.sqlite",
+        "postgresql+psycopg://ann@db/trials?sslmode=require&passfile=/keys/pgpass",
+        "check that the server runs, and the host, user, password and database of the URL",
+        "api.api_keys: is missing; give it a value",
+        "method.num_virtual_tokens=20, data.max_length=64 tokens, tokens/s=3",
+        "mail ann@example.org about https://example.org/a?b=c",
+    ],
+)
+def test_what_is_no_secret_stays(text: str) -> None:
+    assert redact(text) == text
+
+
+def test_a_tree_is_redacted_by_its_keys() -> None:
+    tree = {"api": {"admin_token": SECRET, "api_keys": [{"key": SECRET}], "max_tokens": 4}}
+    assert redacted(tree) == {
+        "api": {"admin_token": "***", "api_keys": [{"key": "***"}], "max_tokens": 4}
+    }
+
+
+def test_an_error_holds_none_wherever_it_goes(caplog: pytest.LogCaptureFixture) -> None:
+    error = pickle.loads(pickle.dumps(HistoryError(f"history: '{URLS[3]}' is down")))
+    logging.getLogger("rayfin").warning("kept for later: %s", error)
+    assert SECRET not in f"{error} {error!r} {error.args} {caplog.text}"
+
+
+@pytest.mark.parametrize("url", [url for url in URLS if url.startswith(PG)])
+def test_a_history_is_shown_and_kept_without(url: str) -> None:
+    if "c@db" not in url and not url.endswith("@x"):  # those are no URLs at all
+        parsed = parse_url(url)
+        assert SECRET not in shown(parsed) and SECRET not in without_password(url)
+    closed = url.replace("@db/", "@127.0.0.1:1/").replace("//db/", "//127.0.0.1:1/")
+    with pytest.raises(HistoryError) as told:
+        History.open(closed)
+    assert SECRET not in str(told.value)
+
+
+@pytest.mark.parametrize("url", URLS[:-3][3:4])
+def test_a_sweep_writes_none_down_and_is_found_again(url: str, tmp_path: Path) -> None:
+    settings = [f"history={url}", f"storage={tmp_path}", "sweep.parameters={method.r: [2]}"]
+    config = load_config(None, settings)
+    plan = new_plan(config, Storage.open(tmp_path))
+    plan.save()
+    row = TrialRecord(
+        trial_id="t", sweep_id=plan.sweep_id, fingerprint="f", status="failed", created_at=now(),
+        updated_at=now(), error=f"OSError: {url} is down",
+    )  # fmt: skip
+    assert SECRET not in row.model_dump_json()
+    write_sweep_report(plan.place.path / "report.html", [], config=config, best=None)
+    for path in filter(Path.is_file, plan.place.path.rglob("*")):
+        assert SECRET not in path.read_text(), path
+    assert find_resumable(config, Storage.open(tmp_path)) == plan
+
+
+def test_a_bucket_takes_no_keys_in_its_url() -> None:
+    for url in URLS[-3:-1]:
+        with pytest.raises(StorageError, match="written into the history") as told:
+            Objects.at(url)
+        assert SECRET not in str(told.value)
+
+
+def test_commands_show_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"{PG}127.0.0.1:1/trials?user=ann&password={SECRET}"
+    for words in (
+        ["doctor", f"storage=s3://bucket/runs?secret_key={SECRET}", f"history={url}", "--json"],
+        ["history", "list", f"history={url}"],
+        ["sweep", f"history={url}", f"storage={tmp_path}"],
+    ):
+        assert main(words) in (1, 2), words
+        out, err = capsys.readouterr()
+        assert SECRET not in out + err and out + err, (words, out, err)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        f"api.api_keys={{key: {SECRET}",
+        f"api.api_keys=[{{key: {SECRET}, adapters: {SECRET}}}]",
+    ],
+)
+def test_what_is_wrong_with_a_key_is_told_without_it(setting: str) -> None:
+    with pytest.raises(ConfigError) as told:
+        load_serve_config(None, [setting])
+    assert SECRET not in str(told.value) and setting.partition("=")[0] in str(told.value)
