@@ -71,15 +71,8 @@ class Driver:
         return row
 
     def kill(self) -> None:
-        """SIGKILL, and waits until Ray's processes have noticed and ended by themselves.
-
-        Ray's two agents, which hold nothing, take a minute for it: they are not waited for.
-        """
-        family = [
-            process
-            for process in psutil.Process(self.process.pid).children(recursive=True)
-            if not process.name().endswith("Agent")
-        ]
+        """SIGKILL, and waits until all of Ray's processes have noticed and ended by themselves."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         self.process.communicate()
         left = psutil.wait_procs(family, timeout=60)[1]

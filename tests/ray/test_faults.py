@@ -106,6 +106,7 @@ def test_a_group_whose_driver_is_killed_and_interrupted_goes_on(
     interrupted.until(lambda: lab.losses(lab.rows()[0])[:1] == [marked])
     assert interrupted.interrupt() == 130
     assert interrupted.err.endswith("rayfin: interrupted\n"), interrupted.err
+    assert [row.status for row in lab.rows()] == ["interrupted"]
 
     # Alone: whoever goes on with it. That took a group in the runs before.
     assert lab.rayfin("train", *settings, "scaling.num_workers=1").end() == 0

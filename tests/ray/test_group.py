@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import psutil
 import pytest
 import ray
@@ -197,6 +199,22 @@ def test_too_many_workers_are_refused_at_once(cluster: str, lab: Any) -> None:
             train_once(config, history=history, storage=storage)
         (row,) = history.trials()
     assert row.status == "failed" and "2 CPUs" in (row.error or "")
+
+
+def test_a_ray_of_our_own_listens_on_loopback_and_asks_for_its_token(cluster: str) -> None:
+    family = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    listening = []
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for one in process.net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    listening.append((process.name(), one.laddr.ip.removeprefix("::ffff:")))
+    assert len(listening) >= 5
+    assert {ip for _, ip in listening} <= {"127.0.0.1", "::1"}, listening
+
+    with grpc.insecure_channel(cluster) as channel, pytest.raises(grpc.RpcError) as refused:
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=30)
+    assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_sweep_on_a_running_cluster_leaves_it_running(cluster: str, lab: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rayfin.cli import main
 from rayfin.history import TrialRecord
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -20,7 +22,7 @@ LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.sc
 
 @pytest.mark.parametrize("search", ["tpe", "advisor"])
 def test_ctrl_c_and_a_killed_driver_lose_nothing(
-    lab: Any, search: str, moment: random.Random
+    lab: Any, search: str, moment: random.Random, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("sweep_qlora.py", *LONG, "sweep.num_samples=4", f"sweep.search={search}")
     interrupted = lab.script(*command)
@@ -29,12 +31,17 @@ def test_ctrl_c_and_a_killed_driver_lose_nothing(
     assert "--resume" in interrupted.out
     done = [row for row in lab.rows() if row.status == "finished"]
     assert len(done) == 1 and [row.trial_id for row in lab.rows()][1:] == [first.trial_id]
+    assert [row.status for row in lab.rows()] == ["finished", "interrupted"]
     marked = {first.trial_id: lab.mark(first)}
 
     killed = lab.script(*command, "--resume")
     second = killed.amid(finished=2, step=moment.randrange(1, STEPS * 8 // 10))
     killed.kill()
     assert second.trial_id != first.trial_id
+    assert [row.status for row in lab.rows()][2] == "running"  # nobody was there to say otherwise
+    assert main(["history", "list", f"storage={lab.storage}", "--json"]) == 0
+    stood = {row["trial_id"]: row["status"] for row in json.loads(capsys.readouterr().out)}
+    assert stood[second.trial_id] == "interrupted"
     done = [row for row in lab.rows() if row.status == "finished"]
     marked[second.trial_id] = lab.mark(second)
 

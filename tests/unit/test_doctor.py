@@ -97,6 +97,35 @@ def test_each_broken_place_is_one_line_with_its_remedy(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("settings", "ports", "asks_for"),
+    [
+        ({}, "on 127.0.0.1, but one of each replica", "a token, a new one for each start"),
+        ({"RAY_AUTH_MODE": "disabled"}, "on 127.0.0.1", "nothing, by RAY_AUTH_MODE=disabled"),
+        ({"RAY_AUTH_TOKEN": "hush"}, "on 127.0.0.1", "the token of RAY_AUTH_TOKEN"),
+        (
+            {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "token"},
+            "on this machine's address",
+            "the token of ~/.ray/auth_token",
+        ),
+    ],
+)
+def test_it_says_who_may_speak_to_a_ray_of_our_own(
+    settings: dict[str, str],
+    ports: str,
+    asks_for: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    _, report = doctor(capsys)
+    assert report["ray"]["ports"].startswith(ports) and report["ray"]["asks_for"] == asks_for
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_cluster_that_listens_answers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,7 +125,7 @@ def ray_cluster(problems: list[str]) -> Section:
     """Where trials would run; only a TCP connection is tried, Ray is not started."""
     address = os.environ.get("RAY_ADDRESS", "")
     if address in ("", "local"):
-        return {"cluster": "started on this machine when it is needed"}
+        return {"cluster": "started on this machine when it is needed", **_exposure()}
     if address == "auto":
         return {"cluster": "the one that runs on this machine (RAY_ADDRESS=auto)"}
     found: Section = {"cluster": address, "answers": False}
@@ -149,6 +149,23 @@ def ray_cluster(problems: list[str]) -> Section:
             "start one with `ray start --head`, or unset RAY_ADDRESS"
         )
     return found
+
+
+def _exposure() -> Section:
+    """Who may speak to a Ray that rayfin starts here: docs/security.md."""
+    clusters, mode = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", os.environ.get("RAY_AUTH_MODE")
+    given = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if name in os.environ]
+    if mode not in (None, "token"):
+        token = f"nothing, by RAY_AUTH_MODE={mode}"
+    elif mode is None and not given:
+        token = "a token, a new one for each start"
+    else:
+        token = f"the token of {given[0] if given else '~/.ray/auth_token'}"
+    if os.environ.get(clusters) == "1":
+        ports = f"on this machine's address, by {clusters}=1"
+    else:
+        ports = "on 127.0.0.1, but one of each replica of rayfin serve and one of each worker group"
+    return {"ports": ports, "asks_for": token}
 
 
 def storage_place(storage: str, problems: list[str]) -> Section:
