@@ -12,7 +12,7 @@ import ray
 from rayfin.config import ScalingConfig
 from rayfin.errors import HardwareError
 from rayfin.hardware import cpu_count
-from rayfin.tuning.local_ray import local_ray
+from rayfin.tuning.local_ray import local_ray, sigterm_as_it_was
 
 Resources = Mapping[str, float]
 """Ray's names (CPU, GPU) -> how many."""
@@ -34,7 +34,8 @@ def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator
             yield
         return
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with sigterm_as_it_was():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError) as error:  # ValueError: ray:// without ray[client]
         raise HardwareError(
             f"no Ray cluster can be reached at '{address}' ({error}); start one with "

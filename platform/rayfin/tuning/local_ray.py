@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import secrets
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services, utils
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from rayfin.errors import RayfinError
@@ -22,6 +23,7 @@ from rayfin.tuning.no_start import certain_reasons, why_no_start
 
 _END_SECONDS = 10.0
 _STARTS = 3
+_PR_SET_PDEATHSIG = 1
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _CLUSTERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 _SETTINGS = {
@@ -33,9 +35,6 @@ _SETTINGS = {
     # "No cluster": the setting by which Ray binds to loopback on macOS and Windows, where a
     # firewall would ask otherwise. Its node then is 127.0.0.1, which no other can join.
     _CLUSTERS: "0",
-    # A driver that is killed takes Ray's servers along. What asks them for help then gives up
-    # after this time, and not after a minute.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
 }
 
 
@@ -74,16 +73,16 @@ def _read_settings_again() -> None:
 def _start(num_cpus: int) -> None:
     for left in reversed(range(_STARTS)):
         before = set(psutil.Process().children())
-        on_term = signal.getsignal(signal.SIGTERM)
         try:
-            # "local", not None: None would join a cluster that somebody else started here.
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
+            with sigterm_as_it_was(), _raylet_ends_in_order():
+                # "local", not None: None would join a cluster that somebody else started here.
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
             return
         # Ray raises what happens to go wrong first, and may exit.
         except (Exception, SystemExit) as error:
@@ -93,15 +92,48 @@ def _start(num_cpus: int) -> None:
             slow = "timed out during startup" in str(error) and not any(certain_reasons())
             if not left or not slow:
                 raise RayfinError(why_no_start(error)) from error
-        finally:
-            _handle_again(on_term)
 
 
-def _handle_again(on_term: Any) -> None:
+@contextmanager
+def _raylet_ends_in_order() -> Iterator[None]:
+    """The raylet that is started in the block gets SIGTERM when this process is killed.
+
+    Ray's own choice is SIGKILL. Its two agents then want to report that death to a server that has
+    died too, and try for a minute; of one that ended in order they have nothing to report.
+    """
+    start = services.start_ray_process
+    kill = utils.set_kill_on_parent_death_linux
+
+    # Loaded here: what runs between a fork and the program's start should do next to nothing.
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it, and calls `end`
+
+    def end() -> None:
+        if prctl is None or prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+            raise OSError("prctl(PR_SET_PDEATHSIG) failed")
+
+    def start_process(command: Any, process_type: str, *more: Any, **options: Any) -> Any:
+        raylet = process_type == ray_constants.PROCESS_TYPE_RAYLET
+        utils.set_kill_on_parent_death_linux = end if raylet else kill
+        return start(command, process_type, *more, **options)
+
+    services.start_ray_process = start_process
+    try:
+        yield
+    finally:
+        services.start_ray_process = start
+        utils.set_kill_on_parent_death_linux = kill
+
+
+@contextmanager
+def sigterm_as_it_was() -> Iterator[None]:
     """Ray puts a handler of its own in the place of a command's, which ends it in order."""
-    main = threading.current_thread() is threading.main_thread()
-    if main and callable(on_term) and signal.getsignal(signal.SIGTERM) is not on_term:
-        signal.signal(signal.SIGTERM, on_term)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        main = threading.current_thread() is threading.main_thread()
+        if main and callable(before) and signal.getsignal(signal.SIGTERM) is not before:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:
