@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,39 @@ def test_directories_and_splits(
     data = json.loads(capsys.readouterr().out)["scenario"]["data"]
     assert (data["rows_train"], data["rows_eval"], data["eval_split"]) == (8, 2, "validation")
     assert data["notes"] == next(iter(shown.values()))
+
+
+@pytest.mark.parametrize("section", ["What is not learned", "Rows that are left out"])
+def test_columns_and_rows(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    section: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = [{"prompt": f"what is {n}", "completion": str(n)} for n in range(8)]
+    turns = [("user", "prompt"), ("assistant", "completion")]
+    tickets: list[dict[str, Any]] = [
+        {"id": n, "messages": [{"role": role, "content": row[name]} for role, name in turns]}
+        for n, row in enumerate(plain)
+    ]
+    tickets[2]["messages"][0]["name"] = "Ann"
+    long = [{**row, "prompt": row["prompt"] * (20 if n == 2 else 1)} for n, row in enumerate(plain)]
+    long[4]["completion"] *= 100
+    for name, rows in {
+        "tools": [{**row, "tools": [{"name": "f"}]} for row in plain],
+        "tickets": tickets,
+        "long": [*long, {"prompt": "no answer"}],
+    }.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        Path(f"{name}.jsonl").write_text(text)
+    shown = list(shown_in(section))
+    assert shown
+    for command, lines in shown:
+        refused = any(line.startswith("rayfin:") for line in lines)
+        assert main(shlex.split(command)[1:]) == (2 if refused else 0)
+        err = capsys.readouterr().err.splitlines()
+        assert [line for line in err if line.startswith(("data:", "rayfin:"))] == lines
 
 
 def test_a_sweep_says_so_too(
