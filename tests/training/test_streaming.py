@@ -181,6 +181,19 @@ def test_parquet_and_directories(
     assert len(texts) == 90
 
 
+def test_of_a_data_set_with_splits_all_of_train_is_read_and_nothing_of_test(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "_LEAST_BYTES", 1000)
+    (tmp_path / "set").mkdir()
+    written(tmp_path / "set" / "train.jsonl", rows(100))
+    written(tmp_path / "set" / "test.jsonl", rows(120)[100:])
+    config = DataConfig(path=str(tmp_path / "set"), streaming=True)
+    texts = {text for _, text in read(config, tokenizer, [0], 0, 100, of=1)}
+    answers = {int(text.partition("it is ")[2].partition("<")[0]) for text in texts}
+    assert answers == set(range(100))
+
+
 def test_bad_rows_are_found_before_anything_is_trained(tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     written(path, rows(200))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,11 @@ def test_bad_rows_of_the_evaluated_split_are_named_and_counted(tmp_path: Path) -
         corpus = load(tmp_path, streaming=streaming, on_bad_row="skip")
         skipped = corpus.stream.bad_rows if corpus.stream else len(corpus.skipped)
         assert (skipped, len(corpus.eval)) == (1, 3)
+    # As where the answers are kept back, in competitions.
+    write(tmp_path, "test.jsonl", [{"prompt": "no answer"}] * 2)
+    for streaming in (False, True):
+        with pytest.raises(DataError, match=r"no valid row .*held out .* with data\.split=train"):
+            load(tmp_path, streaming=streaming, on_bad_row="skip")
     write(tmp_path, "test.jsonl", [])
     for streaming in (False, True):
         with pytest.raises(DataError, match=r"split test \(test\.jsonl\) is empty"):
@@ -232,6 +238,34 @@ def test_metadata_is_no_row_and_data_of_that_name_is(tmp_path: Path) -> None:
         write(tmp_path, f"{folder}/a.jsonl")
     corpus = load(tmp_path)
     assert set.union(*files_of(corpus)) == {"data.jsonl", "state"}
+
+
+def test_what_looks_like_data_and_is_not_read_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "data.jsonl")
+    for name in ("more.xlsx", "old/some.jsonl.zst", ".cache/a.zip", "run.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert "data: not read: more.xlsx and old/some.jsonl.zst; what is" in load(tmp_path).notes[1]
+
+
+def test_links_are_followed_and_what_cannot_be_listed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "elsewhere/a.jsonl")
+    write(tmp_path, "data/test/a.jsonl")
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "test" / "back").symlink_to(tmp_path / "data")
+    assert files_of(load(tmp_path / "data")) == ({"elsewhere/a.jsonl"}, {"data/test/a.jsonl"})
+    scandir = os.scandir
+
+    def denied(path: str) -> Any:
+        if str(path).endswith("test"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)  # the tests may run as root, who may read all
+    with pytest.raises(DataError, match=r"/test' can't be read \(Permission denied\)"):
+        load(tmp_path / "data")
 
 
 def test_llama_factorys_list_of_data_sets_is_not_dropped_without_a_word(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def _normal_form(config: DataConfig, sources: Sources, census: Census) -> _Sampl
     for split in filter(None, (sources.train, sources.eval)):
         rows = list(read_rows(split, census.ignore))
         if not rows:
-            raise is_empty(config, split)
+            raise is_empty(config, split, instead_of(split, sources))
         shape = shape or shape_of(rows, config)
         if shape == "preference":
             raise is_preference(config.path)
@@ -156,7 +156,7 @@ def _normal_form(config: DataConfig, sources: Sources, census: Census) -> _Sampl
             else:
                 bad.append(BadRow(row.file, row.line, example, row.rows))
         if not examples:
-            raise no_valid_row(config, bad[before])
+            raise no_valid_row(config, bad[before], instead_of(split, sources))
         found.append(tuple(examples))
     if bad and config.on_bad_row == "error":
         raise bad_rows(bad[0], sum(each.rows for each in bad), census.rows)
@@ -164,10 +164,19 @@ def _normal_form(config: DataConfig, sources: Sources, census: Census) -> _Sampl
     return _Samples(train, held_out, shape, tuple(bad))
 
 
-def is_empty(config: DataConfig, split: Split) -> DataError:
+def is_empty(config: DataConfig, split: Split, instead: str) -> DataError:
     """What is said of a split without a row."""
     which = f": split {split.name} ({split.shown})" if split.name else ""
-    return DataError(f"data.path: '{config.path}'{which} is empty; give a source that has rows")
+    return DataError(
+        f"data.path: '{config.path}'{which} is empty; give a source that has rows{instead}"
+    )
+
+
+def instead_of(split: Split, sources: Sources) -> str:
+    """What else can be done where a split has no row that can be used."""
+    if split is not sources.eval:
+        return ""
+    return f", or evaluate on rows held out of training with data.split={sources.train.name}"
 
 
 def shape_of(rows: Sequence[Row], config: DataConfig) -> str:

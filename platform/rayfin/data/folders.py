@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rayfin.data.readers import is_readable
+from rayfin.data.readers import allowed_names, is_readable
 from rayfin.data.splits import KEYWORDS, Split, kinds_in, listed
 from rayfin.errors import DataError
 
@@ -20,6 +20,12 @@ from rayfin.errors import DataError
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b.*")
 _CARD = re.compile(r"---[ ]*\n(?P<metadata>.*?)\n---[ ]*(\n|$)", re.DOTALL)
 _MOST_NAMED = 3
+_OTHER_FORMATS = re.compile(
+    r"(?!(readme|license|licence|requirements)\.).*\.(txt|xlsx?|ods|feather|orc|avro|tfrecord|np[yz]|"
+    r"pkl|pickle|db|sqlite|zip|tar|tgz|gz|bz2|xz|zst|7z)",
+    re.IGNORECASE,
+)
+"""Names of files that are likely to hold rows, though they are not read."""
 
 
 def directory_splits(root: Path) -> tuple[list[Split], list[Split], list[str]]:
@@ -31,7 +37,8 @@ def directory_splits(root: Path) -> tuple[list[Split], list[Split], list[str]]:
     files = data_below(root)
     saved = _object_of(root / "dataset_dict.json").get("splits")
     if isinstance(saved, list):  # what DatasetDict.save_to_disk writes
-        named = {str(name): data_below(root / str(name)) for name in saved}
+        folders = {str(name): root / str(name) for name in saved}
+        named = {name: data_below(each) if each.is_dir() else [] for name, each in folders.items()}
         _check_there(root / "dataset_dict.json", named)
     else:
         named = _by_card(root, files) or _by_names(root, files)
@@ -41,7 +48,7 @@ def directory_splits(root: Path) -> tuple[list[Split], list[Split], list[str]]:
     return (
         sorted(splits, key=_rank),
         [Split("", _shown(root, others), tuple(others))] if others else [],
-        _unread_settings(root),
+        _unread_settings(root) + _unread_formats(root),
     )
 
 
@@ -53,14 +60,19 @@ def _rank(split: Split) -> int:
 def data_below(root: Path) -> list[Path]:
     """Returns the data files below a directory, in order, without metadata and hidden files."""
     found: list[Path] = []
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith((".", "__")))
+    seen = set[str]()  # a link may lead back
+    for folder, names, files in os.walk(root, onerror=_cannot_list, followlinks=True):
         here = Path(folder)
+        if (real := os.path.realpath(folder)) in seen:
+            names.clear()
+            continue
+        seen.add(real)
         saved = _saved_files(here, set(files))
         if saved is not None:
             found += saved
             names.clear()
             continue
+        names[:] = sorted(name for name in names if not name.startswith((".", "__")))
         found += [
             here / name
             for name in files
@@ -69,6 +81,13 @@ def data_below(root: Path) -> list[Path]:
             and not _is_metadata(here / name)
         ]
     return sorted(found)
+
+
+def _cannot_list(error: OSError) -> None:
+    raise DataError(
+        f"data.path: '{error.filename}' can't be read ({error.strerror}); check that you may read "
+        "the directory"
+    ) from error
 
 
 def _saved_files(folder: Path, names: set[str]) -> list[Path] | None:
@@ -221,6 +240,20 @@ def _unread_settings(root: Path) -> list[str]:
     return [
         f"data: not read: dataset_info.json of LLaMA-Factory{what}; rows are read as they stand"
     ]
+
+
+def _unread_formats(root: Path) -> list[str]:
+    """Returns what is to be told of files that look like data and are in no format that is read."""
+    files = [
+        file
+        for file in sorted(root.rglob("*"))
+        if _OTHER_FORMATS.fullmatch(file.name)
+        and not is_readable(file)
+        and not any(part.startswith((".", "__")) for part in file.relative_to(root).parts)
+    ]
+    if not files:
+        return []
+    return [f"data: not read: {_shown(root, files)}; what is read is {allowed_names()}"]
 
 
 def _shown(root: Path, files: Sequence[Path]) -> str:

@@ -101,9 +101,9 @@ def no_known_column(row: object) -> str:
     return f"it has none of the known columns: rename {have} to those of a format: {need}"
 
 
-def no_valid_row(config: DataConfig, first: BadRow) -> DataError:
+def no_valid_row(config: DataConfig, first: BadRow, instead: str = "") -> DataError:
     """What is said where not one row can be used; `first`: the first one, and why."""
-    return DataError(f"data.path: '{config.path}' has no valid row (the first: {first})")
+    return DataError(f"data.path: '{config.path}' has no valid row (the first: {first}){instead}")
 
 
 def bad_rows(first: BadRow, bad: int, rows: int) -> DataError:

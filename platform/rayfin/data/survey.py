@@ -12,7 +12,7 @@ from functools import partial
 
 from rayfin.config.schema import DataConfig
 from rayfin.data.chunks import Chunk, chunks_of, line_before, read_chunk
-from rayfin.data.corpus import is_empty, shape_of
+from rayfin.data.corpus import instead_of, is_empty, shape_of
 from rayfin.data.examples import BadRow, Corpus, Example
 from rayfin.data.normal import (
     EVAL_SALT,
@@ -89,13 +89,14 @@ def survey_corpus(config: DataConfig, each: Each = map) -> Corpus:
         )
     sources = sources_of(config)
     chunks = chunks_of(sources.train)
-    shape = shape_of(_first_rows(config, sources.train, chunks), config)
+    shape = shape_of(_first_rows(config, sources, sources.train, chunks), config)
     if shape == "preference":
         raise is_preference(config.path)
     if sources.eval is not None:
         own = chunks_of(sources.eval)
-        _first_rows(config, sources.eval, own)
-        evaluated = _looked_through(config, own, shape, each)
+        _first_rows(config, sources, sources.eval, own)
+        instead = instead_of(sources.eval, sources)
+        evaluated = _looked_through(config, own, shape, each, instead=instead)
         held = evaluated.by_content[:MOST_HELD_OUT]
         known = frozenset(key for key, _, _ in held)
         whole = _looked_through(config, chunks, shape, each, known)
@@ -116,6 +117,7 @@ def _looked_through(
     shape: str,
     each: Each,
     known: frozenset[str] = frozenset(),
+    instead: str = "",
 ) -> Part:
     """Returns what is in all chunks; raises DataError for bad rows that are not to be skipped."""
     ignore = frozenset(config.ignore_columns)
@@ -128,7 +130,7 @@ def _looked_through(
         chunk = chunks[number]
         whole.first = BadRow(chunk.file, line_before(chunks, chunk) + line, reason)
         if not rows:
-            raise no_valid_row(config, whole.first)
+            raise no_valid_row(config, whole.first, instead)
         if config.on_bad_row == "error":
             raise bad_rows(whole.first, whole.bad, rows + whole.bad)
     return whole
@@ -298,10 +300,12 @@ def _parts(chunks: Sequence[Chunk]) -> list[list[int]]:
     return parts
 
 
-def _first_rows(config: DataConfig, split: Split, chunks: Sequence[Chunk]) -> list[Row]:
+def _first_rows(
+    config: DataConfig, sources: Sources, split: Split, chunks: Sequence[Chunk]
+) -> list[Row]:
     ignore = frozenset(config.ignore_columns)
     rows = itertools.chain.from_iterable(read_chunk(chunk, ignore) for chunk in chunks)
     found = list(itertools.islice(rows, _ROWS_TO_KNOW_THE_SHAPE))
     if not found:
-        raise is_empty(config, split)
+        raise is_empty(config, split, instead_of(split, sources))
     return found
