@@ -55,6 +55,8 @@ LAYOUTS = {
     "words": ("my-train_v2.jsonl", "my-dev_v2.jsonl", "my-test_v2.jsonl"),
     "numbers": ("train2017.jsonl", "val2017.jsonl", "test2017.jsonl"),
     "other words": ("training.csv", "evaluation.csv", "testing.csv"),
+    "sets": ("trainset.jsonl", "devset.jsonl", "testset.jsonl"),
+    "capital letters": ("myTrainData.jsonl", "myValData.jsonl", "myTestData.jsonl"),
     "hub": (
         "data/train-00000-of-00001-a1b2c3.parquet",
         "data/validation-00000-of-00001.parquet",
@@ -209,7 +211,7 @@ def test_bad_rows_of_the_evaluated_split_are_named_and_counted(tmp_path: Path) -
     # As where the answers are kept back, in competitions.
     write(tmp_path, "test.jsonl", [{"prompt": "no answer"}] * 2)
     for streaming in (False, True):
-        with pytest.raises(DataError, match=r"no valid row .*held out .* with data\.split=train"):
+        with pytest.raises(DataError, match=r"no valid row .*data\.split=train eval.*held out"):
             load(tmp_path, streaming=streaming, on_bad_row="skip")
     write(tmp_path, "test.jsonl", [])
     for streaming in (False, True):

@@ -176,7 +176,7 @@ def instead_of(split: Split, sources: Sources) -> str:
     """What else can be done where a split has no row that can be used."""
     if split is not sources.eval:
         return ""
-    return f", or evaluate on rows held out of training with data.split={sources.train.name}"
+    return f"; data.split={sources.train.name} evaluates on rows held out of training instead"
 
 
 def shape_of(rows: Sequence[Row], config: DataConfig) -> str:

@@ -13,21 +13,22 @@ from rayfin.data.examples import HELD_OUT
 from rayfin.errors import DataError, did_you_mean
 
 KEYWORDS: dict[str, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "eval": ("eval", "evaluation"),
-    "test": ("test", "testing"),
+    "train": ("train", "training", "trainset"),
+    "validation": ("validation", "valid", "val", "dev", "valset", "devset"),
+    "eval": ("eval", "evaluation", "evalset"),
+    "test": ("test", "testing", "testset"),
 }
 """Kind of a split -> the words that name it, in the order in which kinds are evaluated on.
 
-These are the words of the datasets library (`datasets.data_files`), which counts eval as test.
+These are the words of the datasets library (`datasets.data_files`), which counts eval as test and
+has none that ends in set.
 """
 
 ALL = "all"
 """The value of data.split that takes all splits together as one."""
 
-# The datasets library's separators of words.
-_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+")
+# The datasets library's separators of words, and where a capital letter begins one.
+_BETWEEN_WORDS = re.compile(r"[-._ 0-9]+|(?<=[a-z])(?=[A-Z])")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _rows(count: int) -> str:
 
 def kinds_in(name: str) -> list[str]:
     """Returns the kinds of splits whose words are in a name."""
-    words = set(_BETWEEN_WORDS.split(name.lower()))
+    words = set(map(str.lower, _BETWEEN_WORDS.split(name)))
     return [kind for kind, known in KEYWORDS.items() if not words.isdisjoint(known)]
 
 
