@@ -1,5 +1,6 @@
 """The sweep report in a real browser: charts are drawn, nothing fails, nothing injected runs."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from rayfin.config import load_config
 from rayfin.evaluation import Sample, write_sweep_report
 from rayfin.history.record import TrialRecord
+from rayfin.methods import METHODS
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None
@@ -119,7 +121,8 @@ def report(tmp_path, rows, **options):
     finished = [row for row in rows if row.status == "finished"]
     best = min(finished, key=lambda row: row.metrics["eval_loss"]) if finished else None
     options.setdefault("samples", [Sample(EVIL, EVIL, EVIL, EVIL)])
-    return write_sweep_report(tmp_path / "report.html", rows, config=CONFIG, best=best, **options)
+    options.setdefault("config", CONFIG)
+    return write_sweep_report(tmp_path / "report.html", rows, best=best, **options)
 
 
 def probed(page, script):
@@ -166,6 +169,111 @@ def test_the_page_makes_sense_whatever_happened(tmp_path, rows, charts):
     assert dom.count("chart") == charts
     assert len(dom.rows) == len(rows)
     assert dom.count("dot") == sum("eval_loss" in row.metrics for row in rows)
+
+
+LONG = "model.layers.0.self_attn.q_proj_of_a_model_whose_names_are_long"
+METHOD_AXES = {
+    "method.type": list(METHODS),
+    "method.r": list(range(1, 33)),
+    "method.num_virtual_tokens": [8, 50],
+    "method.target_modules": [["q_proj"], [LONG]],
+    "train.learning_rate": {"space": "loguniform", "lower": 1e-9, "upper": 1e-1},
+    "train.weight_decay": {"space": "uniform", "lower": 0.1, "upper": 0.10001},
+}
+
+
+def all_methods(count=40, spread=2.0, base=2.5):
+    """Trials of every method, each with the axes that its method has; scores lie close together."""
+    rows = []
+    for number, row in enumerate(trials(count, ["finished", "finished", "stopped", "finished"])):
+        name = list(METHODS)[number % len(METHODS)]
+        method = {"type": name}
+        if METHODS[name].trains == "low rank":
+            method |= {"r": 1 + number % 32, "target_modules": [LONG]}
+        elif METHODS[name].virtual_tokens:
+            method |= {"num_virtual_tokens": 8}
+        loss = 1 + spread * (number * 7 % count) / count
+        metrics = row.metrics | {"eval_loss": loss, "base_eval_loss": base,
+                                 "train_seconds": 1.5 ** (number * 11 % count)}  # fmt: skip
+        train = {"learning_rate": 1e-9 * 10 ** (number % 8), "weight_decay": 0.1 + 1e-7 * number}
+        curve = [{"step": 5, "eval_loss": loss * 1.1}, {"step": 10, "eval_loss": loss}]
+        spec = {"method": method, "train": train}
+        rows.append(row.updated(spec=spec, metrics=metrics, curve=curve))
+    return rows
+
+
+LOOKS_AT_LABELS = """
+  const found = { overlaps: [], ticks: {}, logs: [], looks: [], texts: 0, described: [] };
+  for (const id of ["loss", "cost", "parallel"]) {
+    const svg = document.querySelector(`#${id} svg.chart`);
+    const texts = [...svg.querySelectorAll("text")].map((t) => [t, t.getBoundingClientRect()]);
+    found.texts += texts.length;
+    texts.forEach(([a, box], index) => texts.slice(index + 1).forEach(([b, other]) => {
+      if (box.left < other.right - 1 && other.left < box.right - 1
+          && box.top < other.bottom - 3 && other.top < box.bottom - 3) {
+        found.overlaps.push(`${id}: ${a.textContent} | ${b.textContent}`);
+      }
+    }));
+    const count = (name) => svg.querySelectorAll(name).length;
+    const numbers = texts.filter(([text]) => text.classList.length === 0).length;
+    found.ticks[id] = [count(".x-tick"), count(".y-tick"), numbers];
+    if (svg.textContent.includes("log scale")) found.logs.push(id);
+    const words = svg.querySelector("desc").textContent.length;
+    found.described.push(svg.getAttribute("role") === "img" && words > 60);
+    const wide = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+    if (wide < 0.99) found.overlaps.push(`${id} is shrunk`);
+  }
+  for (const mark of document.querySelectorAll("#cost .legend .mark")) {
+    found.looks.push([getComputedStyle(mark).fill, mark.getAttribute("d")]);
+  }
+  document.documentElement.dataset.found = JSON.stringify(found);
+"""
+
+
+@pytest.mark.parametrize("size", ["1280,900", "390,900"], ids=["wide", "narrow"])
+def test_no_label_lies_on_another_and_every_axis_has_ticks(tmp_path, size):
+    config = load_config({"sweep": {"parameters": METHOD_AXES}})
+    page = report(tmp_path, all_methods(), config=config, samples=())
+    dom = browse(probed(page, LOOKS_AT_LABELS), tmp_path / "profile", size=size)
+    found = json.loads(dom.root["data-found"])
+    assert found["texts"] > 40
+    assert found["overlaps"] == []
+    for chart in ("loss", "cost"):
+        across, up, numbers = found["ticks"][chart]
+        assert across >= 2 and up >= 2 and numbers >= 4, chart
+    assert found["ticks"]["parallel"][1] >= 2 * len(METHOD_AXES)
+    assert found["logs"] == ["cost", "parallel"]
+    assert found["described"] == [True] * 3
+    # Every method that trained has a colour and a mark that no other has.
+    colours, marks = zip(*found["looks"], strict=True)
+    assert len(set(colours)) == len(set(marks)) == len(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("spread", "base", "logs", "lines", "says"),
+    [
+        (2.0, 2.5, ["cost", "parallel"], 1, "base model 2.5"),
+        (2.0, 40.0, ["loss", "cost", "parallel"], 1, "base model 40"),
+        (0.001, 9.0, ["cost", "parallel"], 0, "base model 9, above ↑"),
+    ],
+    ids=["near", "far", "too far for a log scale"],
+)
+def test_the_base_model_does_not_flatten_the_trials(tmp_path, spread, base, logs, lines, says):
+    config = load_config({"sweep": {"parameters": METHOD_AXES}})
+    rows = [row.updated(curve=row.curve[-1:]) for row in all_methods(20, spread=spread, base=base)]
+    page = report(tmp_path, rows, config=config, samples=())
+    script = LOOKS_AT_LABELS + """
+      const label = document.querySelector("#loss .base-label").textContent;
+      const points = [...document.querySelectorAll("#loss .eval-point")];
+      const tops = points.map((point) => point.getBoundingClientRect().top);
+      document.documentElement.dataset.label = label;
+      document.documentElement.dataset.height = Math.max(...tops) - Math.min(...tops);
+    """  # fmt: skip
+    dom = browse(probed(page, script), tmp_path / "profile")
+    found = json.loads(dom.root["data-found"])
+    assert (found["logs"], dom.count("base"), dom.root["data-label"]) == (logs, lines, says)
+    assert found["overlaps"] == []
+    assert float(dom.root["data-height"]) > 75, "of an axis of about 300 pixels"
 
 
 def test_policy_stops_scripts_that_are_not_the_page_s_own(tmp_path):

@@ -304,10 +304,17 @@ def test_the_picture_is_well_formed_and_shows_every_candidate(
     root = ElementTree.parse("made/it.svg").getroot()
     svg = "{http://www.w3.org/2000/svg}"
     assert root.tag == f"{svg}svg"
-    dots = root.findall(f".//{svg}circle[{svg}title]")
+    dots = root.findall(f".//{svg}path[{svg}title]")
     assert len(dots) == len(answer["points"])
     for dot in dots:
-        assert 0 < float(dot.attrib["cx"]) < 760 and 0 < float(dot.attrib["cy"]) < 460
+        x, y = map(float, re.findall(r"[\d.]+", dot.attrib["transform"])[:2])
+        assert 0 < x < 760 and 0 < y < 460
+    # Every method has a colour and a mark that no other has.
+    methods = {point["method"] for point in answer["points"]}
+    assert len(methods) >= 9
+    for attribute in ("fill", "d"):
+        assert len({dot.attrib[attribute] for dot in dots}) == len(methods)
+    assert f"{len(dots)} candidates" in root.find(f"{svg}desc").text
     texts = {text.text for text in root.iter(f"{svg}text")}
     assert {"1", "2", "3", "lora", "p_tuning"} <= texts
 

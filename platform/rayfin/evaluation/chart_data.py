@@ -15,6 +15,7 @@ from rayfin.evaluation.quantities import (
     unit_for,
 )
 from rayfin.history.record import finite
+from rayfin.recommend.marks import MARKS, look_of
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
@@ -45,12 +46,15 @@ def chart_data(
         "metric": {**metric, "mode": sweep.direction},
         "baseLoss": _base_loss(trials, best),
         "costs": costs,
+        "marks": MARKS,
+        "methods": _methods(trials),
         "parameters": [_parameter(name, axis, trials) for name, axis in sweep.parameters.items()],
         "trials": [
             {
                 "number": number,
                 "id": trial.trial_id,
                 "status": trial.status,
+                "look": look_of(setting(trial.spec, "method.type")[1]),
                 "best": best is not None and trial.trial_id == best.trial_id,
                 "metric": _scaled(trial.metrics.get(sweep.metric), divisor),
                 "loss": _thin(_points(trial.curve, "loss"), thinnest),
@@ -59,6 +63,13 @@ def chart_data(
             for number, trial in enumerate(trials, 1)
         ],
     }
+
+
+def _methods(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
+    """The methods that the trials have, with the number of their colour and mark."""
+    names = {setting(trial.spec, "method.type")[1] for trial in trials}
+    looks = sorted((look, name) for name in names if (look := look_of(name)) is not None)
+    return [{"name": name, "look": look} for look, name in looks]
 
 
 def _axis(name: str, trials: Sequence[TrialRecord]) -> tuple[dict[str, str], float]:

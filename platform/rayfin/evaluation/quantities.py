@@ -95,7 +95,7 @@ def show_gain(name: str, gain: float, low: float | None, high: float | None) -> 
     It has the digits that its interval from `low` to `high` allows. The gain of perplexity is the
     logarithm of a factor, as are its ends.
     """
-    if not gain:
+    if not gain or (name == "perplexity" and _factor(abs(gain)) == "1"):
         return "no difference"
     if name == "perplexity":
         return f"{_factor(abs(gain))} times {'lower' if gain > 0 else 'higher'}"

@@ -43,6 +43,7 @@ from rayfin.evaluation.quantities import (
 from rayfin.evaluation.verdict import sweep_verdict
 from rayfin.history.record import finite
 from rayfin.paths import Storage, write_text
+from rayfin.recommend.marks import DARK, LIGHT
 from rayfin.redaction import redact
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def write_sweep_report(
 def _assets() -> dict[str, Any]:
     """Style and script with their hashes: the page's policy lets nothing else apply or run."""
     folder = files("rayfin.evaluation") / "assets"
-    style = (folder / "report.css").read_text(encoding="utf-8")
+    style = _colours() + (folder / "report.css").read_text(encoding="utf-8")
     parts = [(folder / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     script = '"use strict";\n(() => {\n' + "\n".join(parts) + "\n})();\n"
 
@@ -120,6 +121,22 @@ def _assets() -> dict[str, Any]:
         "style_hash": digest(style),
         "script_hash": digest(script),
     }
+
+
+def _colours() -> str:
+    """The methods' ten colours as style, for light and dark pages and for paper."""
+
+    def root(colours: Sequence[str]) -> str:
+        return f":root{{{''.join(f'--c{n}:{colour};' for n, colour in enumerate(colours))}}}"
+
+    return "\n".join(
+        [
+            root(LIGHT),
+            f"@media screen and (prefers-color-scheme:dark){{{root(DARK)}}}",
+            *(f".series.c{n}{{color:var(--c{n})}}" for n in range(len(LIGHT))),
+            "",
+        ]
+    )
 
 
 def _header(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:

@@ -14,13 +14,41 @@ function series(parent, trial, classes) {
   return draw(parent, "g", { class: `series ${trial.status} ${best} ${classes}`, "data-trial": trial.number });
 }
 
-/** Trials to colour, best first: one hue each, no more than can be told apart. */
+const compares = (report) => report.methods.length > 1;
+
+/** Trials to colour, best first: the best of each method, or, of one method, the best of all. */
 function coloured(report) {
   const drawn = (t) => t.evalLoss.length || t.loss.length;
-  const scored = ranked(report);
   const rest = report.trials.filter((t) => t.metric === null);
   const best = report.trials.filter((t) => t.best);
-  return [...new Set([...best, ...scored, ...rest])].filter(drawn).slice(0, COLOURED);
+  const all = [...new Set([...best, ...ranked(report), ...rest])].filter(drawn);
+  if (!compares(report)) return all.slice(0, COLOURED);
+  return report.methods.map(({ look }) => all.find((t) => t.look === look)).filter(Boolean)
+    .sort((a, b) => all.indexOf(a) - all.indexOf(b));
+}
+
+/** Which of the ten colours and marks each coloured trial has. */
+function looks(report) {
+  return new Map(coloured(report).map((trial, place) => [trial, compares(report) ? trial.look : place]));
+}
+
+/**
+ * The axis of losses with the base model's line, or without it: where it lies so far off that it
+ * would flatten the trials, the axis is logarithmic, or leaves it out if that does not help either.
+ */
+function lossScale(low, high, base, from, to) {
+  const share = (bend) => (bend(high) - bend(low)) / (bend(Math.max(high, base)) - bend(Math.min(low, base)));
+  const fits = (value) => value >= 1 / 3;
+  const ends = (values) => [Math.min(...values), Math.max(...values)];
+  const [least, most] = ends(base === null ? [low, high] : [low, high, base]);
+  const flat = base !== null && low < high && !fits(share((v) => v));
+  const log = flat && least > 0 && (fits(share(Math.log)) || share(Math.log) > 2 * share((v) => v));
+  if (log && share(Math.log) > 0.15) {
+    const margin = (most / least) ** 0.04;
+    return { ...scale("log", least / margin, most * margin, from, to), base: true };
+  }
+  if (flat) return { ...scale("linear", ...padded({ low, high }, 0.04), from, to, 6), base: false };
+  return { ...scale("linear", ...padded({ low: least, high: most }, 0.04), from, to, 6), base: base !== null };
 }
 
 function drawLoss(figure, report, page) {
@@ -31,32 +59,47 @@ function drawLoss(figure, report, page) {
   // Where nothing was evaluated yet, training loss is all there is to see.
   const withTraining = page.training || !evaluations.length;
   const training = withTraining ? drawn.flatMap((t) => t.loss.map((p) => p[1])) : [];
-  const base = report.baseLoss === null ? [] : [report.baseLoss];
   const range = extent([...evaluations, ...training]);
-  const [low, high] = padded(extent([range.low, range.high, ...base].filter(Number.isFinite)), 0.04);
+  // Training starts at the base model's loss: how far the evaluations lie from it decides the axis.
+  const seen = evaluations.length ? extent(evaluations) : range;
   const last = Math.max(...drawn.flatMap((t) => [...t.evalLoss, ...t.loss].map((p) => p[0])));
-  const { svg, width, height } = canvas(plot, 380, "Loss curves of all trials",
-    `Loss by optimizer step of ${drawn.length} trials.`);
-  const box = { left: 48, right: width - 12, top: 34, bottom: height - 42 };
+  const best = report.trials.find((t) => t.best && t.evalLoss.length);
+  const { svg, width, height } = canvas(plot, 380, "Loss curves of all trials", [
+    `Loss by optimizer step of ${drawn.length} trials.`,
+    best && `That of the best, #${best.number}, ends at ${show(best.evalLoss[best.evalLoss.length - 1][1])}.`,
+    report.baseLoss !== null && `The base model's is ${show(report.baseLoss)}.`,
+  ]);
+  const [top, bottom] = [36, height - 42];
+  const chosen = lossScale(seen.low, seen.high, report.baseLoss, bottom, top);
+  const within = (v) => (chosen.kind === "log" ? v > 0 : true);
+  const all = [range.low, range.high, ...(chosen.base ? [report.baseLoss] : [])].filter(within);
+  const [low, high] = [Math.min(chosen.low, ...all), Math.max(chosen.high, ...(chosen.base || report.baseLoss === null ? all : []))];
+  const y = scale(chosen.kind, low, high, bottom, top, 6);
+  const beyond = range.cut || range.high > high * 1.000001;
+  const box = { left: roomFor(y.ticks), right: width - 12, top, bottom };
   const x = scale("linear", 0, last, box.left, box.right, width / 90);
-  const y = scale("linear", low, high, box.bottom, box.top, 6);
-  axes(svg, x, y, box, "Optimizer step", range.cut ? "Loss (some values lie beyond the axis)" : "Loss");
+  const labels = new Labels(width);
+  const [evalTitle, rest] = [withTraining ? "Loss" : "Eval loss", beyond ? " (some values lie beyond the axis)" : ""];
+  axes(svg, labels, x, y, box, "Optimizer step", evalTitle + rest);
   const clip = draw(draw(svg, "clipPath", { id: "loss-clip" }), "rect", {
     x: box.left, y: box.top - 4, width: box.right - box.left + 6, height: box.bottom - box.top + 4,
   });
   const marks = draw(svg, "g", { "clip-path": `url(#${clip.parentElement.id})` });
-  const at = ([step, value]) => [x.place(step), y.place(value)];
-  const colours = coloured(report);
+  const at = ([step, value]) => [x.place(step), y.kind === "log" && value <= 0 ? box.bottom : y.place(value)];
+  const look = looks(report);
+  const classes = (trial) => (look.has(trial) ? `c${look.get(trial)}` : "other");
+  const order = [...look.keys()];
+  const place = (trial) => (look.has(trial) ? order.indexOf(trial) : order.length);
   const hits = [];
   // The best are drawn last, to lie on top.
   for (const trial of [...drawn].sort((a, b) => place(b) - place(a))) {
-    const colour = colours.indexOf(trial);
-    const group = series(marks, trial, colour < 0 ? "other" : `c${colour}`);
+    const group = series(marks, trial, classes(trial));
     if (withTraining && trial.loss.length) draw(group, "path", { class: "loss-line", d: line(trial.loss.map(at)) });
     if (trial.evalLoss.length) draw(group, "path", { class: "eval-line", d: line(trial.evalLoss.map(at)) });
     for (const point of trial.evalLoss) {
       const [cx, cy] = at(point);
-      draw(group, "circle", { class: "eval-point", cx, cy, r: colour < 0 ? 1.5 : 3.5 });
+      if (look.has(trial)) drawMark(group, report, look.get(trial), cx, cy, 4, "eval-point");
+      else draw(group, "circle", { class: "eval-point", cx, cy, r: 1.5 });
       hits.push({ x: cx, y: cy, trial, lines: [`step ${point[0]}`, `eval loss ${show(point[1])}`] });
     }
     if (withTraining) {
@@ -67,20 +110,19 @@ function drawLoss(figure, report, page) {
     }
   }
   // Ends lie above all lines, or the best would hide why others are short.
-  for (const trial of drawn) {
-    const colour = colours.indexOf(trial);
-    endMark(series(marks, trial, colour < 0 ? "other" : `c${colour}`), trial, at);
-  }
-  function place(trial) {
-    const index = colours.indexOf(trial);
-    return index < 0 ? COLOURED : index;
-  }
-  if (base.length) {
-    const level = y.place(base[0]);
-    draw(svg, "line", { class: "base", x1: box.left, x2: box.right, y1: level, y2: level });
-    draw(svg, "text", {
-      class: "base-label", x: box.right, y: level - 6, "text-anchor": "end", text: `base model ${show(base[0])}`,
-    });
+  for (const trial of drawn) endMark(series(marks, trial, classes(trial)), trial, at);
+  if (report.baseLoss !== null) {
+    const text = `base model ${show(report.baseLoss)}`;
+    const label = { class: "base-label", x: box.right, "text-anchor": "end" };
+    if (chosen.base) {
+      const level = y.place(report.baseLoss);
+      draw(svg, "line", { class: "base", x1: box.left, x2: box.right, y1: level, y2: level });
+      labels.add(svg, { ...label, text }, [{ y: level - 6 }, { y: level + 15 }]);
+    } else {
+      const above = report.baseLoss > high;
+      labels.add(svg, { ...label, text: `${text}, ${above ? "above ↑" : "below ↓"}` }, above
+        ? [{ y: box.top - 4 }, { y: box.top + 12 }] : [{ y: box.bottom - 6 }]);
+    }
   }
   page.hover(svg, hits);
 }
@@ -113,40 +155,46 @@ function drawCost(figure, report, page) {
     .map((trial, index) => ({ trial, cost: cost.values[index] }))
     .filter((point) => point.cost !== null && point.trial.metric !== null);
   if (!points.length) return nothing(plot, "No trial has both a score and a cost.");
-  const { svg, width, height } = canvas(plot, 340, `${report.metric.label} against ${cost.label.toLowerCase()}`,
-    `A point each for ${points.length} trials.`);
-  const box = { left: 52, right: width - 20, top: 34, bottom: height - 42 };
+  const front = paretoFront(points, report.metric.mode);
+  const { svg, width, height } = canvas(plot, 340, `${report.metric.label} against ${cost.label.toLowerCase()}`, [
+    `A point each for ${points.length} trials.`,
+    front.length && `No other beats ${front.slice(0, 9).map(({ trial, cost: value }) =>
+      `#${trial.number} (${withUnit(trial.metric, report.metric.unit)} at ${withUnit(value, cost.unit)})`).join(", ")}.`,
+  ]);
+  const [top, bottom] = [36, height - 42];
   const costs = points.map((p) => p.cost);
   const [least, most] = [Math.min(...costs), Math.max(...costs)];
   const log = least > 0 && most / least > 20;
   const [from, to] = log ? [least / 1.3, most * 1.3] : padded({ low: least, high: most }, 0.06);
   const range = extent(points.map((p) => p.trial.metric));
+  const y = scale("linear", ...padded(range, 0.08), bottom, top, 5);
+  const box = { left: roomFor(y.ticks), right: width - 20, top, bottom };
   const x = scale(log ? "log" : "linear", from, to, box.left, box.right, width / 110);
-  const y = scale("linear", ...padded(range, 0.08), box.bottom, box.top, 5);
-  axes(svg, x, y, box, titled(cost), titled(report.metric) + (range.cut ? ", some values lie beyond the axis" : ""));
+  const labels = new Labels(width);
+  axes(svg, labels, x, y, box, titled(cost), titled(report.metric) + (range.cut ? ", some values lie beyond the axis" : ""));
   const pin = (value) => Math.min(box.bottom, Math.max(box.top, y.place(value)));
   for (const point of points) [point.x, point.y] = [x.place(point.cost), pin(point.trial.metric)];
 
-  const front = paretoFront(points, report.metric.mode);
   // Steps, not slopes: nothing was measured between two trials.
   const steps = front.flatMap((p, i) => (i ? [[p.x, front[i - 1].y], [p.x, p.y]] : [[p.x, p.y]]));
   draw(svg, "path", { class: "front", d: line(steps) });
   const hits = [];
+  const size = points.length > 60 ? 4 : 5.5;
   for (const { trial, cost: value, x: cx, y: cy } of points) {
-    const group = series(svg, trial, "cost-mark");
+    const look = compares(report) ? trial.look : null;
+    const group = series(svg, trial, look === null ? "cost-mark plain" : `cost-mark c${look}`);
     if (trial.best) draw(group, "circle", { class: "ring", cx, cy, r: 9 });
-    draw(group, "circle", { class: "dot", cx, cy, r: points.length > 60 ? 4 : 5.5 });
+    drawMark(group, report, look ?? 0, cx, cy, size, "dot");
+    labels.take({ x: cx - size, y: cy - size, width: 2 * size, height: 2 * size });
     hits.push({
       x: cx, y: cy, trial,
       lines: [`${report.metric.label.toLowerCase()} ${withUnit(trial.metric, report.metric.unit)}`,
         `${cost.label.toLowerCase()} ${withUnit(value, cost.unit)}`],
     });
   }
-  let previous = -Infinity;
-  for (const point of front) {
-    if (point.x - previous < 40) continue;
-    previous = point.x;
-    draw(svg, "text", { class: "tag", x: point.x - (point.trial.best ? 14 : 9), y: point.y + 4, "text-anchor": "end", text: `#${point.trial.number}` });
+  // The best trial's number first; those that find no room are told by the pointer.
+  for (const point of [...front].sort((a, b) => b.trial.best - a.trial.best)) {
+    labels.add(svg, { class: "tag", text: `#${point.trial.number}` }, around(point.x, point.y, point.trial.best ? 12 : 9), 0);
   }
   page.hover(svg, hits);
 }

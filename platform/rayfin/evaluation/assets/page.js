@@ -105,15 +105,18 @@ function explain(hit, event) {
 
 function legend() {
   const container = byId("loss").querySelector(".legend");
-  const colours = coloured(report);
+  const look = looks(report);
+  const colours = [...look.keys()];
   const drawn = report.trials.filter((t) => t.evalLoss.length || t.loss.length).length;
-  colours.forEach((trial, index) => {
+  colours.forEach((trial) => {
     const button = html(container, "button", { type: "button", "aria-pressed": "false" });
     const key = draw(button, "svg", { viewBox: "0 0 20 10", "aria-hidden": "true" });
-    const group = draw(key, "g", { class: `series c${index} ${trial.status}` });
+    const group = draw(key, "g", { class: `series c${look.get(trial)} ${trial.status}` });
     draw(group, "path", { class: "eval-line", d: "M1 5H19" });
+    drawMark(group, report, look.get(trial), 10, 5, 3.5, "key");
     const score = trial.metric === null ? "no score" : withUnit(trial.metric, report.metric.unit);
-    html(button, "span", { text: `#${trial.number}  ${score}${trial.best ? ", best" : ""}` });
+    const method = compares(report) ? `${report.methods.find((m) => m.look === trial.look).name} ` : "";
+    html(button, "span", { text: `${method}#${trial.number}  ${score}${trial.best ? ", best" : ""}` });
     button.title = [trial.id, ...page.settings(trial)].join("\n");
     for (const name of ["pointerenter", "focus"]) button.addEventListener(name, () => page.light(trial.number));
     for (const name of ["pointerleave", "blur"]) button.addEventListener(name, () => page.leave());
@@ -125,6 +128,13 @@ function legend() {
       page.light(page.pinned);
     });
   });
+  const methods = byId("cost").querySelector(".legend");
+  for (const { name, look: index } of compares(report) ? report.methods : []) {
+    const entry = html(methods, "span", { class: "method" });
+    const key = draw(entry, "svg", { viewBox: "0 0 20 10", "aria-hidden": "true" });
+    drawMark(draw(key, "g", { class: `series c${index}` }), report, index, 10, 5, 4, "key");
+    html(entry, "span", { text: name });
+  }
   if (drawn > colours.length) html(container, "span", { text: `and ${drawn - colours.length} more in grey` });
 }
 

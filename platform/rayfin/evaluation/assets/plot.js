@@ -24,13 +24,21 @@ function html(parent, name, attributes = {}) {
   return element;
 }
 
-/** Four significant digits without trailing zeros; powers of ten below 0.01. */
-function show(value) {
+/** Significant digits without trailing zeros; powers of ten below 0.01. */
+function show(value, digits = 4) {
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e6 || size < 0.01) return value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
-  const text = value.toFixed(Math.max(0, 3 - Math.floor(Math.log10(size))));
+  if (size >= 1e6 || size < 0.01) return value.toExponential(digits - 2).replace(/\.?0+e/, "e").replace("e+", "e");
+  const text = value.toFixed(Math.min(20, Math.max(0, digits - 1 - Math.floor(Math.log10(size)))));
   return text.includes(".") ? text.replace(/\.?0+$/, "") : text;
+}
+
+/** Ticks in as few digits as tell them apart. */
+function showTicks(ticks) {
+  for (let digits = 4; ; digits++) {
+    const texts = ticks.map((tick) => show(tick, digits));
+    if (digits > 12 || new Set(texts).size === ticks.length) return texts;
+  }
 }
 
 function withUnit(value, unit) {
@@ -49,7 +57,7 @@ function linearTicks(low, high, count) {
   return ticks;
 }
 
-/** Powers of ten, with 2 and 5 between them where there are few. */
+/** Powers of ten, with 2 and 5 between them where there are few; round numbers on a short way. */
 function logTicks(low, high) {
   const factors = Math.log10(high / low) < 2.5 ? [1, 2, 5] : [1];
   const ticks = [];
@@ -59,7 +67,7 @@ function logTicks(low, high) {
       if (tick >= low * 0.999 && tick <= high * 1.001) ticks.push(tick);
     }
   }
-  return ticks.length > 1 ? ticks : linearTicks(low, high, 4);
+  return ticks.length > 2 ? ticks : linearTicks(low, high, 4);
 }
 
 /** Maps [low, high] to [from, to]; equal ends are spread so that one value still has an axis. */
@@ -71,7 +79,7 @@ function scale(kind, low, high, from, to, count = 5) {
   const bend = kind === "log" ? Math.log : (x) => x;
   const place = (value) => from + ((bend(value) - bend(low)) / (bend(high) - bend(low))) * (to - from);
   const ticks = kind === "log" ? logTicks(low, high) : linearTicks(low, high, count);
-  return { place, ticks, low, high };
+  return { kind, place, ticks, low, high };
 }
 
 /**
@@ -99,35 +107,98 @@ function padded({ low, high }, share) {
 }
 
 /** An SVG as wide as its container, with a name and a text for those who do not see it. */
-function canvas(container, height, title, description, width = container.clientWidth || 720) {
+function canvas(container, height, title, sentences, width = container.clientWidth || 720) {
   container.replaceChildren();
   const name = `${container.parentElement.id}-name`;
   const svg = draw(container, "svg", {
     class: "chart", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-labelledby": `${name} ${name}-text`,
   });
   draw(svg, "title", { id: name, text: title });
-  draw(svg, "desc", { id: `${name}-text`, text: `${description} The table of all trials has the numbers.` });
+  draw(svg, "desc", { id: `${name}-text`, text: `${sentences.filter(Boolean).join(" ")} The table of all trials has the numbers.` });
   return { svg, width, height };
 }
 
-/** Left and bottom axes with grid lines and titles. */
-function axes(svg, x, y, box, xTitle, yTitle) {
+/** Texts of one chart that keep clear of each other and of what else takes room. */
+class Labels {
+  constructor(width) {
+    this.width = width;
+    this.taken = [];
+  }
+
+  take(box) {
+    this.taken.push(box);
+  }
+
+  free({ x, y, width, height }) {
+    return x > -4 && x + width < this.width + 4 && this.taken.every((other) =>
+      x > other.x + other.width || other.x > x + width || y > other.y + other.height || other.y > y + height);
+  }
+
+  /** The text at the first of `places` that is free, or none. */
+  add(parent, attributes, places = [{}], gap = 3) {
+    const text = draw(parent, "text", attributes);
+    for (const place of places) {
+      for (const [key, value] of Object.entries(place)) text.setAttribute(key, value);
+      const { x, y, width, height } = text.getBBox();
+      if (!this.free({ x: x - gap, y, width: width + 2 * gap, height })) continue;
+      this.take({ x, y, width, height });
+      return text;
+    }
+    text.remove();
+    return null;
+  }
+}
+
+/** Places around a point at which a text may stand. */
+function around(x, y, reach) {
+  return [
+    { x: x - reach, y: y + 4, "text-anchor": "end" }, { x: x + reach, y: y + 4, "text-anchor": "start" },
+    { x, y: y - reach - 2, "text-anchor": "middle" }, { x, y: y + reach + 11, "text-anchor": "middle" },
+  ];
+}
+
+/** Ticks in the order in which they get their labels: of a logarithmic axis the powers of ten first. */
+function byWeight({ kind, ticks }) {
+  const round = (tick) => kind === "log" && Number.isInteger(Number(Math.log10(tick).toFixed(9)));
+  return [...ticks.keys()].sort((a, b) => round(ticks[b]) - round(ticks[a]) || a - b);
+}
+
+/** Left and bottom axes with ticks, grid lines and titles, which say where a scale is logarithmic. */
+function axes(svg, labels, x, y, box, xTitle, yTitle) {
+  const named = (title, { kind }) => (kind === "log" ? `${title}, log scale` : title);
+  labels.add(svg, { class: "title", x: 2, y: box.top - 16, text: named(yTitle, y) });
+  labels.add(svg, { class: "title", x: box.right, y: box.bottom + 36, "text-anchor": "end", text: named(xTitle, x) });
+  const [xTexts, yTexts] = [showTicks(x.ticks), showTicks(y.ticks)];
   for (const tick of y.ticks) {
     const at = y.place(tick);
     draw(svg, "line", { class: "grid", x1: box.left, x2: box.right, y1: at, y2: at });
-    draw(svg, "text", { x: box.left - 8, y: at + 4, "text-anchor": "end", text: show(tick) });
+    draw(svg, "line", { class: "axis y-tick", x1: box.left - 4, x2: box.left, y1: at, y2: at });
   }
-  let previous = -Infinity;
+  for (const index of byWeight(y)) {
+    labels.add(svg, { x: box.left - 8, y: y.place(y.ticks[index]) + 4, "text-anchor": "end", text: yTexts[index] });
+  }
   for (const tick of x.ticks) {
     const at = x.place(tick);
-    draw(svg, "line", { class: "axis", x1: at, x2: at, y1: box.bottom, y2: box.bottom + 4 });
-    if (at - previous < 34) continue;
-    previous = at;
-    draw(svg, "text", { x: at, y: box.bottom + 18, "text-anchor": "middle", text: show(tick) });
+    draw(svg, "line", { class: "axis x-tick", x1: at, x2: at, y1: box.bottom, y2: box.bottom + 4 });
   }
-  draw(svg, "line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom });
-  draw(svg, "text", { class: "title", x: box.right, y: box.bottom + 36, "text-anchor": "end", text: xTitle });
-  draw(svg, "text", { class: "title", x: 0, y: box.top - 12, text: yTitle });
+  for (const index of byWeight(x)) {
+    const at = { x: x.place(x.ticks[index]), y: box.bottom + 18 };
+    const ends = { ...at, x: box.right + 4, "text-anchor": "end" };
+    labels.add(svg, { text: xTexts[index] }, [{ ...at, "text-anchor": "middle" }, ...(at.x > box.right - 20 ? [ends] : [])], 5);
+  }
+  draw(svg, "path", { class: "axis", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` });
+}
+
+/** Room that the labels of an axis on the left need. */
+function roomFor(ticks) {
+  return 18 + 7 * Math.max(...showTicks(ticks).map((text) => text.length));
+}
+
+/** A mark of one of the ten shapes. */
+function drawMark(parent, report, look, cx, cy, r, classes) {
+  return draw(parent, "path", {
+    class: `mark ${classes}`, d: report.marks[look], transform: `translate(${cx.toFixed(1)} ${cy.toFixed(1)}) scale(${r})`,
+  });
 }
 
 function titled({ label, unit }) {

@@ -1,0 +1,138 @@
+"""The picture of a recommendation, whatever it shows; and the colours that charts share."""
+
+import itertools
+import math
+from xml.etree import ElementTree
+
+import pytest
+
+from rayfin.methods import METHODS
+from rayfin.recommend.answer import (
+    Choice,
+    Feasibility,
+    Point,
+    Predictions,
+    Range,
+    Recommendation,
+)
+from rayfin.recommend.marks import DARK, LIGHT, MARKS, look_of
+from rayfin.recommend.picture import picture
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def answer(seconds, choices=3, methods=tuple(METHODS)):
+    """Candidates that take `seconds`, and choices that all lie on one spot."""
+    points = [
+        Point(method=methods[n % len(methods)], settings={"method.r": n}, shortfall=n / 50,
+              train_seconds=taken, memory_bytes=1e9, front=n == 0)
+        for n, taken in enumerate(seconds)
+    ]  # fmt: skip
+    spot = Range(low=0.1, expected=0.2, high=0.4)
+    time = Range(low=1, expected=seconds[0], high=1e9)
+    predictions = Predictions(
+        shortfall=spot, divergence=0, memory_bytes=time, train_seconds=time, first_token_ms=time
+    )
+    feasible = Feasibility(memory=None, budget=None, latency=None)
+    return Recommendation(
+        source="rules", relevance=0.5, explanation="", rule="", scenario={}, trials=0,
+        points=points,
+        choices=[
+            Choice(rank=rank, method="lora", settings={}, config={}, predictions=predictions,
+                   feasibility=feasible, trials=[], reasons=[], risks=[], deployment="")
+            for rank in range(1, choices + 1)
+        ],
+    )  # fmt: skip
+
+
+def texts(drawn, name):
+    return [e for e in ElementTree.fromstring(drawn).iter(f"{SVG}text") if e.get("class") == name]
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [[100.0], [100, 101], [31, 79], [300, 900], [20, 4000], [3, 3e5], [0.001, 1e6], [1e-3, 1.1e-3]],
+    ids=str,
+)
+def test_both_axes_have_ticks_that_keep_clear_of_each_other(seconds) -> None:
+    drawn = picture(answer([float(s) for s in seconds]))
+    across = [float(tick.get("x")) for tick in texts(drawn, "x-tick")]
+    widths = [7 * len(tick.text) for tick in texts(drawn, "x-tick")]
+    assert 2 <= len(across) <= 12
+    for (x, width), (other, next_width) in itertools.pairwise(zip(across, widths, strict=True)):
+        assert other - x > (width + next_width) / 2
+    assert len({tick.text for tick in texts(drawn, "x-tick")}) == len(across)
+    assert len(texts(drawn, "y-tick")) == 6
+    assert "training time, seconds (log scale)" in drawn
+
+
+def test_numbers_of_choices_on_one_spot_lie_beside_each_other() -> None:
+    ranks = texts(picture(answer([50.0, 500.0], choices=5)), "rank")
+    places = [(float(rank.get("x")), float(rank.get("y"))) for rank in ranks]
+    assert [rank.text for rank in ranks] == ["1", "2", "3", "4", "5"]
+    assert all(math.dist(a, b) > 17 for a, b in itertools.combinations(places, 2))
+
+
+def test_it_is_described_for_those_who_do_not_see_it() -> None:
+    root = ElementTree.fromstring(picture(answer([50.0, 500.0])))
+    assert root.get("role") == "img"
+    assert root.find(f"{SVG}desc").text == (
+        "2 candidates by training time and shortfall. Chosen: 1: lora, shortfall 0.20 in 50 "
+        "seconds; 2: lora, shortfall 0.20 in 50 seconds; 3: lora, shortfall 0.20 in 50 seconds."
+    )
+
+
+# --- the colours --------------------------------------------------------------------------
+
+# Machado, Oliveira and Fernandes (2009), table 1, severity 1: what eyes without one cone see.
+SEEN_BY = {
+    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216),
+               (-0.003882, -0.048116, 1.051998)),
+    "no green": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413),
+                 (-0.01182, 0.04294, 0.968881)),
+    "no blue": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602),
+                (0.004733, 0.691367, 0.3039)),
+}  # fmt: skip
+
+
+def linear(colour):
+    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    return [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+
+
+def times(matrix, vector):
+    return [sum(a * b for a, b in zip(row, vector, strict=True)) for row in matrix]
+
+
+def oklab(rgb):
+    """Ottosson (2020)."""
+    cones = times(
+        ((0.4122214708, 0.5363325363, 0.0514459929), (0.2119034982, 0.6806995451, 0.1073969566),
+         (0.0883024619, 0.2817188376, 0.6299787005)), [min(1, max(0, c)) for c in rgb],
+    )  # fmt: skip
+    return times(
+        ((0.2104542553, 0.793617785, -0.0040720468), (1.9779984951, -2.428592205, 0.4505937099),
+         (0.0259040371, 0.7827717662, -0.808675766)), [c ** (1 / 3) for c in cones],
+    )  # fmt: skip
+
+
+def luminance(colour):
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear(colour), strict=True))
+
+
+@pytest.mark.parametrize(("colours", "page"), [(LIGHT, "#ffffff"), (DARK, "#14171a")])
+def test_colours_are_told_apart_by_all_eyes_and_from_the_page(colours, page) -> None:
+    for eyes in SEEN_BY.values():
+        seen = [oklab(times(eyes, linear(colour))) for colour in colours]
+        assert min(math.dist(a, b) for a, b in itertools.combinations(seen, 2)) > 0.09
+    for colour in colours:
+        low, high = sorted((luminance(colour), luminance(page)))
+        assert (high + 0.05) / (low + 0.05) >= 3
+
+
+def test_every_method_has_a_look_of_its_own() -> None:
+    looks = [look_of(method) for method in METHODS]
+    assert len(set(looks)) == len(METHODS) <= len(MARKS) == len(set(MARKS))
+    assert len(set(LIGHT)) == len(set(DARK)) == len(MARKS)
+    assert look_of("another tool's") is look_of(None) is None
