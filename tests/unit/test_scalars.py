@@ -127,3 +127,13 @@ def test_another_method_over_a_file_keeps_what_it_has_and_names_the_rest(
     )
     with pytest.raises(ConfigError, match=r"method\.rnk: unknown key"):
         in_file(tmp_path, "method: {type: lora, rnk: 16}", "method.type=ia3")
+
+
+def test_without_a_type_the_settings_are_those_of_the_first_method_swept() -> None:
+    """And not of the default, which may be none of the trials'."""
+    axis = "sweep.parameters.method.type=[lora, p_tuning]"
+    method = load_config(None, [axis, "method.quantization_bit=null"]).method
+    assert (method.type, method.quantization_bit) == ("lora", None)
+    assert load_config(None, [axis]).method.type == "lora"
+    with pytest.raises(ConfigError, match=r"as an axis, .*method\.num_virtual_tokens=\[5\]"):
+        load_config(None, [axis, "method.num_virtual_tokens=5"])

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rayfin.config.method import METHOD_CONFIGS
-from rayfin.config.problems import describe, shown
+from rayfin.config.problems import describe, shown, swept_methods
 from rayfin.config.scalars import load_yaml, typed, typed_override
 from rayfin.config.schema import Config
 from rayfin.config.serving import ServeConfig
@@ -178,10 +178,13 @@ def _method_over(tree: Mapping[str, Any], new_type: Any) -> tuple[Any, dict[str,
 
 
 def _default_method(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without a type, settings under `method` are those of the default, qlora."""
-    method = tree.get("method")
-    if isinstance(method, dict) and "type" not in method:
-        tree["method"] = {"type": "qlora", **method}
+    """Without a type, settings under `method` are those of the default, qlora.
+
+    Or of the first method that is swept, as the default may be none of the trials'.
+    """
+    method, swept = tree.get("method", {}), swept_methods(tree)
+    if isinstance(method, dict) and "type" not in method and ("method" in tree or swept):
+        tree["method"] = {"type": swept[0] if swept else "qlora", **method}
     return tree
 
 

@@ -46,7 +46,9 @@ def describe(
         key, value = _key(problem["loc"], tree), problem.get("input")
         match problem["type"]:
             case "extra_forbidden":
-                sentences.append(_unknown(key, _known_keys(tree, kind)))
+                sentences.append(
+                    _of_another_method(key, value, tree) or _unknown(key, _known_keys(tree, kind))
+                )
             case "union_tag_invalid" | "union_tag_not_found":
                 sentences.append(_no_method(value))
             case "value_error":
@@ -85,6 +87,28 @@ def shown(value: Any) -> str:
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def swept_methods(tree: Mapping[str, Any]) -> list[Any]:
+    """The methods that a configuration's tree sweeps; none where it has no such axis."""
+    sweep = tree.get("sweep")
+    axes = sweep.get("parameters") if isinstance(sweep, Mapping) else None
+    methods = axes.get("method.type") if isinstance(axes, Mapping) else None
+    return list(methods) if isinstance(methods, list | tuple) else []
+
+
+def _of_another_method(key: str, value: Any, tree: Mapping[str, Any]) -> str | None:
+    """What is to be done about a setting that only other methods of the sweep have."""
+    section, _, name = key.partition(".")
+    methods = [m for m in swept_methods(tree) if isinstance(m, str) and m in METHOD_CONFIGS]
+    having = [m for m in methods if name in METHOD_CONFIGS[m].model_fields]
+    if section != "method" or not having:
+        return None
+    return (
+        f"{key}: method.type={tree['method']['type']} has no such setting, and {', '.join(having)} "
+        f"of sweep.parameters.method.type would not get it; give it to those as an axis, "
+        f"sweep.parameters.{key}=[{shown(value)}]"
+    )
 
 
 def _key(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
