@@ -36,6 +36,7 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
     feasible = Feasibility(memory=None, budget=None, latency=None)
     return Recommendation(
         source="rules", relevance=0.5, explanation="", rule="", scenario={}, trials=0,
+        nothing_fits=None if choices else "None fits 1 GiB.",
         points=points,
         choices=[
             Choice(rank=rank, method="lora", settings={}, config={}, predictions=predictions,
@@ -80,6 +81,12 @@ def test_it_is_described_for_those_who_do_not_see_it() -> None:
         "2 candidates by training time and shortfall. Chosen: 1: lora, shortfall 0.20 in 50 "
         "seconds; 2: lora, shortfall 0.20 in 50 seconds; 3: lora, shortfall 0.20 in 50 seconds."
     )
+
+
+def test_where_nothing_fits_the_candidates_are_still_shown() -> None:
+    drawn = picture(answer([50.0, 500.0], choices=0))
+    assert "2 candidates by training time and shortfall. None fits 1 GiB." in drawn
+    assert texts(drawn, "rank") == []
 
 
 # --- the colours --------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def _described(answer: Recommendation) -> str:
         f"in {choice.predictions.train_seconds.expected:.3g} seconds"
         for choice in answer.choices
     )
-    return f"{len(answer.points)} candidates by training time and shortfall. Chosen: {chosen}."
+    told = f"Chosen: {chosen}." if chosen else answer.nothing_fits or ""
+    return f"{len(answer.points)} candidates by training time and shortfall. {told}".rstrip()
 
 
 def _time_ticks(first: float, last: float) -> list[float]:
