@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -83,7 +84,8 @@ def share_of_step(train: TrainConfig, workers: int) -> Share:
         )
     own = samples // workers
     most = min(own, train.per_device_train_batch_size)
-    batch = max(n for n in range(1, most + 1) if own % n == 0)
+    small = [n for n in range(1, math.isqrt(own) + 1) if own % n == 0]
+    batch = max(n for n in (*small, *(own // n for n in small)) if n <= most)
     return Share(batch, own // batch)
 
 
