@@ -332,6 +332,22 @@ def test_another_version_learns_anew(
     assert files(cache)[0].read_bytes() != before
 
 
+def test_what_was_kept_by_other_rules_is_not_gone_on_with(
+    history: History, cache: Path, learnings: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the same trials teach has changed: neither the state nor its parameters are used."""
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_FORMAT", module._FORMAT - 1)
+        knowledge_of(history, cache=cache)
+    notes = files(cache)[0]
+    kept = json.loads(notes.read_text())
+    kept["parameters"]["amplitude.size"] = -3.19
+    notes.write_text(json.dumps(kept))
+    found = knowledge_of(history, cache=cache)
+    assert found.evidence.parameters.values["amplitude.size"] > -2.0
+    assert learnings == [1, 1]
+
+
 def test_a_history_that_can_not_be_read_is_an_error(tmp_path: Path, cache: Path) -> None:
     with History.open(f"sqlite:///{tmp_path / 'gone.sqlite'}") as history:
         history.put(trial(1))
