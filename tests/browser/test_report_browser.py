@@ -182,6 +182,14 @@ METHOD_AXES = {
 }
 
 
+def scored(row, loss, base):
+    """Its metrics with an interval, whose digits take room."""
+    return row.metrics | {
+        "eval_loss": loss, "base_eval_loss": base, "eval_loss_change_se": 0.01,
+        "perplexity": 2**loss, "base_perplexity": 1e5 * base,
+    }  # fmt: skip
+
+
 def all_methods(count=40, spread=2.0, base=2.5):
     """Trials of every method, each with the axes that its method has; scores lie close together."""
     rows = []
@@ -193,17 +201,19 @@ def all_methods(count=40, spread=2.0, base=2.5):
         elif METHODS[name].virtual_tokens:
             method |= {"num_virtual_tokens": 8}
         loss = 1 + spread * (number * 7 % count) / count
-        metrics = row.metrics | {"eval_loss": loss, "base_eval_loss": base,
-                                 "train_seconds": 1.5 ** (number * 11 % count)}  # fmt: skip
+        metrics = scored(row, loss, base) | {"train_seconds": 1.5 ** (number * 11 % count)}
         train = {"learning_rate": 1e-9 * 10 ** (number % 8), "weight_decay": 0.1 + 1e-7 * number}
         curve = [{"step": 5, "eval_loss": loss * 1.1}, {"step": 10, "eval_loss": loss}]
         spec = {"method": method, "train": train}
-        rows.append(row.updated(spec=spec, metrics=metrics, curve=curve))
+        scenario = {"data": {"rows_eval": 60}}
+        rows.append(row.updated(spec=spec, metrics=metrics, curve=curve, scenario=scenario))
     return rows
 
 
 LOOKS_AT_LABELS = """
-  const found = { overlaps: [], ticks: {}, logs: [], looks: [], texts: 0, described: [] };
+  const found = {
+    width: innerWidth, overlaps: [], ticks: {}, logs: [], looks: [], texts: 0, described: [],
+  };
   for (const id of ["loss", "cost", "parallel"]) {
     const svg = document.querySelector(`#${id} svg.chart`);
     const texts = [...svg.querySelectorAll("text")].map((t) => [t, t.getBoundingClientRect()]);
@@ -226,18 +236,37 @@ LOOKS_AT_LABELS = """
   for (const mark of document.querySelectorAll("#cost .legend .mark")) {
     found.looks.push([getComputedStyle(mark).fill, mark.getAttribute("d")]);
   }
+  for (const table of document.querySelectorAll(".scores")) {
+    const room = table.parentElement.getBoundingClientRect().width;
+    if (table.getBoundingClientRect().width > room + 1) found.overlaps.push("scores are cut off");
+  }
   document.documentElement.dataset.found = JSON.stringify(found);
+  parent.postMessage(JSON.stringify(found), "*");
 """
 
 
-@pytest.mark.parametrize("size", ["1280,900", "390,900"], ids=["wide", "narrow"])
-def test_no_label_lies_on_another_and_every_axis_has_ticks(tmp_path, size):
+def framed(page, width):
+    """A page with `page` in a frame: a window of Chromium's is never narrower than 500 pixels."""
+    frame = page.with_name("framed.html")
+    frame.write_text(
+        "<!doctype html><html data-ready='true'><title>Sweep · rayfin</title><script>"
+        "onmessage = (event) => { document.documentElement.dataset.found = event.data; }"
+        f"</script><iframe src='{page.name}' width='{width}' height='3000'></iframe>",
+        "utf-8",
+    )
+    return frame
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_label_lies_on_another_and_every_axis_has_ticks(tmp_path, width):
     config = load_config({"sweep": {"parameters": METHOD_AXES}})
     page = report(tmp_path, all_methods(), config=config, samples=())
-    dom = browse(probed(page, LOOKS_AT_LABELS), tmp_path / "profile", size=size)
+    dom = browse(
+        framed(probed(page, LOOKS_AT_LABELS), width), tmp_path / "profile", size="1300,900"
+    )
     found = json.loads(dom.root["data-found"])
+    assert (found["width"], found["overlaps"]) == (width, [])
     assert found["texts"] > 40
-    assert found["overlaps"] == []
     for chart in ("loss", "cost"):
         across, up, numbers = found["ticks"][chart]
         assert across >= 2 and up >= 2 and numbers >= 4, chart

@@ -82,6 +82,9 @@ def test_every_strategy_gives_the_losses_of_one_process(lab: Any, method: str) -
         assert losses(result) == pytest.approx(losses(alone), rel=1e-3), strategy
         for name in ("base_eval_loss", "eval_loss", "trainable_parameters"):
             assert result["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-3)
+        # Each sample's scores lie beside the base model's of the same sample.
+        sure, expected = (end["metrics"]["eval_loss_change_se"] for end in (result, alone))
+        assert sure == pytest.approx(expected, rel=0.02), strategy
         # In plain PEFT, on a base of its own, it scores what was recorded.
         model = lab.reloaded(spec, Path(result["adapter"]))
         assert lab.plain_loss(model, spec) == pytest.approx(result["metrics"]["eval_loss"], 1e-3)
