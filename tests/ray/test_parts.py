@@ -8,7 +8,9 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -25,7 +27,7 @@ from rayfin.errors import ConfigError, HardwareError, HistoryError, RayfinError
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
-from rayfin.tuning import cluster, tune, worker
+from rayfin.tuning import cluster, end_with_driver, tune, worker
 from rayfin.tuning.cluster import even_share
 from rayfin.tuning.hooks import TuneRecorder
 from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
@@ -445,6 +447,24 @@ def test_a_ray_that_cannot_start_is_one_line_with_reasons_and_a_log(
     assert (log and reason in log.group(2)) or reason in line, line
     assert log and "Traceback" in Path(log.group(1)).read_text()
     assert dict(os.environ) == environment, "a Ray elsewhere is to be joined as the user set it"
+
+
+def test_what_outlives_its_driver_is_ended_and_nobody_who_has_its_number_since() -> None:
+    outliving, other = (subprocess.Popen(["sleep", "600"]) for _ in range(2))
+    started = end_with_driver.start_of(outliving.pid)
+    wrong = int(end_with_driver.start_of(other.pid)) - 1
+    told = (f"{outliving.pid}:{started}", f"{other.pid}:{wrong}", f"{2**30}:")
+    program = end_with_driver.__file__
+    watcher = subprocess.Popen([sys.executable, "-S", "-E", program, *told], stdin=subprocess.PIPE)
+    try:
+        assert watcher.poll() is None and outliving.poll() is None
+        watcher.communicate()  # the driver ends
+        assert watcher.returncode == 0 and outliving.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for process in (outliving, other):
+            process.kill()
+            process.wait()
 
 
 # --- the worker -------------------------------------------------------------------------------

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import secrets
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import ray
-from ray._private import ray_constants, services, utils
+from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from rayfin.errors import RayfinError
+from rayfin.tuning import end_with_driver
 from rayfin.tuning.no_start import certain_reasons, why_no_start
 
 _END_SECONDS = 10.0
 _STARTS = 3
-_PR_SET_PDEATHSIG = 1
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _CLUSTERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
 _SETTINGS = {
@@ -55,7 +55,8 @@ def local_ray(num_cpus: int) -> Iterator[None]:
     _read_settings_again()
     try:
         _start(num_cpus)
-        yield
+        with _agents_end_with_us():
+            yield
     finally:
         ray.shutdown()
         for name in settings:
@@ -74,7 +75,7 @@ def _start(num_cpus: int) -> None:
     for left in reversed(range(_STARTS)):
         before = set(psutil.Process().children())
         try:
-            with sigterm_as_it_was(), _raylet_ends_in_order():
+            with sigterm_as_it_was():
                 # "local", not None: None would join a cluster that somebody else started here.
                 ray.init(
                     address="local",
@@ -95,33 +96,27 @@ def _start(num_cpus: int) -> None:
 
 
 @contextmanager
-def _raylet_ends_in_order() -> Iterator[None]:
-    """The raylet that is started in the block gets SIGTERM when this process is killed.
-
-    Ray's own choice is SIGKILL. Its two agents then want to report that death to a server that has
-    died too, and try for a minute; of one that ended in order they have nothing to report.
-    """
-    start = services.start_ray_process
-    kill = utils.set_kill_on_parent_death_linux
-
-    # Loaded here: what runs between a fork and the program's start should do next to nothing.
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)  # Linux alone has it, and calls `end`
-
-    def end() -> None:
-        if prctl is None or prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
-            raise OSError("prctl(PR_SET_PDEATHSIG) failed")
-
-    def start_process(command: Any, process_type: str, *more: Any, **options: Any) -> Any:
-        raylet = process_type == ray_constants.PROCESS_TYPE_RAYLET
-        utils.set_kill_on_parent_death_linux = end if raylet else kill
-        return start(command, process_type, *more, **options)
-
-    services.start_ray_process = start_process
-    try:
-        yield
-    finally:
-        services.start_ray_process = start
-        utils.set_kill_on_parent_death_linux = kill
+def _agents_end_with_us() -> Iterator[None]:
+    """What the raylet has started by now ends when this process does, also when it is killed."""
+    program = Path(end_with_driver.__file__)
+    found = [
+        f"{process.pid}:{end_with_driver.start_of(process.pid)}"
+        for raylet in psutil.Process().children()
+        if raylet.name() == "raylet"
+        for process in raylet.children()
+    ]
+    # Alone in its session: Ctrl-C in a terminal is for the others.
+    with subprocess.Popen(
+        [sys.executable, "-S", "-E", program, *found],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as watcher:
+        try:
+            yield
+        finally:
+            watcher.terminate()
 
 
 @contextmanager
