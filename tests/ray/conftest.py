@@ -111,6 +111,7 @@ class Lab:
         return [
             "model.name=tiny",
             "method.type=lora",
+            "method.quantization_bit=null",  # the scripts' own is 4, and stays
             f"data.path={self.data}",
             "data.max_length=64",
             "sweep.report_samples=0",

@@ -54,4 +54,5 @@ def test_an_axis_that_the_strategy_refuses_is_named(lab: Any) -> None:
     both = ("scaling.num_workers=2", "scaling.strategy=deepspeed-zero2")
     driver = lab.rayfin("sweep", axis, *both)
     assert driver.end() == 2
-    assert "sweep.parameters.method.type: scaling.strategy=deepspeed-zero2 can't" in driver.err
+    said = "sweep.parameters.method.type=adalora: scaling.strategy=deepspeed-zero2 can't"
+    assert said in driver.err

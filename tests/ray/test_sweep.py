@@ -22,8 +22,12 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SWEEP = (
     "train.max_steps=8",
     "train.eval_steps=2",
-    "sweep.num_samples=3",
+    "sweep.num_samples=4",
     "sweep.scheduler=none",
+    # Three settings: lora has a rank and p_tuning has virtual tokens, both over 4 bits.
+    "sweep.parameters={method.type: [lora, p_tuning], method.r: [4, 8],"
+    " method.num_virtual_tokens: [5]}",
+    "method.quantization_bit=4",
     "publish.name=colours",
 )
 
@@ -37,6 +41,11 @@ def test_a_sweep_from_start_to_adapter(lab: Any) -> None:
 
     assert len({row.trial_id for row in rows}) == len({row.fingerprint for row in rows}) == 3
     assert {row.status for row in rows} == {"finished"}
+    assert told["notes"][-1] == "3 distinct settings of 4 trials"
+    methods = [row.spec["method"] for row in rows]
+    assert sorted(m["type"] for m in methods) == ["lora", "lora", "p_tuning"]
+    assert {m.get("r", m.get("num_virtual_tokens")) for m in methods} == {4, 8, 5}
+    assert {m["quantization_bit"] for m in methods} == {4}
     assert all(row.sweep_id == told["sweep_id"] for row in rows)
     for row in rows:
         assert {"eval_loss", "base_eval_loss", "exact_match", "perplexity"} <= row.metrics.keys()

@@ -116,6 +116,18 @@ def test_settings_may_stand_between_options(sweep: Sweep) -> None:
     assert asked["storage"].place.path == Path("here").resolve()
 
 
+def test_a_setting_that_the_sweep_has_values_for_is_named(
+    sweep: Sweep, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.yaml").write_text("method: {r: 8}\nsweep: {parameters: {method.r: [4, 8]}}\n")
+    assert main(["sweep", "my.yaml", "model.name=tiny"]) == 0
+    assert capfd.readouterr().err == ""
+    assert main(["sweep", "my.yaml", "model.name=tiny", "method.r=32"]) == 0
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("rayfin: method.r=32 is no trial's")
+    assert line.endswith("sweep.parameters.method.r=[32] is this one alone")
+
+
 def test_exit_codes_tell_how_it_ended(sweep: Sweep, capfd: pytest.CaptureFixture[str]) -> None:
     command = ["sweep", "--json", "model.name=tiny", PARAMETERS]
     sweep.interrupted = True

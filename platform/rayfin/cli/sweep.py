@@ -43,6 +43,13 @@ def run(args: argparse.Namespace) -> int:
     from rayfin.tuning.sweep import run_sweep
 
     place = experiment.Workplace.open(args)
+    for setting in args.settings:
+        key, _, value = setting.partition("=")
+        if key in place.config.sweep.parameters:
+            print_error(
+                f"{key}={value} is no trial's: the sweep has values of its own for it; "
+                f"sweep.parameters.{key}=[{value}] is this one alone"
+            )
     with place.history:
         result = run_sweep(
             place.config,

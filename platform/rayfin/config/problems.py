@@ -104,9 +104,10 @@ def _of_another_method(key: str, value: Any, tree: Mapping[str, Any]) -> str | N
     having = [m for m in methods if name in METHOD_CONFIGS[m].model_fields]
     if section != "method" or not having:
         return None
+    own = tree["method"].get("type")
     return (
-        f"{key}: method.type={tree['method']['type']} has no such setting, and {', '.join(having)} "
-        f"of sweep.parameters.method.type would not get it; give it to those as an axis, "
+        f"{key}: method.type={own} has no such setting, and {', '.join(having)} of "
+        "sweep.parameters.method.type would not get it; give it to those as an axis, "
         f"sweep.parameters.{key}=[{shown(value)}]"
     )
 
