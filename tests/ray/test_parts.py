@@ -61,7 +61,7 @@ def with_sweep(plan: SweepPlan, **changes: Any) -> SweepPlan:
 
 def swept(config: Config, **changes: Any) -> Config:
     return Config.model_validate(
-        config.model_dump() | {"sweep": config.sweep.model_dump() | changes}
+        config.model_dump(exclude_unset=True) | {"sweep": config.sweep.model_dump() | changes}
     )
 
 

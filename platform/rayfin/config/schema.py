@@ -156,7 +156,7 @@ BETTER: dict[str, Literal["min", "max"]] = {
 
 class SweepConfig(Section):
     num_samples: int = Field(8, ge=1)
-    """Trials to run."""
+    """Trials to run; fewer where the space has no more settings that differ."""
     metric: Literal["eval_loss", "exact_match", "token_accuracy", "perplexity"] = "eval_loss"
     """What the sweep optimises."""
     mode: Literal["auto", "min", "max"] = "auto"
@@ -180,7 +180,8 @@ class SweepConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the search."""
     parameters: dict[str, Axis] = Field(default_factory=dict)
-    """Dotted name of a setting -> list of values, or {space, lower, upper}."""
+    """Dotted name of a setting -> list of values, or {space, lower, upper}; a trial takes those
+    that its method has."""
 
     @property
     def direction(self) -> Literal["min", "max"]:
