@@ -151,11 +151,19 @@ def test_the_gpu_that_is_named_is_one_that_it_fits() -> None:
     assert asked("llama-3.1-8b", gpus(gib)).choices[0].feasibility.memory is not False
 
 
+def test_the_number_of_gpus_that_is_named_is_enough() -> None:
+    said = asked("llama-3.1-70b", gpus(24)).nothing_fits or ""
+    count = int(said.split("--num-gpus ")[1].split()[0])
+    answer = asked("llama-3.1-70b", gpus(24, count))
+    assert answer.choices[0].feasibility.memory is True
+    assert answer.choices[0].config["scaling"]["num_workers"] == count
+
+
 def test_weights_that_are_counted_decide_though_the_interval_is_wide() -> None:
     """70 billion parameters in 4 bits are 35 GB, and no doubt about the rest makes them less."""
     config = build_config({"method": {"type": "qlora"}}, {})
     found = estimate(config, facts_of("llama-3.1-70b"), gpus(24), tokens=64)
-    assert found.memory.low < 24 * 2**30 < found.parts.weights
+    assert 24 * 2**30 < found.parts.weights <= found.memory.low < found.memory.high
     assert found.fits is False
 
 

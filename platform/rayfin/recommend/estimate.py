@@ -48,6 +48,9 @@ class Interval:
     def times(self, factor: float) -> Interval:
         return Interval(self.low * factor, self.expected * factor, self.high * factor)
 
+    def at_least(self, least: float) -> Interval:
+        return Interval(max(self.low, least), max(self.expected, least), max(self.high, least))
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -67,11 +70,7 @@ class Estimate:
     room: float
     """Bytes of its device that are a worker's."""
     fits: bool | None
-    """Whether that is enough; None where the interval does not tell.
-
-    Not where weights, gradients and the optimizer's state alone are more than a GPU has: they are
-    counted, whatever the interval of the rest says.
-    """
+    """Whether that is enough; None where the interval does not tell."""
     strategy: str | None
     """How several workers share the trial; None where one process holds all."""
     strategy_why: str | None
@@ -119,6 +118,8 @@ def estimate(
         [(one.peak_memory_bytes, one.parts.total, _same(one, this)) for one in alike],
         _SPREAD[hardware.device],
     )
+    if hardware.device == "cuda":  # these are counted, whatever the doubt about the rest
+        peak = peak.at_least(parts.weights + parts.adapter + parts.gradients + parts.optimizer)
     step = _corrected(
         this.formula_seconds,
         [
@@ -131,8 +132,6 @@ def estimate(
     on_gpu = hardware.device == "cuda"
     room = hardware.device_memory / (1 if on_gpu else config.scaling.num_workers)
     usable = room - (_CUDA_RESERVE if on_gpu else 0)
-    counted = parts.weights + parts.adapter + parts.gradients + parts.optimizer
-    least = max(peak.low, counted) if on_gpu else peak.low
     return Estimate(
         parts=parts,
         memory=peak,
@@ -141,7 +140,7 @@ def estimate(
         trials=len(alike),
         near_trials=sum(all(_same(trial, this)) for trial in alike),
         room=room,
-        fits=True if peak.high <= usable else False if least > usable else None,
+        fits=True if peak.high <= usable else False if peak.low > usable else None,
         strategy=_sharing(this),
         strategy_why=why,
     )

@@ -15,6 +15,7 @@ from typing import Any
 from rayfin.config import Config, build_config
 from rayfin.errors import RayfinError
 from rayfin.hardware import Hardware
+from rayfin.methods import METHODS
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend.answer import Feasibility, Range
 from rayfin.recommend.candidates import Candidate, Place, candidates, changed, given, tighter
@@ -194,7 +195,7 @@ def _more_room(
 
 
 def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | None:
-    """The first method of which something surely fits in `place`; None for none."""
+    """The first method of which something surely fits in `place`: a low-rank one, or the given."""
     size = place.facts.parameters / 1e9
     place = replace(place, scenario=replace(place.scenario, model_size_b=size))
     fixed = given(base)
@@ -204,7 +205,8 @@ def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | Non
     except RayfinError:
         return None
     for candidate in found:
-        if candidate.method not in seen:
+        usual = METHODS[candidate.method].trains == "low rank" or "method.type" in fixed
+        if usual and candidate.method not in seen:
             seen.add(candidate.method)
             changes, taken = _fitted(candidate, place, measured, fixed)
             if taken.fits is True:
