@@ -196,6 +196,16 @@ def test_what_can_not_run_there_is_refused(given: tuple[str, ...], said: str) ->
         asked("smollm2-135m", gpus(24), *given)
 
 
+def test_a_gamble_is_said_to_be_one_where_there_is_nothing_else() -> None:
+    """8 billion parameters on a laptop: by the estimate it takes a little more than there is."""
+    for choice in asked("llama-3.1-8b", LAPTOP).choices:
+        needs, has = choice.predictions.memory_bytes.expected, LAPTOP.host_memory
+        said = "may not fit" if needs <= has else "is likely not to fit"
+        assert choice.feasibility.memory is None
+        expected = f"{said} the device's memory: expected are {needs / 2**30:.1f} of 24.0 GiB"
+        assert expected in choice.risks
+
+
 def test_a_gamble_is_no_choice_while_something_likely_fits() -> None:
     """70 billion parameters on 80 GiB: a small rank is likely to fit, a rank of 256 is not."""
     for choice, room in itertools.product(asked("llama-3.1-70b", gpus(80), k=6).choices, [80]):

@@ -90,7 +90,9 @@ def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estima
     if predictions.shortfall.high - predictions.shortfall.low > 0.5:
         found.append("little is known of such settings here: its interval is wide")
     if taken.fits is not True:
-        found.append("may not fit the device's memory")
+        needs, has = (f"{n / 2**30:.1f}" for n in (taken.memory.expected, taken.room))
+        likely = "may not fit" if taken.memory.expected <= taken.room else "is likely not to fit"
+        found.append(f"{likely} the device's memory: expected are {needs} of {has} GiB")
     return found
 
 
