@@ -375,7 +375,7 @@ def test_it_is_told_once_on_stderr_and_in_the_row(
         "data: 1 of 9 rows are bad and ",
         "data: 2 of 8 samples cut at da",
     ]
-    assert "data.max_length=64, and 1 of them left out" in notes[2]
+    assert "data.max_length=64, and 1 left out" in notes[2]
     for verb in ("estimate", "recommend"):
         assert main([verb, "--json", *command[:4], "data.on_bad_row=skip"]) == 0
         out, err = capsys.readouterr()

@@ -41,7 +41,7 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, name: str, encodin
     [
         ("的代码，完", "gb18030", "iconv -f gb18030 -t utf-8"),
         ("naïve café", "windows-1252", "iconv -f windows-1252 -t utf-8"),
-        ("plain", "utf-16-le", "iconv -f utf-16 -t utf-8"),
+        ("plain", "utf-16-le", "iconv -f utf-16le -t utf-8"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])

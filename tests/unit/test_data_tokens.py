@@ -107,6 +107,16 @@ def test_a_template_that_rewrites_earlier_turns_learns_the_last() -> None:
     tokenizer = make_tokenizer(REWRITING)
     sample = one(tokenizer, USER, ANSWER, USER, AGAIN)
     assert learned(sample, tokenizer) == "<think></think>ba<|im_end|>"
+    several, one_answer = (
+        Example(messages=(USER, ANSWER, USER, AGAIN)),
+        Example(messages=(USER, AGAIN)),
+    )
+    notes = [
+        tokenize_corpus(corpus_of(several, one_answer), make_tokenizer(template), 200).profile.notes
+        for template in (CHATML, REWRITING)
+    ]
+    assert notes[0] == ()
+    assert notes[1][0].startswith("data: of 1 of 2 samples only the last answer is learned")
 
 
 def test_a_greeting_before_the_first_question_is_not_learned() -> None:

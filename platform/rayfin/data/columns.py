@@ -200,8 +200,11 @@ class Reading:
         """
         found = {}
         for key, value in turn.items():
+            if key in used and not self.ignore:
+                found[key] = value
+                continue
             name = f"{where}.{key}"
-            if name in self.ignore or is_missing(value):
+            if name in self.ignore:
                 continue
             if key in used:
                 found[key] = value

@@ -62,13 +62,12 @@ def profile_of(
     *,
     train: Sequence[Tokens],
     held_out: Sequence[Tokens],
-    max_length: int,
     truncated: int,
-    longest: int,
+    notes: Sequence[str],
 ) -> DataProfile:
     """The profile of `corpus`, tokenised and cut to `train` and `held_out`.
 
-    At `max_length`, `truncated` samples were cut; before that, the longest had `longest` tokens.
+    `truncated` samples were cut. `notes`: what is to be told of the tokenising.
     """
     examples = [*corpus.train, *corpus.eval]
     lengths = sorted(len(sample["input_ids"]) for sample in [*train, *held_out])
@@ -82,7 +81,6 @@ def profile_of(
         sum(message["role"] != "system" for message in example.messages) or 1
         for example in examples
     ]
-    dropped = len(examples) - len(lengths)
     distinct = len({example.canonical() for example in examples})
     return DataProfile(
         rows_train=len(train) if corpus.stream is None else sum(corpus.stream.rows),
@@ -95,7 +93,7 @@ def profile_of(
         tokens_per_sample_max=lengths[-1],
         completion_share=learned / tokens,
         truncated=truncated,
-        dropped=dropped,
+        dropped=len(examples) - len(lengths),
         vocabulary_size=len(seen | asked),
         vocabulary_overlap=len(asked & seen) / len(asked),
         type_token_ratio=len(seen | asked) / tokens,
@@ -105,23 +103,8 @@ def profile_of(
         source=corpus.source,
         eval_split=corpus.eval_split,
         eval_rows_in_train=corpus.eval_rows_in_train,
-        notes=(*corpus.notes, *_cut_note(corpus, max_length, truncated, dropped, longest)),
+        notes=(*corpus.notes, *notes),
     )
-
-
-def _cut_note(
-    corpus: Corpus, max_length: int, truncated: int, dropped: int, longest: int
-) -> list[str]:
-    """What data.max_length took away, in a line; none where it took nothing."""
-    if not truncated:
-        return []
-    count = len(corpus.train) + len(corpus.eval)
-    samples = f"{count} samples" if corpus.stream is None else f"a sample of {count}"
-    lost = f", and {dropped} of them left out, as nothing of an answer remains" if dropped else ""
-    return [
-        f"data: {truncated} of {samples} cut at data.max_length={max_length}{lost}; "
-        f"data.max_length={longest} cuts none"
-    ]
 
 
 def _percentile(ordered: Sequence[int], share: float) -> int:

@@ -75,7 +75,8 @@ def _parsed(file: str, line: int, raw: bytes) -> Row:
         return Row(file, line, problem=not_utf8(raw, raw[error.start]))
     except json.JSONDecodeError as error:
         if b"\0" in raw:
-            problem = "not UTF-8; perhaps iconv -f utf-16 -t utf-8 makes it so"
+            order = "le" if raw[1:2] == b"\0" else "be"  # without a mark; the first byte is ASCII
+            problem = f"not UTF-8; perhaps iconv -f utf-16{order} -t utf-8 makes it so"
         elif raw.strip() in (b"{", b"["):
             problem = "broken JSON: an object must be on one line; jq -c . puts it there"
         else:

@@ -58,7 +58,7 @@ def render_conversations(
     only the last turn is learned; where not even that begins with what generation would be given,
     DataError is raised.
     """
-    turns = [_learned_turns(example) for example in conversations]
+    turns = [learned_turns(example) for example in conversations]
     pairs = list(zip((example.messages for example in conversations), turns, strict=True))
     prompts = iter(_texts([m[:turn] for m, of in pairs for turn in of], tokenizer, opens=True))
     wholes = iter(_texts([m[: turn + 1] for m, of in pairs for turn in of], tokenizer))
@@ -73,7 +73,7 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
     )
 
 
-def _learned_turns(example: Example) -> list[int]:
+def learned_turns(example: Example) -> list[int]:
     """The assistant turns that answer something: a greeting before the first question does not."""
     roles = [message["role"] for message in example.messages]
     first = roles.index("user")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rayfin.data.examples import NO_LOSS, Corpus, Example, Tokens
+from rayfin.data.losses import losses
 from rayfin.data.profile import DataProfile, profile_of
 from rayfin.data.render import Rendered, begins_with_bos, render_conversations
 from rayfin.errors import DataError, ModelError
@@ -53,9 +54,8 @@ def tokenize_corpus(
         corpus,
         train=kept_train,
         held_out=kept_eval,
-        max_length=max_length,
         truncated=sum(len(sample["input_ids"]) > max_length for sample in whole),
-        longest=max(len(sample["input_ids"]) for sample in whole),
+        notes=losses(corpus, whole, len(kept_train) + len(kept_eval), max_length),
     )
     return TokenizedCorpus(kept_train, kept_eval, profile, corpus.stream)
 

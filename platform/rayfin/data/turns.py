@@ -14,10 +14,11 @@ from rayfin.data.columns import (
     Reading,
     Refused,
     RowProblem,
+    is_missing,
 )
 from rayfin.data.examples import Example, Message
 
-_USED = frozenset({key for pair in TURN_KEYS for key in pair} | set(LEARN_KEYS))
+_USED = {pair: frozenset((*pair, *LEARN_KEYS)) for pair in TURN_KEYS}
 _PART_KEYS = frozenset(("type", "text"))
 _KINDS = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
 
@@ -86,11 +87,11 @@ def _turn(turn: object, column: str, where: str, reading: Reading) -> Turn:
         raise RowProblem(f"{where} must be an object, not {kind(turn)}")
     pair = TURN_KEYS[1] if column == "conversations" else TURN_KEYS[0]
     pair = next((keys for keys in TURN_KEYS if turn.get(keys[0]) is not None), pair)
-    given = reading.keys(turn, column, {*pair, *LEARN_KEYS})
-    for key in pair[:1] if given.get(pair[0]) in TOOL_SPEAKERS else pair:
-        if key not in given:
+    given = reading.keys(turn, column, _USED[pair])
+    speaker = given.get(pair[0])
+    for key in pair[:1] if speaker in TOOL_SPEAKERS else pair:
+        if is_missing(given.get(key)):
             raise RowProblem(f"{where}.{key} is missing")
-    speaker = given[pair[0]]
     if speaker in TOOL_SPEAKERS:
         raise Refused(
             f"{where}.{pair[0]} is {speaker!r}: tool calls can't be trained on yet; take such "
@@ -102,7 +103,8 @@ def _turn(turn: object, column: str, where: str, reading: Reading) -> Turn:
     role, place = SPEAKERS[speaker], f"{where}.{pair[1]}"
     content = _text(given[pair[1]], f"{column}.{pair[1]}", place, reading)
     content = string(content, place, may_be_empty=role == "system")
-    return Turn(role, content, _is_learned(given, role, where))
+    says = len(given) > len(pair)  # whether it is learned
+    return Turn(role, content, _is_learned(given, role, where) if says else True)
 
 
 def _text(content: object, name: str, where: str, reading: Reading) -> object:
@@ -125,7 +127,7 @@ def _text(content: object, name: str, where: str, reading: Reading) -> object:
 
 def _is_learned(given: Mapping[str, Any], role: str, where: str) -> bool:
     """What the turn says of itself; an assistant's is learned unless it says otherwise."""
-    said = {key: given[key] for key in LEARN_KEYS if key in given}
+    said = {key: given[key] for key in LEARN_KEYS if not is_missing(given.get(key))}
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise RowProblem(f"{where}.{key} is {value!r:.40}; allowed are 0 (not learned) and 1")
