@@ -30,6 +30,7 @@ def config(metric="eval_loss", **sections):
 def trial(number=0, status="finished", samples=60, without=(), **metrics):
     scores = {k: v for k, v in {**SCORED, **metrics}.items() if k not in without}
     ended = status in ("finished", "stopped")
+    failed = status in ("failed", "oom")
     return TrialRecord(
         trial_id=f"t{number}",
         sweep_id="sweep-1",
@@ -40,7 +41,7 @@ def trial(number=0, status="finished", samples=60, without=(), **metrics):
         spec={"method": {"type": "lora", "r": 16}, "train": {"learning_rate": 8e-4}},
         scenario={"data": {"rows_eval": samples}} if samples else {},
         metrics=scores if ended else {},
-        error=None if ended or status == "running" else "the loss became NaN",
+        error="the loss became NaN" if failed else None,
     )
 
 
@@ -181,9 +182,10 @@ def test_without_the_base_model_s_score_there_is_no_comparison() -> None:
         ([trial(0, "failed"), trial(1, "oom")], "No trial finished: 1 failed, 1 out of memory.",
          "`rayfin history show t0` tells why"),
         ([trial(0, "stopped")], "No trial finished: 1 stopped early.", "so that a trial finishes"),
-        ([trial(0, "running")], "No trial finished: 1 running or interrupted.", "--resume"),
+        ([trial(0, "running")], "No trial finished: 1 running.", "wait for it to end"),
+        ([trial(0, "interrupted")], "No trial finished: 1 interrupted.", "--resume"),
     ],
-    ids=["none", "failed", "stopped", "running"],
+    ids=["none", "failed", "stopped", "running", "interrupted"],
 )  # fmt: skip
 def test_a_sweep_without_a_result_says_so(trials, sentence, after) -> None:
     found = verdict(trials, best=None)
@@ -193,6 +195,10 @@ def test_a_sweep_without_a_result_says_so(trials, sentence, after) -> None:
 
 def test_the_next_step_follows_from_what_happened() -> None:
     assert "--resume publish.name=NAME publishes it" in verdict([trial()]).next
-    published = verdict([trial()], adapter="faq@3").next
-    assert published.startswith("Next: `rayfin chat --use faq@3 storage=")
+    model = {"model": {"name": "my model", "revision": None}}
+    row = trial().updated(spec=trial().spec | model)
+    published = verdict([row], adapter="faq@3").next
+    assert published.startswith("Next: `rayfin chat --use faq@3 'model.name=my model' storage=")
+    full = row.updated(spec=model | {"method": {"type": "full"}})
+    assert verdict([full], adapter="faq@3").next.startswith("Next: `rayfin adapters show faq@3 ")
     assert "--resume carries on" in verdict([trial()], adapter="faq@3", interrupted=True).next

@@ -23,6 +23,7 @@ from rayfin.evaluation.quantities import (
     show_setting,
 )
 from rayfin.history.record import finite
+from rayfin.methods import METHODS
 from rayfin.paths import Storage
 
 if TYPE_CHECKING:
@@ -90,7 +91,11 @@ def sweep_verdict(
         outcome = _outcome(change)
         sentence = f"{who} {_compared(change)}."
     return Verdict(
-        outcome, sentence, _next(outcome, config, change, adapter, interrupted), caution, change
+        outcome,
+        sentence,
+        _next(outcome, config, change, best, adapter, interrupted),
+        caution,
+        change,
     )
 
 
@@ -174,6 +179,7 @@ def _next(
     outcome: Outcome,
     config: Config,
     change: Change | None,
+    best: TrialRecord,
     adapter: str | None,
     interrupted: bool,
 ) -> str:
@@ -192,9 +198,22 @@ def _next(
             f"and hold out more samples{held_out} to tell."
         )
     if adapter is not None:
-        storage = Storage.at(config.registry_storage).place
-        return f"Next: `rayfin chat --use {adapter} storage={shlex.quote(str(storage))}`."
+        return f"Next: `{_try(adapter, config, best)}`."
     return (
         "Next: the same command with --resume publish.name=NAME publishes it, without training "
         "again."
     )
+
+
+def _try(adapter: str, config: Config, best: TrialRecord) -> str:
+    """The command that talks to a published adapter, or shows one that is a whole model."""
+    storage = f"storage={Storage.at(config.registry_storage).place}"
+    method = METHODS.get(setting(best.spec, "method.type")[1])
+    if method is not None and method.changes_base:
+        return shlex.join(["rayfin", "adapters", "show", adapter, storage])
+    model = [
+        f"model.{name}={value}"
+        for name in ("name", "revision")
+        if (value := setting(best.spec, f"model.{name}")[1]) is not None
+    ]
+    return shlex.join(["rayfin", "chat", "--use", adapter, *model, storage])
