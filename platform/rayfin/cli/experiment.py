@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     if parser.epilog is None:
         parser.epilog = (
             f"Example: {parser.prog} data.path=my.jsonl method.r=16 publish.name=mine. "
-            f"All settings: {parser.prog} --settings"
+            f"All settings: {parser.prog} --settings. "
+            "Exit codes: 0 done; 1 nothing was trained to its end; 2 a setting or place is wrong; "
+            "3 trained, and publishing it or the report's sample answers failed; 130 interrupted."
         )
 
 

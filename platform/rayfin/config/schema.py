@@ -220,7 +220,7 @@ class Config(Section):
     """Publish the result as an adapter; null keeps it in the run's directory only."""
     storage: str = Field("./runs", min_length=1)
     """Directory (local or NFS) for runs, history and adapters; or s3://… or gs://… for runs."""
-    history: str | None = None
+    history: str | None = Field(None, repr=False)
     """URL of the trial history; null is SQLite under storage, which must be a directory then."""
 
     @property

@@ -148,7 +148,7 @@ class ServeConfig(Section):
     deployment: ReplicaConfig = ReplicaConfig()
     storage: str = Field("./runs", min_length=1)
     """Directory (local or NFS) whose registry of adapters is served."""
-    history: str | None = None
+    history: str | None = Field(None, repr=False)
     """URL of the history that serving figures go back to; null is the SQLite file under storage."""
 
     def anchored(self, root: Path) -> ServeConfig:
