@@ -137,3 +137,19 @@ def test_without_a_type_the_settings_are_those_of_the_first_method_swept() -> No
     assert load_config(None, [axis]).method.type == "lora"
     with pytest.raises(ConfigError, match=r"as an axis, .*method\.num_virtual_tokens=\[5\]"):
         load_config(None, [axis, "method.num_virtual_tokens=5"])
+
+
+def test_what_a_whole_section_takes_the_place_of_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = "train: {learning_rate: 1e-4, seed: 3}\nsweep: {parameters: {method.r: [4]}}\n"
+    with caplog.at_level(logging.WARNING):
+        in_file(tmp_path, file, "train.seed=1", "sweep.parameters.train.seed=[1]", "storage=x")
+        in_file(tmp_path, file, "train={seed: 1, learning_rate: 1e-3}", "publish={name: x}")
+        assert not caplog.messages
+        config = in_file(tmp_path, file, "train={seed: 1}", "sweep.parameters={train.seed: [1]}")
+    assert config.train.learning_rate == load_config().train.learning_rate
+    assert caplog.messages == [
+        "train={…} is the whole section: left out learning_rate",
+        "sweep.parameters={…} is the whole section: left out method.r",
+    ]

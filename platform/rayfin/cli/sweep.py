@@ -14,6 +14,7 @@ from rayfin.errors import StorageError
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
     from rayfin.cli.experiment import Workplace
+    from rayfin.config import Config
     from rayfin.evaluation.report import Sample
     from rayfin.evaluation.verdict import Verdict
     from rayfin.history import TrialRecord
@@ -43,13 +44,6 @@ def run(args: argparse.Namespace) -> int:
     from rayfin.tuning.sweep import run_sweep
 
     place = experiment.Workplace.open(args)
-    for setting in args.settings:
-        key, _, value = setting.partition("=")
-        if key in place.config.sweep.parameters:
-            print_error(
-                f"{key}={value} is no trial's: the sweep has values of its own for it; "
-                f"sweep.parameters.{key}=[{value}] is this one alone"
-            )
     with place.history:
         result = run_sweep(
             place.config,
@@ -60,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
             address=args.address,
             advise=lambda plan: sweep_advisor(plan, place.history),
             refuse=MemoryCheck(place.history),
+            notes=_without_effect(args.settings, place.config),
         )
     # What follows a sweep may fail in more ways than training did: first what the trials are worth.
     report = _write_report(place, result)
@@ -88,6 +83,17 @@ def run(args: argparse.Namespace) -> int:
     if result.best is None:
         return 1
     return experiment.INCOMPLETE if failed.lines else 0
+
+
+def _without_effect(settings: Sequence[str], config: Config) -> list[str]:
+    """Names what the command sets and the sweep has values of its own for."""
+    pairs = [setting.partition("=")[::2] for setting in settings]
+    return [
+        f"{key}={value} is no trial's: the sweep has values of its own for it; "
+        f"sweep.parameters.{key}=[{value}] is this one alone"
+        for key, value in pairs
+        if key in config.sweep.parameters
+    ]
 
 
 def _write_report(

@@ -27,9 +27,11 @@ def load_config(
     """The configuration in `source` (a YAML file, or a mapping) with `overrides` applied over it.
 
     Raises ConfigError, naming key, value, what is allowed and the nearest known key. Settings of
-    `source` that the method of an override doesn't have are named in a warning.
+    `source` that an override leaves out, by another method or a whole section, are named in a
+    warning.
     """
     tree, values = _tree(source, Config), parse_overrides(overrides)
+    _tell_replaced(tree, values)
     if "method.type" in values and (left := _method_over(tree, values["method.type"])[1]):
         settings = ", ".join(f"method.{name}={shown(value)}" for name, value in left.items())
         log.warning(
@@ -42,8 +44,9 @@ def load_serve_config(
     source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
 ) -> ServeConfig:
     """As `load_config`, of a deployment."""
-    tree = _tree(source, ServeConfig)
-    for key, value in parse_overrides(overrides, ServeConfig).items():
+    tree, values = _tree(source, ServeConfig), parse_overrides(overrides, ServeConfig)
+    _tell_replaced(tree, values)
+    for key, value in values.items():
         _put(tree, key, value)
     try:
         return ServeConfig.model_validate(tree)
@@ -202,6 +205,18 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"{key}: '{section}' is a value, not a section")
         node = child
     node[leaf] = value
+
+
+def _tell_replaced(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Names what whole sections among the overrides take the place of."""
+    for key, value in overrides.items():
+        before: Any = tree
+        for part in key.split("."):
+            before = before.get(part) if isinstance(before, Mapping) else None
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            left = [str(name) for name in before if name not in value]
+            if left:
+                log.warning("%s={…} is the whole section: left out %s", key, ", ".join(left))
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rayfin.config import Config
 from rayfin.errors import ConfigError
@@ -38,7 +38,7 @@ class SweepResult:
     best: TrialRecord | None
     interrupted: bool
     notes: tuple[str, ...] = ()
-    """What is to be known of its space: which method lacks what, and that it has few settings."""
+    """What is to be known of its space: what not every trial has, and that it has few settings."""
 
     @property
     def place(self) -> Place:
@@ -56,6 +56,7 @@ def run_sweep(
     first: Sequence[Values] = (),
     advise: Advise | None = None,
     refuse: Refuse | None = None,
+    notes: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> SweepResult:
     """Runs the sweep that `config` describes; every trial becomes a row of `history`.
@@ -68,6 +69,7 @@ def run_sweep(
     - `advise`: makes the advisor that sweep.search=advisor needs, and auto takes if there is one.
     - `refuse`: asked before a trial starts on this machine; what it refuses becomes a row that ran
       out of memory, with the reason. A cluster's machines may be others, and are not judged.
+    - `notes`: what else is to be told when it starts, and in its result.
 
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
@@ -77,7 +79,8 @@ def run_sweep(
     plan = (earlier if resume else None) or new_plan(config, storage)
     progress = progress or Progress()
     check_run(plan, variants(config), cluster)
-    progress.tell((*plan.notes, *space_notes(config)))
+    notes = (*notes, *space_notes(config))
+    progress.tell((*plan.notes, *notes))
     note_lost(history)
     rows = history.trials(sweep_id=plan.sweep_id)
     _check_unchanged(plan, rows)
@@ -91,7 +94,8 @@ def run_sweep(
     with alone(plan.place, running):
         advisor = _advisor(plan, advise)
         refuse = refuse if cluster is None else None
-        return _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
+        result = _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
+        return replace(result, notes=(*notes, *result.notes))
 
 
 def _advisor(plan: SweepPlan, advise: Advise | None) -> Advisor | None:
@@ -148,8 +152,7 @@ def _run(
     rows = history.trials(sweep_id=plan.sweep_id)
     best = best_trial(rows, config.sweep.metric, config.sweep.direction)
     few = few_settings(config, distinct)
-    notes = (*space_notes(config), *([few] if few else []))
-    return SweepResult(plan, rows, best, not completed, notes)
+    return SweepResult(plan, rows, best, not completed, (few,) if few else ())
 
 
 def _has_ended(row: TrialRecord) -> bool:
