@@ -38,7 +38,7 @@ function looks(report) {
  */
 function lossScale(low, high, base, from, to) {
   const share = (bend) => (bend(high) - bend(low)) / (bend(Math.max(high, base)) - bend(Math.min(low, base)));
-  const fits = (value) => value >= 1 / 3;
+  const fits = (value) => value >= 1 / 4;
   const ends = (values) => [Math.min(...values), Math.max(...values)];
   const [least, most] = ends(base === null ? [low, high] : [low, high, base]);
   const flat = base !== null && low < high && !fits(share((v) => v));

@@ -67,7 +67,7 @@ function logTicks(low, high) {
       if (tick >= low * 0.999 && tick <= high * 1.001) ticks.push(tick);
     }
   }
-  return ticks.length > 2 ? ticks : linearTicks(low, high, 4);
+  return ticks.length > 2 ? ticks : linearTicks(low, high, 6);
 }
 
 /** Maps [low, high] to [from, to]; equal ends are spread so that one value still has an axis. */
