@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 
 from rayfin import __version__
@@ -19,12 +18,14 @@ from rayfin.cli import (
     doctor,
     estimate,
     history,
+    init,
     recommend,
     serve,
     sweep,
     train,
 )
 from rayfin.cli.parser import Parser, print_error
+from rayfin.cli.quiet import quiet_libraries
 from rayfin.cli.signals import ends_as_by_ctrl_c
 from rayfin.errors import RayfinError, UsageError
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"rayfin {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-    modules = (sweep, train, recommend, estimate, serve, chat, history, adapters, doctor)
+    modules = (init, sweep, train, recommend, estimate, serve, chat, history, adapters, doctor)
     for module in (*modules, completion):
         module.register(verbs)
     completion.answer(parser)
@@ -67,8 +68,7 @@ def guarded(command: Callable[[], int]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # numpy's own threads spin whatever that says, and the advisor's matrices are small.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # PEFT still asks Transformers by the old name; users can do nothing about it.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    quiet_libraries()
     try:
         return command()
     except UsageError as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayfin.cli.parser import printable
@@ -152,6 +154,14 @@ def read_data(config: Config) -> Corpus:
     for note in corpus.notes:
         print(printable(note), file=sys.stderr, flush=True)
     return corpus
+
+
+def adapter_name(config: Config) -> str:
+    """The name to publish under: the one given, else that of the data."""
+    if config.publish is not None:
+        return config.publish.name
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(config.data.path).stem)
+    return stem.lstrip("._-")[:64] or "adapter"
 
 
 def comparison(row: TrialRecord) -> list[tuple[str, float, float]]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.experiment import read_data
+from rayfin.cli.experiment import adapter_name, read_data
 from rayfin.cli.places import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.scaffold is not None:
         from rayfin.recommend.scaffold import scaffold
 
-        written = scaffold(answer, args.scaffold, name=_name(config))
+        written = scaffold(answer, args.scaffold, name=adapter_name(config))
     if args.json:
         print(json.dumps(answer.model_dump(mode="json"), ensure_ascii=False))
     else:
@@ -154,13 +154,6 @@ def _knowledge(config: Config) -> Knowledge:
         return Knowledge.of([])
     with history:
         return knowledge_of(history)
-
-
-def _name(config: Config) -> str:
-    if config.publish is not None:
-        return config.publish.name
-    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(config.data.path).stem)
-    return stem.lstrip("._-")[:64] or "adapter"
 
 
 def _write_picture(answer: Recommendation, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rayfin.paths import Storage, write_text
 from rayfin.recommend.answer import Choice, Recommendation
 from rayfin.training import TrialSpec
 
-_TRIALS = 8
+TRIALS = 8
 _RATE_SPREAD = 5.0
 """The sweep goes this factor beyond the recommended learning rates to either side."""
 _MOST_RANK = 1024
@@ -74,10 +74,12 @@ def _anchored(config: Mapping[str, Any], name: str) -> Config:
     )
 
 
-def _sweep(base: Config, answer: Recommendation) -> Config:
-    """Around the recommended configurations that share the first one's method."""
-    same = [choice for choice in answer.choices if choice.method == base.method.type]
-    rates = [choice.config["train"]["learning_rate"] for choice in same]
+def axes(base: Config, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Axes around configurations of one method: its learning rate, and its size where it has one.
+
+    `configs` are nested as in a file; `base` is one of them, validated.
+    """
+    rates = [config["train"]["learning_rate"] for config in configs]
     parameters: dict[str, Any] = {
         "train.learning_rate": {
             "space": "loguniform",
@@ -87,16 +89,23 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
     }
     for leaf in ("r", "num_virtual_tokens"):
         if leaf in base.method.model_fields_set or hasattr(base.method, leaf):
-            values = {getattr(base.method, leaf), *(c.config["method"][leaf] for c in same)}
+            values = {getattr(base.method, leaf), *(config["method"][leaf] for config in configs)}
             middle = getattr(base.method, leaf)
             values |= {max(1, middle // 2), middle * 2}
             # Virtual tokens are part of the sample's length.
             most = base.data.max_length - 1 if leaf == "num_virtual_tokens" else _MOST_RANK
             parameters[f"method.{leaf}"] = sorted(v for v in values if v <= max(middle, most))
+    return parameters
+
+
+def _sweep(base: Config, answer: Recommendation) -> Config:
+    """Around the recommended configurations that share the first one's method."""
+    same = [choice.config for choice in answer.choices if choice.method == base.method.type]
+    parameters = axes(base, same)
     given = base.model_dump(mode="json")
     # A sweep's trials run side by side, each in one process.
     scaling = given["scaling"] | {"num_workers": 1}
-    sweep = given["sweep"] | {"num_samples": _TRIALS, "parameters": parameters}
+    sweep = given["sweep"] | {"num_samples": TRIALS, "parameters": parameters}
     if sweep["search"] == "grid":  # a range has none
         sweep["search"] = "auto"
     return build_config(given | {"scaling": scaling, "sweep": sweep}, {})
@@ -170,7 +179,7 @@ Run from this directory:
 ```
 rayfin estimate train.yaml        # what it takes, before it runs
 rayfin train train.yaml           # one run, published as {name}
-rayfin sweep sweep.yaml           # {_TRIALS} trials around it; the best is published as {name}
+rayfin sweep sweep.yaml           # {TRIALS} trials around it; the best is published as {name}
 rayfin serve serve.yaml           # answers as {name}
 ```
 {notes}"""

@@ -1,0 +1,192 @@
+"""A configuration to start from, made from one's own data: every line says what it sets, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rayfin.config import METHOD_CONFIGS, Config, PublishConfig, Space, build_config
+from rayfin.history.connect import without_password
+from rayfin.methods import check_combination
+from rayfin.models import describe_model, load_tokenizer
+from rayfin.recommend import practice
+from rayfin.recommend.candidates import given
+from rayfin.recommend.rules import rule_for
+from rayfin.recommend.scaffold import TRIALS, axes
+from rayfin.recommend.scenario import Scenario
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from rayfin.data import Corpus
+
+_SAMPLED = 2000
+"""Samples that are tokenised: the first ones, whose order is a random one."""
+_STEP = 32
+"""max_length is a multiple of it, so that a few more words don't make another setting."""
+_FEWEST_STEPS, _MOST_STEPS = 30, 500
+_SECTIONS = ("model", "data", "method", "train", "scaling")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of the sampled data at full length, prompt and answer together."""
+
+    samples: int
+    p50: int
+    p95: int
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> Lengths:
+        """`lengths` must not be empty."""
+        ordered = sorted(lengths)
+        last = len(ordered) - 1
+        return cls(len(ordered), ordered[last // 2], ordered[round(0.95 * last)], ordered[-1])
+
+    def within(self, most: int) -> int:
+        """The least max_length that cuts none, else at most 5 % of the samples where `most` is less.
+
+        The whole of a sample is preferred up to `most` tokens; never less than the 95th percentile.
+        """
+        wanted = self.longest if self.longest <= most else max(self.p95, most)
+        return max(_STEP, math.ceil(wanted / _STEP) * _STEP)
+
+
+def draft(config: Config, corpus: Corpus, *, name: str) -> str:
+    """YAML of a sweep over `corpus`, with a comment for every setting.
+
+    What `config` was given is kept; practice (`rayfin.recommend.practice`) decides the rest for this
+    machine, and the data's measured lengths decide max_length. `name` is the adapter's. Raises
+    ConfigError, MethodError or ModelError for what can't work together.
+    """
+    kept = given(config)
+    facts = describe_model(config.model)
+    lengths = _lengths(config, corpus)
+    scenario = Scenario.detect(
+        use_gpu=config.scaling.use_gpu,
+        model_name=config.model.name,
+        model_size_b=facts.parameters / 1e9,
+        dataset_rows=_rows(corpus),
+    )
+    method = kept.get("method.type") or _first_method(scenario)
+    notes: dict[str, str] = {}
+    most = practice.memory_class(scenario.gpu_memory_gb).max_length
+    length = kept.get("data.max_length") or lengths.within(most)
+    if facts.max_position_embeddings is not None:
+        length = min(length, facts.max_position_embeddings)
+    notes["data.max_length"] = (
+        f"Of {lengths.samples} samples half have at most {lengths.p50} tokens, 95 % at most "
+        f"{lengths.p95}; the longest has {lengths.longest}."
+    )
+    settings = {
+        "model.name": config.model.name,
+        "data.path": config.data.path,
+        "data.max_length": length,
+        "data.val_size": config.data.val_size,
+        **practice.settings(scenario, method),
+    }
+    settings |= kept | {"data.max_length": length, "method.type": method}
+    batch = (
+        settings["train.per_device_train_batch_size"]
+        * settings["train.gradient_accumulation_steps"]
+    )
+    epoch = math.ceil(_rows(corpus) / batch)
+    settings.setdefault("train.max_steps", min(max(epoch, _FEWEST_STEPS), _MOST_STEPS))
+    notes["train.max_steps"] = (
+        f"{_rows(corpus)} training samples, {batch} a step: one epoch is {epoch} steps."
+    )
+    base = build_config({}, settings)
+    check_combination(base)
+    parameters = config.sweep.parameters or axes(base, [base.model_dump(mode="json")])
+    rest = {
+        "sweep.num_samples": TRIALS,
+        "sweep.metric": config.sweep.metric,
+        **{f"sweep.{leaf}": getattr(config.sweep, leaf) for leaf in config.sweep.model_fields_set},
+        "sweep.parameters": parameters,
+        "publish.name": name,
+        "storage": config.storage,
+    }
+    if config.publish is not None:
+        rest |= {f"publish.{leaf}": getattr(config.publish, leaf) for leaf in _named(config)}
+    if config.history is not None:
+        rest["history"] = without_password(config.history)
+    text = "".join(f"{line}\n" for line in _lines(settings | rest, notes))
+    build_config(yaml.safe_load(text), {})  # what is written can be read
+    return text
+
+
+def _lengths(config: Config, corpus: Corpus) -> Lengths:
+    from rayfin.data.tokens import tokenize_examples
+
+    some = [*corpus.train[:_SAMPLED], *corpus.eval[: _SAMPLED // 4]]
+    tokens = tokenize_examples(some, load_tokenizer(config.model))
+    return Lengths.of([len(sample["input_ids"]) for sample in tokens])
+
+
+def _rows(corpus: Corpus) -> int:
+    """Training samples; of streamed data all of them, and not the sample that stands for them."""
+    return sum(corpus.stream.rows) if corpus.stream is not None else len(corpus.train)
+
+
+def _first_method(scenario: Scenario) -> str:
+    return next(iter(rule_for(scenario).methods), "lora")
+
+
+def _named(config: Config) -> Iterator[str]:
+    assert config.publish is not None
+    return (leaf for leaf in PublishConfig.model_fields if leaf in config.publish.model_fields_set)
+
+
+def _lines(settings: Mapping[str, Any], notes: Mapping[str, str]) -> Iterator[str]:
+    yield "# A sweep to start from, made by `rayfin init`. Run it:  rayfin sweep THIS_FILE"
+    yield "# All settings there are, each with its default:         rayfin sweep --settings"
+    method = METHOD_CONFIGS[settings["method.type"]]
+    for section in (*_SECTIONS, "sweep", "publish"):
+        named = [key for key in settings if key.startswith(f"{section}.")]
+        if not named:
+            continue
+        yield f"\n{section}:"
+        for key in named:
+            leaf = key.partition(".")[2]
+            if section == "method":
+                field = method.model_fields[leaf]
+            elif section == "publish":
+                field = PublishConfig.model_fields[leaf]
+            else:
+                field = type(Config.model_fields[section].default).model_fields[leaf]
+            about = [_meaning(field), notes.get(key, "")]
+            if key == "method.type":
+                about = [" ".join((method.__doc__ or "").split())]
+            yield from (f"  # {line}" for line in about if line)
+            yield from _value(leaf, settings[key])
+    for key in ("storage", "history"):
+        if key in settings:
+            yield f"\n# {_meaning(Config.model_fields[key])}"
+            yield f"{key}: {_inline(settings[key])}"
+
+
+def _meaning(field: FieldInfo) -> str:
+    return " ".join((field.description or "").split())
+
+
+def _value(leaf: str, value: Any) -> Iterator[str]:
+    if leaf != "parameters":
+        yield f"  {leaf}: {_inline(value)}"
+        return
+    yield "  parameters:"
+    for axis, choices in value.items():
+        given = choices.model_dump() if isinstance(choices, Space) else choices
+        yield f"    {axis}: {_inline(given)}"
+
+
+def _inline(value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(
+        plain, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True
+    )
+    return text.removesuffix("...\n").strip()
