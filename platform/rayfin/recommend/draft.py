@@ -1,4 +1,4 @@
-"""A configuration to start from, made from one's own data: every line says what it sets, and why."""
+"""A configuration to start from, made from one's own data; every line says what it sets."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _SAMPLED = 2000
 _STEP = 32
 """max_length is a multiple of it, so that a few more words don't make another setting."""
 _FEWEST_STEPS, _MOST_STEPS = 30, 500
+_VIRTUAL = "method.num_virtual_tokens"
 _SECTIONS = ("model", "data", "method", "train", "scaling")
 
 
@@ -49,9 +50,9 @@ class Lengths:
         return cls(len(ordered), ordered[last // 2], ordered[round(0.95 * last)], ordered[-1])
 
     def within(self, most: int) -> int:
-        """The least max_length that cuts none, else at most 5 % of the samples where `most` is less.
+        """The max_length that cuts no sample, if `most` tokens are enough for it.
 
-        The whole of a sample is preferred up to `most` tokens; never less than the 95th percentile.
+        Else it is `most`, or the 95th percentile where that is more.
         """
         wanted = self.longest if self.longest <= most else max(self.p95, most)
         return max(_STEP, math.ceil(wanted / _STEP) * _STEP)
@@ -60,9 +61,9 @@ class Lengths:
 def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     """YAML of a sweep over `corpus`, with a comment for every setting.
 
-    What `config` was given is kept; practice (`rayfin.recommend.practice`) decides the rest for this
-    machine, and the data's measured lengths decide max_length. `name` is the adapter's. Raises
-    ConfigError, MethodError or ModelError for what can't work together.
+    What `config` was given is kept; practice (`rayfin.recommend.practice`) decides the rest for
+    this machine, and the data's measured lengths decide max_length. `name` is the adapter's.
+    Raises ConfigError, MethodError or ModelError for what can't work together.
     """
     kept = given(config)
     facts = describe_model(config.model)
@@ -77,8 +78,11 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     notes: dict[str, str] = {}
     most = practice.memory_class(scenario.gpu_memory_gb).max_length
     length = kept.get("data.max_length") or lengths.within(most)
-    if facts.max_position_embeddings is not None:
-        length = min(length, facts.max_position_embeddings)
+    practiced = practice.settings(scenario, method)
+    if facts.max_position_embeddings is not None and "data.max_length" not in kept:
+        # Virtual tokens need positions of their own; an axis has twice as many.
+        virtual = 2 * kept.get(_VIRTUAL, practiced.get(_VIRTUAL, 0))
+        length = max(8, min(length, facts.max_position_embeddings - virtual))
     notes["data.max_length"] = (
         f"Of {lengths.samples} samples half have at most {lengths.p50} tokens, 95 % at most "
         f"{lengths.p95}; the longest has {lengths.longest}."
@@ -88,7 +92,7 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
         "data.path": config.data.path,
         "data.max_length": length,
         "data.val_size": config.data.val_size,
-        **practice.settings(scenario, method),
+        **practiced,
     }
     settings |= kept | {"data.max_length": length, "method.type": method}
     batch = (
