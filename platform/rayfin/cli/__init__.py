@@ -39,6 +39,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     143 and 129 stand for SIGTERM and for a terminal that was closed, which end it as Ctrl-C does.
     """
+    parser = build_parser()
+    completion.answer(parser)
+    return _run(parser, argv)
+
+
+def build_parser() -> Parser:
+    """The parser of all verbs; each sets `handler`."""
     parser = Parser(
         prog="rayfin",
         description="Parameter-efficient fine-tuning on Ray: sweep, train, publish, serve.",
@@ -48,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     modules = (init, sweep, train, recommend, estimate, serve, chat, history, adapters, doctor)
     for module in (*modules, completion):
         module.register(verbs)
-    completion.answer(parser)
-    return _run(parser, argv)
+    return parser
 
 
 def script(verb: str, defaults: str, description: str) -> int:
