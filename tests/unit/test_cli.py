@@ -244,6 +244,18 @@ def test_the_table_has_a_line_a_trial(config: Config) -> None:
     assert settings(config, rows[0]) == "r=4"
 
 
+def test_what_rows_say_of_their_data_is_told_once(config: Config, tmp_path: Path) -> None:
+    out = io.StringIO()
+    progress = Progress(Console(file=out, width=20))
+    progress.begin(new_plan(config, Storage.at(tmp_path)), [])
+    progress.tell(["data: of the files"])
+    for r, cut in ((4, 1), (4, 1), (8, 2), (16, 1)):
+        notes = ["data: of the files", f"data: {cut} of 9 samples cut"]
+        progress.update(row(config, r, scenario={"data": {"notes": notes}}))
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("data:")]
+    assert lines == ["data: of the files", "data: 1 of 9 samples cut", "data: 2 of 9 samples cut"]
+
+
 def test_progress_is_a_line_for_each_start_and_end(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
