@@ -12,6 +12,7 @@ from rayfin.cli.places import add_places, place_config
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
+    from rayfin.tables import Rows
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -70,6 +71,8 @@ def _registry(args: argparse.Namespace) -> Registry:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from rayfin.tables import output
+
     registry = _registry(args)
     versions, problems = registry.scan()
     if args.json:
@@ -82,25 +85,37 @@ def _list(args: argparse.Namespace) -> int:
         )
         return 0
     if versions:
-        _print_table(
-            ("adapter", "aliases", "type", "base model", "metrics", "created (UTC)"),
-            (
-                (
-                    version.ref,
-                    ", ".join(version.aliases),
-                    version.peft_type,
-                    version.base_model or "",
-                    _brief(version.metadata.get("metrics")),
-                    str(version.metadata.get("created_at", ""))[:16].replace("T", " "),
-                )
-                for version in versions
-            ),
-        )
+        output().print(_table(versions))
     else:
         print(f"no adapters in {registry.root}; publish one with: rayfin sweep publish.name=NAME")
     for problem in problems:
         print(f"unreadable: {problem}", file=sys.stderr)
     return 0
+
+
+def _table(versions: Iterable[AdapterVersion]) -> Rows:
+    from rayfin.tables import Column, Rows
+
+    columns = [
+        Column("adapter"),
+        Column("aliases", folds=True),
+        Column("type"),
+        Column("base model", folds=True),
+        Column("metrics"),
+        Column("created (UTC)", leaves=1),
+    ]
+    rows = [
+        [
+            version.ref,
+            ", ".join(version.aliases),
+            version.peft_type,
+            version.base_model or "",
+            _brief(version.metadata.get("metrics")),
+            str(version.metadata.get("created_at", ""))[:16].replace("T", " "),
+        ]
+        for version in versions
+    ]
+    return Rows(columns, rows)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -111,6 +126,7 @@ def _show(args: argparse.Namespace) -> int:
         _print_json({**version.as_dict(), "versions": versions, "all_aliases": aliases})
         return 0
     from rayfin.adapters.files import METADATA
+    from rayfin.tables import Column, Rows, output
 
     facts = {
         "adapter": version.ref,
@@ -126,7 +142,8 @@ def _show(args: argparse.Namespace) -> int:
     files = rest.pop("files")
     facts |= dict(_leaves(rest))
     facts |= {name: f"{digest['bytes']:,} bytes" for name, digest in files.items()}
-    _print_table(("", ""), ((key, value) for key, value in facts.items() if value))
+    facts_table = [[key, value] for key, value in facts.items() if value]
+    output().print(Rows([Column(""), Column("", folds=True)], facts_table))
     print(f"everything about it: {version.path / METADATA}")
     return 0
 
@@ -197,21 +214,6 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _print_table(columns: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*columns, box=box.SIMPLE_HEAD, show_header=any(columns))
-    for column in table.columns:
-        column.overflow = "fold"  # a shortened reference or path can't be copied
-    for row in rows:
-        # Text, so that brackets in a name or path are not taken for markup.
-        table.add_row(*map(Text, row))
-    Console().print(table)
 
 
 def _brief(metrics: Any) -> str:

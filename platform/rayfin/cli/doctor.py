@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import Any
 
 from rayfin.cli.places import add_places, place_config
@@ -35,13 +34,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _print(sections: dict[str, dict[str, Any]], problems: list[str]) -> bool:
     """Prints the report for people; False where rich isn't there to do it."""
     try:
-        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
+
+        from rayfin.tables import output
     except ImportError:
         return False
-    # A pipe has no width to keep to, and a folded path can't be copied.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    console = output()
     width = max(len(_label(key)) for section in sections.values() for key in section)
     for name, section in sections.items():
         table = Table.grid(padding=(0, 2, 0, 0))

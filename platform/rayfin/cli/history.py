@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +11,8 @@ from rayfin.cli.places import add_places, history_url, place_config
 
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from rayfin.history import History, SweepSummary, TrialRecord
+    from rayfin.tables import Rows
 
 _STATUSES = ("running", "interrupted", "finished", "stopped", "failed", "oom")
 
@@ -141,66 +139,89 @@ def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     return history
 
 
-def _print(args: argparse.Namespace, value: Any, human: Table | str) -> None:
+def _print(args: argparse.Namespace, value: Any, human: Rows | str) -> None:
     if args.json:
         print(json.dumps(value, ensure_ascii=False))
         return
-    from rich.console import Console
+    from rayfin.tables import output
 
-    # Paths and messages are the user's own text, not markup; a pipe has no width to keep to.
-    width = None if sys.stdout.isatty() else 200
-    console = Console(markup=False, highlight=False, width=width)
-    console.print(human, soft_wrap=isinstance(human, str))
+    # Paths and messages are the user's own text, not markup.
+    output().print(human, markup=False, soft_wrap=isinstance(human, str))
 
 
-def _trial_table(trials: list[TrialRecord]) -> Table | str:
+def _trial_table(trials: list[TrialRecord]) -> Rows | str:
     if not trials:
         return "no trials"
-    table = _table("trial", "sweep", "status", "method", "lr", ">eval loss", ">match", ">train s")
+    from rayfin.tables import Column, Rows
+
+    columns = [
+        Column("trial"),
+        Column("sweep", folds=True, leaves=3),  # a trial's id begins with it
+        Column("status"),
+        Column("method"),
+        Column("lr"),
+        Column("eval loss", right=True),
+        Column("match", right=True, leaves=1),
+        Column("train s", right=True, leaves=2),
+    ]
+    rows = []
     for trial in trials:
         method = trial.spec.get("method") or {}
         rank = method.get("r") or method.get("num_virtual_tokens")
-        table.add_row(
-            trial.trial_id,
-            trial.sweep_id,
-            trial.status,
-            f"{method.get('type', '?')}{f' {rank}' if rank else ''}",
-            _figure((trial.spec.get("train") or {}).get("learning_rate"), "g"),
-            _figure(trial.metrics.get("eval_loss"), ".4f"),
-            _figure(trial.metrics.get("exact_match"), ".3f"),
-            _figure(trial.metrics.get("train_seconds"), ".1f"),
+        rows.append(
+            [
+                trial.trial_id,
+                trial.sweep_id,
+                trial.status,
+                f"{method.get('type', '?')}{f' {rank}' if rank else ''}",
+                _figure((trial.spec.get("train") or {}).get("learning_rate"), "g"),
+                _figure(trial.metrics.get("eval_loss"), ".4f"),
+                _figure(trial.metrics.get("exact_match"), ".3f"),
+                _figure(trial.metrics.get("train_seconds"), ".1f"),
+            ]
         )
-    return table
+    return Rows(columns, rows)
 
 
-def _sweep_table(sweeps: list[SweepSummary]) -> Table | str:
+def _sweep_table(sweeps: list[SweepSummary]) -> Rows | str:
     if not sweeps:
         return "no sweeps"
-    table = _table("sweep", "started", ">trials", "counts", ">best loss", "best trial")
-    for sweep in sweeps:
-        table.add_row(
+    from rayfin.tables import Column, Rows
+
+    columns = [
+        Column("sweep"),
+        Column("started", leaves=2),
+        Column("trials", right=True),
+        Column("counts", folds=True, leaves=1),
+        Column("best loss", right=True),
+        Column("best trial", leaves=1),
+    ]
+    rows = [
+        [
             sweep.sweep_id,
             f"{sweep.created_at:%Y-%m-%d %H:%M}",
             str(sweep.trials),
             ", ".join(f"{count} {status}" for status, count in sweep.counts.items()),
             _figure(sweep.best_value, ".4f"),
             sweep.best_trial_id or "-",
-        )
-    return table
+        ]
+        for sweep in sweeps
+    ]
+    return Rows(columns, rows)
 
 
-def _detail_table(trial: TrialRecord) -> Table:
-    table = _table("field", "value")
-    table.show_header = False
+def _detail_table(trial: TrialRecord) -> Rows:
+    from rayfin.tables import Column, Rows
+
+    rows: list[list[str]] = []
     for name, value in trial.model_dump(mode="json").items():
         if name == "curve":
-            table.add_row("curve", f"{len(value)} points (--json shows them)")
+            rows.append(["curve", f"{len(value)} points (--json shows them)"])
         elif isinstance(value, dict):
-            for key, item in value.items():
-                table.add_row(f"{name}.{key}", _short(item))
+            rows += [[f"{name}.{key}", _short(item)] for key, item in value.items()]
         elif value is not None:
-            table.add_row(name, str(value))
-    return table
+            rows.append([name, str(value)])
+    return Rows([Column(""), Column("", folds=True)], rows)
 
 
 def _sweep_json(sweep: SweepSummary) -> dict[str, Any]:
@@ -210,22 +231,6 @@ def _sweep_json(sweep: SweepSummary) -> dict[str, Any]:
         "created_at": sweep.created_at.isoformat(),
         "updated_at": sweep.updated_at.isoformat(),
     }
-
-
-def _table(*headers: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for header in headers:
-        # Where it is narrow, a sweep's name gives way: a trial's id is there to be copied.
-        table.add_column(
-            header.removeprefix(">"),
-            justify="right" if header.startswith(">") else "left",
-            no_wrap=header not in ("sweep", "counts", "value"),
-            overflow="fold",
-        )
-    return table
 
 
 def _figure(value: Any, form: str) -> str:

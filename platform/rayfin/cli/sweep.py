@@ -170,11 +170,12 @@ def _print(
     from rich.console import Console
     from rich.markup import escape
 
+    from rayfin.tables import output
     from rayfin.tuning.progress import settings, trials_table
 
     console = Console(highlight=False, soft_wrap=True)
     console.print()
-    console.print(trials_table(place.config, result.trials))
+    output().print(trials_table(place.config, result.trials))
     console.print()
     for note in result.notes:
         console.print(note, markup=False)

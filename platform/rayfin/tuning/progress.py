@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from rayfin.config import Config
 from rayfin.history import TrialRecord
+from rayfin.tables import Cell, Column, Rows
 from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.space import values_in
@@ -26,7 +26,12 @@ _COLOURS = {
 }
 MISSING = "–"
 """In place of a setting that a trial's method doesn't have."""
-_METRICS = ("eval_loss", "exact_match", "tokens_per_second")
+_METRICS = {
+    "eval_loss": ("eval_loss", 1),
+    "exact_match": ("exact_match", 1),
+    "tokens_per_second": ("tokens/s", 3),
+}
+"""Metric -> its header, and how early its column leaves a narrow table."""
 
 
 class Progress:
@@ -124,41 +129,43 @@ class Progress:
         position = list(self._rows).index(row.trial_id) + 1
         return f"trial {position}/{self._total} {what:8}  {settings(self._config, row)}".rstrip()
 
-    def _render(self) -> Table:
+    def _render(self) -> Rows:
         eta = self.eta_seconds()
         elapsed = _duration(time.monotonic() - self._started)
         left = f", ETA {_duration(eta)}" if eta is not None else ""
-        table = trials_table(self._config, list(self._rows.values()))
-        table.title = f"{self._done():.1f}/{self._total} trials, {elapsed}{left}"
-        return table
+        title = f"{self._done():.1f}/{self._total} trials, {elapsed}{left}"
+        return trials_table(self._config, list(self._rows.values()), title=title)
 
 
-def trials_table(config: Config, rows: Sequence[TrialRecord]) -> Table:
+def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = "") -> Rows:
     """All trials of a sweep, one a line."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
     axes = list(config.sweep.parameters)
-    for name in (
-        "#",
-        "status",
-        *(axis.partition(".")[2] for axis in axes),
-        "step",
-        *_METRICS,
-        "note",
-    ):
-        table.add_column(name, justify="left" if name in ("status", "note") else "right")
-    for number, row in enumerate(rows, 1):
+    notes = [row.error or _origin(row) for row in rows]
+    columns = [
+        Column("#", right=True),
+        Column("status"),
+        *(Column(axis.partition(".")[2], right=True, folds=True) for axis in axes),
+        Column("step", right=True, leaves=2),
+        *(
+            Column(name, right=True, leaves=0 if metric == config.sweep.metric else leaves)
+            for metric, (name, leaves) in _METRICS.items()
+        ),
+        *([Column("note", folds=True, leaves=1)] if any(notes) else []),
+    ]
+    cells: list[list[Cell]] = []
+    for number, (row, note) in enumerate(zip(rows, notes, strict=True), 1):
         values = values_in(config, row.spec)
-        colour = _COLOURS[row.status]
-        table.add_row(
-            str(number),
-            Text(row.status, style=colour),
-            *(Text(_value(values[axis]) if axis in values else MISSING) for axis in axes),
-            f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
-            *(_number(row, name) for name in _METRICS),
-            # Text, not str: an error's [brackets] are no markup.
-            Text((row.error or _origin(row))[:60]),
+        cells.append(
+            [
+                str(number),
+                Text(row.status, style=_COLOURS[row.status]),
+                *(_value(values[axis]) if axis in values else MISSING for axis in axes),
+                f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
+                *(_number(row, name) for name in _METRICS),
+                *([note[:60]] if any(notes) else []),
+            ]
         )
-    return table
+    return Rows(columns, cells, title=title)
 
 
 def few_settings(config: Config, distinct: int) -> str | None:
