@@ -12,6 +12,7 @@ from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import note_lost
 from rayfin.paths import Place, Storage
+from rayfin.tuning.edges import edge_notes
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress, few_settings
@@ -152,7 +153,8 @@ def _run(
     rows = history.trials(sweep_id=plan.sweep_id)
     best = best_trial(rows, config.sweep.metric, config.sweep.direction)
     few = few_settings(config, distinct)
-    return SweepResult(plan, rows, best, not completed, (few,) if few else ())
+    notes = ([few] if few else []) + edge_notes(config, rows)
+    return SweepResult(plan, rows, best, not completed, tuple(notes))
 
 
 def _has_ended(row: TrialRecord) -> bool:
