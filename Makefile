@@ -1,4 +1,4 @@
-# make setup | demo | test | check | clean
+# make setup | demo | test | test-numerics | check | clean
 #   make demo ARGS='sweep.num_samples=4'      make test ARGS='-k history'      make PYTHON=python3.12
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN := .venv/bin
 READY  := .venv/ready-$(shell pwd -P | cksum | cut -d' ' -f1)
 INTACT := $(shell test -e $(READY) && $(BIN)/python -c '' 2>/dev/null && echo yes)
 
-.PHONY: setup demo test check clean rebuild
+.PHONY: setup demo test test-numerics check clean rebuild
 
 setup: $(READY)
 
@@ -18,6 +18,10 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# The numeric tests on other instruction sets than this processor's own, which `test` has.
+test-numerics: $(READY)
+	$(BIN)/python tests/numerics.py $(ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

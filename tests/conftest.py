@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import importlib.util
 import os
 import random
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,6 +23,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # start, and interrupt, would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def helper(name: str) -> ModuleType:
+    """A module beside this file: pytest imports test files only."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"rayfin_tests_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def rounding() -> ModuleType:
+    """How far results may lie apart: rounding.py."""
+    return helper("rounding")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,6 +56,11 @@ def advisor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYFIN_CACHE", str(own))
         yield own
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """What decides how numbers are rounded."""
+    return helper("numerics").arithmetic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -131,23 +131,62 @@ def peft_answers(
     quantization_bit: Any = None,
 ) -> list[list[int]]:
     """Plain PEFT's own greedy answers, one prompt at a time."""
+    plain = _plain_peft(model, adapter, quantization_bit)
+    return [_continued(plain, prompt, tokens)[0] for prompt in prompts]
+
+
+def assert_peft_would_say(
+    model: str,
+    adapter: AdapterSource | None,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    tie: float,
+    quantization_bit: Any = None,
+) -> None:
+    """`answer` is what plain PEFT's own greedy decoding gives, token for token.
+
+    Of two tokens that rounding can't tell apart either is right. Where PEFT takes the other one, it
+    has to prefer it by no more than `tie` of its largest logit, and goes on from what was given.
+    """
+    plain, at = _plain_peft(model, adapter, quantization_bit), 0
+    while at < len(answer):
+        before = [*prompt, *answer[:at]]
+        expected, logits = _continued(plain, before, len(answer) - at)
+        pairs = enumerate(zip(expected, answer[at:], strict=True))
+        other = next((place for place, (one, given) in pairs if one != given), None)
+        if other is None:
+            return
+        scores = logits[other]
+        ahead = float((scores.max() - scores[answer[at + other]]) / scores.abs().max())
+        assert ahead <= tie, f"token {at + other}: {ahead:.2g} of the largest logit is no tie"
+        at += other + 1
+
+
+def _plain_peft(model: str, adapter: AdapterSource | None, quantization_bit: Any) -> Any:
     base: Any = load_base(ModelConfig(name=model), quantization_bit, "cpu")
-    if adapter is not None:
-        base = peft.PeftModel.from_pretrained(base, str(adapter.path)).eval()
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)])
-        generated = base.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        # PEFT leaves the prompt out of what it returns for virtual tokens in some versions.
-        answers.append(generated[0].tolist()[-tokens:])
-    return answers
+    if adapter is None:
+        return base
+    return peft.PeftModel.from_pretrained(base, str(adapter.path)).eval()
+
+
+def _continued(
+    plain: Any, prompt: Sequence[int], tokens: int
+) -> tuple[list[int], list[torch.Tensor]]:
+    """The likeliest tokens after `prompt`, and the logits that each was chosen by."""
+    ids = torch.tensor([list(prompt)])
+    generated = plain.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    # PEFT leaves the prompt out of what it returns for virtual tokens in some versions.
+    answer: list[int] = generated.sequences[0].tolist()[-tokens:]
+    return answer, [logits[0] for logits in generated.logits]
 
 
 class Service:
@@ -277,6 +316,7 @@ class Lab:
     greedy = staticmethod(greedy)
     ask = staticmethod(ask)
     peft_answers = staticmethod(peft_answers)
+    assert_peft_would_say = staticmethod(assert_peft_would_say)
 
 
 @pytest.fixture(scope="session")

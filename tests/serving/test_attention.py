@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional
 
 from rayfin.serving.engine.attention import AttentionKernel, kernel_for
 from rayfin.serving.engine.batch import Batch, Piece
 from rayfin.serving.engine.cache import KVCache
+
+pytestmark = pytest.mark.numeric
 
 CPU = torch.device("cpu")
 PLACES = 260
@@ -40,12 +42,24 @@ def queries(heads: int, tokens: int, dim: int) -> torch.Tensor:
     return torch.randn(tokens, heads, dim, generator=draw).transpose(0, 1) * 2
 
 
+def attention(
+    rounding: Any, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+) -> Any:
+    """As it is defined, with its bound, for query [heads, dim] and [shared heads, places, dim]."""
+    exact = rounding.Inexact.of
+    group = len(query) // len(keys)
+    keys, values = (tensor.repeat_interleave(group, 0) for tensor in (keys, values))
+    scores = exact(query[:, None]).times(exact(keys.transpose(1, 2)))
+    # The scale is a float32 number.
+    return (scores * exact(torch.tensor(scaling))).softmax().times(exact(values))
+
+
 @pytest.mark.parametrize("kernel", [AttentionKernel(0), AttentionKernel(1), None])
 @pytest.mark.parametrize("group", [1, 3, 8])
 @pytest.mark.parametrize("dim", [8, 20, 64])
 @pytest.mark.parametrize("length", [1, 3, 64, 65, PLACES])
 def test_it_is_attention_over_a_row(
-    length: int, dim: int, group: int, kernel: AttentionKernel | None
+    length: int, dim: int, group: int, kernel: AttentionKernel | None, rounding: Any
 ) -> None:
     made = cache(kernel, dim=dim)
     made.begin(batch({1: length, 4: 7}))
@@ -53,14 +67,29 @@ def test_it_is_attention_over_a_row(
     given = made.attend(0, query, 0.3)
     assert given.shape == (2, 2 * group, dim)
     for token, (row, stop) in enumerate({1: length, 4: 7}.items()):
-        keys, values = (t[0][row, :, :stop].double() for t in (made.keys, made.values))
-        expected = functional.scaled_dot_product_attention(
-            query[:, token : token + 1].double(), keys, values, scale=0.3, enable_gqa=True
-        )
-        torch.testing.assert_close(given[token].double(), expected[:, 0], rtol=1e-5, atol=2e-6)
+        keys, values = (t[0][row, :, :stop] for t in (made.keys, made.values))
+        expected = attention(rounding, query[:, token], keys, values, 0.3)
+        expected.assert_holds(given[token][:, None])
 
 
-def test_beside_a_prompts_chunk_it_is_what_torch_computes() -> None:
+@pytest.mark.parametrize("kernel", [AttentionKernel(0), AttentionKernel(1), None])
+def test_a_weight_is_right_to_its_last_digits(
+    kernel: AttentionKernel | None, rounding: Any
+) -> None:
+    """Scores are exact and values pick the weights out: the exponential alone may be off."""
+    made = cache(kernel, heads=1, dim=64)
+    scores = torch.linspace(-1.4, 0.0, 64)
+    made.keys[0].zero_()
+    made.keys[0][0, 0, :64, 0] = scores
+    made.values[0][0, 0, :64] = torch.eye(64)
+    made.begin(batch({0: 64}))
+    weights = made.attend(0, torch.ones(1, 1, 64), 1.0)[0, 0].double()
+    # To the last place, whose exponential is 1: what they are divided by is the same for all.
+    off = weights / weights[63] / scores.double().exp() - 1
+    assert off.abs().max() <= 2 * rounding.EXPONENTIAL * rounding.unit_roundoff()
+
+
+def test_beside_a_prompts_chunk_it_is_what_torch_computes(rounding: Any) -> None:
     chunk = Piece(2, 0, 3, (7, 8, 9, 10), True)
     query = queries(6, 6, 8)
     results = []
@@ -71,7 +100,14 @@ def test_beside_a_prompts_chunk_it_is_what_torch_computes() -> None:
         made.update(new[0], new[1], 0)
         results.append((made.attend(0, query, 0.3), made.keys[0], made.values[0]))
     (ours, *cached), (torchs, *expected) = results
-    torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=2e-6)
+    # The row of each token, and how much of it it sees; the chunk begins at the fourth place.
+    seen = [(0, 40), (3, 90), *((2, stop) for stop in range(4, 8))]
+    assert len(ours) == len(torchs) == len(seen)
+    for token, (row, stop) in enumerate(seen):
+        keys, values = (t[row, :, :stop] for t in cached)
+        bound = attention(rounding, query[:, token], keys, values, 0.3)
+        for given in (ours, torchs):
+            bound.assert_holds(given[token][:, None])
     for one, other in zip(cached, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -120,17 +156,17 @@ def test_scores_far_apart() -> None:
     made.keys[0][0, 0, 200] = 1000.0
     made.begin(batch({0: 250}))
     given = made.attend(0, torch.ones(1, 1, 8), 1.0)
-    torch.testing.assert_close(given[0, 0], made.values[0][0, 0, 200])
+    assert torch.equal(given[0, 0], made.values[0][0, 0, 200])
 
 
-def test_a_beginning_that_weighs_nothing() -> None:
+def test_a_beginning_that_weighs_nothing(rounding: Any) -> None:
     made = cache(AttentionKernel(), heads=1)
     made.keys[0][0, :, :64] = float("-inf")
     made.begin(batch({0: 90}))
     given = made.attend(0, torch.ones(1, 1, 8), 0.3)
     keys, values = (t[0][0, :, 64:90] for t in (made.keys, made.values))
-    expected = functional.scaled_dot_product_attention(torch.ones(1, 1, 8), keys, values, scale=0.3)
-    torch.testing.assert_close(given[0], expected[0], rtol=1e-5, atol=2e-6)
+    expected = attention(rounding, torch.ones(1, 8), keys, values, 0.3)
+    expected.assert_holds(given[0][:, None])
 
 
 @pytest.mark.parametrize(

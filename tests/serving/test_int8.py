@@ -20,6 +20,8 @@ from rayfin.serving.engine.family import join, product
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear, Int8Weight
 from rayfin.serving.engine.model import BatchedModel
 
+pytestmark = pytest.mark.numeric
+
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[None]:

@@ -18,26 +18,31 @@ from rayfin.serving.engine.low_rank import LowRankKernel, blocks_of, kernel_for
 CPU = torch.device("cpu")
 
 
-def products(
+def assert_adds_products(
+    rounding: Any,
+    out: torch.Tensor,
+    before: torch.Tensor,
     x: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
     ranks: torch.Tensor,
     groups: list[Group],
-) -> torch.Tensor:
-    out = torch.zeros(len(x), b.shape[2], dtype=torch.float64)
+) -> None:
+    exact = rounding.Inexact.of
     for group in groups:
-        rank = int(ranks[group.slot])
-        low = x[group.start : group.stop].double() @ a[group.slot - 1, :rank].t().double()
-        out[group.start : group.stop] += low @ b[group.slot - 1, :rank].double()
-    return out
+        rank, tokens = int(ranks[group.slot]), slice(group.start, group.stop)
+        low = exact(x[tokens]).times(exact(a[group.slot - 1, :rank].t()))
+        low.times(exact(b[group.slot - 1, :rank]), onto=exact(before[tokens])).assert_holds(
+            out[tokens]
+        )
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("variant", [0, 1, 2])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("features", "outputs"), [(16, 48), (67, 31), (576, 1536)])
 def test_it_adds_each_slots_product(
-    features: int, outputs: int, threads: int, variant: int
+    features: int, outputs: int, threads: int, variant: int, rounding: Any
 ) -> None:
     groups = [Group(1, 0, 1), Group(4, 1, 4), Group(2, 5, 14), Group(3, 14, 15), Group(1, 20, 90)]
     ranks = torch.tensor([0, 8, 1, 0, 13], dtype=torch.int32)
@@ -51,8 +56,7 @@ def test_it_adds_each_slots_product(
         LowRankKernel(variant).add(x, out, a, b, ranks, blocks_of(groups))
     finally:
         torch.set_num_threads(was)
-    expected = before + products(x, a, b, ranks, groups)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-3)
+    assert_adds_products(rounding, out, before, x, a, b, ranks, groups)
     assert torch.equal(out[4], before[4]) and torch.equal(out[14:20], before[14:20])
 
 
@@ -64,6 +68,7 @@ def test_it_uses_what_the_processor_has_and_torchs_threads() -> None:
     assert LowRankKernel().parallel == (sys.platform == "linux")
 
 
+@pytest.mark.numeric
 def test_a_tokens_sum_is_the_same_in_any_company() -> None:
     draw = torch.Generator().manual_seed(0)
     x, a, b = (torch.randn(*shape, generator=draw) for shape in ((7, 64), (2, 8, 64), (2, 8, 32)))
@@ -77,14 +82,15 @@ def test_a_tokens_sum_is_the_same_in_any_company() -> None:
     assert torch.equal(together, alone)
 
 
-def test_views_with_wider_rows() -> None:
+@pytest.mark.numeric
+def test_views_with_wider_rows(rounding: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     wide, outs = torch.randn(3, 40, generator=draw), torch.zeros(3, 50)
     a, b = torch.randn(1, 8, 16, generator=draw), torch.randn(1, 8, 20, generator=draw)
     ranks, groups = torch.tensor([0, 8], dtype=torch.int32), [Group(1, 0, 3)]
     LowRankKernel().add(wide[:, 8:24], outs[:, 10:30], a, b, ranks, blocks_of(groups))
-    expected = products(wide[:, 8:24], a, b, ranks, groups)
-    torch.testing.assert_close(outs[:, 10:30].double(), expected, rtol=1e-4, atol=1e-4)
+    x, given, nothing = wide[:, 8:24], outs[:, 10:30], torch.zeros(3, 20)
+    assert_adds_products(rounding, given, nothing, x, a, b, ranks, groups)
     assert not outs[:, :10].any() and not outs[:, 30:].any()
 
 
@@ -132,6 +138,22 @@ def test_without_a_cache_it_is_compiled_for_the_process(
     monkeypatch.setenv("RAYFIN_CACHE", "/proc/nowhere")
     assert isinstance(kernel_for(CPU, torch.float32), LowRankKernel)
     assert not list(anew.iterdir())
+
+
+def test_other_flags_make_another_library(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LowRankKernel()
+    monkeypatch.setenv("RAYFIN_CFLAGS", "-O2 -ffp-contract=off")
+    LowRankKernel()
+    assert len(list(anew.rglob("*.so"))) == 2
+
+
+@pytest.mark.parametrize("flags", ["-no-such-flag", "-O2 '"])
+def test_flags_that_no_compiler_takes_are_named(
+    flags: str, anew: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setenv("RAYFIN_CFLAGS", flags)
+    assert kernel_for(CPU, torch.float32) is None
+    assert "no-such-flag" in caplog.text or "RAYFIN_CFLAGS" in caplog.text
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false", "ccache no-such"])

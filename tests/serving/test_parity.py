@@ -1,7 +1,11 @@
-"""A mixed batch says, token for token, what plain PEFT says for each adapter alone."""
+"""A mixed batch says, token for token, what plain PEFT says for each adapter alone.
+
+Where two tokens are as likely, as far as rounding can tell, either is what PEFT says.
+"""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,16 @@ from rayfin.serving.engine.request import AdapterSource
 
 PROMPTS = ("What is a list?", "Say something about the weather in spring, and then stop.")
 TOKENS = 64
+EIGHT_BIT_TIE = 1 / 127
+"""LLM.int8() rounds a layer's inputs to 127 steps: a last digit can turn one by a whole step."""
+
+
+def float_tie(rounding: Any, layers: int, terms: int) -> float:
+    """Of the largest logit: a layer has four products one after the other, the head is one more.
+
+    Their roundings go both ways, so that they add up by the root of their number.
+    """
+    return float(2 * rounding.growth(terms) * math.sqrt(4 * layers + 1))
 
 
 def mixed(
@@ -35,6 +49,7 @@ def mixed(
     return {name: [answer.token_ids for answer in given] for name, given in answers.items()}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("quantization_bit", "kernel"), [(None, True), (None, False), (4, True)])
 def test_every_method_on_the_tiny_model(
     lab: Any,
@@ -45,6 +60,7 @@ def test_every_method_on_the_tiny_model(
     quantization_bit: int | None,
     kernel: bool,
     monkeypatch: pytest.MonkeyPatch,
+    rounding: Any,
 ) -> None:
     if not kernel:  # as on GPUs, and where there is no C compiler
         monkeypatch.setattr(model, "kernel_for", lambda device, dtype: None)
@@ -65,13 +81,15 @@ def test_every_method_on_the_tiny_model(
     assert engine.stats().running == 0
     said = set()
     for name, source in sources.items():
-        expected = lab.peft_answers(tiny, source, prompts, TOKENS, quantization_bit)
-        assert got[name] == expected, name
-        said.add(tuple(map(tuple, expected)))
+        for prompt, answer in zip(prompts, got[name], strict=True):
+            tie = float_tie(rounding, layers=2, terms=128)
+            lab.assert_peft_would_say(tiny, source, prompt, answer, tie, quantization_bit)
+        said.add(tuple(map(tuple, got[name])))
     # Else the comparison would pass for adapters that do nothing.
     assert len(said) == len(sources)
 
 
+@pytest.mark.numeric
 def test_an_8_bit_base_answers_alone_as_peft_does(
     lab: Any,
     engines: Any,
@@ -87,7 +105,7 @@ def test_an_8_bit_base_answers_alone_as_peft_does(
     del sources["dora"]  # PEFT itself loses the 8-bit weights' scales under DoRA on CPU
     for name, source in sources.items():
         got = mixed(lab, engine, {name: source}, prompts, TOKENS)
-        assert got[name] == lab.peft_answers(tiny, source, prompts, TOKENS, 8), name
+        lab.assert_peft_would_say(tiny, source, prompts[0], got[name][0], EIGHT_BIT_TIE, 8)
 
 
 @pytest.mark.smollm2
@@ -95,7 +113,7 @@ def test_an_8_bit_base_answers_alone_as_peft_does(
 @pytest.mark.parametrize("quantization_bit", [None, 4])
 @pytest.mark.timeout(600)
 def test_lora_p_tuning_and_ia3_on_smollm2(
-    lab: Any, engines: Any, tmp_path: Path, quantization_bit: int | None
+    lab: Any, engines: Any, tmp_path: Path, quantization_bit: int | None, rounding: Any
 ) -> None:
     tokenizer = load_tokenizer(ModelConfig(name="smollm2-135m"))
     prompts = [tokenizer(PROMPTS[0])["input_ids"]]
@@ -109,7 +127,8 @@ def test_lora_p_tuning_and_ia3_on_smollm2(
     got = mixed(lab, engine, sources, prompts, TOKENS)
     said = set()
     for name, source in sources.items():
-        expected = lab.peft_answers("smollm2-135m", source, prompts, TOKENS, quantization_bit)
-        assert got[name] == expected, name
-        said.add(tuple(map(tuple, expected)))
+        tie = float_tie(rounding, layers=30, terms=1536)
+        answer = got[name][0]
+        lab.assert_peft_would_say("smollm2-135m", source, prompts[0], answer, tie, quantization_bit)
+        said.add(tuple(answer))
     assert len(said) == len(sources)

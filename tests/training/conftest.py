@@ -34,6 +34,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 4},
     "prompt_tuning": {"num_virtual_tokens": 4},
 }
+LONGEST_SUM = {"tiny": 128, "smollm2-135m": 1536}
+"""Terms: the inner width of their feed-forward layers."""
 LEARNING_RATES = {
     "full": 3e-3,
     "rslora": 1e-2,
@@ -59,8 +61,9 @@ class Finished:
 
 
 class Lab:
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, loss_error: Callable[[float, int], float]) -> None:
+        """`loss_error`: of rounding.py."""
+        self.root, self._loss_error = root, loss_error
         self.data = root / "colours.jsonl"
         rows = [
             {"prompt": f"say {name}{' please' * (i % 4)} {i}", "completion": name[::-1]}
@@ -166,6 +169,11 @@ class Lab:
                 count += int((labels[:, 1:] != -100).sum())
         return total / count
 
+    def rounded(self, losses: Any, model: str = "tiny") -> Any:
+        """Equal to a loss of `model`, or to several, that were added up in another order."""
+        largest = max(losses) if isinstance(losses, list) else losses
+        return pytest.approx(losses, rel=0, abs=self._loss_error(largest, LONGEST_SUM[model]))
+
     def reload(self, finished: Finished) -> Any:
         """The saved adapter through plain PEFT, on a base loaded anew."""
         return self.reloaded(finished.spec, finished.adapter)
@@ -186,8 +194,12 @@ class Lab:
 
     @staticmethod
     def killed(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Runs trials in a process of their own that kill themselves; see killed_trials.py."""
-        ends: list[dict[str, Any]] = _answer("killed_trials.py", jobs)
+        """Runs trials in a process of their own that kill themselves; see killed_trials.py.
+
+        With as many threads as this process has, and so with the same sums in the same order.
+        """
+        threads = {"threads": torch.get_num_threads()}
+        ends: list[dict[str, Any]] = _answer("killed_trials.py", [threads | job for job in jobs])
         return ends
 
     @staticmethod
@@ -212,15 +224,18 @@ def _answer(script: str, jobs: list[dict[str, Any]]) -> Any:
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"))
+def lab(tmp_path_factory: pytest.TempPathFactory, rounding: Any) -> Lab:
+    return Lab(tmp_path_factory.mktemp("lab"), rounding.loss_error)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """A model this small gains nothing from a second thread, and waits for it on a busy machine."""
+    """A model this small gains nothing from a second thread, and waits for it on a busy machine.
+
+    `make test-numerics` asks for another number.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 

@@ -1,7 +1,8 @@
 """Runs each trial of a JSON list on stdin in a forked child that kills itself on the way.
 
-A job is {spec, directory, step | event}: SIGKILL in the middle of that step, or at the trial's
-n-th touch of a file of its own. Prints a JSON list of {signal, events}, in order.
+A job is {spec, directory, threads, step | event}: SIGKILL in the middle of that step, or at the
+trial's n-th touch of a file of its own; torch has so many `threads`. Prints a JSON list of {signal,
+events}, in order.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ def run_in_child(job: dict[str, Any], warm: Warm) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         try:
+            # A product rounds otherwise with another number of threads.
+            torch.set_num_threads(job["threads"])
             run(job, warm, writing)
             os._exit(0)
         except BaseException as error:
@@ -87,7 +90,7 @@ def run_in_child(job: dict[str, Any], warm: Warm) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # a fork would lose the others
     results = sys.stdout
     sys.stdout = sys.stderr
     jobs = json.load(sys.stdin)

@@ -30,18 +30,24 @@ def texts(lab: Any) -> dict[str, Any]:
 
 
 NO_DROPOUT = {"lora_dropout": 0.0}
+# AdamW divides by a gradient's size, and so makes whole steps of one that is rounding alone.
+# Weights that were off by growth(128) moved no loss by more than 2e-6 at this rate, and by up to
+# 4e-3 at ten times it.
+RATE = 2e-3
 
 
+@pytest.mark.numeric
 def test_packing_changes_no_loss(lab: Any, texts: dict[str, Any]) -> None:
     for data in (None, texts):
         packed, padded = (
-            lab.run(lab.spec("lora", NO_DROPOUT, data=data, packing=packing))
+            lab.run(lab.spec("lora", NO_DROPOUT, data=data, packing=packing, learning_rate=RATE))
             for packing in (True, False)
         )
         assert packed.status == padded.status == "finished", packed.error
-        assert lab.losses(packed) == pytest.approx(lab.losses(padded), abs=1e-5)
+        assert lab.losses(packed) == lab.rounded(lab.losses(padded))
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("name", "packing"), [("lora", False), ("lora", True), ("adalora", False), ("p_tuning", False)]
 )
@@ -56,7 +62,7 @@ def test_accumulated_batches_are_one_batch(
                 settings,
                 data=texts,
                 packing=packing,
-                learning_rate=2e-3,  # above, Adam makes much of the last digits
+                learning_rate=RATE,
                 per_device_train_batch_size=8 // parts,
                 gradient_accumulation_steps=parts,
             )
@@ -64,9 +70,10 @@ def test_accumulated_batches_are_one_batch(
         for parts in (1, 2)
     )
     assert in_parts.status == "finished", in_parts.error
-    assert lab.losses(in_parts) == pytest.approx(lab.losses(at_once), abs=1e-5)
+    assert lab.losses(in_parts) == lab.rounded(lab.losses(at_once))
 
 
+@pytest.mark.numeric
 def test_the_training_loss_is_that_of_transformers(lab: Any, texts: dict[str, Any]) -> None:
     """The first step's loss, before any update, is the base model's own on those samples."""
     for data in (None, texts):
@@ -82,9 +89,10 @@ def test_the_training_loss_is_that_of_transformers(lab: Any, texts: dict[str, An
         base = load_base(spec.model, None, "cpu")
         with torch.no_grad():
             theirs = float(base(**collate_padded([samples[i] for i in plan], PAD)).loss)
-        assert lab.losses(lab.run(spec)) == pytest.approx([theirs], abs=1e-5)
+        assert lab.losses(lab.run(spec)) == lab.rounded([theirs])
 
 
+@pytest.mark.numeric
 def test_the_eval_loss_is_that_of_transformers(lab: Any) -> None:
     finished = lab.finish(lab.spec("lora"))
     base = load_base(finished.spec.model, None, "cpu")
@@ -93,22 +101,25 @@ def test_the_eval_loss_is_that_of_transformers(lab: Any) -> None:
     with torch.no_grad():
         before = float(base(**batch).loss)
         after = float(PeftModel.from_pretrained(base, finished.adapter)(**batch).loss)
-    assert finished.result.metrics["base_eval_loss"] == pytest.approx(before, abs=1e-5)
-    assert finished.result.metrics["eval_loss"] == pytest.approx(after, abs=1e-5)
+    assert finished.result.metrics["base_eval_loss"] == lab.rounded(before)
+    assert finished.result.metrics["eval_loss"] == lab.rounded(after)
 
 
+@pytest.mark.numeric
 def test_scores_do_not_depend_on_the_batch_size(lab: Any) -> None:
     spec = lab.spec()
     base = load_base(spec.model, None, "cpu")
     samples = [*lab.held_out(spec), *lab.warm.tokenized(spec).train]
     whole = score(base, samples, batch_size=64, pad_token_id=PAD)
     single = score(base, samples, batch_size=1, pad_token_id=PAD)
-    assert torch.allclose(single.table, whole.table, rtol=1e-5, atol=1e-5)
-    assert single.metrics() == pytest.approx(whole.metrics(), rel=1e-6)
+    assert torch.equal(single.table[:, 1:], whole.table[:, 1:])
+    assert single.table[:, 0].tolist() == lab.rounded(whole.table[:, 0].tolist())
+    ours, theirs = (it.metrics() for it in (single, whole))
+    assert ours["eval_loss"] == lab.rounded(theirs["eval_loss"])
     assert whole.samples == len(samples)
     # In the order of the samples, whatever order they were computed in.
     first = score(base, samples[:1], batch_size=1, pad_token_id=PAD)
-    assert torch.allclose(first.table[0], whole.table[0], rtol=1e-5)
+    assert first.table[0].tolist() == lab.rounded(whole.table[0].tolist())
 
 
 def test_the_change_from_the_base_is_paired_by_sample() -> None:

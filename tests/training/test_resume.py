@@ -1,4 +1,8 @@
-"""A trial that is killed goes on where it was, and its losses with it."""
+"""A trial that is killed goes on where it was, and ends with the bits of one that ran through.
+
+The same numbers go through the same operations, on any processor. With another number of threads,
+or on another machine, sums may have another order, and then the last digits differ.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rayfin.config import Config
 from rayfin.config.method import METHOD_CONFIGS
@@ -67,23 +72,49 @@ def killed(lab: Any) -> dict[str, tuple[Path, int]]:
     return dict(zip(METHOD_CONFIGS, kill_in_a_step(lab, specs), strict=True))
 
 
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """All that the safetensors files of a directory hold, by file and name."""
+    return {
+        f"{file.name}: {name}": tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    found, expected = tensors(one), tensors(other)
+    assert found and found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+def assert_same_end(lab: Any, resumed: TrialResult, whole: TrialResult) -> None:
+    """Losses, scores and the adapter's weights are equal, not only close."""
+    assert (resumed.status, resumed.error) == ("finished", None)
+    assert lab.losses(resumed) == lab.losses(whole)
+    assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.curve]
+    for name in ("eval_loss", "exact_match", "base_eval_loss", "steps"):
+        assert resumed.metrics[name] == whole.metrics[name], name
+    assert resumed.adapter is not None and whole.adapter is not None
+    assert_same_bits(resumed.adapter.path, whole.adapter.path)
+
+
 def assert_goes_on(lab: Any, spec: TrialSpec, directory: Path, step: int, taken: list[int]) -> None:
+    spec = saved_at_every_step(spec)
     whole = lab.finish(spec)
     newest = latest_checkpoint(Place(directory / "checkpoints"))
     assert newest is not None and newest.name == f"checkpoint-{step}"
     taken.clear()
-    resumed = lab.run(saved_at_every_step(spec), directory=directory)
-    assert (resumed.status, resumed.error) == ("finished", None)
+    resumed = lab.run(spec, directory=directory)
+    assert_same_end(lab, resumed, whole.result)
     assert taken == list(range(step, spec.train.max_steps))
-    assert lab.losses(resumed) == pytest.approx(lab.losses(whole.result), abs=1e-4)
-    recorded = whole.result.metrics["eval_loss"]
-    assert resumed.metrics["eval_loss"] == pytest.approx(recorded, abs=1e-4)
-    assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.result.curve]
-    assert resumed.metrics["steps"] == spec.train.max_steps
     assert {path.name for path in directory.iterdir()} == {"adapter", "checkpoints"}
+    # The last checkpoints: AdamW's moments, and P-Tuning's encoder, which an adapter doesn't carry.
+    last = f"checkpoints/checkpoint-{spec.train.max_steps - 1}"
+    assert_same_bits(directory / last, whole.adapter.parent / last)
 
 
-def test_after_a_kill_the_losses_are_those_of_a_whole_run(
+@pytest.mark.numeric
+def test_after_a_kill_all_is_as_in_a_whole_run(
     every_method: str, lab: Any, killed: dict[str, tuple[Path, int]], steps_taken: list[int]
 ) -> None:
     assert_goes_on(lab, lab.spec(every_method), *killed[every_method], steps_taken)
@@ -104,9 +135,8 @@ def test_a_kill_at_any_touch_of_a_file_leaves_a_trial_that_goes_on(lab: Any) -> 
     ends = lab.killed(jobs)
     for job, end in zip(jobs, ends, strict=True):
         assert end["signal"] == signal.SIGKILL, job
-        resumed = lab.run(spec, directory=Path(job["directory"]))
-        assert resumed.status == "finished", (job, resumed.error)
-        assert lab.losses(resumed) == pytest.approx(lab.losses(whole.result), abs=1e-4), job
+        print(job)
+        assert_same_end(lab, lab.run(spec, directory=Path(job["directory"])), whole.result)
 
 
 def interrupted(lab: Any, spec: TrialSpec) -> Path:
@@ -164,14 +194,15 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
         shutil.copytree(interrupted(lab, spec), directory, dirs_exist_ok=True)
         again = run(rerun=True)
         assert steps_taken == list(range(spec.train.max_steps)), "it is made anew"
-        assert again.metrics["eval_loss"] == pytest.approx(first.metrics["eval_loss"], abs=1e-4)
+        assert again.metrics["eval_loss"] == first.metrics["eval_loss"]
 
 
 @pytest.fixture
 def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(before)
 
 
 @pytest.mark.smollm2
@@ -191,10 +222,10 @@ def test_smollm2_goes_on_too(lab: Any, steps_taken: list[int]) -> None:
     ]
     for spec, (directory, step) in zip(specs, kill_in_a_step(lab, specs), strict=True):
         assert_goes_on(lab, spec, directory, step, steps_taken)
-        finished = lab.finish(spec)
+        finished = lab.finish(saved_at_every_step(spec))
         model = lab.reload(finished)
         recorded = finished.result.metrics["eval_loss"]
-        assert lab.plain_loss(model, spec) == pytest.approx(recorded, abs=1e-4)
+        assert lab.plain_loss(model, spec) == lab.rounded(recorded, spec.model.name)
         assert lab.answers(model, spec) == finished.answers
 
 
@@ -219,8 +250,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(
         torn.unlink()
     resumed = lab.run(spec, directory=directory)
     assert "checkpoint-4 is damaged" in caplog.text
-    assert resumed.status == "finished", resumed.error
-    assert lab.losses(resumed) == pytest.approx(lab.losses(lab.finish(spec).result), abs=1e-5)
+    assert_same_end(lab, resumed, lab.finish(spec).result)
 
 
 def test_where_all_checkpoints_are_torn_a_trial_begins_anew(lab: Any) -> None:
@@ -229,8 +259,7 @@ def test_where_all_checkpoints_are_torn_a_trial_begins_anew(lab: Any) -> None:
     (only,) = (directory / "checkpoints").glob("checkpoint-*")
     (only / "training_state.safetensors").write_bytes(b"")
     resumed = lab.run(spec, directory=directory)
-    assert resumed.status == "finished", resumed.error
-    assert lab.losses(resumed) == pytest.approx(lab.losses(lab.finish(spec).result), abs=1e-5)
+    assert_same_end(lab, resumed, lab.finish(spec).result)
 
 
 def test_a_bucket_that_goes_away_is_no_fault_of_the_trial(

@@ -22,6 +22,8 @@ from rayfin.training.zero import Zero
 pytestmark = pytest.mark.slow
 
 Run = dict[str, Any]
+RATE = 2e-3
+"""At which AdamW makes nothing of rounding: see test_loss.py."""
 SHARDED = [strategy for strategy in STRATEGIES if strategy != "ddp"]
 
 
@@ -54,6 +56,7 @@ def twenty(lab: Any, method: str, **changes: Any) -> TrialSpec:
         eval_steps=10,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
+        learning_rate=RATE,
         **changes,
     )
     found: TrialSpec = spec
@@ -79,15 +82,17 @@ def test_every_strategy_gives_the_losses_of_one_process(lab: Any, method: str) -
     assert len(losses(alone)) == 20
     for strategy, result in zip(strategies, together, strict=True):
         assert result["status"] == "finished", (strategy, result["error"])
-        assert losses(result) == pytest.approx(losses(alone), rel=1e-3), strategy
-        for name in ("base_eval_loss", "eval_loss", "trainable_parameters"):
-            assert result["metrics"][name] == pytest.approx(alone["metrics"][name], rel=1e-3)
+        assert losses(result) == lab.rounded(losses(alone)), strategy
+        for name in ("base_eval_loss", "eval_loss"):
+            assert result["metrics"][name] == lab.rounded(alone["metrics"][name]), strategy
+        parameters = "trainable_parameters"
+        assert result["metrics"][parameters] == alone["metrics"][parameters]
         # Each sample's scores lie beside the base model's of the same sample.
         sure, expected = (end["metrics"]["eval_loss_change_se"] for end in (result, alone))
         assert sure == pytest.approx(expected, rel=0.02), strategy
         # In plain PEFT, on a base of its own, it scores what was recorded.
         model = lab.reloaded(spec, Path(result["adapter"]))
-        assert lab.plain_loss(model, spec) == pytest.approx(result["metrics"]["eval_loss"], 1e-3)
+        assert lab.plain_loss(model, spec) == lab.rounded(result["metrics"]["eval_loss"])
         if method == "full":
             same_weights(Path(result["adapter"]), Path(alone["adapter"]))
 
@@ -97,7 +102,8 @@ def same_weights(ours: Path, theirs: Path) -> None:
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert weight.dtype == torch.float32
-        assert torch.allclose(weight, expected[name], atol=2e-3), name
+        # A tenth of one step of AdamW, of which there are 20.
+        assert (weight - expected[name]).abs().max() < RATE / 10, name
 
 
 def test_a_killed_group_goes_on_with_any_strategy(lab: Any) -> None:
@@ -117,10 +123,9 @@ def test_a_killed_group_goes_on_with_any_strategy(lab: Any) -> None:
     pairs = [*zip(STRATEGIES, [*SHARDED, "ddp"], strict=True), ("deepspeed-zero3", "alone")]
     for pair, end in zip(pairs, ends[len(killed) + 1 :], strict=True):
         assert end["status"] == "finished", (pair, end["error"])
-        assert losses(end) == pytest.approx(losses(expected), rel=1e-3), pair
-        assert end["metrics"]["base_eval_loss"] == pytest.approx(
-            expected["metrics"]["base_eval_loss"], rel=1e-3
-        )
+        assert losses(end) == lab.rounded(losses(expected)), pair
+        base = expected["metrics"]["base_eval_loss"]
+        assert end["metrics"]["base_eval_loss"] == lab.rounded(base), pair
 
 
 def test_workers_that_see_no_common_disk_go_on_from_a_bucket(
@@ -138,13 +143,13 @@ def test_workers_that_see_no_common_disk_go_on_from_a_bucket(
     whole, killed, resumed = lab.in_groups(jobs)
     assert killed is None
     assert whole["status"] == resumed["status"] == "finished", resumed["error"]
-    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(resumed) == losses(whole)
     place = Place.at(bucket)
     assert resumed["adapter"] == str(place / "adapter")
     assert (place / "checkpoints").names() == ["checkpoint-6", "checkpoint-9"]
     assert (place / "adapter").fetch()
     model = lab.reloaded(spec, (place / "adapter").path)
-    assert lab.plain_loss(model, spec) == pytest.approx(resumed["metrics"]["eval_loss"], 1e-3)
+    assert lab.plain_loss(model, spec) == lab.rounded(resumed["metrics"]["eval_loss"])
     assert not list(tmp_path.glob("three/*/objects/**/*.safetensors")), "copies are let go"
 
 
@@ -156,9 +161,9 @@ def test_one_worker_alone_may_shard(lab: Any) -> None:
     alone, *sharded = lab.in_groups(jobs)
     for strategy, result in zip(strategies, sharded, strict=True):
         assert result["status"] == "finished", (strategy, result["error"])
-        assert losses(result) == pytest.approx(losses(alone), rel=1e-3), strategy
+        assert losses(result) == lab.rounded(losses(alone)), strategy
         model = lab.reloaded(spec, Path(result["adapter"]))
-        assert lab.plain_loss(model, spec) == pytest.approx(result["metrics"]["eval_loss"], 1e-3)
+        assert lab.plain_loss(model, spec) == lab.rounded(result["metrics"]["eval_loss"])
 
 
 def test_the_user_s_own_settings_reach_the_strategy(lab: Any) -> None:
@@ -177,7 +182,7 @@ def test_the_user_s_own_settings_reach_the_strategy(lab: Any) -> None:
         ]
     )
     assert good["status"] == "finished", good["error"]
-    assert losses(good) == pytest.approx(losses(alone), rel=1e-3)
+    assert losses(good) == lab.rounded(losses(alone))
     assert refused["status"] == "failed" and "train.max_grad_norm" in refused["error"]
     assert unknown["status"] == "failed" and "NoSuchLayer" in unknown["error"]
 

@@ -294,13 +294,17 @@ def test_after_a_kill_it_goes_on_at_the_right_sample(
     assert [end["signal"] for end in lab.killed([job])] == [9]
     resumed = lab.run(spec, warm=Warm(), directory=Path(job["directory"]))
     assert trained == every[4:], "it was saved after step 4"
-    assert resumed.metrics["eval_loss"] == pytest.approx(whole.metrics["eval_loss"], rel=1e-6)
+    assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
     assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.curve]
 
 
 def test_any_number_of_workers_trains_the_same_steps(lab: Any, spec: TrialSpec) -> None:
     train = spec.train.model_copy(
-        update={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        update={
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 2e-3,  # at which AdamW makes nothing of rounding
+        }
     )
     spec = spec.model_copy(update={"train": train})
     alone = lab.run(spec, warm=Warm())
@@ -310,6 +314,6 @@ def test_any_number_of_workers_trains_the_same_steps(lab: Any, spec: TrialSpec) 
     (pair,) = lab.in_groups([job | {"directory": str(directory)}])
     assert pair["status"] == "finished", pair["error"]
     losses = [[p["loss"] for p in curve if "loss" in p] for curve in (alone.curve, pair["curve"])]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[1] == lab.rounded(losses[0])
     tokens = [result["tokens_per_second"] for result in (alone.metrics, pair["metrics"])]
     assert min(tokens) > 0

@@ -42,11 +42,12 @@ def test_it_learns_and_says_so(every_method: str, lab: Any) -> None:
     assert set(result.scenario) == {"model", "data", "hardware"}
 
 
+@pytest.mark.numeric
 def test_the_adapter_reloads_to_the_same_model(every_method: str, lab: Any) -> None:
     finished = lab.finish(lab.spec(every_method))
     model = lab.reload(finished)
     recorded = finished.result.metrics["eval_loss"]
-    assert lab.plain_loss(model, finished.spec) == pytest.approx(recorded, abs=1e-4)
+    assert lab.plain_loss(model, finished.spec) == lab.rounded(recorded)
     assert lab.answers(model, finished.spec) == finished.answers
 
 
@@ -61,6 +62,7 @@ def test_what_lies_beside_the_adapter(every_method: str, lab: Any) -> None:
     assert (finished.adapter / "chat_template.jinja").read_text() == tokenizer.chat_template
 
 
+@pytest.mark.numeric
 def test_p_tuning_saves_its_prompt_without_dropout(lab: Any) -> None:
     settings = {
         "encoder_reparameterization_type": "LSTM",
@@ -69,9 +71,10 @@ def test_p_tuning_saves_its_prompt_without_dropout(lab: Any) -> None:
     }
     finished = lab.finish(lab.spec("p_tuning", settings))
     loss = lab.plain_loss(lab.reload(finished), finished.spec)
-    assert loss == pytest.approx(finished.result.metrics["eval_loss"], abs=1e-4)
+    assert loss == lab.rounded(finished.result.metrics["eval_loss"])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", ["prefix_projection", "TEXT", "ia3", "rank 0"])
 def test_other_settings_reload_too(kind: str, lab: Any) -> None:
     specs = {
@@ -92,9 +95,10 @@ def test_other_settings_reload_too(kind: str, lab: Any) -> None:
         assert 0 in [sum(kept) for kept in config["rank_pattern"].values()]
     finished = lab.finish(specs[kind])
     loss = lab.plain_loss(lab.reload(finished), finished.spec)
-    assert loss == pytest.approx(finished.result.metrics["eval_loss"], abs=1e-4)
+    assert loss == lab.rounded(finished.result.metrics["eval_loss"])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     "name", ["lora", "dora", "adalora", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
@@ -109,7 +113,7 @@ def test_over_a_quantised_base(name: str, bits: int, lab: Any) -> None:
         # puts them back, in plain PEFT nothing does.
         return
     model = lab.reload(finished)
-    assert lab.plain_loss(model, finished.spec) == pytest.approx(metrics["eval_loss"], abs=1e-4)
+    assert lab.plain_loss(model, finished.spec) == lab.rounded(metrics["eval_loss"])
     assert lab.answers(model, finished.spec) == finished.answers
 
 
@@ -119,9 +123,11 @@ def test_adapters_are_saved_in_float32(every_method: str, lab: Any) -> None:
     assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["full", "lora", "qlora", "ia3", "p_tuning"])
 def test_recomputing_activations_changes_nothing_but_memory(name: str, lab: Any) -> None:
     recomputed = lab.run(lab.spec(name, gradient_checkpointing=True))
     assert recomputed.status == "finished", recomputed.error
     plain = lab.finish(lab.spec(name)).result
-    assert lab.losses(recomputed) == pytest.approx(lab.losses(plain), abs=1e-5)
+    # The same products a second time: not a digit is another one.
+    assert lab.losses(recomputed) == lab.losses(plain)

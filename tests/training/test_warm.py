@@ -21,6 +21,7 @@ def warm() -> Warm:
     return Warm()
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", ["lora", "ia3", "prompt_tuning"])
 def test_a_warm_worker_computes_what_a_cold_one_does(name: str, lab: Any, warm: Warm) -> None:
     spec = lab.spec(name)

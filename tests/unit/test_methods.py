@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -41,7 +42,7 @@ Bits = Literal[4, 8] | None
 def _one_thread() -> Iterator[None]:
     """A model this small gains nothing from a second thread, and waits for it on a busy machine."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     yield
     torch.set_num_threads(before)
 
@@ -223,6 +224,7 @@ def assert_same(before: Any, after: Any) -> None:
         assert before == after
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", SHARING)
 def test_the_base_comes_back_as_it_was(name: str, lent: PreTrainedModel) -> None:
     before = snapshot(lent)
@@ -270,21 +272,26 @@ def test_adaloras_budget_shrinks_to_its_target() -> None:
     assert len({sum(kept) for kept in pattern.values()}) > 1
 
 
-def test_adaloras_penalty_is_pefts_own() -> None:
+@pytest.mark.numeric
+def test_adaloras_penalty_is_pefts_own(rounding: Any) -> None:
     settings = method("adalora", orth_reg_weight=0.3)
     model = attached(load_base(TINY, None, "cpu"), settings)
     train(model, settings, 0, 2)
     assert isinstance(model, PeftModel)
     inputs = {"input_ids": IDS, "labels": IDS}
     with torch.no_grad():
-        theirs = model(**inputs).loss - model.get_base_model()(**inputs).loss
+        whole = float(model(**inputs).loss)
+        theirs = whole - float(model.get_base_model()(**inputs).loss)
         ours = regularizer(model, settings)
-    assert float(theirs) > 0.1
-    assert ours is not None and float(ours) == pytest.approx(float(theirs), abs=1e-5)
+    assert theirs > 0.1
+    # The sum with the loss rounds once; the penalty is a norm of products over 128 inputs at most.
+    bound = rounding.unit_roundoff() * whole + 2 * rounding.growth(128) * theirs
+    assert ours is not None and abs(float(ours) - theirs) <= bound
     assert regularizer(model, method("adalora", orth_reg_weight=0)) is None
     assert regularizer(model, method("lora")) is None
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", METHODS)
 def test_a_training_state_goes_into_a_fresh_model(name: str) -> None:
     settings = method(name, **(ADALORA if name == "adalora" else {}))

@@ -1,4 +1,9 @@
-"""The kernels in C beside this module, compiled once for a machine and loaded."""
+"""The kernels in C beside this module, compiled once for a machine and loaded.
+
+The environment variable `CC` names the compiler. Flags in `RAYFIN_CFLAGS` come after rayfin's own,
+so that they prevail: `RAYFIN_CFLAGS="-O2 -ffp-contract=off"` compiles without fused multiply-add.
+Each set of flags has a library of its own in the cache.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,18 @@ _FLAGS = (
 _SECONDS = 60.0
 
 
+def compiler_flags() -> tuple[str, ...]:
+    """The flags that the kernels are compiled with, those of `RAYFIN_CFLAGS` last.
+
+    Raises OSError where a quotation mark in it is not closed.
+    """
+    own = os.environ.get("RAYFIN_CFLAGS", "")
+    try:
+        return (*_FLAGS, *shlex.split(own))
+    except ValueError as error:
+        raise OSError(f"RAYFIN_CFLAGS={own!r}: {error}; close the quotation mark") from error
+
+
 @functools.cache
 def library(name: str, **values: int) -> ctypes.CDLL:
     """`name`.c with `values` defined, compiled or as it was compiled before; raises OSError."""
@@ -35,7 +52,7 @@ def library(name: str, **values: int) -> ctypes.CDLL:
     errors = []
     for threads in (("-fopenmp",), ()):
         try:
-            return _open(_Build(name, compiler, (*_FLAGS, *defined, *threads)))
+            return _open(_Build(name, compiler, (*compiler_flags(), *defined, *threads)))
         except OSError as error:
             errors.append(str(error))
     raise OSError("; ".join(errors))
