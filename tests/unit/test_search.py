@@ -192,6 +192,23 @@ def test_fewer_settings_than_trials_are_said_and_not_every_method_s_settings(dat
     assert ia3.split()[2:5] == ["ia3", "–", "60/60"]
 
 
+def test_a_sweep_ends_with_the_axes_whose_best_trials_lie_at_an_edge(data: Path) -> None:
+    axes = "sweep.parameters={method.r: [2, 4, 8], train.seed: [1, 2, 3]}"
+    plan = plan_of(data, axes, "sweep.search=grid", "sweep.num_samples=9")
+    with History.open(plan.storage.history_url) as history:
+        for values in grid(plan.config):
+            trial = plan.trial(values)
+            (trial.place.path / "adapter").mkdir(parents=True)
+            metrics = {"eval_loss": 1.0 / values["method.r"]}
+            row = finished(trial, plan.config)
+            history.put(row.updated(sweep_id="before", metrics={**row.metrics, **metrics}))
+        result = run_sweep(plan.config, history=history, storage=plan.storage)
+    assert result.notes == (
+        "3 of the 4 best trials have method.r at the upper edge of its list of values (8): "
+        "widen it",
+    )
+
+
 def test_trials_that_the_history_holds_are_recalled_and_count(data: Path) -> None:
     plan = plan_of(data, "sweep.num_samples=4", "sweep.parameters.method.r=[2,4,8,16]")
     seen: list[str] = []

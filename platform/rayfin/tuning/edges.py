@@ -52,6 +52,8 @@ def _best(config: Config, rows: Sequence[TrialRecord]) -> list[TrialRecord]:
         if row.status in ("finished", "stopped")
         and isinstance(row.metrics.get(metric), int | float)
     ]
+    if len({row.metrics[metric] for row in scored}) < 2:
+        return []  # none is better than another
     scored.sort(key=lambda row: (row.status != "finished", sign * float(row.metrics[metric])))
     return scored[: min(_MOST, len(scored) // 2)]
 
