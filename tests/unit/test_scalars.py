@@ -103,9 +103,11 @@ def test_keys_of_a_service_are_text(tmp_path: Path) -> None:
     assert config.engine.vllm == {"a": 0.1, "b": False, "c": "7"}
 
 
-def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_key_that_is_there_twice_and_a_value_in_itself_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'max_steps' is there twice"):
         in_file(tmp_path, "train:\n  max_steps: 5\n  max_steps: 50\n")
+    with pytest.raises(ConfigError, match="a value contains itself"):
+        in_file(tmp_path, "train: &t {max_steps: *t}\n")
     merged = "a: &a {max_steps: 5, seed: 1}\ntrain: {<<: *a, max_steps: 7}\n"
     with pytest.raises(ConfigError, match=r"^a: unknown key"):  # no other complaint
         in_file(tmp_path, merged)

@@ -9,6 +9,7 @@ gets the text, and all others what YAML 1.2's core schema reads
 from __future__ import annotations
 
 import functools
+import json
 import re
 import types
 from collections.abc import Mapping
@@ -41,9 +42,14 @@ class Plain(str):
 def load_yaml(text: str) -> Any:
     """The document in `text`, with a `Plain` for each scalar without quotes or a tag.
 
-    Raises yaml.YAMLError, also for a key that a mapping has twice.
+    Raises yaml.YAMLError, also for a key that is there twice, or a value that contains itself.
     """
-    return yaml.load(text, _Loader)  # a SafeLoader
+    document = yaml.load(text, _Loader)  # a SafeLoader
+    try:
+        json.dumps(document, default=str, skipkeys=True)
+    except (ValueError, RecursionError):
+        raise yaml.YAMLError("a value contains itself, or too many others") from None
+    return document
 
 
 @dataclass(frozen=True)
