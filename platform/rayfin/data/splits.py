@@ -59,7 +59,7 @@ class Sources:
     """None where rows are held out of `train`."""
     left: tuple[Split, ...] = ()
     also: tuple[str, ...] = ()
-    """What else is to be told of where they lie."""
+    """Further notes: on files that are not read."""
 
     @property
     def eval_split(self) -> str:
