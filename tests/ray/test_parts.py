@@ -25,6 +25,7 @@ from rich.console import Console
 from rayfin.config import Config, load_config
 from rayfin.errors import ConfigError, HardwareError, HistoryError, RayfinError
 from rayfin.history import History, TrialRecord
+from rayfin.history.driver import DRIVER, this_driver
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
 from rayfin.tuning import cluster, end_with_driver, tune, worker
@@ -324,6 +325,21 @@ def test_resume_for_fewer_trials_ends_the_interrupted_ones(plan: SweepPlan) -> N
     assert not result.interrupted
     assert sorted(row.status for row in result.trials) == ["finished", "stopped"]
     assert not checkpoint.exists()
+
+
+def test_the_next_sweep_notices_the_rows_of_a_driver_that_is_gone(plan: SweepPlan) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    plan.save()
+    lost = started(plan.trial({"method.r": 4, "train.seed": 0})).updated(
+        trial_id="other-1", sweep_id="other", scenario={DRIVER: this_driver() | {"pid": gone.pid}}
+    )
+    with History.open(plan.storage.history_url) as history:
+        history.put(ended(plan, 2))
+        history.put(lost)
+        quiet, one = Progress(Console(file=io.StringIO())), swept(plan.config, num_samples=1)
+        run_sweep(one, history=history, storage=plan.storage, resume=True, progress=quiet)
+        assert history.get("other-1").status == "interrupted"
 
 
 def test_a_sweep_that_is_done_ends_well_whatever_becomes_of_checkpoints(plan: SweepPlan) -> None:
