@@ -82,7 +82,9 @@ def run(name: str) -> bool:
     lines = done.stdout.splitlines()
     if done.returncode:
         print(done.stdout)
-    ended = re.sub(r" in [\d.]+s.*", "", lines[-1].strip("= ")) if lines else "nothing was said"
+    # Libraries may say something after pytest's last line.
+    summaries = [line for line in lines if re.search(r"\d+ (passed|failed|error)", line)]
+    ended = re.sub(r" in [\d.]+s.*", "", summaries[-1].strip("= ")) if summaries else "no test ran"
     using = next((line for line in lines if line.startswith("arithmetic: ")), "")
     seconds = time.monotonic() - started
     print(f"{name}: {ended} in {seconds:.0f} s ({using.removeprefix('arithmetic: ')})", flush=True)

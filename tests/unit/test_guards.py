@@ -180,3 +180,16 @@ def test_no_machine_paths() -> None:
 def test_files_stay_small() -> None:
     sizes = {p.relative_to(ROOT): len(p.read_text(encoding="utf-8").splitlines()) for p in MODULES}
     assert {str(path): size for path, size in sizes.items() if size > MAX_LINES} == {}
+
+
+def test_tolerances_of_training_and_serving_are_computed() -> None:
+    """By tests/rounding.py, from the operands: a constant is what one processor gave."""
+    constant = re.compile(r"\b(?:abs|atol|rtol)=\d|\ballclose\(|\bassert_close\(")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for folder in ("serving", "training")
+        for path in sorted((ROOT / "tests" / folder).rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if constant.search(line)
+    ]
+    assert found == []
