@@ -69,7 +69,7 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
 ) -> None:
     pids = set()
     with two_workers(config, strategy) as workers:
-        for number, learning_rate in enumerate([config.train.learning_rate, 0.02]):
+        for number, learning_rate in enumerate([config.train.learning_rate, 0.002]):
             mine = with_values(config, {"train.learning_rate": learning_rate})
             spec = TrialSpec.of(mine)
             one = run_trial(spec, lambda _: None, place=Place(tmp_path / f"one {number}"))
