@@ -27,7 +27,8 @@ def ends_as_by_ctrl_c() -> Iterator[list[int]]:
     before = {}
     if threading.current_thread() is threading.main_thread():
         for number in _ENDS:
-            if signal.getsignal(number) == signal.SIG_DFL:
+            # None: one that is not Python's, and could not be put back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, interrupt)
     try:
         yield received
