@@ -2,6 +2,9 @@
 #   make demo ARGS='sweep.num_samples=4'      make test ARGS='-k history'      make PYTHON=python3.12
 
 PYTHON ?= python3
+# Twice the two cores that the tests are made for: about half of the time a test waits, for Ray's
+# processes to start above all.
+TEST_PROCESSES ?= 4
 BIN := .venv/bin
 
 # Written last, so a broken install is never taken for a finished one. Its name carries this
@@ -21,7 +24,7 @@ demo: $(READY)
 	@echo; echo $(ACTIVATE)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The numeric tests on other instruction sets than this processor's own, which `test` has.
 test-numerics: $(READY)

@@ -72,6 +72,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("it takes two minutes of a quiet machine: with --kills 2 or more")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start Ray come first, then those with other slow tests.
+
+    They wait more than they compute: beside each other, and beside the many short ones, they
+    keep the processors busy, where a long file that came last would have them to itself.
+    """
+    marks: dict[Path, set[str]] = {}
+    for item in items:
+        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
+
+    def rank(item: pytest.Item) -> int:
+        found = marks[item.path]
+        return 0 if "ray" in found else 1 if "slow" in found else 2
+
+    items.sort(key=rank)
+
+
 @pytest.fixture
 def kills(request: pytest.FixtureRequest) -> int:
     """At how many random moments a test kills."""
