@@ -1,8 +1,8 @@
 """Which candidates can run where they are meant to, and what would where none can.
 
 A candidate that does not fit the memory is made tighter (`candidates.tighter`) until it does. What
-then still doesn't fit, ends too late or answers too slowly by the whole of its interval is no
-answer, and is left out.
+then still isn't expected to fit, or ends too late or answers too slowly by the whole of its
+interval, is no answer, and is left out.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ class Option:
     feasibility: Feasibility
 
     @property
-    def possible(self) -> bool:
-        """Whether nothing says that it can't run as it is meant to."""
-        return False not in vars(self.feasibility).values()
+    def fits(self) -> bool:
+        """Whether it is expected to fit the memory, though that may not be sure."""
+        taken = self.estimate
+        return self.feasibility.memory is True or (
+            self.feasibility.memory is None and taken.memory.expected <= taken.room
+        )
 
     @property
-    def likely(self) -> bool:
-        """Whether it is expected to fit the memory, though that may not be sure."""
-        return (
-            self.feasibility.memory is True or self.estimate.memory.expected <= self.estimate.room
-        )
+    def possible(self) -> bool:
+        """Whether it is expected to fit, and nothing says that it is too slow."""
+        return self.fits and False not in vars(self.feasibility).values()
 
 
 def options_for(
@@ -81,9 +82,8 @@ def options_for(
 
 
 def answers(options: Sequence[Option]) -> list[Option]:
-    """What may be recommended: nothing that can't run, no gamble while there is anything else."""
-    possible = [option for option in options if option.possible]
-    return [option for option in possible if option.likely] or possible
+    """What may be recommended."""
+    return [option for option in options if option.possible]
 
 
 def _fitted(
@@ -135,17 +135,19 @@ def nothing_fits(
 ) -> str:
     """Why none of `options` is an answer, and what would be one: in one line."""
     scenario = place.scenario
-    fitting = [one for one in options if one.feasibility.memory is not False]
+    fitting = [one for one in options if one.fits]
     if not fitting:
-        least = min(options, key=lambda one: one.estimate.memory.high).estimate
-        low, high, room = (
-            f"{n / _GIB:.1f}" for n in (least.memory.low, least.memory.high, least.room)
+        least = min(options, key=lambda one: one.estimate.memory.expected).estimate
+        memory = least.memory
+        low, about, high, room = (
+            f"{n / _GIB:.1f}" for n in (memory.low, memory.expected, memory.high, least.room)
         )
         # What is asked of the other machines is whether anything fits, by the formula: fast.
         remedies = list(_more_room(least, place, measured, base))
         return (
-            f"nothing fits: {place.facts.name} needs {low} to {high} GiB at least, and there are "
-            f"{room} GiB on {place.hardware.device_name}; what would: {_listed(remedies)}"
+            f"nothing fits: {place.facts.name} needs about {about} GiB at least ({low} to {high}), "
+            f"and there are {room} GiB on {place.hardware.device_name}; "
+            f"what would: {_listed(remedies)}"
         )
     if all(one.feasibility.latency is False for one in fitting):
         return (

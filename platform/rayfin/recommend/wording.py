@@ -91,8 +91,7 @@ def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estima
         found.append("little is known of such settings here: its interval is wide")
     if taken.fits is not True:
         needs, has = (f"{n / 2**30:.1f}" for n in (taken.memory.expected, taken.room))
-        likely = "may not fit" if taken.memory.expected <= taken.room else "is likely not to fit"
-        found.append(f"{likely} the device's memory: expected are {needs} of {has} GiB")
+        found.append(f"may not fit the device's memory: expected are {needs} of {has} GiB")
     return found
 
 
