@@ -2,9 +2,9 @@
 #   make demo ARGS='sweep.num_samples=4'      make test ARGS='-k history'      make PYTHON=python3.12
 
 PYTHON ?= python3
-# Twice the two cores that the tests are made for: about half of the time a test waits, for Ray's
-# processes to start above all.
-TEST_PROCESSES ?= 4
+# One more than the two cores that the tests are made for: while a test waits, for Ray's processes
+# to start above all, another computes.
+TEST_PROCESSES ?= 3
 BIN := .venv/bin
 
 # Written last, so a broken install is never taken for a finished one. Its name carries this

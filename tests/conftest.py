@@ -16,6 +16,8 @@ import pytest
 
 # Before any test loads torch: see rayfin.cli, which does the same for the command line.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Several processes test at a time: more threads in each than it needs only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Ray's workers give way to all else, and would starve beside another test.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +25,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # start, and interrupt, would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# And nohup has the end of the terminal ignored.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def helper(name: str) -> ModuleType:

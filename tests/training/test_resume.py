@@ -6,6 +6,7 @@ or on another machine, sums may have another order, and then the last digits dif
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -28,6 +29,7 @@ from rayfin.training.checkpoint import latest_checkpoint, load_progress
 from rayfin.training.spec import TrialResult
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
+from rayfin.training.warm import Warm
 from rayfin.tuning.plan import alone
 from rayfin.tuning.single import train_once
 
@@ -195,6 +197,30 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
         again = run(rerun=True)
         assert steps_taken == list(range(spec.train.max_steps)), "it is made anew"
         assert again.metrics["eval_loss"] == first.metrics["eval_loss"]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_checkpoint_without_the_base_models_scores_is_gone_on_from(
+    lab: Any, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier rayfin's groups did not keep them; what was trained itself is no base any more."""
+    spec = lab.spec(method, save_steps=1)
+    recorded = lab.finish(spec).result.metrics["base_eval_loss"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Warm, "base_scores", lambda *_: None)  # as it is for a group
+        directory = interrupted(lab, spec)
+        newest = latest_checkpoint(Place(directory / "checkpoints"))
+        assert newest is not None
+        (newest / "base_scores.safetensors").unlink()
+        sums = json.loads((newest / "sums.json").read_text())
+        del sums["base_scores.safetensors"]
+        (newest / "sums.json").write_text(json.dumps(sums))
+        resumed = lab.run(spec, directory=directory)
+    assert resumed.status == "finished", resumed.error
+    if method == "full":
+        assert "base_eval_loss" not in resumed.metrics
+    else:
+        assert resumed.metrics["base_eval_loss"] == recorded
 
 
 @pytest.fixture

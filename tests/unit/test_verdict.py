@@ -161,6 +161,14 @@ def test_no_interval_is_invented(row, why) -> None:
     assert (found.change.low, found.change.high) == (None, None)
 
 
+def test_what_is_worse_without_an_interval_is_not_to_be_published() -> None:
+    row = trial(samples=6)
+    row.metrics["eval_loss"] = row.metrics["base_eval_loss"] + 1
+    found = verdict([row])
+    assert found.outcome == "no interval"
+    assert "lower train.learning_rate" in found.next and "publish" not in found.next
+
+
 @pytest.mark.parametrize(
     "wrong",
     [{"exact_match_only_base": 50}, {"exact_match_only_base": 4}, {"exact_match_only_base": "1"}],

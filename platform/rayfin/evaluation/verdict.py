@@ -186,7 +186,8 @@ def _next(
     if interrupted:
         return "The same command with --resume carries on."
     samples = change.samples if change else None
-    if outcome == "worse":
+    unsure_and_worse = outcome == "no interval" and change is not None and change.gain <= 0
+    if outcome == "worse" or unsure_and_worse:
         return (
             "Next: lower train.learning_rate or raise train.max_steps "
             f"({config.train.max_steps} now), and look at the samples."

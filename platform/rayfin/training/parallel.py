@@ -139,10 +139,15 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
 @contextmanager
 def as_base(model: torch.nn.Module) -> Iterator[None]:
     """Inside, `model` answers as the base that it was attached to."""
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):  # full fine-tuning: it has not been trained yet
+    if not can_be_base(model):  # full fine-tuning: it has not been trained yet
         yield
         return
-    with model.disable_adapter():
+    with model.disable_adapter():  # type: ignore[operator]
         yield
+
+
+def can_be_base(model: torch.nn.Module) -> bool:
+    """Whether the base model is still there beneath what is trained."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)

@@ -31,7 +31,7 @@ from rayfin.training.checkpoint import (
     staging,
 )
 from rayfin.training.clock import Clock
-from rayfin.training.parallel import Parallel, as_base
+from rayfin.training.parallel import Parallel, as_base, can_be_base
 from rayfin.training.scoring import Scores, completion_logits, score
 
 _WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
@@ -176,7 +176,13 @@ class TrialTrainer(Trainer):
         return own if workers == 1 else self._joined(own)
 
     def _score_base(self) -> None:
-        if self.base_scores is None:
+        """Scores the base model, where neither the caller nor a checkpoint has its scores.
+
+        A model whose own weights have been trained, and whose checkpoint is of a rayfin that did
+        not keep them, goes without.
+        """
+        is_base = self.state.global_step == 0 or can_be_base(self.trained)
+        if self.base_scores is None and is_base:
             with as_base(self.trained):
                 self.base_scores = self._score()
 
@@ -302,7 +308,7 @@ class TrialTrainer(Trainer):
             progress = load_progress(checkpoint)
             self._set_schedule(progress)
             self._clock.before = progress.train_seconds
-            if self.base_scores is None:
+            if self.base_scores is None and (checkpoint / f"{_BASE_SCORES}.safetensors").exists():
                 self.base_scores = Scores(load_tensors(checkpoint, _BASE_SCORES)["table"])
         self.resumed_weights = {}
         return prepared
