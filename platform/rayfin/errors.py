@@ -6,7 +6,7 @@ Each class takes one finished sentence that names the value, what is allowed and
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rayfin.redaction import redact
 
@@ -108,3 +108,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         tail = name.rpartition(".")[2]
         near = [tails[t] for t in difflib.get_close_matches(tail, tails, n=1, cutoff=0.6)]
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def listed(names: Sequence[str]) -> str:
+    """At least one name, as a sentence lists them: `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

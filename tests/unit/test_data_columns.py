@@ -22,6 +22,7 @@ from rayfin.data.columns import LEARN_KEYS, NAMED
 from rayfin.errors import DataError
 
 Row = dict[str, Any]
+ANSWERS = ("assistant", "gpt")
 PAIRS = [(f"question {i}", f"answer {i}") for i in range(4)]
 
 
@@ -123,8 +124,10 @@ def test_whatever_is_added_to_a_row_is_used_refused_or_named(
         return
     place[name] = value
     digest, text = outcome(write(tmp_path / "after.jsonl", rows))
-    says_nothing_new = name in LEARN_KEYS and value in (0, 1)  # as every turn is without it
-    if digest == before.digest and not says_nothing_new:
+    # An assistant's turn is learned without it, and of others nothing is.
+    speaker = place.get("role") or place.get("from")
+    as_without = speaker and (value == 1 or (value == 0 and speaker not in ("assistant", "gpt")))
+    if digest == before.digest and not (name in LEARN_KEYS and as_without):
         shown = name if name.isprintable() else ascii(name)[1:-1]
         assert shown in text
     elif digest is None:
@@ -226,7 +229,9 @@ def test_ignored_columns_and_keys_are_as_if_they_were_not_there(tmp_path: Path) 
         load(Path("pydocs"), "data.ignore_columns=[x]")
 
 
-@pytest.mark.parametrize("name", ["a, b", "true", "ein Wort", "it's", "\x1b[2J"])
+@pytest.mark.parametrize(
+    "name", ["a, b", "true", "ein Wort", "it's", "\x1b[2J", "😀", 'a"\\\u2028\U000e0001', "名"]
+)
 def test_the_setting_that_is_told_ignores_what_it_names(tmp_path: Path, name: str) -> None:
     rows = [{"text": f"{q} {a}", name: 1} for q, a in PAIRS]
     path = write(tmp_path / "a.jsonl", rows)
@@ -234,6 +239,11 @@ def test_the_setting_that_is_told_ignores_what_it_names(tmp_path: Path, name: st
     assert "\x1b" not in note
     (setting,) = shlex.split(note.partition("where that is meant, set ")[2])
     assert load(path, setting).notes == ()
+
+
+def test_the_setting_that_is_told_is_readable(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": f"{q} {a}", "😀": 1} for q, a in PAIRS])
+    assert "set 'data.ignore_columns=[\"😀\"]'" in load(path).notes[0]
 
 
 def test_system_and_history_become_turns(tmp_path: Path) -> None:
@@ -313,6 +323,85 @@ def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path, key: str) -> None:
     asked[0]["messages"][0][key] = 1
     text = outcome(write(tmp_path / "b.jsonl", asked))[1]
     assert f"messages[0].{key} is 1, but of a user turn nothing can be learned" in text
+
+
+@pytest.mark.parametrize("key", LEARN_KEYS)
+@pytest.mark.parametrize(
+    "layout", ["messages", "long", "parts", "conversations", "history", "prompt_turns"]
+)
+def test_weight_0_changes_what_is_learned_in_every_layout(
+    tmp_path: Path, layout: str, key: str
+) -> None:
+    before = load(write(tmp_path / "a.jsonl", LAYOUTS[layout])).digest
+    answers = [o for o in objects(LAYOUTS[layout][0]) if o.get("role", o.get("from")) in ANSWERS]
+    for number in range(len(answers)):
+        rows = copy.deepcopy(LAYOUTS[layout])
+        turns = [o for o in objects(rows[0]) if o.get("role", o.get("from")) in ANSWERS]
+        turns[number][key] = 0
+        assert outcome(write(tmp_path / "a.jsonl", rows))[0] != before
+
+
+@pytest.mark.parametrize("weight", [None, 0])
+@pytest.mark.parametrize("columns", [("prompt", "completion"), ("question", "answer")])
+def test_turns_as_json_text_in_a_cell_are_turns(
+    tmp_path: Path, columns: tuple[str, str], weight: int | None
+) -> None:
+    rows = [{columns[0]: said(q, f"bad {q}", "No!"), columns[1]: said(q, a)[1:]} for q, a in PAIRS]
+    if weight is not None:
+        for row in rows:
+            row[columns[0]][1]["weight"] = weight
+    expected = load(write(tmp_path / "a.jsonl", rows))
+    corpus = load(write(tmp_path / "a.csv", rows))
+    assert (corpus.digest, corpus.notes) == (expected.digest, ())
+    assert {each.unlearned for each in corpus.train} == {() if weight is None else (1,)}
+    listed = [{"prompt": f"[{n}]", "completion": '[{"a": 1}]'} for n in range(4)]
+    first = load(write(tmp_path / "a.jsonl", listed)).train[0].messages
+    assert first[0]["content"][0] == "[" and first[1]["content"] == '[{"a": 1}]'
+
+
+def test_keys_of_turns_and_reasons_have_the_columns_name_as_it_was_written(tmp_path: Path) -> None:
+    rows: list[Row] = [{"question": said(q, name="x"), "answer": a} for q, a in PAIRS]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert "not trained on: question.name; where" in load(path).notes[0]
+    assert load(path, "data.ignore_columns=[question.name]").notes == ()
+    for row, reason in [
+        ({"instruction": "q", "context": ["c"], "response": "a"}, "context must be a string, not"),
+        ({"instruction": "q", "response": 4}, "response must be a string, not a number"),
+        ({"question": "q", "answer": 4}, "answer must be a list of turns, not a number"),
+        ({"prompt": "q", "completion": "a", "system_prompt": 4}, "system_prompt must be a string"),
+    ]:
+        assert f"a.jsonl:1: {reason}" in outcome(write(tmp_path / "a.jsonl", [row, row]))[1]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("nothing", ["null", "NaN"])
+def test_cells_that_stand_for_no_value(tmp_path: Path, ending: str, nothing: str) -> None:
+    plain = [{"instruction": q, "response": a} for q, a in PAIRS]
+    names = ("input", "system", "history", "context", "system_prompt", "other")
+    rows = [{**row, **dict.fromkeys(names, nothing)} for row in plain]
+    corpus = load(write(tmp_path / f"a.{ending}", rows))
+    assert (corpus.digest, corpus.notes) == (load(write(tmp_path / "b.jsonl", plain)).digest, ())
+    # In JSON these are words, and so they are where a column must have some.
+    words = load(write(tmp_path / "a.jsonl", [{**row, "input": nothing} for row in plain]))
+    assert words.train[0].messages[0]["content"].endswith(f"\n\n{nothing}")
+    needed = [{"prompt": q, "completion": nothing} for q, _ in PAIRS]
+    answers = load(write(tmp_path / f"a.{ending}", needed)).train[0].messages
+    assert answers[1]["content"] == nothing
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> None:
+    columns = [pa.array([q for q, _ in PAIRS]), pa.array([a for _, a in PAIRS])]
+    table = pa.Table.from_arrays([*columns, columns[1]], names=["prompt", "completion", "prompt"])
+    if name.endswith("parquet"):
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as out:
+            out.write_table(table)
+    for setting in ("data.streaming=false", "data.streaming=true", "data.ignore_columns=[prompt]"):
+        if name.endswith("parquet") or "streaming=true" not in setting:
+            text = outcome(tmp_path / name, setting)[1]
+            assert f"{name}': the column 'prompt' is there twice; rename one of them" in text
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,11 @@ LAYOUTS = {
     "below data": ("data/train/train_x.jsonl", "data/eval/a.jsonl", "data/test/a.jsonl"),
     "words of other splits in files": ("train/dev_a.jsonl", "dev/train_a.jsonl", "test/a.jsonl"),
     "one below a directory": ("train.jsonl", "eval/questions.jsonl", "test/questions.jsonl"),
+    "a directory whose name tells two": (
+        "train_test_split/train.jsonl",
+        "train_test_split/validation.jsonl",
+        "train_test_split/test.jsonl",
+    ),
     "a directory with a split's name": ("eval-1/train.csv", "eval-1/val.csv", "eval-1/test.csv"),
 }
 
@@ -166,6 +171,8 @@ def test_one_split_or_all_of_them_can_be_asked_for(tmp_path: Path) -> None:
     assert set.union(*files_of(one)) == {"validation.jsonl"} and len(one.train) == 2
     assert any("train.jsonl" in note for note in one.notes[1:])
     together = load(tmp_path, split="all")
+    write(tmp_path, "train_test/val-test.jsonl")
+    assert len(files_of(load(tmp_path, split="all"))[0]) == 5
     assert len(together.train) + len(together.eval) == 12 and len(together.notes) == 1
 
 
@@ -304,6 +311,46 @@ def test_the_card_of_a_hub_repository_tells_the_splits(tmp_path: Path) -> None:
     subsets = "configs:\n- {config_name: a, data_files: a/*}\n- {config_name: b, data_files: b/*}"
     (tmp_path / "README.md").write_text(f"---\n{subsets}\n---\n")
     with pytest.raises(DataError, match=r"several subsets \(a, b\).*give the directory"):
+        load(tmp_path)
+
+
+def card(root: Path, configs: str) -> None:
+    (root / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+
+
+@pytest.mark.parametrize("pattern", ["data/**", "data/**/*", "**", "data/**/b/**"])
+def test_a_cards_pattern_that_ends_in_two_stars_is_of_all_files_below(
+    tmp_path: Path, pattern: str
+) -> None:
+    for name in ("data/a/b/x.jsonl", "data/c/b/y.jsonl"):
+        write(tmp_path, name)
+    card(tmp_path, f"- {{config_name: default, data_files: '{pattern}'}}")
+    corpus = load(tmp_path)
+    assert set.union(*files_of(corpus)) == {"data/a/b/x.jsonl", "data/c/b/y.jsonl"}
+    assert load(tmp_path, split="train").digest == corpus.digest
+
+
+@pytest.mark.parametrize("pattern", ["''", "{train: ''}", "[{split: train}]", "./", "a**.jsonl"])
+def test_a_cards_pattern_that_is_none_is_refused(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path, "a.jsonl")
+    card(tmp_path, f"- {{config_name: default, data_files: {pattern}}}")
+    with pytest.raises(DataError, match=r"README\.md' gives .* which is no pattern of files"):
+        load(tmp_path)
+
+
+def test_subsets_that_a_card_gives_by_their_directories(tmp_path: Path) -> None:
+    for name in ("en/train.jsonl", "en/test.jsonl", "de/a.jsonl", "de/b.jsonl"):
+        write(tmp_path, name)
+    subsets = "- {config_name: en, data_dir: en}\n- {config_name: de, data_dir: de%s}"
+    card(tmp_path, subsets % "")
+    with pytest.raises(DataError, match=r"several subsets \(en, de\)"):
+        load(tmp_path)
+    card(tmp_path, subsets % ", default: true")
+    assert set.union(*files_of(load(tmp_path))) == {"de/a.jsonl", "de/b.jsonl"}
+    card(tmp_path, "- {config_name: en, data_dir: en}")
+    assert files_of(load(tmp_path)) == ({"en/train.jsonl"}, {"en/test.jsonl"})
+    card(tmp_path, "- {config_name: en, data_dir: fr}")
+    with pytest.raises(DataError, match="lists 'fr', which is not there"):
         load(tmp_path)
 
 

@@ -137,3 +137,29 @@ def test_what_an_open_quote_takes_along_is_counted(tmp_path: Path) -> None:
     path.write_text('prompt,completion\n"a\nb","c\nd,e\nf,g\n')
     with pytest.raises(DataError, match=r"a\.csv:2: .*the quote opened on line 3 is never closed"):
         samples(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('q1,"a1\nq2,a2\nq3,a3\nq4,a4"\nq5,a5\nq6,a6\n', "3 lines within quoted cells of 1 row"),
+        ('"q1,a1\nq2,a2\nq3",a3\n"x\ny,z",b\nq4,a4\n', "2 lines within quoted cells of 2 rows"),
+        # Cells of several lines as people write them: prose, a letter, a list.
+        ('q1,"Well, yes.\nIt is, indeed.\nDear Sir,\n- one\n- two"\nq2,a2\nq3,a3\n', None),
+        ('q1,a1\nq2,"a\n\nb"\n', None),
+    ],
+)
+def test_rows_that_a_quoted_cell_may_have_taken_along_are_told(
+    tmp_path: Path, text: str, said: str | None
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt,completion\n{text}")
+    notes = load_corpus(DataConfig(path=str(path))).notes
+    if said is None:
+        assert notes == ()
+    else:
+        (note,) = notes
+        assert said in note and f"first {path}:2" in note
+    # With one column each line of a cell would look like a row.
+    path.write_text('text\n"one\ntwo\nthree"\nfour\n')
+    assert load_corpus(DataConfig(path=str(path))).notes == ()

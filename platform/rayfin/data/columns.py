@@ -111,7 +111,10 @@ _REFUSED_TURN_KEYS = {
     **_each(_PARTIAL, "train_detail training_detail train_on_detail loss_mask"),
 }
 
-TURN_COLUMNS = ("messages", "conversations", "prompt", "completion", "history")
+TURN_COLUMNS = frozenset(
+    {"messages", "conversations", "prompt", "completion", "history"}
+    | OTHER_NAMES["prompt_completion"].keys() - {"system_prompt"}
+)
 """Columns that may hold a list of turns, whose keys have names like `messages.name`."""
 
 USED = frozenset(
@@ -130,6 +133,9 @@ NEEDED = frozenset(
     | OTHER_NAMES["prompt_completion"].keys() - {"system_prompt"}
 )
 """Columns without which a row has no shape."""
+
+NOT_NEEDED = frozenset(("input", "context", "system", "system_prompt", "history"))
+"""Columns that are used where a row has them, and that no shape needs."""
 
 
 _PLAIN = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
@@ -152,6 +158,12 @@ class Reading:
     unused: set[str] = field(default_factory=set)
     refused: dict[str, str] = field(default_factory=dict)
     """What of it can't be trained on, by name, and why."""
+    other_names: dict[str, str] = field(default_factory=dict)
+    """Column -> the other name that it has in this row."""
+
+    def written(self, column: str) -> str:
+        """The name that a column has in this row, for what is told of it."""
+        return self.other_names.get(column, column)
 
     def refusal(self, otherwise: RowProblem | None = None) -> Refused:
         """All that is refused of the row, and what is left to do.
@@ -178,8 +190,11 @@ class Reading:
             if not blank and name not in self.ignore:
                 found[name] = value
         for other, name in OTHER_NAMES.get(shape, {}).items():
-            if other in found and (is_blank(found.get(name)) or found[name] == found[other]):
+            if other in found and is_blank(found.get(name)):
                 found[name] = found.pop(other)
+                self.other_names[name] = other
+            elif other in found and found[name] == found[other]:
+                del found[other]
         if missing := [name for name in needed if name not in found]:
             have = ", ".join(str(name) for name in list(row)[:8]) or "no column"
             raise RowProblem(
@@ -220,7 +235,12 @@ def ignoring(names: Iterable[str]) -> str:
     listed = sorted(names)
     if all(_PLAIN.fullmatch(name) and name.lower() not in _YAML_WORDS for name in listed):
         return f"data.ignore_columns=[{','.join(listed)}]"
-    return shlex.quote(f"data.ignore_columns={json.dumps(listed)}")
+    # JSON's own escapes of what is beyond 16 bits are halves of characters, which YAML refuses.
+    text = "".join(
+        each if each.isprintable() else f"\\U{ord(each):08x}"
+        for each in json.dumps(listed, ensure_ascii=False)
+    )
+    return shlex.quote(f"data.ignore_columns={text}")
 
 
 def _all_names(shape: str) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from rayfin.data.readers import allowed_names, is_readable
-from rayfin.data.splits import KEYWORDS, Split, kinds_in, listed
-from rayfin.errors import DataError
+from rayfin.data.splits import KEYWORDS, Split, kinds_in
+from rayfin.errors import DataError, listed
 
 # `split-00000-of-00012.parquet`: what the hub and the datasets library write.
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b.*")
@@ -28,11 +28,13 @@ _OTHER_FORMATS = re.compile(
 """Names of files that are likely to hold rows, though they are not read."""
 
 
-def directory_splits(root: Path) -> tuple[list[Split], list[Split], list[str]]:
+def directory_splits(
+    root: Path, *, together: bool = False
+) -> tuple[list[Split], list[Split], list[str]]:
     """Returns (the splits that have names, the files that have none, what is to be told).
 
-    Raises DataError where the directory lists files that are not there, and where a name tells
-    more than one split.
+    Raises DataError where the directory lists files that are not there, and, unless all splits are
+    taken `together`, where a name tells more than one split.
     """
     files = data_below(root)
     saved = _object_of(root / "dataset_dict.json").get("splits")
@@ -41,7 +43,7 @@ def directory_splits(root: Path) -> tuple[list[Split], list[Split], list[str]]:
         named = {name: data_below(each) if each.is_dir() else [] for name, each in folders.items()}
         _check_there(root / "dataset_dict.json", named)
     else:
-        named = _by_card(root, files) or _by_names(root, files)
+        named = _by_card(root, files, together) or _by_names(root, files, together)
     taken = {file for some in named.values() for file in some}
     others = [file for file in files if file not in taken]
     splits = [Split(name, _shown(root, some), tuple(some)) for name, some in named.items()]
@@ -142,7 +144,7 @@ def _object_of(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _by_names(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+def _by_names(root: Path, files: Sequence[Path], together: bool) -> dict[str, list[Path]]:
     """Returns the splits that names of directories tell, and where these tell none, of files.
 
     Where that finds no train split, names of files alone tell.
@@ -151,34 +153,35 @@ def _by_names(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     for with_directories in (True, False):
         found = defaultdict(list)
         for file in files:
-            if (name := _split_of(file.relative_to(root), with_directories)) is not None:
+            name = _split_of(file.relative_to(root), with_directories, together)
+            if name is not None:
                 found[name].append(file)
         if any(kinds_in(name) == ["train"] for name in found):
             break
     return dict(found)
 
 
-def _split_of(file: Path, with_directories: bool) -> str | None:
-    folders = reversed(file.parts[:-1]) if with_directories else ()
-    for folder in folders:
-        if kinds := _kinds(file, folder):
-            return kinds[0]
+def _split_of(file: Path, with_directories: bool, together: bool) -> str | None:
+    """The split of a file by the nearest directory, or else its own name, that tells just one."""
     shard = _SHARD.fullmatch(file.name)
-    kinds = _kinds(file, shard["split"] if shard else file.name)
-    return shard["split"] if shard and kinds else next(iter(kinds), None)
-
-
-def _kinds(file: Path, name: str) -> list[str]:
-    kinds = kinds_in(name)
-    if len(kinds) > 1:
+    own = shard["split"] if shard else file.name
+    folders = reversed(file.parts[:-1]) if with_directories else ()
+    doubtful: list[str] = []
+    for name in (*folders, own):
+        kinds = kinds_in(name)
+        if len(kinds) == 1:
+            return own if shard and name is own else kinds[0]
+        doubtful = doubtful or kinds
+    if doubtful and not together:
         raise DataError(
-            f"data.path: the name '{file}' tells more than one split ({', '.join(kinds)}); rename "
-            "it, or give the files to train on as data.path"
+            f"data.path: the name '{file}' tells more than one split ({', '.join(doubtful)}); "
+            "rename it, give the files to train on as data.path, or take all files together with "
+            "data.split=all"
         )
-    return kinds
+    return None
 
 
-def _by_card(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
+def _by_card(root: Path, files: Sequence[Path], together: bool) -> dict[str, list[Path]]:
     """Returns the splits that the README.md of a hub repository lists; empty where it has none."""
     try:
         card = _CARD.match((root / "README.md").read_text(encoding="utf-8"))
@@ -188,33 +191,41 @@ def _by_card(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     configs = metadata.get("configs") if isinstance(metadata, dict) else None
     if not isinstance(configs, list):
         return {}
-    listed = [each for each in configs if isinstance(each, dict) and "data_files" in each]
-    default = [
-        each for each in listed if each.get("default") or each.get("config_name") == "default"
+    subsets = [
+        each
+        for each in configs
+        if isinstance(each, dict) and ("data_files" in each or each.get("data_dir"))
     ]
-    if len(listed) > 1 and not default:
-        names = ", ".join(str(each.get("config_name")) for each in listed)
+    default = [
+        each for each in subsets if each.get("default") or each.get("config_name") == "default"
+    ]
+    if len(subsets) > 1 and not default:
+        names = ", ".join(str(each.get("config_name")) for each in subsets)
         raise DataError(
             f"data.path: '{root}/README.md' lists several subsets ({names}), which are data sets "
             "of their own; give the directory or the files of one as data.path"
         )
-    chosen = (default or listed)[:1]
     named: dict[str, list[Path]] = {}
-    for config in chosen:
+    for config in (default or subsets)[:1]:
         folder = str(config.get("data_dir") or "")
-        for split, patterns in _patterns(config["data_files"], folder):
-            matching = _matching(root, patterns)
+        if "data_files" not in config:
+            below = [file for file in files if file.is_relative_to(root / folder)]
+            named = _by_names(root / folder, below, together) or {
+                "train" if below else folder: below
+            }
+            continue
+        for split, patterns in _patterns(config["data_files"]):
+            matching = _matching(root, folder, patterns)
             named[split] = [file for file in files if file in matching]
     _check_there(root / "README.md", named)
     return named
 
 
-def _patterns(data_files: Any, folder: str) -> Iterator[tuple[str, list[str]]]:
+def _patterns(data_files: Any) -> Iterator[tuple[str, list[Any]]]:
     """Yields (split, patterns of its files) of a card's `data_files`, in any of its forms."""
 
-    def all_in(value: Any) -> list[str]:
-        some = value if isinstance(value, list) else [value]
-        return [str(PurePosixPath(folder, str(one))) for one in some]
+    def all_in(value: Any) -> list[Any]:
+        return value if isinstance(value, list) else [value]
 
     if isinstance(data_files, dict):
         yield from ((str(split), all_in(value)) for split, value in data_files.items())
@@ -224,9 +235,23 @@ def _patterns(data_files: Any, folder: str) -> Iterator[tuple[str, list[str]]]:
         yield "train", all_in(data_files)
 
 
-def _matching(root: Path, patterns: Sequence[str]) -> set[Path]:
-    here = [pattern for pattern in patterns if not PurePosixPath(pattern).is_absolute()]
-    return {file for pattern in here for file in root.glob(pattern)}
+def _matching(root: Path, folder: str, patterns: Sequence[Any]) -> set[Path]:
+    """Returns what the patterns of a card match; raises DataError for one that can't be used."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        try:
+            path = PurePosixPath(folder, pattern)
+            if path.is_absolute():
+                continue
+            # A last ** is of directories only in Python's patterns, and of files in a card's.
+            found.update(root.glob(str(path / "*" if path.name == "**" else path)))
+        except (TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"data.path: '{root}/README.md' gives {pattern!r:.80} as data_files, which is no "
+                "pattern of files (such as data/train/*.jsonl); mend it there, or give the files "
+                "as data.path"
+            ) from error
+    return found
 
 
 def _unread_settings(root: Path) -> list[str]:

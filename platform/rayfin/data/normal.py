@@ -34,12 +34,19 @@ class Census:
     """Column, or key of turns (`messages.name`), that nothing was made of -> rows that have it."""
     names: set[str] = field(default_factory=set)
     """All names of columns and keys; kept only to tell whether what is ignored is there."""
+    like_rows: int = 0
+    """Lines within quoted cells that look like rows of their own."""
+    around: list[str] = field(default_factory=list)
+    """FILE:LINE of each row that has such lines."""
 
     def example_or_reason(self, row: Row, shape: str) -> Example | str:
         """The row as a sample, or why it is none."""
         self.rows += row.rows
         if row.problem is not None:
             return row.problem
+        if row.like_rows:
+            self.like_rows += row.like_rows
+            self.around.append(f"{row.file}:{row.line}")
         if self.ignore:
             self.names.update(names_in(row.value))
         reading = Reading(self.ignore)
@@ -64,9 +71,11 @@ class Census:
         self.samples += other.samples
         self.unused += other.unused
         self.names |= other.names
+        self.like_rows += other.like_rows
+        self.around += other.around
 
     def notes(self, skipped: int, first: BadRow | None) -> tuple[str, ...]:
-        """What is to be told: which columns are not used, and how many rows are left out."""
+        """What is to be told: columns that are not used, quotes in doubt, rows left out."""
         told = []
         if self.unused:
             names = sorted(self.unused)
@@ -77,6 +86,13 @@ class Census:
             told.append(
                 f"data: not used, and not trained on: {listed}; where that is meant, set "
                 f"{ignoring(names)}"
+            )
+        if self.around:
+            lines, rows = self.like_rows, len(self.around)
+            told.append(
+                f"data: {f'{lines} lines' if lines > 1 else '1 line'} within quoted cells of "
+                f"{f'{rows} rows' if rows > 1 else '1 row'} may be rows of their own, first "
+                f"{self.around[0]}; where that is so, take out the quotes around them"
             )
         if first is not None:
             told.append(f"data: {skipped} of {self.rows} rows are bad and left out, first {first}")

@@ -28,6 +28,8 @@ class Row:
     problem: str | None = None
     rows: int = 1
     """More than one where a problem made several rows one: an open quote, say."""
+    like_rows: int = 0
+    """Lines within its quoted cells that look like rows of their own."""
 
 
 def open_source(path: Path) -> IO[bytes]:

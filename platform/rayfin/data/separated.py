@@ -7,9 +7,12 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
+from rayfin.data.columns import NOT_NEEDED
 from rayfin.data.rows import Row, not_utf8, open_source
 
 _LARGEST_CELL = 2**27
+_NO_VALUE = ("null", "NaN")
+"""What databases and pandas write into a cell without a value."""
 
 
 def read_csv(path: Path) -> Iterator[Row]:
@@ -86,7 +89,27 @@ def _rows(file: str, text: str, delimiter: str, quotes: bool = True) -> Iterator
         elif header is None:
             header = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
         else:
-            yield Row(file, line, dict(zip(header, cells, strict=True)))
+            value = {
+                name: None if name in NOT_NEEDED and cell in _NO_VALUE else cell
+                for name, cell in zip(header, cells, strict=True)
+            }
+            yield Row(file, line, value, like_rows=_like_rows(cells, header, delimiter))
+
+
+def _like_rows(cells: list[str], header: list[str], delimiter: str) -> int:
+    """The lines within cells, after each one's first, that look like rows of their own.
+
+    They have the header's number of cells, at least two of them filled, and none that begins with
+    a space, as prose does after a comma.
+    """
+    lines = [line for cell in cells for line in cell.splitlines()[1:]]
+    found = (line.split(delimiter) for line in lines)
+    return sum(
+        len(parts) == len(header)
+        and sum(map(bool, map(str.strip, parts))) > 1
+        and not any(part.startswith(" ") for part in parts)
+        for parts in found
+    )
 
 
 def _broken(file: str, line: int, lost: list[str], delimiter: str, reason: str) -> Row:

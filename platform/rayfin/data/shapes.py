@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rayfin.data.columns import COLUMNS, OTHER_NAMES, Reading, Refused, RowProblem
+from rayfin.data.columns import (
+    COLUMNS,
+    OTHER_NAMES,
+    TURN_KEYS,
+    Reading,
+    Refused,
+    RowProblem,
+    parsed_list,
+)
 from rayfin.data.examples import Example
 from rayfin.data.turns import Turn, as_list, conversation, kind, string, turns
 
@@ -58,25 +66,27 @@ def to_example(row: object, shape: str, reading: Reading | None = None) -> Examp
 
 
 def _from_messages(row: Mapping[str, Any], reading: Reading) -> Example:
-    return _with_system(row, turns(row["messages"], "messages", reading), "messages")
+    return _with_system(row, turns(row["messages"], "messages", reading), "messages", reading)
 
 
 def _from_conversations(row: Mapping[str, Any], reading: Reading) -> Example:
-    return _with_system(row, turns(row["conversations"], "conversations", reading), "conversations")
+    said = turns(row["conversations"], "conversations", reading)
+    return _with_system(row, said, "conversations", reading)
 
 
 def _from_instruction(row: Mapping[str, Any], reading: Reading) -> Example:
     question = string(row["instruction"], "instruction")
     if "input" in row:
-        question = f"{question}\n\n{string(row['input'], 'input')}"
-    asked = [*_history(row, reading), Turn("user", question)]
-    return _with_system(row, [*asked, Turn("assistant", string(row["output"], "output"))], "output")
+        question = f"{question}\n\n{string(row['input'], reading.written('input'))}"
+    answer = Turn("assistant", string(row["output"], reading.written("output")))
+    said = [*_history(row, reading), Turn("user", question), answer]
+    return _with_system(row, said, "output", reading)
 
 
 def _from_prompt_completion(row: Mapping[str, Any], reading: Reading) -> Example:
     asked = _said(row["prompt"], "prompt", "user", reading)
     answer = _said(row["completion"], "completion", "assistant", reading)
-    return _with_system(row, [*_history(row, reading), *asked, *answer], "completion")
+    return _with_system(row, [*_history(row, reading), *asked, *answer], "completion", reading)
 
 
 def _from_text(row: Mapping[str, Any], reading: Reading) -> Example:
@@ -101,16 +111,20 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Reading], Example]] = {
 }
 
 
-def _with_system(row: Mapping[str, Any], said: list[Turn], column: str) -> Example:
+def _with_system(
+    row: Mapping[str, Any], said: list[Turn], column: str, reading: Reading
+) -> Example:
     """The conversation, with the column `system` as its first turn."""
+    column = reading.written(column)
     if "system" in row:
-        system = string(row["system"], "system")
+        name = reading.written("system")
+        system = string(row["system"], name)
         if not said or said[0].role != "system":
             said = [Turn("system", system), *said]
         elif said[0].content != system:
             raise RowProblem(
-                f"system and the system turn of {column} differ; give one of them, or leave the "
-                "column out with data.ignore_columns=[system]"
+                f"{name} and the system turn of {column} differ; give one of them, or leave the "
+                f"column out with data.ignore_columns=[{name}]"
             )
     return conversation(said, column)
 
@@ -129,7 +143,16 @@ def _history(row: Mapping[str, Any], reading: Reading) -> list[Turn]:
 
 
 def _said(value: object, column: str, role: str, reading: Reading) -> list[Turn]:
-    """A column that is either one turn's text or a list of messages."""
-    if isinstance(value, str):
+    """A column that is either one turn's text or a list of messages, also as its JSON text."""
+    column = reading.written(column)
+    if isinstance(value, str) and not _is_turns(parsed_list(value)):
         return [Turn(role, string(value, column))]
     return turns(value, column, reading)
+
+
+def _is_turns(value: list[Any]) -> bool:
+    """Whether each of a list says who speaks; another list may well be a question's text."""
+    speakers = {pair[0] for pair in TURN_KEYS}
+    return bool(value) and all(
+        isinstance(each, Mapping) and speakers & each.keys() for each in value
+    )

@@ -43,7 +43,7 @@ def sources_of(config: DataConfig) -> Sources:
         )
     if not local.is_dir():
         return _one_file(path, local, wanted)
-    splits, others, notes = directory_splits(local)
+    splits, others, notes = directory_splits(local, together=wanted == ALL)
     if not splits and not others:
         raise DataError(
             f"data.path: directory '{path}' has no data file; give files ending in "

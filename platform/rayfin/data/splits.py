@@ -10,7 +10,7 @@ from typing import Any
 
 from rayfin.config.schema import DataConfig
 from rayfin.data.examples import HELD_OUT
-from rayfin.errors import DataError, did_you_mean
+from rayfin.errors import DataError, did_you_mean, listed
 
 KEYWORDS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training", "trainset"),
@@ -135,11 +135,6 @@ def joined(name: str, splits: Sequence[Split]) -> Split:
         tuple(file for split in splits for file in split.files),
         tuple(table for split in splits for table in split.tables),
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """Returns names as a sentence lists them: a, b and c."""
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def choose(

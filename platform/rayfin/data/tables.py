@@ -19,12 +19,14 @@ row has one."""
 
 
 def row_groups(path: Path) -> int:
-    """Of a Parquet file; raises DataError where it is none."""
+    """Of a Parquet file; raises DataError where it is none, or has a column twice."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        return int(pq.ParquetFile(path).num_row_groups)
+        parquet = pq.ParquetFile(path)
+        check_names(path, parquet.schema_arrow.names)
+        return int(parquet.num_row_groups)
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"data.path: '{path}' is broken Parquet: {reason}") from error
@@ -41,6 +43,7 @@ def read_parquet(
 
         parquet = pq.ParquetFile(path)
         names = parquet.schema_arrow.names
+        check_names(path, names)
         wanted = [name for name in names if name not in ignore]
         for batch in parquet.iter_batches(row_groups=groups, columns=wanted):
             nothing = pa.nulls(batch.num_rows)
@@ -50,18 +53,29 @@ def read_parquet(
     yield from table_rows(path, "Parquet", batches(), ignore)
 
 
+def check_names(path: Path, names: Sequence[str]) -> None:
+    """Raises DataError where two columns have the same name: a row has a place for one of them."""
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"data.path: '{path}': the column '{twice[0]}' is there twice; rename one of them"
+        )
+
+
 def table_rows(
     path: Path, kind: str, batches: Iterable[pa.RecordBatch], ignore: Collection[str]
 ) -> Iterator[Row]:
     """Yields the rows of a table of some `kind`; the columns in `ignore` hold None.
 
-    Values that nothing is made of are not made Python's: they may be large.
+    Values that nothing is made of are not made Python's: they may be large. Raises DataError where
+    a column is there twice.
     """
     import pyarrow as pa
 
     number = 0
     try:
         for batch in batches:
+            check_names(path, batch.schema.names)
             light = pa.RecordBatch.from_arrays(
                 [_light(name, batch.column(name), ignore) for name in batch.schema.names],
                 names=batch.schema.names,

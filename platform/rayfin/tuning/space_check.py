@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, shown
-from rayfin.errors import ConfigError, MethodError, did_you_mean
+from rayfin.errors import ConfigError, MethodError, did_you_mean, listed
 from rayfin.methods import check_combination
 from rayfin.training.strategies import check_scaling
 from rayfin.tuning.space import (
@@ -66,7 +66,7 @@ def space_notes(config: Config) -> list[str]:
         if having and lacking:
             verb = "has" if len(lacking) == 1 else "have"
             lines.append(
-                f"{setting} is for {_listed(having)}; {_listed(lacking)} {verb} no such setting"
+                f"{setting} is for {listed(having)}; {listed(lacking)} {verb} no such setting"
             )
     return lines
 
@@ -151,7 +151,7 @@ def _unknown(config: Config, axis: str, known: list[str]) -> str:
     near = did_you_mean(axis, known)
     if having := _having(axis):
         return (
-            f"no setting of {_listed(methods_of(config))}{near}; {_listed(having)} "
+            f"no setting of {listed(methods_of(config))}{near}; {listed(having)} "
             f"{'has' if len(having) == 1 else 'have'} it"
         )
     return f"unknown setting{near}; any setting of {', '.join(_SWEPT_SECTIONS)} can be swept"
@@ -162,7 +162,3 @@ def _having(axis: str) -> list[str]:
     if not axis.startswith("method."):
         return []
     return [method for method in METHOD_CONFIGS if has_setting(method, axis)]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
