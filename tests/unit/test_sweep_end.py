@@ -14,8 +14,10 @@ from typing import Any
 import psutil
 import pytest
 
+from rayfin import hardware
 from rayfin.cli import main
 from rayfin.cli.experiment import Workplace
+from rayfin.cli.serve import _signals
 from rayfin.config import ModelConfig
 from rayfin.evaluation import samples
 from rayfin.history import History
@@ -158,6 +160,32 @@ def test_a_run_that_cannot_be_published_is_told_first(
     out, err = capsys.readouterr()
     one_line(err, "not published as 'mine'", "the same command publishes it")
     assert "Trained" in out
+
+
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """As a script starts `rayfin ... &`: Ctrl-C is not for it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_background")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_ends_a_command_in_the_background(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starting(*_: Any) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(hardware, "cluster_address", starting)
+    assert main(["serve", "model.name=tiny", f"storage={tmp_path}"]) == code
+    with _signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.is_set(), "what is ignored stays so"
+        os.kill(os.getpid(), number)
+        assert stop.is_set()
 
 
 @pytest.mark.parametrize(

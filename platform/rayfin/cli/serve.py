@@ -54,10 +54,14 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set."""
+    """An event that Ctrl-C, SIGTERM and SIGHUP set; what is ignored stays so."""
     stop = threading.Event()
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {
+        number: signal.signal(number, lambda *_: stop.set())
+        for number in signals
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
+    }
     try:
         yield stop
     finally:

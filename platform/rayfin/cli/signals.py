@@ -15,13 +15,16 @@ _ENDS = (signal.SIGTERM, signal.SIGHUP)
 def ends_as_by_ctrl_c() -> Iterator[list[int]]:
     """SIGTERM, and SIGHUP of a terminal that is closed, do what Ctrl-C would do at that moment.
 
-    Yields the list of those that came. What is ignored stays so (nohup); only a process's main
-    thread may set handlers, elsewhere nothing changes.
+    Where SIGINT is ignored, as in what a script starts in the background, they raise
+    KeyboardInterrupt. Yields the list of those that came. What is ignored stays so (nohup); only a
+    process's main thread may set handlers, elsewhere nothing changes.
     """
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGINT)
 
     before = {}
