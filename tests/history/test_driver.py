@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from rayfin.cli import main
-from rayfin.history import History, TrialRecord, now
-from rayfin.history.driver import DRIVER, note_lost, this_driver
+from rayfin.history import History, TrialRecord, driver, now
+from rayfin.history.driver import DRIVER, is_lost, note_lost, this_driver
 
 
 @pytest.fixture
@@ -22,11 +24,10 @@ def dead() -> int:
     return process.pid
 
 
-def running(driver: dict[str, Any] | None) -> TrialRecord:
-    scenario = {} if driver is None else {DRIVER: driver}
+def running(by: dict[str, Any]) -> TrialRecord:
     return TrialRecord(
         trial_id="sweep-1", sweep_id="sweep", fingerprint="f", status="running",
-        created_at=now(), updated_at=now(), scenario=scenario | {"hardware": {"device": "cpu"}},
+        created_at=now(), updated_at=now(), scenario={DRIVER: by, "hardware": {"device": "cpu"}},
     )  # fmt: skip
 
 
@@ -59,7 +60,6 @@ def test_a_driver_that_is_gone_is_noticed(
     [
         ({}, "running"),  # this process
         ({"started": 0.0}, "interrupted"),  # its id has been given to another since
-        ({"boot": "before"}, "interrupted"),  # the machine was started anew
         ({"host": "elsewhere", "pid": -1}, "running"),  # of which nothing is known here
         ({"processes": "pid:[of another container]", "pid": -1}, "running"),
     ],
@@ -68,6 +68,35 @@ def test_only_what_is_known_to_be_gone_is_interrupted(
     changes: dict[str, Any], status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert stands(tmp_path, running(this_driver() | changes), capsys) == status
+
+
+def test_machines_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(here: dict[str, str], there: dict[str, str]) -> bool:
+        known = {"host": "ubuntu", "boot": "now", "machine": "m", "processes": "pid:[4026531836]"}
+        monkeypatch.setattr(driver, "_machine", lambda: known | here)
+        return is_lost(running(this_driver() | {"boot": "before"} | there))
+
+    assert lost({}, {}), "it was started anew"
+    assert not lost({}, {"machine": "another"})
+    assert not lost({}, {"machine": None}), "an earlier version's row"
+    assert not lost({"machine": ""}, {})
+    assert not lost({"processes": "pid:[4026532000]"}, {}), "containers of one image"
+
+
+def test_a_driver_that_proc_hides_is_not_gone(
+    tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, gone = running(this_driver()), running(this_driver() | {"pid": dead})
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))  # as under hidepid
+    assert not is_lost(hidden) and is_lost(gone)
+
+
+def test_a_driver_that_ended_and_was_not_waited_for_is_gone() -> None:
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    started = psutil.Process(process.pid).create_time()
+    assert is_lost(running(this_driver() | {"pid": process.pid, "started": started}))
+    process.wait()
 
 
 def test_a_row_that_another_driver_goes_on_with_meanwhile_is_left_to_it(

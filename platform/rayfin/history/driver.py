@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ _LOST = "its driver ended without a word"
 _SAME_START_SECONDS = 30.0
 """A clock that is set moves the time at which a process began; a process id isn't given to another
 so soon."""
+_NO_CONTAINER = "pid:[4026531836]"
+"""The first namespace of process ids; Linux gives it this number on every machine."""
 
 
 def this_driver() -> dict[str, Any]:
@@ -31,29 +35,42 @@ def is_lost(row: TrialRecord) -> bool:
     """Whether the row says `running` and the process that would say otherwise has ended.
 
     False for a row of another machine, or of another container on this one: nothing is known of
-    the processes there.
+    the processes there. A container's restart is not told from another machine's container.
     """
     driver = row.scenario.get(DRIVER)
     if row.status != "running" or not isinstance(driver, dict):
         return False
     here = _machine()
-    if driver.get("host") != here["host"]:
+    if any(driver.get(part) != here[part] for part in ("host", "processes")):
         return False
+    same = bool(here["machine"]) and driver.get("machine") == here["machine"]
     if driver.get("boot") != here["boot"]:
-        return True  # the machine has been started anew since
-    if driver.get("processes") != here["processes"]:
+        # The machine has been started anew since; but containers of one image, which may have one
+        # name on several machines, share the image's identity.
+        return same and here["processes"] == _NO_CONTAINER
+    if not here["boot"] and not same:
         return False
     try:
-        started = psutil.Process(driver["pid"]).create_time()
-    except psutil.NoSuchProcess:
+        process = psutil.Process(driver["pid"])
+        started, status = process.create_time(), process.status()
+    except psutil.ZombieProcess:
         return True
-    return abs(started - float(driver["started"])) > _SAME_START_SECONDS
+    except psutil.NoSuchProcess:
+        return not _exists(driver["pid"])
+    except psutil.AccessDenied:
+        return False
+    other = abs(started - float(driver["started"])) > _SAME_START_SECONDS
+    return other or status == psutil.STATUS_ZOMBIE
+
+
+def undriven(row: TrialRecord) -> dict[str, Any]:
+    """The row's scenario without its driver, as a row that no longer runs has it."""
+    return {key: value for key, value in row.scenario.items() if key != DRIVER}
 
 
 def interrupted(row: TrialRecord, error: str | None = None) -> TrialRecord:
     """The row of a trial that ended before its time and that `--resume` goes on with."""
-    scenario = {key: value for key, value in row.scenario.items() if key != DRIVER}
-    return row.updated(status="interrupted", error=error, scenario=scenario)
+    return row.updated(status="interrupted", error=error, scenario=undriven(row))
 
 
 def note_lost(history: History) -> list[TrialRecord]:
@@ -78,11 +95,33 @@ def note_lost(history: History) -> list[TrialRecord]:
     return noted
 
 
+def _exists(pid: int) -> bool:
+    """Whether a process of this id runs, also one that /proc hides (hidepid) from its others."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def _machine() -> dict[str, str]:
-    """Name, start and process numbering of what this process runs on."""
+    """Returns what tells this machine, its start and its process ids from any others.
+
+    `host`, `machine` (identity; empty where a Linux has none), `boot` and `processes` (the
+    namespace of process ids).
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         processes = str(Path("/proc/self/ns/pid").readlink())
     except OSError:  # no Linux
-        boot = processes = ""
-    return {"host": socket.gethostname(), "boot": boot, "processes": processes}
+        identity, boot, processes = f"{uuid.getnode():x}", "", ""
+    else:
+        try:
+            identity = Path("/etc/machine-id").read_text().strip()
+        except OSError:
+            identity = ""
+    # It is to be told to nobody (man machine-id), and histories are shared.
+    machine = hashlib.sha256(f"rayfin {identity}".encode()).hexdigest()[:16] if identity else ""
+    return {"host": socket.gethostname(), "machine": machine, "boot": boot, "processes": processes}

@@ -11,7 +11,7 @@ from typing import Any
 
 from rayfin.errors import StorageError
 from rayfin.history import History, Status, TrialRecord, now
-from rayfin.history.driver import DRIVER, this_driver
+from rayfin.history.driver import DRIVER, this_driver, undriven
 from rayfin.history.versions import package_versions
 from rayfin.paths import Place
 from rayfin.training.checkpoint import clear_checkpoints
@@ -108,7 +108,7 @@ def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
         status=status,
         metrics=metrics or row.metrics,
         curve=[p for p in outcome["curve"] if all(map(_sound, p.values()))] or row.curve,
-        scenario=(outcome["scenario"] or _undriven(row)) | driver,
+        scenario=(outcome["scenario"] or undriven(row)) | driver,
         error=error,
     )
 
@@ -124,11 +124,7 @@ def died(row: TrialRecord, reason: str | None) -> TrialRecord:
 
 def ended(row: TrialRecord, status: Status, error: str | None = None) -> TrialRecord:
     """The row of a trial that ended without an outcome of its own."""
-    return row.updated(status=status, error=error, scenario=_undriven(row))
-
-
-def _undriven(row: TrialRecord) -> dict[str, Any]:
-    return {key: value for key, value in row.scenario.items() if key != DRIVER}
+    return row.updated(status=status, error=error, scenario=undriven(row))
 
 
 def _gist(text: str) -> str:
