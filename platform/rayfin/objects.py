@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, urlsplit
 
 from rayfin.errors import StorageError
-from rayfin.redaction import is_secret
+from rayfin.redaction import is_secret, redact_url
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -64,15 +64,19 @@ class Objects:
     @classmethod
     def at(cls, url: str) -> Objects:
         """Raises StorageError for what is no URL of an object store; looks at the text alone."""
+        given = redact_url(url)
         try:
             parts = urlsplit(url)
-        except ValueError as error:
-            raise StorageError(f"storage: '{url}' is no URL ({error})") from error
+        except ValueError:  # which repeats the host, and what stands before it
+            raise StorageError(
+                f"storage: '{given}' is no URL, its host can't be read; "
+                "give s3://BUCKET/PATH or gs://BUCKET/PATH"
+            ) from None
         if parts.fragment or url.endswith("#"):
-            raise StorageError(f"storage: '{url}' has a #, which no part of it may have")
+            raise StorageError(f"storage: '{given}' has a #, which no part of it may have")
         if parts.scheme not in SCHEMES:
             raise StorageError(
-                f"storage: '{url}' is of no kind that rayfin writes to; "
+                f"storage: '{given}' is of no kind that rayfin writes to; "
                 "give a directory, s3://BUCKET/PATH or gs://BUCKET/PATH"
             )
         if "@" in parts.netloc:
@@ -88,10 +92,10 @@ class Objects:
         path = "/".join(part for part in parts.path.split("/") if part)
         if not parts.netloc or not path:
             raise StorageError(
-                f"storage: '{url}' names no place in a bucket; give {parts.scheme}://BUCKET/PATH"
+                f"storage: '{given}' names no place in a bucket; give {parts.scheme}://BUCKET/PATH"
             )
         if {".", ".."} & set(path.split("/")):
-            raise StorageError(f"storage: '{url}' has . or .. in its path; give it without")
+            raise StorageError(f"storage: '{given}' has . or .. in its path; give it without")
         options = f"?{parts.query}" if parts.query else ""
         return cls(f"{parts.scheme}://{parts.netloc}/{path}", options)
 

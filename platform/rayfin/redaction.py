@@ -1,20 +1,20 @@
 """Passwords, keys and tokens in what is shown or written: `***` stands for each.
 
-One function for all of it. A secret comes in a URL (before its host, or among its options), as a
-setting (`password=…`), as the value under a key of a configuration, or with the prefix by which its
-issuer marks it.
+A secret comes in a URL (before its host, or among its options), as a setting (`password=…`), as the
+value under a key of a configuration, or with the prefix by which its issuer marks it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote, unquote_plus
 
 HIDDEN = "***"
 
 _URL = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>[^\s<>\"'`]+)")
+_ONE_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\n]*\Z")
 # Greedy: a password that nobody encoded may hold an @, a / or a ?.
 _USER = re.compile(r"(?P<user>[^:@/?#]*)(?P<password>:.*)?@(?P<host>[^@]*)", re.DOTALL)
 _OPTION = re.compile(r"(?P<mark>[?&;])(?P<name>[^=&;?#]+)=(?P<value>[^&#]*)", re.DOTALL)
@@ -30,35 +30,55 @@ _SETTING = re.compile(
     re.IGNORECASE,
 )
 _HEADER = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE)
+# A file's name may begin as a token does, but has words of one case, or an ending.
 _MARKED = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}"
-    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|AIza[\w-]{30,})\b"
+    r"\b(?:hf_(?=[a-z0-9]*[A-Z])(?=[A-Z0-9]*[a-z])[A-Za-z0-9]{30,}+"
+    r"|sk-(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[A-Za-z0-9_-]{20,}+"
+    r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}+|github_pat_\w{20,}+|AIza[\w-]{30,}+)(?!\.\w)"
 )
 
 
 def redact(text: str) -> str:
-    """`text` without what is secret in it; a URL that is all of it may have spaces."""
-    whole = _URL.match(text)
-    if whole is not None and "\n" not in text:
-        text = whole["scheme"] + _within(text[whole.end("scheme") :])
-    else:
-        text = _URL.sub(lambda found: found["scheme"] + _within(found["rest"]), text)
-    text = _SETTING.sub(_hidden_setting, text)
+    """A message without what is secret in it.
+
+    A URL in it ends at the first space, quotation mark or angle bracket. One that came from outside
+    may have those in its password: give it to `redact_url` before it is put into a message.
+    """
+    text = _SETTING.sub(_hidden_setting, _redact_urls(text))
     return _MARKED.sub(HIDDEN, _HEADER.sub(rf"\g<kind> {HIDDEN}", text))
 
 
-def redacted(tree: Any) -> Any:
-    """A configuration, or any tree of JSON, redacted by its keys and in its texts."""
+def redact_url(url: str) -> str:
+    """What was given as a URL, all of it, without what is secret in it; its scheme may lack."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        scheme, rest = "", url
+    plain = scheme + separator + _within(rest)
+    setting = _SETTING.search(plain) if not separator else None  # as in libpq's `password=… host=…`
+    return plain if setting is None else plain[: setting.start("value")] + HIDDEN
+
+
+def redacted(tree: Any, text: Callable[[str], str] = redact) -> Any:
+    """A tree of JSON redacted by its keys and, by the function `text`, in its texts."""
     if isinstance(tree, str):
-        return redact(tree)
+        return text(tree)
     if isinstance(tree, Mapping):
         return {
             key: HIDDEN
             if isinstance(value, str) and value and is_secret(str(key))
-            else redacted(value)
+            else redacted(value, text)
             for key, value in tree.items()
         }
-    return [redacted(item) for item in tree] if isinstance(tree, list | tuple) else tree
+    return [redacted(item, text) for item in tree] if isinstance(tree, list | tuple) else tree
+
+
+def redacted_settings(tree: Any) -> Any:
+    """A configuration that will be read back, without secret keys' values and URLs' secrets.
+
+    Nothing else is changed: the name of a file may look like a token.
+    """
+    return redacted(tree, lambda text: (redact_url if _ONE_URL.match(text) else _redact_urls)(text))
 
 
 def is_secret(name: str, value: str = "") -> bool:
@@ -66,6 +86,10 @@ def is_secret(name: str, value: str = "") -> bool:
     return _SECRET.search(unquote(name)) is not None or (
         _SETTING.search(unquote_plus(value)) is not None
     )
+
+
+def _redact_urls(text: str) -> str:
+    return _URL.sub(lambda found: found["scheme"] + _within(found["rest"]), text)
 
 
 def _within(rest: str) -> str:
@@ -78,15 +102,11 @@ def _within(rest: str) -> str:
     if first != -1 and (at < first or "=" in rest[first:at]):
         path, mark, options = rest[:first], "?", rest[first + 1 :]
     if (user := _USER.match(path)) is not None and (user["password"] or "/" not in user["user"]):
-        name = user["user"] if user["password"] else _user_alone(user["user"])
+        # A token may stand in the place of a user's name.
+        name = HIDDEN if _MARKED.fullmatch(user["user"]) else user["user"]
         password = f":{HIDDEN}" if user["password"] else ""
         path = f"{name}{password}@{path[user.end() - len(user['host']) :]}"
     return path + _OPTION.sub(_hidden_option, mark + options)
-
-
-def _user_alone(user: str) -> str:
-    """A token may stand in the place of a user's name."""
-    return HIDDEN if _MARKED.fullmatch(user) else user
 
 
 def _hidden_option(found: re.Match[str]) -> str:

@@ -375,6 +375,8 @@ def test_the_scaffold_is_read_back(
         assert train.model_dump(mode="json")[section] == first[section]
     assert train.publish is not None
     assert train.publish.name == ("mine" if "publish.name=mine" in arguments else "pydocs")
+    for method in ("full", "qlora", "ia3"):
+        assert load_config(folder / "train.yaml", [f"method.type={method}"]).method.type == method
     sweep = load_config(folder / "sweep.yaml", [])
     check_space(sweep)
     assert "train.learning_rate" in sweep.sweep.parameters

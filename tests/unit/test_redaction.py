@@ -16,11 +16,18 @@ from rayfin.history import History, TrialRecord, now
 from rayfin.history.connect import parse_url, shown, without_password
 from rayfin.objects import Objects
 from rayfin.paths import Storage
-from rayfin.redaction import redact, redacted
+from rayfin.redaction import redact, redact_url, redacted
 from rayfin.tuning.plan import find_resumable, new_plan
 
 SECRET = "hush"
+TOKEN = "aBcDeFgHiJkLmNoPqRsTuVwXyZaBcDeFgH"
 PG = "postgresql+psycopg://"
+LIKE_TOKENS = [
+    "sk-learn-instructions-v2.jsonl",
+    "sk-Learn-Instructions-2024-v2.jsonl",
+    "hf_instructiontuning2024.jsonl",
+    "hf_instructiontuningofsmallmodels2024.jsonl",
+]
 URLS = [
     f"{PG}ann:{SECRET}@db/trials",
     f"{PG}ann:a%40{SECRET}%2Fb@db/trials",
@@ -40,9 +47,9 @@ URLS = [
 
 @pytest.mark.parametrize("url", URLS)
 def test_a_url_loses_what_is_secret_and_nothing_else(url: str) -> None:
-    text = redact(url)
+    text = redact_url(url)
     assert SECRET not in text and "AKIAIOSFODNN7EXAMPLE" not in text.replace("://AKIA", "")
-    assert "***" in text and redact(text) == text
+    assert "***" in text and redact_url(text) == text == redact(text)
     for kept in ("sslmode=require", "region=eu", "sslkey=/keys/ann", "bucket", "user=ann"):
         assert (kept in url) == (kept in text)
 
@@ -59,11 +66,13 @@ def test_in_the_midst_of_a_message_too(url: str) -> None:
         f"invalid dsn: password={SECRET} host=db",
         f'{{"password": "{SECRET}"}}',
         f"Authorization: Bearer {SECRET}{SECRET}",
-        "401 for hf_abcdefghijklmnopqrstuvwx",
+        f"401 for hf_{TOKEN}.",
+        f"key sk-proj-{TOKEN}-_7 is revoked",
+        f"https://ghp_{TOKEN}@github.example/a is gone",
     ],
 )
 def test_settings_headers_and_marked_tokens(text: str) -> None:
-    assert SECRET not in redact(text) and "hf_abc" not in redact(text) and "***" in redact(text)
+    assert SECRET not in redact(text) and TOKEN[:9] not in redact(text) and "***" in redact(text)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +84,8 @@ def test_settings_headers_and_marked_tokens(text: str) -> None:
         "api.api_keys: is missing; give it a value",
         "method.num_virtual_tokens=20, data.max_length=64 tokens, tokens/s=3",
         "mail ann@example.org about https://example.org/a?b=c",
+        "https://hub.example can't be reached: name: lookup of mail@x.org failed",
+        *LIKE_TOKENS,
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -119,6 +130,34 @@ def test_a_sweep_writes_none_down_and_is_found_again(url: str, tmp_path: Path) -
     write_sweep_report(plan.place.path / "report.html", [], config=config, best=None)
     for path in filter(Path.is_file, plan.place.path.rglob("*")):
         assert SECRET not in path.read_text(), path
+    assert find_resumable(config, Storage.open(tmp_path)) == plan
+
+
+@pytest.mark.parametrize("mark", list("'\"<> `"))
+def test_a_password_of_any_marks_is_in_no_message(mark: str) -> None:
+    secret = f"it{mark}s{SECRET}"
+    for url in (
+        f"mysql://ann:{secret}@db/x",
+        f"{PG}ann:a@b{secret}@db/x",
+        f"sqlite://ann:{secret}@db/x",
+        f"ann:{secret}@db/x",
+        f"host=db password={secret}",
+    ):
+        with pytest.raises(HistoryError) as told:
+            parse_url(url)
+        assert SECRET not in str(told.value) and "***" in str(told.value)
+    for url in (f"ftp://ann:{secret}@bucket/x", f"s3://ann:{secret}@[x/y", f"s3://a:{secret}@b/#"):
+        with pytest.raises(StorageError) as refused:
+            Objects.at(url)
+        assert SECRET not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", [*LIKE_TOKENS, f"sk-1{TOKEN}", "Basic instructions.jsonl"])
+def test_a_sweep_over_a_file_named_as_a_token_is_found_again(name: str, tmp_path: Path) -> None:
+    settings = [f"data.path={tmp_path / name}", f"storage={tmp_path}"]
+    config = load_config(None, [*settings, "sweep.parameters={method.r: [2]}"])
+    plan = new_plan(config, Storage.open(tmp_path))
+    plan.save()
     assert find_resumable(config, Storage.open(tmp_path)) == plan
 
 

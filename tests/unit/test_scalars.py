@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rayfin.config import dump_yaml, load_config, load_serve_config, parse_yaml
+from rayfin.config import METHOD_CONFIGS, dump_yaml, load_config, load_serve_config, parse_yaml
 from rayfin.errors import ConfigError
 
 LOOK_LIKE_SOMETHING_ELSE = (
@@ -129,6 +129,22 @@ def test_another_method_over_a_file_keeps_what_it_has_and_names_the_rest(
     )
     with pytest.raises(ConfigError, match=r"method\.rnk: unknown key"):
         in_file(tmp_path, "method: {type: lora, rnk: 16}", "method.type=ia3")
+
+
+@pytest.mark.parametrize("before", METHOD_CONFIGS)
+def test_another_method_over_a_saved_file_has_its_own_defaults(
+    before: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only what somebody wrote counts as written."""
+    saved = dump_yaml(load_config(None, [f"method.type={before}"]))
+    with caplog.at_level(logging.WARNING):
+        for after in METHOD_CONFIGS:
+            plain = load_config(None, [f"method.type={after}"])
+            assert in_file(tmp_path, saved, f"method.type={after}") == plain
+    assert not caplog.messages
+    written = load_config(None, ["method.type=lora", "method.quantization_bit=4", "method.r=3"])
+    dora = in_file(tmp_path, dump_yaml(written), "method.type=dora").method
+    assert (dora.quantization_bit, getattr(dora, "r", None)) == (4, 3)
 
 
 def test_without_a_type_the_settings_are_those_of_the_first_method_swept() -> None:

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -353,6 +354,9 @@ def test_a_sweep_is_found_again_by_what_it_computes(tmp_path: Path, data: str) -
     assert found is not None
     assert (found.sweep_id, found.config) == (plan.sweep_id, longer)
     assert find_resumable(config_with({"method.r": [4]}, data), storage) is None
+    file = plan.place.path / "config.yaml"  # an earlier version's: with the method's defaults
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert find_resumable(longer, storage) == found
     assert find_resumable(config_with({"method.r": [4, 8]}, data, "train.seed=1"), storage) is None
 
     (plan.place.path / "config.yaml").write_text("method: {type: from the future}\n")

@@ -16,7 +16,7 @@ from rayfin.config.scalars import load_yaml, typed, typed_override
 from rayfin.config.schema import Config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError
-from rayfin.redaction import HIDDEN, is_secret, redacted
+from rayfin.redaction import HIDDEN, is_secret, redacted_settings
 
 log = logging.getLogger(__name__)
 
@@ -102,23 +102,21 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def dump_yaml(config: Config) -> str:
-    """The resolved configuration without secrets, to be shown and saved with a run.
+    """The configuration without secrets, to be shown and saved with a run.
 
-    `load_config` reads it back.
+    `load_config` reads it back; of `method` it has what was written.
     """
-    return yaml.safe_dump(redacted(saved(config)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(redacted_settings(saved(config)), sort_keys=False, allow_unicode=True)
 
 
 def saved(config: Config) -> dict[str, Any]:
-    """All settings of `config`, from which `build_config` makes it again.
+    """The settings of `config`, from which `build_config` makes it again.
 
-    Where method.type is swept, `method` is what was written of it: each trial's has defaults of its
-    own.
+    All of them, but of `method` the type and what was written: another method that takes its place,
+    or that is swept, has defaults of its own.
     """
-    tree = config.model_dump(mode="json")
-    if "method.type" in config.sweep.parameters:
-        tree["method"] = config.method.model_dump(mode="json", exclude_unset=True)
-    return tree
+    method = config.method.model_dump(mode="json", exclude_unset=True)
+    return config.model_dump(mode="json") | {"method": method}
 
 
 def _tree(source: str | Path | Mapping[str, Any] | None, kind: type[BaseModel]) -> dict[str, Any]:

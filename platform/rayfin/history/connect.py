@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from rayfin.errors import HistoryError
 from rayfin.history.tables import META, SCHEMA_VERSION, TRIALS, metadata
-from rayfin.redaction import HIDDEN, is_secret, redact
+from rayfin.redaction import HIDDEN, is_secret, redact_url
 
 BUSY_SECONDS = 30
 # psycopg applies it to each address of a host; an unreachable one should be known within 5 s.
@@ -37,18 +37,19 @@ _FORMS = "sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE"
 def parse_url(url: str) -> URL:
     """The URL of a history; raises HistoryError for a scheme that it can't live in."""
     scheme, separator, rest = url.partition("://")
+    given = redact_url(url)
     if not separator:
         raise HistoryError(
-            f"history: '{url}' is not a URL; write {_FORMS} (sqlite:///{url} for a file)"
+            f"history: '{given}' is not a URL; write {_FORMS} (sqlite:///{given} for a file)"
         )
     if scheme == "sqlite":
         # All of it is the path: make_url would cut a directory's name at a question mark.
         path = rest.removeprefix("/")
         if not rest.startswith("/") or path in ("", ":memory:"):
-            raise HistoryError(f"history: '{url}' names no file; write sqlite:///PATH")
+            raise HistoryError(f"history: '{given}' names no file; write sqlite:///PATH")
         return URL.create("sqlite", database=str(Path(path).expanduser().absolute()))
     if scheme not in ("postgresql", "postgresql+psycopg", "postgres"):
-        raise HistoryError(f"history: '{url}' is not supported ({scheme}); write {_FORMS}")
+        raise HistoryError(f"history: '{given}' is not supported ({scheme}); write {_FORMS}")
     place, _, options = rest.partition("?")
     try:
         # Else a part of the password would be taken for the host.
@@ -57,7 +58,7 @@ def parse_url(url: str) -> URL:
         return make_url(f"postgresql+psycopg://{rest}")
     except (ArgumentError, ValueError):
         raise HistoryError(
-            f"history: '{url}' is not a valid URL; write {_FORMS}; in a password, @ : / ? are "
+            f"history: '{given}' is not a valid URL; write {_FORMS}; in a password, @ : / ? are "
             "%40 %3A %2F %3F"
         ) from None
 
@@ -66,7 +67,7 @@ def shown(url: URL) -> str:
     """The URL without its password."""
     if url.get_backend_name() == "sqlite":
         return f"sqlite:///{url.database}"
-    return redact(url.render_as_string(hide_password=True))
+    return redact_url(url.render_as_string(hide_password=True))
 
 
 def without_password(url: str) -> str:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rayfin.config import METHOD_CONFIGS, Config, PublishConfig, Space, build_config
+from rayfin.config import (
+    METHOD_CONFIGS,
+    Config,
+    PublishConfig,
+    Space,
+    build_config,
+    load_config,
+    parse_yaml,
+)
 from rayfin.history.connect import without_password
 from rayfin.methods import check_combination
 from rayfin.models import describe_model, load_tokenizer
@@ -120,7 +128,7 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     if config.history is not None:
         rest["history"] = without_password(config.history)
     text = "".join(f"{line}\n" for line in _lines(settings | rest, notes))
-    build_config(yaml.safe_load(text), {})  # what is written can be read
+    load_config(parse_yaml(text, name))  # what is written can be read
     return text
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from rayfin.config import Config, ServeConfig, build_config, dump_yaml
+from rayfin.config import Config, ServeConfig, build_config, dump_yaml, saved
 from rayfin.errors import StorageError
 from rayfin.history.connect import without_password
 from rayfin.paths import Storage, write_text
@@ -57,8 +57,12 @@ def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str,
 
 
 def _anchored(config: Mapping[str, Any], name: str) -> Config:
-    """With local paths absolute: the files may be read from any directory, and by others."""
+    """With local paths absolute: the files may be read from any directory, and by others.
+
+    Without the method's defaults, which would be taken for another's that is put in its place.
+    """
     whole = build_config(dict(config), {})
+    method = whole.method.model_dump(mode="json", exclude_defaults=True)
     spec = TrialSpec.of(whole)
     publish = {"name": name}
     if whole.publish is not None and whole.publish.storage is not None:
@@ -67,6 +71,7 @@ def _anchored(config: Mapping[str, Any], name: str) -> Config:
         update={
             "model": spec.model,
             "data": spec.data,
+            "method": build_config({"method": method}, {}).method,
             "publish": build_config({"publish": publish}, {}).publish,
             "storage": str(Storage.at(whole.storage).place),
             "history": whole.history and without_password(whole.history),
@@ -102,7 +107,7 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
     """Around the recommended configurations that share the first one's method."""
     same = [choice.config for choice in answer.choices if choice.method == base.method.type]
     parameters = axes(base, same)
-    given = base.model_dump(mode="json")
+    given = saved(base)
     # A sweep's trials run side by side, each in one process.
     scaling = given["scaling"] | {"num_workers": 1}
     sweep = given["sweep"] | {"num_samples": TRIALS, "parameters": parameters}

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import httpx
 
 from rayfin.errors import AdapterNotFound, RayfinError, RequestError
+from rayfin.redaction import redact_url
 from rayfin.serving.local import Endpoint
 
 # Between two events of an answer; the first one may wait for a queue and a cold adapter.
@@ -59,7 +60,9 @@ class Client:
                 timeout=httpx.Timeout(_READ_SECONDS, connect=_CONNECT_SECONDS),
             )
         except (httpx.InvalidURL, ValueError, TypeError) as error:
-            raise RequestError(f"'{endpoint.url}' is no URL of an API ({error})") from error
+            raise RequestError(
+                f"'{redact_url(endpoint.url)}' is no URL of an API ({error})"
+            ) from error
 
     def __enter__(self) -> Self:
         return self

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config, saved
+from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config
 from rayfin.data import Corpus, load_corpus
 from rayfin.errors import ConfigError, RayfinError, StorageError
 from rayfin.models import identity
@@ -164,7 +164,8 @@ def _what(config: Config) -> dict[str, Any]:
         del sweep[name]
     sweep["mode"] = config.sweep.direction
     # A swept method's defaults are each trial's own: what was written of it is what counts.
-    method = saved(config)["method"]
+    swept = "method.type" in config.sweep.parameters
+    method = config.method.model_dump(mode="json", exclude_unset=swept)
     return TrialSpec.of(config).model_dump(mode="json") | {"method": method, "sweep": sweep}
 
 
