@@ -305,7 +305,7 @@ def test_resume_refuses_other_data_under_the_same_name(plan: SweepPlan, lab: Any
     with History.open(plan.storage.history_url) as history:
         history.put(ended(plan, 2))
         lab.data.write_text(lab.data.read_text().replace("say", "tell"))
-        with pytest.raises(ConfigError, match="changed since sweep"):
+        with pytest.raises(ConfigError, match="or an earlier version of rayfin began it"):
             run_sweep(plan.config, history=history, storage=plan.storage, resume=True)
 
 

@@ -132,7 +132,7 @@ def sigterm_as_it_was() -> Iterator[None]:
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:
-    """Those of Ray's own programs, and what they started themselves."""
+    """Kills those of `processes` that are Ray's own programs, with all that they started."""
     programs = str(Path(ray.__file__).parent)
     every = []
     for process in processes:

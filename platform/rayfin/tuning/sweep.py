@@ -174,8 +174,9 @@ def _check_unchanged(plan: SweepPlan, rows: Sequence[TrialRecord]) -> None:
     for row in rows:
         if plan.trial(values_in(plan.config, row.spec)).fingerprint != row.fingerprint:
             raise ConfigError(
-                f"--resume: the data or the model changed since sweep {plan.sweep_id} began, and "
-                "its trials can't be compared with new ones; leave --resume out to start anew"
+                f"--resume: the data or the model changed since sweep {plan.sweep_id} began, or an "
+                "earlier version of rayfin began it, and its trials can't be compared with new "
+                "ones; leave --resume out to start anew"
             )
 
 
