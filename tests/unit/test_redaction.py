@@ -171,7 +171,7 @@ def test_a_bucket_takes_no_keys_in_its_url() -> None:
 def test_commands_show_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = f"{PG}127.0.0.1:1/trials?user=ann&password={SECRET}"
     for words in (
-        ["doctor", f"storage=s3://bucket/runs?secret_key={SECRET}", f"history={url}", "--json"],
+        ["doctor", f"storage=s3://ann:it's{SECRET}@bucket/runs", f"history={url}", "--json"],
         ["history", "list", f"history={url}"],
         ["sweep", f"history={url}", f"storage={tmp_path}"],
     ):

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from rayfin import __version__
 from rayfin.cli.device_checks import Section, devices, trial
 from rayfin.errors import HistoryError, RayfinError, StorageError
-from rayfin.redaction import redact, redacted
+from rayfin.redaction import redact, redact_url, redacted
 
 OPTIONAL = {
     "psycopg": "rayfin[postgres]",
@@ -177,8 +177,8 @@ def storage_place(storage: str, problems: list[str]) -> Section:
             Storage.open(storage)
         except StorageError as error:
             problems.append(str(error))
-            return {"url": storage, "writable": False}
-        return {"url": storage, "writable": True}
+            return {"url": redact_url(storage), "writable": False}
+        return {"url": redact_url(storage), "writable": True}
     root = Path(storage).expanduser().resolve()
     found: Section = {"directory": str(root)}
     remedy = "give a directory you may write to, with 1 GB free, by storage=DIR"

@@ -19,7 +19,10 @@ row has one."""
 
 
 def row_groups(path: Path) -> int:
-    """Of a Parquet file; raises DataError where it is none, or has a column twice."""
+    """Returns a Parquet file's number of row groups.
+
+    Raises DataError where it is no Parquet, or has a column twice.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
