@@ -13,7 +13,7 @@ from rayfin.cli import script
 DEFAULTS = """
 model:  {name: smollm2-135m}
 data:   {path: pydocs, max_samples: 300, max_length: 128, val_size: 0.15}
-method: {type: qlora, r: 8, lora_alpha: 16, target_modules: all-linear, quantization_bit: 4}
+method: {type: qlora, r: 8, lora_alpha: 16, quantization_bit: 4}
 train:
   learning_rate: 1.0e-3
   per_device_train_batch_size: 8

@@ -13,7 +13,7 @@ from rayfin.cli import script
 DEFAULTS = """
 model:  {name: smollm2-135m}
 data:   {path: pydocs, max_samples: 320, max_length: 128, val_size: 0.2}
-method: {type: lora, r: 8, lora_alpha: 16, target_modules: all-linear}
+method: {type: lora, r: 8, lora_alpha: 16}
 train:
   learning_rate: 1.5e-3
   per_device_train_batch_size: 8

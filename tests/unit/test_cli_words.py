@@ -17,6 +17,8 @@ from rayfin.cli.parser import Parser
 from rayfin.history import History
 
 SLIPS = {
+    "train my.jsonl": "'my.jsonl' is data, and no configuration; write data.path=my.jsonl",
+    "init Mine.CSV.gz": "'Mine.CSV.gz' is data, and no configuration; write data.path=Mine.CSV.gz",
     "swep": "rayfin: 'swep' is no command of rayfin (did you mean 'sweep'?)",
     "adapters promot x@1": "'promot' is no command of rayfin adapters (did you mean 'promote'?)",
     "history list --jsn": "'--jsn' is no option of rayfin history list (did you mean '--json'?)",

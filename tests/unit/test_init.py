@@ -80,3 +80,9 @@ def test_long_samples_give_way_to_the_memory() -> None:
     assert lengths.within(256) == 256
     assert lengths.within(8192) == 5024
     assert Lengths.of([300] * 100).within(256) == 320  # or nearly every sample would be cut
+
+
+def test_what_it_writes_can_be_swept_over_methods(data: str) -> None:
+    written(data)
+    axes = "{method.type: [lora, ia3, p_tuning], method.r: [4, 8], method.num_virtual_tokens: [5]}"
+    check_space(load_config("my-sweep.yaml", [f"sweep.parameters={axes}"]))

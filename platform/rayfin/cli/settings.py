@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from rayfin.cli.completion import Kind, SettingsCompleter
+from rayfin.errors import UsageError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
+
+
+_OF_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+"""Endings that no configuration has."""
 
 
 class ShowSettings(argparse.Action):
@@ -57,8 +62,15 @@ def add_settings(parser: argparse.ArgumentParser, show: type[ShowSettings] = Sho
 
 
 def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The configuration file that goes first, if there is one, and the overrides."""
+    """Returns the configuration file that goes first, if there is one, and the overrides.
+
+    Raises UsageError for a file of data, which a setting names.
+    """
     if settings and "=" not in settings[0]:
+        if settings[0].lower().removesuffix(".gz").endswith(_OF_DATA):
+            raise UsageError(
+                f"'{settings[0]}' is data, and no configuration; write data.path={settings[0]}"
+            )
         return Path(settings[0]), list(settings[1:])
     return None, list(settings)
 

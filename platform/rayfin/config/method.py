@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -92,6 +92,16 @@ class Ia3Config(MethodSection):
     """Rescaled modules; null takes PEFT's choice for the architecture."""
     feedforward_modules: Names | None = None
     """Those of target_modules whose input, not output, is rescaled."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_of_its_own(cls, value: object) -> object:
+        if value == "all-linear":
+            raise ValueError(
+                "ia3 can't take 'all-linear', as it has to know which inputs to rescale; leave "
+                "target_modules out for PEFT's choice, or give a list of names"
+            )
+        return value
 
     @model_validator(mode="after")
     def _feedforward_is_targeted(self) -> Ia3Config:

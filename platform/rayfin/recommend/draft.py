@@ -87,6 +87,8 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     most = practice.memory_class(scenario.gpu_memory_gb).max_length
     length = kept.get("data.max_length") or lengths.within(most)
     practiced = practice.settings(scenario, method)
+    # The default of most methods, and no value of ia3's: an axis over methods needs the line away.
+    practiced.pop("method.target_modules", None)
     if facts.max_position_embeddings is not None and "data.max_length" not in kept:
         # Virtual tokens need positions of their own; an axis has twice as many.
         virtual = 2 * kept.get(_VIRTUAL, practiced.get(_VIRTUAL, 0))
