@@ -188,6 +188,16 @@ def test_what_ends_a_command_in_the_background(
         assert stop.is_set()
 
 
+@pytest.fixture
+def in_the_foreground() -> Iterator[None]:
+    """Python's own handler of Ctrl-C, whatever another test's library has put in its place."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    if before is not None:  # it can be put back
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("in_the_foreground")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
