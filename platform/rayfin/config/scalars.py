@@ -57,7 +57,7 @@ class Wanted:
     """What a setting takes; empty where that isn't known."""
 
     scalars: frozenset[type] = frozenset()
-    """Of str, int, float, bool and NoneType."""
+    """Kinds of scalars that are taken, of str, int, float, bool and NoneType."""
     models: tuple[type[BaseModel], ...] = ()
     """Sections, one of which a mapping is."""
     items: Wanted | None = None

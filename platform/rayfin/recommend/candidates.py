@@ -60,7 +60,7 @@ class Place:
     facts: ModelFacts
     hardware: Hardware
     profile: Mapping[str, Any] | None = None
-    """Of the data, as records hold it; what is not known of it may be missing."""
+    """The profile of the data, as records hold it; what is not known of it may be missing."""
 
     def columns(self) -> dict[str, float]:
         """Those of the scenario, in the learned model's rows."""

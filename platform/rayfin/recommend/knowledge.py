@@ -44,7 +44,8 @@ _NEWEST = 2000
 """Trials that an estimate looks at."""
 _GROWN = 1.25
 _FORMAT = 4
-"""Of what is kept: one more whenever the same trials would make other columns or parameters."""
+"""The version of what is kept: one more whenever the same trials would make other columns or
+parameters."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ _PUBLISHED = {
     "mixtral-8x22b": (141.0, 39.0),
 }
 _BUNDLED = {"tiny": 90_688 / 1e9}
-"""The same of rayfin's own model for dry runs, whose name says nothing: exact names only."""
+"""Billions of parameters of rayfin's own model for dry runs, which has no size in its name."""
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _ACTIVE = re.compile(r"(?<![a-z0-9.])a(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _TUNED = re.compile(r"(?<![a-z])(instruct|chat|it|thinking|sft|dpo|rl|reasoning)(?![a-z])")

@@ -93,7 +93,8 @@ class Parameters:
 
 
 _DEVIATIONS = (1.5, 0.7)
-"""Of the priors' logarithms: amplitudes lie within a factor of five or so, others within two."""
+"""Standard deviations of the priors' logarithms: amplitudes lie within a factor of five or so,
+others within two."""
 
 
 def _squares(one: Array, other: Array, usual: Array, missing: Array) -> Array:

@@ -18,7 +18,7 @@ import math
 
 LEAST_PARAMETERS = 10_000_000
 FACTOR = 5.0
-"""Of parameters, up or down."""
+"""The factor in parameters, up or down, within which trials of another model count."""
 
 
 def is_toy(parameters: float) -> bool:
