@@ -44,13 +44,12 @@ def identity(config: ModelConfig) -> str:
     directory = model_directory(config, weights=False)
     if is_hub(config):
         return f"{config.name}@{directory.name}"
-    return content_identity(directory)
+    return f"local@{_digest(directory)}"
 
 
-def content_identity(directory: Path) -> str:
-    """`local@` and 16 hex digits, of what a model's files hold; raises ModelError.
+def _digest(directory: Path) -> str:
+    """Hashes headers and both ends of every tensor: a trained copy differs, and gigabytes go fast.
 
-    Hashes headers and both ends of every tensor: a trained copy differs, and gigabytes go fast.
     Whole files would take minutes; their first bytes are the embedding, which merged adapters keep.
     """
     read_config(directory)
@@ -66,7 +65,7 @@ def content_identity(directory: Path) -> str:
                 digest.update(file.read(min(_SAMPLE, last - first)))
                 file.seek(max(first, last - _SAMPLE))
                 digest.update(file.read(min(_SAMPLE, last - first)))
-    return f"local@{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def max_positions(config: ModelConfig) -> int | None:

@@ -11,14 +11,12 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray._private import parameter, ray_constants
-from ray._private.node import Node
+from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
 from rayfin.errors import RayfinError
@@ -78,7 +76,7 @@ def _start(num_cpus: int) -> None:
     for left in reversed(range(_STARTS)):
         before = set(psutil.Process().children())
         try:
-            with sigterm_as_it_was(), _without_extras():
+            with sigterm_as_it_was():
                 # "local", not None: None would join a cluster that somebody else started here.
                 ray.init(
                     address="local",
@@ -96,33 +94,6 @@ def _start(num_cpus: int) -> None:
             slow = "timed out during startup" in str(error) and not any(certain_reasons())
             if not left or not slow:
                 raise RayfinError(why_no_start(error)) from error
-
-
-@contextmanager
-def _without_extras() -> Iterator[None]:
-    """Ray starts within the block without its dashboard, its autoscaler and its log monitor.
-
-    Nobody reads what they offer here, and each is a Python process: of the 4.2 seconds of processor
-    time that such a Ray takes to start they are 1.6. `ray.init` has no argument for the last two,
-    and starts the dashboard's process with `include_dashboard=False`, too.
-    """
-
-    def no_dashboard(node: Any, **options: Any) -> None:
-        node._webui_url = ""
-
-    extras: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
-    changes: list[tuple[Any, str, Any]] = [
-        (parameter, "RayParams", partial(parameter.RayParams, **extras)),
-        (Node, "start_api_server", no_dashboard),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    for change in changes:
-        setattr(*change)
-    try:
-        yield
-    finally:
-        for change in before:
-            setattr(*change)
 
 
 @contextmanager
@@ -156,9 +127,26 @@ def sigterm_as_it_was() -> Iterator[None]:
     try:
         yield
     finally:
-        main = threading.current_thread() is threading.main_thread()
-        if main and callable(before) and signal.getsignal(signal.SIGTERM) is not before:
-            signal.signal(signal.SIGTERM, before)
+        if callable(before):  # where a command has none, Ray's is better than the system's
+            _set_handler(signal.SIGTERM, before)
+
+
+@contextmanager
+def ctrl_c_as_it_was() -> Iterator[None]:
+    """Tune leaves a handler that swallows the next Ctrl-C, which is for what follows the trials."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if before is not None:  # None: one that is not Python's, and can't be put back
+            _set_handler(signal.SIGINT, before)
+
+
+def _set_handler(number: int, handler: Any) -> None:
+    """Sets a signal's handler in the main thread; any other thread may not."""
+    main = threading.current_thread() is threading.main_thread()
+    if main and signal.getsignal(number) is not handler:
+        signal.signal(number, handler)
 
 
 def _end(processes: Iterable[psutil.Process]) -> None:

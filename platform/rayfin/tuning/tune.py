@@ -108,6 +108,7 @@ def _fit(
 
     from rayfin.tuning.cluster import nodes
     from rayfin.tuning.hooks import StorageStopper, TuneRecorder, TuneSearcher
+    from rayfin.tuning.local_ray import ctrl_c_as_it_was
     from rayfin.tuning.stranded import Stranded
     from rayfin.tuning.worker import GroupTrial, WarmTrial
 
@@ -150,7 +151,8 @@ def _fit(
             verbose=0,
         ),
     )
-    tuner.fit()
+    with ctrl_c_as_it_was():
+        tuner.fit()
 
 
 _LISTENER = {"cpu": 0.0, "memory": 1.0}
