@@ -5,26 +5,77 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
 
+from rayfin.cli import main
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Place, cache_dir
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
 PATIENCE = 120.0
+
+
+def until(true: Callable[[], Any], runs: Callable[[], None]) -> Any:
+    """Returns the first true answer, asked again and again.
+
+    `runs` raises where none will come any more.
+    """
+    give_up = time.monotonic() + PATIENCE
+    while not (answer := true()):
+        runs()
+        assert time.monotonic() < give_up, "nothing happened"
+        time.sleep(0.1)  # each question costs a tenth of that of a core
+    return answer
+
+
+class Meanwhile(threading.Thread):
+    """What a thread does to a command that this process runs in the block; its errors are raised
+    when the block ends.
+    """
+
+    def __init__(self, act: Callable[[Meanwhile], None]) -> None:
+        super().__init__(daemon=True)
+        self._act, self._over = act, threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._act(self)
+        except BaseException as error:
+            self._error = error
+
+    def until(self, true: Callable[[], Any]) -> Any:
+        """Returns the first true answer, asked again and again while the block lasts."""
+
+        def runs() -> None:
+            assert not self._over.is_set(), "ended too early"
+
+        return until(true, runs)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+        if self._error is not None:
+            raise self._error
 
 
 class Driver:
@@ -50,12 +101,11 @@ class Driver:
 
     def until(self, true: Callable[[], Any]) -> Any:
         """The first true answer, asked again and again while the driver runs."""
-        give_up = time.monotonic() + PATIENCE
-        while not (answer := true()):
+
+        def runs() -> None:
             assert self.process.poll() is None, f"ended too early:\n{self.process.communicate()[1]}"
-            assert time.monotonic() < give_up, "nothing happened"
-            time.sleep(0.1)  # each question costs a tenth of that of a core
-        return answer
+
+        return until(true, runs)
 
     def amid(self, *, finished: int, step: int = 1) -> TrialRecord:
         """Waits for so many finished trials and one that runs and has saved `step`; the latter."""
@@ -74,7 +124,7 @@ class Driver:
         """SIGKILL, and waits until all of Ray's processes have noticed and ended by themselves."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
-        self.process.communicate()
+        self.out, self.err = self.process.communicate()
         left = psutil.wait_procs(family, timeout=60)[1]
         assert left == [], "processes outlive their driver"
 
@@ -104,6 +154,7 @@ class Lab:
         self.environment.pop("RAY_ADDRESS", None)
         self.enter: list[str] = []  # what a command begins with that runs elsewhere, as on a node
         self._drivers: list[Driver] = []
+        self._read: tuple[list[tuple[int, int]], list[TrialRecord]] = [], []
 
     @property
     def settings(self) -> list[str]:
@@ -126,6 +177,44 @@ class Lab:
         """Starts `rayfin verb`."""
         return self._start(["-m", "rayfin", verb, *self.settings, *arguments])
 
+    @staticmethod
+    def here(command: Callable[[], int]) -> int:
+        """Runs a command in this process, on the Ray that it has; returns the exit code.
+
+        Ctrl-C finds Python's own handler, whatever another test's library has left.
+        """
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            code = command()
+            left = signal.getsignal(signal.SIGINT)
+            assert left is signal.default_int_handler, "it takes Ctrl-C from what follows it"
+            return code
+        finally:
+            if before is not None:  # it can be put back
+                signal.signal(signal.SIGINT, before)
+
+    def rayfin_here(self, *words: str) -> int:
+        """Runs `rayfin` with these words alone, in this process; returns the exit code."""
+        return self.here(lambda: main(words))
+
+    def script_here(self, name: str, *arguments: str) -> int:
+        """Runs experiments/`name` in this process; returns the exit code."""
+
+        def command() -> int:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "argv", [name, *self.settings, *arguments])
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_path(str(ROOT / "experiments" / name), run_name="__main__")
+            assert isinstance(ended.value.code, int)
+            return ended.value.code
+
+        return self.here(command)
+
+    @staticmethod
+    def meanwhile(act: Callable[[Meanwhile], None]) -> Meanwhile:
+        """A block in which a thread does `act`."""
+        return Meanwhile(act)
+
     def typed(self, *words: str) -> Driver:
         """Starts `rayfin` with these words alone."""
         return self._start(["-m", "rayfin", *words])
@@ -145,10 +234,17 @@ class Lab:
         return [f"storage={place}", f"history=sqlite:///{self.storage / 'history.sqlite'}"]
 
     def rows(self) -> list[TrialRecord]:
-        if not (self.storage / "history.sqlite").exists():
-            return []
-        with History.open(f"sqlite:///{self.storage / 'history.sqlite'}") as history:
-            return history.trials()
+        """The history's rows; who asks again and again reads them only when they have changed."""
+        file = self.storage / "history.sqlite"
+        state: list[tuple[int, int]] = []
+        for at in (file, file.with_name(f"{file.name}-wal")):
+            with suppress(FileNotFoundError):
+                found = at.stat()
+                state.append((found.st_mtime_ns, found.st_size))
+        if file.exists() and state != self._read[0]:
+            with History.open(f"sqlite:///{file}") as history:
+                self._read = state, history.trials()
+        return list(self._read[1])
 
     def _start(self, arguments: list[str]) -> Driver:
         self._drivers.append(Driver(self, [*self.enter, sys.executable, *arguments]))

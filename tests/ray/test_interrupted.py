@@ -6,87 +6,104 @@ import json
 import os
 import random
 import signal
+from collections.abc import Mapping
 from typing import Any
 
+import psutil
 import pytest
 
+from rayfin.adapters import Registry
 from rayfin.cli import main
 from rayfin.history import TrialRecord
+from rayfin.tuning.record import Recorder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 # Seconds a trial, and a checkpoint every tenth of one.
 STEPS = 100
-LONG = (f"train.max_steps={STEPS}", f"train.eval_steps={STEPS // 10}", "sweep.scheduler=none")
+# Each good rate is better than those before it at every rung, so that ASHA keeps its trial.
+RATES = (1e-4, 3e-4, 1e30, 1e-3, 1e-5, 2e-3, 4e-3)
+SWEEP = (
+    f"train.max_steps={STEPS}",
+    f"train.eval_steps={STEPS // 10}",
+    f"sweep.parameters.train.learning_rate={list(RATES)}",
+    "sweep.search=grid",
+    f"sweep.num_samples={len(RATES)}",
+    "sweep.max_failures=1",
+    "publish.name=colours",
+)
 
 
-@pytest.mark.parametrize("search", ["tpe", "advisor"])
-def test_ctrl_c_and_a_killed_driver_lose_nothing(
-    lab: Any, search: str, moment: random.Random, capsys: pytest.CaptureFixture[str]
+def test_a_sweep_under_asha_loses_nothing_to_whatever_is_killed(
+    lab: Any,
+    cluster: str,
+    moment: random.Random,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = ("sweep_qlora.py", *LONG, "sweep.num_samples=4", f"sweep.search={search}")
-    interrupted = lab.script(*command)
+    interrupted = lab.rayfin("sweep", *SWEEP)
     first = interrupted.amid(finished=1, step=moment.randrange(1, STEPS * 8 // 10))
     assert interrupted.interrupt() == 130, interrupted.err
     assert "--resume" in interrupted.out
-    done = [row for row in lab.rows() if row.status == "finished"]
-    assert len(done) == 1 and [row.trial_id for row in lab.rows()][1:] == [first.trial_id]
+    assert [row.trial_id for row in lab.rows()][1:] == [first.trial_id]
     assert [row.status for row in lab.rows()] == ["finished", "interrupted"]
+    untouched = lab.rows()[:1]
     marked = {first.trial_id: lab.mark(first)}
 
-    killed = lab.script(*command, "--resume")
+    killed = lab.rayfin("sweep", *SWEEP, "--resume")
     second = killed.amid(finished=2, step=moment.randrange(1, STEPS * 8 // 10))
     killed.kill()
-    assert second.trial_id != first.trial_id
-    assert [row.status for row in lab.rows()][2] == "running"  # nobody was there to say otherwise
+    goes_on, diverged, running = lab.rows()[1:]
+    assert goes_on.trial_id == first.trial_id and goes_on.status == "finished"
+    assert diverged.status == "failed"
+    assert "lower train.learning_rate (1e+30)" in (diverged.error or "")
+    assert running.trial_id == second.trial_id
+    assert running.status == "running"  # nobody was there to say otherwise
     assert main(["history", "list", f"storage={lab.storage}", "--json"]) == 0
     stood = {row["trial_id"]: row["status"] for row in json.loads(capsys.readouterr().out)}
     assert stood[second.trial_id] == "interrupted"
-    done = [row for row in lab.rows() if row.status == "finished"]
+    untouched += [goes_on, diverged]
     marked[second.trial_id] = lab.mark(second)
+    assert published(lab) == []
 
-    resumed = lab.script(*command, "--resume")
-    assert resumed.end() == 0, resumed.err
+    killed_before_it_is_recorded(RATES.index(4e-3), lab, monkeypatch)
+    with lab.meanwhile(lambda command: kill_workers(command, lab)) as faults:
+        assert lab.rayfin_here("sweep", *lab.settings, *SWEEP, "--resume") == 0
     rows = {row.trial_id: row for row in lab.rows()}
-    assert [row.status for row in rows.values()] == ["finished"] * 4
-    assert len({row.fingerprint for row in rows.values()}) == 4
-    for row in done:
-        assert rows[row.trial_id] == row, "a finished trial was touched"
+    assert len({row.fingerprint for row in rows.values()}) == len(rows) == len(RATES)
+    for row in untouched:
+        assert rows[row.trial_id] == row, "a trial that had ended was touched"
+    assert rows[second.trial_id].status == "finished"
+    stopped, twice, once = list(rows.values())[4:]
+    # The rungs hold what trials of the drivers before came to; none holds the diverged one's NaN.
+    assert (stopped.status, stopped.curve[-1]["step"]) == ("stopped", STEPS // 10)
+    assert twice.status == "failed"
+    assert "worker process died: The actor died unexpectedly" in (twice.error or "")
+    assert once.status == "finished"
+    assert once.scenario["worker"]["pid"] != faults.victim.scenario["worker"]["pid"]
+    marked[once.trial_id] = faults.mark
     for trial_id, loss in marked.items():
         assert lab.losses(rows[trial_id])[0] == loss, "it started anew, and not from its checkpoint"
-        assert rows[trial_id].curve[-1]["step"] == STEPS
+        assert rows[trial_id].curve[-1]["step"] == rows[trial_id].metrics["steps"] == STEPS
         assert not lab.checkpoints(rows[trial_id])
+    (report,) = lab.storage.glob("sweeps/*/report.html")
+    assert all(trial_id in report.read_text() for trial_id in rows)
+    assert published(lab) == [once.trial_id]
 
 
-def test_killed_workers_and_a_diverged_trial_leave_the_others_alone(lab: Any) -> None:
-    rates = "sweep.parameters.train.learning_rate=[0.001,1e30,0.002]"
-    sweep = lab.script(
-        "sweep_qlora.py", *LONG, "sweep.search=grid", "sweep.num_samples=3",
-        "sweep.max_failures=1", "sweep.parameters.method.r=[8]", rates,
-    )  # fmt: skip
+def kill_workers(command: Any, lab: Any) -> None:
+    """One trial's process twice, which is once too often, and another's once."""
 
     def kill(trial: int, *, but: int = 0) -> TrialRecord:
         """Kills the process that trains, once it has written a checkpoint."""
-        row: TrialRecord = sweep.until(lambda: training(lab, trial, but))
+        row: TrialRecord = command.until(lambda: training(lab, trial, but))
         os.kill(row.scenario["worker"]["pid"], signal.SIGKILL)
         return row
 
-    once = kill(0)
-    kill(0, but=once.scenario["worker"]["pid"])
-    victim = kill(2)
-    marked = lab.mark(victim)
-    assert sweep.end() == 0, sweep.err
-
-    killed, diverged, retried = lab.rows()
-    assert killed.status == "failed"
-    assert "worker process died: The actor died unexpectedly" in (killed.error or "")
-    assert diverged.status == "failed"
-    assert "lower train.learning_rate (1e+30)" in (diverged.error or "")
-    assert retried.status == "finished" and retried.metrics["steps"] == STEPS
-    assert lab.losses(retried)[0] == marked, "it started anew, and not from its checkpoint"
-    assert retried.scenario["worker"]["pid"] != victim.scenario["worker"]["pid"]
-    (report,) = lab.storage.glob("sweeps/*/report.html")
-    assert all(row.trial_id in report.read_text() for row in lab.rows())
+    once = kill(RATES.index(2e-3))
+    kill(RATES.index(2e-3), but=once.scenario["worker"]["pid"])
+    command.victim = kill(RATES.index(4e-3))
+    command.mark = lab.mark(command.victim)
 
 
 def training(lab: Any, trial: int, but: int) -> TrialRecord | None:
@@ -96,3 +113,26 @@ def training(lab: Any, trial: int, but: int) -> TrialRecord | None:
         if row.status == "running" and pid != but and lab.checkpoints(row):
             return row
     return None
+
+
+def killed_before_it_is_recorded(number: int, lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That trial's process is killed after it has told its end, and before anything knows of it."""
+    reports = Recorder.reports
+
+    def report(self: Recorder, trial: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
+        last = [row.trial_id for row in lab.rows()[number : number + 1]] == [trial["trial_id"]]
+        if last and outcome["status"] == "finished":
+            worker = psutil.Process(outcome["scenario"]["worker"]["pid"])
+            worker.kill()
+            worker.wait(60)
+        reports(self, trial, outcome)
+
+    monkeypatch.setattr(Recorder, "reports", report)
+
+
+def published(lab: Any) -> list[str]:
+    """The trials whose adapters are published, whole."""
+    registry = Registry(lab.storage / "adapters")
+    for version in registry.list():
+        registry.verify(version.ref)
+    return [version.metadata["trial_id"] for version in registry.list()]

@@ -139,6 +139,27 @@ def test_a_resumed_sweep_tells_the_sampler_what_each_row_says(data: Path) -> Non
     assert [trial["values"] for trial in again[: len(points)]] == points
 
 
+class First:
+    """An advisor that takes the first of what it may choose from."""
+
+    def choose(self, options: Any, ended: Any, running: Any) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(("search", "advisor"), [("tpe", None), ("advisor", First())])
+def test_whoever_chooses_a_resumed_sweep_goes_on_with_what_it_began(
+    data: Path, search: str, advisor: First | None
+) -> None:
+    plan = plan_of(data, RATES, "sweep.num_samples=4", f"sweep.search={search}")
+    before = HistorySearch(plan, advisor=advisor)
+    ended, interrupted = (plan.trial(before.suggest(name)["values"]) for name in ("one", "two"))
+    rows = [finished(ended, plan.config)]
+    resumed = HistorySearch(plan, known=rows, first=[interrupted.values], advisor=advisor)
+    proposed = [trial["fingerprint"] for trial in proposed_by(resumed)]
+    assert proposed[0] == interrupted.fingerprint
+    assert len({ended.fingerprint, *proposed}) == 1 + len(proposed) == 4
+
+
 def grid_without_rates(plan: SweepPlan) -> Iterator[dict[str, Any]]:
     axes = {k: v for k, v in plan.config.sweep.parameters.items() if k != "train.learning_rate"}
     sweep = plan.config.sweep.model_copy(update={"parameters": axes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from rayfin import hardware
+from rayfin.adapters import Registry
 from rayfin.cli import main
 from rayfin.cli.experiment import Workplace
 from rayfin.cli.serve import _signals
@@ -98,6 +100,48 @@ def test_a_best_trial_that_cannot_be_published_is_reported_and_published_later(
     told = json.loads(capsys.readouterr().out)
     assert told["adapter"]["name"] == "colours" and not told["failed"]
     assert "colours@1" in lab.report()
+
+
+@pytest.mark.parametrize("waits", [0, 1, 3])
+def test_a_driver_killed_between_the_last_trial_and_its_adapter_publishes_later(
+    lab: Lab, waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its first write to the registry, or at a later one: at the n-th time that it
+    waits for the disk. Nothing half done is there, and the same command publishes it, whole.
+    """
+    settings = (f"publish.name=late-{waits}", "sweep.report_samples=0")
+    publish, sync = Registry.publish, os.fsync
+
+    def killed(*args: Any, **options: Any) -> Any:
+        left = itertools.count(waits - 1, -1)
+
+        def fsync(descriptor: int) -> None:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        if waits == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return publish(*args, **options)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Registry, "publish", killed)
+        os._exit(lab.sweep(*settings))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    def whole_versions() -> list[str]:
+        registry = Registry(lab.storage / "adapters")
+        found, problems = registry.scan()
+        assert not problems
+        for version in found:
+            registry.verify(version.ref)
+        return [version.ref for version in found if version.name == f"late-{waits}"]
+
+    assert whole_versions() == []
+    assert lab.sweep(*settings) == 0
+    assert whole_versions() == [f"late-{waits}@1"]
 
 
 def test_a_model_that_is_gone_costs_the_samples_only(
