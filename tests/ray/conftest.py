@@ -164,7 +164,7 @@ class Lab:
             "method.type=lora",
             "method.quantization_bit=null",  # the scripts' own is 4, and stays
             f"data.path={self.data}",
-            "data.max_length=64",
+            "data.max_length=128",  # so much that no driver loads a tokenizer to check it
             "sweep.report_samples=0",
             f"storage={self.storage}",
         ]
