@@ -157,14 +157,35 @@ def assert_peft_would_say(
         other = next((place for place, (one, given) in pairs if one != given), None)
         if other is None:
             return
-        scores = logits[other]
-        ahead = float((scores.max() - scores[answer[at + other]]) / scores.abs().max())
-        assert ahead <= tie, f"token {at + other}: {ahead:.2g} of the largest logit is no tie"
+        assert_tie(logits[other], answer[at + other], tie, at + other)
         ties += 1
-        assert ties <= max(1, len(answer) // 16), (
-            f"{ties} ties in {len(answer)} tokens are no chance"
-        )
+        assert_rare(ties, len(answer))
         at += other + 1
+
+
+def assert_peft_prefers(
+    plain: Any, prompt: Sequence[int], answer: Sequence[int], tie: float
+) -> None:
+    """`plain` finds every token of `answer` the likeliest after those before it.
+
+    What `assert_peft_would_say` asserts of what is said, in one call of the model for all tokens.
+    """
+    with torch.no_grad():
+        logits = plain(input_ids=torch.tensor([[*prompt, *answer[:-1]]])).logits[0, -len(answer) :]
+    pairs = enumerate(zip(logits.argmax(dim=-1).tolist(), answer, strict=True))
+    others = [place for place, (likeliest, given) in pairs if likeliest != given]
+    for place in others:
+        assert_tie(logits[place], answer[place], tie, place)
+    assert_rare(len(others), len(answer))
+
+
+def assert_tie(scores: torch.Tensor, given: int, tie: float, place: int) -> None:
+    ahead = float((scores.max() - scores[given]) / scores.abs().max())
+    assert ahead <= tie, f"token {place}: {ahead:.2g} of the largest logit is no tie"
+
+
+def assert_rare(ties: int, tokens: int) -> None:
+    assert ties <= max(1, tokens // 16), f"{ties} ties in {tokens} tokens are no chance"
 
 
 def _plain_peft(model: str, adapter: AdapterSource | None, quantization_bit: Any) -> Any:
@@ -322,6 +343,7 @@ class Lab:
     ask = staticmethod(ask)
     peft_answers = staticmethod(peft_answers)
     assert_peft_would_say = staticmethod(assert_peft_would_say)
+    assert_peft_prefers = staticmethod(assert_peft_prefers)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,6 +74,7 @@ class Lab:
         ]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.warm = Warm()
+        self._forks = Forks(root / "forks.log")
         self._kept: dict[str, Finished] = {}
 
     def spec(
@@ -192,40 +195,74 @@ class Lab:
     def losses(result: TrialResult) -> list[float]:
         return [point["loss"] for point in result.curve if "loss" in point]
 
-    @staticmethod
-    def killed(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Runs trials in a process of their own that kill themselves; see killed_trials.py.
+    def killed(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Runs trials in processes of their own that kill themselves; see killed_trials.py.
 
         With as many threads as this process has, and so with the same sums in the same order.
         """
         threads = {"threads": torch.get_num_threads()}
-        ends: list[dict[str, Any]] = _answer("killed_trials.py", [threads | job for job in jobs])
+        ends: list[dict[str, Any]] = self._forks.ask("killed", [threads | job for job in jobs])
         return ends
 
-    @staticmethod
-    def in_groups(jobs: list[dict[str, Any]]) -> list[Any]:
+    def in_groups(self, jobs: list[dict[str, Any]]) -> list[Any]:
         """Runs trials on several workers each; see group_trials.py."""
-        results: list[Any] = _answer("group_trials.py", jobs)
+        environment = {"environment": dict(os.environ)}
+        results: list[Any] = self._forks.ask("group", [environment | job for job in jobs])
         return results
 
+    def close(self) -> None:
+        self._forks.close()
 
-def _answer(script: str, jobs: list[dict[str, Any]]) -> Any:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", Path(__file__).with_name(script)],
-        input=json.dumps(jobs),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+
+class Forks:
+    """The process from which trials are forked, from the first time that one is needed."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, run: str, jobs: list[dict[str, Any]]) -> Any:
+        process = self._process = self._process or self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            print(json.dumps({"run": run, "jobs": jobs}), file=process.stdin, flush=True)
+            answer = process.stdout.readline()
+            assert answer, self._log.read_text()[-3000:]
+        except BaseException:  # of a test that ran out of time, too: the next wants its own answer
+            self.close()
+            raise
+        return json.loads(answer)
+
+    def _started(self) -> subprocess.Popen[str]:
+        with self._log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, "-W", "ignore", Path(__file__).with_name("forked_trials.py")],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """Ends it, and what it has forked."""
+        if (process := self._process) is None:
+            return
+        self._process = None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory, rounding: Any) -> Lab:
-    return Lab(tmp_path_factory.mktemp("lab"), rounding.loss_error)
+def lab(tmp_path_factory: pytest.TempPathFactory, rounding: Any) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp("lab"), rounding.loss_error)
+    yield lab
+    lab.close()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,8 +1,9 @@
-"""Runs each trial of a JSON list on stdin in a group of forked workers, as Ray Train would.
+"""Runs trials in groups of forked workers, as Ray Train would; see forked_trials.py.
 
-A job is {spec, directory, workers, strategy, own, kill_in, disks}: `kill_in` is a step in which the
-last worker kills itself; `disks` is a directory where each worker has one that no other sees.
-Prints a JSON list of the first workers' results, null where one was killed.
+A job is {spec, directory, environment, workers, strategy, own, kill_in, disks}: `kill_in` is a step
+in which the last worker kills itself; `disks` is a directory where each worker has one that no
+other sees.
+Answers the first worker's result, None where one was killed.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
-
-import torch
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before the first import, which looks for one
 import deepspeed
@@ -48,9 +47,11 @@ def die_in_step(step: int) -> None:
 
 def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any] | None:
     workers = job["workers"]
+    os.environ |= job["environment"]
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["OMP_NUM_THREADS"] = "1"  # else Accelerate shares out the cores of the machine
     if "disks" in job:
         own = Path(job["disks"], str(rank))
         own.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,16 @@ def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any
     return result.as_dict()
 
 
+_WARM = Warm()
+
+
+def loaded(jobs: list[dict[str, Any]]) -> Warm:
+    """With the data of all jobs; nothing that starts a thread before the fork."""
+    for job in jobs:
+        _WARM.tokenized(TrialSpec.model_validate_json(job["spec"]))
+    return _WARM
+
+
 def run(job: dict[str, Any], warm: Warm) -> dict[str, Any] | None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -82,8 +93,6 @@ def run(job: dict[str, Any], warm: Warm) -> dict[str, Any] | None:
         child = os.fork()
         if child == 0:
             try:
-                torch.set_num_threads(1)
-                os.dup2(2, 1)  # stdout is for the answer; libraries print
                 result = work(job, rank, port, warm)
                 if rank == 0:
                     answers.write_text(json.dumps(result))
@@ -97,11 +106,3 @@ def run(job: dict[str, Any], warm: Warm) -> dict[str, Any] | None:
         return None
     answer: dict[str, Any] = json.loads(answers.read_text())
     return answer
-
-
-if __name__ == "__main__":
-    shared = Warm()
-    jobs = json.load(sys.stdin)
-    for each in jobs:  # read and tokenised once; nothing that starts a thread before the fork
-        shared.tokenized(TrialSpec.model_validate_json(each["spec"]))
-    json.dump([run(each, shared) for each in jobs], sys.stdout)

@@ -1,13 +1,11 @@
-"""Runs each trial of a JSON list on stdin in a forked child that kills itself on the way.
+"""Runs trials in forked children that kill themselves on the way; see forked_trials.py.
 
 A job is {spec, directory, threads, step | event}: SIGKILL in the middle of that step, or at the
-trial's n-th touch of a file of its own; torch has so many `threads`. Prints a JSON list of {signal,
-events}, in order.
+trial's n-th touch of a file of its own; torch has so many `threads`. Answers {signal, events}.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -57,7 +55,18 @@ class Events:
                 die()
 
 
-def run(job: dict[str, Any], warm: Warm, events_to: int) -> None:
+_WARM = Warm()
+
+
+def loaded(jobs: list[dict[str, Any]]) -> Warm:
+    """With what every child needs, before the first fork."""
+    first = TrialSpec.model_validate_json(jobs[0]["spec"])
+    _WARM.tokenized(first)
+    _WARM.base(first, describe_hardware())
+    return _WARM
+
+
+def work(job: dict[str, Any], warm: Warm, events_to: int) -> None:
     if "step" in job:
         die_in_step(job["step"])
     events = Events(job["directory"], job.get("event", -1))
@@ -67,14 +76,14 @@ def run(job: dict[str, Any], warm: Warm, events_to: int) -> None:
     os.write(events_to, str(events.count).encode())
 
 
-def run_in_child(job: dict[str, Any], warm: Warm) -> dict[str, Any]:
+def run(job: dict[str, Any], warm: Warm) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             # A product rounds otherwise with another number of threads.
             torch.set_num_threads(job["threads"])
-            run(job, warm, writing)
+            work(job, warm, writing)
             os._exit(0)
         except BaseException as error:
             print(repr(error), file=sys.stderr, flush=True)
@@ -84,19 +93,6 @@ def run_in_child(job: dict[str, Any], warm: Warm) -> dict[str, Any]:
     with os.fdopen(reading) as pipe:
         events = pipe.read()
     if os.WIFEXITED(status) and os.WEXITSTATUS(status):
-        sys.exit("a trial failed")
+        raise RuntimeError("a trial failed")
     ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     return {"signal": ended_by, "events": int(events or 0)}
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # a fork would lose the others
-    results = sys.stdout
-    sys.stdout = sys.stderr
-    jobs = json.load(sys.stdin)
-    # What every child needs is imported and loaded once, before the first fork.
-    warm, first = Warm(), TrialSpec.model_validate_json(jobs[0]["spec"])
-    warm.tokenized(first)
-    warm.base(first, describe_hardware())
-    ends = [run_in_child(job, warm) for job in jobs]
-    print(json.dumps(ends), file=results, flush=True)

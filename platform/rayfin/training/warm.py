@@ -44,7 +44,6 @@ class Warm:
         self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
         self._tokenized: dict[tuple[DataConfig, ModelConfig], TokenizedCorpus] = {}
         self._base: _Base | None = None
-        self._tried = False  # to load a base, with success or without
         self._base_scores: dict[tuple[object, ...], Scores] = {}
         self.loads = 0
         """Base models loaded so far."""
@@ -82,18 +81,16 @@ class Warm:
         """The base model on its device (or in host memory, `on_host`), frozen, in eval mode."""
         key = (spec.model.model_dump_json(), spec.method.quantization_bit, hardware.device)
         if self._base is None or self._base.key != key:
-            if self._tried:
-                # Even where there is no base: what a failed or `full` trial left of the one before
-                # is in cycles, and must go before the next is loaded and everything is frozen.
+            if self._base is not None:
                 self.drop_base()
-            self._tried = True
+            # A trial collects garbage a few times, each a walk over all objects of the process.
+            # Those of the libraries stay: passing over them saves half a second. The base is made
+            # after that, so that it can go, too.
+            gc.freeze()
             bits = spec.method.quantization_bit
             model = load_base(spec.model, bits, hardware.device, on_host=on_host)
             self._base = _Base(key, model)
             self.loads += 1
-            # A trial collects garbage a few times, each a walk over all objects of the process.
-            # Those of the libraries and the base stay: passing over them saves half a second.
-            gc.freeze()
         return self._base.model
 
     def drop_base(self) -> None:
@@ -101,7 +98,6 @@ class Warm:
         import torch
 
         self._base = None
-        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
