@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from filelock import FileLock
 
 from rayfin.errors import StorageError
 from rayfin.objects import Objects, sums_of
+
+METADATA = "rayfin.json"
+"""The file beside an adapter that says what its weights don't."""
 
 
 def cache_dir() -> Path:
@@ -250,6 +254,16 @@ def _temporary(path: Path) -> Path:
 def write_text(path: Path, text: str) -> None:
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def digest_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """File name -> {sha256 (hexadecimal), bytes}."""
+    digests = {}
+    for name, path in files.items():
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        digests[name] = {"sha256": sha256, "bytes": path.stat().st_size}
+    return digests
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -16,15 +16,15 @@ from typing import Any
 
 from rayfin.adapters.aliases import Aliases
 from rayfin.adapters.files import (
-    METADATA,
-    digest_files,
     inspect_files,
     list_files,
     read_json,
     storage_errors,
 )
+from rayfin.adapters.metadata import are_digests
 from rayfin.adapters.ref import LATEST, AdapterRef, check_name, is_name, parse_version
 from rayfin.errors import AdapterError, did_you_mean
+from rayfin.paths import METADATA, digest_files
 
 ALIASES = "aliases.json"
 
@@ -165,7 +165,7 @@ class Catalog:
             raise AdapterError(f"'{path}' is a link; put the version's directory itself there")
         metadata = read_json(path / METADATA)
         peft_type, files = metadata.get("peft_type"), metadata.get("files")
-        if not isinstance(peft_type, str) or not _are_digests(files):
+        if not isinstance(peft_type, str) or not are_digests(files):
             raise AdapterError(
                 f"'{path / METADATA}' lacks peft_type or files; publish the adapter again and "
                 f"remove this one: rayfin adapters rm {name}@{version}"
@@ -217,13 +217,6 @@ class Catalog:
             f"adapter '{name}' is not in '{self.root}'{did_you_mean(name, names)}; {known}. "
             f"Publish one with: rayfin sweep publish.name={name}"
         )
-
-
-def _are_digests(files: Any) -> bool:
-    return isinstance(files, dict) and all(
-        isinstance(digest, dict) and isinstance(digest.get("bytes"), int)
-        for digest in files.values()
-    )
 
 
 def _real(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ from typing import Any
 
 from rayfin.errors import AdapterError, StorageError
 
-METADATA = "rayfin.json"
 FULL = "FULL"
 """`peft_type` of a full fine-tune: a whole model instead of an adapter."""
 
@@ -160,16 +158,6 @@ def copy_files(files: Mapping[str, Path], target: Path) -> None:
 
 def make_read_only(path: Path) -> None:
     path.chmod(path.stat().st_mode & ~0o222)
-
-
-def digest_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """File name -> {sha256 (hexadecimal), bytes}."""
-    digests = {}
-    for name, path in files.items():
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        digests[name] = {"sha256": sha256, "bytes": path.stat().st_size}
-    return digests
 
 
 @contextmanager

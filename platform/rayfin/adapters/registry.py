@@ -16,9 +16,7 @@ from typing import Any
 from rayfin.adapters.aliases import Aliases
 from rayfin.adapters.catalog import ALIASES, AdapterVersion, Catalog
 from rayfin.adapters.files import (
-    METADATA,
     copy_files,
-    digest_files,
     inspect_files,
     list_files,
     make_read_only,
@@ -26,11 +24,15 @@ from rayfin.adapters.files import (
     storage_errors,
     sync_directory,
 )
+from rayfin.adapters.metadata import trusted_metadata
 from rayfin.adapters.ref import LATEST, AdapterRef, check_alias, check_name
 from rayfin.errors import AdapterError, StorageError
-from rayfin.paths import write_directory_whole, write_json
+from rayfin.models.bases import BASE_IDENTITY
+from rayfin.paths import METADATA, digest_files, write_directory_whole, write_json
 
 _LOCK_SECONDS = 600
+# Keys of a rayfin.json beside what is published that go on with it.
+_CARRIED = ("base_model", BASE_IDENTITY)
 # What a killed writer leaves in an adapter's directory: a version not yet in its place or on its
 # way out, or the next aliases.json.
 _LEFTOVER = re.compile(r"\.([1-9][0-9]*|aliases\.json)-.+")
@@ -49,14 +51,15 @@ class Registry(Catalog):
         """Copies the adapter or full fine-tune in `source` as the next version of `name`.
 
         `latest` moves to it, and `alias` too. `metadata` goes into rayfin.json beside the
-        registry's own keys, which win; `metadata["base_model"]` goes before what the files say.
+        registry's own keys, which win; `metadata["base_model"]` goes before what the files say,
+        and any of it before what a rayfin.json in `source` tells, if that has digests of the files.
         Raises AdapterError for what can't be published, StorageError where it can't be written.
         """
         directory = self._directory(name)
         if alias is not None:
             check_alias(alias)
-        metadata = _plain(metadata or {})
         files = select_files(Path(source))
+        metadata = _carried(Path(source)) | _plain(metadata or {})
         with self._writing():
             self._refuse_twin(name)
             aliases = self._read_aliases(name)
@@ -187,6 +190,13 @@ def _describe(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "base_model": base_model if isinstance(base_model, str) else facts.base_model,
         "files": digest_files(files),
     }
+
+
+def _carried(source: Path) -> dict[str, Any]:
+    """What training wrote into the rayfin.json of `source` and every version of it needs."""
+    with storage_errors(f"'{source}'"):
+        told = trusted_metadata(source, whole=True)
+    return {key: told[key] for key in _CARRIED if key in told}
 
 
 def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def _show(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({**version.as_dict(), "versions": versions, "all_aliases": aliases})
         return 0
-    from rayfin.adapters.files import METADATA
+    from rayfin.paths import METADATA
     from rayfin.tables import Column, Rows, output
 
     facts = {

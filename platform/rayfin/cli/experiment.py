@@ -109,8 +109,10 @@ class Workplace:
 
     def publish(self, row: TrialRecord) -> AdapterVersion | None:
         """Makes a trial's adapter a version of `publish.name`; the same result only once."""
+        from rayfin.adapters.metadata import trusted_metadata
         from rayfin.errors import StorageError
-        from rayfin.paths import Place
+        from rayfin.models.bases import BASE_IDENTITY
+        from rayfin.tuning.rows import adapter_place
 
         publish = self.config.publish
         if publish is None or self.registry is None or row.directory is None:
@@ -134,12 +136,16 @@ class Workplace:
             "metrics": row.trained_metrics,
             "versions": row.versions,
         }
-        source = Place.at(row.directory) / "adapter"
+        source = adapter_place(row)
         with source.borrowed() as files:
             if files is None:
                 raise StorageError(
                     f"'{source}' is not there, or not whole; --rerun trains it again"
                 )
+            known = row.scenario.get("model", {}).get("identity")
+            # The trial's own rayfin.json knows more; in earlier versions it had none.
+            if isinstance(known, str) and BASE_IDENTITY not in trusted_metadata(files):
+                metadata[BASE_IDENTITY] = [known]
             return self.registry.publish(publish.name, files, metadata, alias=publish.alias)
 
 

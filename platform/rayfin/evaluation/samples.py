@@ -10,7 +10,7 @@ from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
 from rayfin.methods import METHODS
 from rayfin.models import load_base, load_tokenizer
-from rayfin.paths import Place
+from rayfin.tuning.rows import adapter_place
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def answer_samples(
     examples = [example for example in load_corpus(data).eval if example.messages][:count]
     if not examples:
         return []
-    with (Place.at(row.directory) / "adapter").borrowed() as adapter:
+    with adapter_place(row).borrowed() as adapter:
         if adapter is None or not (adapter / "adapter_config.json").exists():
             return []
         model_config = ModelConfig.model_validate(row.spec["model"])

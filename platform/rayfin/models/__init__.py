@@ -1,5 +1,6 @@
 """Base models: bundled, local or from the hub; tokenizer, weights, quantisation, facts."""
 
+from rayfin.models.bases import BASE_IDENTITY, Base, base_of
 from rayfin.models.bnb import import_bitsandbytes
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.facts import (
@@ -15,8 +16,11 @@ from rayfin.models.source import locate
 from rayfin.models.tiny import write_tiny
 
 __all__ = [
+    "BASE_IDENTITY",
     "BUNDLED",
+    "Base",
     "ModelFacts",
+    "base_of",
     "check_model",
     "describe_model",
     "identity",

@@ -44,12 +44,13 @@ def identity(config: ModelConfig) -> str:
     directory = model_directory(config, weights=False)
     if is_hub(config):
         return f"{config.name}@{directory.name}"
-    return f"local@{_digest(directory)}"
+    return content_identity(directory)
 
 
-def _digest(directory: Path) -> str:
-    """Hashes headers and both ends of every tensor: a trained copy differs, and gigabytes go fast.
+def content_identity(directory: Path) -> str:
+    """`local@` and 16 hex digits, of what a model's files hold; raises ModelError.
 
+    Hashes headers and both ends of every tensor: a trained copy differs, and gigabytes go fast.
     Whole files would take minutes; their first bytes are the embedding, which merged adapters keep.
     """
     read_config(directory)
@@ -65,7 +66,7 @@ def _digest(directory: Path) -> str:
                 digest.update(file.read(min(_SAMPLE, last - first)))
                 file.seek(max(first, last - _SAMPLE))
                 digest.update(file.read(min(_SAMPLE, last - first)))
-    return digest.hexdigest()[:16]
+    return f"local@{digest.hexdigest()[:16]}"
 
 
 def max_positions(config: ModelConfig) -> int | None:

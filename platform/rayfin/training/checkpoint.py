@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.models import BASE_IDENTITY, Base
 from rayfin.models.quiet import no_progress_bars
 from rayfin.objects import sum_of, sums_of
-from rayfin.paths import Place, write_json
+from rayfin.paths import METADATA, Place, digest_files, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -164,3 +165,15 @@ def save_adapter(
             warnings.filterwarnings("ignore", ".*tensor\\(s\\) have invalid shape", PeftWarning)
         model.save_pretrained(os.fspath(directory), **options)  # type: ignore[operator]
     tokenizer.save_pretrained(os.fspath(directory))  # type: ignore[attr-defined]
+
+
+def vouch(directory: Path, base: Base) -> None:
+    """Adds to an adapter's rayfin.json which base it was trained on, and digests of its files.
+
+    Without digests anybody could have written it, and nobody believes it (`adapters.metadata`).
+    """
+    path = directory / METADATA
+    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    files = {file.name: file for file in sorted(directory.iterdir()) if file.name != METADATA}
+    told |= {"base_model": base.name, BASE_IDENTITY: list(base.identities)}
+    write_json(path, told | {"files": digest_files(files)})

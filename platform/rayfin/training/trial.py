@@ -17,9 +17,15 @@ from rayfin.collector import collector_paused
 from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.methods import METHODS, attach, detach
-from rayfin.models import import_bitsandbytes, locate
+from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.paths import Place, write_directory_whole, write_text
-from rayfin.training.checkpoint import clear_checkpoints, latest_checkpoint, save_adapter, staging
+from rayfin.training.checkpoint import (
+    clear_checkpoints,
+    latest_checkpoint,
+    save_adapter,
+    staging,
+    vouch,
+)
 from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.spec import Report, Status, TrialResult, TrialSpec
 from rayfin.training.strategies import Group
@@ -178,7 +184,7 @@ def _train(
             shutil.rmtree(staging(checkpoints), ignore_errors=True)
         resumed = _resumed(checkpoints, trainer)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        adapter = _finish(trainer, model, tokenizer, place)
+        adapter = _finish(trainer, model, tokenizer, place, warm.origin(spec.model))
         checkpoints.forget()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
@@ -208,7 +214,7 @@ def _resumed(checkpoints: Place, trainer: TrialTrainer) -> Path | None:
 
 
 def _finish(
-    trainer: TrialTrainer, model: torch.nn.Module, tokenizer: object, place: Place
+    trainer: TrialTrainer, model: torch.nn.Module, tokenizer: object, place: Place, origin: Base
 ) -> Place | None:
     """Writes the adapter of a finished trial; lets the checkpoints go of one that was stopped."""
     adapter = place / "adapter"
@@ -222,6 +228,7 @@ def _finish(
                 shutil.rmtree(adapter.path, ignore_errors=True)
                 with write_directory_whole(adapter.path) as temporary:
                     save_adapter(model, tokenizer, temporary, weights)
+                    vouch(temporary, origin)
                 adapter.publish()
                 adapter.forget()
     elif trainer.args.should_save:

@@ -11,7 +11,7 @@ from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
 from rayfin.data.stream import Reader, read_here
 from rayfin.hardware import Hardware
-from rayfin.models import ModelFacts, describe_model, load_base, load_tokenizer
+from rayfin.models import Base, ModelFacts, base_of, describe_model, load_base, load_tokenizer
 from rayfin.training.scoring import Scores, score
 from rayfin.training.spec import TrialSpec
 
@@ -41,6 +41,7 @@ class Warm:
         self._reader = reader
         self._corpora = dict(corpora or {})
         self._facts: dict[ModelConfig, ModelFacts] = {}
+        self._origins: dict[ModelConfig, Base] = {}
         self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
         self._tokenized: dict[tuple[DataConfig, ModelConfig], TokenizedCorpus] = {}
         self._base: _Base | None = None
@@ -52,6 +53,12 @@ class Warm:
         if model not in self._facts:
             self._facts[model] = describe_model(model)
         return self._facts[model]
+
+    def origin(self, model: ModelConfig) -> Base:
+        """What an adapter that is trained on `model` is to say of its base."""
+        if model not in self._origins:
+            self._origins[model] = base_of(model)
+        return self._origins[model]
 
     def tokenizer(self, model: ModelConfig) -> PreTrainedTokenizerFast:
         if model not in self._tokenizers:

@@ -46,10 +46,32 @@ def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> 
     if earlier is None or earlier.directory is None or metric not in earlier.metrics:
         return None
     try:
-        return earlier if (Place.at(earlier.directory) / "adapter").exists() else None
-    except StorageError as error:  # a bucket of others, who share the history
+        return earlier if adapter_place(earlier).exists() else None
+    except StorageError as error:  # a bucket of others, who share the history; or not its own
         log.warning("trial %s can't be taken from the history: %s", earlier.trial_id, error)
         return None
+
+
+def adapter_place(row: TrialRecord) -> Place:
+    """Where the adapter of a trial lies; raises StorageError where the row names another's.
+
+    Whoever may write to a shared history could have a row point to any adapter. A trial's own
+    directory ends in its fingerprint, wherever the storage lies and whichever sweep it was of.
+    """
+    place = Place.at(row.directory or "")
+    if place.path.parts[-2:] != ("trials", row.fingerprint[:8]):
+        raise StorageError(
+            f"history: the row of trial {row.trial_id} names '{row.directory}', which is not that "
+            f"trial's directory (its own ends in trials/{row.fingerprint[:8]}), so that nothing is "
+            "taken from there; --rerun trains it again"
+        )
+    adapter = place / "adapter"
+    if adapter.path.is_symlink():
+        raise StorageError(
+            f"history: '{adapter}' of trial {row.trial_id} is a link, and might be another's; "
+            "put the directory itself there, or train it again with --rerun"
+        )
+    return adapter
 
 
 def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:

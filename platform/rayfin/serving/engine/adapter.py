@@ -143,7 +143,7 @@ def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
             "train it with one of these, or merge it into its base and serve the merged model "
             "(model.name=DIRECTORY)"
         )
-    check_base(settings, metadata, base.names)
+    check_base(settings, metadata, base.base)
     settings.expect("task_type", None, "CAUSAL_LM")
     with Weights(source) as weights:
         fields = _READERS[peft_type](settings, weights, base)

@@ -8,28 +8,41 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rayfin.serving.engine.layout import BaseLayout, is_called
+from rayfin.adapters.metadata import claimed_base
+from rayfin.models import Base
+from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.peft_files import CONFIG, Settings, Weights, shown
 
 OWN_BASE = "serve it with its own base"
+BASE_IS_RIGHT = "--base-is-right"
+"""The option by which a user answers for an adapter's base."""
 
 
-def check_base(settings: Settings, metadata: Mapping[str, Any], names: frozenset[str]) -> None:
-    """Raises AdapterError unless the adapter was trained on the base that `names` are names of.
+def check_base(settings: Settings, metadata: Mapping[str, Any], served: Base) -> None:
+    """Raises AdapterError unless the adapter was trained on `served`.
 
-    Its publisher's word (rayfin.json) goes before what PEFT wrote.
+    What is compared is the content, where the adapter's rayfin.json tells of it (`metadata`, which
+    must be trusted), else the name that PEFT wrote.
     """
-    claim = metadata.get("base_model") or settings.values.get("base_model_name_or_path")
-    served = ", ".join(f"'{name}'" for name in sorted(names))
-    if not isinstance(claim, str) or not claim:
+    claim = claimed_base(settings.values, metadata)
+    mend = f"rayfin adapters add DIR NAME {BASE_IS_RIGHT} model.name={served.name}"
+    if claim is None:
         raise settings.error(
             f"{CONFIG} names no base model, and the served one is {served}; if it was trained on "
-            "that, write it there as base_model_name_or_path"
+            f"that, publish it with: {mend}"
         )
-    if not is_called(claim, names):
+    if not claim.is_same(served):
         raise settings.error(
-            f"it was trained on {shown(claim)}, and the served base is {served}; {OWN_BASE}"
+            f"it was trained on {_short(claim)}, and the served base is {served}; {OWN_BASE} "
+            f"(model.name=BASE), or, if that is the served one by another name, publish it with: "
+            f"{mend}"
         )
+
+
+def _short(base: Base) -> str:
+    """In one short line, as anybody may have written it."""
+    text = str(base).encode("unicode_escape").decode("ascii")
+    return text if len(text) <= 160 else f"{text[:160]}…"
 
 
 def check_rank(settings: Settings, rank: int, most: int) -> None:

@@ -12,7 +12,7 @@ from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, EngineFailed, Overloaded, RequestError
 from rayfin.hardware import describe_hardware
-from rayfin.models import identity, load_base, load_tokenizer, locate
+from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.serving.engine.adapter import HostAdapter, read_adapter
 from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.limits import check_length
@@ -64,11 +64,10 @@ class Engine:
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
         base = load_base(model, config.quantization_bit, describe_hardware(use_gpu).device)
-        names = frozenset({model.name, str(locate(model)), identity(model)})
         self.model = BatchedModel(model.name, base, config)
         # After: the engine's own layers are what it looks through, and int8 leaves no others.
         self._layout = replace(
-            BaseLayout.of(base, names),
+            BaseLayout.of(base, base_of(model)),
             max_rank=config.max_rank,
             max_virtual_tokens=self.max_length - 2,
         )

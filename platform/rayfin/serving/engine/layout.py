@@ -11,6 +11,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from rayfin.errors import AdapterError, ModelError
+from rayfin.models import Base
 from rayfin.serving.engine.int8 import Int8Linear
 from rayfin.serving.engine.layers import SlotLinear
 from rayfin.serving.engine.limits import MAX_RANK
@@ -22,8 +23,7 @@ MAX_VIRTUAL_TOKENS = 4096
 class BaseLayout:
     """Built once a base model; the callables read its weights whenever they are asked."""
 
-    names: frozenset[str]
-    """What the base may be called: its name in the configuration, its path, its identity."""
+    base: Base
     linears: Mapping[str, tuple[int, int]]
     """Full module name -> (in_features, out_features) of all linear layers but the output head."""
     hidden_size: int
@@ -40,7 +40,7 @@ class BaseLayout:
     """The most that leave room for a prompt."""
 
     @classmethod
-    def of(cls, model: Any, names: frozenset[str]) -> BaseLayout:
+    def of(cls, model: Any, base: Base) -> BaseLayout:
         """From a loaded causal model, whether or not the engine has put its slots into it.
 
         Raises ModelError where its layers are Conv1D (GPT-2), whose weights are transposed.
@@ -49,7 +49,7 @@ class BaseLayout:
         text = model.config.get_text_config()
         heads = text.num_attention_heads
         return cls(
-            names=names,
+            base=base,
             linears=linears_of(model),
             hidden_size=text.hidden_size,
             num_layers=text.num_hidden_layers,
@@ -63,19 +63,6 @@ class BaseLayout:
 def linears_of(model: Any) -> dict[str, tuple[int, int]]:
     """`BaseLayout.linears` of a model, loaded or not."""
     return {name: (one.in_features, one.out_features) for name, one in _linears(model)}
-
-
-def is_called(claim: str, names: frozenset[str]) -> bool:
-    """Whether `claim`, the base that an adapter names, is the model that has these names.
-
-    It is one of them, or ends in the same directory name: models lie elsewhere on other machines.
-    Hub ids of different owners are different models.
-    """
-    if claim in names:
-        return True
-    if _is_hub_id(claim) and any(_is_hub_id(name) for name in names):
-        return False
-    return _last_part(claim) in {_last_part(name) for name in names} - {""}
 
 
 def _linears(model: Any) -> Iterator[tuple[str, Any]]:
@@ -141,12 +128,3 @@ def _dequantize_4bit(weight: Any) -> torch.Tensor:
 
 def _bias(linear: Any) -> torch.Tensor | None:
     return None if linear.bias is None else linear.bias.detach().float()
-
-
-def _is_hub_id(name: str) -> bool:
-    """`owner/name`, with or without `@commit`."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
-def _last_part(name: str) -> str:
-    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]

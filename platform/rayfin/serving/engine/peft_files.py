@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
-from rayfin.adapters.files import METADATA, check_safetensors, read_json
+from rayfin.adapters.files import check_safetensors, read_json
+from rayfin.adapters.metadata import trusted_metadata
 from rayfin.errors import AdapterError
+from rayfin.paths import METADATA
 from rayfin.serving.engine.request import AdapterSource
 
 CONFIG = "adapter_config.json"
@@ -130,7 +132,7 @@ class Settings:
 
 
 def read_settings(source: AdapterSource) -> tuple[Settings, Mapping[str, Any]]:
-    """adapter_config.json, and rayfin.json where there is one; raises AdapterError."""
+    """adapter_config.json, and rayfin.json where its digests are of these files; AdapterError."""
     path = source.path
     if path.is_symlink() or not path.is_dir():
         raise AdapterError(
@@ -149,7 +151,8 @@ def read_settings(source: AdapterSource) -> tuple[Settings, Mapping[str, Any]]:
                 else f"'{path}' has no {CONFIG}; save the adapter with PEFT's save_pretrained()"
             )
         )
-    return Settings(source.ref, config), _small_json(source, METADATA) or {}
+    _small_json(source, METADATA)  # refuses one that is damaged or of no sane size
+    return Settings(source.ref, config), trusted_metadata(path)
 
 
 class Weights:

@@ -23,7 +23,7 @@ from typing import Any
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError
-from rayfin.models import identity, load_tokenizer, locate, skeleton
+from rayfin.models import base_of, load_tokenizer, skeleton
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
@@ -68,7 +68,7 @@ class VllmEngine:
         check_length(model, config)
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
-        self._names = frozenset({model.name, locate(model), identity(model)})
+        self._base = base_of(model)
         self._linears = linears_of(skeleton(model))
         self._arguments = vllm_arguments(model, config)
         self._open_backend = open_backend or Vllm
@@ -135,7 +135,7 @@ class VllmEngine:
 
     def check(self, source: AdapterSource) -> None:
         """Raises AdapterError where vLLM can't serve the adapter, or not exactly."""
-        check_lora(source, self._names, self._linears, self.config.max_rank)
+        check_lora(source, self._base, self._linears, self.config.max_rank)
 
     def forget(self, ref: str) -> None:
         """Lets a removed version go as soon as no request uses it."""
@@ -227,7 +227,7 @@ class VllmEngine:
     async def _lora(self, source: AdapterSource) -> Lora:
         if source.ref not in self._loras:
             nbytes = await asyncio.to_thread(
-                check_lora, source, self._names, self._linears, self.config.max_rank
+                check_lora, source, self._base, self._linears, self.config.max_rank
             )
             with self._changed:
                 if source.ref not in self._loras:  # another request was faster

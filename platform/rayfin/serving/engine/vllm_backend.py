@@ -10,7 +10,7 @@ from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, ConfigError, EngineFailed, ModelError
 from rayfin.methods import METHODS
-from rayfin.models import locate
+from rayfin.models import Base, locate
 from rayfin.serving.engine.adapter import LORA_SETTINGS, PLAIN_INITS
 from rayfin.serving.engine.checks import check_base, check_rank, modules_of
 from rayfin.serving.engine.limits import MAX_RANK, require_vllm
@@ -177,13 +177,13 @@ def as_chunk(output: Any, logprobs: int | None) -> Chunk:
 
 def check_lora(
     source: AdapterSource,
-    names: frozenset[str],
+    base: Base,
     linears: Mapping[str, tuple[int, int]],
     max_rank: int,
 ) -> int:
     """Bytes of an adapter that vLLM answers with exactly; raises AdapterError for any other.
 
-    `names` and `linears` are the base's, as in BaseLayout.
+    `base` and `linears` are as in BaseLayout.
 
     vLLM does not look at what it doesn't know in adapter_config.json, so this does.
     """
@@ -199,7 +199,7 @@ def check_lora(
             f"it is of type {'DORA' if peft_type == 'LORA' else shown(peft_type)}, and vLLM serves "
             f"{served}; serve it with engine.type=transformers"
         )
-    check_base(settings, metadata, names)
+    check_base(settings, metadata, base)
     settings.expect("task_type", None, "CAUSAL_LM")
     settings.expect("bias", None, "none")
     settings.expect("init_lora_weights", *PLAIN_INITS)
