@@ -203,14 +203,18 @@ def test_too_many_workers_are_refused_at_once(cluster: str, lab: Any) -> None:
 
 def test_a_ray_of_our_own_listens_on_loopback_and_asks_for_its_token(cluster: str) -> None:
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
-    listening = []
+    listening, commands = [], []
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
+            commands.append(" ".join(process.cmdline()))
             for one in process.net_connections("tcp"):
                 if one.status == psutil.CONN_LISTEN:
                     listening.append((process.name(), one.laddr.ip.removeprefix("::ffff:")))
     assert len(listening) >= 5
     assert {ip for _, ip in listening} <= {"127.0.0.1", "::1"}, listening
+    # Nor does it start what nobody here would ask: the dashboard, the autoscaler, the log monitor.
+    extras = ("dashboard.py", "monitor.py")
+    assert not [command for command in commands if any(extra in command for extra in extras)]
 
     with grpc.insecure_channel(cluster) as channel, pytest.raises(grpc.RpcError) as refused:
         channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=30)

@@ -14,11 +14,10 @@ from transformers import LlamaForCausalLM
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError, ModelError
-from rayfin.models import identity, load_base, locate
+from rayfin.models import Base, base_of, load_base
 from rayfin.serving.engine.adapter import BaseLayout, HostAdapter, read_adapter
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
 from rayfin.serving.engine.layers import Mixture, SlotLinear
-from rayfin.serving.engine.layout import is_called
 from rayfin.serving.engine.request import AdapterSource
 
 pytestmark = pytest.mark.numeric
@@ -50,8 +49,7 @@ def save(
 
 
 def layout(model: ModelConfig = TINY, bits: Any = None) -> BaseLayout:
-    names = frozenset({model.name, locate(model), identity(model)})
-    return BaseLayout.of(load_base(model, bits, "cpu"), names)
+    return BaseLayout.of(load_base(model, bits, "cpu"), base_of(model))
 
 
 def read(directory: Path, model: ModelConfig = TINY, bits: Any = None) -> HostAdapter:
@@ -284,32 +282,21 @@ def test_a_published_adapter_fits_its_base_wherever_that_lies(tmp_path: Path) ->
     other = registry.publish("support", tmp_path / "trained", {"base_model": "llama"})
     with pytest.raises(AdapterError, match=r"trained on 'llama', and the served base is .*'tiny'"):
         read(other.path)
+    known = registry.publish(
+        "support",
+        tmp_path / "trained",
+        {"base_model": "/there/tiny", "base_identity": list(base_of(TINY).identities[1:])},
+    )
+    assert read(known.path).method == "lora"
     unsaid = registry.publish("support", tmp_path / "trained", {})
     with pytest.raises(AdapterError, match=r"trained on '/elsewhere/checkpoint-7'"):
         read(unsaid.path)
 
 
-@pytest.mark.parametrize(
-    ("claim", "names", "same"),
-    [
-        ("tiny", {"tiny", "/cache/tiny-1"}, True),
-        ("/other/cache/tiny-1/", {"tiny", "/cache/tiny-1"}, True),
-        ("C:\\models\\tiny-1", {"/cache/tiny-1"}, True),
-        ("tiny-2", {"tiny", "/cache/tiny-1", "tiny@1"}, False),
-        ("org/llama", {"org/llama", "org/llama@0123abc"}, True),
-        ("org/llama", {"/models/llama", "local@0123abc"}, True),
-        ("other/llama", {"org/llama", "org/llama@0123abc"}, False),
-        ("/", {"/models/llama/"}, False),
-    ],
-)
-def test_which_names_mean_the_served_base(claim: str, names: set[str], same: bool) -> None:
-    assert is_called(claim, frozenset(names)) == same
-
-
 def test_layout_of_a_base_that_the_engine_has_changed() -> None:
     """Layers under the engine's own keep their names, and int8 ones their weights nearly."""
     base = load_base(TINY, None, "cpu")
-    before = BaseLayout.of(base, frozenset({"tiny"}))
+    before = BaseLayout.of(base, Base("tiny"))
     assert "lm_head" not in before.linears and len(before.linears) == 14
     assert before.linears["model.layers.0.mlp.down_proj"] == (128, 64)
     assert (before.hidden_size, before.num_layers) == (64, 2)
@@ -321,7 +308,7 @@ def test_layout_of_a_base_that_the_engine_has_changed() -> None:
         setattr(
             base.get_submodule(parent), child, SlotLinear(inner, Mixture(None), 2, torch.float32)
         )
-    after = BaseLayout.of(base, before.names)
+    after = BaseLayout.of(base, before.base)
     assert after.linears == before.linears
     for name in before.linears:
         found, weight = after.weight(name), before.weight(name)
@@ -336,7 +323,7 @@ def test_weights_of_a_4_bit_base_after_its_first_call_on_avx512_bf16(rounding: A
     from bitsandbytes.functional import _convert_weight_packed_for_cpu
 
     base: Any = load_base(TINY, 4, "cpu")
-    found = BaseLayout.of(base, frozenset({"tiny"}))
+    found = BaseLayout.of(base, Base("tiny"))
     name = "model.layers.0.mlp.gate_proj"
     before = found.weight(name)
     weight = base.get_submodule(name).weight
@@ -354,4 +341,4 @@ def test_gpt2s_transposed_layers_are_refused() -> None:
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(ModelError, match="Conv1D"):
-        BaseLayout.of(model, frozenset({"gpt2"}))
+        BaseLayout.of(model, Base("gpt2"))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError
-from rayfin.models import load_base, locate
+from rayfin.models import base_of, load_base
+from rayfin.paths import digest_files
 from rayfin.serving.engine.adapter import BaseLayout, read_adapter
 from rayfin.serving.engine.peft_files import Weights
 from rayfin.serving.engine.request import AdapterSource
@@ -32,7 +33,7 @@ Tensors = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def base() -> BaseLayout:
-    return BaseLayout.of(load_base(TINY, None, "cpu"), frozenset({"tiny", locate(TINY)}))
+    return BaseLayout.of(load_base(TINY, None, "cpu"), base_of(TINY))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,12 @@ class Spoilt:
     def set(self, **values: Any) -> None:
         config = self.path / CONFIG
         config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
+
+    def told(self, **values: Any) -> None:
+        """A rayfin.json as a publisher writes it, with `values` beside the digests."""
+        files = {name: self.path / name for name in (CONFIG, WEIGHTS)}
+        record = self.path / "rayfin.json"
+        record.write_text(json.dumps(values | {"files": digest_files(files)}))
 
     def change(self, edit: Callable[[Tensors], Any]) -> None:
         tensors = load_file(self.path / WEIGHTS)
@@ -191,13 +198,39 @@ def test_another_base_is_refused_by_both_names(spoil: Callable[[str], Spoilt], c
 
 def test_another_base_by_its_publishers_word(spoil: Callable[[str], Spoilt]) -> None:
     adapter = spoil("lora")
-    record = adapter.path / "rayfin.json"
-    record.write_text('{"base_model": "llama"}')
+    adapter.set(base_model_name_or_path="tiny")
+    adapter.told(base_model="llama")
     adapter.refused("trained on 'llama'.*'tiny'")
+    adapter.told(base_model="tiny", base_identity=["local@0123456789abcdef"])
+    adapter.refused("trained on 'tiny' .local@0123456789abcdef.*served base is 'tiny' .local@")
+    adapter.told(base_model="elsewhere", base_identity=["tiny@1", 7])
+    assert adapter.read().method == "lora"
+    record = adapter.path / "rayfin.json"
     record.write_text("[")
     adapter.refused("not valid JSON")
-    record.write_text('{"base_model": "tiny"}')
+
+
+@pytest.mark.parametrize("digests", ["none", "empty", "of other files", "no hashes", "outside"])
+def test_a_handwritten_record_is_not_believed(spoil: Callable[[str], Spoilt], digests: str) -> None:
+    """PEFT's own word counts then: rayfin.json could be anybody's."""
+    adapter = spoil("lora")
+    adapter.set(base_model_name_or_path="llama")
+    adapter.told(base_model="tiny", base_identity=["tiny@1"])
     assert adapter.read().method == "lora"
+    record = adapter.path / "rayfin.json"
+    told = json.loads(record.read_text())
+    if digests == "none":
+        del told["files"]
+    elif digests == "empty":
+        told["files"] = {}
+    elif digests == "of other files":
+        told["files"][CONFIG]["sha256"] = "0" * 64
+    elif digests == "outside":
+        told["files"]["../outside.json"] = {"bytes": 2, "sha256": "0" * 64}
+    else:
+        told["files"] = {name: {"bytes": one["bytes"]} for name, one in told["files"].items()}
+    record.write_text(json.dumps(told))
+    adapter.refused("trained on 'llama'.*'tiny'.*rayfin adapters add DIR NAME --base-is-right")
 
 
 # --- tensors ------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rayfin.config import load_serve_config
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, ConfigError, EngineFailed, Overloaded, RequestError
-from rayfin.models import skeleton
+from rayfin.models import base_of, skeleton
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
@@ -215,7 +215,12 @@ def test_settings_that_vllm_would_not_look_at_are_refused(
     config = directory / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(AdapterError, match=reason):
-        check_lora(AdapterSource("changed@1", directory), frozenset({tiny}), linears(tiny), 64)
+        check_lora(
+            AdapterSource("changed@1", directory),
+            base_of(ModelConfig(name=tiny)),
+            linears(tiny),
+            64,
+        )
 
 
 def test_a_pickle_is_never_left_to_vllm(tiny: str, tiny_adapters: Adapters, tmp_path: Path) -> None:
@@ -223,7 +228,12 @@ def test_a_pickle_is_never_left_to_vllm(tiny: str, tiny_adapters: Adapters, tmp_
     shutil.copytree(tiny_adapters["lora"].path, directory)
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
     with pytest.raises(AdapterError, match="safetensors"):
-        check_lora(AdapterSource("pickled@1", directory), frozenset({tiny}), linears(tiny), 64)
+        check_lora(
+            AdapterSource("pickled@1", directory),
+            base_of(ModelConfig(name=tiny)),
+            linears(tiny),
+            64,
+        )
 
 
 def test_cancelling_ends_a_request(
