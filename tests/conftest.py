@@ -46,6 +46,12 @@ def rounding() -> ModuleType:
     return helper("rounding")
 
 
+@pytest.fixture(scope="session")
+def chatml() -> ModuleType:
+    """A base whose template ends turns with a token of its own: chatml.py."""
+    return helper("chatml")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def advisor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What the advisor learns of the tests' histories is no part of the user's cache.

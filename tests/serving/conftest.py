@@ -116,10 +116,13 @@ def ask(
     prompt: Sequence[int],
     adapter: AdapterSource | None = None,
     params: SamplingParams | None = None,
+    **more: Any,
 ) -> Answer:
+    """`more`: of the Request."""
     answer = Answer()
     name = f"request-{next(_NUMBER)}"
-    engine.submit(Request(name, tuple(prompt), params or greedy(16), adapter), answer.take)
+    params = params or greedy(16)
+    engine.submit(Request(name, tuple(prompt), params, adapter, **more), answer.take)
     return answer
 
 

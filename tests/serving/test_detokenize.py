@@ -178,6 +178,32 @@ def test_half_a_character_does_not_change_the_one_before_it():
     assert pieces == ["", "é", "", "\ufffdb", "a", ""]
 
 
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [
+        (("<|im_end|>",), "ab"),
+        (("x", "<|im_end|>\n"), "ab"),
+        (("b<|im_end|>",), "a"),
+        (("<|im_end|>\n<|im_start|>c",), "ab"),
+        (("<|im_end|>c",), "ab\ncd"),
+        # Of a token that no text shows, no part is text.
+        (("end", "|"), "ab\ncd"),
+        (("b\nc",), "a"),
+    ],
+)
+def test_a_special_token_that_a_stop_string_names_is_seen_and_not_shown(
+    stops: tuple[str, ...], text: str
+):
+    tokenizer = tokenizer_of("tiny")
+    end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    ids = [*ids_of(tokenizer, "ab"), end, *ids_of(tokenizer, "\n"), start]
+    pieces, stopped = stream(tokenizer, [*ids, *ids_of(tokenizer, "cd")], stops=stops)
+    assert ("".join(pieces), stopped) == (text, text != "ab\ncd")
+    spelled = tokenizer.convert_tokens_to_ids(list("ab<|im_end|>c"))
+    pieces, _ = stream(tokenizer, spelled, stops=("<|im_end|>",))
+    assert "".join(pieces) == "ab"
+
+
 def cut(text: str, stops: tuple[str, ...]) -> str:
     """`text` before the stop string that is complete first; of several, that which begins first."""
     for end in range(len(text) + 1):

@@ -23,6 +23,7 @@ from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, ConfigError, EngineFailed, Overloaded, RequestError
 from rayfin.models import base_of, skeleton
+from rayfin.models.ends import Ends
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
@@ -30,6 +31,7 @@ from rayfin.serving.engine.vllm import VllmEngine
 from rayfin.serving.engine.vllm_backend import (
     Lora,
     as_chunk,
+    as_vllm_stops,
     check_lora,
     sampling_arguments,
     vllm_arguments,
@@ -67,8 +69,10 @@ class AsVllm:
             number = AdapterSource(f"kept@{lora.number}", lora.source.path)
             source = self.kept.setdefault(lora.number, number)
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
+        params = sampling_arguments(request)
+        params |= {name: tuple(params[name]) for name in ("stop", "stop_token_ids")}
         self.engine.submit(
-            Request(request.request_id, request.prompt_ids, request.params, source),
+            Request(request.request_id, request.prompt_ids, SamplingParams(**params), source),
             lambda chunk: loop.call_soon_threadsafe(arrived.put_nowait, chunk),  # type: ignore[arg-type,return-value]
         )
         try:
@@ -326,10 +330,52 @@ def test_settings_in_vllms_words(tiny: str) -> None:
 def test_sampling_in_vllms_words() -> None:
     params = SamplingParams(max_tokens=9, temperature=0.5, top_k=3, stop=("a", "b"), seed=1)
     arguments = sampling_arguments(Request("x", (1,), params))
-    assert arguments["stop"] == ["a", "b"]
-    assert {key: value for key, value in arguments.items() if key != "stop"} == {
-        key: value for key, value in vars(params).items() if key != "stop"
-    }
+    assert arguments["stop"] == ["a", "b"] and arguments["stop_token_ids"] == []
+    stops = {"stop": None, "stop_token_ids": None}
+    assert arguments | stops == vars(params) | stops
+
+
+def test_vllm_is_told_all_that_ends_an_answer(
+    lab: Any, engine: VllmEngine, tiny_tokenizer: Any, prompt: list[int]
+) -> None:
+    """The base's tokens and the adapter's, texts, and stop strings that vLLM would not see."""
+    whole = lab.ask(engine, prompt).wait()
+    third = whole.token_ids[2]
+    assert third not in whole.token_ids[:2] and third not in tiny_tokenizer.all_special_ids
+    for ends in (Ends((third,)), Ends(texts=(tiny_tokenizer.decode(third),))):
+        ended = lab.ask(
+            engine, prompt, None, SamplingParams(max_tokens=9, temperature=0), ends=ends
+        )
+        assert ended.wait().token_ids == whole.token_ids[:3]
+        assert (ended.text, ended.last.finish_reason) == (
+            tiny_tokenizer.decode(whole.token_ids[:2]),
+            "stop",
+        )
+        assert lab.ask(engine, prompt, ends=ends).wait().token_ids == whole.token_ids
+    asked = SamplingParams(stop=("a", "<|im_start|>"), stop_token_ids=(5,))
+    told = sampling_arguments(
+        as_vllm_stops(Request("x", (1,), asked, ends=Ends((7,))), (8, 9), {"<|im_start|>": 6})
+    )
+    assert (told["stop"], told["stop_token_ids"]) == (["a"], [5, 6, 7, 8, 9])
+    with pytest.raises(RequestError, match=r"has the special token '<.im_end.>'"):
+        lab.ask(engine, prompt, None, SamplingParams(stop=("b<|im_end|>",)))
+
+
+def test_vllm_is_told_every_end_of_a_list_in_the_generation_configuration(
+    tiny: str, backend: AsVllm, lab: Any, prompt: list[int], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    first = lab.peft_answers(tiny, None, [prompt], 1)[0][0]
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [first, 258]}))
+    engine = VllmEngine(ModelConfig(name=str(base)), EngineConfig(type="vllm"), backend.opened)
+    engine.start()
+    try:
+        answer = lab.ask(engine, prompt, None, SamplingParams(max_tokens=9, temperature=0)).wait()
+        assert (answer.token_ids, answer.text) == ([first], "")
+        assert len(lab.ask(engine, prompt).wait().token_ids) == 16
+    finally:
+        engine.close()
 
 
 def test_log_probabilities_from_vllms_form() -> None:

@@ -44,7 +44,7 @@ def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFas
     Tokenise it with `add_special_tokens=False`: what the model expects is in the text.
     """
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return _texts([before], tokenizer, opens=True)[0]
+    return render_texts([before], tokenizer, opens=True)[0]
 
 
 def render_conversations(
@@ -60,8 +60,10 @@ def render_conversations(
     """
     turns = [learned_turns(example) for example in conversations]
     pairs = list(zip((example.messages for example in conversations), turns, strict=True))
-    prompts = iter(_texts([m[:turn] for m, of in pairs for turn in of], tokenizer, opens=True))
-    wholes = iter(_texts([m[: turn + 1] for m, of in pairs for turn in of], tokenizer))
+    prompts = iter(
+        render_texts([m[:turn] for m, of in pairs for turn in of], tokenizer, opens=True)
+    )
+    wholes = iter(render_texts([m[: turn + 1] for m, of in pairs for turn in of], tokenizer))
     endings = _end_of_turn_tokens(tokenizer)
     return [_spanned([(next(prompts), next(wholes)) for _ in of], endings) for of in turns]
 
@@ -110,7 +112,7 @@ def _end_of_turn_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
     return tuple(token for token in {*added, *tokenizer.all_special_tokens} if token.strip())
 
 
-def _texts(
+def render_texts(
     conversations: Sequence[Sequence[Message]],
     tokenizer: PreTrainedTokenizerFast,
     *,

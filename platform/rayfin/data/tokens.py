@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rayfin.data.ends import no_end, taught_ends
 from rayfin.data.examples import NO_LOSS, Corpus, Example, Tokens
 from rayfin.data.losses import losses
 from rayfin.data.profile import DataProfile, profile_of
 from rayfin.data.render import Rendered, begins_with_bos, render_conversations
 from rayfin.errors import DataError, ModelError
+from rayfin.models.ends import Ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +33,8 @@ class TokenizedCorpus:
     profile: DataProfile
     stream: Stream | None = None
     """Where the training samples come from, if `train` is a sample of them."""
+    ends: Ends = field(default_factory=Ends)
+    """Ends of an answer that are learned."""
 
 
 def tokenize_corpus(
@@ -50,14 +54,18 @@ def tokenize_corpus(
     train, held_out = whole[: len(corpus.train)], whole[len(corpus.train) :]
     kept_train = _cut(train, max_length, "train")
     kept_eval = _cut(held_out, max_length, "eval")
+    ends = taught_ends(corpus.train, kept_train, tokenizer)
+    notes = losses(corpus, whole, len(kept_train) + len(kept_eval), max_length)
+    if ends == Ends():
+        notes += (no_end(corpus, train, tokenizer),)
     profile = profile_of(
         corpus,
         train=kept_train,
         held_out=kept_eval,
         truncated=sum(len(sample["input_ids"]) > max_length for sample in whole),
-        notes=losses(corpus, whole, len(kept_train) + len(kept_eval), max_length),
+        notes=notes,
     )
-    return TokenizedCorpus(kept_train, kept_eval, profile, corpus.stream)
+    return TokenizedCorpus(kept_train, kept_eval, profile, corpus.stream, ends)
 
 
 def needs_length_check(corpus: Corpus, max_length: int) -> bool:

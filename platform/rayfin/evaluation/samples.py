@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import load_corpus, render_prompt
+from rayfin.data.ends import turn_end
 from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
 from rayfin.methods import METHODS
 from rayfin.models import load_base, load_tokenizer
+from rayfin.models.ends import Ends, end_token_ids
 from rayfin.tuning.rows import adapter_place
 
 if TYPE_CHECKING:
@@ -48,9 +51,10 @@ def answer_samples(
         from peft import PeftModel  # after the base: see import_bitsandbytes
 
         prompts = [render_prompt(example.messages, tokenizer) for example in examples]
+        ends = turn_end(tokenizer) | Ends(end_token_ids(model_config, tokenizer))
 
         def answers(model: torch.nn.Module) -> list[str]:
-            return [_answer(model, tokenizer, prompt, max_new_tokens) for prompt in prompts]
+            return [_answer(model, tokenizer, prompt, ends, max_new_tokens) for prompt in prompts]
 
         before = answers(base)
         after = answers(PeftModel.from_pretrained(base, str(adapter)).eval())
@@ -67,7 +71,11 @@ def _question(messages: tuple[dict[str, str], ...]) -> str:
 
 
 def _answer(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    prompt: str,
+    ends: Ends,
+    max_new_tokens: int,
 ) -> str:
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     device = next(model.parameters()).device
@@ -77,6 +85,12 @@ def _answer(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=list(ends.token_ids) or None,
+        **({"stop_strings": list(ends.texts), "tokenizer": tokenizer} if ends.texts else {}),
     )
-    new = output[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
+    new = output[0, inputs["input_ids"].shape[1] :].tolist()
+    said = list(takewhile(lambda token: token not in ends.token_ids, new))
+    text = str(tokenizer.decode(said, skip_special_tokens=True))
+    for end_text in ends.texts:
+        text = text.partition(end_text)[0]
+    return text.strip()

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.models import BASE_IDENTITY, Base
+from rayfin.models.ends import END_OF_TURN, Ends
 from rayfin.models.quiet import no_progress_bars
 from rayfin.objects import sum_of, sums_of
 from rayfin.paths import METADATA, Place, digest_files, write_json
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -140,13 +142,16 @@ def load_progress(directory: Path) -> Progress:
 
 def save_adapter(
     model: torch.nn.Module,
-    tokenizer: object,
+    tokenizer: PreTrainedTokenizerFast,
     directory: Path,
+    ends: Ends,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """A plain PEFT adapter (or, for full fine-tuning, a plain model) with its tokenizer.
 
-    `weights`: the whole model's, where `model` itself has a part of them only.
+    `ends`, which it was taught, are in rayfin.json; a plain model's tokens are also in its
+    generation_config.json, where whoever runs it looks. `weights`: the whole model's, where
+    `model` itself has a part of them only.
     """
     from peft import PeftModel, PeftType
     from peft.utils.warning import PeftWarning
@@ -157,6 +162,8 @@ def save_adapter(
         options["save_embedding_layers"] = False
     elif weights is not None:
         options["state_dict"] = weights
+    if not isinstance(model, PeftModel):
+        _add_ends(model.generation_config, ends)
     # P-Tuning saves what its encoder puts out now: dropout would be saved with it.
     model.eval()
     with no_progress_bars(), warnings.catch_warnings():
@@ -164,7 +171,16 @@ def save_adapter(
             # A matrix that was left no rank is empty on purpose; peft takes it for a lost shard.
             warnings.filterwarnings("ignore", ".*tensor\\(s\\) have invalid shape", PeftWarning)
         model.save_pretrained(os.fspath(directory), **options)  # type: ignore[operator]
-    tokenizer.save_pretrained(os.fspath(directory))  # type: ignore[attr-defined]
+    tokenizer.save_pretrained(os.fspath(directory))
+    write_json(directory / METADATA, {END_OF_TURN: ends.as_json(tokenizer)})
+
+
+def _add_ends(generation: Any, ends: Ends) -> None:
+    """Adds to the tokens that end what a model generates, one or a list, those of `ends`."""
+    known = generation.eos_token_id
+    listed = known if isinstance(known, list) else [] if known is None else [known]
+    if added := [token for token in ends.token_ids if token not in listed]:
+        generation.eos_token_id = [*listed, *added]
 
 
 def vouch(directory: Path, base: Base) -> None:

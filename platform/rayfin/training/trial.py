@@ -18,6 +18,7 @@ from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemor
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
+from rayfin.models.ends import Ends
 from rayfin.paths import Place, write_directory_whole, write_text
 from rayfin.training.checkpoint import (
     clear_checkpoints,
@@ -33,6 +34,7 @@ from rayfin.training.warm import Warm, pad_token_id
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
     from rayfin.training.trainer import TrialTrainer
 
@@ -184,7 +186,7 @@ def _train(
             shutil.rmtree(staging(checkpoints), ignore_errors=True)
         resumed = _resumed(checkpoints, trainer)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        adapter = _finish(trainer, model, tokenizer, place, warm.origin(spec.model))
+        adapter = _finish(trainer, model, tokenizer, data.ends, place, warm.origin(spec.model))
         checkpoints.forget()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
@@ -214,7 +216,12 @@ def _resumed(checkpoints: Place, trainer: TrialTrainer) -> Path | None:
 
 
 def _finish(
-    trainer: TrialTrainer, model: torch.nn.Module, tokenizer: object, place: Place, origin: Base
+    trainer: TrialTrainer,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    ends: Ends,
+    place: Place,
+    origin: Base,
 ) -> Place | None:
     """Writes the adapter of a finished trial; lets the checkpoints go of one that was stopped."""
     adapter = place / "adapter"
@@ -227,7 +234,7 @@ def _finish(
             if trainer.args.should_save:
                 shutil.rmtree(adapter.path, ignore_errors=True)
                 with write_directory_whole(adapter.path) as temporary:
-                    save_adapter(model, tokenizer, temporary, weights)
+                    save_adapter(model, tokenizer, temporary, ends, weights)
                     vouch(temporary, origin)
                 adapter.publish()
                 adapter.forget()

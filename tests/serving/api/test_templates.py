@@ -19,7 +19,8 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError, Overloaded, RequestError
-from rayfin.serving.api.templates import MAX_TEMPLATE, ApartRenderer, read_template
+from rayfin.serving.api.own_files import MAX_TEMPLATE, read_template
+from rayfin.serving.api.templates import ApartRenderer
 from rayfin.serving.engine.request import AdapterSource
 
 OWN = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from rayfin.errors import RequestError
 from rayfin.serving.api.answers import ChatAnswers, CompletionAnswers
 from rayfin.serving.api.bodies import read_body
 from rayfin.serving.api.documents import (
@@ -19,6 +20,7 @@ from rayfin.serving.api.generate import Asked, TokenIds, respond, sampling
 from rayfin.serving.api.record import record_of
 from rayfin.serving.api.schema import ChatBody, CompletionBody, GenerationBody
 from rayfin.serving.api.service import Service
+from rayfin.serving.engine.request import check_stop_tokens
 from rayfin.serving.names import Named
 
 _FAILURES = (400, 401, 403, 404, 408, 413, 429, 503)
@@ -39,7 +41,7 @@ def completion_routes(service: Service) -> APIRouter:
         """Answers a conversation, whole or as server-sent events."""
         key = service.admit(request)
         body = await read_body(request, ChatBody, config)
-        _check(body, config.max_n)
+        _check(body, service)
         if body.top_logprobs is not None and not body.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -55,6 +57,7 @@ def completion_routes(service: Service) -> APIRouter:
             body.max_completion_tokens or body.max_tokens,
             sampling(body, logprobs),
             prompts,
+            service.ends.of_chat,
             lambda: ChatAnswers(service.tokens, logprobs=logprobs is not None),
         )
         return await respond(request, service, asked)
@@ -68,7 +71,7 @@ def completion_routes(service: Service) -> APIRouter:
         """Continues texts, whole or as server-sent events."""
         key = service.admit(request)
         body = await read_body(request, CompletionBody, config)
-        _check(body, config.max_n)
+        _check(body, service)
         if service.log is not None and service.log.text:
             record_of(request).prompt = body.prompt
 
@@ -81,6 +84,7 @@ def completion_routes(service: Service) -> APIRouter:
             body.max_tokens or _MAX_TOKENS,
             sampling(body, body.logprobs),
             prompts,
+            service.ends.of_text,
             lambda: CompletionAnswers(service.tokens, logprobs=body.logprobs is not None),
         )
         return await respond(request, service, asked)
@@ -88,7 +92,12 @@ def completion_routes(service: Service) -> APIRouter:
     return router
 
 
-def _check(body: GenerationBody, max_n: int) -> None:
+def _check(body: GenerationBody, service: Service) -> None:
+    max_n = service.config.max_n
+    try:
+        check_stop_tokens(body.stop_token_ids or (), len(service.engine.tokenizer))
+    except RequestError as error:
+        raise ApiError(400, str(error), param="stop_token_ids") from error
     if (body.n or 1) > max_n:
         raise ApiError(400, f"n is {body.n}; give 1 to {max_n} (api.max_n)", param="n")
     if body.stream_options is not None and not body.stream:

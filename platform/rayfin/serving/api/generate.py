@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from rayfin.config.serving import ApiKey
 from rayfin.errors import AdapterError, EngineFailed, Overloaded
+from rayfin.models.ends import Ends
 from rayfin.serving.api.answers import Answers, usage
 from rayfin.serving.api.errors import CLIENT_GONE, ApiError, as_api_error
 from rayfin.serving.api.protocol import failure_of
@@ -40,6 +41,7 @@ class Asked:
     """null: as many as there is room for."""
     params: SamplingParams
     prompts: Callable[[Named], Awaitable[list[TokenIds]]]
+    ends: Callable[[Named], Awaitable[Ends]]
     answers: Callable[[], Answers]
 
     @property
@@ -78,7 +80,14 @@ def sampling(body: GenerationBody, logprobs: int | None) -> SamplingParams:
         )
         if (value := getattr(body, name)) is not None
     }
-    return replace(defaults, stop=stop, logprobs=logprobs, top_k=max(body.top_k or 0, 0), **given)
+    return replace(
+        defaults,
+        stop=stop,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        logprobs=logprobs,
+        top_k=max(body.top_k or 0, 0),
+        **given,
+    )
 
 
 async def respond(request: HttpRequest, service: Service, asked: Asked) -> Response:
@@ -114,9 +123,10 @@ async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun
     for attempt in range(_ATTEMPTS):
         record.adapter = named.adapter or service.names.base_name
         prompts = await asked.prompts(named)
+        ends = await asked.ends(named)
         # Another id for another attempt: the engine may not have let go of the last one's yet.
         name = f"{record.request_id}-{attempt}"
-        requests = _requests(name, named, prompts, asked, service.engine.max_length)
+        requests = _requests(name, named, prompts, ends, asked, service.engine.max_length)
         generation = Generation(service.engine, requests)
         generation.start(request.receive)
         try:
@@ -140,7 +150,12 @@ async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun
 
 
 def _requests(
-    name: str, named: Named, prompts: Sequence[TokenIds], asked: Asked, max_length: int
+    name: str,
+    named: Named,
+    prompts: Sequence[TokenIds],
+    ends: Ends,
+    asked: Asked,
+    max_length: int,
 ) -> list[Request]:
     """A sequence for each prompt and each of its n answers, in the order of their indexes."""
     requests: list[Request] = []
@@ -153,7 +168,7 @@ def _requests(
             request_id = f"{name}-{len(requests)}"
             one = replace(params, seed=seed)
             streamed = bool(asked.body.stream)
-            requests.append(Request(request_id, prompt, one, named.source, streamed))
+            requests.append(Request(request_id, prompt, one, named.source, streamed, ends))
     return requests
 
 

@@ -6,13 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from rayfin.serving.engine.request import MAX_STOPS, MAX_TOP_LOGPROBS
+from rayfin.serving.engine.request import MAX_STOP_TOKENS, MAX_STOPS, MAX_TOP_LOGPROBS
 
 MAX_MESSAGES = 2048
 _INT = 2**31 - 1
 
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, le=_INT)]], Field(min_length=1, fail_fast=True)
+]
+
+StopTokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, le=_INT)]], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)
 ]
 
 
@@ -51,8 +55,14 @@ class GenerationBody(Body):
     """Answers to each prompt; with a seed, answer i has seed + i."""
     seed: int | None = Field(None, ge=-(2**62), le=2**62)
     stop: str | Annotated[list[str], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
+    """Texts before the first of which an answer ends; a special token's text (`<|im_end|>`) is met
+    by the token."""
+    stop_token_ids: StopTokenIds | None = None
+    """Tokens at the first of which an answer ends, beside those that end it anyway: the base's end
+    tokens, what the adapter was taught, and in a chat what the template ends a turn with. Each is
+    an id of the served model's vocabulary."""
     ignore_eos: bool | None = None
-    """Go on after the end of the text, up to max_tokens."""
+    """Go on after all that ends an answer but `stop` and `stop_token_ids`, up to max_tokens."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

@@ -10,6 +10,7 @@ from fastapi import Request
 from rayfin.config.serving import ApiConfig, ApiKey
 from rayfin.errors import AdapterNotFound
 from rayfin.serving.api.answers import Tokens
+from rayfin.serving.api.ends import AnswerEnds
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.api.keys import Keys, check_use
 from rayfin.serving.api.metrics import Metrics
@@ -28,6 +29,7 @@ class Service:
     keys: Keys
     templates: Templates
     prompts: Prompts
+    ends: AnswerEnds
     tokens: Tokens
     metrics: Metrics
     log: RequestLog | None
@@ -46,6 +48,7 @@ class Service:
             Keys(config),
             templates,
             Prompts(engine.tokenizer, templates),
+            AnswerEnds(engine.tokenizer, templates),
             Tokens(engine.tokenizer),
             Metrics(engine, names.base_name, config.max_adapter_labels),
             RequestLog(config.request_log, text=config.request_log_text)

@@ -29,8 +29,14 @@ _MEMORY = 256 * 2**20
 _MAX_OUTPUT = 8 * 2**20
 
 
-def render(template: str, messages: list[dict[str, Any]], special_tokens: dict[str, Any]) -> str:
-    """The conversation as `template` writes it, with the opening of the next answer.
+def render(
+    template: str,
+    messages: list[dict[str, Any]],
+    special_tokens: dict[str, Any],
+    *,
+    opens: bool = True,
+) -> str:
+    """The conversation as `template` writes it; `opens`: with the opening of the next answer.
 
     transformers' own renderer, in its sandbox; raises whatever the template does.
     """
@@ -39,7 +45,7 @@ def render(template: str, messages: list[dict[str, Any]], special_tokens: dict[s
     rendered: Any = render_jinja_template(
         conversations=[messages],
         chat_template=template,
-        add_generation_prompt=True,
+        add_generation_prompt=opens,
         **special_tokens,
     )
     texts, _ = rendered
@@ -93,7 +99,7 @@ def _serve(at: mmap.mmap) -> None:
 
 def _render(job: dict[str, Any]) -> dict[str, str]:
     try:
-        text = render(job["template"], job["messages"], job["special_tokens"])
+        text = render(job["template"], job["messages"], job["special_tokens"], opens=job["opens"])
     except Exception as error:  # noqa: BLE001  # whatever a template raises is its answer
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     if len(text) > _MAX_OUTPUT:

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -28,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.models.ends import PROBES, Ends, ends_in
+from rayfin.serving.api.own_files import read_template
 from rayfin.serving.api.template_worker import KILLED, LOST, render
 from rayfin.serving.engine.request import AdapterSource
 
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_TEMPLATE = 64 * 2**10
-"""Characters of a chat template; the longest in use have about 20,000."""
-
-_MAX_FILE = 8 * 2**20
 _MAX_WAITING = 64
 _REMEMBERED = 1024
 _REFUSED_SECONDS = 30.0
@@ -59,11 +56,43 @@ class Templates:
         self._special_tokens = {
             name: str(token) for name, token in tokenizer.special_tokens_map.items()
         }
+        self._tokenizer = tokenizer
         self._own: OrderedDict[str, str | None] = OrderedDict()
+        self._ends: OrderedDict[str | None, Ends] = OrderedDict()
         self._apart = ApartRenderer(seconds)
 
     async def render(self, source: AdapterSource | None, messages: Conversation) -> str:
-        """The text of a conversation; raises RequestError, AdapterError or Overloaded."""
+        """The text of a conversation, with the opening of the next answer.
+
+        Raises RequestError, AdapterError or Overloaded.
+        """
+        return await self._write(source, messages, opens=True)
+
+    async def ends(self, source: AdapterSource | None) -> Ends:
+        """What the template ends an answer with; raises AdapterError or Overloaded."""
+        own = None if source is None else await self._own_template(source)
+        # A version never changes: neither does what its template writes.
+        key = source.ref if source is not None and own not in (None, self._base) else None
+        if key not in self._ends:
+            texts = [await self._probed(source, list(probe)) for probe in PROBES]
+            self._ends[key] = ends_in(texts, self._tokenizer)
+            while len(self._ends) > _REMEMBERED:
+                self._ends.popitem(last=False)
+        return self._ends[key]
+
+    def close(self) -> None:
+        self._apart.close()
+
+    async def _probed(self, source: AdapterSource | None, probe: Conversation) -> str:
+        """What the template makes of `probe`; nothing where it refuses it."""
+        try:
+            return await self._write(source, probe, opens=False)
+        except RequestError:
+            return ""
+
+    async def _write(
+        self, source: AdapterSource | None, messages: Conversation, *, opens: bool
+    ) -> str:
         own = None if source is None else await self._own_template(source)
         template = own or self._base
         if template is None:
@@ -72,16 +101,14 @@ class Templates:
                 f"{where} no chat template; use /v1/completions, or publish an adapter that "
                 "brings one (chat_template.jinja)"
             )
+        tokens = self._special_tokens
         if template != self._base:
             assert source is not None
-            return await self._apart.render(source.ref, template, messages, self._special_tokens)
+            return await self._apart.render(source.ref, template, messages, tokens, opens=opens)
         try:
-            return await asyncio.to_thread(render, template, messages, self._special_tokens)
+            return await asyncio.to_thread(render, template, messages, tokens, opens=opens)
         except Exception as error:  # whatever a template raises is about these messages
             raise _refusal("the base model", f"{type(error).__name__}: {error}") from error
-
-    def close(self) -> None:
-        self._apart.close()
 
     async def _own_template(self, source: AdapterSource) -> str | None:
         # A version never changes: neither does its template.
@@ -117,9 +144,18 @@ class ApartRenderer:
         self._stop: weakref.finalize[Any, Any] | None = None
 
     async def render(
-        self, ref: str, template: str, messages: Conversation, special_tokens: dict[str, str]
+        self,
+        ref: str,
+        template: str,
+        messages: Conversation,
+        special_tokens: dict[str, str],
+        *,
+        opens: bool = True,
     ) -> str:
-        """Raises RequestError, AdapterError or Overloaded."""
+        """As `template` writes the conversation; `opens`: with the opening of the next answer.
+
+        Raises RequestError, AdapterError or Overloaded.
+        """
         self._check(ref)
         if self._waiting >= _MAX_WAITING:
             raise Overloaded(f"{self._waiting} chat templates wait to be rendered; try again soon")
@@ -127,6 +163,7 @@ class ApartRenderer:
             "template": template,
             "messages": messages,
             "special_tokens": special_tokens,
+            "opens": opens,
             "seconds": self._seconds,
         }
         self._waiting += 1
@@ -200,61 +237,6 @@ class ApartRenderer:
         self._process = self._stop = None
 
 
-def read_template(source: AdapterSource) -> str | None:
-    """The chat template in an adapter's directory, None where it brings none.
-
-    Raises AdapterError for one that is too large, or whose file is none that can be read.
-    """
-    template = _read_file(source, "chat_template.jinja", 4 * MAX_TEMPLATE)
-    if template is None:
-        config = _read_file(source, "tokenizer_config.json", _MAX_FILE)
-        template = None if config is None else _template_of(source, config)
-    if template is not None and len(template) > MAX_TEMPLATE:
-        raise _too_large(source, "its chat template", len(template), MAX_TEMPLATE)
-    return template
-
-
-def _template_of(source: AdapterSource, config: str) -> str | None:
-    """`chat_template` of a tokenizer_config.json: a text, or a list of named ones."""
-    try:
-        found: Any = json.loads(config)["chat_template"]
-        if isinstance(found, list):
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-    except KeyError:
-        return None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterError(
-            f"adapter '{source.ref}': its tokenizer_config.json can't be read; publish it again"
-        ) from error
-    return found if isinstance(found, str) else None
-
-
-def _read_file(source: AdapterSource, name: str, most: int) -> str | None:
-    """The text of a regular file of at most `most` bytes; None where there is none."""
-    broken = AdapterError(
-        f"adapter '{source.ref}': its {name} is no text file that can be read; publish it again"
-    )
-    try:
-        # No link is followed, and opening a pipe doesn't wait for its other end.
-        file = os.open(source.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise broken from error
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise broken
-        if status.st_size > most:
-            raise _too_large(source, f"its {name}", status.st_size, most)
-        with os.fdopen(file, "rb", closefd=False) as stream:
-            return stream.read(most).decode()
-    except UnicodeDecodeError as error:
-        raise broken from error
-    finally:
-        os.close(file)
-
-
 def _base_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
     if not tokenizer.chat_template:
         return None
@@ -262,13 +244,6 @@ def _base_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
         return str(tokenizer.get_chat_template())
     except ValueError:  # several, and none of them the default
         return None
-
-
-def _too_large(source: AdapterSource, what: str, size: int, most: int) -> AdapterError:
-    return AdapterError(
-        f"adapter '{source.ref}': {what} has {size} characters, and {most} are allowed; "
-        "publish it with a smaller one"
-    )
 
 
 def _too_much(ref: str) -> AdapterError:

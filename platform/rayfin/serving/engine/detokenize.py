@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ class Detokenizer:
     tokens, and without the clean-up of spaces that some tokenizers do at the end; for a byte-level
     tokenizer that holds for any ids, valid UTF-8 or not. With stop strings the text ends before the
     one that is complete first, and of those that end together, the one that begins first: it
-    doesn't depend on how the text is cut into tokens.
+    doesn't depend on how the text is cut into tokens. A special token that a stop string names
+    stands in the text that stop strings are looked for in, and in no other.
     """
 
     # tokenizers' own DecodeStream raises on bytes that revise what it sent, and holds back, at
@@ -40,7 +41,11 @@ class Detokenizer:
         self._context = self._decode(self._window)
         self._fresh = ""
         self._sent = 0
-        self._stop = _StopStrings(stop)
+        self._marks = _marks(tokenizer, stop) if stop else {}
+        marked = {
+            str(self._backend.id_to_token(token_id)): mark for token_id, mark in self._marks.items()
+        }
+        self._stop = _StopStrings(stop, marked)
 
     @property
     def stopped(self) -> bool:
@@ -49,8 +54,10 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The new text that is safe to send; often empty, and always once `stopped`."""
-        if self.stopped or self._silent(token_id):
+        if self.stopped:
             return ""
+        if self._silent(token_id):
+            return self._stop.push(self._marks.get(token_id, ""))
         self._window.append(token_id)
         text = self._decode(self._window)
         if text.startswith(self._context):
@@ -118,11 +125,34 @@ class Detokenizer:
         return text
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Text -> id of the tokens that no text shows."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {token.content: token_id for token_id, token in added if token.special}
+
+
+def _marks(tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> dict[int, str]:
+    """Id -> a character of its own of each special token that a stop string names.
+
+    Halves of surrogate pairs: no decoding gives them.
+    """
+    named = (
+        token_id
+        for text, token_id in special_tokens(tokenizer).items()
+        if any(text in stop for stop in stops)
+    )
+    return {token_id: chr(0xD800 + place) for place, token_id in enumerate(islice(named, 0x800))}
+
+
 class _StopStrings:
     """Passes text on until one of `stops` is met; holds back what may be the beginning of one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stop for stop in stops if stop)
+    def __init__(self, stops: Sequence[str], marks: Mapping[str, str]) -> None:
+        """`marks`: the characters in the place of special tokens, which are never passed on."""
+        # As text, too: an answer may spell a special token out.
+        written = tuple(stop for stop in stops if stop)
+        self._stops = tuple(dict.fromkeys(written + tuple(_with(marks, each) for each in written)))
+        self._hidden = dict.fromkeys(map(ord, marks.values()))
         self._longest = max((len(stop) for stop in self._stops), default=0)
         self._held = ""
         self.met = False
@@ -137,14 +167,14 @@ class _StopStrings:
         if matches:
             self.met, self._held = True, ""
             _, start = min((start + len(stop), start) for start, stop in matches)
-            return text[:start]
+            return text[:start].translate(self._hidden)
         safe = self._safe(text)
         self._held = text[safe:]
-        return text[:safe]
+        return text[:safe].translate(self._hidden)
 
     def flush(self) -> str:
         rest, self._held = self._held, ""
-        return rest
+        return rest.translate(self._hidden)
 
     def _safe(self, text: str) -> int:
         """Where the longest ending of `text` begins that a stop string begins with."""
@@ -153,3 +183,10 @@ class _StopStrings:
             if any(stop.startswith(ending) for stop in self._stops):
                 return start
         return len(text)
+
+
+def _with(marks: Mapping[str, str], stop: str) -> str:
+    """A stop string with the marks of the special tokens that it names, the longest first."""
+    for text in sorted(marks, key=len, reverse=True):
+        stop = stop.replace(text, marks[text])
+    return stop

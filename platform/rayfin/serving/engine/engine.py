@@ -13,6 +13,7 @@ from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, EngineFailed, Overloaded, RequestError
 from rayfin.hardware import describe_hardware
 from rayfin.models import base_of, load_base, load_tokenizer
+from rayfin.models.ends import end_token_ids
 from rayfin.serving.engine.adapter import HostAdapter, read_adapter
 from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.limits import check_length
@@ -74,7 +75,11 @@ class Engine:
         self._changed = threading.Condition()
         self._host = HostCache(self.read, config.host_cache_mb * 2**20, self._notify)
         self._scheduler = Scheduler(
-            self.model, self._host, config, _end_tokens(base, self.tokenizer), self._changed
+            self.model,
+            self._host,
+            config,
+            frozenset(end_token_ids(model, self.tokenizer)),
+            self._changed,
         )
         self._closing = self._draining = False
         self._thread: threading.Thread | None = None
@@ -216,11 +221,3 @@ class Engine:
     def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-
-def _end_tokens(base: object, tokenizer: object) -> frozenset[int]:
-    """Tokens that end an answer: the generation configuration's and the tokenizer's."""
-    configured = getattr(base.generation_config, "eos_token_id", None)  # type: ignore[attr-defined]
-    listed = configured if isinstance(configured, list) else [configured]
-    own = tokenizer.eos_token_id  # type: ignore[attr-defined]
-    return frozenset(token for token in [*listed, own] if isinstance(token, int))

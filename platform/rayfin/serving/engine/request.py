@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from rayfin.errors import RayfinError, RequestError
+from rayfin.models.ends import Ends
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,12 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Both over what was generated."""
     stop: tuple[str, ...] = ()
-    """Generation ends before the first of these; it is not part of the text."""
+    """Generation ends before the first of these; it is not part of the text. One that holds a
+    special token's text (`<|im_end|>`) is met by that token, which no text shows."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends at the first of these; its text is not part of the answer's."""
     ignore_eos: bool = False
+    """Goes on after all that ends an answer but `stop` and `stop_token_ids`."""
     seed: int | None = None
     logprobs: int | None = None
     """Report the log probability of each token, and of so many of the likeliest."""
@@ -50,6 +56,12 @@ class SamplingParams:
                 raise RequestError(f"{name} is {value!r}; give a whole number")
         if type(self.stop) is not tuple:
             raise RequestError(f"stop is {self.stop!r}; give a tuple of texts")
+        if type(self.stop_token_ids) is not tuple or any(
+            type(token) is not int for token in self.stop_token_ids
+        ):
+            raise RequestError(
+                f"stop_token_ids is {self.stop_token_ids!r}; give a tuple of whole numbers"
+            )
         _within("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -117,6 +129,20 @@ class Request:
     """None is the bare base model."""
     streamed: bool = True
     """False where chunks between the first and the last may come late, joined to the last."""
+    ends: Ends = field(default_factory=Ends)
+    """What ends this answer beside the base's own tokens: what the adapter was taught, and what
+    the chat template ends a turn with."""
+
+    @property
+    def end_texts(self) -> tuple[str, ...]:
+        """All texts before the first of which generation ends."""
+        return self.params.stop + (() if self.params.ignore_eos else self.ends.texts)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """All tokens at which generation ends, but for the base's own."""
+        own = () if self.params.ignore_eos else self.ends.token_ids
+        return tuple(dict.fromkeys(self.params.stop_token_ids + own))
 
 
 Sink = Callable[[Chunk], None]
@@ -124,7 +150,8 @@ Sink = Callable[[Chunk], None]
 
 
 def check_prompt(request: Request, max_length: int, vocabulary: int) -> None:
-    """Raises RequestError for a prompt that no replica would take."""
+    """Raises RequestError for a prompt, or tokens to stop at, that no replica would take."""
+    check_stop_tokens(request.params.stop_token_ids, vocabulary)
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token")
     if len(request.prompt_ids) >= max_length:
@@ -134,6 +161,16 @@ def check_prompt(request: Request, max_length: int, vocabulary: int) -> None:
         )
     if max(request.prompt_ids) >= vocabulary or min(request.prompt_ids) < 0:
         raise RequestError(f"a prompt token is outside the vocabulary of {vocabulary}")
+
+
+def check_stop_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
+    """Raises RequestError for a token that no model with so many could give."""
+    for token in token_ids:
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"stop_token_ids has {token}, and the served model's vocabulary is 0 to "
+                f"{vocabulary - 1}; POST /tokenize gives the ids of a text"
+            )
 
 
 def _within(name: str, value: float, least: float, most: float, *, above: bool = False) -> None:

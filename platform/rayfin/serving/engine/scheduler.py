@@ -38,7 +38,7 @@ class Scheduler:
         ends: frozenset[int],
         changed: threading.Condition,
     ) -> None:
-        """`ends`: tokens that end an answer."""
+        """`ends`: the base's tokens that end an answer."""
         self._model, self._host, self._config, self._ends = model, host, config, ends
         self._changed = changed
         self.slots = Slots(config.slots, model.fill)

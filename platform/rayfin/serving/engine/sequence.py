@@ -28,7 +28,8 @@ class Sequence:
     ) -> None:
         self.request, self._sink = request, sink
         self.sampler = RowSampler(request.params, request.prompt_ids, vocab_size)
-        self._text = Detokenizer(tokenizer, request.prompt_ids, request.params.stop)
+        self._text = Detokenizer(tokenizer, request.prompt_ids, request.end_texts)
+        self._ends = frozenset(request.end_token_ids)
         self.row = self.slot = -1
         self.tokens: list[int] = []
         """Virtual ones (-1), the prompt's, and what was generated."""
@@ -60,10 +61,13 @@ class Sequence:
         return Piece(self.row, self.slot, self.computed, ids, stop == len(self.tokens))
 
     def take(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> Chunk:
-        """Adds a generated token; what it brings, for `hand_over`."""
+        """Adds a generated token, and returns what it brings, for `hand_over`.
+
+        `ends`: the base's own tokens that end an answer.
+        """
         self.tokens.append(token)
         reason: FinishReason | None = None
-        if token in ends and not self.request.params.ignore_eos:
+        if token in self._ends or (token in ends and not self.request.params.ignore_eos):
             text, reason = self._text.flush(), "stop"
         else:
             text = self._text.push(token)

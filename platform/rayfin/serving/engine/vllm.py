@@ -24,6 +24,8 @@ from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError
 from rayfin.models import base_of, load_tokenizer, skeleton
+from rayfin.models.ends import end_token_ids
+from rayfin.serving.engine.detokenize import special_tokens
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
@@ -32,6 +34,7 @@ from rayfin.serving.engine.vllm_backend import (
     Lora,
     Vllm,
     as_chunk,
+    as_vllm_stops,
     check_lora,
     vllm_arguments,
 )
@@ -68,6 +71,8 @@ class VllmEngine:
         check_length(model, config)
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
+        self._ends = end_token_ids(model, self.tokenizer)
+        self._special_tokens = special_tokens(self.tokenizer)
         self._base = base_of(model)
         self._linears = linears_of(skeleton(model))
         self._arguments = vllm_arguments(model, config)
@@ -118,6 +123,7 @@ class VllmEngine:
     def submit(self, request: Request, sink: Sink) -> None:
         """As `Engine.submit`."""
         check_prompt(request, self.max_length, len(self.tokenizer))
+        request = as_vllm_stops(request, self._ends, self._special_tokens)
         with self._changed:
             if self.failure is not None or self._draining or self._backend is None:
                 raise Overloaded("the engine takes no requests any more", retry_after=5)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError, ConfigError, EngineFailed, ModelError
+from rayfin.errors import AdapterError, ConfigError, EngineFailed, ModelError, RequestError
 from rayfin.methods import METHODS
 from rayfin.models import Base, locate
+from rayfin.models.ends import Ends
 from rayfin.serving.engine.adapter import LORA_SETTINGS, PLAIN_INITS
 from rayfin.serving.engine.checks import check_base, check_rank, modules_of
 from rayfin.serving.engine.limits import MAX_RANK, require_vllm
@@ -149,6 +150,34 @@ def vllm_arguments(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
     }
 
 
+def as_vllm_stops(
+    request: Request, end_token_ids: tuple[int, ...], special: Mapping[str, int]
+) -> Request:
+    """The request with all that ends its answer said so that vLLM sees it.
+
+    `end_token_ids` are the base's; `special` is the id of each token that no text shows. vLLM looks
+    for stop strings in what is shown: one that is such a token becomes its id. Raises RequestError
+    for one that has such a token within other text.
+    """
+    params = request.params
+    for stop in params.stop:
+        if stop not in special and (named := next((t for t in special if t in stop), None)):
+            raise RequestError(
+                f"stop {stop!r} has the special token {named!r} within other text, and vLLM looks "
+                "for stop strings in text without those; give the token alone, or another stop"
+            )
+    met = tuple(special[stop] for stop in params.stop if stop in special)
+    return replace(
+        request,
+        params=replace(
+            params,
+            stop=tuple(stop for stop in params.stop if stop not in special),
+            stop_token_ids=params.stop_token_ids + met,
+        ),
+        ends=request.ends | Ends(end_token_ids),
+    )
+
+
 def sampling_arguments(request: Request) -> dict[str, Any]:
     """vLLM's SamplingParams for a request; the names are the same, as rayfin took them over."""
     params = request.params
@@ -156,7 +185,10 @@ def sampling_arguments(request: Request) -> dict[str, Any]:
         "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty "
         "frequency_penalty ignore_eos seed logprobs"
     )
-    return {name: getattr(params, name) for name in names.split()} | {"stop": list(params.stop)}
+    return {name: getattr(params, name) for name in names.split()} | {
+        "stop": list(request.end_texts),
+        "stop_token_ids": list(request.end_token_ids),
+    }
 
 
 def as_chunk(output: Any, logprobs: int | None) -> Chunk:

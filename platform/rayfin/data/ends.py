@@ -1,0 +1,58 @@
+"""Which ends of an answer training teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rayfin.data.examples import Corpus, Example, Tokens
+from rayfin.data.render import render_texts
+from rayfin.errors import DataError
+from rayfin.models.ends import PROBES, Ends, ends_in
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def turn_end(tokenizer: PreTrainedTokenizerFast) -> Ends:
+    """What ends an answer in a conversation, as the tokenizer's chat template writes it."""
+    return ends_in([_probed(probe, tokenizer) for probe in PROBES], tokenizer)
+
+
+def taught_ends(
+    examples: Iterable[Example], samples: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast
+) -> Ends:
+    """The ends of answers that are learned from `samples`, which are `examples` in tokens.
+
+    An end is the chat template's, and of plain text the end-of-sequence token. One that no label
+    names is not taught: every answer was cut before it, or the template does not write it.
+    """
+    kinds = {example.text is None for example in examples}
+    found = turn_end(tokenizer) if True in kinds else Ends()
+    if False in kinds and isinstance(tokenizer.eos_token_id, int):
+        found |= Ends((tokenizer.eos_token_id,))
+    learned = {
+        token for token in found.token_ids if any(token in each["labels"] for each in samples)
+    }
+    return Ends(tuple(token for token in found.token_ids if token in learned), found.texts)
+
+
+def no_end(corpus: Corpus, whole: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast) -> str:
+    """A line that says why nothing teaches where an answer ends.
+
+    `whole`: the training samples before they were cut.
+    """
+    if taught_ends(corpus.train, whole, tokenizer) != Ends():
+        why = "every answer is cut before its end; raise data.max_length"
+    elif any(example.text is None for example in corpus.train) and tokenizer.chat_template:
+        why = "the model's chat template writes none; use a model whose template does"
+    else:
+        why = "the model's tokenizer has no eos_token; name one in its tokenizer_config.json"
+    return f"data: no end of an answer is learned, and answers go on to max_tokens: {why}"
+
+
+def _probed(probe: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> str:
+    try:
+        return render_texts([probe], tokenizer)[0]
+    except DataError:  # a template that refuses such a conversation shows nothing
+        return ""

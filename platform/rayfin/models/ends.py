@@ -1,0 +1,136 @@
+"""What ends an answer: tokens of the model's own, and what a chat template writes after a turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayfin.config.schema import ModelConfig
+from rayfin.models.source import model_directory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TURN = "end_of_turn"
+"""The key of rayfin.json under which the ends that an adapter was taught are written."""
+
+_QUESTION, _ANSWER, _NEXT = "qzquestionqz", "qzanswerqz", "qznextqz"
+PROBES: tuple[tuple[dict[str, str], ...], ...] = (
+    ({"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}),
+    (
+        {"role": "user", "content": _QUESTION},
+        {"role": "assistant", "content": _ANSWER},
+        {"role": "user", "content": _NEXT},
+    ),
+)
+"""Conversations whose texts, as a chat template writes them, show what comes after an answer."""
+
+# More than any adapter was taught; rayfin.json may be anybody's.
+_MOST = 16
+_LONGEST = 256
+
+
+@dataclass(frozen=True)
+class Ends:
+    """An answer ends at any of these tokens, and before any of these texts."""
+
+    token_ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+    """Ends that the tokenizer has no token for: a template's `<|im_end|>` that nobody added."""
+
+    def __or__(self, other: Ends) -> Ends:
+        return Ends(
+            tuple(dict.fromkeys(self.token_ids + other.token_ids)),
+            tuple(dict.fromkeys(self.texts + other.texts)),
+        )
+
+    def as_json(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+        """The form in rayfin.json: the tokens with their ids, and the texts."""
+        tokens = zip(
+            tokenizer.convert_ids_to_tokens(list(self.token_ids)), self.token_ids, strict=True
+        )
+        return {"tokens": dict(tokens), "texts": list(self.texts)}
+
+    @classmethod
+    def from_json(cls, value: Any, tokenizer: PreTrainedTokenizerFast) -> Ends:
+        """Returns what `as_json` gave.
+
+        Raises ValueError, which says what is wrong, for anything else, and for tokens that are
+        others in `tokenizer`.
+        """
+        if not isinstance(value, Mapping) or value.keys() - {"tokens", "texts"}:
+            raise ValueError("it has other keys than tokens and texts")
+        tokens, texts = value.get("tokens", {}), value.get("texts", [])
+        if not isinstance(tokens, Mapping) or not isinstance(texts, list):
+            raise ValueError("tokens must be a mapping of tokens to ids, and texts a list")
+        if len(tokens) + len(texts) > _MOST:
+            raise ValueError(f"it names {len(tokens) + len(texts)} ends; at most {_MOST}")
+        # convert_tokens_to_ids would give the unknown token's id for one that isn't there.
+        backend = tokenizer.backend_tokenizer
+        for token, number in tokens.items():
+            if type(number) is not int or backend.token_to_id(token) != number:
+                raise ValueError(
+                    f"it says that {str(token)[:80]!r} is token {str(number)[:80]}, "
+                    "which the served base's tokenizer does not say"
+                )
+        for text in texts:
+            if not isinstance(text, str) or not 0 < len(text) <= _LONGEST:
+                raise ValueError(f"a text must have 1 to {_LONGEST} characters")
+        return cls(tuple(tokens.values()), tuple(texts))
+
+
+def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The tokens that end any text of the model: those of its generation_config.json and its
+    config.json, each a number or a list of numbers, and the tokenizer's own; ascending."""
+    directory = model_directory(config, weights=False)
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        named = _read(directory / name).get("eos_token_id")
+        found.update(named if isinstance(named, list) else [named])
+    return tuple(sorted(token for token in found if type(token) is int and token >= 0))
+
+
+def ends_in(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
+    """What a chat template ends an answer with, from what it makes of `PROBES`, in their order.
+
+    The end is the first token after the answer that was added to the vocabulary (`<|im_end|>`, of
+    `<|im_end|>` and a line break); where there is none, all of the text there but white space at
+    its borders. A template that writes nothing after the last turn of a conversation ends it with
+    the token by which the next one opens.
+    """
+    first, *following = texts
+    after = _after_answer(first)
+    if (end := _first_added(after, tokenizer)) is not None:
+        return Ends((end,))
+    if text := after.strip():
+        return Ends(texts=(text,)) if len(text) <= _LONGEST else Ends()
+    for text in following:
+        between, found, _ = _after_answer(text).partition(_NEXT)
+        if found and (end := _first_added(between, tokenizer)) is not None:
+            return Ends((end,))
+    return Ends()
+
+
+def _after_answer(text: str) -> str:
+    """What follows the answer of a probe; nothing where it does not stand there as it was."""
+    return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
+
+
+def _first_added(text: str, tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The first token of `text` that was added to the vocabulary, and is more than white space."""
+    added = tokenizer.added_tokens_decoder
+    # The backend: the class around it sets padding and truncation, which threads may not share.
+    ids: Sequence[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return next((id_ for id_ in ids if id_ in added and added[id_].content.strip()), None)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; an empty one where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,96 @@
+"""What an adapter's own tokenizer files say, read without trusting them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import Any
+
+from rayfin.errors import AdapterError
+from rayfin.serving.engine.request import AdapterSource
+
+MAX_TEMPLATE = 64 * 2**10
+"""Characters of a chat template; the longest in use have about 20,000."""
+
+_MAX_FILE = 8 * 2**20
+_CONFIG = "tokenizer_config.json"
+
+
+def read_template(source: AdapterSource) -> str | None:
+    """The chat template in an adapter's directory, None where it brings none.
+
+    Raises AdapterError for one that is too large, or whose file is none that can be read.
+    """
+    template = _read_file(source, "chat_template.jinja", 4 * MAX_TEMPLATE)
+    if template is None:
+        template = _template_of(_read_config(source))
+    if template is not None and len(template) > MAX_TEMPLATE:
+        raise _too_large(source, "its chat template", len(template), MAX_TEMPLATE)
+    return template
+
+
+def read_eos_token(source: AdapterSource) -> str | None:
+    """The end-of-sequence token of the tokenizer in an adapter's directory; None without one.
+
+    Raises AdapterError for a file that can't be read.
+    """
+    found = _read_config(source).get("eos_token")
+    if isinstance(found, dict):  # an AddedToken
+        found = found.get("content")
+    return found if isinstance(found, str) else None
+
+
+def _template_of(config: dict[str, Any]) -> str | None:
+    """`chat_template` of a tokenizer_config.json: a text, or a list of named ones."""
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        named = [entry for entry in found if isinstance(entry, dict)]
+        found = next((e.get("template") for e in named if e.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
+
+
+def _read_config(source: AdapterSource) -> dict[str, Any]:
+    """The object in tokenizer_config.json; an empty one where there is no such file."""
+    text = _read_file(source, _CONFIG, _MAX_FILE)
+    broken = AdapterError(f"adapter '{source.ref}': its {_CONFIG} can't be read; publish it again")
+    try:
+        config = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise broken from error
+    if not isinstance(config, dict):
+        raise broken
+    return config
+
+
+def _read_file(source: AdapterSource, name: str, most: int) -> str | None:
+    """The text of a regular file of at most `most` bytes; None where there is none."""
+    broken = AdapterError(
+        f"adapter '{source.ref}': its {name} is no text file that can be read; publish it again"
+    )
+    try:
+        # No link is followed, and opening a pipe doesn't wait for its other end.
+        file = os.open(source.path / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise broken from error
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise broken
+        if status.st_size > most:
+            raise _too_large(source, f"its {name}", status.st_size, most)
+        with os.fdopen(file, "rb", closefd=False) as stream:
+            return stream.read(most).decode()
+    except UnicodeDecodeError as error:
+        raise broken from error
+    finally:
+        os.close(file)
+
+
+def _too_large(source: AdapterSource, what: str, size: int, most: int) -> AdapterError:
+    return AdapterError(
+        f"adapter '{source.ref}': {what} has {size} characters, and {most} are allowed; "
+        "publish it with a smaller one"
+    )
