@@ -197,10 +197,10 @@ def test_a_special_token_that_a_stop_string_names_is_seen_and_not_shown(
     tokenizer = tokenizer_of("tiny")
     end, start = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
     ids = [*ids_of(tokenizer, "ab"), end, *ids_of(tokenizer, "\n"), start]
-    pieces, stopped = stream(tokenizer, [*ids, *ids_of(tokenizer, "cd")], stops=stops)
+    pieces, stopped = stream(tokenizer, [*ids, *ids_of(tokenizer, "cd")], stop=stops)
     assert ("".join(pieces), stopped) == (text, text != "ab\ncd")
     spelled = tokenizer.convert_tokens_to_ids(list("ab<|im_end|>c"))
-    pieces, _ = stream(tokenizer, spelled, stops=("<|im_end|>",))
+    pieces, _ = stream(tokenizer, spelled, stop=("<|im_end|>",))
     assert "".join(pieces) == "ab"
 
 

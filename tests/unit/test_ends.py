@@ -14,9 +14,9 @@ from rayfin.config.schema import ModelConfig
 from rayfin.data import Corpus, Example, tokenize_corpus
 from rayfin.data.ends import taught_ends, turn_end
 from rayfin.data.tokens import tokenize_examples
-from rayfin.models import load_base, load_tokenizer
+from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import END_OF_TURN, Ends, end_token_ids
-from rayfin.training.checkpoint import save_adapter
+from rayfin.training.checkpoint import save_adapter, vouch
 
 OPENS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 LLAMA3 = (
@@ -172,7 +172,9 @@ def test_a_version_carries_what_it_was_taught(chatml: ModuleType, tmp_path: Path
     tokenizer = load_tokenizer(ModelConfig(name=str(base)))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ends, trained = Ends((end,), ("---",)), tmp_path / "trained"
-    save_adapter(load_base(ModelConfig(name=str(base)), None, "cpu"), tokenizer, trained, ends)
+    model = ModelConfig(name=str(base))
+    save_adapter(load_base(model, None, "cpu"), tokenizer, trained, ends)
+    vouch(trained, base_of(model))
     assert json.loads((trained / "generation_config.json").read_text())["eos_token_id"] == [
         tokenizer.eos_token_id,
         end,

@@ -20,7 +20,6 @@ from rayfin.adapters.files import (
     inspect_files,
     list_files,
     make_read_only,
-    read_json,
     select_files,
     storage_errors,
     sync_directory,

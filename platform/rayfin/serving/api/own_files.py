@@ -24,7 +24,7 @@ def read_template(source: AdapterSource) -> str | None:
     """
     template = _read_file(source, "chat_template.jinja", 4 * MAX_TEMPLATE)
     if template is None:
-        template = _template_of(_read_config(source))
+        template = _template_of(source, _read_config(source))
     if template is not None and len(template) > MAX_TEMPLATE:
         raise _too_large(source, "its chat template", len(template), MAX_TEMPLATE)
     return template
@@ -41,26 +41,31 @@ def read_eos_token(source: AdapterSource) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _template_of(config: dict[str, Any]) -> str | None:
+def _template_of(source: AdapterSource, config: dict[str, Any]) -> str | None:
     """`chat_template` of a tokenizer_config.json: a text, or a list of named ones."""
     found = config.get("chat_template")
     if isinstance(found, list):
-        named = [entry for entry in found if isinstance(entry, dict)]
-        found = next((e.get("template") for e in named if e.get("name") == "default"), None)
+        try:
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        except (KeyError, TypeError) as error:
+            raise _unreadable(source) from error
     return found if isinstance(found, str) else None
 
 
 def _read_config(source: AdapterSource) -> dict[str, Any]:
     """The object in tokenizer_config.json; an empty one where there is no such file."""
     text = _read_file(source, _CONFIG, _MAX_FILE)
-    broken = AdapterError(f"adapter '{source.ref}': its {_CONFIG} can't be read; publish it again")
     try:
         config = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise broken from error
+        raise _unreadable(source) from error
     if not isinstance(config, dict):
-        raise broken
+        raise _unreadable(source)
     return config
+
+
+def _unreadable(source: AdapterSource) -> AdapterError:
+    return AdapterError(f"adapter '{source.ref}': its {_CONFIG} can't be read; publish it again")
 
 
 def _read_file(source: AdapterSource, name: str, most: int) -> str | None:
