@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -263,7 +265,7 @@ def _source(version: Any) -> Any:
     return AdapterSource(version.ref, version.path)
 
 
-def test_chat_in_the_terminal_and_the_report_s_samples_end_there_too(
+def test_chat_in_the_terminal_ends_there_too(
     served: Any,
     taught: Taught,
     monkeypatch: pytest.MonkeyPatch,
@@ -274,7 +276,35 @@ def test_chat_in_the_terminal_and_the_report_s_samples_end_there_too(
     assert main(["chat", "--url", served.url, "--use", "ours", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["content"], said["finish_reason"]) == ("yes", "stop")
+
+
+def test_the_report_s_samples_end_there_too(taught: Taught) -> None:
     with History.open(f"sqlite:///{taught.storage / 'history.sqlite'}") as history:
         (row,) = history.trials()
     (sample,) = answer_samples(row, 1, use_gpu=False)
     assert sample.adapter_answer == "yes"
+
+
+def test_the_guide_s_commands_answer_what_it_shows(
+    served: Any,
+    taught: Taught,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """… stands for what differs, or for more."""
+    guide = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```console\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(taught.storage.parent)
+    for step in block.split("$ ")[1:]:
+        command, shown = step.split("\n", 1)
+        program, *arguments = shlex.split(command)
+        if program == "rayfin":
+            assert main(arguments) == 0
+            out = capsys.readouterr().out
+        else:
+            url, _, body = arguments
+            response = served.http.post(url.removeprefix("localhost:8000"), content=body)
+            out = json.dumps(response.json(), ensure_ascii=False)
+        pattern = re.escape(shown.strip()).replace("…", r"(?:.|\n)*")
+        pattern = re.sub(r"(?:\\ )+", r"\\s+", pattern)
+        assert re.fullmatch(pattern, out.strip()), (pattern, out)
