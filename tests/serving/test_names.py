@@ -261,3 +261,13 @@ def test_messages_for_clients_do_not_say_where_the_registry_is(
         names.resolve("support")
     assert str(registry.root) in str(refused.value)
     assert str(registry.root.parent) not in names.public(str(refused.value))
+
+
+def test_a_directory_that_was_copied_in_by_hand_is_not_found_with_the_remedy(
+    registry: Registry, names: Names
+) -> None:
+    hand = registry.root / "by-hand"
+    hand.mkdir()
+    (hand / "adapter_config.json").write_text("{}")
+    with pytest.raises(AdapterNotFound, match=r"by hand.*rayfin adapters add by-hand by-hand$"):
+        names.resolve("by-hand")

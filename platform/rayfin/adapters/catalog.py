@@ -9,6 +9,7 @@ anything. Links below the root are not followed.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,12 +22,14 @@ from rayfin.adapters.files import (
     read_json,
     storage_errors,
 )
-from rayfin.adapters.metadata import are_digests
+from rayfin.adapters.metadata import are_digests, claimed_base
 from rayfin.adapters.ref import LATEST, AdapterRef, check_name, is_name, parse_version
 from rayfin.errors import AdapterError, did_you_mean
+from rayfin.models.bases import Base
 from rayfin.paths import METADATA, digest_files
 
 ALIASES = "aliases.json"
+_CONFIGS = ("adapter_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class AdapterVersion:
     def ref(self) -> str:
         """`name@version`."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def base(self) -> Base | None:
+        """The base model that it was trained on; None where rayfin.json does not say."""
+        return claimed_base({}, self.metadata)
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -117,7 +125,35 @@ class Catalog:
                     pass  # removed since it was listed
                 except AdapterError as error:
                     problems.append(error)
+        problems += map(AdapterError, self.strays().values())
         return tuple(found), tuple(problems)
+
+    def stray(self, name: str) -> str | None:
+        """What to do about an adapter that was copied by hand to where `name` lies, if one was.
+
+        Without digests nobody knows whose it is, or whether it is whole: it is not served.
+        """
+        directory = self._directory(name)
+        places: list[tuple[int | None, Path]] = [*self._numbered(name).items()]
+        if not self.versions(name):
+            places.insert(0, (None, directory))
+        for number, path in places:
+            if any((path / one).is_file() for one in _CONFIGS) and not (path / METADATA).is_file():
+                then = (
+                    ""
+                    if number is None
+                    else f", then remove it: rayfin adapters rm {name}@{number}"
+                )
+                return (
+                    f"'{path}' was copied into the registry by hand, and is not served; check and "
+                    f"publish it with: rayfin adapters add {shlex.quote(str(path))} {name}{then}"
+                )
+        return None
+
+    def strays(self) -> dict[str, str]:
+        """Name -> what to do, of all that were copied into the registry by hand."""
+        names = (path.name for path in _entries(self.root) if is_name(path.name) and _real(path))
+        return {name: told for name in sorted(names) if (told := self.stray(name)) is not None}
 
     def verify(self, ref: str | AdapterRef) -> AdapterVersion:
         """Reads every byte of a version; raises AdapterError for the first thing that is wrong."""
@@ -167,8 +203,9 @@ class Catalog:
         peft_type, files = metadata.get("peft_type"), metadata.get("files")
         if not isinstance(peft_type, str) or not are_digests(files):
             raise AdapterError(
-                f"'{path / METADATA}' lacks peft_type or files; publish the adapter again and "
-                f"remove this one: rayfin adapters rm {name}@{version}"
+                f"'{path / METADATA}' lacks peft_type, or digests of the files, as one that was "
+                f"written by hand; publish them with rayfin adapters add {path} {name}, and remove "
+                f"this one with rayfin adapters rm {name}@{version}"
             )
         aliases = self.aliases(name) if aliases is None else aliases
         held = sorted(alias for alias, at in aliases.items() if at == version)
@@ -211,11 +248,13 @@ class Catalog:
         )
 
     def _unknown(self, name: str) -> AdapterError:
+        if (told := self.stray(name)) is not None:
+            return AdapterError(f"adapter '{name}': {told}")
         names = self.names()
         known = f"adapters: {', '.join(names[:20])}" if names else "it is empty"
         return AdapterError(
             f"adapter '{name}' is not in '{self.root}'{did_you_mean(name, names)}; {known}. "
-            f"Publish one with: rayfin sweep publish.name={name}"
+            f"Publish one with: rayfin sweep publish.name={name}, or rayfin adapters add DIR {name}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,12 +62,32 @@ def select_files(source: Path) -> dict[str, Path]:
         )
     source = source.resolve()
     with storage_errors(f"'{source}'"):
-        names = sorted(entry.name for entry in source.iterdir())
-        patterns = (*(_ADAPTER if _ADAPTER[0] in names else _MODEL), *_TOKENIZER)
-        chosen = [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
+        chosen = belonging(sorted(entry.name for entry in source.iterdir()))
         files = {name: _inside(source, name) for name in chosen}
+        _refuse_outer_names(source, files)
         inspect_files(source, files)
     return files
+
+
+def belonging(names: list[str]) -> list[str]:
+    """Those of the files in one directory that belong to the adapter, or full fine-tune, there."""
+    patterns = (*(_ADAPTER if _ADAPTER[0] in names else _MODEL), *_TOKENIZER)
+    return [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
+
+
+def _refuse_outer_names(source: Path, files: Mapping[str, Path]) -> None:
+    """Raises AdapterError for a file that has another name outside `source` (a hard link).
+
+    As a link out of it, it may be anybody's.
+    """
+    inside = Counter((one.st_dev, one.st_ino) for one in (p.lstat() for p in source.iterdir()))
+    for name, path in files.items():
+        found = path.stat()
+        if found.st_nlink > max(1, inside[found.st_dev, found.st_ino]):
+            raise AdapterError(
+                f"'{source / name}' is a hard link: the same file has a name outside '{source}', "
+                "and might be another's; put a copy of the file there (cp -r makes one)"
+            )
 
 
 def list_files(directory: Path) -> dict[str, Path]:
@@ -101,7 +122,7 @@ def inspect_files(directory: Path, files: Mapping[str, Path]) -> Facts:
         if name not in files:
             raise AdapterError(
                 f"'{directory}' has no {name}; save the adapter again with save_pretrained() "
-                "(only safetensors are read)"
+                "(only safetensors are read: a pickle, such as adapter_model.bin, can run code)"
             )
         check_safetensors(files[name])
     return facts
@@ -209,7 +230,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _inside(source: Path, name: str) -> Path:
     path = (source / name).resolve()
-    if not path.is_relative_to(source):
+    # The hub's client keeps a snapshot's files beside it, in the same model's folder.
+    cached = source.parent.name == "snapshots" and source.parents[1].name.startswith("models--")
+    allowed = (source, source.parents[1] / "blobs") if cached else (source,)
+    if not any(path.is_relative_to(place) for place in allowed):
         raise AdapterError(
             f"'{source / name}' is a link out of '{source}'; "
             "put the file itself there (cp -L follows links)"

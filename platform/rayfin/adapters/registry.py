@@ -6,7 +6,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -48,13 +48,15 @@ class Registry(Catalog):
         source: str | Path,
         metadata: Mapping[str, Any] | None = None,
         alias: str | None = None,
+        check: Callable[[Path], None] | None = None,
     ) -> AdapterVersion:
         """Copies the adapter or full fine-tune in `source` as the next version of `name`.
 
         `latest` moves to it, and `alias` too. `metadata` goes into rayfin.json beside the
         registry's own keys, which win; `metadata["base_model"]` goes before what the files say,
         and any of it before what a rayfin.json in `source` tells, if that has digests of the files.
-        Raises AdapterError for what can't be published, StorageError where it can't be written.
+        `check` is given the copy before anybody else sees it, and may raise. Raises AdapterError
+        for what can't be published, StorageError where it can't be written.
         """
         directory = self._directory(name)
         if alias is not None:
@@ -68,6 +70,8 @@ class Registry(Catalog):
             _clean(directory)
             with write_directory_whole(directory / str(version)) as temporary:
                 copy_files(files, temporary)
+                if check is not None:
+                    check(temporary)
                 described = _describe(temporary, metadata) | {"name": name, "version": version}
                 write_json(temporary / METADATA, metadata | described)
                 make_read_only(temporary / METADATA)

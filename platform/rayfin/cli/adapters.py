@@ -1,4 +1,4 @@
-"""`rayfin adapters`: list, show, promote, rollback, unalias, rm and verify published adapters."""
+"""`rayfin adapters`: add, list, show, promote, rollback, unalias, rm and verify."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli import add_adapter
 from rayfin.cli.places import add_places, place_config
 
 if TYPE_CHECKING:
@@ -19,10 +20,11 @@ Handler = Callable[[argparse.Namespace], int]
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `adapters` and its verbs; each sets `handler`, which returns the exit code."""
-    summary = "list, promote, roll back, check and remove published adapters"
+    summary = "add, list, promote, roll back, check and remove adapters"
     parser = subparsers.add_parser("adapters", help=summary, description=summary.capitalize())
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
+    add_adapter.register(verbs)
     _verb(verbs, "list", "every adapter, its versions and aliases", _list)
     any_ref, name = "NAME[@VERSION|@ALIAS]", "NAME"
     _verb(verbs, "show", "one version and where it comes from", _show, ref=any_ref)
@@ -87,7 +89,10 @@ def _list(args: argparse.Namespace) -> int:
     if versions:
         output().print(_table(versions))
     else:
-        print(f"no adapters in {registry.root}; publish one with: rayfin sweep publish.name=NAME")
+        print(
+            f"no adapters in {registry.root}; publish one with: rayfin sweep publish.name=NAME, "
+            "or rayfin adapters add DIR NAME"
+        )
     for problem in problems:
         print(f"unreadable: {problem}", file=sys.stderr)
     return 0

@@ -54,7 +54,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_settings(parser, ShowServeSettings)
     parser.add_argument(
-        "--use", metavar="NAME", help="who answers first; the base model if left out"
+        "--use",
+        metavar="NAME",
+        help="who answers first; the base model if left out. Without model.name its base is loaded",
     )
     parser.add_argument(
         "--url", help=f"a running deployment; its key, if it asks for one, in {API_KEY}"
@@ -88,7 +90,7 @@ def _endpoint(args: argparse.Namespace) -> Iterator[Endpoint]:
     if args.url is not None:
         yield Endpoint(args.url, os.environ.get(API_KEY))
         return
-    config = load_settings(args)
+    config = load_settings(args, use=args.use, own=False)
     print(f"Loading {config.model.name} ...", file=sys.stderr, flush=True)
     with local_api(config) as endpoint:
         yield endpoint

@@ -1,6 +1,6 @@
 """Base models: bundled, local or from the hub; tokenizer, weights, quantisation, facts."""
 
-from rayfin.models.bases import BASE_IDENTITY, Base, base_of
+from rayfin.models.bases import BASE_IDENTITY, Base, base_of, hub_id
 from rayfin.models.bnb import import_bitsandbytes
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.facts import (
@@ -23,6 +23,7 @@ __all__ = [
     "base_of",
     "check_model",
     "describe_model",
+    "hub_id",
     "identity",
     "import_bitsandbytes",
     "load_base",

@@ -61,6 +61,7 @@ class Names:
         self._held: dict[AdapterRef, tuple[float, Named]] = {}
         self._listed: tuple[float, tuple[Named, ...]] | None = None
         self._known: tuple[float, tuple[str, ...]] | None = None
+        self._strays: tuple[float, dict[str, str]] | None = None
 
     def parse(self, model: str) -> AdapterRef | None:
         """The adapter that `model` asks for, None for the base; opens no file.
@@ -151,6 +152,8 @@ class Names:
         return _named(version)
 
     def _unknown(self, ref: AdapterRef) -> AdapterNotFound:
+        if (told := self._known_strays().get(ref.name)) is not None:
+            return AdapterNotFound(f"adapter '{ref.name}': {self.public(told)}")
         near = did_you_mean(ref.name, self._known_names())
         return AdapterNotFound(
             f"adapter '{ref.name}' is not served here{near}; GET /v1/models lists those that are"
@@ -174,6 +177,12 @@ class Names:
                     f"{did_you_mean(ref.alias, aliases)}; it has {', '.join(aliases)}"
                 )
         return None
+
+    def _known_strays(self) -> dict[str, str]:
+        held = self._strays
+        if held is None or not self._fresh(held[0]):
+            held = self._strays = (self._clock(), self.catalog.strays())
+        return held[1]
 
     def _known_names(self) -> tuple[str, ...]:
         held = self._known

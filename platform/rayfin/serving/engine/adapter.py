@@ -128,12 +128,15 @@ class HostAdapter:
 
 
 @torch.no_grad()
-def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
+def read_adapter(
+    source: AdapterSource, base: BaseLayout, told: Mapping[str, Any] | None = None
+) -> HostAdapter:
     """Reads adapter_config.json, adapter_model.safetensors and rayfin.json, and nothing else.
 
     Raises AdapterError for an adapter of another base, of a kind that can't be served exactly, or
     whose files are damaged or hostile. No tensor is read before all of them are known to fit. Safe
-    to call from several threads.
+    to call from several threads. `told`: what stands for rayfin.json, of one that is to be
+    published.
     """
     settings, metadata = read_settings(source)
     peft_type = settings.text("peft_type")
@@ -143,7 +146,7 @@ def read_adapter(source: AdapterSource, base: BaseLayout) -> HostAdapter:
             "train it with one of these, or merge it into its base and serve the merged model "
             "(model.name=DIRECTORY)"
         )
-    check_base(settings, metadata, base.base)
+    check_base(settings, metadata if told is None else told, base.base)
     settings.expect("task_type", None, "CAUSAL_LM")
     with Weights(source) as weights:
         fields = _READERS[peft_type](settings, weights, base)

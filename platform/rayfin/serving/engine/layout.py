@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,16 @@ class BaseLayout:
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             weight=lambda name: _weight(name, linears[name]),
             bias=lambda name: _bias(linears[name]),
+        )
+
+    def unloaded(self) -> BaseLayout:
+        """The same with any weights, for a check of an adapter alone: those of a model on torch's
+        meta device have no values."""
+        biased = {name for name in self.linears if self.bias(name) is not None}
+        return replace(
+            self,
+            weight=lambda name: torch.ones(*reversed(self.linears[name])),
+            bias=lambda name: torch.zeros(self.linears[name][1]) if name in biased else None,
         )
 
 

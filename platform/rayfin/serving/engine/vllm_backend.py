@@ -212,10 +212,11 @@ def check_lora(
     base: Base,
     linears: Mapping[str, tuple[int, int]],
     max_rank: int,
+    told: Mapping[str, Any] | None = None,
 ) -> int:
     """Bytes of an adapter that vLLM answers with exactly; raises AdapterError for any other.
 
-    `base` and `linears` are as in BaseLayout.
+    `base` and `linears` are as in BaseLayout; `told` goes before rayfin.json.
 
     vLLM does not look at what it doesn't know in adapter_config.json, so this does.
     """
@@ -231,7 +232,7 @@ def check_lora(
             f"it is of type {'DORA' if peft_type == 'LORA' else shown(peft_type)}, and vLLM serves "
             f"{served}; serve it with engine.type=transformers"
         )
-    check_base(settings, metadata, base)
+    check_base(settings, metadata if told is None else told, base)
     settings.expect("task_type", None, "CAUSAL_LM")
     settings.expect("bias", None, "none")
     settings.expect("init_lora_weights", *PLAIN_INITS)

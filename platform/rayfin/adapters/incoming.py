@@ -1,0 +1,260 @@
+"""An adapter on its way in: a directory, a ZIP file or a hub id becomes a directory to read.
+
+A ZIP file is anybody's: its table is judged before a byte is unpacked, and of what it holds only an
+adapter's own files are written, to names that are ours.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import struct
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from rayfin import hub
+from rayfin.adapters.files import belonging
+from rayfin.errors import AdapterError
+from rayfin.models.bases import hub_id
+from rayfin.models.quiet import no_progress_bars
+
+MAX_ENTRIES = 10_000
+"""Files and directories of a ZIP file."""
+MAX_TABLE_BYTES = 4 * 2**20
+"""Of a ZIP file's table of contents, which lies in it uncompressed."""
+MAX_BYTES = 16 * 2**30
+"""Unpacked, all that a ZIP file announces; of the hub, what belongs to the adapter."""
+_CONFIGS = ("adapter_config.json", "config.json")
+_END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """A directory to publish from, for as long as its context lasts."""
+
+    directory: Path
+    source: str
+    """Where it comes from, as the user wrote it; of the hub with the commit, `hf:ID@COMMIT`."""
+    left_out: tuple[str, ...]
+    """Names of what lies there and is no part of an adapter, sorted."""
+
+
+@contextmanager
+def incoming(source: str) -> Iterator[Incoming]:
+    """The adapter at `source`; raises AdapterError for what is none, or can't be had."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir())
+        if not set(_CONFIGS) & set(names) and (path / "adapter" / _CONFIGS[0]).is_file():
+            raise AdapterError(f"'{path}' is a trial's directory; give its adapter, {path}/adapter")
+        yield Incoming(path, source, _left_out(names))
+    elif path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise AdapterError(
+                f"'{path}' is no ZIP file and no directory; unpack it where you trust it, and give "
+                "the directory that holds adapter_config.json"
+            )
+        with tempfile.TemporaryDirectory(prefix="rayfin-adapter-") as own:
+            left = _unpack(path, Path(own))
+            yield Incoming(Path(own), source, left)
+    elif hub_id(source) == source:
+        yield _from_hub(source)
+    else:
+        raise AdapterError(
+            f"'{source}' is not there; give a directory with adapter_config.json, a ZIP file of "
+            "one, or the id of an adapter on the Hugging Face hub, OWNER/NAME"
+        )
+
+
+def _left_out(names: list[str]) -> tuple[str, ...]:
+    kept = set(belonging(names)) | {"rayfin.json"}
+    return tuple(name for name in names if name not in kept)
+
+
+# --- ZIP files ----------------------------------------------------------------------------------
+
+
+def _unpack(path: Path, target: Path) -> tuple[str, ...]:
+    """Writes the adapter in a ZIP file to `target`; returns the names of what it leaves out."""
+    try:
+        with path.open("rb") as file:
+            _check_table(path, file)
+            with zipfile.ZipFile(file) as archive:
+                entries = _checked(path, archive.infolist())
+                folder = _folder(path, entries)
+                inside = {
+                    entry.filename.removeprefix(folder): entry
+                    for entry in entries
+                    if entry.filename.startswith(folder) and not entry.is_dir()
+                }
+                names = sorted(name for name in inside if "/" not in name)
+                for name in [*belonging(names), *({"rayfin.json"} & set(names))]:
+                    with archive.open(inside[name]) as packed, (target / name).open("xb") as out:
+                        _copy(packed, out, inside[name].file_size, f"'{name}' in '{path}'")
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+        raise AdapterError(
+            f"'{path}' is not a whole ZIP file ({error}); make or copy it again"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"'{path}' can't be unpacked ({reason}); unpack it yourself") from error
+    told = {entry.filename.partition("/")[0] for entry in entries if not folder}
+    told |= {
+        entry.filename for entry in entries if folder and not entry.filename.startswith(folder)
+    }
+    kept = {*belonging(names), "rayfin.json"}
+    return tuple(sorted((told | set(names)) - kept))
+
+
+def _check_table(path: Path, file: BinaryIO) -> None:
+    """Raises AdapterError for a table too large to be read: zipfile would hold all of it."""
+    size = file.seek(0, 2)
+    start = max(0, size - 2**16 - 22)
+    file.seek(start)
+    tail = file.read()
+    at = tail.rfind(_END)
+    if at < 0 or len(tail) < at + 22:
+        raise zipfile.BadZipFile("its end is missing")
+    table = struct.unpack_from("<L", tail, at + 12)[0]
+    if tail[at - 20 : at - 16] == _LOCATOR:
+        file.seek(struct.unpack_from("<Q", tail, at - 12)[0])
+        end = file.read(56)
+        if end[:4] != _END64 or len(end) < 56:
+            raise zipfile.BadZipFile("its end is damaged")
+        table = max(table if table != 0xFFFFFFFF else 0, struct.unpack_from("<Q", end, 40)[0])
+    if table > MAX_TABLE_BYTES:
+        raise AdapterError(
+            f"'{path}' has a table of contents of {table} bytes, and at most {MAX_TABLE_BYTES} are "
+            "read; pack the adapter's directory alone"
+        )
+    file.seek(0)
+
+
+def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
+    """All entries; raises AdapterError where one of them could lead out, or all are too much."""
+    if len(entries) > MAX_ENTRIES:
+        raise AdapterError(
+            f"'{path}' has {len(entries)} entries; at most {MAX_ENTRIES} are read: pack the "
+            "adapter's directory alone"
+        )
+    seen: set[str] = set()
+    for entry in entries:
+        name, mode = entry.filename, entry.external_attr >> 16
+        parts = PurePosixPath(name).parts
+        kind = stat.S_IFMT(mode)
+        if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
+            why = "leads out of it"
+        elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            why = "is a link or a device"
+        elif entry.flag_bits & 1:
+            why = "is encrypted"
+        elif name in seen:
+            why = "is there twice"
+        else:
+            seen.add(name)
+            continue
+        raise AdapterError(
+            f"'{path}': the entry {name[:120]!r} {why}, and nothing was unpacked; pack the files "
+            "themselves, by relative names (zip -r adapter.zip DIR)"
+        )
+    announced = sum(entry.file_size for entry in entries)
+    if announced > MAX_BYTES:
+        raise AdapterError(
+            f"'{path}' would unpack to {announced} bytes; at most {MAX_BYTES} are unpacked: pack "
+            "the adapter's directory alone, or give that directory"
+        )
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if announced > free:
+        raise AdapterError(
+            f"'{path}' would unpack to {announced} bytes, and {tempfile.gettempdir()} has {free}; "
+            "make room, or set TMPDIR to a directory that has it"
+        )
+    return entries
+
+
+def _folder(path: Path, entries: list[zipfile.ZipInfo]) -> str:
+    """The directory in the ZIP file that holds the adapter, with its slash; empty for the top."""
+    names = [PurePosixPath(entry.filename) for entry in entries if not entry.is_dir()]
+    for config in _CONFIGS:
+        found = sorted(
+            (name.parent for name in names if name.name == config), key=lambda one: len(one.parts)
+        )
+        if not found:
+            continue
+        least = len(found[0].parts)
+        if len([one for one in found if len(one.parts) == least]) > 1:
+            raise AdapterError(
+                f"'{path}' holds several adapters ({', '.join(map(str, found[:5]))}); "
+                "pack one of them alone"
+            )
+        return f"{found[0]}/" if least else ""
+    raise AdapterError(
+        f"'{path}' holds neither adapter_config.json (an adapter) nor config.json (a full "
+        "fine-tune); pack a directory that save_pretrained() wrote"
+    )
+
+
+def _copy(packed: Any, out: BinaryIO, announced: int, what: str) -> None:
+    """No more than was announced, whatever the compressed data hold."""
+    left = announced
+    while block := packed.read(min(2**20, left + 1)):
+        left -= len(block)
+        if left < 0:
+            raise AdapterError(f"{what} is longer than its table of contents says; pack it again")
+        out.write(block)
+
+
+# --- the hub ------------------------------------------------------------------------------------
+
+
+def _from_hub(name: str) -> Incoming:
+    """An adapter of the Hugging Face hub, downloaded or from the hub's cache."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    sizes: list[int] = []
+
+    def look() -> None:
+        info = HfApi().model_info(name, files_metadata=True, timeout=hub.SECONDS)
+        files = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+        sizes.append(sum(files[one] for one in belonging(list(files))))
+
+    failure = hub.ask(look)
+    if sizes and sizes[0] > MAX_BYTES:
+        raise AdapterError(
+            f"'{name}' on the hub has {sizes[0]} bytes; at most {MAX_BYTES} are downloaded: is it "
+            "an adapter?"
+        )
+    # All but what only a pickle or another library's file would be.
+    suffixes = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+    wanted: dict[str, Any] = {"repo_id": name, "allow_patterns": suffixes, "ignore_patterns": "*/*"}
+    if failure is None:
+        try:
+            with no_progress_bars():
+                found = Path(snapshot_download(**wanted))
+            return _downloaded(name, found)
+        # As in `hub.ask`: any error of the HTTP library's may come through.
+        except Exception as error:  # noqa: BLE001
+            failure = error
+    try:
+        found = Path(snapshot_download(**wanted, local_files_only=True))
+    except (OSError, ValueError):
+        reason = " ".join(str(failure).split())
+        remedy = (
+            hub.REMEDY
+            if isinstance(failure, hub.HubUnreachable)
+            else "check the name, accept the model's terms and set HF_TOKEN where it has any"
+        )
+        raise AdapterError(
+            f"'{name}' is neither a directory or ZIP file here nor to be had from the Hugging Face "
+            f"hub ({reason:.160}); {remedy}"
+        ) from failure
+    return _downloaded(name, found)
+
+
+def _downloaded(name: str, snapshot: Path) -> Incoming:
+    return Incoming(snapshot, f"hf:{name}@{snapshot.name}", ())

@@ -1,0 +1,101 @@
+"""`rayfin adapters add`: an adapter that was trained elsewhere, checked and published."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayfin.cli.parser import printable
+from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
+
+if TYPE_CHECKING:
+    from rayfin.adapters import AdapterVersion
+
+_SHOWN = 6
+
+
+def register(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the verb `add`; it sets `handler`, which returns the exit code."""
+    summary = "check an adapter from elsewhere, copy it and publish it"
+    parser = verbs.add_parser(
+        "add",
+        help=summary,
+        description=f"{summary.capitalize()}. Its base model must be here, or on the hub: the "
+        "adapter is held against that, but no weights of the base are loaded.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="DIR|ZIP|HUB-ID",
+        help="a directory that PEFT wrote, a ZIP file of one, or OWNER/NAME on the hub",
+    )
+    parser.add_argument("name", metavar="NAME", help="publish it as the next version of NAME")
+    add_settings(parser, ShowServeSettings)
+    parser.add_argument("--alias", help="an alias to point at it, beside latest")
+    parser.add_argument(
+        "--base-is-right",
+        action="store_true",
+        help="you answer for the base, model.name or the one the adapter names, where that can't "
+        "be told from the files",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.epilog = f"Example: {parser.prog} ./lora support model.name=./base storage=./runs"
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0: published. Raises UsageErrors for what can't be served; nothing is published."""
+    from rayfin.adapters import Registry, check_alias, check_name
+    from rayfin.adapters.incoming import incoming
+    from rayfin.config import load_serve_config
+    from rayfin.paths import METADATA, Storage
+
+    check_name(args.name)
+    if args.alias is not None:
+        check_alias(args.alias)
+    config = load_serve_config(*split_settings(args.settings)).anchored(Path.cwd())
+    registry = Registry(Storage.at(config.storage).adapters)
+    told: dict[str, Any] = {}
+    with incoming(args.source) as found:
+        directory, told["source"] = found.directory, found.source
+        check = None
+        if (directory / "adapter_config.json").exists():
+            from rayfin.adapters.files import select_files
+            from rayfin.adapters.metadata import trusted_metadata
+            from rayfin.serving.fit import base_to_record, check_adapter
+
+            select_files(directory)  # what is no adapter at all is told before its base is asked
+            config, base = base_to_record(directory, config, is_right=args.base_is_right)
+            told |= base
+
+            def check(copy: Path) -> None:
+                check_adapter(args.name, copy, config, told)
+
+            if (directory / METADATA).exists() and not trusted_metadata(directory, whole=True):
+                _tell(f"its {METADATA} has no digests of these files, and is not believed")
+        Storage.open(config.storage)
+        version = registry.publish(args.name, directory, told, args.alias, check)
+        left = found.left_out
+    if left:
+        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
+        _tell(f"left out, as no part of an adapter: {', '.join(left[:_SHOWN])}{more}")
+    _print(version, config.storage, as_json=args.json)
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def _print(version: AdapterVersion, storage: str, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(version.as_dict(), indent=2, ensure_ascii=False))
+        return
+    aliases = ", ".join(version.aliases)
+    print(printable(f"{version.ref} is published ({version.peft_type}; {aliases})"))
+    print(printable(f"  base model  {version.base_model or version.path}"))
+    print(printable(f"  path        {version.path}"))
+    if version.peft_type != "FULL":
+        print(printable(f"Talk to it: rayfin chat --use {version.name} storage={storage}"))

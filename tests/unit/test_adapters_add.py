@@ -1,0 +1,371 @@
+"""`rayfin adapters add`: an adapter from elsewhere is checked, copied and published, or isn't."""
+
+import json
+import os
+import shutil
+import stat
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+
+from rayfin.adapters import Registry, incoming
+from rayfin.cli import main
+from rayfin.config.schema import ModelConfig
+from rayfin.models import load_base, locate
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SNAPSHOT = "/home/ray/hub/models--acme--tiny/snapshots/0f1e2d3c"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What PEFT wrote, of the bundled base."""
+    directory = tmp_path_factory.mktemp("trained")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_base(ModelConfig(name="tiny"), None, "cpu"), settings)
+    model.peft_config["default"].base_model_name_or_path = "tiny"
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    return directory
+
+
+class Place:
+    """A copy of the adapter, and a registry to add it to."""
+
+    def __init__(self, trained: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.root, self.lora, self._capsys = root, root / "lora", capsys
+        shutil.copytree(trained, self.lora)
+        self.registry = Registry(root / "runs" / "adapters")
+
+    def set(self, **values: object) -> None:
+        config = self.lora / CONFIG
+        config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+    def add(self, source: object, *more: str) -> tuple[int, str, str]:
+        """Exit code, output and errors."""
+        code = main(["adapters", "add", str(source), "support", f"storage={self.root}/runs", *more])
+        told = self._capsys.readouterr()
+        return code, told.out, told.err
+
+    def refused(self, source: object, message: str, *more: str) -> None:
+        code, out, err = self.add(source, *more)
+        assert (code, out) == (2, "") and message in err and err.count("\n") == 1, err
+        assert self.registry.versions("support") == ()
+
+    def packed(self, *entries: tuple[str | zipfile.ZipInfo, bytes]) -> Path:
+        path = self.root / "lora.zip"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(self.lora.iterdir()):
+                archive.write(file, f"lora/{file.name}")
+            for name, content in entries:
+                archive.writestr(name, content)
+        return path
+
+
+@pytest.fixture
+def place(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Place:
+    own = tmp_path / "tmp"
+    own.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(own))
+    return Place(trained, tmp_path, capsys)
+
+
+def test_a_directory_is_copied_whole_and_published(place: Place) -> None:
+    (place.lora / "training_args.bin").write_bytes(b"pickle")
+    (place.lora / "rayfin.json").write_text('{"base_model": "llama", "metrics": {"eval_loss": 0}}')
+    code, out, err = place.add(place.lora, "--alias", "prod")
+    assert code == 0 and out.startswith("support@1 is published (LORA; latest, prod)\n")
+    assert "base model  tiny" in out and "rayfin chat --use support storage=" in out
+    assert "training_args.bin" in err and "rayfin.json has no digests of these files" in err
+    version = place.registry.verify("support@prod")
+    assert version.base_model == "tiny" and "metrics" not in version.metadata
+    assert version.metadata["base_identity"][0] == "tiny@1"
+    assert {path.name for path in version.path.iterdir()} == {CONFIG, WEIGHTS, "rayfin.json"}
+
+    # A version of another registry brings along what its publisher knew.
+    place.add(version.path, "--json")
+    again = place.registry.resolve("support@2")
+    assert again.metadata["base_identity"] == version.metadata["base_identity"]
+
+
+def test_a_zip_file_is_the_directory_in_it(place: Place) -> None:
+    packed = place.packed(("lora/checkpoint-10/adapter_config.json", b"{}"), ("notes.txt", b""))
+    code, out, err = place.add(packed, "--json")
+    assert code == 0 and json.loads(out)["ref"] == "support@1" and "notes.txt" in err
+    version = place.registry.verify("support")
+    for name in (CONFIG, WEIGHTS):
+        assert (version.path / name).read_bytes() == (place.lora / name).read_bytes()
+    assert list((place.root / "tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("named", [SNAPSHOT, "acme/tiny", "/data/models/tiny/", None])
+def test_the_user_may_answer_for_the_base(
+    place: Place, named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    place.set(base_model_name_or_path=named)
+    place.refused(place.lora, "--base-is-right")
+    place.refused(place.lora, "--base-is-right model.name=tiny", "model.name=tiny")
+    code, _, err = place.add(place.lora, "model.name=tiny", "--base-is-right")
+    assert code == 0, err
+    told = place.registry.resolve("support").metadata
+    assert (told["base_model"], told["base_identity"][0]) == ("tiny", "tiny@1")
+
+
+def test_the_shapes_must_fit_all_the_same(place: Place, tmp_path: Path) -> None:
+    wide = tmp_path / "wide"
+    shutil.copytree(locate(ModelConfig(name="tiny")), wide)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"hidden_size": 96}))
+    message = "has shape [4, 64], and adapter_config.json and the served base ask for [4, 96]"
+    place.refused(place.lora, message, f"model.name={wide}", "--base-is-right")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "LOHA"}, "the engine serves LORA"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"r": 128}, "raise engine.max_rank"),
+        ({"invented_in_2030": True}, "'invented_in_2030'"),
+    ],
+)
+def test_what_the_engine_would_answer_wrongly_is_refused(
+    place: Place, change: dict[str, object], message: str
+) -> None:
+    place.set(**change)
+    place.refused(place.lora, message)
+
+
+def test_a_pickle_is_named_and_not_opened(place: Place) -> None:
+    (place.lora / WEIGHTS).rename(place.lora / "adapter_model.bin")
+    place.refused(place.lora, "save the adapter again with save_pretrained() (only safetensors")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nothing/at/all", "is not there; give a directory"),
+        ("acme/adapter", "nor to be had from the Hugging Face hub (Cannot reach"),
+        ("lora.tar.gz", "no ZIP file and no directory; unpack it where you trust it"),
+        ("trial", "give its adapter, "),
+    ],
+)
+def test_sources_that_are_none(
+    place: Place, source: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (place.root / "lora.tar.gz").write_bytes(b"\x1f\x8b" + bytes(100))
+    shutil.copytree(place.lora, place.root / "trial" / "adapter")
+    given = source if source == "acme/adapter" else place.root / source
+    place.refused(given, message)
+
+
+def test_a_copy_by_hand_is_told_of_with_the_remedy(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hand = place.registry.root / "support"
+    shutil.copytree(place.lora, hand)
+    storage = f"storage={place.root}/runs"
+    assert main(["adapters", "list", storage]) == 0
+    remedy = (
+        "copied into the registry by hand, and is not served; check and publish it with: "
+        f"rayfin adapters add {hand} support"
+    )
+    assert remedy in capsys.readouterr().err
+    assert main(["adapters", "show", "support", storage]) == 2
+    assert remedy in capsys.readouterr().err
+    assert place.add(hand)[0] == 0
+    shutil.copytree(place.lora, hand / "7")
+    assert main(["adapters", "list", storage]) == 0
+    told = capsys.readouterr()
+    assert "support@1" in told.out and "then remove it: rayfin adapters rm support@7" in told.err
+
+
+# --- hostile ------------------------------------------------------------------------------------
+
+
+def linked() -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo("lora/tokenizer.json")
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return entry
+
+
+@pytest.mark.parametrize(
+    ("entry", "content", "message"),
+    [
+        ("../sentinel", b"overwritten", "leads out of it, and nothing was unpacked"),
+        ("lora/../../sentinel", b"overwritten", "leads out of it"),
+        ("/sentinel", b"overwritten", "leads out of it"),
+        ("C:\\sentinel", b"overwritten", "leads out of it"),
+        ("lora\\..\\..\\sentinel", b"overwritten", "leads out of it"),
+        (linked(), b"../../sentinel", "is a link or a device"),
+        (f"lora/{CONFIG}", b"{}", "is there twice"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_nothing_of_a_zip_file_gets_out(
+    place: Place, entry: str | zipfile.ZipInfo, content: bytes, message: str
+) -> None:
+    sentinel = place.root / "sentinel"
+    sentinel.write_text("untouched")
+    place.refused(place.packed((entry, content)), message)
+    assert sentinel.read_text() == "untouched"
+    assert list((place.root / "tmp").iterdir()) == []
+    assert {path.name for path in place.root.iterdir()} <= {"lora", "lora.zip", "sentinel", "tmp"}
+
+
+def test_a_zip_bomb_is_refused_by_its_table_of_contents(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(incoming, "MAX_BYTES", 2**20)
+    packed = place.packed(("lora/tokenizer.json", bytes(2**21)))
+    assert packed.stat().st_size < 2**16
+    monkeypatch.setattr(incoming, "_copy", lambda *_: pytest.fail("something was unpacked"))
+    place.refused(packed, "at most 1048576 are unpacked")
+
+
+def test_a_zip_file_that_holds_more_than_it_announces(place: Place) -> None:
+    packed = place.packed(("lora/tokenizer.json", b"x" * 5000))
+    data = bytearray(packed.read_bytes())
+    # Both headers say 10 bytes; the compressed data are 5000.
+    for mark, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        at = data.rfind(mark)
+        assert data[at + offset : at + offset + 4] == struct.pack("<L", 5000)
+        data[at + offset : at + offset + 4] = struct.pack("<L", 10)
+    packed.write_bytes(data)
+    place.refused(packed, "make or copy it again")
+
+
+@pytest.mark.parametrize("what", ["entries", "table", "zip64"])
+def test_a_table_of_contents_without_end(
+    place: Place, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = place.packed(*((f"lora/x/{n}", b"") for n in range(300)))
+    if what == "entries":
+        monkeypatch.setattr(incoming, "MAX_ENTRIES", 100)
+        place.refused(packed, "entries; at most 100 are read")
+        return
+    monkeypatch.setattr(incoming, "MAX_TABLE_BYTES", 1000)
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("the table was read"))
+    if what == "zip64":
+        data = packed.read_bytes()
+        end64 = b"PK\x06\x06" + struct.pack("<QHHLLQQQQ", 44, 45, 45, 0, 0, 300, 300, 10**6, 0)
+        locator = b"PK\x06\x07" + struct.pack("<LQL", 0, len(data) - 22, 1)
+        end = data[-22:-10] + struct.pack("<LL", 0xFFFFFFFF, 0xFFFFFFFF) + b"\0\0"
+        packed.write_bytes(data[:-22] + end64 + locator + end)
+    place.refused(packed, "and at most 1000 are read")
+
+
+def test_a_zip_file_that_is_cut_short(place: Place) -> None:
+    packed = place.packed()
+    data = packed.read_bytes()
+    for damaged in (data[: len(data) // 2], data[:-30] + data[-22:]):
+        packed.write_bytes(damaged)
+        code, _, err = place.add(packed)
+        assert code == 2 and "ZIP file" in err
+
+
+def test_a_hard_link_to_a_file_outside_is_refused(place: Place) -> None:
+    outside = place.root / "outside.json"
+    outside.write_text('{"secret": 1}')
+    os.link(outside, place.lora / "tokenizer_config.json")
+    before = outside.stat()
+    place.refused(place.lora, "is a hard link: the same file has a name outside")
+    (place.lora / "tokenizer_config.json").unlink()
+    os.link(place.lora / CONFIG, place.lora / "config-again.json")  # both names are inside
+    assert place.add(place.lora)[0] == 0
+    after = outside.stat()
+    assert (after.st_mode, after.st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
+    assert outside.read_text() == '{"secret": 1}'
+    assert (place.registry.resolve("support").path / CONFIG).stat().st_nlink == 1
+
+
+def test_a_regular_expression_without_end_is_not_matched(place: Place) -> None:
+    """PEFT would match it with every module's name; the tensors' own names say what is adapted."""
+    place.set(target_modules="(.*)*" * 20 + "(a|a|.)*!$", exclude_modules="((.*)*)*!")
+    assert place.add(place.lora)[0] == 0
+
+
+@pytest.fixture
+def leaves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Path]:
+    """Writes a module that leaves a file where it is imported; returns that file."""
+
+    def write(directory: Path, name: str) -> Path:
+        trace = tmp_path / f"{name}-ran"
+        (directory / f"{name}.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
+        monkeypatch.syspath_prepend(directory)
+        return trace
+
+    return write
+
+
+def test_modules_that_an_adapter_names_are_not_imported(
+    place: Place, leaves_a_trace: Callable[[Path, str], Path]
+) -> None:
+    """auto_mapping is what AutoPeftModel imports; auto_map is transformers'."""
+    traces = [leaves_a_trace(place.lora, name) for name in ("evil_parent", "evil_tokenizer")]
+    place.set(
+        auto_mapping={"base_model_class": "Model", "parent_library": "evil_parent"},
+        megatron_core="evil_parent",
+    )
+    auto_map = {"AutoTokenizer": ["evil_tokenizer.Tokenizer", None]}
+    settings = {"tokenizer_class": "Tokenizer", "auto_map": auto_map}
+    (place.lora / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert place.add(place.lora)[0] == 0
+    version = place.registry.resolve("support")
+    assert not any(path.suffix == ".py" for path in version.path.iterdir())
+    assert not any(trace.exists() for trace in traces)
+    assert not {"evil_parent", "evil_tokenizer"} & set(sys.modules)
+
+
+def test_a_base_with_code_of_its_own_is_not_run(
+    place: Place, tmp_path: Path, leaves_a_trace: Callable[[Path, str], Path]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(locate(ModelConfig(name="tiny")), base)
+    traces = [leaves_a_trace(base, name) for name in ("evil_model", "evil_words")]
+    for name, auto_map in (
+        (
+            "config.json",
+            {"AutoConfig": "evil_model.Config", "AutoModelForCausalLM": "evil_model.Model"},
+        ),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil_words.Slow", "evil_words.Fast"]}),
+    ):
+        file = base / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": auto_map}))
+    assert place.add(place.lora, f"model.name={base}", "--base-is-right")[0] == 0
+    load_base(ModelConfig(name=str(base)), None, "cpu")
+    unknown = json.loads((base / "config.json").read_text()) | {"model_type": "evil"}
+    (base / "config.json").write_text(json.dumps(unknown))
+    code, _, err = place.add(place.lora, f"model.name={base}", "--base-is-right")
+    assert code == 2 and "code that comes with a model is never run" in err
+    assert not any(trace.exists() for trace in traces)
+
+
+def header(tensors: dict[str, object], data: bytes) -> bytes:
+    text = json.dumps(tensors).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def test_weights_with_a_hundred_thousand_tensors_or_overlapping_ones(place: Place) -> None:
+    weights = place.lora / WEIGHTS
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    weights.write_bytes(header({f"t{n}": empty for n in range(100_000)}, b""))
+    place.refused(place.lora, "the engine does not serve the tensor 't0'")
+    one = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+    two = {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}
+    weights.write_bytes(header({"a": one, "b": two}, bytes(24)))
+    place.refused(place.lora, "is not a whole safetensors file")
+    weights.write_bytes(header({"a": one, "b": one}, bytes(16)))
+    place.refused(place.lora, "is not a whole safetensors file")
