@@ -27,6 +27,28 @@ from rayfin.training.trial import run_trial
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
+def test_a_group_that_is_interrupted_goes_on_alone(
+    lab: Any, cluster: str, moment: random.Random, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = (*lab.settings, "train.max_steps=120", "train.eval_steps=4")
+
+    def interrupt(command: Any) -> None:
+        command.until(lambda: saved(lab) > 0)
+        time.sleep(moment.uniform(0.0, 0.5))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with lab.meanwhile(interrupt):
+        assert lab.rayfin_here("train", *settings, "scaling.strategy=deepspeed-zero2") == 130
+    assert capsys.readouterr().err.endswith("rayfin: interrupted\n")
+    (row,) = lab.rows()
+    assert row.status == "interrupted"
+    mark = lab.mark(row)
+    assert lab.rayfin_here("train", *settings) == 0
+    (row,) = lab.rows()
+    assert row.status == "finished" and row.curve[-1]["step"] == 120
+    assert lab.losses(row)[0] == mark, "it started anew, and not from its checkpoint"
+
+
 def test_a_group_goes_on_whatever_of_it_is_killed(
     lab: Any,
     cluster: str,
@@ -34,50 +56,42 @@ def test_a_group_goes_on_whatever_of_it_is_killed(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One trial through all of it: at its end it is as one that ran through in one process."""
+    """A worker, its controller, and its driver: one trial through all of it, at whose end it is as
+    one that ran through in one process.
+    """
     settings = (*lab.settings, "data.streaming=true", "train.max_steps=120", "train.eval_steps=4")
-    sharded, two = "scaling.strategy=deepspeed-zero2", "scaling.num_workers=2"
-
-    def interrupt(command: Any) -> None:
-        command.until(lambda: saved(lab) > 0)
-        time.sleep(moment.uniform(0.0, 0.2))
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with lab.meanwhile(interrupt):
-        assert lab.rayfin_here("train", *settings, sharded) == 130
-    assert capsys.readouterr().err.endswith("rayfin: interrupted\n")
-    (row,) = lab.rows()
-    assert row.status == "interrupted"
-    mark = lab.mark(row)
-
-    driver = lab.typed("train", *settings, two, "sweep.max_failures=2")
+    two = ("scaling.num_workers=2", "scaling.strategy=deepspeed-zero2", "sweep.max_failures=2")
+    driver = lab.typed("train", *settings, *two)
     workers: list[set[int]] = []
-    for victim in ("RayTrainWorker", "TrainController"):
-        further(driver, lab, by=moment.randrange(1, 20))
-        assert lab.losses(lab.rows()[0])[0] == mark, "it started anew, not from its checkpoint"
+
+    def further(by: int) -> None:
+        """Waits until the trial has saved a step that lies so far ahead, and some time."""
+        step = saved(lab) + by
+        driver.until(lambda: saved(lab) >= step)
         time.sleep(moment.uniform(0.0, 0.2))
         workers.append({process.pid for process in lab.processes("RayTrainWorker")})
+
+    for victim in ("RayTrainWorker", "TrainController"):
+        further(moment.randrange(1, 20))
         lab.processes(victim)[0].kill()
-    further(driver, lab, by=moment.randrange(1, 20))
-    workers.append({process.pid for process in lab.processes("RayTrainWorker")})
-    assert len(set.union(*workers)) == sum(map(len, workers)) == 6, "a group that starts is whole"
-    time.sleep(moment.uniform(0.0, 0.2))
+    further(moment.randrange(1, 20))
+    assert len(set.union(*workers)) == sum(map(len, workers)) == 6, "a group starts anew as a whole"
     driver.kill()
     (row,) = lab.rows()
     assert row.status == "running"  # nobody was there to say otherwise
-    reached = saved(lab)
+    reached, mark = saved(lab), lab.mark(row)
 
     # Alone: whoever goes on with it.
     assert lab.rayfin_here("train", *settings, "scaling.num_workers=1") == 0
-    alone = capsys.readouterr().err
-    for seen in (steps_told(driver.err), steps_told(alone)):
+    alone = steps_told(capsys.readouterr().err)
+    for seen in (steps_told(driver.err), alone):
         assert seen == sorted(seen), "it started anew, and not from its checkpoint"
-    assert steps_told(alone)[0] > reached
+    assert alone[0] > reached
     (row,) = lab.rows()
     assert row.status == "finished" and row.curve[-1]["step"] == 120
-    assert lab.losses(row)[0] == mark
-    streamed = load_config(None, [*settings])
-    whole = run_trial(TrialSpec.of(streamed), lambda _: None, place=Place(tmp_path / "whole"))
+    assert lab.losses(row)[0] == mark, "it started anew, and not from its checkpoint"
+    streamed = TrialSpec.of(load_config(None, settings))
+    whole = run_trial(streamed, lambda _: None, place=Place(tmp_path / "whole"))
     for point, other in zip(row.curve, whole.curve, strict=True):
         if point.get("loss") != mark:
             assert point == pytest.approx(other, abs=1e-4)
@@ -86,12 +100,6 @@ def test_a_group_goes_on_whatever_of_it_is_killed(
 def saved(lab: Any) -> int:
     """The step of the only trial's newest checkpoint."""
     return max((lab.saved(row) for row in lab.rows()), default=0)
-
-
-def further(driver: Any, lab: Any, by: int) -> None:
-    """Waits until the only trial has saved a step that lies so far ahead."""
-    steps = saved(lab) + by
-    driver.until(lambda: saved(lab) >= steps)
 
 
 def steps_told(lines: str) -> list[int]:
