@@ -76,6 +76,19 @@ class TrialDiverged(TrialError):
     """The loss became NaN or infinite."""
 
 
+LOOK = "look at the disk or network that it waits for, or raise scaling.hang_timeout_minutes"
+"""What to do about a trial that hangs."""
+
+
+class TrialHung(TrialError):
+    """The trial got no further for scaling.hang_timeout_minutes."""
+
+    @classmethod
+    def while_at(cls, where: str, minutes: float) -> TrialHung:
+        """`where`: what it was doing, and where in the program it stands."""
+        return cls(f"no progress for {minutes:g} minutes in {where}; {LOOK}")
+
+
 class TrialOutOfMemory(TrialError):
     """The device or host ran out of memory."""
 
@@ -84,6 +97,10 @@ class TrialOutOfMemory(TrialError):
 
 class EngineFailed(RayfinError):
     """A request that the engine could not end, through no fault of the request's (HTTP 500)."""
+
+
+class Unavailable(RayfinError):
+    """What a request needs isn't there now, and may be soon (HTTP 503): try again."""
 
 
 class Overloaded(RayfinError):

@@ -283,10 +283,10 @@ def test_what_fails_in_vllm_fails_alone_and_says_why(
     last = lab.ask(engine, prompt).wait().last
     assert isinstance(last.error, EngineFailed) and "ValueError" in str(last.error)
     backend.broken = False
-    assert engine.healthy
+    assert engine.ailment is None
     assert lab.ask(engine, prompt).wait().last.finish_reason == "length"
     backend.failure = RuntimeError("the GPU is gone")
-    assert not engine.healthy
+    assert engine.ailment is not None
     with pytest.raises(Overloaded):
         lab.ask(engine, prompt)
 

@@ -20,7 +20,7 @@ MODULES = sorted((SOURCE / "rayfin").rglob("*.py"))
 # The parts of rayfin, left to right: a part imports from its own group and from those before it.
 ORDER = (
     {"redaction"},
-    {"errors", "config", "objects", "paths", "hardware", "hub", "tables", "collector"},
+    {"errors", "config", "objects", "paths", "hardware", "hub", "tables", "collector", "heartbeat"},
     {"data", "models", "methods"},
     {"training"},
     {"history"},
@@ -34,7 +34,7 @@ RANK = {part: rank for rank, group in enumerate(ORDER) for part in group}
 
 # These also run where only torch, transformers and peft are installed.
 RAY_FREE = ("rayfin.training", "rayfin.serving.engine")
-RAY_USERS = ("rayfin.training.workers", "rayfin.training.streams")
+RAY_USERS = ("rayfin.training.workers", "rayfin.training.member", "rayfin.training.streams")
 
 # `/home/ray` is the home directory inside Ray's own container images.
 MACHINE_PATH = re.compile(r"(?<![\w.~:/-])/(?:home/(?!ray\b)|root/|work/|Users/)\w")

@@ -35,6 +35,10 @@ class EngineConfig(Section):
     """The largest rank of a low-rank adapter; memory of a slot grows with it."""
     host_cache_mb: int = Field(2048, ge=0)
     """Memory for adapters that wait outside the slots; vLLM counts adapters instead."""
+    load_seconds: float = Field(60.0, gt=0)
+    """Time for an adapter to be read from its storage; then the requests that wait get 503."""
+    step_seconds: float = Field(300.0, gt=0)
+    """Time for one step of all rows; an engine that takes longer hangs, and is replaced."""
     max_queue: int = Field(128, ge=1)
     """Requests that may wait; more are refused with 429."""
     vllm: dict[str, Any] = Field(default_factory=dict)

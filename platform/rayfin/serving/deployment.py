@@ -27,7 +27,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from rayfin.adapters import Catalog
+from rayfin.adapters.served import ServedCatalog
 from rayfin.config import load_serve_config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError, HardwareError, RayfinError
@@ -45,6 +45,8 @@ APP = "rayfin"
 """The application's name in Serve."""
 
 _STATS_SECONDS = 1.0
+_ANSWER_SECONDS = 3.0
+"""Time for a replica to answer a health check: one that misses three of them is replaced."""
 _CONNECTIONS = 512
 _CLOSING_SECONDS = 10.0
 _POLL_SECONDS = 0.1
@@ -53,6 +55,13 @@ _PROXY_SECONDS = 55
 _WATCH_SECONDS = 2.0
 _LOST_SECONDS = 10.0
 _AWAY_SECONDS = 45.0
+_CONTROLLER = {
+    # A replica that hangs ends no request: to wait for them would be to wait in vain.
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # A proxy that has died is found at the third look; Serve's own period is 10 s.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+}
+"""What Serve's controller reads of its environment when it starts."""
 # Replicas write what goes wrong; a line for each request would cost more than it tells.
 _LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
@@ -68,8 +77,9 @@ class ApiReplica:
         """Serve calls this on the event loop that requests come on."""
         config = self._config
         engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
-        storage = Storage.open(config.storage)
-        names = Names(Catalog(storage.adapters), config.model.name)
+        # Not opened: a replica that starts while the disk is away must not make the directory anew.
+        storage = Storage.at(config.storage)
+        names = Names(ServedCatalog(storage.adapters), config.model.name)
         figures = Figures(config.history or storage.history_url, engine)
         return create_app(engine, names, config.api, figures)
 
@@ -87,6 +97,7 @@ def app(args: Mapping[str, Any], root: Path) -> serve.Application:
 def build_app(config: ServeConfig) -> serve.Application:
     """The application that `serve.run` takes; looks at the connected cluster for its size."""
     deployment, engine = config.deployment, config.engine
+    ServedCatalog(Storage.open(config.storage).adapters).make()
     resources = engine_resources(config)
     capacity = engine.max_rows + engine.max_queue
     growing = deployment.max_replicas is not None
@@ -115,6 +126,7 @@ def build_app(config: ServeConfig) -> serve.Application:
             "request_routing_stats_period_s": _STATS_SECONDS,
         },
         health_check_period_s=deployment.health_check_seconds,
+        health_check_timeout_s=_ANSWER_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=deployment.drain_seconds + _CLOSING_SECONDS,
         logging_config=_LOGGING,
@@ -129,6 +141,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         max_queued_requests=_CONNECTIONS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         health_check_period_s=deployment.health_check_seconds,
+        health_check_timeout_s=_ANSWER_SECONDS,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=deployment.drain_seconds + _CLOSING_SECONDS,
         logging_config=_LOGGING,
@@ -170,6 +183,8 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
         os.environ.setdefault("RAY_worker_niceness", "0")
         # A proxy that imports for longer than Serve's 5 s, on a busy machine, is killed for it.
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_SECONDS))
+        for name, value in _CONTROLLER.items():
+            os.environ.setdefault(name, value)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_cluster(address):
         try:

@@ -26,6 +26,7 @@ class Follower:
 
     def __init__(self, engine: Engine | VllmEngine, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
+        self._away = False
         self._known: set[str] = set()
         self._callers: dict[str, str] = {}
         """Request id -> name of the actor that asked."""
@@ -72,10 +73,14 @@ class Follower:
     def _is_removed(self, ref: str) -> bool:
         parsed = AdapterRef.parse(ref)
         try:
-            return parsed.version not in self._catalog.versions(parsed.name)
+            removed = parsed.version not in self._catalog.versions(parsed.name)
         except (AdapterError, StorageError) as error:
-            log.warning("the registry can't be read: %s", error)
+            if not self._away:
+                log.warning("the registry can't be read: %s", error)
+            self._away = True
             return False
+        self._away = False
+        return removed
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD):

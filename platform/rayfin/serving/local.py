@@ -30,7 +30,7 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
     """
     import uvicorn
 
-    from rayfin.adapters import Catalog
+    from rayfin.adapters.served import ServedCatalog
     from rayfin.paths import Storage
     from rayfin.serving.api.app import create_app
     from rayfin.serving.engine.open import open_engine
@@ -39,7 +39,9 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
     engine = open_engine(config.model, config.engine)
     try:
         key = secrets.token_urlsafe()
-        names = Names(Catalog(Storage.open(config.storage).adapters), config.model.name)
+        catalog = ServedCatalog(Storage.open(config.storage).adapters)
+        catalog.make()
+        names = Names(catalog, config.model.name)
         app = create_app(engine, names, ApiConfig(api_keys=(ApiKey(key=key),)))
         with socket.create_server(("127.0.0.1", 0)) as listening:
             server = uvicorn.Server(

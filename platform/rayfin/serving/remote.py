@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from rayfin.config.serving import ServeConfig
-from rayfin.errors import EngineFailed, Overloaded, RequestError
+from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError, Unavailable
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
 from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, told
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 300.0
+_GONE = "the engine that worked on this request is gone; send it again"
 # Waits before a request is sent again that found a queue full.
 _AGAIN = (0.02, 0.1, 0.3)
 
@@ -137,7 +138,11 @@ class RemoteEngine:
             async for last in response:
                 if not _is_refused(last):
                     sink(last)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and not task.cancelling():
+                # Not ours: Serve gives up on a replica that it ends so.
+                raise Unavailable(_GONE) from error
             response.cancel()
             if last is None or last.finish_reason is None or _is_refused(last):
                 raise
@@ -150,14 +155,14 @@ class RemoteEngine:
             sink(Chunk("", (), finish_reason="cancelled"))
         elif (error := task.exception()) is not None:
             log.warning("request %s was lost: %s", request_id, error)
-            sink(_lost("the replica that worked on this request is gone; send it again"))
+            sink(_lost(Unavailable(_GONE)))
         elif not task.result():
-            sink(_lost("the answer broke off; send the request again"))
+            sink(_lost(EngineFailed("the answer broke off; send the request again")))
 
 
 def _is_refused(chunk: Chunk | None) -> bool:
     return chunk is not None and isinstance(chunk.error, Overloaded)
 
 
-def _lost(why: str) -> Chunk:
-    return Chunk("", (), finish_reason="error", error=EngineFailed(why))
+def _lost(why: RayfinError) -> Chunk:
+    return Chunk("", (), finish_reason="error", error=why)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rayfin.adapters import Catalog
+from rayfin.adapters.served import ServedCatalog
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import RayfinError
 from rayfin.paths import Storage
@@ -28,7 +28,7 @@ class EngineReplica:
 
     def __init__(self, config: ServeConfig, use_gpu: bool) -> None:
         self._engine = open_engine(config.model, config.engine, use_gpu=use_gpu)
-        self._follower = Follower(self._engine, Catalog(Storage.open(config.storage).adapters))
+        self._follower = Follower(self._engine, ServedCatalog(Storage.at(config.storage).adapters))
         self._streams = 0
 
     async def generate(
@@ -79,8 +79,8 @@ class EngineReplica:
         """Raises where the engine has given up: Serve replaces the replica."""
         if self._engine.failure is not None:
             raise RuntimeError("the engine has failed") from self._engine.failure
-        if not self._engine.healthy:
-            raise RuntimeError("the engine's thread has ended")
+        if (ailment := self._engine.ailment) is not None:
+            raise RuntimeError(ailment)
 
     def __del__(self) -> None:
         # Serve calls this when the replica is to stop, and has waited for its requests to end.

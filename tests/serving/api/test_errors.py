@@ -212,7 +212,7 @@ def test_a_slow_client_is_sent_away(tools: Any, engine: Any, shared_registry: Re
         assert client.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_registry_that_cannot_be_read_is_a_500_that_says_little(
+def test_a_registry_that_cannot_be_read_is_a_503_that_says_little(
     tools: Any, engine: Any, registry: Registry
 ) -> None:
     with tools.serving(engine, registry, tools.ApiConfig()) as server:
@@ -220,7 +220,7 @@ def test_a_registry_that_cannot_be_read_is_a_500_that_says_little(
         registry.root.rename(hidden)
         registry.root.write_text("not a directory")
         response = server.complete(model="support")
-        assert response.status_code == 500
+        assert response.status_code == 503
         error = error_of(response)
         assert error["type"] == "server_error"
         assert str(registry.root) not in error["message"]

@@ -63,6 +63,7 @@ def admin_routes(service: Service) -> APIRouter:
 def _publish(service: Service, registry: Registry, name: str, directory: Path) -> str:
     """Raises AdapterError for what can't be published or served."""
     check_name(name)
+    service.names.catalog.check()
     try:
         found = directory.is_dir()
     except (OSError, ValueError):  # a name no file can have
@@ -76,6 +77,7 @@ def _publish(service: Service, registry: Registry, name: str, directory: Path) -
 
 def _remove(service: Service, registry: Registry, model: str) -> list[str]:
     """Raises AdapterNotFound, or ApiError 409 for a version that an alias points to."""
+    service.names.catalog.check()
     ref = service.names.parse(model)
     assert ref is not None
     if ref.version is not None or ref.alias is not None:

@@ -21,6 +21,8 @@ from rayfin.errors import (
     Overloaded,
     RayfinError,
     RequestError,
+    StorageError,
+    Unavailable,
     did_you_mean,
 )
 
@@ -81,6 +83,9 @@ def as_api_error(error: Exception, names: Names) -> ApiError:
         case Overloaded():
             headers = {"retry-after": str(error.retry_after)}
             return ApiError(429, str(error), code="overloaded", headers=headers)
+        case Unavailable() | StorageError():
+            message, again = names.public(str(error)), {"retry-after": "1"}
+            return ApiError(503, message, code="unavailable", headers=again)
         case EngineFailed():
             found = (500, "engine_error", None)
         case RayfinError():

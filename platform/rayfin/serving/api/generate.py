@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from rayfin.config.serving import ApiKey
-from rayfin.errors import AdapterError, EngineFailed, Overloaded
+from rayfin.errors import AdapterError, EngineFailed, Overloaded, Unavailable
 from rayfin.models.ends import Ends
 from rayfin.serving.api.answers import Answers, usage
 from rayfin.serving.api.errors import CLIENT_GONE, ApiError, as_api_error
@@ -231,7 +231,7 @@ async def _events(
 
 def _failed(chunk: Chunk, service: Service) -> ApiError:
     """Why a sequence ended without an answer."""
-    if isinstance(chunk.error, Overloaded):
+    if isinstance(chunk.error, Overloaded | Unavailable):
         return as_api_error(chunk.error, service.names)
     if chunk.finish_reason == "cancelled" or failure_of(service.engine) is not None:
         return ApiError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator
 from datetime import datetime
 
@@ -38,7 +37,10 @@ def model_routes(service: Service) -> APIRouter:
     async def list_models(request: Request) -> Response:
         """The base, and of every adapter its latest version and its aliases."""
         key = service.admit(request)
-        named = [Named(names.base_name), *await asyncio.to_thread(names.list)]
+        named = [
+            Named(names.base_name),
+            *await service.look("the registry is being listed", names.list),
+        ]
         cards = [
             _card(model, who, names.base_name)
             for who in named
@@ -90,9 +92,10 @@ def open_routes(service: Service) -> APIRouter:
 
     @router.get("/health", responses={200: {"model": Health}, **failures(503)})
     async def health(request: Request) -> Response:
-        """200 while the engine is well."""
+        """200 while the engine is well, and the registry is there."""
         if (failure := failure_of(engine)) is not None:
             raise ApiError(503, f"the engine has stopped ({type(failure).__name__})")
+        await service.look("the registry is being looked at", service.names.catalog.check)
         stats = engine.stats()
         answer: Json = {"status": "ok", "waiting": stats.waiting, "running": stats.running}
         if service.keys.may_see_all(request):

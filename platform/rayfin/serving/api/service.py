@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from fastapi import Request
 
@@ -18,7 +21,11 @@ from rayfin.serving.api.prompts import Prompts
 from rayfin.serving.api.protocol import ServedEngine
 from rayfin.serving.api.record import Record, RequestLog
 from rayfin.serving.api.templates import Templates
+from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.names import Named, Names
+
+_LOOK_SECONDS = 10.0
+"""Time for a look at the registry; a disk that takes longer is as good as away."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,12 @@ class Service:
     metrics: Metrics
     log: RequestLog | None
     figures: Figures | None
+    looks: BoundedCalls = field(
+        default_factory=lambda: BoundedCalls(
+            "registry", threads=8, seconds=_LOOK_SECONDS, most_stuck=32
+        )
+    )
+    """Looks at the registry."""
 
     @classmethod
     def of(
@@ -63,6 +76,7 @@ class Service:
         if self.figures is not None:
             self.figures.close()
         self.templates.close()
+        self.looks.close()
 
     def count(self, record: Record) -> None:
         """Takes down a request for completions that has ended."""
@@ -82,10 +96,18 @@ class Service:
         if not anew and (held := self.names.held(model)) is not None:
             return held
         try:
-            # A look at the registry may wait for a disk: the event loop doesn't.
-            return await asyncio.to_thread(self.names.resolve, model, anew=anew)
+            look = partial(self.names.resolve, model, anew=anew)
+            named: Named = await self.look(f"'{model[:80]}' is being looked up", look)
+            return named
         except AdapterNotFound as error:
             if key is None or key.adapters is None:
                 raise
             # The hints in the message may name adapters that are none of this key's business.
             raise AdapterNotFound(f"there is no '{model}' here") from error
+
+    async def look(self, what: str, call: Callable[[], Any]) -> Any:
+        """What `call` says of the registry; raises Unavailable where its disk stalls.
+
+        The event loop waits for no disk.
+        """
+        return await asyncio.wrap_future(self.looks.submit(what, call))

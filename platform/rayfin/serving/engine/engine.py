@@ -12,6 +12,7 @@ from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, EngineFailed, Overloaded, RequestError
 from rayfin.hardware import describe_hardware
+from rayfin.heartbeat import beat, pause, silence, whereabouts
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import end_token_ids
 from rayfin.serving.engine.adapter import HostAdapter, read_adapter
@@ -73,7 +74,9 @@ class Engine:
             max_virtual_tokens=self.max_length - 2,
         )
         self._changed = threading.Condition()
-        self._host = HostCache(self.read, config.host_cache_mb * 2**20, self._notify)
+        self._host = HostCache(
+            self.read, config.host_cache_mb * 2**20, self._notify, config.load_seconds
+        )
         self._scheduler = Scheduler(
             self.model,
             self._host,
@@ -91,8 +94,17 @@ class Engine:
         self._thread.start()
 
     @property
-    def healthy(self) -> bool:
-        return self.failure is None and self._thread is not None and self._thread.is_alive()
+    def ailment(self) -> str | None:
+        """Why the engine is to be replaced; None while it is well."""
+        if self.failure is not None:
+            return f"the engine has failed ({type(self.failure).__name__})"
+        if self._thread is None or not self._thread.is_alive():
+            return "the engine's thread has ended"
+        seconds, doing = silence(self._thread.ident or 0)
+        if seconds > self.config.step_seconds:
+            where = whereabouts(self._thread.ident or 0)
+            return f"{doing} has taken {seconds:.0f} s (engine.step_seconds), in {where}"
+        return self._host.ailment
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets those at work end for so long, and cancels the rest."""
@@ -137,7 +149,9 @@ class Engine:
                 self._changed.notify_all()
 
     def check(self, source: AdapterSource) -> None:
-        """Reads an adapter into host memory; raises AdapterError where it can't be served."""
+        """Reads an adapter into host memory; raises AdapterError where it can't be served, and
+        Unavailable where it can't be read now.
+        """
         self._host.load(source).result()
 
     def forget(self, ref: str) -> None:
@@ -201,6 +215,7 @@ class Engine:
         failures = 0
         while not self._closing:
             try:
+                beat("a step of the engine")
                 worked = self._scheduler.step()
                 failures = 0
             except Exception as error:
@@ -214,6 +229,7 @@ class Engine:
                     self._fail(error)
                     break
             if not worked:
+                pause()
                 with self._changed:
                     if not self._closing and not self._scheduler.has_work:
                         self._changed.wait(timeout=1.0)

@@ -139,7 +139,7 @@ class Scheduler:
                     return False
                 try:
                     adapter = sequence.loading.result()
-                except AdapterError as error:
+                except RayfinError as error:
                     self._end_waiting(sequence, "error", error)
                     return False
             sequence.blocked = not self.slots.may_acquire(source.ref)

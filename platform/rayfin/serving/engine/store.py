@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from rayfin.errors import AdapterError
+from rayfin.errors import AdapterError, RayfinError, Unavailable
+from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.adapter import HostAdapter
 
 _LOADERS = 2
+_MOST_STUCK = 16
+"""Adapters whose reading may hang before the engine is to be replaced: a thread for each."""
+# As the system says that a disk or a network is gone.
+_AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN)
 
 
 class HostCache:
@@ -30,21 +37,28 @@ class HostCache:
         read: Callable[[AdapterSource], HostAdapter],
         limit_bytes: int,
         on_ready: Callable[[], None],
+        load_seconds: float,
     ) -> None:
-        """`on_ready` is called, on any thread, whenever a load has ended."""
+        """`on_ready` is called, on any thread, whenever a load has ended, or was given up after
+        `load_seconds`.
+        """
         self._read, self._limit, self._on_ready = read, limit_bytes, on_ready
         self._lock = threading.Lock()
         self._held: OrderedDict[str, HostAdapter] = OrderedDict()
         self._loading: dict[str, Future[HostAdapter]] = {}
         self._gone: set[str] = set()
         """Versions that were removed while they are read."""
-        self._pool = ThreadPoolExecutor(_LOADERS, thread_name_prefix="adapter-load")
+        self._calls = BoundedCalls(
+            "adapter-load", threads=_LOADERS, seconds=load_seconds, most_stuck=_MOST_STUCK
+        )
         self.bytes = 0
         self.loads = 0
         """Adapters read from disk so far."""
 
     def load(self, source: AdapterSource) -> Future[HostAdapter]:
-        """The adapter now or when it is read; the future raises AdapterError."""
+        """The adapter now or when it is read; the future raises AdapterError, or Unavailable where
+        the storage is away or takes too long.
+        """
         with self._lock:
             if (adapter := self._held.get(source.ref)) is not None:
                 self._held.move_to_end(source.ref)
@@ -53,7 +67,11 @@ class HostCache:
                 return done
             if (running := self._loading.get(source.ref)) is not None:
                 return running
-            future = self._pool.submit(self._load, source)
+            future = self._calls.submit(
+                f"adapter '{source.ref}' is being read",
+                partial(self._load, source),
+                partial(self._keep, source.ref),
+            )
             self._loading[source.ref] = future
         # Outside the lock: a future that is done already calls back at once.
         future.add_done_callback(lambda _: self._ended(source.ref))
@@ -67,28 +85,43 @@ class HostCache:
                 self.bytes -= adapter.nbytes
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._calls.close()
+
+    @property
+    def ailment(self) -> str | None:
+        """Why nothing more can be read; None where it can."""
+        return self._calls.ailment
+
+    @property
+    def stuck(self) -> int:
+        """Reads that were given up, and have not come back."""
+        return self._calls.stuck
 
     def _load(self, source: AdapterSource) -> HostAdapter:
         try:
-            adapter = self._read(source)
-        except AdapterError:
+            return self._read(source)
+        except RayfinError:
             raise
         except BaseException as error:  # whatever it is, it is this adapter's alone
+            if isinstance(error, OSError) and error.errno in _AWAY:
+                raise Unavailable(
+                    f"adapter '{source.ref}' can't be read now ({error.strerror}); try again later"
+                ) from error
             raise AdapterError(
                 f"adapter '{source.ref}' can't be read ({type(error).__name__}: {error}); "
                 "publish it again"
             ) from error
+
+    def _keep(self, ref: str, adapter: HostAdapter) -> None:
         with self._lock:
             self.loads += 1
-            if source.ref in self._gone or adapter.nbytes > self._limit:
-                return adapter  # for those who wait for it, and no one else
-            self._held[source.ref] = adapter
+            if ref in self._gone or adapter.nbytes > self._limit:
+                return  # for those who wait for it, and no one else
+            self._held[ref] = adapter
             self.bytes += adapter.nbytes
             while self.bytes > self._limit:
                 _, gone = self._held.popitem(last=False)
                 self.bytes -= gone.nbytes
-        return adapter
 
     def _ended(self, ref: str) -> None:
         with self._lock:

@@ -103,8 +103,12 @@ class VllmEngine:
         return None if self._backend is None else self._backend.failure
 
     @property
-    def healthy(self) -> bool:
-        return self._backend is not None and self.failure is None and self._thread.is_alive()
+    def ailment(self) -> str | None:
+        """Why the engine is to be replaced; None while it is well."""
+        if self.failure is not None:
+            return f"vLLM has failed ({type(self.failure).__name__})"
+        alive = self._backend is not None and self._thread.is_alive()
+        return None if alive else "the engine's thread has ended"
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets those at work end for so long, and cancels the rest."""

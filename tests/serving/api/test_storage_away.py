@@ -1,0 +1,233 @@
+"""A disk that stalls or is gone: what needs it gets 503, and the rest goes on."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from rayfin.adapters import Registry
+from rayfin.adapters.served import ServedCatalog
+from rayfin.serving.api import service
+from rayfin.serving.engine import engine as engine_module
+from rayfin.serving.engine import store
+from rayfin.serving.engine.request import AdapterSource
+
+PATIENCE = 60.0
+LOAD_SECONDS = 0.3
+LONG = 300
+"""Tokens that last longer than several adapters take to be read."""
+
+
+class Disk:
+    """What lies between an engine and its adapters; reads of those in `stalled` wait."""
+
+    def __init__(self) -> None:
+        self.stalled: set[str] = set()
+        self.reads: list[str] = []
+        self._read = engine_module.read_adapter
+        self._changed = threading.Condition()
+
+    def read(self, source: AdapterSource, layout: Any) -> Any:
+        with self._changed:
+            self.reads.append(source.ref)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: source.ref not in self.stalled)
+        return self._read(source, layout)
+
+    def wait_for(self, true: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(true, PATIENCE)
+
+    def recover(self) -> None:
+        with self._changed:
+            self.stalled.clear()
+            self._changed.notify_all()
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    disk = Disk()
+    monkeypatch.setattr(engine_module, "read_adapter", disk.read)
+    yield disk
+    disk.recover()  # or its threads would wait for ever
+
+
+@pytest.fixture
+def registry(tiny_adapters: dict[str, AdapterSource], tmp_path: Path) -> Registry:
+    registry = Registry(tmp_path / "adapters")
+    for name in ("red", "green", "blue"):
+        registry.publish(name, tiny_adapters["lora"].path)
+    registry.publish("other", tiny_adapters["ia3"].path)
+    return registry
+
+
+@pytest.fixture
+def server(tools: Any, engines: Any, tiny: str, registry: Registry) -> Iterator[Any]:
+    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=LOAD_SECONDS)
+    catalog: Any = ServedCatalog(registry.root)
+    with tools.serving(engine, catalog, tools.ApiConfig()) as server:
+        yield server
+
+
+def text(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["text"])
+
+
+def refused(response: httpx.Response, words: str) -> None:
+    """Whether it is the error that clients take for a reason to try again."""
+    assert response.status_code == 503, response.text
+    assert int(response.headers["retry-after"]) >= 1
+    error = response.json()["error"]
+    assert words in error["message"] and error["code"] == "unavailable"
+
+
+def test_reads_that_stall_are_given_up_and_others_go_on(server: Any, disk: Disk) -> None:
+    disk.stalled |= {"red@1", "green@1"}  # as many as there are threads that read
+    with ThreadPoolExecutor(2) as pool:
+        stuck = [pool.submit(server.complete, model=name) for name in ("red", "green")]
+        disk.wait_for(lambda: len(disk.reads) == 2)
+        assert text(server.complete(model="other")) != text(server.complete())
+        for name, asked in zip(("red", "green"), stuck, strict=True):
+            refused(asked.result(), f"'{name}@1' is being read, and that did not end in")
+    # No second thread is left to an adapter that one is stuck with.
+    refused(server.complete(model="red"), "has not ended")
+    assert sorted(disk.reads) == ["green@1", "other@1", "red@1"]
+    assert server.engine.ailment is None and server.http.get("/health").status_code == 200
+
+    disk.recover()
+    server_reads = server.engine._host
+    wait_until(lambda: not server_reads.stuck)
+    assert text(server.complete(model="red")) == text(server.complete(model="green"))
+
+
+def test_an_engine_with_too_many_stuck_reads_is_to_be_replaced(
+    engines: Any, tiny: str, disk: Disk, tmp_path: Path
+) -> None:
+    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=LOAD_SECONDS)
+    sources = [AdapterSource(f"a{n}@1", tmp_path) for n in range(store._MOST_STUCK + 1)]
+    disk.stalled |= {source.ref for source in sources}
+    with ThreadPoolExecutor(len(sources)) as pool:
+        for asked in [pool.submit(engine.check, source) for source in sources]:
+            assert "did not end" in str(asked.exception()) or "hang" in str(asked.exception())
+    assert re.match(r"1[67] reads hang, the first for \d+ s in .*read \(", engine.ailment or "")
+    disk.recover()
+    wait_until(lambda: engine.ailment is None)
+
+
+def test_a_step_that_does_not_end_is_a_reason_to_replace_the_engine(
+    engines: Any, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(tiny, max_rows=4, max_length=512, step_seconds=0.2)
+    entered, leave = threading.Event(), threading.Event()
+    step = engine._scheduler.step
+
+    def stuck() -> bool:
+        entered.set()
+        leave.wait(PATIENCE)
+        return bool(step())
+
+    monkeypatch.setattr(engine._scheduler, "step", stuck)
+    assert entered.wait(PATIENCE)
+    wait_until(lambda: engine.ailment is not None)
+    assert re.match(r"a step of the engine has taken .* in wait \(.*_work \(", engine.ailment)
+    leave.set()
+    monkeypatch.undo()
+    wait_until(lambda: engine.ailment is None)
+
+
+def test_a_client_that_leaves_during_a_cold_load_leaves_nothing_behind(
+    server: Any, disk: Disk
+) -> None:
+    server.engine._host._calls._seconds = PATIENCE
+    disk.stalled.add("red@1")
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/completions",
+            json={"model": "red", "prompt": "hello", "max_tokens": 2},
+            timeout=1.0,
+        )
+    wait_until(lambda: server.engine.stats().waiting == 0)
+    assert disk.reads == ["red@1"] and server.engine.stats().host_loads == 0
+    disk.recover()
+    wait_until(lambda: server.engine.stats().host_loads == 1)
+    assert server.engine.stats().running == 0 and server.engine.resident() == {}
+    text(server.complete(model="red"))  # what was read meanwhile serves the next
+    assert disk.reads == ["red@1"] and list(server.engine.resident()) == ["red@1"]
+    assert not any(slot.pins for slot in server.engine._scheduler.slots._held.values())
+
+
+def test_what_leaves_the_host_cache_goes_on_generating(server: Any, disk: Disk) -> None:
+    alone = text(server.complete(model="red", max_tokens=LONG, ignore_eos=True))
+    host = server.engine._host
+    host._limit = max(adapter.nbytes for adapter in host._held.values())  # room for one
+    with ThreadPoolExecutor(1) as pool:
+        before = server.engine.stats().generated_tokens
+        asked = pool.submit(server.complete, model="red", max_tokens=LONG, ignore_eos=True)
+        wait_until(lambda: server.engine.stats().generated_tokens > before)
+        for name in ("green", "blue"):
+            text(server.complete(model=name))
+        assert not asked.done() and "red@1" not in host._held, "it was not evicted meanwhile"
+        assert text(asked.result()) == alone
+    assert host.bytes == sum(adapter.nbytes for adapter in host._held.values()) <= host._limit
+
+
+def test_a_registry_that_is_gone_is_no_empty_one(
+    server: Any, registry: Registry, tmp_path: Path
+) -> None:
+    said = text(server.complete(model="red"))
+    loads = server.engine.stats().host_loads
+    for lost in (lambda: None, registry.root.mkdir):  # and the mount point without a disk
+        registry.root.rename(tmp_path / "elsewhere")
+        lost()
+        wait_until(lambda: server.complete(model="red").status_code == 503)
+        for model in ("red", "red@1", "never"):
+            refused(server.complete(model=model), "is not there")
+        assert str(tmp_path) not in server.complete(model="red").text
+        assert server.http.get("/health").status_code == 503
+        assert server.http.get("/v1/models").status_code == 503
+        text(server.complete())  # the base needs no registry
+        assert list(server.engine.resident()) == ["red@1"]
+        shutil.rmtree(registry.root, ignore_errors=True)
+        (tmp_path / "elsewhere").rename(registry.root)
+        wait_until(lambda: server.http.get("/health").status_code == 200)
+        assert text(server.complete(model="red")) == said
+        assert server.complete(model="never").status_code == 404
+    assert server.engine.stats().host_loads == loads, "what was loaded had gone"
+
+
+def test_looks_at_a_registry_that_stalls_are_given_up(
+    tools: Any, engines: Any, tiny: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = threading.Event()
+    versions = ServedCatalog.versions
+
+    def stalls(self: ServedCatalog, name: str) -> tuple[int, ...]:
+        if name == "red":
+            leave.wait(PATIENCE)
+        return versions(self, name)
+
+    monkeypatch.setattr(ServedCatalog, "versions", stalls)
+    monkeypatch.setattr(service, "_LOOK_SECONDS", LOAD_SECONDS)
+    engine = engines(tiny, max_rows=4, max_length=512)
+    catalog: Any = ServedCatalog(registry.root)
+    with tools.serving(engine, catalog, tools.ApiConfig()) as server:
+        refused(server.complete(model="red"), "did not end")
+        text(server.complete(model="other"))
+        leave.set()
+
+
+def wait_until(true: Callable[[], Any]) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < give_up, "it did not come about"
+        time.sleep(0.02)
