@@ -352,9 +352,11 @@ def test_vllm_is_told_all_that_ends_an_answer(
             "stop",
         )
         assert lab.ask(engine, prompt, ends=ends).wait().token_ids == whole.token_ids
-    asked = SamplingParams(stop=("a", "<|im_start|>"), stop_token_ids=(5,))
+    asked = SamplingParams(stop=("a", "<|im_start|>"), stop_token_ids=(5, 12))
     told = sampling_arguments(
-        as_vllm_stops(Request("x", (1,), asked, ends=Ends((7,))), (8, 9), {"<|im_start|>": 6})
+        as_vllm_stops(
+            Request("x", (1,), asked, ends=Ends((7, 13))), (8, 9), {"<|im_start|>": 6}, 12
+        )
     )
     assert (told["stop"], told["stop_token_ids"]) == (["a"], [5, 6, 7, 8, 9])
     with pytest.raises(RequestError, match=r"has the special token '<.im_end.>'"):

@@ -11,8 +11,8 @@ import pytest
 
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
-from rayfin.data import Corpus, Example, tokenize_corpus
-from rayfin.data.ends import taught_ends, turn_end
+from rayfin.data import Corpus, Example, render_prompt, tokenize_corpus, turn_end
+from rayfin.data.ends import taught_ends
 from rayfin.data.tokens import tokenize_examples
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import END_OF_TURN, Ends, end_token_ids
@@ -46,6 +46,15 @@ VICUNA = (
 GLM = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LATER = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if not loop.last %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{% if messages %}<|end|>{% endif %}<|assistant|>{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 REFUSES = "{{ raise_exception('not so') }}"
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -105,11 +114,38 @@ def test_without_a_template_the_end_of_sequence_token_ends_a_turn(
     assert ended(tokenizer, turn_end(tokenizer)) == [eos] * (eos is not None)
 
 
-def test_a_template_that_refuses_or_writes_no_end_teaches_none(chatml: ModuleType) -> None:
+def learned(tokenizer: Any, *messages: dict[str, str]) -> str:
+    (sample,) = tokenize_examples([Example(messages=messages)], tokenizer)
+    return str(tokenizer.decode([label for label in sample["labels"] if label != -100]))
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "once", "twice"),
+    [
+        (GLM, "<|user|>", "so<|user|>", "so<|user|>so<|user|>"),
+        (LATER, "<|end|>", "so<|end|>", "so<|end|>so<|end|>"),
+        (PLAIN, "<|endoftext|>", "so\n<|endoftext|>", "so\nso\n<|endoftext|>"),
+    ],
+)
+def test_where_a_template_writes_nothing_after_the_last_answer_its_end_is_learned_all_the_same(
+    chatml: ModuleType, template: str, end: str, once: str, twice: str
+) -> None:
+    tokenizer = chatml.tokenizer_of(template, *ROLES)
+    assert ended(tokenizer, turn_end(tokenizer)) == [end]
+    assert learned(tokenizer, USER, ANSWER) == once
+    assert learned(tokenizer, USER, ANSWER, USER, ANSWER) == twice
+    data = tokenize_corpus(corpus_of(Example(messages=(USER, ANSWER))), tokenizer, 200)
+    assert ended(tokenizer, data.ends) == [end]
+    assert data.profile.notes == ()
+    # What generation is given is what it was.
+    shown = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert render_prompt([USER, ANSWER], tokenizer) == shown
+
+
+def test_where_nothing_can_end_an_answer_that_is_said(chatml: ModuleType) -> None:
     assert turn_end(chatml.tokenizer_of(REFUSES)) == Ends()
-    tokenizer = chatml.tokenizer_of(GLM, *ROLES)
-    # What the next turn opens with is no part of an answer, and is not taught either.
-    assert ended(tokenizer, turn_end(tokenizer)) == ["<|user|>"]
+    tokenizer = chatml.tokenizer_of(PLAIN, eos=None)
+    assert turn_end(tokenizer) == Ends()
     data = tokenize_corpus(corpus_of(Example(messages=(USER, ANSWER))), tokenizer, 200)
     assert data.ends == Ends()
     assert any("the model's chat template writes none" in note for note in data.profile.notes)

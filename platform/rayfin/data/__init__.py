@@ -3,7 +3,7 @@
 from rayfin.data.corpus import load_corpus
 from rayfin.data.examples import BadRow, Corpus, Example, Message, Tokens
 from rayfin.data.profile import DataProfile
-from rayfin.data.render import render_prompt
+from rayfin.data.render import render_prompt, turn_end
 from rayfin.data.survey import survey_corpus
 from rayfin.data.tokens import (
     TokenizedCorpus,
@@ -26,4 +26,5 @@ __all__ = [
     "render_prompt",
     "survey_corpus",
     "tokenize_corpus",
+    "turn_end",
 ]

@@ -6,17 +6,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rayfin.data.examples import Corpus, Example, Tokens
-from rayfin.data.render import render_texts
-from rayfin.errors import DataError
-from rayfin.models.ends import PROBES, Ends, ends_in
+from rayfin.data.render import turn_end
+from rayfin.models.ends import Ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-def turn_end(tokenizer: PreTrainedTokenizerFast) -> Ends:
-    """What ends an answer in a conversation, as the tokenizer's chat template writes it."""
-    return ends_in([_probed(probe, tokenizer) for probe in PROBES], tokenizer)
 
 
 def taught_ends(
@@ -24,8 +18,8 @@ def taught_ends(
 ) -> Ends:
     """The ends of answers that are learned from `samples`, which are `examples` in tokens.
 
-    An end is the chat template's, and of plain text the end-of-sequence token. One that no label
-    names is not taught: every answer was cut before it, or the template does not write it.
+    An end is what `turn_end` gives, and of plain text the end-of-sequence token. One that no label
+    names is not taught: every answer was cut before it.
     """
     kinds = {example.text is None for example in examples}
     found = turn_end(tokenizer) if True in kinds else Ends()
@@ -45,14 +39,10 @@ def no_end(corpus: Corpus, whole: Sequence[Tokens], tokenizer: PreTrainedTokeniz
     if taught_ends(corpus.train, whole, tokenizer) != Ends():
         why = "every answer is cut before its end; raise data.max_length"
     elif any(example.text is None for example in corpus.train) and tokenizer.chat_template:
-        why = "the model's chat template writes none; use a model whose template does"
+        why = (
+            "the model's chat template writes none, and its tokenizer has no eos_token; "
+            "use a model that has either"
+        )
     else:
         why = "the model's tokenizer has no eos_token; name one in its tokenizer_config.json"
     return f"data: no end of an answer is learned, and answers go on to max_tokens: {why}"
-
-
-def _probed(probe: Sequence[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> str:
-    try:
-        return render_texts([probe], tokenizer)[0]
-    except DataError:  # a template that refuses such a conversation shows nothing
-        return ""

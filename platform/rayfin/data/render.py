@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from rayfin.data.examples import Example, Message
 from rayfin.errors import DataError
+from rayfin.models.ends import PROBES, Ends, ends_in, leaves_open
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -54,9 +55,10 @@ def render_conversations(
     its assistant turns but those that the example says are not to be learned.
 
     A turn's span is the difference between two renderings: up to the turn with the generation
-    prompt, and with the turn. Where a template rewrites earlier turns (drops their reasoning, say)
-    only the last turn is learned; where not even that begins with what generation would be given,
-    DataError is raised.
+    prompt, and with the turn. What ends the last turn is added where the template writes nothing
+    there (`turn_end`): else no answer would be taught to end. Where a template rewrites earlier
+    turns (drops their reasoning, say) only the last turn is learned; where not even that begins
+    with what generation would be given, DataError is raised.
     """
     turns = [learned_turns(example) for example in conversations]
     pairs = list(zip((example.messages for example in conversations), turns, strict=True))
@@ -64,8 +66,21 @@ def render_conversations(
         render_texts([m[:turn] for m, of in pairs for turn in of], tokenizer, opens=True)
     )
     wholes = iter(render_texts([m[: turn + 1] for m, of in pairs for turn in of], tokenizer))
-    endings = _end_of_turn_tokens(tokenizer)
-    return [_spanned([(next(prompts), next(wholes)) for _ in of], endings) for of in turns]
+    endings, added = _end_of_turn_tokens(tokenizer), _unwritten_end(tokenizer)
+    return [_spanned([(next(prompts), next(wholes)) for _ in of], endings, added) for of in turns]
+
+
+def turn_end(tokenizer: PreTrainedTokenizerFast) -> Ends:
+    """What ends an answer in a conversation: what the tokenizer's chat template writes after it.
+
+    After the last answer of a conversation some templates write nothing. Then it is the token by
+    which the next turn opens, or else the end-of-sequence token; training adds it.
+    """
+    probes = [_probed(probe, tokenizer) for probe in PROBES]
+    found = ends_in(probes, tokenizer)
+    if found == Ends() and leaves_open(probes[0]) and isinstance(tokenizer.eos_token_id, int):
+        return Ends((tokenizer.eos_token_id,))
+    return found
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
@@ -86,8 +101,27 @@ def learned_turns(example: Example) -> list[int]:
     ]
 
 
-def _spanned(renderings: list[tuple[str, str]], endings: tuple[str, ...]) -> Rendered:
-    text = renderings[-1][1]
+def _unwritten_end(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What ends an answer where the chat template writes nothing after a conversation's last one;
+    nothing where it does."""
+    if not leaves_open(_probed(PROBES[0], tokenizer)):
+        return ""
+    return "".join(tokenizer.convert_ids_to_tokens(list(turn_end(tokenizer).token_ids)))
+
+
+def _probed(probe: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> str:
+    try:
+        return render_texts([probe], tokenizer)[0]
+    except DataError:  # a template that refuses such a conversation shows nothing
+        return ""
+
+
+def _spanned(renderings: list[tuple[str, str]], endings: tuple[str, ...], added: str) -> Rendered:
+    """`added` goes after the last answer, and is learned after earlier ones where it stands."""
+    text = renderings[-1][1] + added
+    renderings = [
+        (of, whole + added if text.startswith(whole + added) else whole) for of, whole in renderings
+    ]
     last_prompt = renderings[-1][0]
     if not text.startswith(last_prompt) or len(text) <= len(last_prompt):
         raise DataError(

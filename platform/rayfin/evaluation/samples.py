@@ -6,8 +6,7 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from rayfin.config import DataConfig, ModelConfig
-from rayfin.data import load_corpus, render_prompt
-from rayfin.data.ends import turn_end
+from rayfin.data import load_corpus, render_prompt, turn_end
 from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
 from rayfin.methods import METHODS

@@ -114,6 +114,11 @@ def ends_in(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
     return Ends()
 
 
+def leaves_open(text: str) -> bool:
+    """Whether a chat template, of the first of `PROBES`, wrote the answer and nothing after it."""
+    return _ANSWER in text and not _after_answer(text).strip()
+
+
 def _after_answer(text: str) -> str:
     """What follows the answer of a probe; nothing where it does not stand there as it was."""
     return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""

@@ -20,6 +20,7 @@ from rayfin.adapters import Registry
 from rayfin.cli import main
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
+from rayfin.evaluation import samples
 from rayfin.evaluation.samples import answer_samples
 from rayfin.history import History
 from rayfin.models.ends import Ends
@@ -278,11 +279,17 @@ def test_chat_in_the_terminal_ends_there_too(
     assert (said["content"], said["finish_reason"]) == ("yes", "stop")
 
 
-def test_the_report_s_samples_end_there_too(taught: Taught) -> None:
+def test_the_report_s_samples_end_there_too(
+    taught: Taught, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with History.open(f"sqlite:///{taught.storage / 'history.sqlite'}") as history:
         (row,) = history.trials()
     (sample,) = answer_samples(row, 1, use_gpu=False)
     assert sample.adapter_answer == "yes"
+    # And before a text, where the tokenizer has no token for what the template writes.
+    monkeypatch.setattr(samples, "turn_end", lambda _: Ends(texts=("es",)))
+    (sample,) = answer_samples(row, 1, use_gpu=False)
+    assert sample.adapter_answer == "y"
 
 
 def test_the_guide_s_commands_answer_what_it_shows(

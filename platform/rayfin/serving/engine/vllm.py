@@ -74,7 +74,9 @@ class VllmEngine:
         self._ends = end_token_ids(model, self.tokenizer)
         self._special_tokens = special_tokens(self.tokenizer)
         self._base = base_of(model)
-        self._linears = linears_of(skeleton(model))
+        bare = skeleton(model)
+        self._linears = linears_of(bare)
+        self._vocabulary: int = bare.config.get_text_config().vocab_size
         self._arguments = vllm_arguments(model, config)
         self._open_backend = open_backend or Vllm
         self._changed = threading.Condition()
@@ -127,7 +129,7 @@ class VllmEngine:
     def submit(self, request: Request, sink: Sink) -> None:
         """As `Engine.submit`."""
         check_prompt(request, self.max_length, len(self.tokenizer))
-        request = as_vllm_stops(request, self._ends, self._special_tokens)
+        request = as_vllm_stops(request, self._ends, self._special_tokens, self._vocabulary)
         with self._changed:
             if self.failure is not None or self._draining or self._backend is None:
                 raise Overloaded("the engine takes no requests any more", retry_after=5)

@@ -151,13 +151,17 @@ def vllm_arguments(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
 
 
 def as_vllm_stops(
-    request: Request, end_token_ids: tuple[int, ...], special: Mapping[str, int]
+    request: Request,
+    end_token_ids: tuple[int, ...],
+    special: Mapping[str, int],
+    vocabulary: int,
 ) -> Request:
     """The request with all that ends its answer said so that vLLM sees it.
 
     `end_token_ids` are the base's; `special` is the id of each token that no text shows. vLLM looks
-    for stop strings in what is shown: one that is such a token becomes its id. Raises RequestError
-    for one that has such a token within other text.
+    for stop strings in what is shown: one that is such a token becomes its id. Tokens from
+    `vocabulary` on, which a tokenizer may have and its model can't give, are left out, as vLLM
+    refuses them. Raises RequestError for a stop string that has a special token within other text.
     """
     params = request.params
     for stop in params.stop:
@@ -166,15 +170,19 @@ def as_vllm_stops(
                 f"stop {stop!r} has the special token {named!r} within other text, and vLLM looks "
                 "for stop strings in text without those; give the token alone, or another stop"
             )
+
+    def known(token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(token for token in token_ids if token < vocabulary)
+
     met = tuple(special[stop] for stop in params.stop if stop in special)
     return replace(
         request,
         params=replace(
             params,
             stop=tuple(stop for stop in params.stop if stop not in special),
-            stop_token_ids=params.stop_token_ids + met,
+            stop_token_ids=known(params.stop_token_ids + met),
         ),
-        ends=request.ends | Ends(end_token_ids),
+        ends=Ends(known(request.ends.token_ids + end_token_ids), request.ends.texts),
     )
 
 
