@@ -321,18 +321,19 @@ def load_nodes() -> Any:
     return module
 
 
-@pytest.fixture
-def network(lab: Lab) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Cables, and machines to plug in; Ray on them asks for a token."""
     nodes = load_nodes()
     if (lacking := nodes.missing()) is not None:
         pytest.skip(f"machines can't be played here, for want of {lacking}")
+    lab = Lab(tmp_path_factory.mktemp("network"))
     lab.environment |= {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "OPENBLAS_NUM_THREADS": "1",
     }
-    network = nodes.Network(lab.root)
+    network = nodes.Network(lab)
     yield network
     network.end()
 

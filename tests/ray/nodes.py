@@ -14,12 +14,23 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 _NEEDED = ("ip", "unshare", "nsenter", "mount", "hostname")
 _SUBNET = "10.77.0"  # every network has it for itself
 _PATIENCE = 60.0
+
+# `ray` without two processes that a head starts for its users: the dashboard's, which is there with
+# --include-dashboard=false, too, and the one that answers ray://.
+_RAY = """
+from ray._private.node import Node
+from ray.scripts.scripts import cli
+Node.start_api_server = lambda node, **_: setattr(node, "_webui_url", "")
+Node.start_ray_client_server = lambda node: None
+cli()
+"""
 
 
 def missing() -> str | None:
@@ -79,21 +90,13 @@ class Space:
                 continue
         return found
 
-    def python(self, environment: Mapping[str, str], *arguments: str) -> subprocess.Popen[str]:
-        """Starts a Python in here, whose output is for the caller to read."""
-        process = subprocess.Popen(
-            [*self.enter, sys.executable, "-u", *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._started.append(process)
-        return process
+    @property
+    def lives(self) -> bool:
+        return self._holder.poll() is None
 
     def end(self) -> None:
         """SIGKILL to all processes in here, as when a machine loses its power."""
-        if self._holder.poll() is None:
+        if self.lives:
             self._first.kill()
         for process in (*self._started, self._holder):
             process.communicate()
@@ -102,8 +105,17 @@ class Space:
 class Node(Space):
     """A machine."""
 
-    def __init__(self, name: str, number: int, switch: Space, directory: Path) -> None:
-        self.address = f"{_SUBNET}.{number}"
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        switch: Space,
+        directory: Path,
+        environment: Mapping[str, str],
+    ) -> None:
+        """`environment`: of what is started in here."""
+        self.name, self.address = name, f"{_SUBNET}.{number}"
+        self.environment = dict(environment)
         self._switch, self._port = switch, f"port{number}"
         # As Debian has it: the machine's own name is not its address on the network.
         (directory / f"{name}-hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
@@ -122,35 +134,41 @@ class Node(Space):
         # Ray asks which of its addresses leads to the world.
         self.ip(f"route add default via {_SUBNET}.254")
 
+    def python(self, *arguments: str) -> subprocess.Popen[str]:
+        """Starts a Python in here, whose input and output are the caller's."""
+        process = subprocess.Popen(
+            [*self.enter, sys.executable, "-u", *arguments],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._started.append(process)
+        return process
+
     def hide(self, directory: Path) -> None:
         """From now on this machine has nothing there."""
         _run([*self.enter, _tool("mount"), "-t", "tmpfs", "tmpfs", str(directory)])
 
-    def start_ray(self, environment: Mapping[str, str], head: Node | None = None) -> str:
-        """Ray with one CPU, as the head or as a node of `head`'s cluster; the cluster's address."""
+    def start_ray(self, head: Node | None = None, **settings: str) -> str:
+        """Ray with one CPU, as the head or as a node of `head`'s cluster; the cluster's address.
+
+        `settings`: Ray's own, by the names that they have in the environment.
+        """
         address = f"{(head or self).address}:6379"
-        role = ["--head", "--port=6379", "--include-dashboard=false"]
+        role = ["--head", "--port=6379", "--no-monitor"]
         command = [
-            *(*self.enter, sys.executable, "-m", "ray.scripts.scripts", "start"),
+            *(*self.enter, sys.executable, "-c", _RAY, "start"),
             *(role if head is None else [f"--address={address}"]),
             f"--node-ip-address={self.address}",
             "--num-cpus=1",
             "--object-store-memory=100000000",
+            "--include-log-monitor=false",
             "--disable-usage-stats",
         ]
-        _run(command, environment)
+        _run(command, self.environment | settings)
         return address
-
-    def warn(self, environment: Mapping[str, str], head: Node) -> None:
-        """Has Ray know that this machine is to be taken away, as a cloud says of a spot machine."""
-        command = [
-            *(*self.enter, sys.executable, "-m", "ray.scripts.scripts", "drain-node"),
-            f"--address={head.address}:6379",
-            "--reason=DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message=a spot machine",
-            "--deadline-remaining-seconds=20",
-        ]
-        _run(command, environment)
 
     def cut(self) -> None:
         """Pulls the cable: what is sent is lost, and no one is told."""
@@ -160,21 +178,30 @@ class Node(Space):
 class Network:
     """A switch and its nodes."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._spaces: list[Space] = []
+    def __init__(self, lab: Any) -> None:
+        """`lab`: a directory, and the environment that all machines have in common."""
+        self.lab = lab
+        self.nodes: list[Node] = []
         script = "ip link set lo up; ip link add switch type bridge; ip link set switch up"
-        self._switch = Space(("net",), script, directory)
-        self._spaces.append(self._switch)
+        self._switch = Space(("net",), script, lab.root)
 
     def add(self, name: str) -> Node:
-        node = Node(name, len(self._spaces), self._switch, self._directory)
-        self._spaces.append(node)
+        """A machine, with a disk of its own beside what all see."""
+        environment = self.lab.environment | self.lab.disk(name)
+        node = Node(name, len(self.nodes) + 1, self._switch, self.lab.root, environment)
+        for other in self.living:
+            other.hide(self.lab.root / name)
+            node.hide(self.lab.root / other.name)
+        self.nodes.append(node)
         node.plug_in()
         return node
 
+    @property
+    def living(self) -> list[Node]:
+        return [node for node in self.nodes if node.lives]
+
     def end(self) -> None:
-        for space in reversed(self._spaces):
+        for space in (*reversed(self.nodes), self._switch):
             space.end()
 
 

@@ -81,8 +81,12 @@ def test_while_the_command_runs_what_was_found_is_asked_for(
 
 
 def test_without_any_the_command_does_not_run(
-    script: ModuleType, seen: Seen, monkeypatch: pytest.MonkeyPatch
+    script: ModuleType,
+    seen: Seen,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert call(script, monkeypatch, "2", "TPU") == 1
+    assert capsys.readouterr().out == "0 of 2 times TPU=1 are there\n"
     assert seen.standing is None
     assert seen.requests == [[{"TPU": 1.0}] * 2, []]
