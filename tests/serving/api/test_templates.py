@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import pytest
 
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
-from rayfin.errors import AdapterError, Overloaded, RequestError
-from rayfin.serving.api.own_files import MAX_TEMPLATE, read_template
+from rayfin.errors import AdapterError, Overloaded, RequestError, Unavailable
+from rayfin.serving.api import own_files
+from rayfin.serving.api.own_files import MAX_TEMPLATE, Own, OwnFiles, read_template
 from rayfin.serving.api.templates import ApartRenderer
+from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource
 
 OWN = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}>"
@@ -377,11 +380,59 @@ def test_what_the_base_template_refuses_is_the_requests_fault() -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
 
     async def render() -> None:
-        templates = Templates(tokenizer, 1.0)
+        looks = BoundedCalls("files", threads=1, seconds=60, most_stuck=1)
+        templates = Templates(tokenizer, 1.0, OwnFiles(looks))
         try:
             await templates.render(None, HELLO)
         finally:
             templates.close()
+            looks.close()
 
     with pytest.raises(RequestError, match="roles must alternate"):
         asyncio.run(render())
+
+
+def test_what_is_away_is_read_when_it_is_back(tmp_path: Path) -> None:
+    """A disk that was not mounted would else leave an adapter without its template for ever."""
+    source = AdapterSource("away@1", tmp_path / "away")
+
+    async def read() -> list[Own]:
+        looks = BoundedCalls("files", threads=1, seconds=60, most_stuck=1)
+        own = OwnFiles(looks)
+        found = [await own.of(source)]
+        source.path.mkdir()
+        (source.path / "chat_template.jinja").write_text(OWN)
+        (source.path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<x>"}}')
+        found.append(await own.of(source))
+        shutil.rmtree(source.path)
+        found.append(await own.of(source))
+        looks.close()
+        return found
+
+    assert asyncio.run(read()) == [Own(), Own(OWN, "<x>"), Own(OWN, "<x>")]
+
+
+def test_files_that_stall_hold_up_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave = threading.Event()
+
+    def stalls(source: AdapterSource) -> str | None:
+        if source.ref == "stuck@1":
+            leave.wait(60)
+        return read_template(source)
+
+    monkeypatch.setattr(own_files, "read_template", stalls)
+    (tmp_path / "chat_template.jinja").write_text(OWN)
+
+    async def read() -> Own:
+        looks = BoundedCalls("files", threads=1, seconds=0.2, most_stuck=2)
+        own = OwnFiles(looks)
+        with pytest.raises(Unavailable, match="the tokenizer of adapter 'stuck@1' is being read"):
+            await own.of(AdapterSource("stuck@1", tmp_path))
+        found = await own.of(AdapterSource("other@1", tmp_path))
+        leave.set()
+        looks.close()
+        return found
+
+    assert asyncio.run(read()).template == OWN

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 from rayfin.errors import AdapterError
+from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource
 
 MAX_TEMPLATE = 64 * 2**10
@@ -15,6 +20,43 @@ MAX_TEMPLATE = 64 * 2**10
 
 _MAX_FILE = 8 * 2**20
 _CONFIG = "tokenizer_config.json"
+_REMEMBERED = 1024
+
+
+@dataclass(frozen=True)
+class Own:
+    """What an adapter brings of a tokenizer."""
+
+    template: str | None = None
+    eos_token: str | None = None
+
+
+class OwnFiles:
+    """What adapters bring of a tokenizer, read once a version."""
+
+    def __init__(self, looks: BoundedCalls) -> None:
+        self._looks = looks
+        self._known: OrderedDict[str, Own] = OrderedDict()
+
+    async def of(self, source: AdapterSource) -> Own:
+        """Raises AdapterError for files that can't be used, Unavailable where the disk stalls."""
+        if source.ref in self._known:
+            return self._known[source.ref]
+        what = f"the tokenizer of adapter '{source.ref}' is being read"
+        read = self._looks.submit(what, partial(_read_own, source))
+        own, stays = await asyncio.wrap_future(read)
+        # A version never changes. Without its directory it has been removed, or the disk has gone,
+        # and may come back.
+        if stays:
+            self._known[source.ref] = own
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+        return cast("Own", own)
+
+
+def _read_own(source: AdapterSource) -> tuple[Own, bool]:
+    own = Own(read_template(source), read_eos_token(source))
+    return own, source.path.is_dir()
 
 
 def read_template(source: AdapterSource) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from rayfin.serving.api.ends import AnswerEnds
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.api.keys import Keys, check_use
 from rayfin.serving.api.metrics import Metrics
+from rayfin.serving.api.own_files import OwnFiles
 from rayfin.serving.api.prompts import Prompts
 from rayfin.serving.api.protocol import ServedEngine
 from rayfin.serving.api.record import Record, RequestLog
@@ -41,11 +42,7 @@ class Service:
     metrics: Metrics
     log: RequestLog | None
     figures: Figures | None
-    looks: BoundedCalls = field(
-        default_factory=lambda: BoundedCalls(
-            "registry", threads=8, seconds=_LOOK_SECONDS, most_stuck=32
-        )
-    )
+    looks: BoundedCalls
     """Looks at the registry."""
 
     @classmethod
@@ -53,7 +50,9 @@ class Service:
         cls, engine: ServedEngine, names: Names, config: ApiConfig, figures: Figures | None
     ) -> Service:
         """Raises StorageError for a request log that can't be written."""
-        templates = Templates(engine.tokenizer, config.template_seconds)
+        looks = BoundedCalls("registry", threads=8, seconds=_LOOK_SECONDS, most_stuck=32)
+        own = OwnFiles(looks)
+        templates = Templates(engine.tokenizer, config.template_seconds, own)
         return cls(
             engine,
             names,
@@ -61,13 +60,14 @@ class Service:
             Keys(config),
             templates,
             Prompts(engine.tokenizer, templates),
-            AnswerEnds(engine.tokenizer, templates),
+            AnswerEnds(engine.tokenizer, templates, own),
             Tokens(engine.tokenizer),
             Metrics(engine, names.base_name, config.max_adapter_labels),
             RequestLog(config.request_log, text=config.request_log_text)
             if config.request_log is not None
             else None,
             figures,
+            looks,
         )
 
     def close(self) -> None:

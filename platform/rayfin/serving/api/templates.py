@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import AdapterError, Overloaded, RequestError
 from rayfin.models.ends import PROBES, Ends, ends_in
-from rayfin.serving.api.own_files import read_template
+from rayfin.serving.api.own_files import OwnFiles
 from rayfin.serving.api.template_worker import KILLED, LOST, render
 from rayfin.serving.engine.request import AdapterSource
 
@@ -51,13 +51,13 @@ Conversation = list[dict[str, Any]]
 class Templates:
     """Which template writes a request's conversation, and what it writes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seconds: float) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seconds: float, own: OwnFiles) -> None:
         self._base = _base_template(tokenizer)
         self._special_tokens = {
             name: str(token) for name, token in tokenizer.special_tokens_map.items()
         }
         self._tokenizer = tokenizer
-        self._own: OrderedDict[str, str | None] = OrderedDict()
+        self._own = own
         self._ends: OrderedDict[str | None, Ends] = OrderedDict()
         self._apart = ApartRenderer(seconds)
 
@@ -70,7 +70,7 @@ class Templates:
 
     async def ends(self, source: AdapterSource | None) -> Ends:
         """What the template ends an answer with; raises AdapterError or Overloaded."""
-        own = None if source is None else await self._own_template(source)
+        own = None if source is None else (await self._own.of(source)).template
         # A version never changes: neither does what its template writes.
         key = source.ref if source is not None and own not in (None, self._base) else None
         if key not in self._ends:
@@ -93,7 +93,7 @@ class Templates:
     async def _write(
         self, source: AdapterSource | None, messages: Conversation, *, opens: bool
     ) -> str:
-        own = None if source is None else await self._own_template(source)
+        own = None if source is None else (await self._own.of(source)).template
         template = own or self._base
         if template is None:
             where = "the base model has" if source is None else f"'{source.ref}' and its base have"
@@ -109,15 +109,6 @@ class Templates:
             return await asyncio.to_thread(render, template, messages, tokens, opens=opens)
         except Exception as error:  # whatever a template raises is about these messages
             raise _refusal("the base model", f"{type(error).__name__}: {error}") from error
-
-    async def _own_template(self, source: AdapterSource) -> str | None:
-        # A version never changes: neither does its template.
-        if source.ref not in self._own:
-            template = await asyncio.to_thread(read_template, source)
-            self._own[source.ref] = template
-            while len(self._own) > _REMEMBERED:
-                self._own.popitem(last=False)
-        return self._own[source.ref]
 
 
 class ApartRenderer:
