@@ -137,6 +137,9 @@ def test_the_shapes_must_fit_all_the_same(place: Place, tmp_path: Path) -> None:
         ({"bias": "all"}, "bias='all'"),
         ({"r": 128}, "raise engine.max_rank"),
         ({"invented_in_2030": True}, "'invented_in_2030'"),
+        ({"rank_pattern": {r".*\.layers\.1\..*(q|k)$": 16}}, "write names of modules there"),
+        ({"trainable_token_indices": [10, 11]}, "or merge the adapter into its base"),
+        ({"init_lora_weights": "pissa"}, "save it as plain LoRA"),
     ],
 )
 def test_what_the_engine_would_answer_wrongly_is_refused(
@@ -144,6 +147,28 @@ def test_what_the_engine_would_answer_wrongly_is_refused(
 ) -> None:
     place.set(**change)
     place.refused(place.lora, message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": r"(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)"},
+        {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}},
+        {"bias": "lora_only"},
+        {"task_type": None, "some_new_field": None},
+    ],
+)
+def test_forms_that_others_write(place: Place, change: dict[str, object]) -> None:
+    place.set(**change)
+    assert place.add(place.lora)[0] == 0
+
+
+def test_an_adapter_of_an_early_peft(place: Place) -> None:
+    told = json.loads((place.lora / CONFIG).read_text())
+    kept = ("base_model_name_or_path", "bias", "lora_alpha", "peft_type", "r", "target_modules")
+    early = {key: told[key] for key in kept} | {"enable_lora": None, "merge_weights": False}
+    (place.lora / CONFIG).write_text(json.dumps(early))
+    assert place.add(place.lora)[0] == 0
 
 
 def test_a_pickle_is_named_and_not_opened(place: Place) -> None:

@@ -11,7 +11,7 @@ from rayfin.adapters.files import read_json
 from rayfin.adapters.metadata import claimed_base, trusted_metadata
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import AdapterError, ModelError
-from rayfin.models import BASE_IDENTITY, base_of, check_model, hub_id, skeleton
+from rayfin.models import BASE_IDENTITY, base_of, check_model, hub_id, load_tokenizer, skeleton
 from rayfin.serving.bases import here
 from rayfin.serving.engine.checks import BASE_IS_RIGHT
 from rayfin.serving.engine.request import AdapterSource
@@ -66,15 +66,20 @@ def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping
     from rayfin.serving.engine.adapter import read_adapter
     from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout, linears_of
     from rayfin.serving.engine.vllm_backend import check_lora
+    from rayfin.serving.engine.vocabulary import Vocabulary
 
     source = AdapterSource(name, directory)
     base, model, engine = base_of(config.model), skeleton(config.model), config.engine
     if engine.type == "vllm":
         check_lora(source, base, linears_of(model), engine.max_rank, told)
-        return
-    room = min(MAX_VIRTUAL_TOKENS, engine.max_length - 2)
-    layout = replace(BaseLayout.of(model, base), max_rank=engine.max_rank, max_virtual_tokens=room)
-    read_adapter(source, layout.unloaded(), told)
+    else:
+        layout = replace(
+            BaseLayout.of(model, base),
+            max_rank=engine.max_rank,
+            max_virtual_tokens=min(MAX_VIRTUAL_TOKENS, engine.max_length - 2),
+        )
+        read_adapter(source, layout.unloaded(), told)
+    Vocabulary(load_tokenizer(config.model).get_vocab()).check(source)
 
 
 def _why(error: ModelError) -> str:

@@ -6,7 +6,7 @@ Arithmetic is that of PEFT 0.21; nothing of PEFT is loaded, and no pickle is eve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,16 @@ import torch
 from rayfin.serving.engine.checks import OWN_BASE, check_base, check_low_rank, modules_of
 from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout
 from rayfin.serving.engine.limits import MAX_RANK
-from rayfin.serving.engine.peft_files import Settings, Weights, is_finite, read_settings, shown
+from rayfin.serving.engine.peft_files import (
+    CONFIG,
+    Settings,
+    Weights,
+    is_finite,
+    read_settings,
+    shown,
+)
 from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.engine.tables import SETTING, saved_tables
 
 
 def _words(*lines: str) -> frozenset[str]:
@@ -91,6 +99,8 @@ class HostAdapter:
     """Module name -> [out]; for layers with an output_scale only."""
     input_scale: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Module name -> [in]."""
+    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Module name of the embeddings or the output head -> its own weights [tokens, hidden]."""
     prompt: torch.Tensor | None = None
     """Embeddings [virtual tokens, hidden] before the prompt's own."""
     prefix: torch.Tensor | None = None
@@ -122,7 +132,7 @@ class HostAdapter:
     def _tensors(self) -> Iterator[torch.Tensor]:
         for low_rank in self.lora.values():
             yield from (low_rank.a, low_rank.b)
-        for mapping in (self.output_scale, self.output_shift, self.input_scale):
+        for mapping in (self.output_scale, self.output_shift, self.input_scale, self.tables):
             yield from mapping.values()
         yield from (tensor for tensor in (self.prompt, self.prefix) if tensor is not None)
 
@@ -162,8 +172,8 @@ def read_adapter(
 
 def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
     """LoRA, rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353); QLoRA saves plain LoRA."""
-    settings.expect_nothing_else(LORA_SETTINGS | _LORA_ONLY)
-    settings.expect("bias", None, "none")
+    settings.expect_nothing_else(LORA_SETTINGS | _LORA_ONLY | {SETTING})
+    settings.expect("bias", None, "none", "lora_only")
     settings.expect("init_lora_weights", *PLAIN_INITS, remedy=_CONVERT)
     rank, alpha = settings.integer("r", 1, MAX_RANK), settings.number("lora_alpha")
     rank_of = settings.pattern(
@@ -174,7 +184,10 @@ def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
     suffixes = {".lora_A.weight": "A", ".lora_B.weight": "B"}
     if dora:
         suffixes[".lora_magnitude_vector"] = "magnitude"
-    modules = modules_of(weights, suffixes, base.linears)
+    tables = saved_tables(settings, weights, base)
+    modules = modules_of(weights, suffixes, base.linears, tables.values())
+    if settings.values.get("bias") == "lora_only":
+        _expect_no_bias(settings, base, modules)
     ranks = {module: rank_of(module) or rank for module in modules}
     check_low_rank(settings, weights, base, modules, ranks)
     lora, output_scale = {}, {}
@@ -191,7 +204,18 @@ def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
             b = scale[:, None] * b
         lora[module] = _low_rank(a, b)
     method = "dora" if dora else "rslora" if rslora else "lora"
-    return {"method": method, "lora": lora, "output_scale": output_scale}
+    own = {module: weights.read(tensor) for module, tensor in tables.items()}
+    return {"method": method, "lora": lora, "output_scale": output_scale, "tables": own}
+
+
+def _expect_no_bias(settings: Settings, base: BaseLayout, modules: Collection[str]) -> None:
+    """Of bias=lora_only: where adapted layers have biases, what was trained of them is missing."""
+    for module in modules:
+        if base.bias(module) is not None:
+            raise settings.error(
+                f"{CONFIG} has bias='lora_only', and the file has no bias of "
+                f"{shown(module)}, which the base has one for; train it again with bias='none'"
+            )
 
 
 def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:

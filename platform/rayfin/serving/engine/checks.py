@@ -5,7 +5,7 @@ Asked before any tensor is read: what does not fit takes no memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rayfin.adapters.metadata import claimed_base
@@ -72,10 +72,16 @@ def check_low_rank(
 
 
 def modules_of(
-    weights: Weights, suffixes: Mapping[str, str], linears: Mapping[str, tuple[int, int]]
+    weights: Weights,
+    suffixes: Mapping[str, str],
+    linears: Mapping[str, tuple[int, int]],
+    beside: Collection[str] = (),
 ) -> dict[str, dict[str, str]]:
-    """Module name in the base -> part -> tensor name; raises AdapterError for unknown modules."""
-    modules = weights.by_module(suffixes)
+    """Module name in the base -> part -> tensor name, of all but the tensors `beside`.
+
+    Raises AdapterError for unknown modules.
+    """
+    modules = weights.by_module(suffixes, beside)
     for module in modules:
         if module not in linears:
             raise weights.error(

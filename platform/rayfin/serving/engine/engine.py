@@ -23,6 +23,7 @@ from rayfin.serving.engine.request import AdapterSource, Request, Sink, check_pr
 from rayfin.serving.engine.scheduler import Scheduler
 from rayfin.serving.engine.sequence import Sequence
 from rayfin.serving.engine.store import HostCache
+from rayfin.serving.engine.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Engine:
         check_length(model, config)
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
+        self._words = Vocabulary(self.tokenizer.get_vocab())
         base = load_base(model, config.quantization_bit, describe_hardware(use_gpu).device)
         self.model = BatchedModel(model.name, base, config)
         # After: the engine's own layers are what it looks through, and int8 leaves no others.
@@ -185,6 +187,7 @@ class Engine:
     def read(self, source: AdapterSource) -> HostAdapter:
         """An adapter from disk, for the slots of this engine; raises AdapterError."""
         adapter = read_adapter(source, self._layout)
+        self._words.check(source)
         if not adapter.fits(self.model.dtype):
             raise AdapterError(
                 f"adapter '{source.ref}' has values beyond {self.model.dtype}, which the served "

@@ -30,6 +30,9 @@ class BaseLayout:
     num_layers: int
     num_key_value_heads: int
     head_dim: int
+    tables: Mapping[str, tuple[int, int]]
+    """Full module name -> (tokens, hidden) of the embeddings and the output head, where an adapter
+    may bring its own: not of a kind that does more than look up or multiply."""
     weight: Callable[[str], torch.Tensor]
     """Module name -> float32 weight [out, in], dequantised: for DoRA's norms."""
     bias: Callable[[str], torch.Tensor | None]
@@ -54,6 +57,7 @@ class BaseLayout:
             hidden_size=text.hidden_size,
             num_layers=text.num_hidden_layers,
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+            tables=_tables(model),
             head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
             weight=lambda name: _weight(name, linears[name]),
             bias=lambda name: _bias(linears[name]),
@@ -91,6 +95,20 @@ def _linears(model: Any) -> Iterator[tuple[str, Any]]:
             yield name, module.base
         elif isinstance(module, torch.nn.Linear) and module is not head and module not in inner:
             yield name, module
+
+
+def _tables(model: Any) -> dict[str, tuple[int, int]]:
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    found = {}
+    for name, module in model.named_modules():
+        if module is embedding and type(module) is torch.nn.Embedding and module.max_norm is None:
+            found[name] = (module.num_embeddings, module.embedding_dim)
+        # Its weights may be gone by now: int8 has its own.
+        plain = type(module) is torch.nn.Linear and getattr(module, "bias", None) is None
+        if module is head and plain:
+            found[name] = (head.out_features, head.in_features)
+    return found
 
 
 def _weight(name: str, linear: Any) -> torch.Tensor:

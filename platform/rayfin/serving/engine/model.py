@@ -18,6 +18,7 @@ from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
 from rayfin.serving.engine.layers import Mixture, SlotLinear
 from rayfin.serving.engine.low_rank import kernel_for
 from rayfin.serving.engine.packed import PackedLinear, can_pack
+from rayfin.serving.engine.tables import OwnTables
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.adapter import HostAdapter
@@ -48,6 +49,7 @@ class BatchedModel:
         self._prefixes: dict[int, torch.Tensor] = {}
         self._ranks: dict[int, int] = {}
         self._scaled: set[int] = set()
+        self._tables = OwnTables(*(_name_of(base, one) for one in (self.embedding, self.head)))
         self._insert_slots(int8)
         self._insert_cache()
 
@@ -60,6 +62,7 @@ class BatchedModel:
         self.mixture.begin(batch, self._ranks, self._scaled)
         self.cache.begin(batch)
         embedded = self.embedding(batch.token_ids)
+        self._tables.embed(batch, embedded)
         for start, virtual in batch.overlays:
             embedded[start : start + len(virtual)] = virtual
         hidden = self.decoder(
@@ -73,7 +76,10 @@ class BatchedModel:
         if not len(batch.last):
             return [], hidden.new_empty(0, 0, dtype=torch.float32)
         # The head sees the tokens that are asked for, no others.
-        return batch.asking, self._logits(hidden[batch.last]).float()
+        chosen = hidden[batch.last]
+        logits = self._logits(chosen).float()
+        self._tables.score(batch, chosen, logits)
+        return batch.asking, logits
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return product(self.head, hidden)
@@ -89,6 +95,7 @@ class BatchedModel:
                 linear.fill(slot, adapter, name)
             if adapter.input_scale or adapter.output_scale:
                 self._scaled.add(slot)
+            self._tables.fill(slot, adapter.tables, self.device, self.dtype)
             if adapter.prompt is not None:
                 self._prompts[slot] = adapter.prompt.to(self.device, self.dtype)
             if adapter.prefix is not None:
@@ -107,6 +114,7 @@ class BatchedModel:
         self._prompts.pop(slot, None)
         self._prefixes.pop(slot, None)
         self._ranks.pop(slot, None)
+        self._tables.forget(slot)
         self._scaled.discard(slot)
 
     @torch.inference_mode()
@@ -135,7 +143,7 @@ class BatchedModel:
 
     @property
     def slot_bytes(self) -> int:
-        return sum(linear.slot_bytes for linear in self.linears.values())
+        return sum(linear.slot_bytes for linear in self.linears.values()) + self._tables.nbytes
 
     # --- making -----------------------------------------------------------------------------
 
@@ -215,6 +223,10 @@ class BatchedModel:
             layer.rayfin_cache = self.cache
         self.base.set_attn_implementation(ATTENTION)
         self._no_mask = torch.empty(1, 1, 1, 1, device=self.device)
+
+
+def _name_of(base: torch.nn.Module, wanted: torch.nn.Module) -> str | None:
+    return next((name for name, module in base.named_modules() if module is wanted), None)
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

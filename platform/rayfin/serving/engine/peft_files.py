@@ -7,7 +7,7 @@ import math
 import re
 import stat
 import struct
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ _MAX_NUMBER = 1e6
 _MAX_PATTERNS = 1024
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # PEFT takes a pattern's keys for regular expressions. Without repetition and choice they are
 # matched in linear time, whoever wrote them.
 _HARMLESS_PATTERN = re.compile(r"(?:[\w.^$-]|\\[.dw]){1,256}")
@@ -200,26 +200,29 @@ class Weights:
     def names(self) -> Set[str]:
         return self._tensors.keys()
 
-    def by_module(self, suffixes: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    def by_module(
+        self, suffixes: Mapping[str, str], beside: Collection[str] = ()
+    ) -> dict[str, dict[str, str]]:
         """Module name -> part -> tensor name, by `suffixes`: end of the name -> part.
 
-        Every module has all parts. Raises AdapterError for any other tensor.
+        Every module has all parts. Raises AdapterError for any other tensor but those `beside`.
         """
         modules: dict[str, dict[str, str]] = {}
-        for name in sorted(self.names):
+        for name in sorted(self.names - set(beside)):
             end = next((end for end in suffixes if name.endswith(end)), None)
-            if end is None or not name.startswith(_PREFIX):
+            if end is None or not name.startswith(PREFIX):
                 raise self.error(
                     f"the engine does not serve the tensor {shown(name)}; adapt linear layers only "
-                    "(target_modules=all-linear): no embedding, output head or modules_to_save"
+                    "(target_modules=all-linear), or merge the adapter into its base and serve the "
+                    "merged model (model.name=DIRECTORY)"
                 )
-            module = name.removeprefix(_PREFIX).removesuffix(end)
+            module = name.removeprefix(PREFIX).removesuffix(end)
             modules.setdefault(module, {})[suffixes[end]] = name
         for module, parts in modules.items():
             for end, part in suffixes.items():
                 if part not in parts:
                     raise self.error(
-                        f"the tensor {shown(_PREFIX + module + end)} is missing; "
+                        f"the tensor {shown(PREFIX + module + end)} is missing; "
                         "save or copy the adapter again"
                     )
         return modules

@@ -38,6 +38,7 @@ from rayfin.serving.engine.vllm_backend import (
     check_lora,
     vllm_arguments,
 )
+from rayfin.serving.engine.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class VllmEngine:
         check_length(model, config)
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
+        self._words = Vocabulary(self.tokenizer.get_vocab())
         self._ends = end_token_ids(model, self.tokenizer)
         self._special_tokens = special_tokens(self.tokenizer)
         self._base = base_of(model)
@@ -147,7 +149,13 @@ class VllmEngine:
 
     def check(self, source: AdapterSource) -> None:
         """Raises AdapterError where vLLM can't serve the adapter, or not exactly."""
-        check_lora(source, self._base, self._linears, self.config.max_rank)
+        self._size(source)
+
+    def _size(self, source: AdapterSource) -> int:
+        """Bytes of an adapter that was checked."""
+        size = check_lora(source, self._base, self._linears, self.config.max_rank)
+        self._words.check(source)
+        return size
 
     def forget(self, ref: str) -> None:
         """Lets a removed version go as soon as no request uses it."""
@@ -238,9 +246,7 @@ class VllmEngine:
 
     async def _lora(self, source: AdapterSource) -> Lora:
         if source.ref not in self._loras:
-            nbytes = await asyncio.to_thread(
-                check_lora, source, self._base, self._linears, self.config.max_rank
-            )
+            nbytes = await asyncio.to_thread(self._size, source)
             with self._changed:
                 if source.ref not in self._loras:  # another request was faster
                     self._loras[source.ref] = Lora(next(self._numbers), source, nbytes)

@@ -1,0 +1,96 @@
+"""Whether an adapter's own tokenizer has the served base's words, as the same numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rayfin.adapters.files import read_json
+from rayfin.errors import AdapterError
+from rayfin.serving.engine.peft_files import shown
+from rayfin.serving.engine.request import AdapterSource
+
+TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+MAX_BYTES = 128 * 2**20
+_REMEMBERED = 256
+
+
+class Vocabulary:
+    """The tokens of the served base; safe to call from several threads."""
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        """`tokens`: token -> number, added ones included (a tokenizer's `get_vocab`)."""
+        self._tokens = tokens
+        self._fitting: OrderedDict[bytes, None] = OrderedDict()
+        """Digests of files that were found to fit: most adapters of a base bring the same."""
+
+    def check(self, source: AdapterSource) -> None:
+        """Raises AdapterError where the adapter brings a tokenizer that reads text otherwise.
+
+        The base's is the one that is used. A token that the base lacks is let pass where it only
+        pads: no prompt has it.
+        """
+        path = source.path / TOKENIZER
+        if not path.is_file():
+            return
+        if path.stat().st_size > MAX_BYTES:
+            raise AdapterError(
+                f"adapter '{source.ref}': '{path}' has {path.stat().st_size} bytes; "
+                f"at most {MAX_BYTES} are read"
+            )
+        digest = _digest(path)
+        if digest in self._fitting:
+            return
+        padding = _padding(source.path)
+        for token, number in _tokens(read_json(path)):
+            known = self._tokens.get(token)
+            if known == number or (known is None and token == padding):
+                continue
+            told = "doesn't have it" if known is None else f"has it as {known}"
+            raise AdapterError(
+                f"adapter '{source.ref}': its {TOKENIZER} has the token {shown(token)} as "
+                f"{shown(number)}, and the served base's tokenizer {told}: it was trained with "
+                "another tokenizer, or a resized vocabulary; serve it with its own base "
+                "(model.name=BASE)"
+            )
+        self._fitting[digest] = None
+        while len(self._fitting) > _REMEMBERED:
+            self._fitting.popitem(last=False)
+
+
+def _digest(path: Path) -> bytes:
+    """Of the tokenizer, and of what says which token pads."""
+    digest = hashlib.sha256()
+    for file in (path, path.with_name(SETTINGS)):
+        if file.is_file() and file.stat().st_size <= MAX_BYTES:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.digest()
+
+
+def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Tokens and numbers, in the format of the `tokenizers` library; what isn't in it has none."""
+    model = tokenizer.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.items()
+    elif isinstance(vocabulary, list):  # Unigram: [token, score], numbered by their places
+        for number, entry in enumerate(vocabulary):
+            if isinstance(entry, list) and entry and isinstance(entry[0], str):
+                yield entry[0], number
+    added = tokenizer.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict) and isinstance(entry.get("content"), str):
+            yield entry["content"], entry.get("id")
+
+
+def _padding(directory: Path) -> str | None:
+    path = directory / SETTINGS
+    if not path.is_file() or path.stat().st_size > MAX_BYTES:
+        return None
+    found = read_json(path).get("pad_token")
+    if isinstance(found, dict):
+        found = found.get("content")
+    return found if isinstance(found, str) else None
