@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,7 +106,7 @@ def test_two_workers_compute_what_one_does_trial_after_trial(
             assert not (place / "adapter").exists()
         else:  # the actor through which the workers speak dies
             lost = Place(tmp_path / "lost")
-            with pytest.raises(TrialError, match=r"died .* goes on from the newest checkpoint"):
+            with pytest.raises(TrialError, match="died; the same command goes on from the newest"):
                 workers.train(spec, lambda _: kill("ray::Desk", lab), place=lost)
     assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
 
@@ -221,12 +222,22 @@ def test_a_ray_of_our_own_listens_on_loopback_and_asks_for_its_token(cluster: st
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_sweep_on_a_running_cluster_leaves_it_running(cluster: str, lab: Any) -> None:
-    sweep = lab.script(
-        "sweep_qlora.py", "train.max_steps=4", "sweep.num_samples=2", "--address", cluster
-    )
+def test_a_drafted_configuration_is_swept_on_a_running_cluster_which_goes_on(
+    cluster: str, lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(lab.root)
+    rows = [{"prompt": f"q {i}", "completion": f"a {i % 3}"} for i in range(40)]
+    Path("mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    few = ("sweep.num_samples=2", "sweep.report_samples=0")
+    assert lab.rayfin_here("init", "data.path=mine.jsonl", "model.name=tiny", *few) == 0
+
+    sweep = lab.typed("sweep", "my-sweep.yaml", "--json", "--address", cluster)
     assert sweep.end() == 0, sweep.err
+    told = json.loads(sweep.out)
+    data = str(Path("mine.jsonl").resolve())
+    assert [trial["spec"]["data"]["path"] for trial in told["trials"]] == [data] * 2
+    assert told["adapter"]["ref"] == "mine@1"
     assert [row.status for row in lab.rows()] == ["finished"] * 2
-    assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"
     pids = {row.scenario["worker"]["pid"] for row in lab.rows()}
     assert len(pids) == 1 and pids.pop() not in {sweep.process.pid, os.getpid()}
+    assert ray.get(ray.remote(lambda: "alive").remote()) == "alive"

@@ -118,8 +118,8 @@ class WorkerGroup:
             if not isinstance(error, RayError):
                 raise
             raise TrialError(
-                f"the process between the workers and this one died ({_one_line(error)}); the same "
-                "command goes on from the newest checkpoint"
+                "the process between the workers and this one died; the same command goes on from "
+                f"the newest checkpoint ({_one_line(error)})"
             ) from error
         finally:
             self._desk.give.remote(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -149,9 +150,13 @@ def ended(row: TrialRecord, status: Status, error: str | None = None) -> TrialRe
     return row.updated(status=status, error=error, scenario=undriven(row))
 
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+"""Ray colours the first line of a trace, on a terminal or not."""
+
+
 def _gist(text: str) -> str:
     """Of a trace the error, of a message of Ray's what is not about which process it was."""
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in _COLOUR.sub("", text).splitlines() if line.strip()]
     if any(line.startswith(("Traceback", "ray::")) for line in lines):
         lines = lines[-1:]
     elif MEMORY_MONITOR in text:  # a page on what else took memory follows

@@ -42,6 +42,8 @@ class _Trial(ray.tune.Trainable):
         if self._waiting:
             self._orders.put("go on")
         result = self._results.get()
+        if isinstance(result, TrialError):
+            raise result
         if isinstance(result, BaseException):
             raise TrialError(f"the trial's thread ended: {result!r}")
         self._waiting = result.status == "running"
