@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -125,6 +126,7 @@ class Detokenizer:
         return text
 
 
+@lru_cache(maxsize=8)  # some vocabularies have thousands of added tokens, and requests are many
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Text -> id of the tokens that no text shows."""
     added = tokenizer.added_tokens_decoder.items()
