@@ -72,6 +72,8 @@ class ApiKey(Section):
     """Adapters (all their versions), and the base model by its name, that it may use; null: all."""
     requests_per_minute: int | None = Field(None, ge=1)
     """Requests that each replica takes from it in a minute, so many of them at once; null: any."""
+    max_concurrent_requests: int | None = Field(None, ge=1)
+    """Requests that each replica answers for it at a time; more are refused with 429; null: any."""
 
 
 class ApiConfig(Section):
@@ -80,7 +82,11 @@ class ApiConfig(Section):
     max_body_bytes: int = Field(2 * 2**20, ge=1024)
     """Bytes of one request's body; more are refused with 413 while they come in."""
     body_seconds: float = Field(30.0, gt=0)
-    """Time in which a request's body must have come in; then it is refused with 408."""
+    """Time for a request's head to come in, and then for its body; after it comes 408."""
+    write_seconds: float = Field(60.0, gt=0)
+    """Time for a client to take what is ready of its answer; then its connection is closed."""
+    max_client_uploads: int = Field(256, ge=1)
+    """Bodies that may be coming in from one address; for one more the oldest ends with 429."""
     max_n: int = Field(16, ge=1)
     """Answers that one request may ask for: `n` times its prompts."""
     template_seconds: float = Field(1.0, gt=0)

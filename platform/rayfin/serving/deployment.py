@@ -33,9 +33,11 @@ from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError, HardwareError, RayfinError
 from rayfin.models import load_tokenizer
 from rayfin.paths import Storage
+from rayfin.serving import proxy
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.names import Names
+from rayfin.serving.pool import SharedPool
 from rayfin.serving.remote import RemoteEngine
 from rayfin.serving.replica import EngineReplica
 from rayfin.serving.router import AdapterRouter
@@ -48,6 +50,8 @@ _STATS_SECONDS = 1.0
 _ANSWER_SECONDS = 3.0
 """Time for a replica to answer a health check: one that misses three of them is replaced."""
 _CONNECTIONS = 512
+_RESERVED = 128
+"""Places of an API replica for /health and /metrics."""
 _CLOSING_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _PROXY_SECONDS = 55
@@ -81,7 +85,10 @@ class ApiReplica:
         storage = Storage.at(config.storage)
         names = Names(ServedCatalog(storage.adapters), config.model.name)
         figures = Figures(config.history or storage.history_url, engine)
-        return create_app(engine, names, config.api, figures)
+        proxy.publish_limits(config.api)
+        return create_app(
+            engine, names, config.api, figures, pool=SharedPool, max_requests=_max_requests(config)
+        )
 
 
 def app(args: Mapping[str, Any], root: Path) -> serve.Application:
@@ -135,9 +142,9 @@ def build_app(config: ServeConfig) -> serve.Application:
         name="api",
         num_replicas=deployment.api_replicas,
         ray_actor_options={"num_cpus": 0},
-        # What is beyond the engines' capacity is refused by the API in a moment, in OpenAI's
-        # envelope; beyond this, and what waits for it, Serve refuses in its own words.
-        max_ongoing_requests=max(_CONNECTIONS, 2 * capacity * deployment.most_replicas),
+        # What is beyond the engines' capacity is refused by the API in a moment; beyond this, and
+        # what waits for it, Serve refuses.
+        max_ongoing_requests=_max_requests(config) + _RESERVED,
         max_queued_requests=_CONNECTIONS,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         health_check_period_s=deployment.health_check_seconds,
@@ -147,6 +154,12 @@ def build_app(config: ServeConfig) -> serve.Application:
         logging_config=_LOGGING,
     )(ApiReplica)
     return api.bind(config, engines.bind(config, resources["num_gpus"] > 0))
+
+
+def _max_requests(config: ServeConfig) -> int:
+    """Requests that one API replica has at work; /health and /metrics don't count."""
+    capacity = config.engine.max_rows + config.engine.max_queue
+    return max(_CONNECTIONS, 2 * capacity * config.deployment.most_replicas)
 
 
 def engine_resources(config: ServeConfig) -> dict[str, float]:
@@ -185,12 +198,17 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
         os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", str(_PROXY_SECONDS))
         for name, value in _CONTROLLER.items():
             os.environ.setdefault(name, value)
+        os.environ |= proxy.ENVIRONMENT
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with ray_cluster(address):
         try:
             serve.start(
                 http_options={"host": deployment.host, "port": deployment.port},
                 logging_config=_LOGGING,
+                # For the proxies of a cluster where Serve does not run yet.
+                controller_options=None
+                if address is None
+                else {"runtime_env": {"env_vars": proxy.ENVIRONMENT}},
             )
         except (RayError, TimeoutError) as error:
             raise RayfinError(

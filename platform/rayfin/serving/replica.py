@@ -8,13 +8,17 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import ray
+
 from rayfin.adapters.served import ServedCatalog
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import RayfinError
 from rayfin.paths import Storage
+from rayfin.serving.counts import Counts
 from rayfin.serving.engine.open import open_engine
 from rayfin.serving.engine.request import AdapterSource, Chunk, FinishReason, Request
 from rayfin.serving.follower import Follower
+from rayfin.serving.pool import ENGINE, counts_of
 from rayfin.serving.routing import RESIDENT, STATS
 
 # A message between two replicas costs about a millisecond of each one's processor: so many a
@@ -30,6 +34,11 @@ class EngineReplica:
         self._engine = open_engine(config.model, config.engine, use_gpu=use_gpu)
         self._follower = Follower(self._engine, ServedCatalog(Storage.at(config.storage).adapters))
         self._streams = 0
+        self._counts = (
+            Counts(ENGINE, lambda: counts_of(self._engine.stats()))
+            if ray.is_initialized()
+            else None  # there are no others
+        )
 
     async def generate(
         self, request: Request, caller: str | None, *, adapter: str | None
@@ -90,6 +99,8 @@ class EngineReplica:
     def close(self) -> None:
         self._follower.close()
         self._engine.close()
+        if self._counts is not None:
+            self._counts.close()
 
 
 class Outbox:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Security
@@ -12,14 +12,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayfin import __version__
 from rayfin.config.serving import ApiConfig
+from rayfin.errors import Overloaded
 from rayfin.serving.api.admin import admin_routes
 from rayfin.serving.api.completions import completion_routes
 from rayfin.serving.api.documents import describe_bodies
-from rayfin.serving.api.errors import CLIENT_GONE, handle_errors
+from rayfin.serving.api.errors import CLIENT_GONE, as_api_error, handle_errors
 from rayfin.serving.api.figures import Figures
+from rayfin.serving.api.metrics import Metrics, Pool
 from rayfin.serving.api.models import metrics_routes, model_routes, open_routes
 from rayfin.serving.api.protocol import ServedEngine
-from rayfin.serving.api.record import Record
+from rayfin.serving.api.record import Record, request_id_of
 from rayfin.serving.api.schema import (
     Body,
     ChatBody,
@@ -33,14 +35,23 @@ from rayfin.serving.names import Names
 
 
 def create_app(
-    engine: ServedEngine, names: Names, config: ApiConfig, figures: Figures | None = None
+    engine: ServedEngine,
+    names: Names,
+    config: ApiConfig,
+    figures: Figures | None = None,
+    *,
+    pool: Callable[[Metrics], Pool] | None = None,
+    max_requests: int | None = None,
 ) -> FastAPI:
     """The API in front of an engine that has started; closing the engine is the caller's.
 
-    `figures` take what is measured back to the history, and are closed with the app.
+    `figures` take what is measured back to the history, and are closed with the app. `pool` adds
+    this replica's metrics to the deployment's. More than `max_requests` POST requests at a time
+    are refused with 429; None: no bound.
     Raises StorageError for a request log that can't be written.
     """
     service = Service.of(engine, names, config, figures)
+    service.metrics.pool = None if pool is None else pool(service.metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,22 +82,24 @@ def create_app(
         bodies += [LoadAdapterBody, UnloadAdapterBody]
     describe_bodies(app, bodies)
     handle_errors(app, names)
-    app.add_middleware(_Gate, service=service)
+    app.add_middleware(_Gate, service=service, max_requests=max_requests)
     return app
 
 
 class _Gate:
     """Gives every request its record, and counts and logs those for completions as they end."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, max_requests: int | None) -> None:
         self._app, self._service = app, service
+        self._most, self._posts = max_requests, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(scope["path"])
+        record = Record(scope["path"], request_id_of(scope))
         scope.setdefault("state", {})["record"] = record
+        is_post = scope["method"] == "POST"
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -95,7 +108,14 @@ class _Gate:
                 message["headers"] = [*message["headers"], name]
             await send(message)
 
+        self._posts += is_post
         try:
+            if is_post and self._most is not None and self._posts > self._most:
+                # What is left of the replica's places is for /health and /metrics.
+                error = Overloaded(f"{self._most} requests are at work here; try again soon")
+                response = as_api_error(error, self._service.names).response()
+                await response(scope, receive, send_marked)
+                return
             await self._app(scope, receive, send_marked)
         except asyncio.CancelledError:
             record.status = CLIENT_GONE
@@ -104,5 +124,7 @@ class _Gate:
             record.status = 500  # also after an answer has begun with 200
             raise
         finally:
-            if scope["method"] == "POST" and record.path.endswith("/completions"):
+            self._posts -= is_post
+            self._service.keys.release(record.key)
+            if is_post and record.path.endswith("/completions"):
                 self._service.count(record)

@@ -100,7 +100,7 @@ async def respond(request: HttpRequest, service: Service, asked: Asked) -> Respo
     record.choices = len(begun.prompts) * asked.n
     answers = asked.answers()
     frame = {
-        "id": f"{answers.prefix}-{record.request_id}",
+        "id": f"{answers.prefix}-{record.id}",
         "object": answers.piece_object if asked.body.stream else answers.whole_object,
         "created": int(time.time()),
         "model": begun.named.answer_name,
@@ -125,7 +125,7 @@ async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun
         prompts = await asked.prompts(named)
         ends = await asked.ends(named)
         # Another id for another attempt: the engine may not have let go of the last one's yet.
-        name = f"{record.request_id}-{attempt}"
+        name = f"{record.id}-{attempt}"
         requests = _requests(name, named, prompts, ends, asked, service.engine.max_length)
         generation = Generation(service.engine, requests)
         generation.start(request.receive)
@@ -213,7 +213,7 @@ async def _events(
             error = _failed(chunk, service)
             record.status = error.status
             yield _event(error.as_json())
-            break
+            break  # [DONE] would say that the answer is whole
         if keeps_text:
             texts[index] += chunk.text
         record.finish_reasons[index] = chunk.finish_reason or ""
@@ -225,8 +225,8 @@ async def _events(
         elif with_usage:
             total = usage(record.prompt_tokens, record.completion_tokens)
             yield _event({**frame, "choices": [], "usage": total})
+        yield b"data: [DONE]\n\n"
     record.answers = texts if keeps_text else []
-    yield b"data: [DONE]\n\n"
 
 
 def _failed(chunk: Chunk, service: Service) -> ApiError:

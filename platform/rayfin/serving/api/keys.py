@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from fastapi import Request
@@ -46,6 +47,7 @@ class Keys:
             for entry in config.api_keys
             if entry.requests_per_minute is not None
         }
+        self._at_work: Counter[str] = Counter()
         self._admin = None if config.admin_token is None else _digest(config.admin_token)
 
     @property
@@ -53,7 +55,10 @@ class Keys:
         return bool(self._entries)
 
     def admit(self, request: Request) -> ApiKey | None:
-        """The request's key, None where none is needed; raises ApiError 401 or 429."""
+        """The request's key, None where none is needed; raises ApiError 401 or 429.
+
+        A key has to be released when its request ends.
+        """
         if not self._entries:
             return None
         if (found := self._find(request)) is None:
@@ -63,6 +68,14 @@ class Keys:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
+        most = found.max_concurrent_requests
+        if most is not None and self._at_work[found.key] >= most:
+            raise ApiError(
+                429,
+                f"this key may have {most} requests at a time; try again when one has ended",
+                code="rate_limit_exceeded",
+                headers={"retry-after": "1"},
+            )
         if found.key in self._allowances and (seconds := self._allowances[found.key].take()):
             raise ApiError(
                 429,
@@ -71,7 +84,13 @@ class Keys:
                 code="rate_limit_exceeded",
                 headers={"retry-after": str(math.ceil(seconds))},
             )
+        self._at_work[found.key] += 1
         return found
+
+    def release(self, key: ApiKey | None) -> None:
+        """Ends a request that was admitted; None was not."""
+        if key is not None:
+            self._at_work[key.key] -= 1
 
     def admit_admin(self, request: Request) -> None:
         """Raises ApiError 401 or 403 unless the request has the admin's token."""

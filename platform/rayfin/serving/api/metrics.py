@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -16,17 +18,43 @@ from rayfin.serving.api.record import Record
 OTHER = "other"
 """The label of adapters that have none of their own, and of names that aren't adapters."""
 
-_GAUGES = ("waiting", "running", "host_bytes", "replicas")
+GAUGES = ("waiting", "running", "host_bytes", "replicas")
+"""The engine's figures that are about now; all others count from the start."""
+
 _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _EACH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
+class Pool(Protocol):
+    """What the replicas of a deployment have counted together, those that died included.
+
+    From any thread but the event loop's; raises where it can't be reached.
+    """
+
+    def labels(self, wanted: Iterable[str], most: int) -> set[str]:
+        """The adapters with a label of their own in all replicas: the first `most` wanted."""
+
+    def total(self) -> Mapping[str, float]:
+        """What `Metrics.counted` gives, over all API replicas, this one's as they are now."""
+
+    def engine_total(self) -> Mapping[str, float]:
+        """The engine's counts over all engine replicas."""
+
+    def close(self) -> None:
+        """Leaves what this replica has counted to the others."""
+
+
 class Metrics:
-    """Figures by adapter: of at most `max_labels` adapters, the first that were asked for."""
+    """Figures by adapter: of at most `max_labels` adapters, the first that were asked for.
+
+    With a `pool` they are those of the whole deployment, whichever replica is asked.
+    """
 
     def __init__(self, engine: ServedEngine, base_name: str, max_labels: int) -> None:
-        self._max_labels = max_labels
+        self._engine, self._max_labels = engine, max_labels
+        self.pool: Pool | None = None
         self._labels = {base_name}
+        """Names that have a label of their own; the base's is there beside the adapters'."""
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
             "rayfin_requests",
@@ -54,7 +82,6 @@ class Metrics:
             buckets=_EACH,
             registry=registry,
         )
-        registry.register(_EngineStats(engine))
 
     def count(self, record: Record) -> None:
         """Adds a request for completions that has ended."""
@@ -67,38 +94,89 @@ class Metrics:
         if record.seconds_per_token is not None:
             self._each.labels(label).observe(record.seconds_per_token)
 
+    def counted(self) -> dict[str, float]:
+        """Every series of this process, as JSON [family, sample, labels] -> value.
+
+        Adapters for which the pool has no label are `other`, here as in every other replica.
+        """
+        samples = [
+            (family.name, sample)
+            for family in self._registry.collect()
+            for sample in family.samples
+            if not sample.name.endswith("_created")  # times don't add up
+        ]
+        self._agree({sample.labels["adapter"] for _, sample in samples})
+        sums: dict[str, float] = {}
+        for family, sample in samples:
+            labels = dict(sample.labels)
+            if labels["adapter"] not in self._labels:
+                labels["adapter"] = OTHER
+            key = json.dumps([family, sample.name, labels])
+            sums[key] = sums.get(key, 0.0) + sample.value
+        return sums
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+
     def text(self) -> bytes:
-        """In Prometheus's text format."""
-        return generate_latest(self._registry)
+        """In Prometheus's text format; not on the event loop."""
+        shown = CollectorRegistry()
+        shown.register(_Shown(self._families()))
+        return generate_latest(shown)
+
+    def _families(self) -> Iterator[Metric]:
+        counts = self.counted() if self.pool is None else self.pool.total()
+        families = {
+            family.name: Metric(family.name, family.documentation, family.type)
+            for family in self._registry.collect()
+        }
+        for key, value in counts.items():
+            family, sample, labels = json.loads(key)
+            families[family].add_sample(sample, labels, value)
+        yield from families.values()
+        now = dataclasses.asdict(self._engine.stats())
+        counted = now if self.pool is None else self.pool.engine_total()
+        for name in GAUGES:
+            if name in now:
+                words = f"The engine's {name.replace('_', ' ')} now."
+                yield GaugeMetricFamily(f"rayfin_engine_{name}", words, now[name])
+        for name in [name for name in counted if name not in GAUGES]:
+            words = f"The engine's {name.replace('_', ' ')} since its start."
+            yield CounterMetricFamily(f"rayfin_engine_{name}", words, counted[name])
+        resident = len(self._engine.resident())
+        yield GaugeMetricFamily("rayfin_engine_resident", "Adapters in slots now.", resident)
 
     def _label(self, adapter: str | None) -> str:
         """`adapter` is one that was found, or None."""
         if adapter is None:
             return OTHER
-        # The base's name is there already, beside the adapters'.
-        if adapter not in self._labels and len(self._labels) <= self._max_labels:
-            self._labels.add(adapter)
+        if self.pool is None:
+            self._agree({adapter})
+        elif not self._full:
+            return adapter  # the replicas agree when it is shown: asking takes a while
         return adapter if adapter in self._labels else OTHER
 
+    @property
+    def _full(self) -> bool:
+        return len(self._labels) > self._max_labels  # the base's name is beside the adapters'
 
-class _EngineStats(Collector):
-    """The engine's own counts, read when they are asked for."""
+    def _agree(self, adapters: set[str]) -> None:
+        """Gives those of them a label that can have one."""
+        wanted = sorted(adapters - self._labels - {OTHER})
+        if not wanted or self._full:
+            return
+        if self.pool is None:
+            self._labels.update(wanted[: self._max_labels + 1 - len(self._labels)])
+        else:
+            self._labels |= self.pool.labels(wanted, self._max_labels)
 
-    def __init__(self, engine: ServedEngine) -> None:
-        self._engine = engine
 
-    def describe(self) -> Iterator[Metric]:
-        # Names are the engine's to choose; without this they would be asked for now.
-        yield from ()
+class _Shown(Collector):
+    """Families that are there already."""
+
+    def __init__(self, families: Iterator[Metric]) -> None:
+        self._families = list(families)
 
     def collect(self) -> Iterator[Metric]:
-        for name, value in dataclasses.asdict(self._engine.stats()).items():
-            words = f"The engine's {name.replace('_', ' ')}"
-            if name in _GAUGES:
-                yield GaugeMetricFamily(f"rayfin_engine_{name}", f"{words} now.", value)
-            else:
-                yield CounterMetricFamily(
-                    f"rayfin_engine_{name}", f"{words} since its start.", value
-                )
-        resident = len(self._engine.resident())
-        yield GaugeMetricFamily("rayfin_engine_resident", "Adapters in slots now.", resident)
+        yield from self._families

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -15,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
+from starlette.types import Scope
 
+from rayfin.config.serving import ApiKey
 from rayfin.errors import StorageError
 
 log = logging.getLogger(__name__)
 
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _MAX_WAITING = 64 * 2**20
 _CLOSING_SECONDS = 10.0
 
@@ -29,8 +33,13 @@ class Record:
     """Filled in while a request is answered; times in seconds of a clock that only counts."""
 
     path: str
-    request_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    request_id: str = ""
+    """What the client calls it, in `x-request-id`; else the same as `id`."""
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    """No other request's."""
     started: float = field(default_factory=time.perf_counter)
+    key: ApiKey | None = None
+    """The API key that it came with, while it is at work."""
     model: str | None = None
     """What the client asked for."""
     answered_by: str | None = None
@@ -49,6 +58,9 @@ class Record:
     prompt: Any = None
     """As the client wrote it; kept only where the log wants text, as is the next."""
     answers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.request_id = self.request_id or self.id
 
     def took(self, tokens: int) -> None:
         """Counts tokens that have come now."""
@@ -79,6 +91,17 @@ class Record:
         if not self.later_tokens or self.first_token is None:
             return None
         return self.seconds_of_later_tokens / (self.later_tokens / self.choices)
+
+
+def request_id_of(scope: Scope) -> str:
+    """The client's `x-request-id`, where it is one that may stand in a header and a log; else new.
+
+    Of several, which differ, none is the client's.
+    """
+    given = {bytes(value) for name, value in scope["headers"] if name == b"x-request-id"}
+    if len(given) == 1 and _REQUEST_ID.fullmatch(value := given.pop()):
+        return value.decode("ascii")
+    return secrets.token_hex(12)
 
 
 def record_of(request: Request) -> Record:

@@ -20,7 +20,7 @@ from rayfin.serving.api.metrics import Metrics
 from rayfin.serving.api.own_files import OwnFiles
 from rayfin.serving.api.prompts import Prompts
 from rayfin.serving.api.protocol import ServedEngine
-from rayfin.serving.api.record import Record, RequestLog
+from rayfin.serving.api.record import Record, RequestLog, record_of
 from rayfin.serving.api.templates import Templates
 from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.names import Named, Names
@@ -73,6 +73,7 @@ class Service:
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
+        self.metrics.close()
         if self.figures is not None:
             self.figures.close()
         self.templates.close()
@@ -87,8 +88,10 @@ class Service:
             self.log.write(record)
 
     def admit(self, request: Request) -> ApiKey | None:
-        """Raises ApiError 401 or 429."""
-        return self.keys.admit(request)
+        """The request's key until it ends; None without keys. Raises ApiError 401 or 429."""
+        key = self.keys.admit(request)
+        record_of(request).key = key
+        return key
 
     async def resolve(self, model: str, key: ApiKey | None, *, anew: bool = False) -> Named:
         """Who answers `key`'s request for `model`; raises AdapterError, or ApiError 403."""

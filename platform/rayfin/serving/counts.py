@@ -1,0 +1,109 @@
+"""Counts that outlive the replica that made them: one sum for the whole deployment, never less.
+
+Each replica writes its counts into a place of its own in Ray's key-value store. One that starts
+takes over the place of one that has died, and counts on from there: there are never more places
+than there were replicas at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+import ray
+from ray.util import list_named_actors
+
+from rayfin.serving import shared
+
+log = logging.getLogger(__name__)
+
+_PERIOD = 1.0
+
+
+class Counts:
+    """The counts of this replica among those of its kind, written every second by a thread."""
+
+    def __init__(self, kind: str, read: Callable[[], Mapping[str, float]]) -> None:
+        """`read` gives what this process has counted since its start, from any thread."""
+        self._kind, self._read = kind, read
+        self._place: str | None = None
+        self._before: Mapping[str, float] = {}
+        """What the place held when this replica took it over."""
+        self._complained = False
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="counts", daemon=True)
+        self._thread.start()
+
+    def write(self) -> None:
+        """Writes what has been counted by now; raises where Ray's head is away."""
+        with self._lock:
+            if self._place is None:
+                self._place, self._before = _take_place(self._kind)
+            shared.put(self._place, added([self._before, self._read()]))
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_PERIOD):
+            self._try()
+        self._try()
+
+    def _try(self) -> None:
+        try:
+            self.write()
+            self._complained = False
+        except Exception as error:  # noqa: BLE001  # whatever Ray raises; the next time may do
+            if not self._complained:
+                log.warning("counts can't be written now, and are kept: %s", error)
+            self._complained = True
+
+
+def total(kind: str) -> dict[str, float]:
+    """The sum over all replicas of a kind, those that have died included."""
+    return added([shared.get(key) or {} for key in shared.keys(f"counts/{kind}/")])
+
+
+def added(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for one in counts:
+        for name, value in one.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def first_names(kind: str, wanted: Iterable[str], most: int) -> set[str]:
+    """The first `most` names that any replica has ever wanted; `wanted` are, while there is room.
+
+    Each is a key that is written once, so that all replicas see the same.
+    """
+    prefix = f"names/{kind}/"
+    names = [str(shared.get(key)) for key in shared.keys(prefix)]
+    for name in wanted:
+        while name not in names and len(names) < most:
+            key = f"{prefix}{len(names):08}"
+            names.append(str(shared.get(key)) if shared.put(key, name, overwrite=False) else name)
+    return set(names)
+
+
+def _take_place(kind: str) -> tuple[str, Mapping[str, float]]:
+    """The key of a place whose owner has died, or of a new one, and what it holds.
+
+    An owner is a key of its own that is written once, `owner/KIND/PLACE/NUMBER`: of several
+    replicas that want the place at the same time one gets it.
+    """
+    me = ray.get_runtime_context().get_actor_name()
+    alive = {actor["name"] for actor in list_named_actors(all_namespaces=True)}
+    place = 0
+    while True:
+        prefix = f"owner/{kind}/{place}/"
+        owners = sorted(int(key.removeprefix(prefix)) for key in shared.keys(prefix))
+        last = owners[-1] if owners else -1
+        free = last < 0 or shared.get(f"{prefix}{last}") not in alive
+        if free and not shared.put(f"{prefix}{last + 1}", me, overwrite=False):
+            key = f"counts/{kind}/{place}"
+            return key, shared.get(key) or {}
+        place += 1

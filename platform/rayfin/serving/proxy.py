@@ -1,0 +1,303 @@
+"""What rayfin adds to Ray Serve's HTTP proxies: limits on clients, and one envelope for errors.
+
+Serve calls `middlewares` in each proxy that starts with `ENVIRONMENT`. A request's body is read
+here, so that one that trickles holds no place in an API replica; and what Serve says in its own
+words (nothing is served while an application is deployed or deleted, a replica died) becomes an
+error that OpenAI's clients understand, and try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from rayfin.config.serving import ApiConfig
+from rayfin.serving import shared
+from rayfin.serving.api.errors import ApiError
+from rayfin.serving.api.record import request_id_of
+from rayfin.serving.connections import MAX_HEAD_BYTES, SECONDS, Turns, client_of
+
+log = logging.getLogger(__name__)
+
+ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayfin.serving.proxy:middlewares",
+}
+"""What a proxy has to find in its environment when it starts."""
+
+LIMITS = "limits"
+"""The key under which an API replica leaves the deployment's limits for the proxies."""
+
+_LOOK_SECONDS = 5.0
+_FIRST_LOOK_SECONDS = 2.0
+_UPLOAD_BYTES = 512 * 2**20
+"""Of all bodies that are coming in at a time."""
+_FEWEST_UPLOADS = 64
+_GRACE_SECONDS = 1.0
+# Serve obeys these, and they are no client's business: a deadline of another's, a request that
+# goes on when its client has left, and to which replica it goes.
+_SERVES_OWN = (
+    b"x-request-timeout-seconds",
+    b"x-request-disconnect-disabled",
+    b"x-session-id",
+    b"serve_multiplexed_model_id",
+    b"serve-multiplexed-model-id",
+)
+_CLOSE = {"connection": "close"}
+
+
+def middlewares() -> list[Middleware]:
+    """For Serve's proxy process; uvicorn's connections get their limits on the way."""
+    from uvicorn.config import HTTP_PROTOCOLS
+
+    # Serve hands no protocol on to uvicorn, which looks the default's up here.
+    HTTP_PROTOCOLS["auto"] = "rayfin.serving.connections:BoundedProtocol"
+    return [Middleware(ProxyMiddleware, look=lambda: shared.get(LIMITS))]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a proxy needs to know of the deployment's settings."""
+
+    max_body_bytes: int
+    body_seconds: float
+    write_seconds: float
+    max_client_uploads: int
+
+    @classmethod
+    def of(cls, config: ApiConfig) -> Limits:
+        return cls(
+            config.max_body_bytes,
+            config.body_seconds,
+            config.write_seconds,
+            config.max_client_uploads,
+        )
+
+
+def publish_limits(config: ApiConfig) -> None:
+    """Tells all proxies of this Ray cluster."""
+    shared.put(LIMITS, asdict(Limits.of(config)))
+
+
+@dataclass(eq=False)
+class _Upload:
+    """A body that is coming in."""
+
+    deadline: asyncio.Timeout
+    displaced: bool = False
+
+    def displace(self) -> None:
+        self.displaced = True
+        self.deadline.reschedule(asyncio.get_running_loop().time())
+
+
+class ProxyMiddleware:
+    """Stands in front of Serve's proxy, or of the API itself.
+
+    `look` says what the limits are (the fields of `Limits`, None where nobody has said yet), and
+    may take its time or raise.
+    """
+
+    def __init__(self, app: ASGIApp, look: Callable[[], Mapping[str, Any] | None]) -> None:
+        self._app, self._look = app, look
+        self._limits = Limits.of(ApiConfig())
+        self._looked_at: float | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._uploads: Turns[_Upload] = Turns(0, 0, _GRACE_SECONDS)
+        self._apply(self._limits)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own pages
+            await self._app(scope, receive, send)
+            return
+        await self._refresh()
+        request_id = request_id_of(scope)
+        answer = _Answer(send, request_id)
+        try:
+            headers = scope["headers"]
+            if sum(len(n) + len(v) + 4 for n, v in headers) > MAX_HEAD_BYTES:
+                raise ApiError(
+                    431,
+                    f"the request's headers are larger than {MAX_HEAD_BYTES} bytes; send less",
+                    headers=_CLOSE,
+                )
+            first = await self._first_message(scope, receive)
+        except ApiError as error:
+            await answer.refuse(error)
+            return
+        kept = [(n, v) for n, v in headers if n not in _SERVES_OWN and n != b"x-request-id"]
+        scope = {**scope, "headers": [*kept, (b"x-request-id", request_id.encode())]}
+        waiting = [] if first is None else [first]
+
+        async def received() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        await self._app(scope, received, answer.send)
+        await answer.end()
+
+    # --- bodies -------------------------------------------------------------------------------
+
+    async def _first_message(self, scope: Scope, receive: Receive) -> Message | None:
+        """A message with the whole body, or that the client has gone; None without a body.
+
+        Raises ApiError 408, 413 or 429.
+        """
+        given = {
+            n: v for n, v in scope["headers"] if n in (b"content-length", b"transfer-encoding")
+        }
+        length = given.get(b"content-length", b"0")
+        if b"transfer-encoding" not in given and length == b"0":
+            return None
+        limits = self._limits
+        too_large = ApiError(
+            413,
+            f"the body is larger than {limits.max_body_bytes} bytes; send less (max_body_bytes is "
+            "the limit)",
+            headers=_CLOSE,
+        )
+        if length.isdigit() and int(length) > limits.max_body_bytes:
+            raise too_large
+        client = client_of(scope["client"])
+        body = bytearray()
+        upload: _Upload | None = None
+        try:
+            async with asyncio.timeout(limits.body_seconds) as deadline:
+                upload = _Upload(deadline)
+                for other in self._uploads.add(client, upload):
+                    other.displace()
+                while True:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        return message
+                    body += message.get("body", b"")
+                    if len(body) > limits.max_body_bytes:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return {"type": "http.request", "body": bytes(body), "more_body": False}
+        except TimeoutError as error:
+            if upload is not None and upload.displaced:
+                raise ApiError(
+                    429,
+                    "too many bodies are coming in at a time, and this was the slowest; try again",
+                    code="overloaded",
+                    headers={"retry-after": "1", **_CLOSE},
+                ) from error
+            raise ApiError(
+                408,
+                f"the body did not come in within {limits.body_seconds:g} s; send it faster",
+                headers=_CLOSE,
+            ) from error
+        finally:
+            if upload is not None:
+                self._uploads.remove(client, upload)
+
+    # --- limits -------------------------------------------------------------------------------
+
+    async def _refresh(self) -> None:
+        """Waits for the first look; later ones go on beside the requests."""
+        first = self._looked_at is None
+        if first or time.monotonic() - (self._looked_at or 0.0) > _LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            self._looking = asyncio.create_task(self._look_up())
+        if first and self._looking is not None:
+            await asyncio.wait([self._looking], timeout=_FIRST_LOOK_SECONDS)
+
+    async def _look_up(self) -> None:
+        try:
+            found = await asyncio.to_thread(self._look)
+        except Exception as error:  # noqa: BLE001  # the head is away; what was known holds
+            log.warning("the deployment's limits can't be read now: %s", error)
+            return
+        if found is not None:
+            self._apply(Limits(**found))
+
+    def _apply(self, limits: Limits) -> None:
+        self._limits = limits
+        SECONDS.request, SECONDS.answer = limits.body_seconds, limits.write_seconds
+        self._uploads.most = max(_FEWEST_UPLOADS, _UPLOAD_BYTES // limits.max_body_bytes)
+        self._uploads.most_of_one = limits.max_client_uploads
+
+
+class _Answer:
+    """One answer on its way to the client, Serve's own words in the envelope."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = (b"x-request-id", request_id.encode())
+        self._started = self._complete = self._events = False
+        self._plain: Message | None = None
+        """The start of an error that Serve says in plain text; `_text` is the rest of it."""
+        self._text = b""
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = [(bytes(n).lower(), bytes(v)) for n, v in message["headers"]]
+            kind = dict(headers).get(b"content-type", b"")
+            if message["status"] >= 400 and kind.startswith(b"text/plain"):
+                self._plain = message
+                return
+            self._events = kind.startswith(b"text/event-stream")
+            headers = [*((n, v) for n, v in headers if n != b"x-request-id"), self._request_id]
+            message = {**message, "headers": headers}
+            self._started = True
+        elif message["type"] == "http.response.body":
+            more = message.get("more_body", False)
+            if self._plain is not None:
+                self._text += message.get("body", b"")
+                if not more:
+                    await self.refuse(_of_serve(self._plain, self._text))
+                return
+            self._complete = not more
+        await self._send(message)
+
+    async def refuse(self, error: ApiError) -> None:
+        self._plain, self._started, self._complete = None, True, True
+        response = error.response()
+        headers = [*response.raw_headers, self._request_id]
+        start = {"type": "http.response.start", "status": error.status, "headers": headers}
+        await self._send(start)
+        await self._send({"type": "http.response.body", "body": response.body})
+
+    async def end(self) -> None:
+        """What the client gets where whoever answered has said nothing, or not all."""
+        if self._complete:
+            return
+        lost = ApiError(
+            503,
+            "the replica that answered this request is gone; send it again",
+            code="replica_lost",
+            headers={"retry-after": "1"},
+        )
+        if not self._started:
+            await self.refuse(lost)
+        elif self._events:
+            self._complete = True
+            body = b"data: " + json.dumps(lost.as_json()).encode() + b"\n\n"
+            await self._send({"type": "http.response.body", "body": body})
+
+
+def _of_serve(start: Message, text: bytes) -> ApiError:
+    """The error that Serve means."""
+    status = start["status"]
+    headers = {bytes(n).decode("latin-1"): bytes(v).decode("latin-1") for n, v in start["headers"]}
+    again = {"retry-after": headers.get("retry-after", "1")}
+    if status in (404, 503):
+        return ApiError(
+            503,
+            "nothing is served here now: the deployment starts, stops or is replaced; try again",
+            code="unavailable",
+            headers=again,
+        )
+    if status == 429:
+        return ApiError(
+            429, "too many requests wait for the API; try again", code="overloaded", headers=again
+        )
+    message = text.decode("utf-8", "replace").partition("\n")[0][:200] if status < 500 else ""
+    return ApiError(status, message or "the server failed; its log says why")
