@@ -54,6 +54,10 @@ class RequestError(UsageError):
     """A request to the served model that can't be answered as it stands (HTTP 400)."""
 
 
+class ContextLengthError(RequestError):
+    """A prompt that leaves no room for an answer within `engine.max_length` (HTTP 400)."""
+
+
 class AdapterNotFound(AdapterError):
     """A request for an adapter, version or alias that isn't there (HTTP 404)."""
 

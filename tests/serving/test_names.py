@@ -2,6 +2,7 @@
 
 import builtins
 import io
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -251,6 +252,32 @@ def test_the_list_has_latest_versions_and_aliases(names: Names) -> None:
         ("prod",),
         ("latest",),
     ]
+
+
+def test_an_alias_whose_version_is_gone_is_said_as_such(registry: Registry, names: Names) -> None:
+    aliases = registry.root / "support" / "aliases.json"
+    written = json.loads(aliases.read_text())
+    aliases.write_text(json.dumps(written).replace(": 1", ": 7"))
+    with pytest.raises(AdapterNotFound, match=r"alias 'prod' .* points to version 7, .* promote"):
+        names.resolve("support@prod")
+    with pytest.raises(AdapterNotFound, match="has no alias 'pord'"):
+        names.resolve("support@pord")
+
+
+def test_a_flood_of_unknown_names_is_not_remembered(
+    registry: Registry, names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayfin.serving.names._MAX_REMEMBERED", 2)
+    for number in range(500):
+        with pytest.raises(AdapterNotFound):
+            names.resolve(f"unknown-{number}")
+        with pytest.raises(AdapterNotFound):
+            names.resolve(f"support@{number + 100}")
+    assert len(names._held) == 0, "an unknown name takes no memory"
+    # What exists is remembered, no more of it than there is room for.
+    for model in ("support", "support@1", "support@prod", "support@latest") * 3:
+        assert names.resolve(model).adapter == "support"
+        assert len(names._held) <= 2
 
 
 def test_messages_for_clients_do_not_say_where_the_registry_is(

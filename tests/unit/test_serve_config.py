@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from rayfin.config import load_serve_config
+from rayfin.errors import ConfigError
 
 
 def test_relative_paths_are_taken_from_the_root_that_is_given(tmp_path: Path) -> None:
@@ -26,3 +29,35 @@ def test_what_is_no_path_stays_as_it_is(tmp_path: Path) -> None:
         assert load_serve_config({"history": nothing}).anchored(tmp_path).history == nothing
     home = load_serve_config(None, ["storage=~/runs"]).anchored(tmp_path)
     assert home.storage == str(Path.home() / "runs")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("tiny", "tiny"),
+        ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B-Instruct"),
+        ("{here}/my model", "my-model"),
+        ("{here}/registry/support/3", "support"),
+        ("{here}/models--Qwen--Qwen2.5-0.5B/snapshots/0a1b2c", "Qwen/Qwen2.5-0.5B"),
+        ("/mnt/elsewhere/llama", "llama"),
+        ("./models/llama/", "llama"),
+        ("~/llama", "llama"),
+    ],
+)
+def test_a_directory_is_served_under_its_name_and_never_its_path(
+    tmp_path: Path, model: str, name: str
+) -> None:
+    place = model.format(here=tmp_path)
+    if place != model:
+        Path(place).mkdir(parents=True)
+    config = load_serve_config({"model": {"name": place}})
+    assert config.served_name == name
+    assert config.named().deployment.served_model_name == name
+    told = load_serve_config({"model": {"name": place}}, ["deployment.served_model_name=mine"])
+    assert told.served_name == told.named().served_name == "mine"
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a\nb", "\x1b[31m", "x" * 300])
+def test_a_served_name_that_no_client_could_send_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="served_model_name"):
+        load_serve_config({"deployment": {"served_model_name": name}})

@@ -74,18 +74,18 @@ def _print(
 ) -> None:
     named = [version for version in versions if version.aliases]
     newest = max(named, key=lambda v: str(v.metadata.get("created_at")), default=None)
-    model = config.model.name if newest is None else newest.name
+    model = config.served_name if newest is None else newest.name
     curl = _curl(url, model, needs_key=bool(config.api.api_keys))
     if as_json:
         served: dict[str, Any] = {
             "url": url,
-            "base": config.model.name,
+            "base": config.served_name,
             "adapters": [{"ref": v.ref, "aliases": list(v.aliases)} for v in named],
             "curl": curl,
         }
         print(json.dumps(served), flush=True)
         return
-    print(f"Serving {config.model.name} and {_count(named)} at {url}")
+    print(f"Serving {config.served_name} and {_count(named)} at {url}")
     for version in named:
         print(f"  {version.ref:30} {', '.join(version.aliases)}")
     print(f"Adapters that are published under {config.storage} are served within seconds. Try:")

@@ -119,6 +119,8 @@ class ReplicaConfig(Section):
     """Address that the API listens on; 0.0.0.0 is reachable from other machines."""
     port: int = Field(8000, ge=1, le=65535)
     """Port of the API."""
+    served_model_name: Annotated[str, Field(pattern=r"^[^\s\x00-\x1f\x7f]{1,256}$")] | None = None
+    """What clients call the base model; null: its name, of a directory the directory's."""
     replicas: int = Field(1, ge=1, le=1000)
     """Engines, each a process with the whole base model; the least, where max_replicas is set."""
     max_replicas: int | None = Field(None, ge=1, le=1000)
@@ -161,6 +163,16 @@ class ServeConfig(Section):
     history: str | None = Field(None, repr=False)
     """URL of the history that serving figures go back to; null is the SQLite file under storage."""
 
+    @property
+    def served_name(self) -> str:
+        """What clients call the base model: never the path of a directory on this machine."""
+        return self.deployment.served_model_name or _public_name(self.model.name)
+
+    def named(self) -> ServeConfig:
+        """With `deployment.served_model_name` said, as other machines may lack the directory."""
+        told = self.deployment.model_copy(update={"served_model_name": self.served_name})
+        return self.model_copy(update={"deployment": told})
+
     def anchored(self, root: Path) -> ServeConfig:
         """With its files' paths absolute, relative ones from `root`.
 
@@ -179,3 +191,19 @@ class ServeConfig(Section):
         if file != url and file not in ("", ":memory:"):
             paths["history"] = _SQLITE + under(file)
         return self.model_copy(update=paths)
+
+
+def _public_name(model: str) -> str:
+    """A model's name; of a directory its own, of a hub's snapshot the hub's.
+
+    A version in the registry, `support/3`, is called by the name that it was published under.
+    """
+    path = Path(model).expanduser()
+    if not (path.is_dir() or path.is_absolute() or model.startswith((".", "~"))):
+        return model
+    path = path.resolve()
+    folder = path.parent.parent.name
+    if path.parent.name == "snapshots" and folder.startswith("models--"):
+        return folder.removeprefix("models--").replace("--", "/")
+    name = path.parent.name if path.name.isdecimal() else path.name
+    return "-".join(name.split()) or model

@@ -83,7 +83,7 @@ class ApiReplica:
         engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
         # Not opened: a replica that starts while the disk is away must not make the directory anew.
         storage = Storage.at(config.storage)
-        names = Names(ServedCatalog(storage.adapters), config.model.name)
+        names = Names(ServedCatalog(storage.adapters), config.served_name)
         figures = Figures(config.history or storage.history_url, engine)
         proxy.publish_limits(config.api)
         return create_app(
@@ -103,6 +103,7 @@ def app(args: Mapping[str, Any], root: Path) -> serve.Application:
 
 def build_app(config: ServeConfig) -> serve.Application:
     """The application that `serve.run` takes; looks at the connected cluster for its size."""
+    config = config.named()
     deployment, engine = config.deployment, config.engine
     ServedCatalog(Storage.open(config.storage).adapters).make()
     resources = engine_resources(config)

@@ -41,7 +41,7 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
         key = secrets.token_urlsafe()
         catalog = ServedCatalog(Storage.open(config.storage).adapters)
         catalog.make()
-        names = Names(catalog, config.model.name)
+        names = Names(catalog, config.served_name)
         app = create_app(engine, names, ApiConfig(api_keys=(ApiKey(key=key),)))
         with socket.create_server(("127.0.0.1", 0)) as listening:
             server = uvicorn.Server(

@@ -171,7 +171,13 @@ class Names:
             )
         if ref.alias is not None and ref.alias != LATEST:
             aliases = self.catalog.aliases(ref.name)
-            if aliases.get(ref.alias) not in versions:
+            if (dangling := aliases.get(ref.alias)) is not None and dangling not in versions:
+                known = ", ".join(map(str, versions[-_SHOWN:]))
+                return AdapterNotFound(
+                    f"alias '{ref.alias}' of adapter '{ref.name}' points to version {dangling}, "
+                    f"which is not there any more; it has {known}: promote one of them"
+                )
+            if ref.alias not in aliases:
                 return AdapterNotFound(
                     f"adapter '{ref.name}' has no alias '{ref.alias}'"
                     f"{did_you_mean(ref.alias, aliases)}; it has {', '.join(aliases)}"

@@ -35,7 +35,7 @@ class RemoteEngine:
     def __init__(
         self, handle: DeploymentHandle[Any], config: ServeConfig, tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        self.tokenizer, self.model_name = tokenizer, config.model.name
+        self.tokenizer, self.model_name = tokenizer, config.served_name
         self.max_length = config.engine.max_length
         self._handle = handle
         self._streaming = handle.options(stream=True)

@@ -165,6 +165,46 @@ def test_hostile_names_in_the_body_are_404(server: Any, name: str) -> None:
         error_of(response)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:,x"}},
+        {"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}},
+        {"type": "file", "file": {"file_id": "x"}},
+        {"text": "hi"},
+        "hi",
+    ],
+    ids=lambda part: str(part)[:24],
+)
+def test_a_part_that_is_no_text_is_one_sentence_without_our_types(server: Any, part: Any) -> None:
+    text = {"type": "text", "text": "what is it?"}
+    response = server.chat(messages=[{"role": "user", "content": [text, part]}])
+    assert response.status_code == 400
+    error = error_of(response)
+    kind = repr(part["type"]) if "type" in part else "such a part"
+    assert error["message"].startswith("messages.0.content: ") and kind in error["message"]
+    assert "text alone" in error["message"] and ";" in error["message"]
+    for inside in ("list[", "TextPart", "Extra inputs", "valid string", ".str"):
+        assert inside not in error["message"]
+    part = {"type": "text", "text": 5}
+    response = server.chat(messages=[{"role": "user", "content": [part]}])
+    assert "TextPart" not in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_too_long_has_openais_code(server: Any, stream: bool) -> None:
+    for response in (
+        server.complete(prompt="x" * 600, stream=stream),
+        server.complete(prompt="x" * 510, model="sales", stream=stream),
+        server.chat(messages=[{"role": "user", "content": "x" * 600}], stream=stream),
+    ):
+        assert response.status_code == 400
+        error = error_of(response)
+        assert error["code"] == "context_length_exceeded"
+        asked = "messages" if "chat" in response.url.path else "prompt"
+        assert (error["param"], error["type"]) == (asked, "invalid_request_error")
+
+
 def test_a_prompt_without_room_is_400(server: Any) -> None:
     response = server.complete(prompt="x" * 600)
     assert response.status_code == 400

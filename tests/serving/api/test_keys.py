@@ -1,5 +1,9 @@
 """API keys: who may ask, for which adapters, and how often."""
 
+import ast
+import contextlib
+import hmac
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from rayfin.config.serving import ApiConfig
+from rayfin.serving.api import keys as keys_module
 from rayfin.serving.api.errors import ApiError
 from rayfin.serving.api.keys import Keys
 
@@ -105,6 +110,81 @@ def test_a_key_sees_its_adapters_only(guarded: Any) -> None:
     assert {"support", "tiny"} < seen["all"]
 
 
+@pytest.mark.parametrize("model", ["support", "support@1", "support@prod", "tiny:support", "tiny"])
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/completions", {"prompt": "hi", "max_tokens": 1}),
+        ("POST", "/v1/completions", {"prompt": "hi", "max_tokens": 1, "stream": True}),
+        ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("POST", "/tokenize", {"prompt": "hi"}),
+        ("POST", "/tokenize", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("GET", "/v1/models/", None),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_no_route_takes_a_key_to_anothers_adapter(
+    guarded: Any, method: str, path: str, body: dict[str, Any] | None, model: str
+) -> None:
+    before = guarded.engine.stats().prompt_tokens
+    answers = []
+    for name in (model, "missing"):
+        told = {"url": path + (name if body is None else "")}
+        if body is not None:
+            told["json"] = body | {"model": name}
+        response = guarded.http.request(
+            method, **told, headers={"authorization": "Bearer sales-only"}
+        )
+        assert response.status_code == 403
+        assert response.json()["error"]["code"] == "model_not_allowed"
+        named = name.removeprefix("tiny:").partition("@")[0]
+        answers.append(response.text.replace(named, "NAME"))
+    assert answers[0] == answers[1], "what exists and what doesn't look the same"
+    assert guarded.engine.stats().prompt_tokens == before, "nothing of it was computed"
+
+
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+@pytest.mark.parametrize("key", [None, "all", "sales-only"])
+def test_no_api_key_changes_the_registry(guarded: Any, path: str, key: str | None) -> None:
+    body = {"lora_name": "sales", "lora_path": "/"}
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    response = guarded.http.post(path, json=body, headers=headers)
+    assert response.status_code == (401 if key is None else 403)
+    assert guarded.registry.versions("sales")
+
+
+@pytest.mark.parametrize("given", ["all", "al", "", "x" * 10_000, "root", "twice"])
+def test_every_secret_is_compared_whole_and_in_constant_time(
+    monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    """By construction: digests of one length, hmac.compare_digest, every key, whichever fits."""
+    config = ApiConfig.model_validate(
+        {"api_keys": [{"key": "all"}, {"key": "twice"}, {"key": "three"}], "admin_token": "root"}
+    )
+    compared: list[tuple[bytes, bytes]] = []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((one, other))
+        return compare_digest(one, other)
+
+    compare_digest = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    keys = Keys(config)
+    request: Any = SimpleNamespace(headers={"authorization": f"Bearer {given}"})
+    with contextlib.suppress(ApiError):
+        keys.admit(request)
+    assert len(compared) == 3
+    with contextlib.suppress(ApiError):
+        keys.admit_admin(request)
+    assert len(compared) == (4 if given else 3)
+    assert {len(secret) for pair in compared for secret in pair} == {32}
+    # Nothing else looks at a secret.
+    source = ast.parse(inspect.getsource(keys_module))
+    for node in ast.walk(source):
+        if isinstance(node, ast.Compare) and any(isinstance(o, ast.Eq) for o in node.ops):
+            assert "scheme" in ast.unparse(node), ast.unparse(node)
+
+
 def test_a_key_learns_nothing_of_other_adapters(guarded: Any) -> None:
     client = guarded.client("sales-only")
     answers = []
@@ -127,6 +207,37 @@ def test_a_limit_is_429_with_retry_after(guarded: Any) -> None:
     assert 1 <= int(refused.value.response.headers["retry-after"]) <= 30
     assert refused.value.code == "rate_limit_exceeded"
     guarded.client("all").models.list()
+
+
+LONG = {"model": "tiny", "prompt": "hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
+
+
+def test_a_key_has_so_many_requests_at_a_time(
+    tools: Any, engine: Any, shared_registry: Any
+) -> None:
+    config = ApiConfig.model_validate(
+        {"api_keys": [{"key": "few", "max_concurrent_requests": 2}, {"key": "any"}]}
+    )
+    with tools.serving(engine, shared_registry, config) as server:
+
+        def ask(key: str, **more: Any) -> Any:
+            headers = {"authorization": f"Bearer {key}"}
+            request = server.http.build_request(
+                "POST", "/v1/completions", json=LONG | more, headers=headers
+            )
+            return server.http.send(request, stream=True)
+
+        streams = [ask("few"), ask("few")]
+        assert [stream.status_code for stream in streams] == [200, 200]
+        refused = ask("few", max_tokens=1)
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+        assert "2 requests at a time" in refused.read().decode()
+        assert ask("any", max_tokens=1).status_code == 200
+        assert server.http.get("/health").status_code == 200
+        for stream in streams:
+            stream.close()
+        tools.wait_until(lambda: ask("few", max_tokens=1).read() and True, "it is answered")
+        tools.wait_until(lambda: ask("few", max_tokens=1).status_code == 200, "places are free")
 
 
 def test_an_allowance_comes_back_with_time() -> None:

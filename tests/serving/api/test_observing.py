@@ -4,10 +4,12 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -123,6 +125,70 @@ def test_the_log_has_a_line_for_each_request(
         assert all("prompt" not in line and "answers" not in line for line in lines)
     # What people asked is not for everybody on the machine.
     assert path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("given", ["checkout-17.a", "two words", "x" * 200, "a\tb"])
+def test_the_clients_request_id_is_kept_and_logged(
+    tools: Any, engine: Any, shared_registry: Registry, tmp_path: Path, given: str
+) -> None:
+    path = tmp_path / "requests.jsonl"
+    config = tools.ApiConfig(request_log=str(path))
+    with tools.serving(engine, shared_registry, config) as server:
+        body = {"model": "tiny", "prompt": "hi", "max_tokens": 1}
+        headers = {"x-request-id": given}
+        one, two = (server.http.post("/v1/completions", json=body, headers=headers) for _ in "ab")
+        assert one.json()["id"] != two.json()["id"], "what the client calls it names no answer"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for response, line in zip((one, two), lines, strict=True):
+        (told,) = response.headers.get_list("x-request-id")
+        assert told == line["request_id"]
+        assert (told == given) == (given == "checkout-17.a")
+
+
+def test_two_requests_of_one_id_are_answered_at_once(tools: Any, engine: Any, server: Any) -> None:
+    def ask(_: int) -> int:
+        body = {"model": "tiny", "prompt": "hi", "max_tokens": 64, "ignore_eos": True}
+        headers = {"x-request-id": "the-same"}
+        with httpx.Client(base_url=server.url, timeout=60) as http:
+            return http.post("/v1/completions", json=body, headers=headers).status_code
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(ask, range(4))) == [200] * 4
+
+
+def test_health_answers_a_head(server: Any) -> None:
+    response = server.http.head("/health")
+    assert response.status_code == 200 and response.content == b""
+    assert int(response.headers["content-length"]) > 0
+
+
+def test_names_and_prompts_forge_no_line_of_a_log_or_a_terminal(
+    tools: Any, engine: Any, shared_registry: Registry, tmp_path: Path, caplog: Any
+) -> None:
+    path = tmp_path / "requests.jsonl"
+    evil = '\n{"status": 200}\r\x1b[31mred\x1b]0;title\x07\x9b2J\u2028'
+    config = tools.ApiConfig.model_validate(
+        {"request_log": str(path), "request_log_text": True, "api_keys": [{"key": KEY}]}
+    )
+    with tools.serving(engine, shared_registry, config) as server:
+        server.http.headers["authorization"] = f"Bearer {KEY}"
+        whole = server.complete(prompt=evil)
+        missing = server.complete(model=f"support{evil}")
+        also = server.complete(model=f"other:{evil}")
+    assert [r.status_code for r in (whole, missing, also)] == [200, 404, 404]
+    written = path.read_bytes()
+    lines = written.splitlines()
+    assert [json.loads(line)["status"] for line in lines] == [200, 404, 404]
+    assert json.loads(lines[0])["prompt"] == evil
+    # In the file, in what the server says of it, and in the answers: escapes, nothing that acts.
+    said = written.replace(b"\n", b"") + caplog.text.replace("\n", "").encode()
+    for text in (said, missing.content, also.content):
+        assert not any(byte < 32 or byte == 127 for byte in text)
+        assert b"\xc2\x9b" not in text and b"\xe2\x80\xa8" not in text
+    assert KEY.encode() not in said
+
+
+KEY = "key-that-nobody-may-read"
 
 
 def test_a_log_that_cannot_be_written_is_said_at_the_start(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -17,6 +18,7 @@ from rayfin.config.problems import shown
 from rayfin.errors import (
     AdapterError,
     AdapterNotFound,
+    ContextLengthError,
     EngineFailed,
     Overloaded,
     RayfinError,
@@ -34,8 +36,12 @@ log = logging.getLogger(__name__)
 CLIENT_GONE = 499
 """What a request whose client went away is counted as; no one is there to read it."""
 
+CONTEXT_LENGTH = "context_length_exceeded"
+"""OpenAI's code for a prompt that is too long, by which clients know to shorten it."""
+
 _MOST_PROBLEMS = 5
 _TOO_MANY = 200
+_TYPES = ("str", "int", "bool")
 
 
 class ApiError(Exception):
@@ -64,8 +70,10 @@ class ApiError(Exception):
             }
         }
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.as_json(), self.status, self.headers)
+    def response(self) -> Response:
+        # In ASCII: a name that the message repeats must not steer the terminal that shows it.
+        body = json.dumps(self.as_json(), separators=(",", ":"))
+        return Response(body, self.status, self.headers, "application/json")
 
 
 def as_api_error(error: Exception, names: Names) -> ApiError:
@@ -78,6 +86,8 @@ def as_api_error(error: Exception, names: Names) -> ApiError:
             found = (404, "model_not_found", "model")
         case AdapterError():
             found = (400, "adapter_error", "model")
+        case ContextLengthError():
+            found = (400, CONTEXT_LENGTH, None)
         case RequestError():
             found = (400, None, None)
         case Overloaded():
@@ -107,13 +117,17 @@ def describe_invalid(error: ValidationError) -> ApiError:
     sentences: list[str] = []
     first: str | None = None
     for problem in error.errors(include_url=False, include_context=False):
-        location = [str(part)[:80] for part in problem["loc"]]
+        # Between the fields pydantic names the members of a union, which are ours.
+        location = [str(part)[:80] for part in problem["loc"] if part not in _TYPES]
+        location = [part for part in location if "[" not in part]
         field = location[0] if location else "the body"
         first = first or (field if location else None)
         match problem["type"]:
             case "extra_forbidden":
                 near = did_you_mean(field, _fields(error.title)) if len(location) == 1 else ""
                 sentences.append(f"'{'.'.join(location)}' is no field of this request{near}")
+            case "text_only":
+                sentences.append(f"{'.'.join(location)}: {problem['msg']}")
             case "missing":
                 sentences.append(f"{'.'.join(location)} is missing")
             case _:

@@ -13,13 +13,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
 from rayfin.config.serving import ApiKey
-from rayfin.errors import AdapterError, EngineFailed, Overloaded, Unavailable
+from rayfin.errors import AdapterError, EngineFailed, Overloaded, RayfinError, Unavailable
 from rayfin.models.ends import Ends
 from rayfin.serving.api.answers import Answers, usage
-from rayfin.serving.api.errors import CLIENT_GONE, ApiError, as_api_error
+from rayfin.serving.api.errors import CLIENT_GONE, CONTEXT_LENGTH, ApiError, as_api_error
 from rayfin.serving.api.protocol import failure_of
 from rayfin.serving.api.record import Record, record_of
-from rayfin.serving.api.schema import GenerationBody
+from rayfin.serving.api.schema import ChatBody, GenerationBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.api.stream import EventStream, Generation
 from rayfin.serving.engine.request import Chunk, Request, SamplingParams
@@ -94,7 +94,14 @@ async def respond(request: HttpRequest, service: Service, asked: Asked) -> Respo
     """The whole answer, or the stream of its pieces; raises what makes it an error."""
     record = record_of(request)
     record.model = asked.body.model
-    begun = await _begin(request, service, asked)
+    try:
+        begun = await _begin(request, service, asked)
+    except (RayfinError, ApiError) as error:
+        found = as_api_error(error, service.names)
+        if found.code != CONTEXT_LENGTH:
+            raise
+        found.param = "messages" if isinstance(asked.body, ChatBody) else "prompt"
+        raise found from error
     record.answered_by, record.trial_id = begun.named.answer_name, begun.named.trial_id
     record.prompt_tokens = sum(map(len, begun.prompts))
     record.choices = len(begun.prompts) * asked.n

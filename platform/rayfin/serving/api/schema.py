@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from rayfin.serving.engine.request import MAX_STOP_TOKENS, MAX_STOPS, MAX_TOP_LOGPROBS
 
@@ -95,6 +96,21 @@ class Message(Body):
     annotations: list[Any] | None = None
     audio: dict[str, Any] | None = None
     function_call: dict[str, Any] | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_alone(cls, content: Any) -> Any:
+        """Of a part that is no text, one sentence, and not what each field of a text lacks."""
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                what = f"a part of type {kind[:80]!r}" if isinstance(kind, str) else "such a part"
+                raise PydanticCustomError(
+                    "text_only",
+                    "{what} is not taken: this model reads text alone; send parts of type 'text'",
+                    {"what": what},
+                )
+        return content
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

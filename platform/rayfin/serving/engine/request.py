@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rayfin.errors import RayfinError, RequestError
+from rayfin.errors import ContextLengthError, RayfinError, RequestError
 from rayfin.models.ends import Ends
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -155,7 +155,7 @@ def check_prompt(request: Request, max_length: int, vocabulary: int) -> None:
     if not request.prompt_ids:
         raise RequestError("the prompt is empty; give at least one token")
     if len(request.prompt_ids) >= max_length:
-        raise RequestError(
+        raise ContextLengthError(
             f"the prompt has {len(request.prompt_ids)} tokens, and {max_length} have room with "
             "their answer; shorten it, or raise engine.max_length"
         )

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError, EngineFailed, RayfinError, RequestError
+from rayfin.errors import AdapterError, ContextLengthError, EngineFailed, RayfinError
 from rayfin.serving.engine.adapter import HostAdapter
 from rayfin.serving.engine.batch import Piece
 from rayfin.serving.engine.model import BatchedModel
@@ -156,7 +156,7 @@ class Scheduler:
         if virtual + len(sequence.request.prompt_ids) >= self._config.max_length:
             if source is not None:
                 self.slots.release(source.ref)
-            too_long = RequestError(
+            too_long = ContextLengthError(
                 f"the prompt has {len(sequence.request.prompt_ids)} tokens, and the adapter's "
                 f"{virtual} virtual ones leave room for {self._config.max_length - virtual - 1}"
             )
