@@ -1,17 +1,21 @@
-"""Passwords, keys and tokens in what is shown or written: `***` stands for each.
+"""What may not be shown as it is: passwords, keys and tokens, and commands to a terminal.
 
-A secret comes in a URL (before its host, or among its options), as a setting (`password=…`), as the
-value under a key of a configuration, or with the prefix by which its issuer marks it.
+`***` stands for each secret. One comes in a URL (before its host, or among its options), as a
+setting (`password=…`), as the value under a key of a configuration, or with the prefix by which its
+issuer marks it.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import unquote, unquote_plus
 
 HIDDEN = "***"
+
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 _URL = re.compile(r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>[^\s<>\"'`]+)")
 _ONE_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\n]*\Z")
@@ -116,3 +120,15 @@ def _hidden_option(found: re.Match[str]) -> str:
 
 def _hidden_setting(found: re.Match[str]) -> str:
     return f"{found['name']}{found['equals']}{HIDDEN}"
+
+
+def printable(text: str) -> str:
+    """`text` without what a terminal takes for a command: a model, or a file, may say anything."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if is_command(c) else c for c in text)
+
+
+def is_command(character: str) -> bool:
+    """Control characters but line ends and tabs, half surrogate pairs, changes of direction."""
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS

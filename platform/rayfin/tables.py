@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rayfin.redaction import printable
+
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
 
@@ -52,7 +54,7 @@ class Rows:
     ) -> None:
         self._columns, self._title = columns, title
         # Text, so that brackets in a name or path are not taken for markup.
-        self._rows = [[c if isinstance(c, Text) else Text(c) for c in row] for row in rows]
+        self._rows = [[_shown(cell) for cell in row] for row in rows]
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -132,6 +134,12 @@ def output(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _UNBOUNDED
     return Console(stderr=stderr, highlight=False, width=width)
+
+
+def _shown(cell: Cell) -> Text:
+    text = cell if isinstance(cell, Text) else Text(cell)
+    text.plain = printable(text.plain)  # of the same length, so that styles stay where they are
+    return text
 
 
 def _parts(name: str) -> list[str]:

@@ -65,6 +65,35 @@ def test_show_takes_the_beginning_of_an_id(storage, capsys, record):
         run("show", f"storage={storage}", "trial")
 
 
+EVIL = "=HYPERLINK(1)\n\x1b[31mred\x1b]0;title\x07\r\x9b2J\u202e"
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "--sweeps"], ["show", "trial-009"]])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_a_row_says_steers_no_terminal(storage, capsys, record, words, as_json):
+    with History.open(Storage.open(storage).history_url) as history:
+        spec = {"method": {"type": "lora", "r": 8}, "model": {"name": EVIL}, "data": {"path": EVIL}}
+        history.put(record(9, status="failed", error=EVIL, metrics={}, spec=spec, directory=EVIL))
+    run(*words, f"storage={storage}", *(["--json"] if as_json else []))
+    out = capsys.readouterr().out
+    assert "red" in out or words != ["show", "trial-009"]
+    assert not set(out) & set("\x1b\x07\r\x9b\u202e")
+
+
+def test_an_export_has_a_line_for_each_row_whatever_it_says(storage, tmp_path, record, capsys):
+    """And none that a spreadsheet would compute: there is no export as CSV."""
+    file = tmp_path / "all.jsonl"
+    with History.open(Storage.open(storage).history_url) as history:
+        history.put(record(9, status="failed", error=EVIL, metrics={}))
+    run("export", f"storage={storage}", file)
+    lines = file.read_bytes().splitlines()
+    assert len(lines) == 4 and all(line.startswith(b"{") for line in lines)
+    assert EVIL in [json.loads(line)["error"] for line in lines]
+    assert not any(byte < 32 for line in lines for byte in line)
+    with pytest.raises(HistoryError, match=r"give a \.jsonl or \.parquet file"):
+        run("export", f"storage={storage}", tmp_path / "all.csv")
+
+
 def test_export_and_import_by_url(storage, tmp_path, capsys):
     file, url = tmp_path / "all.jsonl", f"sqlite:///{tmp_path / 'new.sqlite'}"
     run("export", f"storage={storage}", file, "--json")

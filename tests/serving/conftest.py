@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -14,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,17 +218,28 @@ def _continued(
     return answer, [logits[0] for logits in generated.logits]
 
 
+_UPDATE = """
+import sys, ray
+from ray import serve
+from rayfin.config import load_serve_config
+from rayfin.serving.deployment import APP, build_app
+ray.init(sys.argv[1], log_to_driver=False)
+serve.run(build_app(load_serve_config(None, sys.argv[2:])), name=APP, route_prefix="/")
+"""
+
+
 class Service:
     """The command as it runs, and what a client and an administrator do to it."""
 
     def __init__(self, model: str, storage: Path, **settings: Any) -> None:
-        """`settings` of the engine, beside two replicas on half a CPU each."""
+        """`settings` of the engine, beside two replicas on half a CPU each, and two of the API."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.model, self.registry = model, Registry(storage / "adapters")
+        self.registry = Registry(storage / "adapters")
         given = {
             "model.name": model,
+            "deployment.api_replicas": 2,
             "storage": storage,
             "deployment.replicas": 2,
             "deployment.cpus": 0.5,
@@ -255,6 +266,8 @@ class Service:
             self._end()  # what stays open would fail the next test too
             raise AssertionError(f"it did not start:\n{errors}")
         self.told: dict[str, Any] = json.loads(line)
+        self.model: str = self.told["base"]
+        self.given = [f"{key}={value}" for key, value in given.items()]
         self.http = self.client()
 
     def client(self) -> httpx.Client:
@@ -285,9 +298,45 @@ class Service:
 
     def count(self, name: str) -> int:
         """An engine's figure, over all replicas."""
-        text = self.http.get("/metrics").text
-        found = re.search(rf"^rayfin_engine_{name}(?:_total)? (\S+)$", text, re.MULTILINE)
-        return int(float(found.group(1))) if found else 0
+        counts = self.counts()
+        plain = f"rayfin_engine_{name}"
+        return int(counts.get(plain, counts.get(f"{plain}_total", 0)))
+
+    def counts(self, http: httpx.Client | None = None) -> dict[str, float]:
+        """Every sample of /metrics, `name{labels}` -> value; empty where there is none now."""
+        answer = (http or self.http).get("/metrics")
+        if answer.status_code != 200:
+            assert answer.status_code in (429, 503) and answer.json()["error"], answer.text
+            return {}
+        lines = [line for line in answer.text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+    @contextmanager
+    def monotone(self) -> Iterator[None]:
+        """What counts from the start never falls during the block, whoever is killed."""
+        stop = threading.Event()
+
+        def watch() -> int:
+            seen: dict[str, float] = {}
+            looks = 0
+            with self.client() as http:
+                while not stop.wait(0.05):
+                    now = self.counts(http)
+                    looks += bool(now)
+                    for name, value in now.items():
+                        if "_total" in name or "_count" in name or "_bucket" in name:
+                            assert value >= seen.get(name, 0), f"{name} fell"
+                    assert not now or not seen.keys() - now.keys() - _GAUGES, "a figure is gone"
+                    seen |= now
+            return looks
+
+        with ThreadPoolExecutor(1) as pool:
+            looks = pool.submit(watch)
+            try:
+                yield
+            finally:
+                stop.set()
+            assert looks.result() > 5
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """The processes of `api` or `engine`."""
@@ -311,6 +360,41 @@ class Service:
             time.sleep(0.1)  # the service has to answer each question, too
         return answer
 
+    @property
+    def port(self) -> int:
+        return int(self.told["url"].rpartition(":")[2])
+
+    def listening_ports(self) -> set[int]:
+        """Of all its processes, on whatever address."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return {
+            one.laddr.port
+            for process in family
+            for one in process.net_connections("tcp")
+            if one.status == psutil.CONN_LISTEN
+        }
+
+    def family_titles(self) -> str:
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return "\n".join(map(_title, family))
+
+    def update(self, *settings: str) -> None:
+        """Deploys it anew with other settings, as an operator of its Ray cluster would."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        (raylet,) = [process for process in family if process.name() == "raylet"]
+        (address,) = [
+            part.partition("=")[2] for part in raylet.cmdline() if part.startswith("--gcs-address=")
+        ]
+        result = subprocess.run(
+            [sys.executable, "-c", _UPDATE, address, *self.given, *settings],
+            env=raylet.environ(),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+
     def stop(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)
@@ -325,6 +409,9 @@ class Service:
         if self.process.stdout is not None:
             self.process.stdout.close()
         self._log.close()
+
+
+_GAUGES = {"rayfin_engine_waiting", "rayfin_engine_running", "rayfin_engine_host_bytes"}
 
 
 def _title(process: psutil.Process) -> str:

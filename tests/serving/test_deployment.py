@@ -6,8 +6,10 @@ How fast it is after an overload is measured by experiments/benchmarks/serving_o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,138 @@ def test_adapters_answer_by_name(service: Any, says: Says) -> None:
     assert service.answer("blue@1") == ("blue@1", says("ia3"))
     assert service.answer(service.model) == (service.model, says(None))
     assert service.ask("green").status_code == 404
+
+
+def raw(service: Any, data: bytes) -> tuple[int, Any]:
+    """What comes of bytes that no client library would send: status and JSON."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
+        with contextlib.suppress(OSError):  # it may be refused before all of it is sent
+            client.sendall(data)
+        answer = b""
+        while b"\r\n\r\n" not in answer or not answer.endswith(b"}"):
+            answer += (part := client.recv(65536))
+            if not part:
+                break
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+def test_a_path_is_decoded_once_on_the_way(service: Any) -> None:
+    def model(path: bytes) -> tuple[int, Any]:
+        return raw(service, b"GET /v1/models/" + path + b" HTTP/1.1\r\nhost: x\r\n\r\n")
+
+    assert model(b"red%401") == (200, model(b"red@1")[1])
+    for path in (
+        b"red%25401",
+        b"%252e%252e%252fadapters%252fred%252f1",
+        b"..%2f..%2fred",
+        b"%2e%2e/%2e%2e/red",
+        b"../../etc/passwd",
+        b"%2fetc%2fpasswd",
+        b"red%5c..%5cred",
+        b"red%00",
+        b"red%252f1",
+    ):
+        status, answer = model(path)
+        assert (status, answer["error"]["type"]) == (404, "invalid_request_error"), path
+    for name in ("%252e%252e%252fred", "%2e%2e%2fred", "../red", "red%401"):
+        assert service.ask(name).status_code == 404
+
+
+def test_a_head_that_is_too_large_is_refused_in_the_envelope(service: Any) -> None:
+    large = b"GET /health HTTP/1.1\r\nhost: x\r\na: " + b"b" * 100_000
+    for data in (large + b"\r\n\r\n", large * 4, b"GET /" + b"a" * 300_000, b"no request\r\n\r\n"):
+        status, answer = raw(service, data)
+        assert status in (400, 431) and answer["error"]["type"] == "invalid_request_error"
+    assert service.http.get("/health").status_code == 200
+
+
+def test_there_is_one_request_id_and_it_is_the_clients(service: Any) -> None:
+    for given in ({}, {"x-request-id": "mine-1"}):
+        for answer in (
+            service.http.get("/health", headers=given),
+            service.http.head("/health", headers=given),
+            service.http.get("/nowhere", headers=given),
+            service.http.post("/v1/completions", content=b"{", headers=given),
+        ):
+            (name,) = answer.headers.get_list("x-request-id")
+            assert not given or name == "mine-1"
+
+
+def test_a_client_cannot_have_its_request_go_on_without_it(service: Any) -> None:
+    before = service.count("generated_tokens")
+    service.http.headers["x-request-disconnect-disabled"] = "?1"
+    stream = service.stream("red@1", LONG)
+    del service.http.headers["x-request-disconnect-disabled"]
+    service.until(lambda: service.count("running") == 1)
+    stream.close()
+    service.until(lambda: service.count("running") == 0)
+    assert service.count("generated_tokens") < before + LONG
+
+
+SLOW = 1100
+"""Clients that send a byte of a body; an API replica has fewer places."""
+
+
+def test_slow_clients_keep_nobody_waiting(service: Any) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"
+    slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(SLOW)]
+    try:
+        for client in slow:
+            client.sendall(head)
+        statuses: Counter[tuple[str, int]] = Counter()
+        for _ in range(20):
+            for path in ("/health", "/metrics", "/v1/models"):
+                statuses[path, service.http.get(path).status_code] += 1
+            statuses["completions", service.ask("red@1").status_code] += 1
+        assert set(statuses.values()) == {20} and {code for _, code in statuses} == {200}
+    finally:
+        for client in slow:
+            client.close()
+
+
+def test_clients_that_take_nothing_of_their_answers_hold_no_row(service: Any) -> None:
+    asked = json.dumps(body(300, stream=True, logprobs=5)).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(asked)
+    before = service.count("finished")
+    deaf = []
+    try:
+        for _ in range(ROWS):
+            client = socket.socket()
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", service.port))
+            client.sendall(head + asked)
+            deaf.append(client)
+        service.until(lambda: service.count("finished") >= before + ROWS)
+        assert service.count("running") == 0
+    finally:
+        for client in deaf:
+            client.close()
+
+
+def test_metrics_are_one_sum_whichever_replica_is_asked(service: Any) -> None:
+    name = 'rayfin_requests_total{adapter="red",status="200"}'
+    before = service.counts().get(name, 0)
+    for _ in range(20):
+        with service.client() as http:  # a connection each, to one of the two API replicas
+            assert service.ask("red@1", http=http).status_code == 200
+    service.until(lambda: service.counts()[name] == before + 20)
+    assert {service.counts()[name] for _ in range(10)} == {before + 20}
+    (asked,) = {k for k in service.counts() if "requests_total" in k and "red" in k and "200" in k}
+    assert asked == name, "each figure stands there once"
+
+
+def test_rays_own_doors_are_shut(service: Any) -> None:
+    """The dashboard, with its API that runs jobs, and Ray's client are not there to be asked."""
+    ports = service.listening_ports() - {service.port}
+    assert len(ports) >= 5, "Ray's own ports were not seen"
+    assert not ports & {8265, 10001, 52365}
+    for port in ports:
+        for path in ("/api/jobs/", "/api/version", "/"):
+            with contextlib.suppress(httpx.TransportError):
+                answer = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=2)
+                assert answer.status_code != 200 or path == "/", (port, path, answer.text[:80])
+    assert "dashboard/dashboard.py" not in service.family_titles()
 
 
 def test_a_new_version_is_served_by_all_replicas_within_seconds(
@@ -264,7 +399,7 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: 
                 failed.append(response)
 
     first, other = service.until(lambda: len(e := service.replicas("engine")) == 2 and e)
-    with ThreadPoolExecutor(ROWS) as pool:
+    with ThreadPoolExecutor(ROWS) as pool, service.monotone():
         clients = [pool.submit(client, f"red@{1 + i % 2}") for i in range(ROWS)]
         try:
             service.until(lambda: service.count("running") > 0)
@@ -283,34 +418,131 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: 
 
 def test_a_killed_api_leaves_no_row_occupied(service: Any, says: Says) -> None:
     before = service.count("generated_tokens")
-    streams = [service.stream("red@1", LONG) for _ in range(ROWS)]
-    service.until(lambda: service.count("running") == ROWS)
-    (api,) = service.replicas("api")
-    api.kill()
-    for stream in streams:
-        stream.close()
+    with service.monotone():
+        streams = [service.stream("red@1", LONG, temperature=0) for _ in range(ROWS)]
+        events = [stream.iter_lines() for stream in streams]
+        service.until(lambda: service.count("running") == ROWS)
+        for api in service.replicas("api"):
+            api.kill()
+        for one in events:  # whoever reads on is told, also by the proxy
+            text, error = heard(one)
+            assert says("lora", 100).startswith(text[:100]) and text
+            assert error is not None and error["code"] == "replica_lost"
+        for stream in streams:
+            stream.close()
 
-    def answers_again() -> bool:
-        return service.ask("red@1").status_code == 200
+        def answers_again() -> bool:
+            answer = service.ask("red@1")
+            if answer.status_code != 200:
+                assert answer.json()["error"]["message"], "the envelope, always"
+            return answer.status_code == 200
 
-    service.until(answers_again, WHOLE_WITHIN)
-    assert service.answer("red@1") == ("red@1", says("lora"))
-    service.until(lambda: service.count("running") == 0)
+        service.until(answers_again, WHOLE_WITHIN)
+        assert service.answer("red@1") == ("red@1", says("lora"))
+        service.until(lambda: service.count("running") == 0)
+        service.until(lambda: len(service.replicas("api")) == 2, WHOLE_WITHIN)
     assert service.count("generated_tokens") < before + ROWS * LONG
 
 
+def heard(lines: Iterator[str]) -> tuple[str, dict[str, Any] | None]:
+    """The text of a stream, and the error that it ends with; one without has its [DONE]."""
+    said = [line.removeprefix("data: ") for line in lines if line]
+    if said[-1] == "[DONE]":
+        error = None
+        said.pop()
+    else:
+        error = json.loads(said.pop())["error"]
+    chunks = [json.loads(text) for text in said]
+    return "".join(c["choices"][0]["text"] for c in chunks if c["choices"]), error
+
+
+def test_streams_of_a_killed_engine_end_with_an_error_and_right_text(
+    service: Any, says: Says
+) -> None:
+    expected = says("lora", 600)
+    first, _ = service.until(lambda: len(e := service.replicas("engine")) == 2 and e)
+    streams = [service.stream("red@1", 600, temperature=0) for _ in range(2 * ROWS)]
+    events = [stream.iter_lines() for stream in streams]
+    opened = [next(lines) for lines in events]  # each is at work
+    first.kill()
+    with ThreadPoolExecutor(2 * ROWS) as pool:
+        ends = list(
+            pool.map(
+                lambda pair: heard(chain([pair[0]], pair[1])), zip(opened, events, strict=True)
+            )
+        )
+    broken = [(text, error) for text, error in ends if error is not None]
+    assert 1 <= len(broken) < 2 * ROWS
+    for text, error in broken:
+        assert expected.startswith(text) and len(text) < len(expected)
+        assert "again" in error["message"] and error["type"] == "server_error"
+    assert [text for text, error in ends if error is None] == [expected] * (len(ends) - len(broken))
+    service.until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
+
+
+def test_an_update_under_load_loses_no_request(service: Any, says: Says) -> None:
+    """Serve replaces the replicas one after the other; what they work on ends first."""
+    expected = says("lora", 32)
+    statuses: Counter[int] = Counter()
+    stop = threading.Event()
+
+    def client(_: int) -> None:
+        with service.client() as http:
+            while not stop.is_set():
+                answer = service.ask("red@1", tokens=32, http=http)
+                statuses[answer.status_code] += 1
+                if answer.status_code == 200:
+                    assert answer.json()["choices"][0]["text"] == expected
+                else:
+                    assert answer.status_code in (429, 503), answer.text
+                    assert int(answer.headers["retry-after"]) >= 1
+
+    old = {process.pid for name in ("api", "engine") for process in service.replicas(name)}
+    with ThreadPoolExecutor(ROWS) as pool, service.monotone():
+        clients = pool.map(client, range(ROWS))
+        try:
+            service.update("engine.prefill_chunk=64")
+        finally:
+            stop.set()
+        list(clients)
+    new = {process.pid for name in ("api", "engine") for process in service.replicas(name)}
+    assert len(new) == 4 and not new & old
+    assert statuses[200] > 20 * (statuses[429] + statuses[503])
+
+
 def test_requests_at_work_end_before_it_stops(service: Any, says: Says) -> None:
+    ended = threading.Event()
+
+    def ask_on() -> list[tuple[int, str]]:
+        """What others are answered until the last stream has ended."""
+        answers = []
+        with contextlib.suppress(httpx.TransportError), service.client() as http:
+            while not ended.is_set():
+                health, asked = http.get("/health"), service.ask("red@1", 1, http=http)
+                if ended.is_set():
+                    break
+                for answer in (health, asked):
+                    if answer.status_code != 200:
+                        assert int(answer.headers["retry-after"]) >= 1
+                        code = answer.json()["error"]["code"]
+                        answers.append((answer.status_code, code))
+        return answers
+
     events = service.stream("red@1", 600, temperature=0).iter_lines()
     first = next(events)  # it is at work, and goes on while the rest is read
-    with ThreadPoolExecutor(1) as pool:
-        rest = pool.submit(list, events)
+
+    def read() -> tuple[str, dict[str, Any] | None]:
+        try:
+            return heard(chain([first], events))
+        finally:
+            ended.set()
+
+    with ThreadPoolExecutor(2) as pool:
+        rest, others = pool.submit(read), pool.submit(ask_on)
         assert service.stop(signal.SIGTERM) == 0, service.errors()
-    said = [line.removeprefix("data: ") for line in [first, *rest.result()] if line]
-    assert said.pop() == "[DONE]"
-    chunks = [json.loads(text) for text in said]
-    assert {chunk["model"] for chunk in chunks} == {"red@1"}
-    text = "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"])
-    assert text == says("lora", 600)
+    assert rest.result() == (says("lora", 600), None)
+    refused = Counter(others.result())
+    assert {status for status, _ in refused} == {503} and refused[503, "unavailable"] > 1, refused
     assert "Traceback" not in service.errors()
 
 

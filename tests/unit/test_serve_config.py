@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rayfin.config import load_serve_config
 from rayfin.errors import ConfigError
+from rayfin.serving import proxy
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_relative_paths_are_taken_from_the_root_that_is_given(tmp_path: Path) -> None:
@@ -61,3 +65,15 @@ def test_a_directory_is_served_under_its_name_and_never_its_path(
 def test_a_served_name_that_no_client_could_send_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="served_model_name"):
         load_serve_config({"deployment": {"served_model_name": name}})
+
+
+@pytest.mark.parametrize(
+    "file", ["serve/local.yaml", "serve/gpu.yaml", "cluster/kuberay/serve.yaml"]
+)
+def test_files_for_serve_start_its_proxies_with_rayfins_part(file: str) -> None:
+    written = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+    if "spec" in written:
+        written = yaml.safe_load(written["spec"]["serveConfigV2"])
+    assert written["controller_options"] == {"runtime_env": {"env_vars": proxy.ENVIRONMENT}}
+    module, _, function = next(iter(proxy.ENVIRONMENT.values())).partition(":")
+    assert module == proxy.__name__ and callable(getattr(proxy, function))

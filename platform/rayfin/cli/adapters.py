@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from rayfin.cli import add_adapter
+from rayfin.cli.parser import print_json
 from rayfin.cli.places import add_places, place_config
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print_json(value, indent=2)
 
 
 def _brief(metrics: Any) -> str:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rayfin.cli.parser import print_error, printable
+from rayfin.cli.parser import print_error
 from rayfin.cli.service import load_settings
 from rayfin.cli.settings import ShowServeSettings, add_settings
 from rayfin.errors import RayfinError, RequestError, UsageError, did_you_mean
+from rayfin.redaction import printable
 
 if TYPE_CHECKING:
     from rayfin.serving.client import Client

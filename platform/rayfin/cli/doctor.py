@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
+from rayfin.cli.parser import print_json
 from rayfin.cli.places import add_places, place_config
 
 
@@ -27,7 +27,7 @@ def _doctor(args: argparse.Namespace) -> int:
         storage, history = config.storage, config.history
     sections, problems = examine(storage, history)
     if args.json or not _print(sections, problems):
-        print(json.dumps({**sections, "problems": problems}, indent=2, ensure_ascii=False))
+        print_json({**sections, "problems": problems}, indent=2)
     return 1 if problems else 0
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rayfin.cli.parser import printable
 from rayfin.cli.places import history_url
 from rayfin.cli.settings import add_settings, split_settings
 from rayfin.errors import RayfinError
+from rayfin.redaction import printable
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli.parser import print_json
 from rayfin.cli.places import add_places, history_url, place_config
 
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
@@ -141,7 +142,7 @@ def _open(args: argparse.Namespace, *, create: bool = False) -> History:
 
 def _print(args: argparse.Namespace, value: Any, human: Rows | str) -> None:
     if args.json:
-        print(json.dumps(value, ensure_ascii=False))
+        print_json(value)
         return
     from rayfin.tables import output
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from rayfin.errors import RayfinError, did_you_mean
-from rayfin.redaction import redact
+from rayfin.redaction import is_command, printable, redact
 
-_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _PLACE = re.compile(r"(storage|history)=")
 
 
@@ -83,13 +82,7 @@ def print_error(error: RayfinError | str) -> None:
     print(f"rayfin: {printable(redact(' '.join(str(error).split())))}", file=sys.stderr)
 
 
-def printable(text: str) -> str:
-    """`text` without what a terminal takes for a command: a model, or a file, may say anything."""
-    return "".join("\N{REPLACEMENT CHARACTER}" if _commands(c) else c for c in text)
-
-
-def _commands(character: str) -> bool:
-    """Control characters but line ends and tabs, half surrogate pairs, changes of direction."""
-    if character in "\n\t":
-        return False
-    return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS
+def print_json(value: Any, *, indent: int | None = None) -> None:
+    """For machines, and for people who look at it: what would steer a terminal is escaped."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    print("".join(f"\\u{ord(c):04x}" if is_command(c) else c for c in text))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.cli.experiment import adapter_name, read_data
+from rayfin.cli.parser import print_json
 from rayfin.cli.places import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if answer.nothing_fits is not None:
         if not args.json:
             raise NothingFits(answer.nothing_fits)
-        print(json.dumps(answer.model_dump(mode="json"), ensure_ascii=False))
+        print_json(answer.model_dump(mode="json"))
         return 1
     if args.picture is not None:
         _write_picture(answer, args.picture)
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
         written = scaffold(answer, args.scaffold, name=adapter_name(config))
     if args.json:
-        print(json.dumps(answer.model_dump(mode="json"), ensure_ascii=False))
+        print_json(answer.model_dump(mode="json"))
     else:
         _print(config, place, answer, written)
     return 0

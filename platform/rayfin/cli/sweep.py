@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayfin.cli import experiment
-from rayfin.cli.parser import print_error
+from rayfin.cli.parser import print_error, print_json
 from rayfin.errors import StorageError
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             report = _write_report(place, result, adapter, samples)
     if args.json:
         told = _as_dict(place, result, adapter, report) | {"failed": failed.lines}
-        print(json.dumps(told, ensure_ascii=False))
+        print_json(told)
     else:
         _print(place, result, adapter, report)
     for line in failed.lines:

@@ -8,7 +8,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from rayfin.cli import experiment
-from rayfin.cli.parser import print_error, printable
+from rayfin.cli.parser import print_error
+from rayfin.redaction import printable
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
