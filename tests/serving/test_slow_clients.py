@@ -1,6 +1,6 @@
 """Clients that send or take too slowly, before rayfin's part of Serve's proxy: real sockets.
 
-The same through Serve itself is in test_deployment_clients.py.
+The same through Serve itself is in test_deployment.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -27,6 +29,8 @@ from rayfin.serving.api.protocol import failure_of
 from rayfin.serving.api.schema import TokenizeBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.names import Named
+
+log = logging.getLogger(__name__)
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -117,7 +121,7 @@ def metrics_routes(service: Service) -> APIRouter:
         response_class=Response,
         responses={
             200: {"content": {"text/plain": {"schema": {"type": "string"}}}},
-            **failures(401),
+            **failures(401, 503),
         },
     )
     async def metrics(request: Request) -> Response:
@@ -131,7 +135,15 @@ def metrics_routes(service: Service) -> APIRouter:
             )
         loop = asyncio.get_running_loop()
         # A thread of its own: others may wait for a disk.
-        text = await loop.run_in_executor(thread, service.metrics.text)
+        try:
+            text = await loop.run_in_executor(thread, service.metrics.text)
+        except Exception as error:  # whatever the deployment's store raises
+            log.warning("metrics can't be collected now: %s", error)
+            raise ApiError(
+                503,
+                "the figures of all replicas can't be collected now; try again",
+                headers={"retry-after": "5"},
+            ) from error
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     return router
