@@ -337,6 +337,14 @@ def test_headers_that_steer_serve_are_no_clients_business() -> None:
         assert names & steering.keys() == {"accept-language"}
 
 
+@pytest.mark.parametrize("path", ["/-/echo", "/-/healthz/x"])
+def test_only_serves_own_pages_pass_by(path: str) -> None:
+    with proxy(body_seconds=SHORT) as served:
+        slow = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{" % path.encode()
+        assert read(served.connect(slow))[0] == 408
+        assert served.behind.paths == ["/health"]
+
+
 def test_a_websocket_is_plain_http_here() -> None:
     with proxy() as served:
         upgrade = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-key": "x"}

@@ -33,7 +33,7 @@ from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError, HardwareError, RayfinError
 from rayfin.models import load_tokenizer
 from rayfin.paths import Storage
-from rayfin.serving import proxy
+from rayfin.serving import proxy, shared
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.names import Names
@@ -223,6 +223,7 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
             )
         # Serve sets up the logging of this process too.
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        shared.clear()
         try:
             serve.run(build_app(config), name=APP, route_prefix="/")
         except BaseException as error:

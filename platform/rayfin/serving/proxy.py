@@ -50,6 +50,7 @@ _SERVES_OWN = (
     b"serve_multiplexed_model_id",
     b"serve-multiplexed-model-id",
 )
+_SERVES_PAGES = ("/-/healthz", "/-/routes")
 _CLOSE = {"connection": "close"}
 
 
@@ -114,7 +115,7 @@ class ProxyMiddleware:
         self._apply(self._limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].startswith("/-/"):  # Serve's own pages
+        if scope["type"] != "http" or scope["path"] in _SERVES_PAGES:
             await self._app(scope, receive, send)
             return
         await self._refresh()

@@ -26,10 +26,12 @@ def get(key: str) -> Any:
 
 
 def keys(prefix: str) -> list[str]:
+    """All keys that begin so."""
     found = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
     return sorted(key.decode() for key in found)
 
 
 def clear() -> None:
-    """Forgets everything."""
-    internal_kv._internal_kv_del("", del_by_prefix=True, namespace=_NAMESPACE)
+    """Forgets what an earlier deployment on this cluster has left."""
+    for key in keys(""):
+        internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
