@@ -247,10 +247,11 @@ def test_rays_own_doors_are_shut(service: Any) -> None:
     assert len(ports) >= 5, "Ray's own ports were not seen"
     assert not ports & {8265, 10001, 52365}
     for port in ports:
-        for path in ("/api/jobs/", "/api/version", "/"):
-            with contextlib.suppress(httpx.TransportError):
-                answer = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=2)
-                assert answer.status_code != 200 or path == "/", (port, path, answer.text[:80])
+        with contextlib.suppress(httpx.TransportError):  # most don't speak HTTP
+            url = f"http://127.0.0.1:{port}/api/jobs/"
+            job = httpx.post(url, json={"entrypoint": "true"}, timeout=2)
+            jobs = httpx.get(url, timeout=2)
+            assert "submission_id" not in job.text and "json" not in jobs.headers["content-type"]
     assert "dashboard/dashboard.py" not in service.family_titles()
 
 
@@ -426,7 +427,7 @@ def test_a_killed_api_leaves_no_row_occupied(service: Any, says: Says) -> None:
             api.kill()
         for one in events:  # whoever reads on is told, also by the proxy
             text, error = heard(one)
-            assert says("lora", 100).startswith(text[:100]) and text
+            assert text and says("lora", 600).startswith(text[:200])
             assert error is not None and error["code"] == "replica_lost"
         for stream in streams:
             stream.close()
@@ -575,7 +576,7 @@ for application in schema.applications:
 def test_a_cluster_that_is_gone_ends_the_command(lab: Any, tiny: str, tmp_path: Path) -> None:
     service = lab.Service(tiny, tmp_path, max_rows=ROWS, max_length=64)
     try:
-        assert service.answer(tiny)[0] == tiny
+        assert service.answer(service.model)[0] == "tiny"
         family = psutil.Process(service.process.pid).children(recursive=True)
         engines = service.replicas("engine")
         (head,) = [process for process in family if "gcs_server" in lab.title(process)]
