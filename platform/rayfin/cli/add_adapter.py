@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.parser import printable
 from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
+from rayfin.redaction import printable
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
