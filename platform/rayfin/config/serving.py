@@ -82,7 +82,7 @@ class ApiConfig(Section):
     max_body_bytes: int = Field(2 * 2**20, ge=1024)
     """Bytes of one request's body; more are refused with 413 while they come in."""
     body_seconds: float = Field(30.0, gt=0)
-    """Time for a request's head to come in, and then for its body; after it comes 408."""
+    """Time in which a request's head, and then its body, must have come in; else it gets 408."""
     write_seconds: float = Field(60.0, gt=0)
     """Time for a client to take what is ready of its answer; then its connection is closed."""
     max_client_uploads: int = Field(256, ge=1)
