@@ -51,11 +51,11 @@ SETTINGS = (
     "model.name=tiny",
     "data.max_samples=24",
     "data.max_length=192",
-    "train.max_steps=600",
-    "train.eval_steps=300",
+    "train.max_steps=300",
+    "train.eval_steps=150",
     "train.per_device_train_batch_size=2",
     "sweep.scheduler=none",
-    f"sweep.num_samples={TRIALS}",
+    "sweep.report_samples=0",
     "publish.name=try-local",
 )
 # Of what Ray's commands print: copied files, and the whole of each SSH command.
@@ -105,12 +105,14 @@ def run(place: Place) -> None:
         with step("only localhost and the token lead to the dashboard"):
             check_access(place, dashboard)
         with step("ray job submit: the autoscaler brings the second node up, then a sweep"):
-            script = ["python", "experiments/sweep_qlora.py", *SETTINGS, f"storage={place.storage}"]
+            two = [*SETTINGS, f"sweep.num_samples={TRIALS}", f"storage={place.storage}"]
+            script = ["python", "experiments/sweep_qlora.py", *two]
             workers = ["python", "cluster/with_workers.py", str(len(MACHINES)), "CPU", "--"]
             where = ["--address", dashboard, "--working-dir", str(ROOT)]
             ray(place, "job", "submit", *where, "--", *workers, *script)
     with step("ray exec: a sweep that is started on the head, by --address"):
-        more = [*SETTINGS, "train.seed=1", "sweep.num_samples=1", f"storage={place.storage}"]
+        short = ["train.max_steps=8", "train.eval_steps=4"]
+        more = [*SETTINGS, *short, "sweep.num_samples=1", f"storage={place.storage}"]
         command = "TERM=dumb python ~/rayfin/experiments/sweep_qlora.py --address auto"
         ray(place, "exec", str(place.config), " ".join([command, *more]))
     with step("the results"):

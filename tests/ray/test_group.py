@@ -14,29 +14,20 @@ import grpc
 import psutil
 import pytest
 import ray
-from safetensors.torch import load_file
 
-from rayfin.config import Config, ScalingConfig, load_config, with_values
-from rayfin.config.schema import Strategy
+from rayfin.config import Config, ScalingConfig, load_config
 from rayfin.data import load_corpus
-from rayfin.errors import HardwareError, TrialError
+from rayfin.errors import HardwareError
 from rayfin.history import History
 from rayfin.paths import Place, Storage
 from rayfin.training import TrialResult, TrialSpec
-from rayfin.training.checkpoint import latest_checkpoint
 from rayfin.training.desk import Desk, Job
 from rayfin.training.strategies import Group
-from rayfin.training.trial import run_trial
 from rayfin.training.workers import WorkerGroup, give_back
 from rayfin.tuning.cluster import nodes, worker_resources
 from rayfin.tuning.single import train_once
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-WORKER = "RayTrainWorker"
-DISPENSABLE = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher")
-"""Processes of Ray Train's that a group on this machine alone has no use for."""
-ENDED_WITHIN = 30.0
 
 
 @pytest.fixture
@@ -46,74 +37,13 @@ def config(lab: Any) -> Config:
     return load_config(None, [*lab.settings, *settings])
 
 
-def in_group(
-    config: Config,
-    directory: Path,
-    report: Any = lambda _: None,
-    strategy: Strategy = "ddp",
-) -> TrialResult:
-    with two_workers(config, strategy) as workers:
-        return workers.train(TrialSpec.of(config), report, place=Place(directory))
-
-
-def two_workers(config: Config, strategy: Strategy) -> WorkerGroup:
-    return WorkerGroup(
-        Group(2, strategy),
+def in_group(config: Config, directory: Path, report: Any = lambda _: None) -> TrialResult:
+    with WorkerGroup(
+        Group(2, "ddp"),
         resources=worker_resources(ScalingConfig(num_workers=2), nodes()),
         corpora={config.data: load_corpus(config.data)},
-    )
-
-
-@pytest.mark.parametrize("strategy", ["auto", "deepspeed-zero3"])
-def test_two_workers_compute_what_one_does_trial_after_trial(
-    cluster: str, lab: Any, config: Config, tmp_path: Path, strategy: Strategy
-) -> None:
-    pids = set()
-    with two_workers(config, strategy) as workers:
-        for number, learning_rate in enumerate([config.train.learning_rate, 0.002]):
-            mine = with_values(config, {"train.learning_rate": learning_rate})
-            spec = TrialSpec.of(mine)
-            one = run_trial(spec, lambda _: None, place=Place(tmp_path / f"one {number}"))
-            seen: list[TrialResult] = []
-            two = workers.train(spec, seen.append, place=Place(tmp_path / f"two {number}"))
-            pids.add(tuple(worker.pid for worker in lab.processes(WORKER)))
-            assert not any(lab.processes(name) for name in DISPENSABLE)
-            assert two.status == one.status == "finished", two.error
-            assert [result.metrics["steps"] for result in seen] == [4, 8]
-            hardware = two.scenario["hardware"]
-            assert hardware["num_workers"] == 2
-            assert hardware["strategy"] == ("ddp" if strategy == "auto" else strategy)
-            assert ("of each worker's" in hardware["strategy_why"]) == (strategy == "auto")
-            # What a strategy took apart can't be the next trial's.
-            loads = number + 1 if strategy == "deepspeed-zero3" else 1
-            assert two.scenario["worker"] == {"base_loads": loads}
-
-            for point, other in zip(two.curve, one.curve, strict=True):
-                assert point == pytest.approx(other, abs=1e-4)
-            assert two.adapter is not None and one.adapter is not None
-            weights = [load_file(r.adapter.path / "adapter_model.safetensors") for r in (one, two)]
-            assert weights[0].keys() == weights[1].keys()
-            for name, weight in weights[0].items():
-                assert (weight - weights[1][name]).abs().max() < 1e-4, name
-        assert len(pids) == 1 and len(pids.pop()) == 2, "each trial launched processes of its own"
-
-        if strategy == "auto":  # Ctrl-C: the group ends where it stands, and not with the block
-            place = Place(tmp_path / "interrupted")
-            with pytest.raises(KeyboardInterrupt):
-                workers.train(spec, interrupt, place=place)
-            assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
-            assert latest_checkpoint(place / "checkpoints") is not None
-            assert not (place / "adapter").exists()
-        else:  # the actor through which the workers speak dies
-            lost = Place(tmp_path / "lost")
-            with pytest.raises(TrialError, match="died; the same command goes on from the newest"):
-                workers.train(spec, lambda _: kill("ray::Desk", lab), place=lost)
-    assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
-
-
-def kill(title: str, lab: Any) -> None:
-    for process in lab.processes(title):
-        process.kill()
+    ) as workers:
+        return workers.train(TrialSpec.of(config), report, place=Place(directory))
 
 
 def test_a_group_that_ray_ends_for_want_of_memory_is_told_from_one_that_fails(
@@ -135,11 +65,6 @@ def test_a_group_that_ray_ends_for_want_of_memory_is_told_from_one_that_fails(
     assert [end.status for end in ends] == ["oom", "failed"]
     assert "running low on memory" in (ends[0].error or "")
     assert len(tried) == 4, "each is tried once more"
-
-
-def interrupt(result: TrialResult) -> None:
-    if result.metrics["steps"] == 8:  # the checkpoint of step 4 is whole
-        raise KeyboardInterrupt
 
 
 def test_what_a_lost_machine_held_in_a_group_is_given_back_from_another(
@@ -178,7 +103,7 @@ def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(
     def freeze(result: TrialResult) -> None:
         seen.append(result.metrics["steps"])
         if len(seen) == 2:
-            lab.processes(WORKER)[-1].suspend()
+            lab.processes("RayTrainWorker")[-1].suspend()
 
     end = in_group(config, tmp_path / "group", freeze)
     assert end.status == "finished", end.error
@@ -228,7 +153,7 @@ def test_a_drafted_configuration_is_swept_on_a_running_cluster_which_goes_on(
     monkeypatch.chdir(lab.root)
     rows = [{"prompt": f"q {i}", "completion": f"a {i % 3}"} for i in range(40)]
     Path("mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    few = ("sweep.num_samples=2", "sweep.report_samples=0")
+    few = ("sweep.num_samples=2", "sweep.report_samples=0", "data.max_length=128")
     assert lab.rayfin_here("init", "data.path=mine.jsonl", "model.name=tiny", *few) == 0
 
     sweep = lab.typed("sweep", "my-sweep.yaml", "--json", "--address", cluster)
