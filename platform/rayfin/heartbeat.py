@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import os
 import re
 import sys
 import threading
@@ -127,8 +128,12 @@ class _LastResort:
 
     def __init__(self, trace: str, seconds: float) -> None:
         self._seconds, self._path = seconds, _trace_path(trace)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("w", encoding="utf-8")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", encoding="utf-8")
+        except OSError:  # the process ends itself all the same, and nobody hears where it stood
+            self._path = Path(os.devnull)
+            self._file = self._path.open("w", encoding="utf-8")
         self.renew()
 
     def renew(self) -> None:
@@ -139,7 +144,8 @@ class _LastResort:
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        self._path.unlink(missing_ok=True)
+        if self._path != Path(os.devnull):
+            self._path.unlink(missing_ok=True)
 
 
 def _trace_path(trace: str) -> Path:
@@ -152,8 +158,10 @@ def last_words(trace: str, call: str) -> str | None:
 
     None where the process did not, or did so on another machine.
     """
+    path = _trace_path(trace)
     try:
-        threads = _trace_path(trace).read_text(encoding="utf-8", errors="replace").split("\n\n")
+        threads = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
+        path.unlink()  # another death has words of its own
     except OSError:
         return None
     for thread in threads:

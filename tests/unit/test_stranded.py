@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from rayfin.errors import HardwareError
+from rayfin.tuning import stranded
 from rayfin.tuning.stranded import Stranded
 
 
@@ -67,3 +70,23 @@ def test_while_a_trial_runs_nothing_is_missing() -> None:
     scene = Scene(CPU=1.0)
     scene.wait(5000, running=True)
     assert not scene.told
+
+
+def test_it_ends_by_the_clock_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that loses the node of its trials in the middle of a sweep, as nobody tells it."""
+    monkeypatch.setattr(stranded, "_EVERY", 0.01)
+    monkeypatch.setattr(stranded, "_PATIENCE", 0.3)
+    living = [{"CPU": 4.0}]
+    told: list[str] = []
+    waiting = Stranded({"CPU": 4.0}, told.append, living=lambda: living)
+    give_up = time.monotonic() + 60
+
+    def sweep() -> None:
+        while time.monotonic() < give_up:
+            waiting.look()
+            time.sleep(0.02)
+            living.clear()
+
+    with pytest.raises(HardwareError, match="none came"):
+        sweep()
+    assert len(told) == 1

@@ -109,6 +109,9 @@ class ScalingConfig(Section):
     """Keep what the strategy shards in host memory; fsdp and deepspeed-zero1 to 3, on GPUs."""
     strategy_config: str | None = None
     """JSON file of DeepSpeed's or FSDP's own settings, laid over the generated ones."""
+    hang_timeout_minutes: float = Field(30.0, gt=0)
+    """Time in which a trial must get on: a batch, a sample, a file. One that doesn't, as its disk
+    stalls, say, is ended like one whose process died (sweep.max_failures)."""
 
 
 class Space(Section):

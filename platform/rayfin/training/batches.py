@@ -11,6 +11,7 @@ import torch
 
 from rayfin.data import TokenizedCorpus, Tokens
 from rayfin.data.stream import Reader, pieces_of
+from rayfin.heartbeat import beat
 from rayfin.training.spec import TrialSpec
 from rayfin.training.strategies import Share
 
@@ -141,6 +142,7 @@ class StreamedSamples(torch.utils.data.Dataset[Tokens]):
             ]
             self._source = self.read(own, step)
         while not self._waiting[lane]:
+            beat("reading the data")
             other, sample = next(self._source)
             self._waiting[other].append(sample)
         sample = self._waiting[lane].popleft()

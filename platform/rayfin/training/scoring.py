@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from rayfin.data import Tokens
+from rayfin.heartbeat import beat
 from rayfin.training.batches import IGNORE, collate_padded
 
 
@@ -139,6 +140,7 @@ def score(
     table = torch.zeros(len(samples), 3, dtype=torch.float64)
     order = sorted(range(len(samples)), key=lambda index: len(samples[index]["input_ids"]))
     for start in range(0, len(order), batch_size):
+        beat("evaluating")
         places = order[start : start + batch_size]
         batch = collate_padded([samples[index] for index in places], pad_token_id)
         batch = {key: value.to(device) for key, value in batch.items()}
@@ -152,6 +154,7 @@ def score(
                 of_sample, weights=values.double().cpu(), minlength=len(places)
             )
     for _ in range(0 if batches is None else batches - math.ceil(len(order) / batch_size)):
+        beat("evaluating")
         assert filler is not None
         batch = collate_padded([filler], pad_token_id)
         completion_logits(model, {key: value.to(device) for key, value in batch.items()})

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer
 
 from rayfin.config import MethodConfig
 from rayfin.data import Tokens
 from rayfin.errors import TrialDiverged
-from rayfin.methods import after_optimizer_step, regularizer
+from rayfin.heartbeat import beat, pause
+from rayfin.methods import regularizer
 from rayfin.paths import Place
 from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator, PlannedSamples, StreamedSamples
@@ -31,6 +32,7 @@ from rayfin.training.checkpoint import (
     staging,
 )
 from rayfin.training.clock import Clock
+from rayfin.training.flow import Flow
 from rayfin.training.parallel import Parallel, as_base, can_be_base
 from rayfin.training.scoring import Scores, completion_logits, score
 
@@ -72,7 +74,7 @@ class TrialTrainer(Trainer):
             args=training_arguments(parallel, model, checkpoints.path),
             train_dataset=planned,
             data_collator=Collator(pad_token_id, train.packing),
-            callbacks=[_Flow(self)],
+            callbacks=[Flow(self)],
         )
         self.remove_callback(PrinterCallback)
         # The loss below is a sum over tokens divided by the tokens of the whole step.
@@ -111,6 +113,7 @@ class TrialTrainer(Trainer):
         return loss
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        beat(f"training step {self.state.global_step + 1}")
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
             self.parallel.average_gradients(self.trained)
@@ -151,9 +154,11 @@ class TrialTrainer(Trainer):
         self.log(dict(metrics))
         # The last evaluation is not asked about: it goes into the result.
         last = self.state.global_step >= self.train_config.max_steps
+        pause()  # the first worker waits for the sweep's word, and the others for the first
         if not last and self._any_worker(self.on_evaluation(self) is False):
             self.stopped = True
             self.control.should_training_stop = True
+        beat("evaluated")
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
@@ -239,7 +244,9 @@ class TrialTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._clock.stop()
         staged = staging(self.checkpoints)
+        pause()  # the others wait for the one that writes
         if self.args.should_save:
+            beat("writing a checkpoint", bulk=True)
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # or it would take another worker's files with it
         super()._save_checkpoint(model, trial)
@@ -322,29 +329,3 @@ class TrialTrainer(Trainer):
         scheduler._last_lr = [progress.learning_rate] * len(groups)
         for group in groups:
             group["lr"] = progress.learning_rate
-
-
-class _Flow(TrainerCallback):
-    """When to evaluate and save: every so many steps, and at the last."""
-
-    def __init__(self, trainer: TrialTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._score_base()
-        self.trainer._clock.first_step = state.global_step
-        self.trainer._clock.start()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._clock.stop()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        after_optimizer_step(self.trainer.trained, self.trainer.method, state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        train = self.trainer.train_config
-        last = state.global_step == train.max_steps
-        control.should_evaluate = last or state.global_step % train.evaluate_every == 0
-        # The last checkpoint would be deleted at once: the adapter is written instead.
-        now = self.trainer._to_be_saved_now()
-        control.should_save = not last and (now or state.global_step % train.save_every == 0)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rayfin.collector import collector_paused
 from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
+from rayfin.heartbeat import beat, pause
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
@@ -160,6 +161,7 @@ def _train(
 
     # After the base's scores, so that a trial draws the same numbers on a cold and a warm worker.
     set_seed(spec.train.seed)
+    beat("attaching the method", bulk=True)
     with collector_paused():
         model = attach(
             base,
@@ -170,6 +172,7 @@ def _train(
         )
     trainer: TrialTrainer | None = None
     try:
+        beat("preparing the training", bulk=True)
         trainer = TrialTrainer(
             model,
             method=spec.method,
@@ -196,11 +199,12 @@ def _train(
 
 def _resumed(checkpoints: Place, trainer: TrialTrainer) -> Path | None:
     """What all workers go on from: the checkpoint that the first one finds whole."""
+    first = trainer.accelerator.process_index == 0
+    _beat_of_first("reading the checkpoint", first)
     if trainer.accelerator.num_processes == 1:
         return latest_checkpoint(checkpoints)
     import torch.distributed as dist
 
-    first = trainer.accelerator.process_index == 0
     found = latest_checkpoint(checkpoints) if first else None
     names = [found.name if found is not None else None]
     dist.broadcast_object_list(names, src=0)
@@ -227,6 +231,7 @@ def _finish(
     adapter = place / "adapter"
     strategy = trainer.parallel
     if not trainer.stopped:
+        _beat_of_first("writing the adapter", trainer.args.should_save)
         # Every worker gives its part, and the first one writes.
         in_parts = METHODS[trainer.method.type].changes_base and strategy.gathers
         weights = strategy.weights(model) if in_parts else None
@@ -242,6 +247,14 @@ def _finish(
         clear_checkpoints(place / "checkpoints")
     trainer.accelerator.wait_for_everyone()
     return None if trainer.stopped else adapter
+
+
+def _beat_of_first(doing: str, first: bool) -> None:
+    """What one worker does in bulk, while the others wait for it."""
+    if first:
+        beat(doing, bulk=True)
+    else:
+        pause()
 
 
 def _give_back(

@@ -11,6 +11,7 @@ from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
 from rayfin.data.stream import Reader, read_here
 from rayfin.hardware import Hardware
+from rayfin.heartbeat import beat
 from rayfin.models import Base, ModelFacts, base_of, describe_model, load_base, load_tokenizer
 from rayfin.training.scoring import Scores, score
 from rayfin.training.spec import TrialSpec
@@ -51,6 +52,7 @@ class Warm:
 
     def facts(self, model: ModelConfig) -> ModelFacts:
         if model not in self._facts:
+            beat("reading the base model's configuration", bulk=True)
             self._facts[model] = describe_model(model)
         return self._facts[model]
 
@@ -73,6 +75,7 @@ class Warm:
     def tokenized(self, spec: TrialSpec) -> TokenizedCorpus:
         key = (spec.data, spec.model)
         if key not in self._tokenized:
+            beat("reading and tokenising the data", bulk=True)
             self._tokenized[key] = tokenize_corpus(
                 self.corpus(spec.data), self.tokenizer(spec.model), spec.data.max_length
             )
@@ -95,6 +98,7 @@ class Warm:
             # after that, so that it can go, too.
             gc.freeze()
             bits = spec.method.quantization_bit
+            beat("loading the base model", bulk=True)
             model = load_base(spec.model, bits, hardware.device, on_host=on_host)
             self._base = _Base(key, model)
             self.loads += 1

@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,18 +29,16 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from rayfin.collector import collector_paused
 from rayfin.config import DataConfig
+from rayfin.config import ScalingConfig as ScalingSettings
 from rayfin.data import Corpus
-from rayfin.errors import StorageError, TrialError
-from rayfin.hardware import Hardware, describe_hardware
+from rayfin.errors import LOOK, StorageError, TrialError
+from rayfin.heartbeat import last_words
 from rayfin.paths import Place
 from rayfin.training.desk import Desk, Ended, Handed, Job
+from rayfin.training.member import trace_of, work
 from rayfin.training.spec import MEMORY_MONITOR, Report, Status, TrialResult, TrialSpec
-from rayfin.training.strategies import Group, choose
-from rayfin.training.streams import read_on_ray
-from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
+from rayfin.training.strategies import Group
 
 log = logging.getLogger(__name__)
 
@@ -71,14 +68,18 @@ class WorkerGroup:
         *,
         resources: Mapping[str, float],
         corpora: Mapping[DataConfig, Corpus],
+        hang_minutes: float = ScalingSettings().hang_timeout_minutes,
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """`resources`: of each process. `waiting` is called twice a minute while the cluster has no
-        room for all of them, and raises where that has lasted for too long.
+        """`resources`: of each process. One that gets no further for `hang_minutes` ends them all.
+
+        `waiting` is called twice a minute while the cluster has no room for all of them, and raises
+        where that has lasted for too long.
         """
         for name, seconds in _SETTINGS.items():
             os.environ.setdefault(name, seconds)
         self._group, self._resources, self._waiting = group, resources, waiting
+        self._hang_minutes = hang_minutes
         # Where the caller is: on any other node it could be lost alone.
         here = ray.get_runtime_context().get_node_id()
         placed: Any = NodeAffinitySchedulingStrategy(here, soft=False)
@@ -155,8 +156,9 @@ class WorkerGroup:
                 warm = False
                 if hopeless or failures > max_failures:
                     status: Status = "oom" if event.out_of_memory else "failed"
-                    died = TrialResult(status, error=f"worker group died: {event.error}")
-                    return result or died
+                    why = self._last_words(job) or f"worker group died: {event.error}"
+                    return result or TrialResult(status, error=why)
+                result = None  # of this attempt; the next one has reasons of its own
                 log.warning("the worker group died; the trial goes on from its checkpoint")
             elif event.result.status == "running":
                 go_on = report(event.result) is not False
@@ -165,9 +167,17 @@ class WorkerGroup:
                 self._desk.answer.remote(event.ticket, True)
                 if event.result.status in ("finished", "stopped"):
                     return event.result
-                if result is None or result.status != "oom":  # what follows is its consequence
+                # What follows is its consequence, but for the memory that ran out beside it.
+                if result is None or "oom" == event.result.status != result.status:
                     result = event.result
                 hopeless = hopeless or event.hopeless
+
+    def _last_words(self, job: Job) -> str | None:
+        """Of a worker that ended itself, as it hung and could not even say so."""
+        for rank in range(self._group.size):
+            if (where := last_words(trace_of(job, rank), "run_trial")) is not None:
+                return f"worker {rank}: no progress, and its process hung in {where}; {LOOK}"
+        return None
 
     def _start(self, directory: Path) -> None:
         self._processes = threading.Thread(target=self._run, args=(directory,), daemon=True)
@@ -195,8 +205,9 @@ class WorkerGroup:
 
     def _trainer(self, directory: Path) -> TorchTrainer:
         return _FewerProcesses(
-            _worker,
+            work,
             train_loop_config={
+                "hang_minutes": self._hang_minutes,
                 "group": self._group,
                 "corpora": self._corpora,
                 "desk": self._desk,
@@ -279,65 +290,3 @@ def give_back(held: Place) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:500]
-
-
-def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Group:
-    """`group` with its strategy named: where it is left open, the first worker chooses for all."""
-    if group.strategy != "auto":
-        return group
-    import torch.distributed as dist
-
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    facts, dtype = warm.facts(spec.model), spec.model.dtype
-    chosen = [choose(spec.method, facts, hardware, workers=group.size, here=here, dtype=dtype)]
-    if group.size > 1:
-        dist.broadcast_object_list(chosen, src=0)
-    strategy, why = chosen[0]
-    return replace(group, strategy=strategy, why=why)
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """Runs on every worker: trains what the desk has, until that has no more."""
-    import torch
-
-    desk = config["desk"]
-    place = ray.util.get_current_placement_group()
-    assert place is not None  # Ray Train runs every worker in one
-    ray.get(desk.begin.remote(place.id.hex()))
-    resources = ray.get_runtime_context().get_assigned_resources()
-    torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
-    hardware = describe_hardware(resources.get("GPU", 0) > 0)
-    warm = Warm(ray.get(config["corpora"]), read_on_ray)
-    done = -1
-    while (job := ray.get(desk.next_job.remote(done))) is not None:
-        done = job.number
-        _train(job, desk, group=config["group"], hardware=hardware, warm=warm)
-
-
-def _train(job: Job, desk: Any, *, group: Group, hardware: Hardware, warm: Warm) -> None:
-    """One trial on this worker; rank 0 speaks for all."""
-    rank = ray.train.get_context().get_world_rank()
-
-    def hand_in(result: TrialResult) -> bool:
-        worker = {"base_loads": warm.loads}
-        scenario = result.scenario | {"worker": worker} if result.scenario else {}
-        result = replace(result, scenario=scenario)
-        return bool(ray.get(desk.hand_in.remote(rank, result)))
-
-    with collector_paused():
-        group = decided(group, job.spec, warm, hardware)
-    result = run_trial(
-        job.spec,
-        lambda result: rank != 0 or hand_in(result),
-        place=job.place,
-        hardware=hardware,
-        warm=warm,
-        group=group,
-        warned=lambda: ray.train.get_preemption_info() is not None,
-    )
-    failed = result.status in ("failed", "oom")
-    if rank == 0 or failed:
-        hand_in(result)
-    if failed:
-        # The other workers may wait for this one in a collective operation: end them too.
-        raise TrialError(result.error or result.status)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from rayfin.errors import StorageError
+from rayfin.errors import LOOK, StorageError, TrialHung
+from rayfin.heartbeat import last_words
 from rayfin.history import History, Status, TrialRecord, now
 from rayfin.history.driver import DRIVER, this_driver, undriven
 from rayfin.history.versions import package_versions
@@ -20,6 +21,8 @@ from rayfin.training.spec import MEMORY_MONITOR
 from rayfin.tuning.plan import PlannedTrial
 
 log = logging.getLogger(__name__)
+
+_HUNG = re.compile(rf"{TrialHung.__name__}: (.+)$", re.MULTILINE)
 
 
 def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialRecord:
@@ -138,7 +141,11 @@ def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
 
 def died(row: TrialRecord, reason: str | None) -> TrialRecord:
     """The row of a trial whose process died; `reason`: a message of Ray's, or a whole trace."""
-    text = reason or "its process ended"
+    text = _COLOUR.sub("", reason or "its process ended")
+    if (hung := _HUNG.search(text)) is not None:
+        return ended(row, "failed", hung.group(1))
+    if (where := last_words(row.trial_id, "run_trial")) is not None:
+        return ended(row, "failed", f"no progress, and its process hung in {where}; {LOOK}")
     if not any(words in text for words in (MEMORY_MONITOR, "OutOfMemoryError")):
         return ended(row, "failed", f"worker process died: {_gist(text)}")
     remedy = "lower train.per_device_train_batch_size or sweep.max_concurrent_trials"
@@ -156,7 +163,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 def _gist(text: str) -> str:
     """Of a trace the error, of a message of Ray's what is not about which process it was."""
-    lines = [line for line in _COLOUR.sub("", text).splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip()]
     if any(line.startswith(("Traceback", "ray::")) for line in lines):
         lines = lines[-1:]
     elif MEMORY_MONITOR in text:  # a page on what else took memory follows

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 
 from rayfin.config import Config
-from rayfin.errors import HardwareError, HistoryError, StorageError
+from rayfin.errors import HardwareError, HistoryError, StorageError, TrialHung
 from rayfin.hardware import cluster_address, describe_hardware
+from rayfin.heartbeat import watched
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted, note_lost
 from rayfin.methods import check_combination
@@ -153,7 +155,11 @@ def _train_row(
                     stranded.look()
 
                 with WorkerGroup(
-                    group, resources=each, corpora=plan.corpora, waiting=waiting
+                    group,
+                    resources=each,
+                    corpora=plan.corpora,
+                    hang_minutes=config.scaling.hang_timeout_minutes,
+                    waiting=waiting,
                 ) as workers:
                     result = workers.train(
                         trial.spec,
@@ -173,7 +179,18 @@ def _train_row(
             from rayfin.training.streams import read_on_ray
 
             warm = Warm(plan.corpora, read_on_ray)
-        result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
+        minutes = config.scaling.hang_timeout_minutes
+
+        def hang(where: str) -> None:
+            """On another thread: what is stuck ends with its process alone."""
+            error = str(TrialHung.while_at(where, minutes))
+            with contextlib.suppress(HistoryError):
+                history.put(ended(row, "failed", error))
+            show(f"failed: {error}")
+            os._exit(1)
+
+        with watched(minutes * 60, hang, trace=trial.trial_id):
+            result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
     if result.storage_failed:  # the same command goes on
         raise StorageError(result.error or "storage: it can't be written")
     row = with_outcome(row, result.as_dict())

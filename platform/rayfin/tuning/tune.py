@@ -122,6 +122,7 @@ def _fit(
             group=Group.of(scaling),
             resources=each,
             max_failures=plan.config.sweep.max_failures,
+            hang_minutes=scaling.hang_timeout_minutes,
         )
         holds = _LISTENER
     else:
@@ -130,6 +131,7 @@ def _fit(
             corpora=plan.corpora,
             use_gpu=each["GPU"] > 0,
             num_threads=max(1, int(each["CPU"])),
+            hang_minutes=scaling.hang_timeout_minutes,
         )
         holds = {name.lower(): amount for name, amount in each.items()}
     tuner = ray.tune.Tuner(

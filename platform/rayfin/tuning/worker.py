@@ -12,10 +12,11 @@ import ray
 import ray.tune
 
 from rayfin.collector import collector_paused
-from rayfin.config import DataConfig
+from rayfin.config import DataConfig, ScalingConfig
 from rayfin.data import Corpus
-from rayfin.errors import TrialError
+from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import describe_hardware
+from rayfin.heartbeat import watched
 from rayfin.training.spec import Report, TrialLeft, TrialResult
 from rayfin.training.strategies import Group
 from rayfin.tuning.plan import PlannedTrial
@@ -37,11 +38,13 @@ class _Trial(ray.tune.Trainable):
     """
 
     _waiting: bool
+    _hung = False
 
     def step(self) -> dict[str, Any]:
         if self._waiting:
             self._orders.put("go on")
         result = self._results.get()
+        self._hung = isinstance(result, TrialHung)
         if isinstance(result, TrialError):
             raise result
         if isinstance(result, BaseException):
@@ -81,6 +84,8 @@ class _Trial(ray.tune.Trainable):
 
     def _end(self, order: _Order) -> None:
         """Ends the trial at its next evaluation, and waits until what it used is free again."""
+        if self._hung:  # a thread that is stuck ends with its process alone
+            os._exit(1)
         self._orders.put(order)
         self._thread.join()
 
@@ -111,6 +116,7 @@ class WarmTrial(_Trial):
         corpora: dict[DataConfig, Corpus] | None = None,
         use_gpu: bool | Literal["auto"] = "auto",
         num_threads: int = 1,
+        hang_minutes: float = ScalingConfig().hang_timeout_minutes,
     ) -> None:
         global _WARM  # noqa: PLW0603
         # Here, and not above: the driver, which only names this class, needs no torch.
@@ -124,7 +130,7 @@ class WarmTrial(_Trial):
         torch.set_num_threads(num_threads)
         if _WARM is None:
             _WARM = Warm(corpora, read_on_ray)
-        self._use_gpu = use_gpu
+        self._use_gpu, self._hang_minutes = use_gpu, hang_minutes
         self._start(config)
 
     def facts(self) -> dict[str, Any]:
@@ -134,14 +140,20 @@ class WarmTrial(_Trial):
     def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
         from rayfin.training.trial import run_trial
 
-        return run_trial(
-            trial.spec,
-            report,
-            place=trial.place,
-            hardware=describe_hardware(self._use_gpu),
-            warm=_WARM,
-            warned=_draining,
-        )
+        results, minutes = self._results, self._hang_minutes
+
+        def hang(where: str) -> None:
+            results.put(TrialHung.while_at(where, minutes))
+
+        with watched(minutes * 60, hang, trace=trial.trial_id):
+            return run_trial(
+                trial.spec,
+                report,
+                place=trial.place,
+                hardware=describe_hardware(self._use_gpu),
+                warm=_WARM,
+                warned=_draining,
+            )
 
 
 def _draining() -> bool:
@@ -164,6 +176,7 @@ class GroupTrial(_Trial):
         group: Group | None = None,
         resources: dict[str, float] | None = None,
         max_failures: int = 0,
+        hang_minutes: float = ScalingConfig().hang_timeout_minutes,
     ) -> None:
         assert corpora is not None
         assert group is not None
@@ -173,7 +186,11 @@ class GroupTrial(_Trial):
 
         self._leaving = threading.Event()
         self._workers = WorkerGroup(
-            group, resources=resources, corpora=corpora, waiting=self._leave_if_asked
+            group,
+            resources=resources,
+            corpora=corpora,
+            hang_minutes=hang_minutes,
+            waiting=self._leave_if_asked,
         )
         self._max_failures = max_failures
         self._start(config)

@@ -1,0 +1,38 @@
+"""When a trial is evaluated and saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from rayfin.methods import after_optimizer_step
+
+if TYPE_CHECKING:
+    from rayfin.training.trainer import TrialTrainer
+
+
+class Flow(TrainerCallback):
+    """When to evaluate and save: every so many steps, and at the last."""
+
+    def __init__(self, trainer: TrialTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._score_base()
+        self.trainer._clock.first_step = state.global_step
+        self.trainer._clock.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._clock.stop()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        after_optimizer_step(self.trainer.trained, self.trainer.method, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        train = self.trainer.train_config
+        last = state.global_step == train.max_steps
+        control.should_evaluate = last or state.global_step % train.evaluate_every == 0
+        # The last checkpoint would be deleted at once: the adapter is written instead.
+        now = self.trainer._to_be_saved_now()
+        control.should_save = not last and (now or state.global_step % train.save_every == 0)

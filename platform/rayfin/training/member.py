@@ -1,0 +1,105 @@
+"""What each process of a worker group runs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import ray
+import ray.train
+from ray.exceptions import GetTimeoutError, RayError
+
+from rayfin.collector import collector_paused
+from rayfin.errors import TrialError, TrialHung
+from rayfin.hardware import Hardware, describe_hardware
+from rayfin.heartbeat import watched
+from rayfin.training.desk import Job
+from rayfin.training.spec import TrialResult, TrialSpec
+from rayfin.training.strategies import Group, choose
+from rayfin.training.streams import read_on_ray
+from rayfin.training.trial import run_trial
+from rayfin.training.warm import Warm
+
+_LAST_WORDS_SECONDS = 10.0
+
+
+def work(config: dict[str, Any]) -> None:
+    """Runs on every worker: trains what the desk has, until that has no more."""
+    import torch
+
+    desk = config["desk"]
+    place = ray.util.get_current_placement_group()
+    assert place is not None  # Ray Train runs every worker in one
+    ray.get(desk.begin.remote(place.id.hex()))
+    resources = ray.get_runtime_context().get_assigned_resources()
+    torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
+    hardware = describe_hardware(resources.get("GPU", 0) > 0)
+    warm = Warm(ray.get(config["corpora"]), read_on_ray)
+    group, minutes = config["group"], config["hang_minutes"]
+    done = -1
+    while (job := ray.get(desk.next_job.remote(done))) is not None:
+        done = job.number
+        _train(job, desk, group=group, hardware=hardware, warm=warm, hang_minutes=minutes)
+
+
+def trace_of(job: Job, rank: int) -> str:
+    """The name under which a worker that hangs says where it stands; see `watched`."""
+    return f"{job.place.path.parent.parent.name}-{job.place.path.name}-{rank}"
+
+
+def _train(
+    job: Job, desk: Any, *, group: Group, hardware: Hardware, warm: Warm, hang_minutes: float
+) -> None:
+    """One trial on this worker; rank 0 speaks for all."""
+    rank = ray.train.get_context().get_world_rank()
+
+    def hand_in(result: TrialResult) -> bool:
+        worker = {"base_loads": warm.loads}
+        scenario = result.scenario | {"worker": worker} if result.scenario else {}
+        result = replace(result, scenario=scenario)
+        return bool(ray.get(desk.hand_in.remote(rank, result)))
+
+    def hang(where: str) -> None:
+        """On another thread: the one that trains can't be ended but with the process."""
+        error = f"worker {rank}: {TrialHung.while_at(where, hang_minutes)}"
+        with suppress(RayError, GetTimeoutError):
+            last = desk.hand_in.remote(rank, TrialResult("failed", error=error))
+            ray.get(last, timeout=_LAST_WORDS_SECONDS)
+        os._exit(1)
+
+    # The others wait for the first one wherever it reads or writes for all of them.
+    with watched(hang_minutes * 60, hang, bulk=rank == 0, trace=trace_of(job, rank)):
+        with collector_paused():
+            group = decided(group, job.spec, warm, hardware)
+        result = run_trial(
+            job.spec,
+            lambda result: rank != 0 or hand_in(result),
+            place=job.place,
+            hardware=hardware,
+            warm=warm,
+            group=group,
+            warned=lambda: ray.train.get_preemption_info() is not None,
+        )
+    failed = result.status in ("failed", "oom")
+    if rank == 0 or failed:
+        hand_in(result)
+    if failed:
+        # The other workers may wait for this one in a collective operation: end them too.
+        raise TrialError(result.error or result.status)
+
+
+def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Group:
+    """`group` with its strategy named: where it is left open, the first worker chooses for all."""
+    if group.strategy != "auto":
+        return group
+    import torch.distributed as dist
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    facts, dtype = warm.facts(spec.model), spec.model.dtype
+    chosen = [choose(spec.method, facts, hardware, workers=group.size, here=here, dtype=dtype)]
+    if group.size > 1:
+        dist.broadcast_object_list(chosen, src=0)
+    strategy, why = chosen[0]
+    return replace(group, strategy=strategy, why=why)
