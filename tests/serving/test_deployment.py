@@ -10,8 +10,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,8 +22,10 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 
 from rayfin.adapters import Registry
+from rayfin.config import load_serve_config
 from rayfin.history import History, TrialRecord, now
 from rayfin.paths import Storage
 from rayfin.serving.engine.request import AdapterSource
@@ -46,7 +46,8 @@ OVERLOADED = 8.0
 SETTLED = 3.0
 """Seconds of that, and after how many memory should not grow any more, but for ..."""
 SLACK = 64 * 2**20
-LEAVING = 200
+LEAVING = 4 * 2 * (ROWS + QUEUE)
+"""Four times what two replicas take."""
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -556,34 +557,13 @@ def test_what_it_measured_is_in_the_history(service: Any) -> None:
     assert metrics["serving_tokens_per_second"] > 0 and metrics["eval_loss"] == 1.0
 
 
+# Serve's own schemas, on import.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field` is deprecated")
 @pytest.mark.parametrize("name", ["local.yaml", "gpu.yaml"])
 def test_serve_config_files_are_valid(name: str) -> None:
-    code = f"""
-import yaml
-from ray.serve.schema import ServeDeploySchema
-from rayfin.config import load_serve_config
-schema = ServeDeploySchema.model_validate(yaml.safe_load(open({str(ROOT / "serve" / name)!r})))
-for application in schema.applications:
+    from ray.serve.schema import ServeDeploySchema
+
+    written = yaml.safe_load((ROOT / "serve" / name).read_text())
+    (application,) = ServeDeploySchema.model_validate(written).applications
     load_serve_config(application.args)
-    print(application.import_path)
-"""
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["serve.app:app"]
-
-
-def test_a_cluster_that_is_gone_ends_the_command(lab: Any, tiny: str, tmp_path: Path) -> None:
-    service = lab.Service(tiny, tmp_path, max_rows=ROWS, max_length=64)
-    try:
-        assert service.answer(service.model)[0] == "tiny"
-        family = psutil.Process(service.process.pid).children(recursive=True)
-        engines = service.replicas("engine")
-        (head,) = [process for process in family if "gcs_server" in lab.title(process)]
-        head.kill()
-        assert service.process.wait(WHOLE_WITHIN) == 1
-        assert "the Ray cluster at" in service.errors() and "is gone" in service.errors()
-        assert "Traceback" not in service.errors()
-        assert engines and not psutil.wait_procs(engines, WHOLE_WITHIN)[1]
-    finally:
-        service.close()
+    assert application.import_path == "serve.app:app"

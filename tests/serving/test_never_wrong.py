@@ -1,4 +1,7 @@
-"""Never the wrong adapter: each of 32 says its own word, and 64 clients hold it to that."""
+"""Never the wrong adapter: each of 32 says its own word, and 64 clients hold it to that.
+
+At last the cluster under them is taken away.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from typing import Any
 
 import httpx
 import peft
+import psutil
 import pytest
 import torch
 
@@ -27,6 +31,8 @@ CLIENTS, REQUESTS, SLOTS = 64, 2000, 8
 STEPS, LEAD = 200, 0.1
 """At most so many, until every letter is likelier than any other by so much (the tiny model's
 scores lie close together)."""
+GONE_WITHIN = 60.0
+"""Seconds."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -196,3 +202,19 @@ def test_what_was_removed_is_gone_and_what_stayed_still_says_its_word(
 def _is_there(registry: Registry, ref: str) -> bool:
     name, _, version = ref.partition("@")
     return int(version) in registry.versions(name)
+
+
+def test_a_cluster_that_is_gone_ends_the_command(
+    lab: Any, service: tuple[Any, Administrator]
+) -> None:
+    """The last test of the deployment, which is gone after it."""
+    served, _ = service
+    assert served.answer(served.model)[0] == served.model
+    family = psutil.Process(served.process.pid).children(recursive=True)
+    engines = served.replicas("engine")
+    (head,) = [process for process in family if "gcs_server" in lab.title(process)]
+    head.kill()
+    assert served.process.wait(GONE_WITHIN) == 1
+    assert "the Ray cluster at" in served.errors() and "is gone" in served.errors()
+    assert "Traceback" not in served.errors()
+    assert engines and not psutil.wait_procs(engines, GONE_WITHIN)[1]
