@@ -423,6 +423,68 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: 
     assert other.is_running() and len(service.replicas("engine")) == 2
 
 
+def test_an_engine_that_hangs_is_replaced_and_its_requests_can_be_sent_again(
+    service: Any, says: Says
+) -> None:
+    text = says("lora", 600)
+    hung, other = service.replicas("engine")
+
+    def ask(_: int) -> httpx.Response:
+        with service.client() as http:
+            response: httpx.Response = service.ask("red@1", 600, http=http)
+            return response
+
+    with ThreadPoolExecutor(2 * ROWS) as pool:
+        asked = [pool.submit(ask, number) for number in range(2 * ROWS)]
+        service.until(lambda: service.count("running") == 2 * ROWS)
+        hung.suspend()  # it answers nothing more, and does not die
+        answers = [one.result() for one in asked]
+    lost = [response for response in answers if response.status_code != 200]
+    assert 0 < len(lost) < len(answers)
+    for response in answers:
+        if response.status_code == 200:
+            assert response.json()["choices"][0]["text"] == text
+            continue
+        assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
+        error = response.json()["error"]
+        assert error["code"] == "unavailable" and "send it again" in error["message"]
+    service.until(lambda: not hung.is_running(), WHOLE_WITHIN)
+    service.until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
+    assert other.is_running() and other in service.replicas("engine")
+    assert {service.answer("red@1") for _ in range(2 * ROWS)} == {("red@1", says("lora"))}
+
+
+def test_a_proxy_that_is_killed_is_started_again(lab: Any, service: Any, says: Says) -> None:
+    family = psutil.Process(service.process.pid).children(recursive=True)
+    (proxy,) = [process for process in family if "ProxyActor" in lab.title(process)]
+    proxy.kill()
+
+    def answers() -> bool:
+        try:
+            with service.client() as http:
+                return service.ask("red@1", http=http).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    service.until(answers, WHOLE_WITHIN)
+    assert service.answer("red@1") == ("red@1", says("lora"))
+
+
+def test_a_registry_that_is_gone_takes_nothing_along(service: Any, says: Says) -> None:
+    assert service.answer("red@1") == ("red@1", says("lora"))
+    fills = service.count("slot_fills")
+    elsewhere = service.registry.root.with_name("elsewhere")
+    service.registry.root.rename(elsewhere)
+    service.until(lambda: service.ask("red@1").status_code == 503, SEEN_WITHIN)
+    assert service.http.get("/health").status_code == 503
+    assert service.answer(service.model) == (service.model, says(None))
+    time.sleep(SEEN_WITHIN)  # in which a removed version would have been let go
+    elsewhere.rename(service.registry.root)
+    service.until(lambda: service.ask("red@1").status_code == 200, SEEN_WITHIN)
+    assert service.answer("red@1") == ("red@1", says("lora"))
+    assert service.count("slot_fills") == fills and service.http.get("/health").status_code == 200
+
+
 def test_a_killed_api_leaves_no_row_occupied(service: Any, says: Says) -> None:
     before = service.count("generated_tokens")
     with service.monotone():
