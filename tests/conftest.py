@@ -76,11 +76,14 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--kills", type=int, default=1, help="moments at which tests kill (default 1)")
+    parser.addoption("--long", action="store_true", help="run the tests marked `long` too")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("patient") and item.config.getoption("--kills") < 2:
         pytest.skip("it takes two minutes of a quiet machine: with --kills 2 or more")
+    if item.get_closest_marker("long") and not item.config.getoption("--long"):
+        pytest.skip("it runs with --long, as in .ci/run")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

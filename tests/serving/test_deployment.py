@@ -423,6 +423,7 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: 
     assert other.is_running() and len(service.replicas("engine")) == 2
 
 
+@pytest.mark.long
 def test_an_engine_that_hangs_is_replaced_and_its_requests_can_be_sent_again(
     service: Any, says: Says
 ) -> None:
@@ -454,6 +455,7 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_can_be_sent_again(
     assert {service.answer("red@1") for _ in range(2 * ROWS)} == {("red@1", says("lora"))}
 
 
+@pytest.mark.long
 def test_a_proxy_that_is_killed_is_started_again(lab: Any, service: Any, says: Says) -> None:
     family = psutil.Process(service.process.pid).children(recursive=True)
     (proxy,) = [process for process in family if "ProxyActor" in lab.title(process)]
@@ -549,6 +551,7 @@ def test_streams_of_a_killed_engine_end_with_an_error_and_right_text(
     service.until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
 
 
+@pytest.mark.long
 def test_an_update_under_load_loses_no_request(service: Any, says: Says) -> None:
     """Serve replaces the replicas one after the other; what they work on ends first."""
     expected = says("lora", 32)
