@@ -4,7 +4,9 @@ import builtins
 import io
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from rayfin.adapters import Registry
-from rayfin.errors import AdapterError, AdapterNotFound
+from rayfin.errors import AdapterError, AdapterNotFound, ConfigError
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.names import MAX_AGE, Names
 
@@ -73,14 +75,56 @@ def test_a_name_is_one_version(names: Names, prefix: str, model: str, answers: s
     assert named.source.path == names.catalog.root / answers.replace("@", "/")
 
 
-def test_the_base_answers_to_its_own_name_even_before_an_adapter(
-    registry: Registry, trained: Path
+def test_an_adapter_that_is_called_as_the_base_is_refused_with_the_remedy(
+    registry: Registry, trained: Path, tiny: str
 ) -> None:
-    registry.publish("tiny", trained)
     names = Names(registry, "tiny")
+    registry.publish("tiny", tiny)  # the base itself, as a full fine-tune is served
+    names.check()
+    registry.publish("tiny", trained)
+    registry.publish("tiny", trained, alias="prod")
+    with pytest.raises(ConfigError, match=r"called 'tiny', as adapter 'tiny@2' is; set depl"):
+        names.check()
+    # One that was published later: its name stays the base's, and it is told.
     assert names.resolve("tiny").source is None
-    assert names.resolve("tiny").answer_name == "tiny"
-    assert names.resolve("tiny:tiny").answer_name == "tiny@1"
+    for model in ("tiny@2", "tiny@prod", "tiny:tiny"):
+        with pytest.raises(AdapterNotFound, match=r"set deployment\.served_model_name"):
+            names.resolve(model)
+    assert {named.adapter for named in names.list()} == {"sales", "support"}
+    Names(registry, BASE).check()
+
+
+def test_an_unknown_name_costs_no_walk_for_what_was_copied_in_by_hand(
+    names: Names, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def walks(self: Registry) -> dict[str, str]:
+        raise AssertionError("all of the registry was walked")
+
+    monkeypatch.setattr(Registry, "strays", walks)
+    with pytest.raises(AdapterNotFound, match="is not served here"):
+        names.resolve("missing")
+    assert len(names.list()) == 3
+
+
+def test_many_who_list_at_once_walk_once(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a walk that takes longer than what it finds is remembered is remembered all the same."""
+    walks, entered = [], threading.Barrier(4)
+    whole = Registry.list
+
+    def slow(self: Registry) -> Any:
+        walks.append(threading.get_ident())
+        names._clock.now += 10 * MAX_AGE  # type: ignore[attr-defined]
+        return whole(self)
+
+    monkeypatch.setattr(Registry, "list", slow)
+
+    def ask() -> int:
+        entered.wait()
+        return len(names.list())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [each.result() for each in [pool.submit(ask) for _ in range(4)]] == [3] * 4
+    assert len(walks) == 1
 
 
 @pytest.mark.parametrize(
@@ -241,7 +285,7 @@ def test_many_requests_look_once(names: Names) -> None:
         for number in range(1000):
             with pytest.raises(AdapterNotFound):
                 names.resolve(f"missing-{number}")
-    assert len(touched) <= 3 * 1000
+    assert len(touched) <= 4 * 1000
 
 
 def test_the_list_has_latest_versions_and_aliases(names: Names) -> None:

@@ -29,6 +29,8 @@ from rayfin.models.bases import Base
 from rayfin.paths import METADATA, digest_files
 
 ALIASES = "aliases.json"
+LOCK = ".lock"
+"""A file in the root, which writers lock; every registry has one."""
 _CONFIGS = ("adapter_config.json", "config.json")
 
 
@@ -112,7 +114,11 @@ class Catalog:
                 version = moved
 
     def scan(self) -> tuple[tuple[AdapterVersion, ...], tuple[AdapterError, ...]]:
-        """All versions by name and number, and why others can't be read."""
+        """All versions by name and number, and why others can't be read or aren't served."""
+        found, problems = self._read_all()
+        return tuple(found), (*problems, *map(AdapterError, self.strays().values()))
+
+    def _read_all(self) -> tuple[list[AdapterVersion], list[AdapterError]]:
         found: list[AdapterVersion] = []
         problems: list[AdapterError] = []
         for name in self.names():
@@ -128,8 +134,7 @@ class Catalog:
                     pass  # removed since it was listed
                 except AdapterError as error:
                     problems.append(error)
-        problems += map(AdapterError, self.strays().values())
-        return tuple(found), tuple(problems)
+        return found, problems
 
     def stray(self, name: str) -> str | None:
         """What to do about an adapter that was copied by hand to where `name` lies, if one was.
@@ -137,6 +142,8 @@ class Catalog:
         Without digests nobody knows whose it is, or whether it is whole: it is not served.
         """
         directory = self._directory(name)
+        if not directory.is_dir():
+            return None
         places: list[tuple[int | None, Path]] = [*self._numbered(name).items()]
         if not self.versions(name):
             places.insert(0, (None, directory))
@@ -179,7 +186,7 @@ class Catalog:
 
     def list(self) -> tuple[AdapterVersion, ...]:
         """All readable versions, by name and number."""
-        return self.scan()[0]
+        return tuple(self._read_all()[0])
 
     def _directory(self, name: str) -> Path:
         path = self.root / check_name(name)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.adapters.aliases import Aliases
-from rayfin.adapters.catalog import ALIASES, AdapterVersion, Catalog
+from rayfin.adapters.catalog import ALIASES, LOCK, AdapterVersion, Catalog
 from rayfin.adapters.files import (
     copy_files,
     inspect_files,
@@ -152,7 +152,7 @@ class Registry(Catalog):
 
         if name is not None and not self._directory(name).is_dir():
             raise self._unknown(name)
-        lock = self.root / ".lock"
+        lock = self.root / LOCK
         try:
             with storage_errors(f"registry '{self.root}'"):
                 self.root.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rayfin.adapters.catalog import Catalog
+from rayfin.adapters.catalog import LOCK, Catalog
 from rayfin.adapters.files import storage_errors
 from rayfin.errors import StorageError
 
@@ -10,14 +10,17 @@ from rayfin.errors import StorageError
 class ServedCatalog(Catalog):
     """A catalog that raises StorageError where its registry has gone, as with a disk.
 
-    Whoever serves makes the directory once (`make`): from then on there always is one.
+    A registry that is there has its lock file, as every writer makes it and `make` does. A
+    directory without one is where a disk was mounted.
     """
 
-    _has_lock = False
-
     def make(self) -> None:
+        """Makes the registry where there is none yet, for whoever is about to serve it."""
         with storage_errors(f"registry '{self.root}'"):
             self.root.mkdir(parents=True, exist_ok=True)
+            lock = self.root / LOCK
+            if not lock.exists():  # a registry that may only be read has one, or needs one
+                lock.touch()
 
     def names(self) -> tuple[str, ...]:
         with storage_errors(f"registry '{self.root}'"):
@@ -36,11 +39,13 @@ class ServedCatalog(Catalog):
         """Raises StorageError where the registry isn't there."""
         with storage_errors(f"registry '{self.root}'"):
             there = self.root.is_dir()
-            # Publishing leaves this file. An empty directory in its place is where a disk was.
-            lock = (self.root / ".lock").exists()
-        self._has_lock = self._has_lock or lock
-        if not there or lock < self._has_lock:
-            raise StorageError(
-                f"registry '{self.root}' is not there; mount its disk, or put it back: what was "
-                "loaded before stays"
-            )
+            if there and (self.root / LOCK).exists():
+                return
+        missing = (
+            f"has no {LOCK}, as an empty directory where a disk was mounted, or a copy without it: "
+            "that registry is not there; mount its disk, or after a copy write to it by any "
+            "`rayfin adapters` command, such as promote"
+            if there
+            else "is not there; mount its disk, or put it back"
+        )
+        raise StorageError(f"registry '{self.root}' {missing}: what was loaded before stays")

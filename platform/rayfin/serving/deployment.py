@@ -105,7 +105,9 @@ def build_app(config: ServeConfig) -> serve.Application:
     """The application that `serve.run` takes; looks at the connected cluster for its size."""
     config = config.named()
     deployment, engine = config.deployment, config.engine
-    ServedCatalog(Storage.open(config.storage).adapters).make()
+    catalog = ServedCatalog(Storage.open(config.storage).adapters)
+    catalog.make()
+    Names(catalog, config.served_name).check()
     resources = engine_resources(config)
     capacity = engine.max_rows + engine.max_queue
     growing = deployment.max_replicas is not None

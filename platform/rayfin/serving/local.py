@@ -26,7 +26,8 @@ class Endpoint:
 def local_api(config: ServeConfig) -> Iterator[Endpoint]:
     """Serves `config.storage` on a free port of this machine for the time of the block.
 
-    The key is made for it: others on the machine can't use it. Raises what loading the model does.
+    The key is made for it: others on the machine can't use it. Raises what loading the model does,
+    and ConfigError where an adapter has the base's name.
     """
     import uvicorn
 
@@ -42,6 +43,7 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
         catalog = ServedCatalog(Storage.open(config.storage).adapters)
         catalog.make()
         names = Names(catalog, config.served_name)
+        names.check()
         app = create_app(engine, names, ApiConfig(api_keys=(ApiKey(key=key),)))
         with socket.create_server(("127.0.0.1", 0)) as listening:
             server = uvicorn.Server(

@@ -1,17 +1,19 @@
 """From the `model` of a request to the adapter version that answers it.
 
-The registry is the desired state: what it says is at most `MAX_AGE` seconds old here.
+The registry is the desired state: what it says is remembered here for `MAX_AGE` seconds.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from rayfin.adapters import LATEST, AdapterRef, AdapterVersion, Catalog
 from rayfin.adapters.files import FULL
-from rayfin.errors import AdapterError, AdapterNotFound, did_you_mean
+from rayfin.adapters.ref import is_name
+from rayfin.errors import AdapterError, AdapterNotFound, ConfigError, did_you_mean
 from rayfin.serving.engine.request import AdapterSource
 
 MAX_AGE = 1.0
@@ -20,6 +22,7 @@ MAX_AGE = 1.0
 _MAX_REMEMBERED = 4096
 _LONGEST = 512
 _SHOWN = 20
+_RENAME = "set deployment.served_model_name to another name, and serve again"
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,8 @@ class Names:
     """What `model` may be: the base's name, `<adapter>`, `<adapter>@<version or alias>`, or
     `<base>:` before either.
 
-    A bare adapter name is its latest version. A base and an adapter of one name: the base answers
-    to it, and the adapter to `<base>:<adapter>`. May be used by many threads; `clock` gives
-    seconds.
+    A bare adapter name is its latest version. The base's name is the base's alone: an adapter that
+    has it is refused. May be used by many threads; `clock` gives seconds.
     """
 
     def __init__(
@@ -59,9 +61,27 @@ class Names:
         self._clock = clock
         self._base = Named(base_name)
         self._held: dict[AdapterRef, tuple[float, Named]] = {}
+        # Walks of the whole registry, one at a time: who waits for one has its result.
+        self._walking = threading.Lock()
         self._listed: tuple[float, tuple[Named, ...]] | None = None
         self._known: tuple[float, tuple[str, ...]] | None = None
-        self._strays: tuple[float, dict[str, str]] | None = None
+
+    def check(self) -> None:
+        """Raises ConfigError where an adapter has the base's name: no request could tell them
+        apart, and no API key.
+        """
+        if not is_name(self.base_name):
+            return
+        for number in self.catalog.versions(self.base_name):
+            try:
+                version = self.catalog.resolve(AdapterRef(self.base_name, version=number))
+            except AdapterError:
+                continue  # it can't answer to anything
+            if version.peft_type != FULL:
+                raise ConfigError(
+                    f"deployment.served_model_name: the base is called '{self.base_name}', as "
+                    f"adapter '{version.ref}' is; {_RENAME}"
+                )
 
     def parse(self, model: str) -> AdapterRef | None:
         """The adapter that `model` asks for, None for the base; opens no file.
@@ -119,12 +139,13 @@ class Names:
 
         What can't be read or can't answer is left out.
         """
-        held = self._listed
-        if held is None or not self._fresh(held[0]):
-            now = self._clock()
-            versions = (version for version in self.catalog.list() if version.aliases)
-            named = tuple(_named(version) for version in versions if version.peft_type != FULL)
-            held = self._listed = (now, named)
+        with self._walking:
+            held = self._listed
+            if held is None or not self._fresh(held[0]):
+                versions = self.catalog.list()
+                named = tuple(_named(each) for each in versions if each.aliases and self._may(each))
+                # Afterwards: of a large registry the walk itself takes longer than MAX_AGE.
+                held = self._listed = (self._clock(), named)
         return list(held[1])
 
     def public(self, text: str) -> str:
@@ -133,6 +154,10 @@ class Names:
 
     def _fresh(self, read_at: float) -> bool:
         return self._clock() - read_at < MAX_AGE
+
+    def _may(self, version: AdapterVersion) -> bool:
+        """Whether it can answer, beside this base."""
+        return version.peft_type != FULL and version.name != self.base_name
 
     def _look(self, ref: AdapterRef) -> Named:
         if not self.catalog.versions(ref.name):
@@ -149,10 +174,15 @@ class Names:
                 f"base '{self.base_name}'; serve it as the base of its own: "
                 "rayfin serve model.name=DIRECTORY"
             )
+        if not self._may(version):
+            raise AdapterNotFound(
+                f"adapter '{version.ref}' is called as the base is, which alone answers to "
+                f"'{self.base_name}'; {_RENAME}, or publish it under another name"
+            )
         return _named(version)
 
     def _unknown(self, ref: AdapterRef) -> AdapterNotFound:
-        if (told := self._known_strays().get(ref.name)) is not None:
+        if (told := self.catalog.stray(ref.name)) is not None:
             return AdapterNotFound(f"adapter '{ref.name}': {self.public(told)}")
         near = did_you_mean(ref.name, self._known_names())
         return AdapterNotFound(
@@ -184,16 +214,12 @@ class Names:
                 )
         return None
 
-    def _known_strays(self) -> dict[str, str]:
-        held = self._strays
-        if held is None or not self._fresh(held[0]):
-            held = self._strays = (self._clock(), self.catalog.strays())
-        return held[1]
-
     def _known_names(self) -> tuple[str, ...]:
-        held = self._known
-        if held is None or not self._fresh(held[0]):
-            held = self._known = (self._clock(), self.catalog.names())
+        with self._walking:
+            held = self._known
+            if held is None or not self._fresh(held[0]):
+                names = self.catalog.names()
+                held = self._known = (self._clock(), names)
         return held[1]
 
 

@@ -16,10 +16,12 @@ import pytest
 
 from rayfin.adapters import Registry
 from rayfin.adapters.served import ServedCatalog
+from rayfin.errors import StorageError
 from rayfin.serving.api import service
 from rayfin.serving.engine import engine as engine_module
 from rayfin.serving.engine import store
 from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.follower import Follower
 
 PATIENCE = 60.0
 LOAD_SECONDS = 0.3
@@ -203,6 +205,56 @@ def test_a_registry_that_is_gone_is_no_empty_one(
         assert text(server.complete(model="red")) == said
         assert server.complete(model="never").status_code == 404
     assert server.engine.stats().host_loads == loads, "what was loaded had gone"
+
+
+def test_a_mount_point_without_its_disk_is_no_empty_registry(tmp_path: Path) -> None:
+    """As a replica finds it that starts meanwhile, and has seen nothing before."""
+    point = tmp_path / "adapters"
+    point.mkdir()
+    (point / "lost+found").mkdir()
+    catalog = ServedCatalog(point)
+    for look in (catalog.check, catalog.names, lambda: catalog.versions("red")):
+        with pytest.raises(StorageError, match=r"not there; mount its disk.*rayfin adapters"):
+            look()
+    catalog.make()  # as `rayfin serve` does, on a new storage
+    assert catalog.names() == ()
+
+
+def test_a_registry_that_was_copied_without_its_lock_is_protected(
+    registry: Registry, tmp_path: Path
+) -> None:
+    (registry.root / ".lock").unlink()
+    catalog, engine = ServedCatalog(registry.root), Forgetful()
+    follower: Any = Follower(engine, catalog)  # type: ignore[arg-type]
+    try:
+        follower.know(AdapterSource("red@1", registry.root / "red" / "1"))
+        assert catalog.versions("red") == (1,)
+        registry.root.rename(tmp_path / "elsewhere")
+        registry.root.mkdir()
+        follower.look()
+        assert engine.forgotten == [], "an empty mount point took loaded adapters along"
+        registry.root.rmdir()
+        (tmp_path / "elsewhere").rename(registry.root)
+        with pytest.raises(StorageError, match=r"has no \.lock"):
+            catalog.check()
+        registry.promote("red", 1)
+        catalog.check()
+        registry.unalias("red", "prod")
+        registry.remove("red@1")
+        follower.look()
+        assert engine.forgotten == ["red@1"]
+    finally:
+        follower.close()
+
+
+class Forgetful:
+    """The one call of an engine that the follower makes here."""
+
+    def __init__(self) -> None:
+        self.forgotten: list[str] = []
+
+    def forget(self, ref: str) -> None:
+        self.forgotten.append(ref)
 
 
 def test_looks_at_a_registry_that_stalls_are_given_up(
