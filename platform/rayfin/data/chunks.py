@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rayfin.data.readers import parse_lines, reading
-from rayfin.data.rows import Row, marked_encoding
+from rayfin.data.rows import Row, lines_of, marked_encoding, skip_line
 from rayfin.data.splits import Split
 from rayfin.data.tables import read_parquet, row_groups
 from rayfin.errors import DataError
@@ -98,6 +98,5 @@ def _lines(chunk: Chunk) -> Iterator[bytes]:
     with Path(chunk.file).open("rb") as file:
         if chunk.start:
             file.seek(chunk.start - 1)
-            file.readline()
-        while file.tell() < chunk.stop and (line := file.readline()):
-            yield line
+            skip_line(file, chunk.stop)
+        yield from lines_of(file, chunk.stop)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rayfin.data.arrow import read_arrow
 from rayfin.data.columns import NEEDED
-from rayfin.data.rows import Row, not_utf8, open_source
+from rayfin.data.rows import LONGEST_LINE, Row, is_cut, lines_of, not_utf8, open_source
 from rayfin.data.separated import read_csv, read_tsv
 from rayfin.data.tables import read_parquet
 from rayfin.errors import DataError
@@ -52,10 +52,16 @@ def reading(path: Path) -> Iterator[None]:
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with open_source(path) as lines:
-        first = next((line for line in lines if line.removeprefix(_BYTE_ORDER_MARK).strip()), b"")
+        first = next((n for n in lines_of(lines) if n.removeprefix(_BYTE_ORDER_MARK).strip()), b"")
         lines.seek(0)
-        if isinstance(_parsed(str(path), 1, first.removeprefix(_BYTE_ORDER_MARK)).value, dict):
-            yield from parse_lines(str(path), lines)
+        if is_cut(first):  # a list may be as long as the file
+            by_line = not first[:8].removeprefix(_BYTE_ORDER_MARK).startswith(b"[")
+        else:
+            start = first.removeprefix(_BYTE_ORDER_MARK)
+            by_line = isinstance(_parsed(str(path), 1, start).value, dict)
+        del first
+        if by_line:
+            yield from parse_lines(str(path), lines_of(lines))
         else:  # a list, objects over several lines, or a broken first line
             yield from _whole(str(path), lines.read().removeprefix(_BYTE_ORDER_MARK))
 
@@ -63,9 +69,19 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 def parse_lines(file: str, lines: Iterable[bytes], *, first: bool = True) -> Iterator[Row]:
     """JSON Lines as rows, commas between them allowed; `first`: they begin where the file does."""
     for number, line in enumerate(lines, 1):
+        if is_cut(line):
+            yield Row(file, number, problem=_too_long())
+            continue
         raw = line.removeprefix(_BYTE_ORDER_MARK) if first and number == 1 else line
         if raw.strip():
             yield _parsed(file, number, raw)
+
+
+def _too_long() -> str:
+    most = f"{LONGEST_LINE // 2**20} MiB"
+    return (
+        f"longer than {most}, the most that a line may have; put each object on a line of its own"
+    )
 
 
 def _parsed(file: str, line: int, raw: bytes) -> Row:

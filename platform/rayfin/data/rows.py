@@ -6,9 +6,15 @@ import codecs
 import gzip
 import io
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from rayfin.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 _MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -16,6 +22,13 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+LONGEST_LINE = 64 * 2**20
+"""Bytes of a JSON line that are held in memory; a longer line is a row that can't be read."""
+
+_PIECE = 2**20
+# Gzip makes at most about 1000 bytes of one; of text in a natural language it makes 3 to 10.
+_LEAST_UNPACKED, _MOST_TIMES = 64 * 2**20, 100
 
 
 @dataclass(frozen=True)
@@ -35,16 +48,72 @@ class Row:
 def open_source(path: Path) -> IO[bytes]:
     """The bytes of a file, decompressed where its name ends in .gz; UTF-16 and UTF-32 become UTF-8.
 
-    Raises UnicodeDecodeError where only the byte order mark is that of one of these.
+    Raises UnicodeDecodeError where only the byte order mark is that of one of these. Reading raises
+    DataError where a small .gz unpacks to so much that it must be meant to fill the memory.
     """
-    opened = gzip.open if path.suffix.lower() == ".gz" else open
-    source = cast("IO[bytes]", opened(path, "rb"))
+    packed = path.suffix.lower() == ".gz"
+    source = cast("IO[bytes]", io.BufferedReader(_Unpacked(path)) if packed else path.open("rb"))
     encoding = marked_encoding(source.read(4))
     source.seek(0)
     if encoding is None:
         return source
     with source:
         return io.BytesIO(source.read().decode(encoding).encode())
+
+
+class _Unpacked(io.RawIOBase):
+    """A .gz file's content, up to a multiple of the file's own size."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._file = path, gzip.GzipFile(path)
+        self._most = max(_LEAST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        count = self._file.readinto(buffer)
+        if self._file.tell() > self._most:
+            raise DataError(
+                f"data.path: '{self._path}' unpacks to more than {_MOST_TIMES} times its size "
+                f"({self._most:,} bytes are allowed); if that is right, unpack it with gunzip and "
+                "give the unpacked file"
+            )
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def lines_of(source: IO[bytes], stop: int | None = None) -> Iterator[bytes]:
+    """The lines of `source` from where it stands, those that begin before byte `stop`; all.
+
+    Of a line of more than LONGEST_LINE bytes only the first LONGEST_LINE + 1 are given.
+    """
+    while (stop is None or source.tell() < stop) and (line := source.readline(LONGEST_LINE + 1)):
+        yield line
+        if is_cut(line):
+            skip_line(source)
+
+
+def skip_line(source: IO[bytes], stop: int | None = None) -> None:
+    """Reads on to the end of the line, or to byte `stop`, without holding the line."""
+    while (size := _PIECE if stop is None else min(_PIECE, stop - source.tell())) > 0:
+        piece = source.readline(size)
+        if not piece or piece.endswith(b"\n"):
+            return
+
+
+def is_cut(line: bytes) -> bool:
+    """Whether `line`, of `lines_of`, is the beginning of one that is too long to be held."""
+    return len(line) > LONGEST_LINE
 
 
 def marked_encoding(start: bytes) -> str | None:
