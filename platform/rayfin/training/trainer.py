@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers import PrinterCallback, Trainer
 
 from rayfin.config import MethodConfig
 from rayfin.data import Tokens
-from rayfin.errors import TrialDiverged
+from rayfin.errors import TrialDiverged, TrialError
 from rayfin.heartbeat import beat, pause
 from rayfin.methods import regularizer
 from rayfin.paths import Place
@@ -311,7 +312,8 @@ class TrialTrainer(Trainer):
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
             self.parallel.load_moments(self, load_tensors(checkpoint, _MOMENTS))
-            self._load_scaler(resume_from_checkpoint)
+            if self.accelerator.scaler is not None:  # of fp16 only
+                self._load_scaler(resume_from_checkpoint)
             progress = load_progress(checkpoint)
             self._set_schedule(progress)
             self._clock.before = progress.train_seconds
@@ -319,6 +321,16 @@ class TrialTrainer(Trainer):
                 self.base_scores = Scores(load_tensors(checkpoint, _BASE_SCORES)["table"])
         self.resumed_weights = {}
         return prepared
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_rng_state(checkpoint)
+        except UnpicklingError as error:
+            raise TrialError(
+                f"'{checkpoint}': its random states are no plain values, so that they are not read "
+                "(a pickle can run code); remove this directory, and the trial goes on from the "
+                "checkpoint before it or begins anew"
+            ) from error
 
     def _set_schedule(self, progress: Progress) -> None:
         """Where the learning rate stands: its schedule is a function of the steps alone."""
