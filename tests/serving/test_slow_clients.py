@@ -21,6 +21,7 @@ import uvicorn
 
 from rayfin.config.serving import ApiConfig
 from rayfin.serving import connections
+from rayfin.serving import proxy as proxy_module
 from rayfin.serving.connections import BoundedProtocol, Turns, client_of
 from rayfin.serving.proxy import Limits, ProxyMiddleware
 
@@ -72,6 +73,10 @@ class Behind:
                 await send({"type": "http.response.body", "body": text, "more_body": True})
             case "/silent":
                 pass
+            case "/raises" | "/raises-events":
+                if scope["path"].endswith("events"):
+                    await send(start | {"headers": [(b"content-type", kind)]})
+                raise ZeroDivisionError(scope["path"])
             case path:
                 status, _, words = path.removeprefix("/plain/").partition("/")
                 headers = [(b"content-type", b"text/plain; charset=utf-8")]
@@ -157,6 +162,76 @@ def test_a_head_that_does_not_come_ends_its_connection(sent: bytes) -> None:
         else:
             assert client.recv(1) == b""
             client.close()
+
+
+def test_an_upload_whose_time_is_up_gives_way_to_no_one_elses_harm() -> None:
+    """The oldest upload's own timer fires in the turn of the event loop in which it gives way."""
+
+    async def ask(app: ProxyMiddleware, body: bytes | None) -> int:
+        statuses: list[int] = []
+
+        async def receive() -> dict[str, Any]:
+            if body is None:
+                await asyncio.Event().wait()
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            statuses.extend([message["status"]] if "status" in message else [])
+
+        await app(_post("/echo"), receive, send)
+        return statuses[0]
+
+    async def race() -> list[int]:
+        app = ProxyMiddleware(Behind(), lambda: vars(Limits.of(ApiConfig(max_client_uploads=1))))
+        await ask(app, b"first")  # the limits are known
+        app._uploads._grace = 0.0
+        stalled = asyncio.create_task(ask(app, None))
+        while not len(app._uploads):
+            await asyncio.sleep(0)
+        (upload,) = app._uploads._held["10.0.0.1"]
+        upload.deadline.reschedule(asyncio.get_running_loop().time())
+        return await asyncio.gather(asyncio.create_task(ask(app, b"whole")), stalled)
+
+    assert asyncio.run(race()) == [200, 408]
+
+
+def _post(path: str) -> dict[str, Any]:
+    headers = [(b"content-length", b"5")]
+    return {"type": "http", "path": path, "client": ("10.0.0.1", 5), "headers": headers}
+
+
+def test_limits_of_another_version_and_a_look_that_hangs_do_no_harm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the deployment is updated, another version publishes other fields."""
+    monkeypatch.setattr(proxy_module, "_LOOK_SECONDS", -1.0)  # every request is a reason to look
+    leave, looks = threading.Event(), 0
+
+    def look() -> dict[str, Any]:
+        nonlocal looks
+        looks += 1
+        if looks > 1:
+            leave.wait(PATIENCE)
+        return {"max_body_bytes": 4, "of_the_next_version": 1}
+
+    async def ask(app: ProxyMiddleware) -> int:
+        sent: list[Any] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await app(_post("/echo"), asyncio.Event().wait, send)
+        await asyncio.sleep(0)  # a look that is due begins
+        return int(sent[0]["status"])
+
+    async def ask_often() -> list[int]:
+        app = ProxyMiddleware(Behind(), look)
+        answers = [await ask(app) for _ in range(10)]
+        leave.set()
+        return answers
+
+    assert asyncio.run(ask_often()) == [413] * 10
+    assert looks == 2, "one was begun while another one ran"
 
 
 def test_too_many_slow_bodies_of_one_client_end_its_oldest_and_nobody_elses() -> None:
@@ -259,7 +334,8 @@ def test_a_head_that_is_too_large_is_refused(sent: bytes) -> None:
         client = served.connect()
         sender = threading.Thread(target=_send, args=(client, sent))
         sender.start()
-        assert client.recv(12, socket.MSG_WAITALL) == b"HTTP/1.1 431"
+        head = client.recv(4096).partition(b"\r\n\r\n")[0]
+        assert head.startswith(b"HTTP/1.1 431") and head.count(b"x-request-id: ") == 1
         sender.join()
         client.close()
         assert served.behind.paths == ["/health"]
@@ -286,16 +362,16 @@ def test_a_body_that_is_too_large_is_refused_unread() -> None:
         ("/plain/429/too many", 429, "overloaded"),
         ("/plain/500/Internal Server Error", 500, None),
         ("/silent", 503, "replica_lost"),
+        ("/raises", 500, "internal_error"),
     ],
 )
-def test_what_serve_says_in_plain_text_is_in_the_envelope(
-    path: str, status: int, code: str | None
-) -> None:
+def test_every_error_is_in_the_envelope(path: str, status: int, code: str | None) -> None:
     with proxy() as served:
         answer = served.get(path)
         assert answer.status_code == status
         assert answer.json()["error"]["code"] == code
-        if code is not None:  # a client that is told so tries again
+        assert answer.headers["x-request-id"]
+        if status != 500:  # a client that is told so tries again
             assert int(answer.headers["retry-after"]) >= 1
 
 
@@ -304,6 +380,8 @@ def test_a_stream_that_breaks_off_ends_with_an_error_and_not_with_done() -> None
         text = served.get("/broken-events").text
         assert text.startswith("data: {}\n\n") and "[DONE]" not in text
         assert json.loads(text.split("data: ")[-1])["error"]["code"] == "replica_lost"
+        text = served.get("/raises-events").text
+        assert json.loads(text.removeprefix("data: "))["error"]["code"] == "internal_error"
         with pytest.raises(httpx.RemoteProtocolError):  # no JSON may look whole
             served.get("/broken")
 

@@ -18,6 +18,8 @@ from typing import Any, Generic, TypeVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from rayfin.serving.api.record import new_request_id
+
 MAX_HEAD_BYTES = 64 * 2**10
 """Bytes of a request line with its headers."""
 
@@ -31,9 +33,9 @@ class Seconds:
     """How long this process waits for a client."""
 
     request: float = 30.0
-    """For a request's head, and then for its body: api.body_seconds."""
+    """Time for a request's head to come in, and then for its body: api.body_seconds."""
     answer: float = 60.0
-    """For a client to take what is ready of its answer: api.write_seconds."""
+    """Time for a client to take what is ready of its answer: api.write_seconds."""
 
 
 SECONDS = Seconds()
@@ -179,7 +181,8 @@ class BoundedProtocol(HttpToolsProtocol):
         body = json.dumps({"error": kind}).encode()
         self.transport.write(
             b"HTTP/1.1 %d \r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-            b"connection: close\r\n\r\n%s" % (status, len(body), body)
+            b"x-request-id: %s\r\nconnection: close\r\n\r\n%s"
+            % (status, len(body), new_request_id().encode(), body)
         )
         self.transport.close()
         self._start_write_timer()

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from starlette.middleware import Middleware
@@ -38,7 +38,7 @@ LIMITS = "limits"
 _LOOK_SECONDS = 5.0
 _FIRST_LOOK_SECONDS = 2.0
 _UPLOAD_BYTES = 512 * 2**20
-"""Of all bodies that are coming in at a time."""
+"""How much memory all bodies that are coming in at a time may take."""
 _FEWEST_UPLOADS = 64
 _GRACE_SECONDS = 1.0
 # Serve obeys these, and they are no client's business: a deadline of another's, a request that
@@ -52,10 +52,20 @@ _SERVES_OWN = (
 )
 _SERVES_PAGES = ("/-/healthz", "/-/routes")
 _CLOSE = {"connection": "close"}
+_LOST = ApiError(
+    503,
+    "the replica that answered this request is gone; send it again",
+    code="replica_lost",
+    headers={"retry-after": "1"},
+)
+_FAILED = ApiError(500, "the server failed; its log says why", code="internal_error")
 
 
 def middlewares() -> list[Middleware]:
-    """For Serve's proxy process; uvicorn's connections get their limits on the way."""
+    """Returns what Serve's proxy process puts in front of its own application.
+
+    Calling it also makes uvicorn use `BoundedProtocol` for every connection of this process.
+    """
     from uvicorn.config import HTTP_PROTOCOLS
 
     # Serve hands no protocol on to uvicorn, which looks the default's up here.
@@ -95,6 +105,9 @@ class _Upload:
     displaced: bool = False
 
     def displace(self) -> None:
+        """Ends the upload; one whose time is up anyway ends for that."""
+        if self.deadline.expired():
+            return
         self.displaced = True
         self.deadline.reschedule(asyncio.get_running_loop().time())
 
@@ -109,7 +122,7 @@ class ProxyMiddleware:
     def __init__(self, app: ASGIApp, look: Callable[[], Mapping[str, Any] | None]) -> None:
         self._app, self._look = app, look
         self._limits = Limits.of(ApiConfig())
-        self._looked_at: float | None = None
+        self._looked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
         self._uploads: Turns[_Upload] = Turns(0, 0, _GRACE_SECONDS)
         self._apply(self._limits)
@@ -118,30 +131,35 @@ class ProxyMiddleware:
         if scope["type"] != "http" or scope["path"] in _SERVES_PAGES:
             await self._app(scope, receive, send)
             return
-        await self._refresh()
-        request_id = request_id_of(scope)
-        answer = _Answer(send, request_id)
+        answer = _Answer(send, request_id_of(scope))
         try:
-            headers = scope["headers"]
-            if sum(len(n) + len(v) + 4 for n, v in headers) > MAX_HEAD_BYTES:
-                raise ApiError(
-                    431,
-                    f"the request's headers are larger than {MAX_HEAD_BYTES} bytes; send less",
-                    headers=_CLOSE,
-                )
-            first = await self._first_message(scope, receive)
+            await self._pass_on(scope, receive, answer)
+            await answer.end(_LOST)
         except ApiError as error:
-            await answer.refuse(error)
-            return
+            await answer.end(error)
+        except Exception:
+            log.exception("request %s failed", answer.request_id)
+            await answer.end(_FAILED)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        """Has the application answer; raises ApiError for a request that it is not to see."""
+        await self._refresh()
+        headers = scope["headers"]
+        if sum(len(n) + len(v) + 4 for n, v in headers) > MAX_HEAD_BYTES:
+            raise ApiError(
+                431,
+                f"the request's headers are larger than {MAX_HEAD_BYTES} bytes; send less",
+                headers=_CLOSE,
+            )
+        first = await self._first_message(scope, receive)
         kept = [(n, v) for n, v in headers if n not in _SERVES_OWN and n != b"x-request-id"]
-        scope = {**scope, "headers": [*kept, (b"x-request-id", request_id.encode())]}
+        scope = {**scope, "headers": [*kept, (b"x-request-id", answer.request_id.encode())]}
         waiting = [] if first is None else [first]
 
         async def received() -> Message:
             return waiting.pop() if waiting else await receive()
 
         await self._app(scope, received, answer.send)
-        await answer.end()
 
     # --- bodies -------------------------------------------------------------------------------
 
@@ -202,22 +220,24 @@ class ProxyMiddleware:
     # --- limits -------------------------------------------------------------------------------
 
     async def _refresh(self) -> None:
-        """Waits for the first look; later ones go on beside the requests."""
-        first = self._looked_at is None
-        if first or time.monotonic() - (self._looked_at or 0.0) > _LOOK_SECONDS:
-            self._looked_at = time.monotonic()
+        """Waits for the first look; later ones go on beside the requests, one at a time."""
+        first, now = self._looking is None, time.monotonic()
+        if self._looking is None or (
+            self._looking.done() and now - self._looked_at > _LOOK_SECONDS
+        ):
+            self._looked_at = now
             self._looking = asyncio.create_task(self._look_up())
-        if first and self._looking is not None:
+        if first:
             await asyncio.wait([self._looking], timeout=_FIRST_LOOK_SECONDS)
 
     async def _look_up(self) -> None:
         try:
-            found = await asyncio.to_thread(self._look)
+            found = await asyncio.to_thread(self._look) or {}
+            # Another version of rayfin, whose replicas are being replaced, may say more or less.
+            known = {each.name: found[each.name] for each in fields(Limits) if each.name in found}
+            self._apply(replace(self._limits, **known))
         except Exception as error:  # noqa: BLE001  # the head is away; what was known holds
             log.warning("the deployment's limits can't be read now: %s", error)
-            return
-        if found is not None:
-            self._apply(Limits(**found))
 
     def _apply(self, limits: Limits) -> None:
         self._limits = limits
@@ -231,7 +251,8 @@ class _Answer:
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
-        self._request_id = (b"x-request-id", request_id.encode())
+        self.request_id = request_id
+        self._id_header = (b"x-request-id", request_id.encode())
         self._started = self._complete = self._events = False
         self._plain: Message | None = None
         """The start of an error that Serve says in plain text; `_text` is the rest of it."""
@@ -245,7 +266,7 @@ class _Answer:
                 self._plain = message
                 return
             self._events = kind.startswith(b"text/event-stream")
-            headers = [*((n, v) for n, v in headers if n != b"x-request-id"), self._request_id]
+            headers = [*((n, v) for n, v in headers if n != b"x-request-id"), self._id_header]
             message = {**message, "headers": headers}
             self._started = True
         elif message["type"] == "http.response.body":
@@ -253,35 +274,33 @@ class _Answer:
             if self._plain is not None:
                 self._text += message.get("body", b"")
                 if not more:
-                    await self.refuse(_of_serve(self._plain, self._text))
+                    await self._refuse(_of_serve(self._plain, self._text))
                 return
             self._complete = not more
         await self._send(message)
 
-    async def refuse(self, error: ApiError) -> None:
+    async def end(self, error: ApiError) -> None:
+        """Tells the client `error` where its answer is not complete.
+
+        Where a part of it has been sent, only events have room for an error: everything else is
+        left incomplete, and uvicorn closes the connection.
+        """
+        if self._complete:
+            return
+        if not self._started:
+            await self._refuse(error)
+        elif self._events:
+            self._complete = True
+            body = b"data: " + json.dumps(error.as_json()).encode() + b"\n\n"
+            await self._send({"type": "http.response.body", "body": body})
+
+    async def _refuse(self, error: ApiError) -> None:
         self._plain, self._started, self._complete = None, True, True
         response = error.response()
-        headers = [*response.raw_headers, self._request_id]
+        headers = [*response.raw_headers, self._id_header]
         start = {"type": "http.response.start", "status": error.status, "headers": headers}
         await self._send(start)
         await self._send({"type": "http.response.body", "body": response.body})
-
-    async def end(self) -> None:
-        """What the client gets where whoever answered has said nothing, or not all."""
-        if self._complete:
-            return
-        lost = ApiError(
-            503,
-            "the replica that answered this request is gone; send it again",
-            code="replica_lost",
-            headers={"retry-after": "1"},
-        )
-        if not self._started:
-            await self.refuse(lost)
-        elif self._events:
-            self._complete = True
-            body = b"data: " + json.dumps(lost.as_json()).encode() + b"\n\n"
-            await self._send({"type": "http.response.body", "body": body})
 
 
 def _of_serve(start: Message, text: bytes) -> ApiError:

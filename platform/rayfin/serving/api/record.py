@@ -28,6 +28,11 @@ _MAX_WAITING = 64 * 2**20
 _CLOSING_SECONDS = 10.0
 
 
+def new_request_id() -> str:
+    """Returns an id that no other request has."""
+    return secrets.token_hex(12)
+
+
 @dataclass
 class Record:
     """Filled in while a request is answered; times in seconds of a clock that only counts."""
@@ -35,7 +40,7 @@ class Record:
     path: str
     request_id: str = ""
     """What the client calls it, in `x-request-id`; else the same as `id`."""
-    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    id: str = field(default_factory=new_request_id)
     """No other request's."""
     started: float = field(default_factory=time.perf_counter)
     key: ApiKey | None = None
@@ -101,7 +106,7 @@ def request_id_of(scope: Scope) -> str:
     given = {bytes(value) for name, value in scope["headers"] if name == b"x-request-id"}
     if len(given) == 1 and _REQUEST_ID.fullmatch(value := given.pop()):
         return value.decode("ascii")
-    return secrets.token_hex(12)
+    return new_request_id()
 
 
 def record_of(request: Request) -> Record:
