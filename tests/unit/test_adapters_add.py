@@ -292,6 +292,71 @@ def test_a_table_of_contents_without_end(
     place.refused(packed, "and at most 1000 are read")
 
 
+def test_a_json_file_that_would_fill_the_memory(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bomb = b'{"peft_type": "LORA", "x": [' + b"0," * (9 * 2**20) + b"0]}"
+    (place.lora / CONFIG).write_bytes(bomb)
+    place.refused(place.lora, f"{CONFIG}' has {len(bomb)} bytes; at most 16777216 are read")
+    packed = place.packed()
+    assert packed.stat().st_size < 2**18
+    monkeypatch.setattr(incoming, "_copy", lambda *_: pytest.fail("something was unpacked"))
+    place.refused(packed, f"would unpack to {len(bomb)} bytes; at most 16777216 are read")
+
+
+@pytest.mark.parametrize("kind", ["deflate", "lzma", "name", "offset"])
+def test_a_zip_file_that_is_not_as_its_headers_say(place: Place, kind: str) -> None:
+    """Each raises another kind of error where it is read."""
+    method = zipfile.ZIP_LZMA if kind == "lzma" else zipfile.ZIP_DEFLATED
+    path, data = place.root / "lora.zip", bytearray()
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.write(place.lora / CONFIG, CONFIG)
+        archive.write(place.lora / WEIGHTS, WEIGHTS)
+    data[:] = path.read_bytes()
+    if kind in ("deflate", "lzma"):
+        start = 30 + len(CONFIG) + (9 if kind == "lzma" else 0)
+        data[start : start + 40] = b"\xff" * 40
+    elif kind == "name":
+        at = data.rfind(b"PK\x01\x02")
+        data[at + 9] |= 0x08  # the name is UTF-8
+        data[at + 46] = 0xFF
+    else:
+        at = data.find(b"PK\x01\x02")
+        data[at + 42 : at + 46] = struct.pack("<L", 0xFFFFFFFF)
+        extra = struct.pack("<HHQ", 1, 8, 2**63 + 5)
+        data[at + 30 : at + 32] = struct.pack("<H", len(extra))
+        name_end = at + 46 + len(CONFIG)
+        data[name_end:name_end] = extra
+        size = struct.unpack_from("<L", data, len(data) - 10)[0]
+        struct.pack_into("<L", data, len(data) - 10, size + len(extra))
+    path.write_bytes(data)
+    place.refused(path, f"'{path}' ")
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "~nobody-is-called-so/x"])
+def test_a_source_that_can_be_no_path(place: Place, source: str) -> None:
+    place.refused(source, "give a directory with adapter_config.json, a ZIP file")
+
+
+@pytest.mark.parametrize("folder", ["./", "./lora/", ".//lora//"])
+def test_a_zip_file_whose_names_begin_with_a_dot(place: Place, folder: str) -> None:
+    path = place.root / "dots.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("./", b"")
+        for file in sorted(place.lora.iterdir()):
+            archive.writestr(folder + file.name, file.read_bytes())
+    assert place.add(path)[0] == 0
+    assert (place.registry.resolve("support").path / WEIGHTS).exists()
+
+
+def test_a_name_in_the_output_for_machines_steers_no_terminal(place: Place) -> None:
+    steering = place.lora.rename(place.root / "lora\x9b31m\u202e")
+    code, out, err = place.add(steering, "--json")
+    assert code == 0, err
+    assert json.loads(out)["metadata"]["source"] == str(steering)
+    assert "\x9b" not in out and "\u202e" not in out
+
+
 def test_a_zip_file_that_is_cut_short(place: Place) -> None:
     packed = place.packed()
     data = packed.read_bytes()

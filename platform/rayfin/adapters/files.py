@@ -15,9 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.errors import AdapterError, StorageError
+from rayfin.paths import METADATA
 
 _MAX_HEADER_BYTES = 100_000_000
 """safetensors refuses longer ones."""
+
+MAX_JSON_BYTES = 16 * 2**20
+"""The largest JSON file that is read; the index of a model with 671 billion weights has 9 MB."""
+READ_AS_JSON = (
+    "adapter_config.json",
+    "config.json",
+    "model.safetensors.index.json",
+    METADATA,
+)
+"""Files of an adapter, or full fine-tune, that are parsed when it is published."""
 
 FULL = "FULL"
 """`peft_type` of a full fine-tune: a whole model instead of an adapter."""
@@ -74,7 +85,7 @@ def select_files(source: Path) -> dict[str, Path]:
 
 
 def belonging(names: list[str]) -> list[str]:
-    """Those of the files in one directory that belong to the adapter, or full fine-tune, there."""
+    """Returns which of a directory's file names belong to its adapter, or full fine-tune."""
     patterns = (*(_ADAPTER if _ADAPTER[0] in names else _MODEL), *_TOKENIZER)
     return [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
 
@@ -229,7 +240,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise AdapterError(f"'{path}' is no regular file; put the file itself there")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise AdapterError(
+                f"'{path}' has {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read: "
+                "restore the file"
+            )
+        value = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise
     except OSError as error:

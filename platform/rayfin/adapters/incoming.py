@@ -6,30 +6,43 @@ adapter's own files are written, to names that are ours.
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from rayfin import hub
-from rayfin.adapters.files import belonging
+from rayfin.adapters.files import MAX_JSON_BYTES, READ_AS_JSON, belonging, storage_errors
 from rayfin.errors import AdapterError
 from rayfin.models.bases import hub_id
 from rayfin.models.quiet import no_progress_bars
 
 MAX_ENTRIES = 10_000
-"""Files and directories of a ZIP file."""
+"""The most files and directories that a ZIP file may have."""
 MAX_TABLE_BYTES = 4 * 2**20
-"""Of a ZIP file's table of contents, which lies in it uncompressed."""
+"""The largest table of contents of a ZIP file that is read; it lies in the file uncompressed."""
 MAX_BYTES = 16 * 2**30
-"""Unpacked, all that a ZIP file announces; of the hub, what belongs to the adapter."""
+"""The most that a ZIP file may unpack to, or that is downloaded of an adapter on the hub."""
 _CONFIGS = ("adapter_config.json", "config.json")
+# What zipfile and its decompressors raise for a file that isn't as its headers say.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    EOFError,
+    NotImplementedError,
+    ValueError,  # a place before the file's beginning, and names that are no UTF-8
+    OverflowError,
+    zlib.error,
+    lzma.LZMAError,
+)
 _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
@@ -47,9 +60,18 @@ class Incoming:
 @contextmanager
 def incoming(source: str) -> Iterator[Incoming]:
     """The adapter at `source`; raises AdapterError for what is none, or can't be had."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        names = sorted(entry.name for entry in path.iterdir())
+    try:
+        path = Path(source).expanduser()
+        is_directory = path.is_dir()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(
+            f"'{source[:120]}' can't be looked up ({reason}); give a directory with "
+            "adapter_config.json, a ZIP file of one, or OWNER/NAME on the Hugging Face hub"
+        ) from error
+    if is_directory:
+        with storage_errors(f"'{path}'"):
+            names = sorted(entry.name for entry in path.iterdir())
         if not set(_CONFIGS) & set(names) and (path / "adapter" / _CONFIGS[0]).is_file():
             raise AdapterError(f"'{path}' is a trial's directory; give its adapter, {path}/adapter")
         yield Incoming(path, source, _left_out(names))
@@ -88,25 +110,23 @@ def _unpack(path: Path, target: Path) -> tuple[str, ...]:
                 entries = _checked(path, archive.infolist())
                 folder = _folder(path, entries)
                 inside = {
-                    entry.filename.removeprefix(folder): entry
-                    for entry in entries
-                    if entry.filename.startswith(folder) and not entry.is_dir()
+                    name.removeprefix(folder): entry
+                    for name, entry in entries.items()
+                    if name.startswith(folder)
                 }
                 names = sorted(name for name in inside if "/" not in name)
                 for name in [*belonging(names), *({"rayfin.json"} & set(names))]:
                     with archive.open(inside[name]) as packed, (target / name).open("xb") as out:
                         _copy(packed, out, inside[name].file_size, f"'{name}' in '{path}'")
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise AdapterError(
             f"'{path}' is not a whole ZIP file ({error}); make or copy it again"
         ) from error
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise AdapterError(f"'{path}' can't be unpacked ({reason}); unpack it yourself") from error
-    told = {entry.filename.partition("/")[0] for entry in entries if not folder}
-    told |= {
-        entry.filename for entry in entries if folder and not entry.filename.startswith(folder)
-    }
+    told = {name.partition("/")[0] for name in entries if not folder}
+    told |= {name for name in entries if folder and not name.startswith(folder)}
     kept = {*belonging(names), "rayfin.json"}
     return tuple(sorted((told | set(names)) - kept))
 
@@ -135,28 +155,39 @@ def _check_table(path: Path, file: BinaryIO) -> None:
     file.seek(0)
 
 
-def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo]:
-    """All entries; raises AdapterError where one of them could lead out, or all are too much."""
+def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
+    """Normalised name -> entry, of all files; raises AdapterError where one of them could lead out,
+    or holds more than is read of its kind, or all are too much.
+    """
     if len(entries) > MAX_ENTRIES:
         raise AdapterError(
             f"'{path}' has {len(entries)} entries; at most {MAX_ENTRIES} are read: pack the "
             "adapter's directory alone"
         )
-    seen: set[str] = set()
+    files: dict[str, zipfile.ZipInfo] = {}
     for entry in entries:
         name, mode = entry.filename, entry.external_attr >> 16
+        normal = str(PurePosixPath(name))  # ./lora//x is lora/x
         parts = PurePosixPath(name).parts
         kind = stat.S_IFMT(mode)
+        if not parts and name.startswith(".") and entry.is_dir():
+            continue  # the top itself, as some programs pack it
         if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
             why = "leads out of it"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             why = "is a link or a device"
         elif entry.flag_bits & 1:
             why = "is encrypted"
-        elif name in seen:
+        elif normal in files:
             why = "is there twice"
         else:
-            seen.add(name)
+            if not entry.is_dir():
+                files[normal] = entry
+            if parts[-1] in READ_AS_JSON and entry.file_size > MAX_JSON_BYTES:
+                raise AdapterError(
+                    f"'{path}': the entry {name[:120]!r} would unpack to {entry.file_size} bytes; "
+                    f"at most {MAX_JSON_BYTES} are read of such a file: restore it, and pack again"
+                )
             continue
         raise AdapterError(
             f"'{path}': the entry {name[:120]!r} {why}, and nothing was unpacked; pack the files "
@@ -174,12 +205,12 @@ def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> list[zipfile.ZipInfo
             f"'{path}' would unpack to {announced} bytes, and {tempfile.gettempdir()} has {free}; "
             "make room, or set TMPDIR to a directory that has it"
         )
-    return entries
+    return files
 
 
-def _folder(path: Path, entries: list[zipfile.ZipInfo]) -> str:
+def _folder(path: Path, files: Iterable[str]) -> str:
     """The directory in the ZIP file that holds the adapter, with its slash; empty for the top."""
-    names = [PurePosixPath(entry.filename) for entry in entries if not entry.is_dir()]
+    names = [PurePosixPath(name) for name in files]
     for config in _CONFIGS:
         found = sorted(
             (name.parent for name in names if name.name == config), key=lambda one: len(one.parts)

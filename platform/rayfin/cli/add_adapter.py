@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli.parser import print_json
 from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
 from rayfin.redaction import printable
 
@@ -91,7 +91,7 @@ def _tell(line: str) -> None:
 
 def _print(version: AdapterVersion, storage: str, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(version.as_dict(), indent=2, ensure_ascii=False))
+        print_json(version.as_dict(), indent=2)
         return
     aliases = ", ".join(version.aliases)
     print(printable(f"{version.ref} is published ({version.peft_type}; {aliases})"))

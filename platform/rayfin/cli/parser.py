@@ -83,6 +83,6 @@ def print_error(error: RayfinError | str) -> None:
 
 
 def print_json(value: Any, *, indent: int | None = None) -> None:
-    """For machines, and for people who look at it: what would steer a terminal is escaped."""
+    """Prints `value` as JSON, with an escape for every character that would steer a terminal."""
     text = json.dumps(value, indent=indent, ensure_ascii=False)
     print("".join(f"\\u{ord(c):04x}" if is_command(c) else c for c in text))
