@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -204,6 +205,51 @@ def test_a_run_that_cannot_be_published_is_told_first(
     out, err = capsys.readouterr()
     one_line(err, "not published as 'mine'", "the same command publishes it")
     assert "Trained" in out
+
+
+class Touch:
+    """Leaves a trace where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.trace,))
+
+
+def test_no_pickle_in_a_sweeps_folders_is_run_by_a_resume(lab: Lab, tmp_path: Path) -> None:
+    own = "sweep.grace_period=3"
+    assert lab.sweep(own) == 0
+    sweep = max(lab.storage.glob("sweeps/*/report.html"), key=lambda p: p.stat().st_mtime).parent
+    trace = tmp_path / "unpickled"
+    raw = pickle.dumps(Touch(trace))
+    pickle.loads(raw)
+    trace.unlink()  # it does what it is for
+    encoded = json.dumps({"_type": "CLOUDPICKLE_FALLBACK", "value": raw.hex()})
+    for folder in (sweep, lab.storage / "ray" / sweep.name):
+        for inner in (folder, *folder.glob("trials/*"), folder / "trial_1"):
+            inner.mkdir(parents=True, exist_ok=True)
+            for name in ("tuner.pkl", "trainer.pkl", "error.pkl", "searcher-state-a.pkl",
+                         "search_gen_state-a.json", "params.pkl"):  # fmt: skip
+                (inner / name).write_bytes(raw)
+            (inner / "experiment_state-a.json").write_text(encoded)
+    assert lab.sweep(own, "--resume") == 0
+    assert not trace.exists()
+
+
+def test_a_sweep_whose_trials_all_failed_says_so(
+    lab: Lab, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("sweep.grace_period=4", "--json")
+    assert lab.sweep(*own) == 0
+    best = json.loads(capsys.readouterr().out)["best"]
+    with History.open(f"sqlite:///{lab.storage / 'history.sqlite'}") as history:
+        (row,) = [row for row in history.trials() if row.trial_id == best]
+        history.put(row.updated(status="failed", metrics={}, error="loss became nan at step 1"))
+    assert lab.sweep(*own, "--resume") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["best"] is None and told["adapter"] is None
+    assert "loss became nan at step 1" in lab.report()
 
 
 @pytest.fixture
