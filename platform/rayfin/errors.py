@@ -92,6 +92,11 @@ class TrialHung(TrialError):
         """`where`: what it was doing, and where in the program it stands."""
         return cls(f"no progress for {minutes:g} minutes in {where}; {LOOK}")
 
+    @classmethod
+    def ended_at(cls, where: str) -> TrialHung:
+        """`where`: where the process stood that had to be ended from outside."""
+        return cls(f"no progress, and its process hung in {where}; {LOOK}")
+
 
 class TrialOutOfMemory(TrialError):
     """The device or host ran out of memory."""

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
+import math
 import os
-import re
+import signal
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
+from rayfin import watchdog
 from rayfin.paths import cache_dir
 
+_TICK_SECONDS = 5.0
+_WINDOW_SECONDS = 60.0
 _MOVED_BYTES = 2**20
-"""Bytes that a process which only waits does not read and write, and one that loads does."""
+"""Bytes that a process which loads reads and writes in `_WINDOW_SECONDS`, and one that only waits
+does not: a worker of Ray's moves some 40 kB by itself."""
 
 _SHOWN_FRAMES = 4
-_CALL = re.compile(r'^  File "([^"]*)", line (\d+) in (.+)$', re.MULTILINE)
-"""A line of what `faulthandler` writes: file, line and function."""
+_TRIAL = "run_trial"
+"""The function in which a trial's thread is."""
 
 
 @dataclass
@@ -69,20 +76,23 @@ def watched(
     *,
     bulk: bool = True,
     trace: str | None = None,
+    notice: str = "",
 ) -> Iterator[None]:
     """Watches the calling thread for the time of the block.
 
     Where it tells nothing for `seconds`, `on_hang` is called, once and on another thread, with what
     the watched one was doing and where it stands. Without `bulk`, what it does in bulk may take as
-    long as it takes: it may wait for another process that does so.
+    long as it takes: it may wait for another process that does so. Time in which the process is
+    suspended does not count.
 
     A library that is stuck while it holds Python's lock lets no other thread run, the watching one
-    neither. With `trace` the process ends itself then, and leaves under that name what `last_words`
-    reads. One thread of a process can be watched so.
+    neither. With `trace` another process ends this one then, and leaves under that name what
+    `last_words` reads; it writes `notice` to standard error, with where the function `run_trial`
+    stood in the place of `watchdog.WHERE`. One thread of a process can be watched so.
     """
     thread, over = threading.get_ident(), threading.Event()
     beat("starting")
-    resort = _LastResort(trace, seconds) if trace is not None else None
+    resort = _LastResort(trace, seconds, notice) if trace is not None else None
     watch = threading.Thread(
         target=_watch,
         args=(thread, seconds, on_hang, bulk, over, resort),
@@ -90,14 +100,21 @@ def watched(
         daemon=True,
     )
     watch.start()
+    # A thread that waits for a disk takes no signal; the watching one does.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {watchdog.SIGNAL} if resort else set())
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         over.set()
         pause()
         if resort is not None:
             watch.join()
             resort.close()
+
+
+def _tick(seconds: float) -> float:
+    return min(_TICK_SECONDS, seconds / 10)
 
 
 def _watch(
@@ -108,44 +125,87 @@ def _watch(
     over: threading.Event,
     resort: _LastResort | None,
 ) -> None:
-    left = seconds
-    while not over.wait(left):
+    tick = _tick(seconds)
+    window = min(_WINDOW_SECONDS, seconds)
+    enough = _MOVED_BYTES * window / _WINDOW_SECONDS
+    last: _Beat | None = None
+    # Counted in waits, and not read from a clock: that goes on while the process is suspended.
+    silent = looked = 0
+    moved: int | None = None
+    while not over.wait(tick):
         if resort is not None:
             resort.renew()
-        last = _beats.get(thread)
+        now = _beats.get(thread)
+        if now is None or now is not last:
+            last, silent, looked = now, 0, 0
+            moved = None if now is None else now.moved
         if last is None or not (bulk or last.moved is None):
-            left = seconds
-        elif (left := last.at + seconds - time.monotonic()) <= 0:
-            moved = None if last.moved is None else _moved()
-            if last.moved is None or moved is None or moved - last.moved <= _MOVED_BYTES:
-                on_hang(f"{last.doing}: {whereabouts(thread)}")
-                return
-            last.at, last.moved, left = time.monotonic(), moved, seconds
+            continue
+        silent, looked = silent + 1, looked + 1
+        if moved is not None and looked * tick >= window:
+            until, looked = _moved(), 0
+            if until is not None:
+                silent, moved = (0 if until - moved > enough else silent), until
+        if silent * tick >= seconds:
+            on_hang(f"{last.doing}: {whereabouts(thread)}")
+            return
 
 
 class _LastResort:
-    """Ends the process where it is not renewed in time, without any lock of Python's."""
+    """Another process, which ends this one where it is not renewed in time."""
 
-    def __init__(self, trace: str, seconds: float) -> None:
-        self._seconds, self._path = seconds, _trace_path(trace)
+    def __init__(self, trace: str, seconds: float, notice: str) -> None:
+        self._path = _trace_path(trace)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("w", encoding="utf-8")
-        except OSError:  # the process ends itself all the same, and nobody hears where it stood
+        except OSError:  # the process is ended all the same, and nobody hears where it stood
             self._path = Path(os.devnull)
             self._file = self._path.open("w", encoding="utf-8")
-        self.renew()
+        # In C, without Python's lock: it writes where the threads stand, and then the handler
+        # before it, which is the C library's own `_exit`, ends the process. The signal's default
+        # action would not end the first process of a container.
+        _set_handler(ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p))
+        faulthandler.register(watchdog.SIGNAL, file=self._file, chain=True)
+        tick = _tick(seconds)
+        # After the watching thread would have had its say.
+        misses = math.ceil((1.5 * seconds + 1.0) / tick)
+        arguments = (os.getpid(), tick, misses, self._path, _TRIAL, notice)
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", watchdog.__file__, *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        assert self._process.stdin is not None
+        self._pipe = self._process.stdin
+        os.set_blocking(self._pipe.fileno(), False)
 
     def renew(self) -> None:
-        # After the watching thread would have had its say.
-        after = 1.5 * self._seconds + 1.0
-        faulthandler.dump_traceback_later(after, exit=True, file=self._file)
+        # It may have been killed, and may be suspended while this process is not.
+        with suppress(BrokenPipeError, BlockingIOError):
+            self._pipe.write(b".")
 
     def close(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
+        self._process.kill()
+        self._process.wait()
+        self._pipe.close()
+        faulthandler.unregister(watchdog.SIGNAL)
+        _set_handler(None)
         self._file.close()
         if self._path != Path(os.devnull):
             self._path.unlink(missing_ok=True)
+
+
+def _set_handler(function: ctypes.c_void_p | None) -> None:
+    """Has the C library call `function` at the watchdog's signal; None is the default action.
+
+    Python's own `signal.signal` takes no function of C, and works on the main thread alone.
+    """
+    library = ctypes.CDLL(None)
+    library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    library.signal.restype = ctypes.c_void_p
+    library.signal(watchdog.SIGNAL, function)
 
 
 def _trace_path(trace: str) -> Path:
@@ -153,23 +213,18 @@ def _trace_path(trace: str) -> Path:
     return cache_dir() / "hangs" / f"{trace}.txt"
 
 
-def last_words(trace: str, call: str) -> str | None:
-    """Where the thread that was in the function `call` stood when its process ended itself.
+def last_words(trace: str, call: str = _TRIAL) -> str | None:
+    """Where the thread that was in the function `call` stood when its process was ended for it.
 
-    None where the process did not, or did so on another machine.
+    None where it was not, or on another machine.
     """
     path = _trace_path(trace)
     try:
-        threads = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
+        text = path.read_text(encoding="utf-8", errors="replace")
         path.unlink()  # another death has words of its own
     except OSError:
         return None
-    for thread in threads:
-        calls = _CALL.findall(thread)
-        if any(name == call for _, _, name in calls):
-            shown = calls[:_SHOWN_FRAMES]
-            return " < ".join(f"{name} ({Path(file).stem}:{line})" for file, line, name in shown)
-    return None
+    return watchdog.stood(text, call)
 
 
 def whereabouts(thread: int) -> str:

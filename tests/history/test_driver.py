@@ -115,3 +115,23 @@ def test_a_row_that_another_driver_goes_on_with_meanwhile_is_left_to_it(
         monkeypatch.setattr(history, "change", after_it_resumed)
         assert note_lost(history) == []
         assert history.trials() == [resumed]
+
+
+def test_the_row_of_a_driver_that_hung_says_where_it_stood(
+    tmp_path: Path, dead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path))
+    lost = running(this_driver() | {"pid": dead})
+    words = tmp_path / "hangs" / f"{lost.trial_id}.txt"
+    words.parent.mkdir()
+    words.write_text(
+        'Thread 0x1 (most recent call first):\n  File "/a/b.py", line 7 in run_trial\n'
+    )
+    with History.open(f"sqlite:///{tmp_path / 'history.sqlite'}") as history:
+        history.put(lost)
+        (noted,) = note_lost(history)
+    assert noted.status == "interrupted"
+    assert noted.error == (
+        "no progress, and its process hung in run_trial (b:7); look at the disk or network that it "
+        "waits for, or raise scaling.hang_timeout_minutes"
+    )

@@ -20,7 +20,18 @@ MODULES = sorted((SOURCE / "rayfin").rglob("*.py"))
 # The parts of rayfin, left to right: a part imports from its own group and from those before it.
 ORDER = (
     {"redaction"},
-    {"errors", "config", "objects", "paths", "hardware", "hub", "tables", "collector", "heartbeat"},
+    {
+        "errors",
+        "config",
+        "objects",
+        "paths",
+        "hardware",
+        "hub",
+        "tables",
+        "collector",
+        "heartbeat",
+        "watchdog",
+    },
     {"data", "models", "methods"},
     {"training"},
     {"history"},

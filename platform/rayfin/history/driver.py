@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from rayfin.errors import HistoryError
+from rayfin.errors import HistoryError, TrialHung
+from rayfin.heartbeat import last_words
 from rayfin.history.record import TrialRecord
 from rayfin.history.store import History
 
@@ -76,6 +77,8 @@ def interrupted(row: TrialRecord, error: str | None = None) -> TrialRecord:
 def note_lost(history: History) -> list[TrialRecord]:
     """Makes the rows of drivers that are gone `interrupted`; returns those rows.
 
+    Where the driver hung and had to be ended from outside, the row says where it stood.
+
     One that can't be written stays as it is: looking at a history needs no right to write to it.
     """
     noted = []
@@ -84,7 +87,9 @@ def note_lost(history: History) -> list[TrialRecord]:
         def change(row: TrialRecord, lost: TrialRecord = lost) -> TrialRecord | None:
             if row.updated_at != lost.updated_at:  # another driver goes on with it
                 return None
-            return interrupted(row, _LOST).model_copy(update={"updated_at": row.updated_at})
+            where = last_words(row.trial_id)
+            why = _LOST if where is None else str(TrialHung.ended_at(where))
+            return interrupted(row, why).model_copy(update={"updated_at": row.updated_at})
 
         try:
             row = history.change(lost.trial_id, change)

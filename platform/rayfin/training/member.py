@@ -14,7 +14,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from rayfin.collector import collector_paused
 from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import Hardware, describe_hardware
-from rayfin.heartbeat import watched
+from rayfin.heartbeat import pause, watched
 from rayfin.training.desk import Job
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import Group, choose
@@ -59,10 +59,14 @@ def _train(
         worker = {"base_loads": warm.loads}
         scenario = result.scenario | {"worker": worker} if result.scenario else {}
         result = replace(result, scenario=scenario)
+        pause()  # for the sweep's word
         return bool(ray.get(desk.hand_in.remote(rank, result)))
 
     def hang(where: str) -> None:
-        """On another thread: the one that trains can't be ended but with the process."""
+        """Hands in why the trial failed, and ends the process.
+
+        It runs on another thread: the one that trains can only be ended with its process.
+        """
         error = f"worker {rank}: {TrialHung.while_at(where, hang_minutes)}"
         with suppress(RayError, GetTimeoutError):
             last = desk.hand_in.remote(rank, TrialResult("failed", error=error))

@@ -155,7 +155,10 @@ class TrialTrainer(Trainer):
         self.log(dict(metrics))
         # The last evaluation is not asked about: it goes into the result.
         last = self.state.global_step >= self.train_config.max_steps
-        pause()  # the first worker waits for the sweep's word, and the others for the first
+        if self.accelerator.is_main_process:  # who is told pauses where it waits for an answer
+            beat("recording an evaluation", bulk=True)
+        else:
+            pause()  # for the first worker
         if not last and self._any_worker(self.on_evaluation(self) is False):
             self.stopped = True
             self.control.should_training_stop = True

@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rayfin.config import DataConfig
 from rayfin.config import ScalingConfig as ScalingSettings
 from rayfin.data import Corpus
-from rayfin.errors import LOOK, StorageError, TrialError
+from rayfin.errors import StorageError, TrialError, TrialHung
 from rayfin.heartbeat import last_words
 from rayfin.paths import Place
 from rayfin.training.desk import Desk, Ended, Handed, Job
@@ -173,10 +173,10 @@ class WorkerGroup:
                 hopeless = hopeless or event.hopeless
 
     def _last_words(self, job: Job) -> str | None:
-        """Of a worker that ended itself, as it hung and could not even say so."""
+        """Where a worker stood that hung and had to be ended from outside; None where none was."""
         for rank in range(self._group.size):
-            if (where := last_words(trace_of(job, rank), "run_trial")) is not None:
-                return f"worker {rank}: no progress, and its process hung in {where}; {LOOK}"
+            if (where := last_words(trace_of(job, rank))) is not None:
+                return f"worker {rank}: {TrialHung.ended_at(where)}"
         return None
 
     def _start(self, directory: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from rayfin.errors import LOOK, StorageError, TrialHung
+from rayfin.errors import StorageError, TrialHung
 from rayfin.heartbeat import last_words
 from rayfin.history import History, Status, TrialRecord, now
 from rayfin.history.driver import DRIVER, this_driver, undriven
@@ -144,8 +144,8 @@ def died(row: TrialRecord, reason: str | None) -> TrialRecord:
     text = _COLOUR.sub("", reason or "its process ended")
     if (hung := _HUNG.search(text)) is not None:
         return ended(row, "failed", hung.group(1))
-    if (where := last_words(row.trial_id, "run_trial")) is not None:
-        return ended(row, "failed", f"no progress, and its process hung in {where}; {LOOK}")
+    if (where := last_words(row.trial_id)) is not None:
+        return ended(row, "failed", str(TrialHung.ended_at(where)))
     if not any(words in text for words in (MEMORY_MONITOR, "OutOfMemoryError")):
         return ended(row, "failed", f"worker process died: {_gist(text)}")
     remedy = "lower train.per_device_train_batch_size or sweep.max_concurrent_trials"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 
 from rayfin.config import Config
 from rayfin.errors import HardwareError, HistoryError, StorageError, TrialHung
 from rayfin.hardware import cluster_address, describe_hardware
-from rayfin.heartbeat import watched
+from rayfin.heartbeat import beat, pause, watched
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted, note_lost
 from rayfin.methods import check_combination
@@ -21,9 +22,13 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.rows import ended, let_checkpoints_go, started, usable, with_outcome
+from rayfin.watchdog import WHERE
 
 RUNS = "train"
 """The sweep that all single runs belong to."""
+
+_LAST_WORDS_SECONDS = 10.0
+"""For the row and the message of a trial that hangs."""
 
 
 def train_once(
@@ -128,10 +133,18 @@ def _train_row(
                 told.add(note)
                 show(note)
 
+    def record(result: TrialResult) -> None:
+        nonlocal row
+        if result.storage_failed:  # the same command goes on
+            raise StorageError(result.error or "storage: it can't be written")
+        row = with_outcome(row, result.as_dict())
+        history.put(row)
+
     def report(result: TrialResult) -> None:
         nonlocal row  # a group that dies leaves what it had reported
         row = with_outcome(row, result.as_dict())
         history.put(row)
+        pause()  # whoever reads what is shown may take their time
         tell()
         hardware = result.scenario["hardware"]
         if in_group and not strategies:
@@ -167,6 +180,7 @@ def _train_row(
                         place=trial.place,
                         max_failures=config.sweep.max_failures,
                     )
+                    record(result)
         except HardwareError as error:  # the cluster is too small: a failed trial is a row, too
             history.put(ended(row, "failed", str(error)))
             raise
@@ -182,19 +196,33 @@ def _train_row(
         minutes = config.scaling.hang_timeout_minutes
 
         def hang(where: str) -> None:
-            """On another thread: what is stuck ends with its process alone."""
+            """Records and says why the trial failed, and ends the process.
+
+            It runs on another thread: the one that is stuck can only be ended with its process.
+            """
             error = str(TrialHung.while_at(where, minutes))
-            with contextlib.suppress(HistoryError):
-                history.put(ended(row, "failed", error))
-            show(f"failed: {error}")
+
+            def put() -> None:
+                with contextlib.suppress(HistoryError):
+                    history.put(ended(row, "failed", error))
+
+            def say() -> None:
+                with contextlib.suppress(OSError):
+                    show(f"failed: {error}")
+
+            # The terminal or the history may be what the trial is stuck in.
+            last = [threading.Thread(target=words, daemon=True) for words in (put, say)]
+            for thread in last:
+                thread.start()
+            for thread in last:
+                thread.join(_LAST_WORDS_SECONDS)
             os._exit(1)
 
-        with watched(minutes * 60, hang, trace=trial.trial_id):
+        notice = f"failed: {TrialHung.ended_at(WHERE)}"
+        with watched(minutes * 60, hang, trace=trial.trial_id, notice=notice):
             result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
-    if result.storage_failed:  # the same command goes on
-        raise StorageError(result.error or "storage: it can't be written")
-    row = with_outcome(row, result.as_dict())
-    history.put(row)
+            beat("recording the result", bulk=True)
+            record(result)
     tell()
     if row.status == "finished":
         let_checkpoints_go(row)

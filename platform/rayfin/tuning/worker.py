@@ -16,7 +16,7 @@ from rayfin.config import DataConfig, ScalingConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import describe_hardware
-from rayfin.heartbeat import watched
+from rayfin.heartbeat import pause, watched
 from rayfin.training.spec import Report, TrialLeft, TrialResult
 from rayfin.training.strategies import Group
 from rayfin.tuning.plan import PlannedTrial
@@ -38,13 +38,13 @@ class _Trial(ray.tune.Trainable):
     """
 
     _waiting: bool
-    _hung = False
+    _hung: TrialHung | None = None
+    """What the thread is stuck in; it ends with its process alone."""
 
     def step(self) -> dict[str, Any]:
         if self._waiting:
             self._orders.put("go on")
         result = self._results.get()
-        self._hung = isinstance(result, TrialHung)
         if isinstance(result, TrialError):
             raise result
         if isinstance(result, BaseException):
@@ -58,13 +58,19 @@ class _Trial(ray.tune.Trainable):
         return flat | _numbers(result) | {"outcome": outcome}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._end("stop")
-        self._start(new_config)
+        # Tune has no answer to a reset that fails, and would never start the trial anew.
+        if self._end("stop"):
+            self._start(new_config)
+        else:
+            self._results, self._waiting = queue.Queue(), False
+            before = f"its process hung as trial {self._trial_id} was ended"
+            self._results.put(TrialHung(f"{before}: {self._hung}"))
         return True
 
     def cleanup(self) -> None:
         # The sweep ends, perhaps by Ctrl-C: what the trial has saved is there for a resume.
-        self._end("leave")
+        if not self._end("leave"):
+            os._exit(1)
 
     def facts(self) -> dict[str, Any]:
         """Which process had the trial."""
@@ -78,16 +84,29 @@ class _Trial(ray.tune.Trainable):
         self._results: queue.Queue[TrialResult | BaseException] = queue.Queue()
         self._orders: queue.Queue[_Order] = queue.Queue()
         self._waiting = False
+        self._over = threading.Event()
         trial = PlannedTrial.from_tune_config(config)
+        self._trial_id = trial.trial_id
         self._thread = threading.Thread(target=self._run, args=(trial,), daemon=True)
         self._thread.start()
 
-    def _end(self, order: _Order) -> None:
-        """Ends the trial at its next evaluation, and waits until what it used is free again."""
-        if self._hung:  # a thread that is stuck ends with its process alone
-            os._exit(1)
+    def _end(self, order: _Order) -> bool:
+        """Ends the trial at its next evaluation, and waits until what it used is free again.
+
+        Returns False where the trial hangs, before or meanwhile.
+        """
         self._orders.put(order)
+        self._over.wait()
+        if self._hung is not None:
+            return False
         self._thread.join()
+        return True
+
+    def _hangs(self, error: TrialHung) -> None:
+        """Tells whoever waits for the trial's result, or its end; runs on a thread of its own."""
+        self._hung = error
+        self._results.put(error)
+        self._over.set()
 
     def _run(self, trial: PlannedTrial) -> None:
         try:
@@ -97,10 +116,14 @@ class _Trial(ray.tune.Trainable):
         except BaseException as error:  # the other thread must hear of it, or wait for ever
             self._results.put(error)
             raise
-        self._results.put(result)
+        else:
+            self._results.put(result)
+        finally:
+            self._over.set()
 
     def _report(self, result: TrialResult) -> bool:
         self._results.put(result)
+        pause()  # for Tune's word
         order = self._orders.get()
         if order == "leave":
             raise TrialLeft
@@ -140,12 +163,10 @@ class WarmTrial(_Trial):
     def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
         from rayfin.training.trial import run_trial
 
-        results, minutes = self._results, self._hang_minutes
-
         def hang(where: str) -> None:
-            results.put(TrialHung.while_at(where, minutes))
+            self._hangs(TrialHung.while_at(where, self._hang_minutes))
 
-        with watched(minutes * 60, hang, trace=trial.trial_id):
+        with watched(self._hang_minutes * 60, hang, trace=trial.trial_id):
             return run_trial(
                 trial.spec,
                 report,
