@@ -38,6 +38,7 @@ class _Trial(ray.tune.Trainable):
     """
 
     _waiting: bool
+    _results: queue.Queue[TrialResult | BaseException]
     _hung: TrialHung | None = None
     """What the thread is stuck in; it ends with its process alone."""
 
@@ -62,7 +63,8 @@ class _Trial(ray.tune.Trainable):
         if self._end("stop"):
             self._start(new_config)
         else:
-            self._results, self._waiting = queue.Queue(), False
+            self._waiting = False
+            self._results = queue.Queue()
             before = f"its process hung as trial {self._trial_id} was ended"
             self._results.put(TrialHung(f"{before}: {self._hung}"))
         return True
@@ -81,7 +83,7 @@ class _Trial(ray.tune.Trainable):
         raise NotImplementedError
 
     def _start(self, config: dict[str, Any]) -> None:
-        self._results: queue.Queue[TrialResult | BaseException] = queue.Queue()
+        self._results = queue.Queue()
         self._orders: queue.Queue[_Order] = queue.Queue()
         self._waiting = False
         self._over = threading.Event()
