@@ -50,16 +50,19 @@ class RemoteEngine:
     @property
     def failure(self) -> BaseException | None:
         """None while there is a replica."""
-        return None if told() else Overloaded("no engine replica is there")
+        return None if told() else Unavailable("no engine replica is there")
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """Raises RequestError, or Overloaded where all replicas have their queues full.
+        """Raises RequestError, Unavailable where there is no replica, or Overloaded where all have
+        their queues full.
 
         A replica may still refuse: then the one chunk that comes says so.
         """
         check_prompt(request, self.max_length, len(self.tokenizer))
         if not (replicas := len(told())):
-            raise Overloaded("no engine replica is ready; try again soon", retry_after=5)
+            raise Unavailable(
+                "no engine replica is ready: it starts or is replaced; try again soon"
+            )
         if len(self._open) >= self._room * replicas:
             raise Overloaded(f"{len(self._open)} requests are at work or wait; try again soon")
         if request.request_id in self._open:
