@@ -21,7 +21,7 @@ from rayfin.paths import Place
 from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.trial import run_trial
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Seconds of each trial that something befalls.
 STEPS = (120, 60, 10, 61)

@@ -27,7 +27,7 @@ from rayfin.training.strategies import Group
 from rayfin.training.workers import WorkerGroup
 from rayfin.tuning.cluster import nodes, worker_resources
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 HANG_MINUTES = 0.4
 FAULT = "a fault of this worker alone"

@@ -17,7 +17,7 @@ from rayfin.cli import main
 from rayfin.history import TrialRecord
 from rayfin.tuning.record import Recorder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Seconds a trial, and a checkpoint every tenth of one.
 STEPS = 100

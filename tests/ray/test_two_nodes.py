@@ -20,7 +20,7 @@ from rayfin.paths import Place
 from rayfin.training import TrialSpec
 from rayfin.training.trial import run_trial
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # A node that falls silent is given up after two checks of 10 s, not five: see docs/distributed.md.
 HEAD = {"RAY_health_check_failure_threshold": "2"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import signal
 import socket
@@ -246,13 +247,14 @@ def test_rays_own_doors_are_shut(service: Any) -> None:
     """The dashboard, with its API that runs jobs, and Ray's client are not there to be asked."""
     ports = service.listening_ports() - {service.port}
     assert len(ports) >= 5, "Ray's own ports were not seen"
-    assert not ports & {8265, 10001, 52365}
-    for port in ports:
+    assert not ports & {8265, 10001}
+    for port, path in itertools.product(ports, ("/api/jobs/", "/api/job_agent/jobs/")):
         with contextlib.suppress(httpx.TransportError):  # most don't speak HTTP
-            url = f"http://127.0.0.1:{port}/api/jobs/"
+            url = f"http://127.0.0.1:{port}{path}"
             job = httpx.post(url, json={"entrypoint": "true"}, timeout=2)
             jobs = httpx.get(url, timeout=2)
-            assert "submission_id" not in job.text and "json" not in jobs.headers["content-type"]
+            assert job.is_error and "submission_id" not in job.text
+            assert jobs.is_error or "json" not in jobs.headers["content-type"]
     assert "dashboard/dashboard.py" not in service.family_titles()
 
 
