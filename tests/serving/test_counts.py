@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -163,3 +164,32 @@ def test_every_api_replica_shows_the_sum_and_no_adapter_in_two_ways(cluster: Clu
     assert set(total(API)) == set(one.pool.total()) if one.pool else False
     one.close()
     other.close()
+
+
+def test_counts_of_another_version_are_left_out_of_the_metrics(cluster: Cluster) -> None:
+    metrics = replica(cluster, "one")
+    labels = {"adapter": "tiny"}
+    cluster.put("counts/api/9", {json.dumps(["rayfin_gone", "rayfin_gone_total", labels]): 1})
+    metrics.count(Record("/v1/completions", adapter="tiny", status=200))
+    text = metrics.text().decode()
+    assert 'rayfin_requests_total{adapter="tiny",status="200"} 1.0' in text
+    assert "rayfin_gone" not in text and "since its start" not in text
+    metrics.close()
+
+
+def test_a_head_that_hangs_keeps_no_replica_from_ending(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def hang() -> dict[str, float]:
+        entered.set()
+        leave.wait(30.0)
+        return {}
+
+    monkeypatch.setattr(counts, "_CLOSING_SECONDS", 0.01)
+    one = Counts("engine", hang)
+    one.close()
+    assert entered.wait(30.0) and not leave.is_set() and one._thread.is_alive()
+    leave.set()
+    one._thread.join()

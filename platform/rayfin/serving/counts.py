@@ -19,6 +19,7 @@ from rayfin.serving import shared
 log = logging.getLogger(__name__)
 
 _PERIOD = 1.0
+_CLOSING_SECONDS = 5.0
 
 
 class Counts:
@@ -44,8 +45,11 @@ class Counts:
             shared.put(self._place, added([self._before, self._read()]))
 
     def close(self) -> None:
+        """Writes what has been counted; gives up after a while where Ray's head hangs."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_CLOSING_SECONDS)
+        if self._thread.is_alive():
+            log.warning("the last counts can't be written: Ray's head does not answer")
 
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD):

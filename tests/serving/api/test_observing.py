@@ -1,8 +1,10 @@
 """What an operator sees: health, metrics and the request log."""
 
+import asyncio
 import json
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayfin.adapters import Registry
+from rayfin.config.serving import ApiConfig
 from rayfin.errors import StorageError
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.record import Record, RequestLog
@@ -301,3 +304,38 @@ def test_logs_that_share_a_file_tear_no_line(tmp_path: Path) -> None:
     for log in logs:
         log.close()
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 800
+
+
+def test_health_waits_for_no_lookup_and_has_a_place_beside_them(
+    engine: Any, shared_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names are looked up on a disk that stalls: eight at a time, and two wait."""
+    leave = threading.Event()
+    names = Names(shared_registry, "tiny")
+    resolve, entered = names.resolve, []
+
+    def stalls(model: str, **more: Any) -> Any:
+        entered.append(model)
+        leave.wait(60.0)
+        return resolve(model, **more)
+
+    monkeypatch.setattr(names, "resolve", stalls)
+    app = create_app(engine, names, ApiConfig(), max_requests=10)
+
+    async def ask() -> tuple[list[int], list[int]]:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as http:
+            looks = [asyncio.create_task(http.get(f"/v1/models/support@{n}")) for n in range(1, 11)]
+            while len(entered) < 8:
+                await asyncio.sleep(0.01)
+            beyond = http.get("/v1/models/support@11")
+            others = [(await one).status_code for one in (http.get("/health"), beyond)]
+            leave.set()
+            return others, [(await one).status_code for one in looks]
+
+    try:
+        others, looks = asyncio.run(asyncio.wait_for(ask(), 60.0))
+    finally:
+        leave.set()
+    assert others == [200, 429]
+    assert set(looks) <= {200, 404}

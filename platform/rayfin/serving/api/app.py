@@ -46,8 +46,8 @@ def create_app(
     """The API in front of an engine that has started; closing the engine is the caller's.
 
     `figures` take what is measured back to the history, and are closed with the app. `pool` adds
-    this replica's metrics to the deployment's. More than `max_requests` POST requests at a time
-    are refused with 429; None: no bound.
+    this replica's metrics to the deployment's. More than `max_requests` requests at a time,
+    but for /health and /metrics, are refused with 429; None: no bound.
     Raises StorageError for a request log that can't be written.
     """
     service = Service.of(engine, names, config, figures)
@@ -86,12 +86,15 @@ def create_app(
     return app
 
 
+_ALWAYS_ADMITTED = ("/health", "/metrics")
+
+
 class _Gate:
     """Gives every request its record, and counts and logs those for completions as they end."""
 
     def __init__(self, app: ASGIApp, service: Service, max_requests: int | None) -> None:
         self._app, self._service = app, service
-        self._most, self._posts = max_requests, 0
+        self._most, self._at_work = max_requests, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -100,6 +103,7 @@ class _Gate:
         record = Record(scope["path"], request_id_of(scope))
         scope.setdefault("state", {})["record"] = record
         is_post = scope["method"] == "POST"
+        counts = scope["path"] not in _ALWAYS_ADMITTED
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -108,9 +112,9 @@ class _Gate:
                 message["headers"] = [*message["headers"], name]
             await send(message)
 
-        self._posts += is_post
+        self._at_work += counts
         try:
-            if is_post and self._most is not None and self._posts > self._most:
+            if counts and self._most is not None and self._at_work > self._most:
                 # What is left of the replica's places is for /health and /metrics.
                 error = Overloaded(f"{self._most} requests are at work here; try again soon")
                 response = as_api_error(error, self._service.names).response()
@@ -124,7 +128,7 @@ class _Gate:
             record.status = 500  # also after an answer has begun with 200
             raise
         finally:
-            self._posts -= is_post
+            self._at_work -= counts
             self._service.keys.release(record.key)
             if is_post and record.path.endswith("/completions"):
                 self._service.count(record)

@@ -120,7 +120,7 @@ class Metrics:
             self.pool.close()
 
     def text(self) -> bytes:
-        """In Prometheus's text format; not on the event loop."""
+        """Returns all figures in Prometheus's text format; may wait, so not for the event loop."""
         shown = CollectorRegistry()
         shown.register(_Shown(self._families()))
         return generate_latest(shown)
@@ -133,7 +133,8 @@ class Metrics:
         }
         for key, value in counts.items():
             family, sample, labels = json.loads(key)
-            families[family].add_sample(sample, labels, value)
+            if family in families:  # another version's counts stay in the store after an update
+                families[family].add_sample(sample, labels, value)
         yield from families.values()
         now = dataclasses.asdict(self._engine.stats())
         counted = now if self.pool is None else self.pool.engine_total()
@@ -142,7 +143,7 @@ class Metrics:
                 words = f"The engine's {name.replace('_', ' ')} now."
                 yield GaugeMetricFamily(f"rayfin_engine_{name}", words, now[name])
         for name in [name for name in counted if name not in GAUGES]:
-            words = f"The engine's {name.replace('_', ' ')} since its start."
+            words = f"{name.replace('_', ' ').capitalize()} of all engine replicas so far."
             yield CounterMetricFamily(f"rayfin_engine_{name}", words, counted[name])
         resident = len(self._engine.resident())
         yield GaugeMetricFamily("rayfin_engine_resident", "Adapters in slots now.", resident)

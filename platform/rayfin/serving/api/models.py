@@ -100,8 +100,14 @@ def open_routes(service: Service) -> APIRouter:
     async def health(request: Request) -> Response:
         """200 while the engine is well, and the registry is there."""
         if (failure := failure_of(engine)) is not None:
-            raise ApiError(503, f"the engine has stopped ({type(failure).__name__})")
-        await service.look("the registry is being looked at", service.names.catalog.check)
+            raise ApiError(
+                503,
+                f"the engine has stopped ({type(failure).__name__}); look at its log, and start "
+                "the server again if nothing else does",
+            )
+        check = service.names.catalog.check
+        # Not among the looks for requests, which may be many: this tells who restarts servers.
+        await asyncio.wrap_future(service.checks.submit("the registry is being looked at", check))
         stats = engine.stats()
         answer: Json = {"status": "ok", "waiting": stats.waiting, "running": stats.running}
         if service.keys.may_see_all(request):

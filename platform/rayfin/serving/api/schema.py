@@ -100,7 +100,7 @@ class Message(Body):
     @field_validator("content", mode="before")
     @classmethod
     def _text_alone(cls, content: Any) -> Any:
-        """Of a part that is no text, one sentence, and not what each field of a text lacks."""
+        """Refuses a part that is no text in one sentence, rather than one for each field."""
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":

@@ -43,7 +43,9 @@ class Service:
     log: RequestLog | None
     figures: Figures | None
     looks: BoundedCalls
-    """Looks at the registry."""
+    """Looks at the registry for requests."""
+    checks: BoundedCalls
+    """Looks at the registry for /health, which wait behind no request's."""
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class Service:
             else None,
             figures,
             looks,
+            BoundedCalls("health", threads=2, seconds=_LOOK_SECONDS, most_stuck=8),
         )
 
     def close(self) -> None:
@@ -78,6 +81,7 @@ class Service:
             self.figures.close()
         self.templates.close()
         self.looks.close()
+        self.checks.close()
 
     def count(self, record: Record) -> None:
         """Takes down a request for completions that has ended."""

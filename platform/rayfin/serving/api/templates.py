@@ -143,7 +143,9 @@ class ApartRenderer:
         *,
         opens: bool = True,
     ) -> str:
-        """As `template` writes the conversation; `opens`: with the opening of the next answer.
+        """Returns the conversation as `template` writes it.
+
+        With `opens`, the opening of the next answer follows.
 
         Raises RequestError, AdapterError or Overloaded.
         """
