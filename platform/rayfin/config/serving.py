@@ -36,9 +36,11 @@ class EngineConfig(Section):
     host_cache_mb: int = Field(2048, ge=0)
     """Memory for adapters that wait outside the slots; vLLM counts adapters instead."""
     load_seconds: float = Field(60.0, gt=0)
-    """Time for an adapter to be read from its storage; then the requests that wait get 503."""
+    """Time for an adapter to be read from its storage; then the requests that wait get 503. Of
+    engine.type=transformers; vLLM does not look at it."""
     step_seconds: float = Field(300.0, gt=0)
-    """Time for one step of all rows; an engine that takes longer hangs, and is replaced."""
+    """Time for one step of all rows; an engine that takes longer hangs, and is replaced. Of
+    engine.type=transformers; vLLM does not look at it."""
     max_queue: int = Field(128, ge=1)
     """Requests that may wait; more are refused with 429."""
     vllm: dict[str, Any] = Field(default_factory=dict)
@@ -169,7 +171,7 @@ class ServeConfig(Section):
         return self.deployment.served_model_name or _public_name(self.model.name)
 
     def named(self) -> ServeConfig:
-        """With `deployment.served_model_name` said, as other machines may lack the directory."""
+        """Returns it with `deployment.served_model_name` set: other machines lack the directory."""
         told = self.deployment.model_copy(update={"served_model_name": self.served_name})
         return self.model_copy(update={"deployment": told})
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError, Unavailable
@@ -74,11 +74,20 @@ class RemoteEngine:
         self._loop.call_soon_threadsafe(self._cancel, request_id)
 
     def check(self, source: AdapterSource) -> None:
-        """Lets a replica read the adapter; raises AdapterError. Not on the event loop."""
+        """Lets a replica read the adapter; not on the event loop.
+
+        Raises AdapterError, and Unavailable where the storage or the replica is away.
+        """
         try:
             self._handle.check.remote(source).result(timeout_s=_CHECK_SECONDS)
         except RayTaskError as error:
             raise error.cause from error
+        except TimeoutError as error:
+            raise Unavailable(
+                f"adapter '{source.ref}' was not read in {_CHECK_SECONDS:g} s; try again later"
+            ) from error
+        except RayError as error:
+            raise Unavailable(_GONE) from error
 
     def resident(self) -> dict[str, int]:
         """Adapters in a slot of any replica."""
