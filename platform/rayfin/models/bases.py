@@ -28,7 +28,7 @@ class Base:
     """A base model as a deployment has it, or as an adapter tells of its own."""
 
     name: str
-    """As it was configured, or written into the adapter; a local directory by its whole path."""
+    """The base's name as it was configured or written into the adapter; a directory's path."""
     identities: tuple[str, ...] = ()
     """What is known of its content, as `rayfin.models.identity` writes it: `name@version` of a
     bundled model, `id@commit` of a hub model, and `local@…`, of the files themselves."""

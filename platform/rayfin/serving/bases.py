@@ -93,7 +93,7 @@ def _listed(group: list[AdapterVersion]) -> str:
 
 
 def _revision(version: AdapterVersion) -> str | None:
-    """Of the hub model that it was trained on, where its trial says so."""
+    """Returns the commit of the hub model that it was trained on, where its trial says so."""
     spec = version.metadata.get("spec")
     model = spec.get("model") if isinstance(spec, dict) else None
     found = model.get("revision") if isinstance(model, dict) else None

@@ -209,7 +209,7 @@ def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
 
 
 def _expect_no_bias(settings: Settings, base: BaseLayout, modules: Collection[str]) -> None:
-    """Of bias=lora_only: where adapted layers have biases, what was trained of them is missing."""
+    """Raises AdapterError where an adapted layer has a bias: what was trained of it is missing."""
     for module in modules:
         if base.bias(module) is not None:
             raise settings.error(

@@ -64,8 +64,10 @@ class BaseLayout:
         )
 
     def unloaded(self) -> BaseLayout:
-        """The same with any weights, for a check of an adapter alone: those of a model on torch's
-        meta device have no values."""
+        """Returns this layout with placeholder weights, with which an adapter can be checked alone.
+
+        The weights of a model on torch's meta device have no values.
+        """
         biased = {name for name in self.linears if self.bias(name) is not None}
         return replace(
             self,

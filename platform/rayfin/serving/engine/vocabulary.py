@@ -62,7 +62,7 @@ class Vocabulary:
 
 
 def _digest(path: Path) -> bytes:
-    """Of the tokenizer, and of what says which token pads."""
+    """Returns a digest of the tokenizer's files and of the file that says which token pads."""
     digest = hashlib.sha256()
     for file in (path, path.with_name(SETTINGS)):
         if file.is_file() and file.stat().st_size <= MAX_BYTES:
@@ -71,7 +71,7 @@ def _digest(path: Path) -> bytes:
 
 
 def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Tokens and numbers, in the format of the `tokenizers` library; what isn't in it has none."""
+    """Yields tokens and numbers of a file in the format of the `tokenizers` library, or nothing."""
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
