@@ -27,6 +27,9 @@ _WINDOW_SECONDS = 60.0
 _MOVED_BYTES = 2**20
 """Bytes that a process which loads reads and writes in `_WINDOW_SECONDS`, and one that only waits
 does not: a worker of Ray's moves some 40 kB by itself."""
+_BYTES_A_SECOND = 10 * _MOVED_BYTES / _WINDOW_SECONDS
+"""What a second of processor time counts for: a process that computes for a tenth of a window does
+enough. One that waits for a disk or a network computes nothing."""
 
 _SHOWN_FRAMES = 4
 _TRIAL = "run_trial"
@@ -38,7 +41,7 @@ class _Beat:
     doing: str
     at: float
     moved: int | None
-    """Bytes read and written by the process until then; None where these don't count."""
+    """What it had done until then, as `_moved` counts it; None where that does not count."""
 
 
 _beats: dict[int, _Beat] = {}
@@ -49,8 +52,8 @@ entry."""
 def beat(doing: str, *, bulk: bool = False) -> None:
     """Tells that the calling thread got on, and what it begins, such as "evaluating".
 
-    What is done in one long call, such as loading a model, is `bulk`: as long as the process reads
-    or writes, it gets on.
+    What is done in one long call, such as loading a model or tokenising, is `bulk`: as long as the
+    process reads, writes or computes, it gets on.
     """
     _beats[threading.get_ident()] = _Beat(doing, time.monotonic(), _moved() if bulk else None)
 
@@ -248,11 +251,15 @@ def _module(frame: FrameType) -> str:
 
 
 def _moved() -> int | None:
-    """Bytes that this process has read and written; None where the system does not say."""
+    """Returns the bytes that this process has read and written, and what its computing counts for.
+
+    It is None where the system does not say what was read and written.
+    """
     try:
         counters = psutil.Process().io_counters()
     except (AttributeError, psutil.Error, OSError):
         return None
     # What is read through a mapping is in `read_bytes` alone, what is cached in `read_chars` alone.
     names = ("read_bytes", "write_bytes", "read_chars", "write_chars")
-    return sum(getattr(counters, name, 0) for name in names)
+    computed = int(time.process_time() * _BYTES_A_SECOND)
+    return sum(getattr(counters, name, 0) for name in names) + computed

@@ -414,8 +414,7 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: 
             service.until(lambda: service.count("running") > 0)
             killed.set()
             first.kill()
-            service.until(lambda: service.count("replicas") == 1, WHOLE_WITHIN)
-            service.until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
+            service.whole_without(first)
         finally:
             stop.set()
         for done in clients:
@@ -430,7 +429,7 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_can_be_sent_again(
     service: Any, says: Says
 ) -> None:
     text = says("lora", 200)
-    hung, other = service.replicas("engine")
+    hung, other = service.until(lambda: len(e := service.replicas("engine")) == 2 and e)
     answers: list[httpx.Response] = []
     stop = threading.Event()
 
@@ -455,7 +454,7 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_can_be_sent_again(
             continue
         assert response.status_code in (429, 503) and int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["message"]
-    service.until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
+    service.whole_without(hung)
     assert other.is_running() and other in service.replicas("engine")
     assert {service.answer("red@1") for _ in range(2 * ROWS)} == {("red@1", says("lora"))}
 
@@ -558,7 +557,7 @@ def test_streams_of_a_killed_engine_end_with_an_error_and_right_text(
         assert expected.startswith(text) and len(text) < len(expected)
         assert "again" in error["message"] and error["type"] == "server_error"
     assert [text for text, error in ends if error is None] == [expected] * (len(ends) - len(broken))
-    service.until(lambda: service.count("replicas") == 2, WHOLE_WITHIN)
+    service.whole_without(first)
 
 
 @pytest.mark.long

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,23 @@ def test_bytes_that_a_process_moves_are_counted(tmp_path: Path) -> None:
     (tmp_path / "part").write_bytes(b"\0" * 2**20)
     after = heartbeat._moved()
     assert before is not None and after is not None and after - before >= 2**20
+
+
+def test_what_computes_without_reading_gets_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenising much data takes hours of one call, in which nothing is read or written."""
+    spent = [0.0]
+    monkeypatch.setattr(heartbeat.time, "process_time", lambda: spent[0])
+    counters = types.SimpleNamespace(read_bytes=0, write_bytes=0, read_chars=0, write_chars=0)
+    monkeypatch.setattr(heartbeat.psutil.Process, "io_counters", lambda _: counters, raising=False)
+
+    def computes(share: float) -> Callable[[], None]:
+        return lambda: spent.__setitem__(0, spent[0] + share * heartbeat._TICK_SECONDS)
+
+    beat("reading and tokenising the data", bulk=True)
+    assert watch(30 * 60.0, *[computes(0.5)] * 1000) == []
+    # A process of Ray's that only waits computes for less than a hundredth of the time.
+    beat("reading and tokenising the data", bulk=True)
+    assert watch(30 * 60.0, *[computes(0.01)] * 1000)
 
 
 def test_a_thread_that_has_ended_is_nowhere() -> None:
