@@ -139,7 +139,9 @@ class Soak:
     """Resident MiB of all replicas, every five seconds."""
 
     def __post_init__(self) -> None:
-        self._spare = iter(self.made)
+        first, spare = self.made[: NAMES * VERSIONS], self.made[NAMES * VERSIONS :]
+        # A spare one comes back long after the version that had it was removed.
+        self._next = itertools.chain(first, itertools.cycle(spare))
         self._lock = threading.Lock()
         for number in range(NAMES):
             for _ in range(VERSIONS):
@@ -175,7 +177,7 @@ class Soak:
         print_figure("soak", "memory_growth", growth, "MiB", 64.0, most=True)
 
     def _publish(self, name: str, alias: str | None = None) -> int:
-        path, text = next(self._spare)
+        path, text = next(self._next)
         version = max(self.registry.versions(name), default=0) + 1
         self.says[f"{name}@{version}"] = text
         self.registry.publish(name, path, alias=alias)
@@ -231,10 +233,7 @@ class Soak:
     def _administer(self, url: str, stop: threading.Event) -> None:
         for number in itertools.cycle(range(NAMES)):
             name = f"a{number}"
-            try:
-                version = self._publish(name)
-            except StopIteration:  # no adapter is left that nobody has seen
-                return
+            version = self._publish(name)
             steps = (
                 lambda: self.registry.promote(name, version),  # noqa: B023
                 lambda: self.registry.rollback(name),  # noqa: B023
