@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.config import load_serve_config
 from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.serving import follower
 from rayfin.serving.engine.request import (
     AdapterSource,
     Chunk,
@@ -167,3 +170,29 @@ def test_the_last_piece_does_not_wait() -> None:
 def test_prompts_that_no_replica_takes_are_refused_at_once(prompt: tuple[int, ...]) -> None:
     with pytest.raises(RequestError):
         check_prompt(Request("bad", prompt, SamplingParams()), max_length=16, vocabulary=260)
+
+
+def test_a_registry_that_stalls_keeps_no_dead_callers_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    entered, leave, cancelled = threading.Event(), threading.Event(), threading.Event()
+
+    def stalls(name: str) -> tuple[int, ...]:
+        entered.set()
+        leave.wait(20.0)
+        return (1,)
+
+    monkeypatch.setattr(follower, "_PERIOD", 0.01)
+    monkeypatch.setattr(follower, "list_named_actors", lambda **_: [])
+    engine: Any = SimpleNamespace(cancel=lambda _: cancelled.set())
+    catalog: Any = SimpleNamespace(versions=stalls)
+    one = follower.Follower(engine, catalog)
+    one.know(AdapterSource("red@1", Path("red")))
+    assert entered.wait(20.0)
+    one.begun(asked("orphan", 4), "a caller that has died")
+    try:
+        assert cancelled.wait(10.0)
+        one.close()
+        assert not leave.is_set() and not one._thread.is_alive()
+    finally:
+        leave.set()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import threading
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from ray.util import list_named_actors
 
 from rayfin.adapters import AdapterRef, Catalog
 from rayfin.errors import AdapterError, StorageError
+from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource, Request
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PERIOD = 1.0
+_CLOSING_SECONDS = 5.0
+_READ_SECONDS = 10.0
+"""Time for a look at the registry; a disk that takes longer is as good as away."""
 
 
 class Follower:
@@ -27,6 +32,8 @@ class Follower:
     def __init__(self, engine: Engine | VllmEngine, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
         self._away = False
+        self._reads = BoundedCalls("follower", threads=1, seconds=_READ_SECONDS, most_stuck=4)
+        self._reading: Future[None] | None = None
         self._known: set[str] = set()
         self._callers: dict[str, str] = {}
         """Request id -> name of the actor that asked."""
@@ -52,18 +59,28 @@ class Follower:
             self._callers.pop(request.request_id, None)
 
     def close(self) -> None:
+        """Ends the looks; waits only a moment for one that hangs on Ray's head."""
         self._stop.set()
-        self._thread.join()
+        self._reads.close()
+        self._thread.join(_CLOSING_SECONDS)
 
     def look(self) -> None:
-        """One look; raises nothing for a registry that can't be read now."""
+        """Looks at the callers, and begins a look at the registry unless one goes on."""
         with self._lock:
-            known, callers = set(self._known), dict(self._callers)
+            callers = dict(self._callers)
         if callers:
             alive = {actor["name"] for actor in list_named_actors(all_namespaces=True)}
             for request_id, caller in callers.items():
                 if caller not in alive:  # it can't close its calls any more
                     self._engine.cancel(request_id)
+        if self._reading is None or self._reading.done():
+            # On another thread: a disk that stalls keeps no dead caller's request at work.
+            what = "the registry is being looked at"
+            self._reading = self._reads.submit(what, self._forget_removed)
+
+    def _forget_removed(self) -> None:
+        with self._lock:
+            known = set(self._known)
         for ref in known:
             if self._is_removed(ref):
                 self._engine.forget(ref)
