@@ -422,7 +422,7 @@ class Service:
         self._log.close()
 
 
-_GAUGES = {"rayfin_engine_waiting", "rayfin_engine_running", "rayfin_engine_host_bytes"}
+_GAUGES = {f"rayfin_engine_{name}" for name in ("waiting", "running", "host_bytes", "table_bytes")}
 
 
 def _title(process: psutil.Process) -> str:

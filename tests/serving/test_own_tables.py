@@ -65,6 +65,68 @@ def test_their_memory_is_counted(
     assert both.nbytes - plain.nbytes == 2 * 260 * 64 * 4
 
 
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_slots_hold_no_more_of_them_than_they_may(
+    lab: Any,
+    tiny: str,
+    adapters: dict[str, AdapterSource],
+    engines: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Room for two tables, though there are slots for all adapters."""
+    engine = engines(tiny, max_length=64, slots=4, max_rows=8)
+    slots, tables = engine._scheduler.slots, engine.model._tables
+    slots._most_table_bytes = 2 * 260 * 64 * 4
+    fill, held = tables.fill, []
+
+    def counted(*what: Any) -> None:
+        fill(*what)
+        held.append(tables.nbytes)
+
+    monkeypatch.setattr(tables, "fill", counted)
+    asked = [
+        (name, prompt, lab.ask(engine, prompt, adapters[name], lab.greedy(8)))
+        for prompt in PROMPTS * 2
+        for name in KINDS
+    ]
+    for name, prompt, answer in asked:
+        (expected,) = lab.peft_answers(tiny, adapters[name], [prompt], 8)
+        assert answer.wait().token_ids == expected, name
+    assert 0 < max(held) <= 2 * 260 * 64 * 4
+    assert engine.stats().table_bytes == tables.nbytes == slots.table_bytes
+    for name in KINDS:
+        engine.forget(adapters[name].ref)
+    lab.ask(engine, PROMPTS[0]).wait()
+    assert tables.nbytes == engine.stats().table_bytes == 0, "what was removed took memory"
+
+
+def test_an_adapter_that_has_more_than_slots_may_hold_is_refused(
+    tiny: str, adapters: dict[str, AdapterSource], engines: Any
+) -> None:
+    engine = engines(tiny, max_length=64, tables_mb=0)
+    with pytest.raises(AdapterError, match=r"embed_tokens take 0 MB.* raise engine.tables_mb$"):
+        engine.check(adapters["both"])
+    engine.check(adapters["plain"])
+
+
+def test_no_more_is_read_ahead_than_the_host_cache_may_hold(
+    lab: Any, tiny: str, adapters: dict[str, AdapterSource], engines: Any
+) -> None:
+    """What waits for a slot is held by its request."""
+    engine = engines(tiny, max_length=64, slots=1, host_cache_mb=0)
+    lab.ask(engine, PROMPTS[0], adapters["both"]).wait()
+    scheduler = engine._scheduler
+    scheduler.slots._held[adapters["both"].ref].pins += 1  # as a long answer would
+    first = lab.ask(engine, PROMPTS[0], adapters["head"])
+    lab.Service.until(lambda: engine.stats().host_loads == 2)
+    second = lab.ask(engine, PROMPTS[0], adapters["embeddings"])
+    lab.Service.until(lambda: len(scheduler.waiting) == 2 and scheduler.waiting[1].held_back)
+    assert scheduler.waiting[1].loading is None and engine.stats().host_loads == 2
+    scheduler.slots.release(adapters["both"].ref)
+    assert first.wait().token_ids and second.wait().token_ids
+
+
 def test_tables_of_a_resized_vocabulary_are_refused(
     adapters: dict[str, AdapterSource], tiny: str, engines: Any, tmp_path: Path
 ) -> None:

@@ -35,9 +35,12 @@ class EngineConfig(Section):
     """The largest rank of a low-rank adapter; memory of a slot grows with it."""
     host_cache_mb: int = Field(2048, ge=0)
     """Memory for adapters that wait outside the slots; vLLM counts adapters instead."""
+    tables_mb: int = Field(4096, ge=0)
+    """Memory for the output heads and embeddings that all adapters in the slots bring of their own
+    (modules_to_save); an adapter with more is refused. Of engine.type=transformers."""
     load_seconds: float = Field(60.0, gt=0)
-    """Time for an adapter to be read from its storage; then the requests that wait get 503. Of
-    engine.type=transformers; vLLM does not look at it."""
+    """Time that a request waits for adapters to be read from their storage, its own and those
+    before it; then it gets 503. Of engine.type=transformers; vLLM does not look at it."""
     step_seconds: float = Field(300.0, gt=0)
     """Time for one step of all rows; an engine that takes longer hangs, and is replaced. Of
     engine.type=transformers; vLLM does not look at it."""

@@ -11,7 +11,7 @@ from rayfin.models.facts import (
     skeleton,
     weight_names,
 )
-from rayfin.models.load import check_model, load_base, load_tokenizer
+from rayfin.models.load import check_model, dtype_on, load_base, load_tokenizer
 from rayfin.models.source import locate
 from rayfin.models.tiny import write_tiny
 
@@ -23,6 +23,7 @@ __all__ = [
     "base_of",
     "check_model",
     "describe_model",
+    "dtype_on",
     "hub_id",
     "identity",
     "import_bitsandbytes",

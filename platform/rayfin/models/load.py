@@ -85,7 +85,7 @@ def load_base(
     elif quantization_bit is not None:
         # Without a map, transformers sends quantised weights to a GPU if it finds one.
         options["device_map"] = {"": "cpu"}
-    dtype = _dtype(config, device)
+    dtype = dtype_on(config, device)
     if quantization_bit is not None:
         options["quantization_config"] = _quantization(quantization_bit, dtype, on_host)
     directory = model_directory(config)
@@ -136,7 +136,8 @@ def _gpu(index: int | None) -> int:
     return torch.cuda.current_device() if index is None else index
 
 
-def _dtype(config: ModelConfig, device: Device) -> torch.dtype:
+def dtype_on(config: ModelConfig, device: Device) -> torch.dtype:
+    """The type that the model computes in on a device."""
     import torch
 
     if config.dtype != "auto":

@@ -8,6 +8,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import islice
 from typing import Any
 
 from rayfin.errors import Unavailable
@@ -19,9 +20,11 @@ log = logging.getLogger(__name__)
 class BoundedCalls:
     """Runs calls on threads of its own, a few at a time; thread-safe.
 
-    One that takes longer than `seconds` is given up: its future raises Unavailable, and the next
-    one has its place. Python can't end the thread, which is left where it is stuck. When
-    `most_stuck` of them are, nothing is begun until one comes back, and `ailment` says so.
+    Whoever asks for one waits no longer than `seconds`, also where others are before it: then its
+    future raises Unavailable, and a call that has not begun is not made. One that runs for longer
+    than `seconds` is stuck: its place is given to the next. Python can't end its thread, which
+    stays where it is. When `most_stuck` of them are stuck, nothing is begun until one comes back,
+    and `ailment` says so.
     """
 
     def __init__(self, name: str, *, threads: int, seconds: float, most_stuck: int) -> None:
@@ -29,7 +32,10 @@ class BoundedCalls:
         self._most_stuck = most_stuck
         self._changed = threading.Condition()
         self._waiting: deque[_Call] = deque()
-        self._running: OrderedDict[_Call, None] = OrderedDict()  # in the order of their deadlines
+        self._awaited: OrderedDict[_Call, None] = OrderedDict()
+        """Calls whose futures are open, in the order in which they were asked for."""
+        self._running: OrderedDict[_Call, None] = OrderedDict()
+        """Those that have begun and are not stuck, in the order in which they began."""
         self._stuck: dict[_Call, None] = {}
         self._active = 0
         """Threads that take calls: those that are stuck do not."""
@@ -38,39 +44,46 @@ class BoundedCalls:
     def submit(
         self, what: str, call: Callable[[], Any], keep: Callable[[Any], None] = lambda _: None
     ) -> Future[Any]:
-        """`what` the call does, such as "adapter 'red@1' is read"; no other call says the same.
+        """`what` the call does, such as "adapter 'red@1' is being read", for whoever asks for it.
 
-        `keep` gets what came in time, before anybody who waits for it. Where a call that said the
-        same is stuck, or too many others are, the future fails at once.
+        `keep` gets what came before the call was taken for stuck, and before anybody who waits for
+        it. The future fails at once where a call that said the same is late, or too many are stuck.
         """
         call_ = _Call(what, call, keep)
         with self._changed:
-            stuck = next((each for each in self._stuck if each.what == what), None)
-            if stuck is not None:
-                why = f"{what}, and that has not ended for {stuck.seconds:.0f} s"
+            late = self._late(what)
+            if late is not None:
+                why = f"{what}, and that has not ended for {late.seconds:.0f} s; try again later"
             elif len(self._stuck) >= self._most_stuck:
-                why = f"{len(self._stuck)} reads of the storage hang"
+                why = self._storage_hangs(what)
             else:
                 self._waiting.append(call_)
+                self._awaited[call_] = None
                 self._begin()
                 return call_.future
-        call_.future.set_exception(Unavailable(f"{why}; try again later"))
+        call_.future.set_exception(Unavailable(why))
         return call_.future
 
     @property
     def ailment(self) -> str | None:
-        """What is stuck, where no more calls are begun; None where they are."""
+        """What is stuck, where no more calls are begun; None where they are.
+
+        For logs: it may name what is no business of a client.
+        """
         with self._changed:
             stuck = list(self._stuck)
         if len(stuck) < self._most_stuck:
             return None
         first = stuck[0]
         where = whereabouts(first.thread)
-        return f"{len(stuck)} reads hang, the first for {first.seconds:.0f} s in {where}"
+        return (
+            f"{len(stuck)} reads of the storage hang, the first for {first.seconds:.0f} s "
+            f"({first.what}), in {where}; mend the disk or network that it lies on"
+        )
 
     @property
     def stuck(self) -> int:
-        """Threads that are left where a call was given up."""
+        """Threads that are left where a call was taken for stuck."""
         return len(self._stuck)
 
     def close(self) -> None:
@@ -79,11 +92,25 @@ class BoundedCalls:
             self._closed = True
             waiting = list(self._waiting)
             self._waiting.clear()
+            for call in waiting:
+                self._awaited.pop(call, None)
             self._changed.notify_all()
         for call in waiting:
             call.future.cancel()
 
     # --- with the lock held -------------------------------------------------------------------
+
+    def _late(self, what: str) -> _Call | None:
+        """The call that said the same, runs, and is not waited for any more."""
+        running = (call for call in self._running if call not in self._awaited)
+        return next((call for call in (*self._stuck, *running) if call.what == what), None)
+
+    def _storage_hangs(self, what: str) -> str:
+        # What the others read may be none of the business of whoever asked for this.
+        return (
+            f"{what}, and that can't be begun: {len(self._stuck)} other reads of the server's "
+            "storage hang; the disk or network that it lies on has to be mended, then try again"
+        )
 
     def _begin(self) -> None:
         """Starts what is lacking: threads for calls that wait, and the one that watches them."""
@@ -102,8 +129,44 @@ class BoundedCalls:
                 self._running[call] = None
                 self._changed.notify_all()
                 return call
+            self._awaited.pop(call, None)
         self._active -= 1
         return None
+
+    def _left(self) -> float | None:
+        """Seconds until a call is late or stuck, not above 0 where one is; None without calls."""
+        since = [call.asked for call in islice(self._awaited, 1)]
+        since += [call.began for call in islice(self._running, 1)]
+        return min(since) + self._seconds - time.monotonic() if since else None
+
+    def _take_late(self) -> tuple[list[tuple[_Call, str]], _Call | None]:
+        """Some calls to give up by now, each with why, and one that is stuck from now on."""
+        before = time.monotonic() - self._seconds
+        given_up: list[tuple[_Call, str]] = []
+        asked, begun = next(iter(self._awaited), None), next(iter(self._running), None)
+        if asked is not None and asked.asked <= before:
+            del self._awaited[asked]
+            if asked not in self._running:
+                self._waiting.remove(asked)
+            given_up.append((asked, self._too_late(asked.what)))
+        if begun is None or begun.began > before:
+            return given_up, None
+        del self._running[begun]
+        self._stuck[begun] = None
+        self._active -= 1
+        are_too_many = len(self._stuck) >= self._most_stuck
+        for call in list(self._waiting):
+            if are_too_many or call.what == begun.what:  # that would hang, too
+                self._waiting.remove(call)
+                del self._awaited[call]
+                why = self._storage_hangs if are_too_many else self._too_late
+                given_up.append((call, why(call.what)))
+        if not are_too_many:
+            self._begin()
+        return given_up, begun
+
+    def _too_late(self, what: str) -> str:
+        return f"{what}, and that did not end in {self._seconds:g} s; try again later"
 
     # --- the threads --------------------------------------------------------------------------
 
@@ -119,51 +182,45 @@ class BoundedCalls:
             except BaseException as raised:  # noqa: BLE001  # for those who wait for it
                 error = raised
             with self._changed:
-                if call in self._stuck:  # given up, and its place taken
+                if call in self._stuck:  # its place was given to another
                     del self._stuck[call]
                     return
                 del self._running[call]
+                is_awaited = call in self._awaited
+                self._awaited.pop(call, None)
             if error is None:
                 call.keep(result)
-                call.future.set_result(result)
-            else:
+                if is_awaited:
+                    call.future.set_result(result)
+            elif is_awaited:
                 call.future.set_exception(error)
 
     def _watch(self) -> None:
         while True:
             with self._changed:
-                call = next(iter(self._running), None)
-                if call is None or (left := call.began + self._seconds - time.monotonic()) > 0:
-                    if self._closed and call is None:
-                        return
-                    self._changed.wait(None if call is None else left)
+                left = self._left()
+                if left is None and self._closed:
+                    return
+                if left is None or left > 0:
+                    self._changed.wait(left)
                     continue
-                del self._running[call]
-                self._stuck[call] = None
-                self._active -= 1
-                given_up = [call]
-                if len(self._stuck) < self._most_stuck:
-                    self._begin()
-                else:
-                    given_up += self._waiting
-                    self._waiting.clear()
-            log.warning(
-                "%s, and that has not ended in %g s: %s",
-                call.what,
-                self._seconds,
-                whereabouts(call.thread),
-            )
-            for each in given_up:
-                why = f"{each.what}, and that did not end in {self._seconds:g} s; try again later"
-                if each is call or each.future.set_running_or_notify_cancel():
-                    each.future.set_exception(Unavailable(why))
+                given_up, stuck = self._take_late()
+            if stuck is not None:
+                where = whereabouts(stuck.thread)
+                log.warning("%s, and that hangs for %.0f s: %s", stuck.what, stuck.seconds, where)
+            for call, why in given_up:
+                # One that runs was told so when it began; one that waited may have been cancelled.
+                if call.thread or call.future.set_running_or_notify_cancel():
+                    call.future.set_exception(Unavailable(why))
 
 
 class _Call:
     def __init__(self, what: str, run: Callable[[], Any], keep: Callable[[Any], None]) -> None:
         self.what, self.run, self.keep = what, run, keep
         self.future: Future[Any] = Future()
+        self.asked = time.monotonic()
         self.thread = 0
+        """Identifier of the thread that it runs on; 0 before it has begun."""
         self.began = 0.0
 
     @property

@@ -11,7 +11,16 @@ from rayfin.adapters.files import read_json
 from rayfin.adapters.metadata import claimed_base, trusted_metadata
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import AdapterError, ModelError
-from rayfin.models import BASE_IDENTITY, base_of, check_model, hub_id, load_tokenizer, skeleton
+from rayfin.hardware import describe_hardware
+from rayfin.models import (
+    BASE_IDENTITY,
+    base_of,
+    check_model,
+    dtype_on,
+    hub_id,
+    load_tokenizer,
+    skeleton,
+)
 from rayfin.serving.bases import here
 from rayfin.serving.engine.checks import BASE_IS_RIGHT
 from rayfin.serving.engine.request import AdapterSource
@@ -77,6 +86,8 @@ def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping
             BaseLayout.of(model, base),
             max_rank=engine.max_rank,
             max_virtual_tokens=min(MAX_VIRTUAL_TOKENS, engine.max_length - 2),
+            max_table_bytes=engine.tables_mb * 2**20,
+            itemsize=dtype_on(config.model, describe_hardware("auto").device).itemsize,
         )
         read_adapter(source, layout.unloaded(), told)
     Vocabulary(load_tokenizer(config.model).get_vocab()).check(source)

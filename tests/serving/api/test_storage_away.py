@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +18,18 @@ import pytest
 
 from rayfin.adapters import Registry
 from rayfin.adapters.served import ServedCatalog
-from rayfin.errors import StorageError
+from rayfin.errors import StorageError, Unavailable
 from rayfin.serving.api import service
+from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine import engine as engine_module
 from rayfin.serving.engine import store
+from rayfin.serving.engine.batch import Piece
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.follower import Follower
 
 PATIENCE = 60.0
-LOAD_SECONDS = 0.3
-LONG = 300
-"""Tokens that last longer than several adapters take to be read."""
+NEVER = 3600.0
+"""Seconds of a limit that passes only where a test says so."""
 
 
 class Disk:
@@ -55,6 +58,16 @@ class Disk:
             self._changed.notify_all()
 
 
+def time_is_over(calls: BoundedCalls, *names: str) -> None:
+    """Of the calls that are about `names`."""
+    with calls._changed:
+        for call in {*calls._awaited, *calls._running}:
+            if any(f"'{name}" in call.what for name in names):
+                call.asked -= 2 * NEVER
+                call.began -= 2 * NEVER
+        calls._changed.notify_all()
+
+
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
     disk = Disk()
@@ -74,7 +87,7 @@ def registry(tiny_adapters: dict[str, AdapterSource], tmp_path: Path) -> Registr
 
 @pytest.fixture
 def server(tools: Any, engines: Any, tiny: str, registry: Registry) -> Iterator[Any]:
-    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=LOAD_SECONDS)
+    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=NEVER)
     catalog: Any = ServedCatalog(registry.root)
     with tools.serving(engine, catalog, tools.ApiConfig()) as server:
         yield server
@@ -98,6 +111,7 @@ def test_reads_that_stall_are_given_up_and_others_go_on(server: Any, disk: Disk)
     with ThreadPoolExecutor(2) as pool:
         stuck = [pool.submit(server.complete, model=name) for name in ("red", "green")]
         disk.wait_for(lambda: len(disk.reads) == 2)
+        time_is_over(server.engine._host._calls, "red", "green")
         assert text(server.complete(model="other")) != text(server.complete())
         for name, asked in zip(("red", "green"), stuck, strict=True):
             refused(asked.result(), f"'{name}@1' is being read, and that did not end in")
@@ -115,13 +129,20 @@ def test_reads_that_stall_are_given_up_and_others_go_on(server: Any, disk: Disk)
 def test_an_engine_with_too_many_stuck_reads_is_to_be_replaced(
     engines: Any, tiny: str, disk: Disk, tmp_path: Path
 ) -> None:
-    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=LOAD_SECONDS)
-    sources = [AdapterSource(f"a{n}@1", tmp_path) for n in range(store._MOST_STUCK + 1)]
+    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=NEVER)
+    sources = [AdapterSource(f"a{n}@1", tmp_path) for n in range(store._MOST_STUCK)]
     disk.stalled |= {source.ref for source in sources}
-    with ThreadPoolExecutor(len(sources)) as pool:
-        for asked in [pool.submit(engine.check, source) for source in sources]:
-            assert "did not end" in str(asked.exception()) or "hang" in str(asked.exception())
-    assert re.match(r"1[67] reads hang, the first for \d+ s in .*read \(", engine.ailment or "")
+    with ThreadPoolExecutor(2) as pool:
+        for one, other in zip(sources[::2], sources[1::2], strict=True):
+            asked = [pool.submit(engine.check, source) for source in (one, other)]
+            disk.wait_for(lambda: {one.ref, other.ref} <= set(disk.reads))  # noqa: B023
+            assert engine.ailment is None
+            time_is_over(engine._host._calls, one.ref, other.ref)
+            assert all("did not end" in str(each.exception()) for each in asked)
+    ailing = r"16 reads of the storage hang, the first for \d+ s \(.*'a0@1'.*\), in .*read \("
+    assert re.match(ailing, engine.ailment or "")
+    with pytest.raises(Unavailable, match=r"^adapter 'next@1' .* 16 other reads .* try again$"):
+        engine.check(AdapterSource("next@1", tmp_path))
     disk.recover()
     wait_until(lambda: engine.ailment is None)
 
@@ -150,14 +171,12 @@ def test_a_step_that_does_not_end_is_a_reason_to_replace_the_engine(
 def test_a_client_that_leaves_during_a_cold_load_leaves_nothing_behind(
     server: Any, disk: Disk
 ) -> None:
-    server.engine._host._calls._seconds = PATIENCE
     disk.stalled.add("red@1")
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(
-            f"{server.url}/v1/completions",
-            json={"model": "red", "prompt": "hello", "max_tokens": 2},
-            timeout=1.0,
-        )
+    body = json.dumps({"model": "red", "prompt": "hello", "max_tokens": 2}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: here\r\ncontent-length: {len(body)}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(head.encode() + body)
+        disk.wait_for(lambda: disk.reads == ["red@1"])
     wait_until(lambda: server.engine.stats().waiting == 0)
     assert disk.reads == ["red@1"] and server.engine.stats().host_loads == 0
     disk.recover()
@@ -168,17 +187,26 @@ def test_a_client_that_leaves_during_a_cold_load_leaves_nothing_behind(
     assert not any(slot.pins for slot in server.engine._scheduler.slots._held.values())
 
 
-def test_what_leaves_the_host_cache_goes_on_generating(server: Any, disk: Disk) -> None:
-    alone = text(server.complete(model="red", max_tokens=LONG, ignore_eos=True))
-    host = server.engine._host
+def test_what_leaves_the_host_cache_goes_on_generating(
+    server: Any, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = text(server.complete(model="red", max_tokens=40, ignore_eos=True))
+    host, scheduler = server.engine._host, server.engine._scheduler
+    schedule, go_on = scheduler._schedule, threading.Event()
+
+    def without_red() -> list[Piece]:
+        """A row that has more than begun waits, as if it had a thousand tokens to go."""
+        return [p for p in schedule() if go_on.is_set() or p.start < 20]
+
+    monkeypatch.setattr(scheduler, "_schedule", without_red)
     host._limit = max(adapter.nbytes for adapter in host._held.values())  # room for one
     with ThreadPoolExecutor(1) as pool:
-        before = server.engine.stats().generated_tokens
-        asked = pool.submit(server.complete, model="red", max_tokens=LONG, ignore_eos=True)
-        wait_until(lambda: server.engine.stats().generated_tokens > before)
+        asked = pool.submit(server.complete, model="red", max_tokens=40, ignore_eos=True)
+        wait_until(lambda: any(s.computed >= 20 for s in scheduler.running))
         for name in ("green", "blue"):
             text(server.complete(model=name))
         assert not asked.done() and "red@1" not in host._held, "it was not evicted meanwhile"
+        go_on.set()
         assert text(asked.result()) == alone
     assert host.bytes == sum(adapter.nbytes for adapter in host._held.values()) <= host._limit
 
@@ -262,20 +290,32 @@ class Forgetful:
 def test_looks_at_a_registry_that_stalls_are_given_up(
     tools: Any, engines: Any, tiny: str, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave = threading.Event()
-    versions = ServedCatalog.versions
+    entered, leave = threading.Event(), threading.Event()
+    versions, pools = ServedCatalog.versions, {}
 
     def stalls(self: ServedCatalog, name: str) -> tuple[int, ...]:
         if name == "red":
+            entered.set()
             leave.wait(PATIENCE)
         return versions(self, name)
 
+    def made(name: str, **settings: Any) -> BoundedCalls:
+        pools[name] = BoundedCalls(name, **settings)
+        return pools[name]
+
     monkeypatch.setattr(ServedCatalog, "versions", stalls)
-    monkeypatch.setattr(service, "_LOOK_SECONDS", LOAD_SECONDS)
+    monkeypatch.setattr(service, "BoundedCalls", made)
+    monkeypatch.setattr(service, "_LOOK_SECONDS", NEVER)
     engine = engines(tiny, max_rows=4, max_length=512)
     catalog: Any = ServedCatalog(registry.root)
-    with tools.serving(engine, catalog, tools.ApiConfig()) as server:
-        refused(server.complete(model="red"), "did not end")
+    with (
+        tools.serving(engine, catalog, tools.ApiConfig()) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asked = pool.submit(server.complete, model="red")
+        assert entered.wait(PATIENCE)
+        time_is_over(pools["registry"], "red")
+        refused(asked.result(), "did not end")
         text(server.complete(model="other"))
         leave.set()
 

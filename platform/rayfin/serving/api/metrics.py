@@ -18,7 +18,7 @@ from rayfin.serving.api.record import Record
 OTHER = "other"
 """The label of adapters that have none of their own, and of names that aren't adapters."""
 
-GAUGES = ("waiting", "running", "host_bytes", "replicas")
+GAUGES = ("waiting", "running", "host_bytes", "table_bytes", "replicas")
 """The engine's figures that are about now; all others count from the start."""
 
 _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

@@ -46,6 +46,8 @@ class EngineStats:
     slot_evictions: int
     host_loads: int
     host_bytes: int
+    table_bytes: int
+    """Of the output heads and embeddings that adapters in slots bring of their own."""
 
 
 class Engine:
@@ -74,6 +76,8 @@ class Engine:
             BaseLayout.of(base, base_of(model)),
             max_rank=config.max_rank,
             max_virtual_tokens=self.max_length - 2,
+            max_table_bytes=config.tables_mb * 2**20,
+            itemsize=self.model.dtype.itemsize,
         )
         self._changed = threading.Condition()
         self._host = HostCache(
@@ -182,6 +186,7 @@ class Engine:
                 slot_evictions=slots.evictions,
                 host_loads=self._host.loads,
                 host_bytes=self._host.bytes,
+                table_bytes=slots.table_bytes,
             )
 
     def read(self, source: AdapterSource) -> HostAdapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,6 +42,9 @@ class BaseLayout:
     """The largest that the engine's slots hold."""
     max_virtual_tokens: int = MAX_VIRTUAL_TOKENS
     """The most that leave room for a prompt."""
+    max_table_bytes: float = math.inf
+    """The most that an adapter's own output head and embeddings may take, in `itemsize` a value."""
+    itemsize: int = 4
 
     @classmethod
     def of(cls, model: Any, base: Base) -> BaseLayout:

@@ -89,7 +89,7 @@ class BatchedModel:
     @torch.inference_mode()
     def fill(self, slot: int, adapter: HostAdapter) -> None:
         """Copies an adapter into a slot, over whatever was there."""
-        self._forget(slot)
+        self.forget(slot)
         try:
             for name, linear in self.linears.items():
                 linear.fill(slot, adapter, name)
@@ -108,14 +108,19 @@ class BatchedModel:
     def clear(self, slot: int) -> None:
         for linear in self.linears.values():
             linear.clear(slot)
-        self._forget(slot)
+        self.forget(slot)
 
-    def _forget(self, slot: int) -> None:
+    def forget(self, slot: int) -> None:
+        """Lets go of what is there for this slot alone; it is not to be used until it is filled."""
         self._prompts.pop(slot, None)
         self._prefixes.pop(slot, None)
         self._ranks.pop(slot, None)
         self._tables.forget(slot)
         self._scaled.discard(slot)
+
+    def table_bytes(self, adapter: HostAdapter) -> int:
+        """What the adapter's own output head and embeddings take while it is in a slot."""
+        return int(self.dtype.itemsize) * sum(table.numel() for table in adapter.tables.values())
 
     @torch.inference_mode()
     def begin_row(self, row: int, slot: int) -> None:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from concurrent.futures import Future
 
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError, ContextLengthError, EngineFailed, RayfinError
+from rayfin.errors import (
+    AdapterError,
+    ContextLengthError,
+    EngineFailed,
+    RayfinError,
+    Unavailable,
+)
 from rayfin.serving.engine.adapter import HostAdapter
 from rayfin.serving.engine.batch import Piece
 from rayfin.serving.engine.model import BatchedModel
-from rayfin.serving.engine.request import FinishReason, TokenLogprob
+from rayfin.serving.engine.request import AdapterSource, FinishReason, TokenLogprob
 from rayfin.serving.engine.sampler import INVALID, sample
 from rayfin.serving.engine.sequence import Sequence
 from rayfin.serving.engine.store import HostCache, Slots
@@ -21,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # A request that waits for a slot lets so many others pass before they wait behind it.
 _PATIENCE = 32
+# Adapters that are being read for requests at a time: what they take is not known before.
+_READING = 4
 
 
 class Scheduler:
@@ -41,7 +50,7 @@ class Scheduler:
         """`ends`: the base's tokens that end an answer."""
         self._model, self._host, self._config, self._ends = model, host, config, ends
         self._changed = changed
-        self.slots = Slots(config.slots, model.fill)
+        self.slots = Slots(config.slots, model, config.tables_mb * 2**20)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.known: set[str] = set()
@@ -96,11 +105,12 @@ class Scheduler:
         """
         with self._changed:
             waiting = list(self.waiting)
-        for sequence in waiting:
-            if not self._free_rows:
-                break
-            if not self._acquired(sequence):
-                if sequence.passed_over >= _PATIENCE:
+        for place, sequence in enumerate(waiting):
+            is_full = not self._free_rows
+            if is_full or not self._acquired(sequence):
+                if is_full or sequence.passed_over >= _PATIENCE:
+                    for other in waiting[place:]:
+                        other.wait_for_others()
                     break
                 continue
             with self._changed:
@@ -130,19 +140,14 @@ class Scheduler:
         if source is not None:
             adapter: HostAdapter | None = None
             if not self.slots.holds(source.ref):
-                if sequence.loading is None:
-                    sequence.held_back = self._is_ahead(sequence)
-                    if sequence.held_back:
-                        return False
-                    sequence.loading = self._host.load(source)
-                if not sequence.loading.done():
-                    return False
                 try:
-                    adapter = sequence.loading.result()
+                    adapter = self._loaded(sequence, source)
                 except RayfinError as error:
                     self._end_waiting(sequence, "error", error)
                     return False
-            sequence.blocked = not self.slots.may_acquire(source.ref)
+                if adapter is None:
+                    return False
+            sequence.blocked = not self.slots.may_acquire(source.ref, adapter)
             if sequence.blocked:
                 return False
             try:
@@ -174,17 +179,50 @@ class Scheduler:
         self.prompt_tokens += len(sequence.request.prompt_ids)
         return True
 
-    def _is_ahead(self, sequence: Sequence) -> bool:
-        """Whether enough is loaded already for those before it: what waits outside the host
-        cache is held by its request, and a long queue must not hold a hundred adapters."""
+    def _loaded(self, sequence: Sequence, source: AdapterSource) -> HostAdapter | None:
+        """The sequence's adapter, None until it has been read; raises what reading it raises.
+
+        Raises Unavailable where the sequence has waited for reads, its adapter's or those before
+        it, for engine.load_seconds.
+        """
+        if sequence.loading is None:
+            before = self._loads_before(source)
+            sequence.held_back = self._is_enough(before)
+            if not sequence.held_back:
+                sequence.loading = self._host.load(source)
+            elif all(load.done() for load in before):
+                sequence.wait_for_others()  # they have been read, and wait for slots
+                return None
+        if sequence.loading is not None and sequence.loading.done():
+            return sequence.loading.result()
+        seconds = self._config.load_seconds
+        if sequence.wait_for_reads() >= seconds:
+            raise Unavailable(
+                f"adapter '{source.ref}' is being read, or others before it are, and that did not "
+                f"end in {seconds:g} s; try again later"
+            )
+        return None
+
+    def _loads_before(self, source: AdapterSource) -> list[Future[HostAdapter]]:
+        """One for each adapter that others wait with; none where the adapter is among them."""
         with self._changed:
             held = {
-                other.request.adapter.ref
+                other.request.adapter.ref: other.loading
                 for other in self.waiting
                 if other.loading is not None and other.request.adapter is not None
             }
-        source = sequence.request.adapter
-        return source is not None and source.ref not in held and len(held) > self._config.slots
+        return [] if source.ref in held else list(held.values())
+
+    def _is_enough(self, loads: Collection[Future[HostAdapter]]) -> bool:
+        """Whether to read no more: what waits outside the host cache is held by its request, and
+        a long queue must not hold a hundred adapters, nor a few large ones."""
+        done = [load for load in loads if load.done()]
+        read = [load.result() for load in done if load.exception() is None]
+        return (
+            len(loads) > self._config.slots
+            or len(loads) - len(done) >= _READING
+            or sum(adapter.nbytes for adapter in read) > self._config.host_cache_mb * 2**20
+        )
 
     # --- a step -----------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -39,9 +40,23 @@ class Sequence:
         self.loading: Future[HostAdapter] | None = None
         self.held_back = False
         """Its adapter is not to be read yet: enough is, for those before it."""
+        self._read_wait = 0.0
+        self._reads_since: float | None = None
         self.blocked = False
         """Waits for a slot, and not for its adapter."""
         self.passed_over = 0
+
+    def wait_for_reads(self) -> float:
+        """Seconds that it has waited for adapters to be read, from each call to the next."""
+        now = time.monotonic()
+        if self._reads_since is not None:
+            self._read_wait += now - self._reads_since
+        self._reads_since = now
+        return self._read_wait
+
+    def wait_for_others(self) -> None:
+        """Now it waits for a row or a slot, and for no disk."""
+        self._reads_since = None
 
     def begin(self, row: int, slot: int, embedded: int, virtual: int, max_length: int) -> None:
         """`virtual` tokens come first: `embedded` of them computed, the others in the cache."""

@@ -17,6 +17,7 @@ from rayfin.serving.engine.request import AdapterSource
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.adapter import HostAdapter
+    from rayfin.serving.engine.model import BatchedModel
 
 _LOADERS = 2
 _MOST_STUCK = 16
@@ -28,8 +29,9 @@ _AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT,
 class HostCache:
     """Adapters in host memory, read from disk by threads of its own; thread-safe.
 
-    The least recently used leave when there are more than `limit_bytes`. A load that fails or
-    that nobody wants any more leaves nothing behind, and the next one tries anew.
+    The least recently used leave when there are more than `limit_bytes`. A load that fails leaves
+    nothing behind, and the next one tries anew; what comes too late for those who asked is kept for
+    those who ask again.
     """
 
     def __init__(
@@ -39,15 +41,15 @@ class HostCache:
         on_ready: Callable[[], None],
         load_seconds: float,
     ) -> None:
-        """`on_ready` is called, on any thread, whenever a load has ended, or was given up after
-        `load_seconds`.
+        """`on_ready` is called, on any thread, whenever a load has ended, or was given up
+        `load_seconds` after it was asked for.
         """
         self._read, self._limit, self._on_ready = read, limit_bytes, on_ready
         self._lock = threading.Lock()
         self._held: OrderedDict[str, HostAdapter] = OrderedDict()
         self._loading: dict[str, Future[HostAdapter]] = {}
         self._gone: set[str] = set()
-        """Versions that were removed while they are read."""
+        """Versions that were removed while they were read; no other ever has their numbers."""
         self._calls = BoundedCalls(
             "adapter-load", threads=_LOADERS, seconds=load_seconds, most_stuck=_MOST_STUCK
         )
@@ -67,6 +69,7 @@ class HostCache:
                 return done
             if (running := self._loading.get(source.ref)) is not None:
                 return running
+            self._gone.discard(source.ref)
             future = self._calls.submit(
                 f"adapter '{source.ref}' is being read",
                 partial(self._load, source),
@@ -126,7 +129,6 @@ class HostCache:
     def _ended(self, ref: str) -> None:
         with self._lock:
             self._loading.pop(ref, None)
-            self._gone.discard(ref)
         self._on_ready()
 
 
@@ -134,20 +136,24 @@ class HostCache:
 class _Slot:
     index: int
     nbytes: int
+    table_bytes: int
     pins: int = 0
 
 
 class Slots:
     """Which adapter is in which slot, and how many rows use it; one thread's only.
 
-    A slot is taken from the least recently used adapter that no row uses.
+    A slot is taken from the least recently used adapter that no row uses. Output heads and
+    embeddings of the adapters' own are beside the slots, in `most_table_bytes` at most: for one
+    that brings some, others that do so leave.
     """
 
-    def __init__(self, count: int, fill: Callable[[int, HostAdapter], None]) -> None:
-        self._fill = fill
+    def __init__(self, count: int, model: BatchedModel, most_table_bytes: int) -> None:
+        self._model, self._most_table_bytes = model, most_table_bytes
         self._free = list(range(count, 0, -1))
         self._held: OrderedDict[str, _Slot] = OrderedDict()
         self.hits = self.fills = self.evictions = 0
+        self.table_bytes = 0
         self.resident: dict[str, int] = {}
         """Adapters in slots, the most recently used first, and their bytes; never changed, only
         replaced: any thread may look."""
@@ -155,9 +161,17 @@ class Slots:
     def holds(self, ref: str) -> bool:
         return ref in self._held
 
-    def may_acquire(self, ref: str) -> bool:
-        """Whether `acquire` would find a slot."""
-        return ref in self._held or bool(self._free) or any(not s.pins for s in self._held.values())
+    def may_acquire(self, ref: str, adapter: HostAdapter | None) -> bool:
+        """Whether `acquire` would find a slot, and room."""
+        if ref in self._held:
+            return True
+        assert adapter is not None
+        pinned = [slot for slot in self._held.values() if slot.pins]
+        if not self._free and len(pinned) == len(self._held):
+            return False
+        need = self._model.table_bytes(adapter)
+        pinned_bytes = sum(slot.table_bytes for slot in pinned)
+        return not need or need + pinned_bytes <= self._most_table_bytes
 
     def acquire(self, ref: str, adapter: HostAdapter | None) -> int:
         """The slot that holds the adapter, pinned until `release`; `may_acquire` must hold.
@@ -166,9 +180,14 @@ class Slots:
         """
         if (slot := self._held.get(ref)) is None:
             assert adapter is not None
-            slot = _Slot(self._take(), adapter.nbytes)
+            need = self._model.table_bytes(adapter)
+            while need and self.table_bytes + need > self._most_table_bytes:
+                self._evict(with_tables=True)
+            if not self._free:
+                self._evict()
+            slot = _Slot(self._free.pop(), adapter.nbytes, need)
             try:
-                self._fill(slot.index, adapter)
+                self._model.fill(slot.index, adapter)
             except BaseException:
                 # Whoever had the slot before is gone from it all the same.
                 self._free.append(slot.index)
@@ -176,6 +195,7 @@ class Slots:
                 raise
             self.fills += 1
             self._held[ref] = slot
+            self.table_bytes += need
         else:
             self.hits += 1
         self._held.move_to_end(ref)
@@ -192,17 +212,26 @@ class Slots:
         if slot is not None and slot.pins:
             return False
         if slot is not None:
-            del self._held[ref]
+            self._empty(ref)
             self._tell()
-            self._free.append(slot.index)
         return True
 
     def _tell(self) -> None:
         self.resident = {ref: slot.nbytes for ref, slot in reversed(self._held.items())}
 
-    def _take(self) -> int:
-        if self._free:
-            return self._free.pop()
-        ref = next(ref for ref, slot in self._held.items() if not slot.pins)
+    def _evict(self, *, with_tables: bool = False) -> None:
+        """Frees the slot of the least recently used adapter that no row uses."""
+        left = (
+            ref
+            for ref, slot in self._held.items()
+            if not slot.pins and (slot.table_bytes or not with_tables)
+        )
+        self._empty(next(left))
         self.evictions += 1
-        return self._held.pop(ref).index
+
+    def _empty(self, ref: str) -> None:
+        slot = self._held.pop(ref)
+        self.table_bytes -= slot.table_bytes
+        # Now: nobody may want this slot for long, and tables are what takes memory.
+        self._model.forget(slot.index)
+        self._free.append(slot.index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +18,8 @@ SETTING = "modules_to_save"
 def saved_tables(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, str]:
     """Module name -> tensor, of the tables in `modules_to_save`; their shapes are checked.
 
-    Raises AdapterError where it names any other module, or one whose tensor is missing.
+    Raises AdapterError where it names any other module, or one whose tensor is missing, and where
+    they take too much memory.
     """
     named = settings.values.get(SETTING)
     if named in (None, []):
@@ -40,6 +42,12 @@ def saved_tables(settings: Settings, weights: Weights, base: BaseLayout) -> dict
         )
     tensors = {module: f"{PREFIX}{module}.weight" for module in modules}
     weights.check({tensor: base.tables[module] for module, tensor in tensors.items()})
+    need = base.itemsize * sum(math.prod(base.tables[module]) for module in modules)
+    if need > base.max_table_bytes:
+        raise settings.error(
+            f"its own {' and '.join(modules)} take {need / 2**20:.0f} MB, and there is room for "
+            f"{base.max_table_bytes / 2**20:.0f}; raise engine.tables_mb"
+        )
     return tensors
 
 

@@ -1,0 +1,102 @@
+"""Calls that may hang: whoever asks is told in time, and the rest goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from rayfin.errors import Unavailable
+from rayfin.serving.bounded import BoundedCalls
+
+PATIENCE = 60.0
+NEVER = 3600.0
+SOON = 0.1
+
+
+@pytest.fixture
+def leave() -> Iterator[threading.Event]:
+    """Ends the calls that hang."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_call_behind_those_that_hang_is_given_up_from_when_it_was_asked_for(
+    leave: threading.Event,
+) -> None:
+    calls, begun = BoundedCalls("disk", threads=1, seconds=SOON, most_stuck=9), []
+    hangs = calls.submit("'a' is being read", lambda: leave.wait(PATIENCE))
+    behind = calls.submit("'b' is being read", lambda: begun.append("b"))
+    for future, name in ((hangs, "a"), (behind, "b")):
+        with pytest.raises(Unavailable, match=f"^'{name}' is being read, and that did not end in"):
+            future.result(PATIENCE)
+    assert not begun, "nobody waited for it any more"
+    wait_until(lambda: calls.stuck == 1)
+    assert calls.submit("'b' is being read", lambda: "red").result(PATIENCE) == "red"
+
+
+def test_what_comes_too_late_is_kept_for_the_next(leave: threading.Event) -> None:
+    calls, kept = BoundedCalls("disk", threads=1, seconds=NEVER, most_stuck=1), []
+    begun = threading.Event()
+
+    def slow() -> str:
+        begun.set()
+        leave.wait(PATIENCE)
+        return "red"
+
+    asked = calls.submit("'a' is being read", slow, kept.append)
+    assert begun.wait(PATIENCE)
+    with calls._changed:  # it has waited for its turn so long
+        next(iter(calls._awaited)).asked -= 2 * NEVER
+        calls._changed.notify_all()
+    with pytest.raises(Unavailable, match="did not end"):
+        asked.result(PATIENCE)
+    with pytest.raises(Unavailable, match="'a' is being read, and that has not ended for 0 s"):
+        calls.submit("'a' is being read", slow).result(PATIENCE)
+    assert calls.stuck == 0 and calls.ailment is None, "it has run for a moment only"
+    leave.set()
+    wait_until(lambda: kept)
+    assert kept == ["red"]
+    assert calls.submit("'a' is being read", lambda: "again").result(PATIENCE) == "again"
+
+
+def test_what_is_refused_while_too_many_hang_says_what_and_why(leave: threading.Event) -> None:
+    calls = BoundedCalls("disk", threads=1, seconds=SOON, most_stuck=2)
+    for number, name in enumerate("ab", start=1):
+        calls.submit(f"adapter '{name}@1' is being read", lambda: leave.wait(PATIENCE))
+        wait_until(lambda: calls.stuck == number)  # noqa: B023
+    with pytest.raises(Unavailable) as refused:
+        calls.submit("adapter 'c@1' is being read", lambda: None).result(PATIENCE)
+    assert str(refused.value) == (
+        "adapter 'c@1' is being read, and that can't be begun: 2 other reads of the server's "
+        "storage hang; the disk or network that it lies on has to be mended, then try again"
+    )
+    assert "'a@1'" in (calls.ailment or ""), "the log says which"
+    leave.set()
+    wait_until(lambda: calls.ailment is None)
+    assert calls.submit("adapter 'c@1' is being read", lambda: 3).result(PATIENCE) == 3
+
+
+def test_errors_and_cancelled_calls(leave: threading.Event) -> None:
+    calls = BoundedCalls("disk", threads=1, seconds=NEVER, most_stuck=1)
+    with pytest.raises(KeyError):
+        calls.submit("'a' is being read", lambda: {}["a"]).result(PATIENCE)
+    hangs = calls.submit("'a' is being read", lambda: leave.wait(PATIENCE))
+    behind = calls.submit("'b' is being read", lambda: None)
+    last = calls.submit("'c' is being read", lambda: None)
+    assert behind.cancel()
+    leave.set()
+    assert hangs.result(PATIENCE) is True and last.result(PATIENCE) is None
+    assert not calls._awaited and not calls._running
+    calls.close()
+
+
+def wait_until(true: Callable[[], Any]) -> None:
+    give_up = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < give_up, "it did not come about"
+        time.sleep(0.01)
