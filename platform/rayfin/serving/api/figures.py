@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 PERIOD = 10.0
 """Seconds between looks at what is to be written."""
+_CLOSING_SECONDS = 10.0
 
 REQUESTS = f"{SERVING}requests"
 """Requests that were answered whole."""
@@ -115,9 +116,12 @@ class Figures:
                 sums.nbytes = self._engine.resident().get(record.answered_by)
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes what is left; gives up after a while where the history hangs."""
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_CLOSING_SECONDS)
+        if self._thread.is_alive():
+            log.warning("the last serving figures can't be written: the history does not answer")
+            return
         if self._history is not None:
             self._history.close()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 from fastapi import APIRouter, Request
@@ -120,7 +119,6 @@ def open_routes(service: Service) -> APIRouter:
 def metrics_routes(service: Service) -> APIRouter:
     """Names every adapter: not for the keys of some."""
     router = APIRouter()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="metrics")
 
     @router.get(
         "/metrics",
@@ -139,15 +137,16 @@ def metrics_routes(service: Service) -> APIRouter:
                 "them all, as Authorization: Bearer KEY",
                 headers={"www-authenticate": "Bearer"},
             )
-        loop = asyncio.get_running_loop()
-        # A thread of its own: others may wait for a disk.
+        what = "the figures of all replicas are being collected"
         try:
-            text = await loop.run_in_executor(thread, service.metrics.text)
-        except Exception as error:  # whatever the deployment's store raises
+            text = await asyncio.wrap_future(service.figures_now.submit(what, service.metrics.text))
+        except Exception as error:  # whatever the deployment's store raises, or it takes too long
             log.warning("metrics can't be collected now: %s", error)
             raise ApiError(
                 503,
-                "the figures of all replicas can't be collected now; try again",
+                "the figures of all replicas can't be collected now: Ray's head does not answer; "
+                "try again",
+                code="unavailable",
                 headers={"retry-after": "5"},
             ) from error
         return Response(text, media_type=CONTENT_TYPE_LATEST)

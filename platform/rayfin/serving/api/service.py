@@ -27,6 +27,8 @@ from rayfin.serving.names import Named, Names
 
 _LOOK_SECONDS = 10.0
 """Time for a look at the registry; a disk that takes longer is as good as away."""
+_COLLECT_SECONDS = 3.0
+"""Time for the figures of all replicas; whoever scrapes them waits for 10 s by default."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Service:
     """Looks at the registry for requests."""
     checks: BoundedCalls
     """Looks at the registry for /health, which wait behind no request's."""
+    figures_now: BoundedCalls
+    """Collects the figures for /metrics, from Ray's head where there is one."""
 
     @classmethod
     def of(
@@ -71,6 +75,7 @@ class Service:
             figures,
             looks,
             BoundedCalls("health", threads=2, seconds=_LOOK_SECONDS, most_stuck=8),
+            BoundedCalls("metrics", threads=1, seconds=_COLLECT_SECONDS, most_stuck=4),
         )
 
     def close(self) -> None:
@@ -82,6 +87,7 @@ class Service:
         self.templates.close()
         self.looks.close()
         self.checks.close()
+        self.figures_now.close()
 
     def count(self, record: Record) -> None:
         """Takes down a request for completions that has ended."""
