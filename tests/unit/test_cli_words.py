@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import argcomplete
 import pytest
 
-from rayfin.cli import completion, main
+from rayfin.cli import build_parser, completion, main
 from rayfin.cli.parser import Parser
 from rayfin.history import History
 
@@ -47,6 +49,38 @@ def test_a_slip_is_told_what_was_meant(words: str, capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert SLIPS[words] in err
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """`parser`, and those of all its verbs and of theirs."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb in action.choices.values():
+                yield from parsers(verb)
+
+
+VERBS = {parser.prog: parser for parser in parsers(build_parser())}
+
+
+@pytest.mark.parametrize("prog", VERBS)
+def test_help_and_lists_of_settings_fit_a_terminal_of_80_columns(
+    prog: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = VERBS[prog].format_help()
+    if "--settings" in VERBS[prog]._option_string_actions:
+        with pytest.raises(SystemExit):
+            main([*prog.split()[1:], "--settings"])
+        settings = capsys.readouterr().out
+        assert len(settings.splitlines()) > 50
+        shown += settings
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+
+
+def test_the_help_of_serve_says_what_is_served_without_a_model_name() -> None:
+    told = " ".join(VERBS["rayfin serve"].format_help().split())
+    assert "Without model.name the base is the one that the registry's adapters name" in told
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ HELP = """\
   /use NAME         go on with NAME, NAME@VERSION, NAME@ALIAS or the base model
   /models           all names that answer here
   /system TEXT      a system message; without TEXT there is none
-  /set KEY=VALUE    temperature, top_p, max_tokens, seed, ...; without a value it is the default
+  /set KEY=VALUE    temperature, top_p, max_tokens, seed and others; without a
+                    value it is the default again
   /reset            forget the conversation
   /help  /quit      Ctrl-C stops an answer, Ctrl-D ends the chat"""
 
@@ -51,7 +52,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "chat",
         help=summary,
-        description=f"{summary.capitalize()}. Without --url the model runs in this process.",
+        description=f"{summary.capitalize()}.\nWithout --url the model runs in this process.",
     )
     add_settings(parser, ShowServeSettings)
     parser.add_argument(
@@ -137,7 +138,7 @@ class Chat:
     def _read(self) -> str | None:
         """The next line; None at the end of the input."""
         try:
-            line = input(f"{self._model}> " if self._interactive else "")
+            line = input(f"{printable(self._model)}> " if self._interactive else "")
             # Bytes that are no UTF-8 come as halves of characters, which no request can hold.
             return line.encode("utf-8", "replace").decode("utf-8")
         except EOFError:
@@ -162,7 +163,10 @@ class Chat:
         elif command == "/quit":
             return False
         elif command == "/use":
-            self._use(rest)
+            try:
+                self._use(rest)
+            except RayfinError as error:
+                raise RequestError(f"{error}; '{self._model}' goes on answering") from error
         elif command == "/models":
             print("\n".join(f"  {printable(name)}" for name in self._client.models()))
         elif command == "/system":

@@ -26,7 +26,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     listing = _verb(verbs, "list", "the newest trials, or all sweeps", list_trials)
     listing.add_argument("--sweep", metavar="ID", help="only this sweep's trials")
-    listing.add_argument("--status", choices=_STATUSES, help="only trials that ended so")
+    listing.add_argument(
+        "--status",
+        choices=_STATUSES,
+        metavar="STATUS",
+        help=f"only trials of this status: {', '.join(_STATUSES)}",
+    )
     listing.add_argument("--limit", type=_count, metavar="N", help="show N trials (20; 0 is all)")
     listing.add_argument("--sweeps", action="store_true", help="one line a sweep")
 

@@ -20,7 +20,14 @@ if TYPE_CHECKING:
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     summary = "answer over HTTP with any adapter of a registry, by name"
-    parser = subparsers.add_parser("serve", help=summary, description=f"{summary.capitalize()}.")
+    parser = subparsers.add_parser(
+        "serve",
+        help=summary,
+        description="Answer over HTTP with any adapter of a registry, and with their base model, "
+        "by name. Without model.name the base is the one that the registry's adapters name; where "
+        "they name several, say which. An empty registry has the default of model.name "
+        "(--settings).",
+    )
     add_settings(parser, ShowServeSettings)
     parser.add_argument("--address", help="a running Ray cluster (default: $RAY_ADDRESS, or local)")
     parser.add_argument("--json", action="store_true", help="print what is served as JSON")

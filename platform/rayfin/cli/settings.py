@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -22,7 +24,7 @@ _OF_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 class ShowSettings(argparse.Action):
-    """Prints the settings and ends the command, as --help does."""
+    """Prints the settings, as wide as --help is, and ends the command as that does."""
 
     kind: Kind = "experiment"
 
@@ -30,12 +32,13 @@ class ShowSettings(argparse.Action):
         return settings_lines()
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        print("\n".join(self.lines()))
+        width = shutil.get_terminal_size().columns - 2  # what argparse leaves of it
+        print("\n".join(_wrapped(line, width) for line in self.lines()))
         parser.exit()
 
 
 class ShowServeSettings(ShowSettings):
-    """The same of a deployment."""
+    """Prints the settings of a deployment."""
 
     kind: Kind = "deployment"
 
@@ -76,33 +79,37 @@ def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def settings_lines() -> Iterator[str]:
-    """Lines for people, a section at a time."""
+    """Yields the settings of an experiment as lines for people, a section at a time."""
     from rayfin.config import METHOD_CONFIGS, Config, PublishConfig
 
     for name, field in Config.model_fields.items():
         if name == "method":
-            yield "\nmethod.type = qlora"
+            yield from ("", "method.type = qlora")
             for kind, method in METHOD_CONFIGS.items():
-                yield f"  {kind:15}{' '.join((method.__doc__ or '').split())}"
+                yield f"  {kind:15}{_folded(method.__doc__)}"
             for kinds, model in _alike(METHOD_CONFIGS):
-                yield from _section("method", model, f"\nmethod, of type {', '.join(kinds)}")
+                yield from _section("method", model, f"method, of type {', '.join(kinds)}")
         elif name == "publish":
-            yield from _section(name, PublishConfig, f"\npublish = null  {field.description}")
-        elif field.description:
-            yield f"\n{name} = {_plain(field.default)}\n      {field.description}"
+            title = f"publish = null  {_folded(field.description)}"
+            yield from _section(name, PublishConfig, title)
         else:
-            yield from _section(name, type(field.default), f"\n{name}")
+            yield from _top(name, field)
 
 
 def serve_settings_lines() -> Iterator[str]:
-    """As `settings_lines`, of a deployment."""
+    """Yields the settings of a deployment as lines for people, a section at a time."""
     from rayfin.config import ServeConfig
 
     for name, field in ServeConfig.model_fields.items():
-        if field.description:
-            yield f"\n{name} = {_plain(field.default)}\n      {field.description}"
-        else:
-            yield from _section(name, type(field.default), f"\n{name}")
+        yield from _top(name, field)
+
+
+def _top(name: str, field: FieldInfo) -> Iterator[str]:
+    """Yields a section, or a setting that is in none."""
+    if field.description:
+        yield from ("", f"{name} = {_plain(field.default)}", f"      {_folded(field.description)}")
+    else:
+        yield from _section(name, type(field.default), name)
 
 
 def _alike(methods: Mapping[str, type[BaseModel]]) -> list[tuple[list[str], type[BaseModel]]]:
@@ -115,7 +122,7 @@ def _alike(methods: Mapping[str, type[BaseModel]]) -> list[tuple[list[str], type
 
 
 def _section(name: str, model: type[BaseModel], title: str) -> Iterator[str]:
-    yield title
+    yield from ("", title)
     for key, field in model.model_fields.items():
         if (name, key) != ("method", "type"):
             yield from _setting(f"{name}.{key}", field)
@@ -127,7 +134,7 @@ def _setting(key: str, field: FieldInfo) -> Iterator[str]:
     values = _values(field.annotation)
     yield f"  {key}{default}{f'  ({values})' if values else ''}"
     if field.description:
-        yield f"      {field.description}"
+        yield f"      {_folded(field.description)}"
 
 
 def _values(annotation: Any) -> str:
@@ -135,6 +142,24 @@ def _values(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(map(_plain, get_args(annotation)))
     return ""
+
+
+def _folded(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _wrapped(line: str, width: int) -> str:
+    """Breaks a line between words; what goes on is under the meaning that the line begins."""
+    start = re.match(r" *(\S+ {2,})?", line)
+    assert start is not None
+    lines = textwrap.wrap(
+        line,
+        width,
+        subsequent_indent=" " * max(6, len(start[0])),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return "\n".join(lines)
 
 
 def _plain(value: Any) -> str:

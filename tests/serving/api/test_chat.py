@@ -110,7 +110,8 @@ def test_a_system_message_and_a_new_start(server: Any, talk: Talk, says: Says) -
     ("line", "reason"),
     [
         ("/use suport", "did you mean 'support'?"),
-        ("/use", "/models"),
+        ("/use suport", "; 'tiny' goes on answering\n"),
+        ("/use", "/models lists them; 'tiny' goes on answering"),
         ("/use ../etc", "neither the base"),
         ("/set temperature=hot", "'hot' is no number"),
         ("/set max_tokens=1.5", "whole number"),
