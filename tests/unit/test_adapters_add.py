@@ -1,7 +1,9 @@
 """`rayfin adapters add`: an adapter from elsewhere is checked, copied and published, or isn't."""
 
+import io
 import json
 import os
+import shlex
 import shutil
 import stat
 import struct
@@ -95,6 +97,29 @@ def test_a_directory_is_copied_whole_and_published(place: Place) -> None:
     place.add(version.path, "--json")
     again = place.registry.resolve("support@2")
     assert again.metadata["base_identity"] == version.metadata["base_identity"]
+
+
+def test_the_command_that_it_prints_talks_to_the_adapter(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the engine's defaults would refuse its rank, or the length of its base."""
+    base = place.root / "its base"
+    shutil.copytree(locate(ModelConfig(name="tiny")), base)
+    sizes = json.loads((base / "config.json").read_text()) | {"max_position_embeddings": 256}
+    (base / "config.json").write_text(json.dumps(sizes))
+    settings = peft.LoraConfig(r=65, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load_base(ModelConfig(name=str(base)), None, "cpu"), settings)
+    wide = place.root / "wide"
+    model.save_pretrained(str(wide), save_embedding_layers=False)
+    (place.root / "served.yaml").write_text(f"model: {{name: {str(base)!r}}}")
+    given = (f"{place.root}/served.yaml", "engine.max_rank=65", "api.admin_token=secret")
+    code, out, err = place.add(wide, *given, "--base-is-right")
+    assert code == 0, err
+    command = shlex.split(out.splitlines()[-1].removeprefix("Talk to it: "))
+    assert command[:2] == ["rayfin", "chat"] and "secret" not in out
+    monkeypatch.setattr("sys.stdin", io.StringIO("/set max_tokens=2\nhello\n"))
+    assert main([*command[1:], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "support@1"
 
 
 def test_a_zip_file_is_the_directory_in_it(place: Place) -> None:

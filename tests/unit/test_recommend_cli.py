@@ -15,6 +15,7 @@ from rayfin.cli import main
 from rayfin.config import load_config, load_serve_config
 from rayfin.history import History, TrialRecord
 from rayfin.methods import check_combination
+from rayfin.methods.layers import rank
 from rayfin.paths import Storage
 from rayfin.recommend import knowledge
 from rayfin.recommend.answer import Recommendation
@@ -350,7 +351,7 @@ def test_a_picture_that_can_not_be_written_is_one_clear_line(
     [
         (),
         ("method.type=full",),
-        ("method.type=adalora",),
+        ("method.type=adalora", "method.init_r=96", "method.target_r=64"),
         ("method.type=rslora", "method.r=600"),
         ("method.type=qlora", "method.quantization_bit=8"),
         ("method.type=p_tuning", "data.max_length=32"),
@@ -389,7 +390,7 @@ def test_the_scaffold_is_read_back(
     else:
         assert serve.model == train.model
     assert serve.engine.quantization_bit == train.method.quantization_bit
-    assert serve.engine.max_rank >= getattr(train.method, "r", 0)
+    assert serve.engine.max_rank >= rank(train.method)
     assert serve.storage == sweep.storage == train.storage
     notes = (folder / "README.md").read_text()
     assert "rayfin train train.yaml" in notes and answer["choices"][0]["method"] in notes

@@ -207,6 +207,12 @@ def test_the_next_step_follows_from_what_happened() -> None:
     row = trial().updated(spec=trial().spec | model)
     published = verdict([row], adapter="faq@3").next
     assert published.startswith("Next: `rayfin chat --use faq@3 'model.name=my model' storage=")
+    wide = row.updated(spec=model | {"method": {"type": "adalora", "init_r": 96, "target_r": 8}})
+    assert verdict([wide], adapter="faq@3").next.endswith(" engine.max_rank=96`.")
+    short = row.updated(scenario={"model": {"max_position_embeddings": 1024}})
+    assert verdict([short], adapter="faq@3").next.endswith(" engine.max_length=1024`.")
+    widest = row.updated(spec=model | {"method": {"type": "lora", "r": 2048}})
+    assert verdict([widest], adapter="faq@3").next.startswith("Next: `rayfin adapters show faq@3 ")
     full = row.updated(spec=model | {"method": {"type": "full"}})
     assert verdict([full], adapter="faq@3").next.startswith("Next: `rayfin adapters show faq@3 ")
     assert "--resume carries on" in verdict([trial()], adapter="faq@3", interrupted=True).next

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from rayfin.redaction import printable
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
+    from rayfin.config import ServeConfig
 
 _SHOWN = 6
 
@@ -81,7 +84,12 @@ def run(args: argparse.Namespace) -> int:
     if left:
         more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
         _tell(f"left out, as no part of an adapter: {', '.join(left[:_SHOWN])}{more}")
-    _print(version, config.storage, as_json=args.json)
+    if args.json:
+        print_json(version.as_dict(), indent=2)
+        return 0
+    _print(version)
+    if version.peft_type != "FULL":
+        print(printable(f"Talk to it: {_chat(version, config, args.settings)}"))
     return 0
 
 
@@ -89,13 +97,22 @@ def _tell(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
-def _print(version: AdapterVersion, storage: str, *, as_json: bool) -> None:
-    if as_json:
-        print_json(version.as_dict(), indent=2)
-        return
+def _print(version: AdapterVersion) -> None:
     aliases = ", ".join(version.aliases)
     print(printable(f"{version.ref} is published ({version.peft_type}; {aliases})"))
     print(printable(f"  base model  {version.base_model or version.path}"))
     print(printable(f"  path        {version.path}"))
-    if version.peft_type != "FULL":
-        print(printable(f"Talk to it: rayfin chat --use {version.name} storage={storage}"))
+
+
+def _chat(version: AdapterVersion, config: ServeConfig, given: Sequence[str]) -> str:
+    """Returns a command that talks to the adapter, by the settings with which it was checked."""
+    from rayfin.models import max_positions
+
+    file, settings = split_settings(given)
+    # The other sections are no business of a chat, and may hold secrets.
+    kept = [setting for setting in settings if setting.startswith(("model", "engine"))]
+    positions = max_positions(config.model)
+    if positions is not None and config.engine.max_length > positions:
+        kept.append(f"engine.max_length={positions}")
+    start = ["rayfin", "chat", *([str(file)] if file is not None else [])]
+    return shlex.join([*start, "--use", version.name, *kept, f"storage={config.storage}"])

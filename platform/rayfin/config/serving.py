@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from rayfin.config.method import Section
 from rayfin.config.schema import ModelConfig
 
+MAX_RANK = 1024
+"""The highest rank of an adapter that an engine serves."""
+
 _SQLITE = "sqlite:///"
 
 
@@ -31,7 +34,7 @@ class EngineConfig(Section):
     """Prompt tokens that one step takes in beside the decoding rows."""
     slots: int = Field(8, ge=1, le=1024)
     """Adapters ready to decode at the same time."""
-    max_rank: int = Field(64, ge=1, le=1024)
+    max_rank: int = Field(64, ge=1, le=MAX_RANK)
     """The largest rank of a low-rank adapter; memory of a slot grows with it."""
     host_cache_mb: int = Field(2048, ge=0)
     """Memory for adapters that wait outside the slots; vLLM counts adapters instead."""

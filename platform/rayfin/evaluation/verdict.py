@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rayfin.config import Config
+from rayfin.config.serving import MAX_RANK, EngineConfig
 from rayfin.evaluation.change import Change, change_of
 from rayfin.evaluation.chart_data import ordered
 from rayfin.evaluation.quantities import (
@@ -207,14 +208,25 @@ def _next(
 
 
 def _try(adapter: str, config: Config, best: TrialRecord) -> str:
-    """The command that talks to a published adapter, or shows one that is a whole model."""
+    """Returns the command that talks to a published adapter, with every setting that it takes.
+
+    What `rayfin chat` can't serve, a whole model or a rank above MAX_RANK, it shows instead.
+    """
     storage = f"storage={Storage.at(config.registry_storage).place}"
     method = METHODS.get(setting(best.spec, "method.type")[1])
-    if method is not None and method.changes_base:
+    ranks = (setting(best.spec, name)[1] for name in ("method.r", "method.init_r"))
+    rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
+    if (method is not None and method.changes_base) or rank > MAX_RANK:
         return shlex.join(["rayfin", "adapters", "show", adapter, storage])
     model = [
         f"model.{name}={value}"
         for name in ("name", "revision")
         if (value := setting(best.spec, f"model.{name}")[1]) is not None
     ]
-    return shlex.join(["rayfin", "chat", "--use", adapter, *model, storage])
+    # What the engine's defaults would refuse.
+    defaults = EngineConfig()
+    engine = [f"engine.max_rank={rank}"] if rank > defaults.max_rank else []
+    positions = setting(best.scenario, "model.max_position_embeddings")[1]
+    if isinstance(positions, int) and positions < defaults.max_length:
+        engine.append(f"engine.max_length={positions}")
+    return shlex.join(["rayfin", "chat", "--use", adapter, *model, storage, *engine])

@@ -127,7 +127,7 @@ def trained_parameters(method: MethodConfig, facts: ModelFacts) -> int:
 
 
 def rank(method: MethodConfig) -> int:
-    """Of the matrices when training begins; 0 where there are none."""
+    """Returns the rank of a method's update matrices as training begins; 0 where it has none."""
     rank: int = getattr(method, "init_r", getattr(method, "r", 0))
     return rank
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
-from rayfin.config import Config, ServeConfig, build_config, dump_yaml, saved
+from rayfin.config import Config, EngineConfig, ServeConfig, build_config, dump_yaml, saved
+from rayfin.config.serving import MAX_RANK
 from rayfin.errors import StorageError
 from rayfin.history.connect import without_password
+from rayfin.methods.layers import rank
 from rayfin.paths import Storage, write_text
 from rayfin.recommend.answer import Choice, Recommendation
 from rayfin.training import TrialSpec
@@ -18,8 +20,6 @@ from rayfin.training import TrialSpec
 TRIALS = 8
 _RATE_SPREAD = 5.0
 """The sweep goes this factor beyond the recommended learning rates to either side."""
-_MOST_RANK = 1024
-"""Of a served adapter (`EngineConfig.max_rank`)."""
 
 
 def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str, Path]:
@@ -98,7 +98,7 @@ def axes(base: Config, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             middle = getattr(base.method, leaf)
             values |= {max(1, middle // 2), middle * 2}
             # Virtual tokens are part of the sample's length.
-            most = base.data.max_length - 1 if leaf == "num_virtual_tokens" else _MOST_RANK
+            most = base.data.max_length - 1 if leaf == "num_virtual_tokens" else MAX_RANK
             parameters[f"method.{leaf}"] = sorted(v for v in values if v <= max(middle, most))
     return parameters
 
@@ -118,7 +118,7 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
 
 def _serve(base: Config, sweep: Config, name: str) -> str:
     longest = base.data.max_length
-    ranks = [getattr(base.method, "r", 0), *sweep.sweep.parameters.get("method.r", ())]
+    ranks = [rank(base.method), *sweep.sweep.parameters.get("method.r", ())]
     model = base.model.model_dump(mode="json")
     if base.method.type == "full":  # a model of its own, which lies there once it is trained
         model["name"] = str(_next_version(base, name))
@@ -128,7 +128,7 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
             "engine": {
                 "quantization_bit": base.method.quantization_bit,
                 "max_length": max(256, 2 * longest),
-                "max_rank": min(_MOST_RANK, max(64, *ranks)),
+                "max_rank": min(MAX_RANK, max(EngineConfig().max_rank, *ranks)),
             },
             "storage": base.registry_storage,
             "history": base.history,

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from rayfin.config.serving import MAX_RANK
 from rayfin.serving.engine.checks import OWN_BASE, check_base, check_low_rank, modules_of
 from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout
-from rayfin.serving.engine.limits import MAX_RANK
 from rayfin.serving.engine.peft_files import (
     CONFIG,
     Settings,

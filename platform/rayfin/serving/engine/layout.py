@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from rayfin.config.serving import MAX_RANK
 from rayfin.errors import AdapterError, ModelError
 from rayfin.models import Base
 from rayfin.serving.engine.int8 import Int8Linear
 from rayfin.serving.engine.layers import SlotLinear
-from rayfin.serving.engine.limits import MAX_RANK
 
 MAX_VIRTUAL_TOKENS = 4096
 

@@ -9,9 +9,6 @@ from rayfin.config.serving import EngineConfig
 from rayfin.errors import ConfigError
 from rayfin.models import max_positions
 
-MAX_RANK = 1024
-"""Of any adapter that is read."""
-
 
 def check_length(model: ModelConfig, engine: EngineConfig) -> None:
     """Raises ConfigError where sequences may get longer than the model's positions."""

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
+from rayfin.config.serving import MAX_RANK
 from rayfin.serving.engine import native
 from rayfin.serving.engine.batch import Group
-from rayfin.serving.engine.limits import MAX_RANK
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from rayfin.config.schema import ModelConfig
-from rayfin.config.serving import EngineConfig
+from rayfin.config.serving import MAX_RANK, EngineConfig
 from rayfin.errors import AdapterError, ConfigError, EngineFailed, ModelError, RequestError
 from rayfin.methods import METHODS
 from rayfin.models import Base, locate
 from rayfin.models.ends import Ends
 from rayfin.serving.engine.adapter import LORA_SETTINGS, PLAIN_INITS
 from rayfin.serving.engine.checks import check_base, check_rank, modules_of
-from rayfin.serving.engine.limits import MAX_RANK, require_vllm
+from rayfin.serving.engine.limits import require_vllm
 from rayfin.serving.engine.peft_files import Weights, read_settings, shown
 from rayfin.serving.engine.request import (
     AdapterSource,
