@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import json
 import os
+import signal
+import tempfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -108,6 +111,28 @@ def test_a_worker_that_hangs_is_given_up_and_its_group_starts_again(
     end = in_group(config, tmp_path / "group", freeze)
     assert end.status == "finished", end.error
     assert seen == [4, 8, 8], "it started anew, and not from its checkpoint"
+
+
+def test_a_death_that_ray_tells_of_is_a_line_of_the_log(
+    cluster: str, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Standard output is for results."""
+
+    @ray.remote(max_retries=0)
+    def dies(pid_file: str) -> None:
+        Path(pid_file).write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    told = threading.Event()
+    caplog.handler.addFilter(lambda _: told.set() or True)
+    with tempfile.NamedTemporaryFile() as file:
+        with pytest.raises(ray.exceptions.WorkerCrashedError):
+            ray.get(dies.remote(file.name))
+        assert told.wait(60)
+        pid = Path(file.name).read_text()
+    (line,) = [text for text in caplog.messages if text.startswith("Ray: ")]
+    assert line.startswith(f"Ray: process {pid} died: ") and "\n" not in line
+    assert capsys.readouterr().out == ""
 
 
 def test_offloading_without_a_gpu_is_refused_at_once(cluster: str) -> None:

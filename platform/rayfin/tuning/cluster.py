@@ -12,6 +12,7 @@ import ray
 from rayfin.config import ScalingConfig
 from rayfin.errors import HardwareError
 from rayfin.hardware import cpu_count
+from rayfin.tuning.driver_errors import logged_errors
 from rayfin.tuning.local_ray import local_ray, sigterm_as_it_was
 
 Resources = Mapping[str, float]
@@ -22,17 +23,22 @@ Resources = Mapping[str, float]
 def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
     """Ray for the time of the block: the cluster at `address`, else one of our own.
 
-    A Ray that was connected before stays as it is; one started here is shut down at the end.
+    A Ray that was connected before stays as it is; one started here is shut down at the end, and
+    what it has to tell meanwhile is logged.
     """
     if ray.is_initialized():
         yield
         return
     # A training platform tells nobody that it was used, unless it is asked to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if not address or address == "local":
-        with local_ray(num_cpus or cpu_count()):
-            yield
-        return
+    ours = not address or address == "local"
+    with logged_errors(), local_ray(num_cpus or cpu_count()) if ours else _joined(str(address)):
+        yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    """Connects to the cluster at `address` for the time of the block."""
     try:
         with sigterm_as_it_was():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
