@@ -22,7 +22,7 @@ import uvicorn
 from rayfin.config.serving import ApiConfig
 from rayfin.serving import connections
 from rayfin.serving import proxy as proxy_module
-from rayfin.serving.connections import BoundedProtocol, Turns, client_of
+from rayfin.serving.connections import BoundedProtocol, FairLimiter, client_of
 from rayfin.serving.proxy import Limits, ProxyMiddleware
 
 PATIENCE = 30.0
@@ -277,7 +277,7 @@ def test_health_answers_beside_many_slow_bodies_and_heads() -> None:
 def test_where_connections_use_up_the_files_the_greediest_client_gives_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(BoundedProtocol, "_waiting", Turns(20, 10))
+    monkeypatch.setattr(BoundedProtocol, "_waiting", FairLimiter(20, 10))
     with proxy() as served:
         idle = [served.connect() for _ in range(40)]
         until(lambda: sum(_closed(one) for one in idle) >= 30)
@@ -363,7 +363,7 @@ def test_a_body_that_is_too_large_is_refused_unread() -> None:
         ("/plain/404/Path not found", 503, "unavailable"),
         ("/plain/503/Deployment is unavailable", 503, "unavailable"),
         ("/plain/429/too many", 429, "overloaded"),
-        ("/plain/500/Internal Server Error", 500, None),
+        ("/plain/500/Internal Server Error", 500, "internal_error"),
         ("/silent", 503, "replica_lost"),
         ("/raises", 500, "internal_error"),
     ],
@@ -441,7 +441,7 @@ def test_clients_are_counted_by_their_network() -> None:
 
 def test_the_oldest_of_the_greediest_gives_way_and_what_is_new_stays() -> None:
     now = 0.0
-    turns: Turns[int] = Turns(5, 4, grace=1.0, clock=lambda: now)
+    turns: FairLimiter[int] = FairLimiter(5, 4, grace=1.0, clock=lambda: now)
     for number in range(5):
         assert turns.add("greedy" if number < 3 else "modest", number) == []
     assert turns.add("other", 5) == [], "all are new"

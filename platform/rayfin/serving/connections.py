@@ -21,7 +21,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from rayfin.serving.api.record import new_request_id
 
 MAX_HEAD_BYTES = 64 * 2**10
-"""Bytes of a request line with its headers."""
+"""The most bytes that a request line and its headers may have."""
 
 _FEWEST_FILES = 128
 
@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class Seconds:
-    """How long this process waits for a client."""
+    """Times, in seconds, that this process waits for a client."""
 
     request: float = 30.0
     """Time for a request's head to come in, and then for its body: api.body_seconds."""
@@ -39,13 +39,14 @@ class Seconds:
 
 
 SECONDS = Seconds()
-"""What holds in this process now; whoever knows the deployment's settings changes it."""
+"""The times that hold in this process. The proxy sets them to the deployment's settings."""
 
 
-class Turns(Generic[Item]):
-    """Who gives way where too much waits for its clients: the oldest of the client with the most.
+class FairLimiter(Generic[Item]):
+    """A bound on what waits for its clients, of all of them and of each.
 
-    What came within the last `grace` seconds never does.
+    What is too much is taken from the client that has the most, its oldest item first. An item
+    of the last `grace` seconds stays.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Turns(Generic[Item]):
         return self._count
 
     def add(self, client: str, item: Item) -> list[Item]:
-        """Takes down an item; returns those, no longer taken down, that have to end for it."""
+        """Counts an item; returns those that have to end for it, which are no longer counted."""
         mine = self._held.setdefault(client, {})
         self._count += item not in mine
         mine[item] = now = self._clock()
@@ -83,7 +84,7 @@ class Turns(Generic[Item]):
             ended.append(oldest)
 
     def remove(self, client: str, item: Item) -> None:
-        """One that isn't there is no error."""
+        """Counts an item no longer; one that isn't counted is no error."""
         mine = self._held.get(client, {})
         if item in mine:
             del mine[item]
@@ -93,7 +94,10 @@ class Turns(Generic[Item]):
 
 
 def client_of(address: tuple[str, int] | None) -> str:
-    """Whom a connection is counted for: its address, or the network that IPv6 gives a customer."""
+    """Returns the client that a connection counts for.
+
+    It is the address, or in IPv6 the network of 64 bits that a customer gets as a whole.
+    """
     host = "" if address is None else address[0]
     try:
         found = ipaddress.ip_address(host)
@@ -107,7 +111,7 @@ def client_of(address: tuple[str, int] | None) -> str:
 
 
 def _most_connections() -> int:
-    """Connections that may wait for their clients: the rest of the process needs files too."""
+    """Returns how many connections may wait for clients; the rest of the process needs files."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return max(_FEWEST_FILES, int(0.7 * files)) if files > 0 else 2**16
 
@@ -121,7 +125,7 @@ class BoundedProtocol(HttpToolsProtocol):
     process's files, the oldest of the client with the most of them is closed for a new one.
     """
 
-    _waiting: Turns[BoundedProtocol] | None = None
+    _waiting: FairLimiter[BoundedProtocol] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -174,7 +178,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.refuse(400, msg)
 
     def refuse(self, status: int, message: str) -> None:
-        """Answers what is no request, in the API's envelope, and ends the connection."""
+        """Answers with an error in the API's envelope, and ends the connection."""
         if self.transport.is_closing():
             return
         kind = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
@@ -189,7 +193,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def _idle(self) -> bool:
-        """No request's head has come whole that is not answered yet."""
+        """Whether every request whose head has come whole has been answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _expect_head(self) -> None:
@@ -230,7 +234,7 @@ class BoundedProtocol(HttpToolsProtocol):
         kind = type(self)
         if kind._waiting is None:
             most = _most_connections()
-            kind._waiting = Turns(most, most // 2)
+            kind._waiting = FairLimiter(most, most // 2)
         for other in kind._waiting.add(client_of(self.client), self):
             other.transport.abort()
 

@@ -21,16 +21,22 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayfin.config.serving import ApiConfig
 from rayfin.serving import shared
-from rayfin.serving.api.errors import ApiError
+from rayfin.serving.api.errors import (
+    CLOSE,
+    ApiError,
+    body_too_large,
+    body_too_slow,
+    server_failed,
+)
 from rayfin.serving.api.record import request_id_of
-from rayfin.serving.connections import MAX_HEAD_BYTES, SECONDS, Turns, client_of
+from rayfin.serving.connections import MAX_HEAD_BYTES, SECONDS, FairLimiter, client_of
 
 log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "rayfin.serving.proxy:middlewares",
 }
-"""What a proxy has to find in its environment when it starts."""
+"""The environment variables with which a proxy has to start."""
 
 LIMITS = "limits"
 """The key under which an API replica leaves the deployment's limits for the proxies."""
@@ -38,7 +44,7 @@ LIMITS = "limits"
 _LOOK_SECONDS = 5.0
 _FIRST_LOOK_SECONDS = 2.0
 _UPLOAD_BYTES = 512 * 2**20
-"""How much memory all bodies that are coming in at a time may take."""
+"""The most memory that all bodies that are coming in may take."""
 _FEWEST_UPLOADS = 64
 _GRACE_SECONDS = 1.0
 # Serve obeys these, and they are no client's business: a deadline of another's, a request that
@@ -51,14 +57,12 @@ _SERVES_OWN = (
     b"serve-multiplexed-model-id",
 )
 _SERVES_PAGES = ("/-/healthz", "/-/routes")
-_CLOSE = {"connection": "close"}
 _LOST = ApiError(
     503,
     "the replica that answered this request is gone; send it again",
     code="replica_lost",
     headers={"retry-after": "1"},
 )
-_FAILED = ApiError(500, "the server failed; its log says why", code="internal_error")
 
 
 def middlewares() -> list[Middleware]:
@@ -75,7 +79,7 @@ def middlewares() -> list[Middleware]:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a proxy needs to know of the deployment's settings."""
+    """The deployment's settings that a proxy needs to know."""
 
     max_body_bytes: int
     body_seconds: float
@@ -93,7 +97,7 @@ class Limits:
 
 
 def publish_limits(config: ApiConfig) -> None:
-    """Tells all proxies of this Ray cluster."""
+    """Writes the deployment's limits to where all proxies of this Ray cluster read them."""
     shared.put(LIMITS, asdict(Limits.of(config)))
 
 
@@ -113,9 +117,9 @@ class _Upload:
 
 
 class ProxyMiddleware:
-    """Stands in front of Serve's proxy, or of the API itself.
+    """ASGI middleware in front of Serve's proxy, or of the API itself.
 
-    `look` says what the limits are (the fields of `Limits`, None where nobody has said yet), and
+    `look` returns the limits (the fields of `Limits`; None where nobody has written them yet). It
     may take its time or raise.
     """
 
@@ -124,7 +128,7 @@ class ProxyMiddleware:
         self._limits = Limits.of(ApiConfig())
         self._looked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
-        self._uploads: Turns[_Upload] = Turns(0, 0, _GRACE_SECONDS)
+        self._uploads: FairLimiter[_Upload] = FairLimiter(0, 0, _GRACE_SECONDS)
         self._apply(self._limits)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,7 +143,7 @@ class ProxyMiddleware:
             await answer.end(error)
         except Exception:
             log.exception("request %s failed", answer.request_id)
-            await answer.end(_FAILED)
+            await answer.end(server_failed())
 
     async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         """Has the application answer; raises ApiError for a request that it is not to see."""
@@ -149,7 +153,7 @@ class ProxyMiddleware:
             raise ApiError(
                 431,
                 f"the request's headers are larger than {MAX_HEAD_BYTES} bytes; send less",
-                headers=_CLOSE,
+                headers=CLOSE,
             )
         first = await self._first_message(scope, receive)
         kept = [(n, v) for n, v in headers if n not in _SERVES_OWN and n != b"x-request-id"]
@@ -164,7 +168,9 @@ class ProxyMiddleware:
     # --- bodies -------------------------------------------------------------------------------
 
     async def _first_message(self, scope: Scope, receive: Receive) -> Message | None:
-        """A message with the whole body, or that the client has gone; None without a body.
+        """Returns a message with the whole body, or one that says that the client has gone.
+
+        Returns None for a request without a body.
 
         Raises ApiError 408, 413 or 429.
         """
@@ -175,14 +181,8 @@ class ProxyMiddleware:
         if b"transfer-encoding" not in given and length == b"0":
             return None
         limits = self._limits
-        too_large = ApiError(
-            413,
-            f"the body is larger than {limits.max_body_bytes} bytes; send less (max_body_bytes is "
-            "the limit)",
-            headers=_CLOSE,
-        )
         if length.isdigit() and int(length) > limits.max_body_bytes:
-            raise too_large
+            raise body_too_large(limits.max_body_bytes)
         client = client_of(scope["client"])
         body = bytearray()
         upload: _Upload | None = None
@@ -197,7 +197,7 @@ class ProxyMiddleware:
                         return message
                     body += message.get("body", b"")
                     if len(body) > limits.max_body_bytes:
-                        raise too_large
+                        raise body_too_large(limits.max_body_bytes)
                     if not message.get("more_body", False):
                         return {"type": "http.request", "body": bytes(body), "more_body": False}
         except TimeoutError as error:
@@ -206,13 +206,9 @@ class ProxyMiddleware:
                     429,
                     "too many bodies are coming in at a time, and this was the slowest; try again",
                     code="overloaded",
-                    headers={"retry-after": "1", **_CLOSE},
+                    headers={"retry-after": "1", **CLOSE},
                 ) from error
-            raise ApiError(
-                408,
-                f"the body did not come in within {limits.body_seconds:g} s; send it faster",
-                headers=_CLOSE,
-            ) from error
+            raise body_too_slow(limits.body_seconds) from error
         finally:
             if upload is not None:
                 self._uploads.remove(client, upload)
@@ -247,7 +243,7 @@ class ProxyMiddleware:
 
 
 class _Answer:
-    """One answer on its way to the client, Serve's own words in the envelope."""
+    """One answer on its way to the client; an error in Serve's own words gets the envelope."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -304,7 +300,7 @@ class _Answer:
 
 
 def _of_serve(start: Message, text: bytes) -> ApiError:
-    """The error that Serve means."""
+    """Returns the error that an answer of Serve's own, in plain text, means."""
     status = start["status"]
     headers = {bytes(n).decode("latin-1"): bytes(v).decode("latin-1") for n, v in start["headers"]}
     again = {"retry-after": headers.get("retry-after", "1")}
@@ -320,4 +316,4 @@ def _of_serve(start: Message, text: bytes) -> ApiError:
             429, "too many requests wait for the API; try again", code="overloaded", headers=again
         )
     message = text.decode("utf-8", "replace").partition("\n")[0][:200] if status < 500 else ""
-    return ApiError(status, message or "the server failed; its log says why")
+    return ApiError(status, message) if message else server_failed(status)

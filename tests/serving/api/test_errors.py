@@ -226,7 +226,7 @@ def test_a_body_of_100_mb_is_refused_before_it_is_in(server: Any, told: bool) ->
     if told:
         headers["content-length"] = str(100 * 2**20)
     response = server.http.post("/v1/completions", content=body(), headers=headers)
-    assert response.status_code == 413
+    assert response.status_code == 413 and response.headers["connection"] == "close"
     error_of(response)
     assert server.complete().status_code == 200
 

@@ -159,10 +159,15 @@ def test_two_requests_of_one_id_are_answered_at_once(tools: Any, engine: Any, se
         assert list(threads.map(ask, range(4))) == [200] * 4
 
 
-def test_health_answers_a_head(server: Any) -> None:
-    response = server.http.head("/health")
-    assert response.status_code == 200 and response.content == b""
-    assert int(response.headers["content-length"]) > 0
+@pytest.mark.parametrize(
+    "path",
+    ["/health", "/metrics", "/v1/models", "/v1/models/support", "/openapi.json", "/tokenize"],
+)
+def test_head_is_answered_as_get_without_the_body(server: Any, path: str) -> None:
+    got, head = server.http.get(path), server.http.head(path)
+    assert head.status_code == got.status_code == (405 if path == "/tokenize" else 200)
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert got.content and head.content == b"" and int(head.headers["content-length"]) > 0
 
 
 def test_names_and_prompts_forge_no_line_of_a_log_or_a_terminal(

@@ -90,7 +90,10 @@ _ALWAYS_ADMITTED = ("/health", "/metrics")
 
 
 class _Gate:
-    """Gives every request its record, and counts and logs those for completions as they end."""
+    """Gives every request its record, and counts and logs those for completions as they end.
+
+    HEAD is answered as GET: the server in front, uvicorn, leaves out the body (RFC 9110, 9.3.2).
+    """
 
     def __init__(self, app: ASGIApp, service: Service, max_requests: int | None) -> None:
         self._app, self._service = app, service
@@ -103,6 +106,8 @@ class _Gate:
         record = Record(scope["path"], request_id_of(scope))
         scope.setdefault("state", {})["record"] = record
         is_post = scope["method"] == "POST"
+        if scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
         counts = scope["path"] not in _ALWAYS_ADMITTED
 
         async def send_marked(message: Message) -> None:

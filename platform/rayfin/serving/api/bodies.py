@@ -10,7 +10,7 @@ from fastapi import Request
 from pydantic import ValidationError
 
 from rayfin.config.serving import ApiConfig
-from rayfin.serving.api.errors import ApiError, describe_invalid
+from rayfin.serving.api.errors import ApiError, body_too_large, body_too_slow, describe_invalid
 from rayfin.serving.api.schema import NOT_SUPPORTED, Body
 
 # More than any request has: what is wrong with each would take its time to say.
@@ -39,22 +39,17 @@ async def read_body(request: Request, kind: type[AnyBody], config: ApiConfig) ->
 
 async def _read(request: Request, config: ApiConfig) -> bytes:
     most = config.max_body_bytes
-    too_large = ApiError(
-        413, f"the body is larger than {most} bytes; send less (max_body_bytes is the limit)"
-    )
     if (length := request.headers.get("content-length", "")).isdecimal() and int(length) > most:
-        raise too_large
+        raise body_too_large(most)
     body = bytearray()
     try:
         async with asyncio.timeout(config.body_seconds):
             async for part in request.stream():
                 body += part
                 if len(body) > most:
-                    raise too_large
+                    raise body_too_large(most)
     except TimeoutError as error:
-        raise ApiError(
-            408, f"the body did not come in within {config.body_seconds:g} s; send it faster"
-        ) from error
+        raise body_too_slow(config.body_seconds) from error
     return bytes(body)
 
 

@@ -39,6 +39,9 @@ CLIENT_GONE = 499
 CONTEXT_LENGTH = "context_length_exceeded"
 """OpenAI's code for a prompt that is too long, by which clients know to shorten it."""
 
+CLOSE = {"connection": "close"}
+"""Headers of an answer to a request that was not read to its end."""
+
 _MOST_PROBLEMS = 5
 _TOO_MANY = 200
 _TYPES = ("str", "int", "bool")
@@ -76,6 +79,27 @@ class ApiError(Exception):
         return Response(body, self.status, self.headers, "application/json")
 
 
+def body_too_large(max_bytes: int) -> ApiError:
+    """Returns the error for a body of more than `max_bytes`, after which nothing more is read."""
+    return ApiError(
+        413,
+        f"the body is larger than {max_bytes} bytes; send less (max_body_bytes is the limit)",
+        headers=CLOSE,
+    )
+
+
+def body_too_slow(seconds: float) -> ApiError:
+    """Returns the error for a body that was not there after `seconds`."""
+    return ApiError(
+        408, f"the body did not come in within {seconds:g} s; send it faster", headers=CLOSE
+    )
+
+
+def server_failed(status: int = 500) -> ApiError:
+    """Returns the error for what nobody foresaw: it tells nothing of the server's inside."""
+    return ApiError(status, "the server failed; its log says why", code="internal_error")
+
+
 def as_api_error(error: Exception, names: Names) -> ApiError:
     """The HTTP face of an error; one that isn't ours is a 500 that tells nothing of its inside."""
     found: tuple[int, str | None, str | None]
@@ -102,7 +126,7 @@ def as_api_error(error: Exception, names: Names) -> ApiError:
             log.error("%s", error)
             found = (500, None, None)
         case _:
-            return ApiError(500, "the server failed; its log says why", code="internal_error")
+            return server_failed()
     status, code, param = found
     return ApiError(status, names.public(str(error)), param=param, code=code)
 

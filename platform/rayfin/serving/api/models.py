@@ -94,7 +94,6 @@ def open_routes(service: Service) -> APIRouter:
     router = APIRouter()
     engine = service.engine
 
-    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses={200: {"model": Health}, **failures(503)})
     async def health(request: Request) -> Response:
         """200 while the engine is well, and the registry is there."""
