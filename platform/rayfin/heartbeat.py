@@ -1,4 +1,4 @@
-"""Whether a thread gets on: what it last said that it does, and what it is stuck in."""
+"""Heartbeats of threads: one that hangs is found, with what it was doing and where it stands."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -28,10 +29,9 @@ _MOVED_BYTES = 2**20
 """Bytes that a process which loads reads and writes in `_WINDOW_SECONDS`, and one that only waits
 does not: a worker of Ray's moves some 40 kB by itself."""
 _BYTES_A_SECOND = 10 * _MOVED_BYTES / _WINDOW_SECONDS
-"""What a second of processor time counts for: a process that computes for a tenth of a window does
-enough. One that waits for a disk or a network computes nothing."""
+"""The bytes that a second of processor time counts as: a process that computes for a tenth of a
+window does enough. One that waits for a disk or a network computes nothing."""
 
-_SHOWN_FRAMES = 4
 _TRIAL = "run_trial"
 """The function in which a trial's thread is."""
 
@@ -41,16 +41,16 @@ class _Beat:
     doing: str
     at: float
     moved: int | None
-    """What it had done until then, as `_moved` counts it; None where that does not count."""
+    """The process's work until then, as `_moved` counts it; None where that does not count."""
 
 
 _beats: dict[int, _Beat] = {}
-"""Thread's identifier -> what it last said; a thread that may wait for as long as it takes has no
-entry."""
+"""The last beat of each thread, by its identifier; a thread that may wait for as long as it takes
+has none."""
 
 
 def beat(doing: str, *, bulk: bool = False) -> None:
-    """Tells that the calling thread got on, and what it begins, such as "evaluating".
+    """Records that the calling thread got on, and what it begins, such as "evaluating".
 
     What is done in one long call, such as loading a model or tokenising, is `bulk`: as long as the
     process reads, writes or computes, it gets on.
@@ -59,14 +59,14 @@ def beat(doing: str, *, bulk: bool = False) -> None:
 
 
 def pause() -> None:
-    """Tells that the calling thread waits for others from here to its next beat."""
+    """Records that the calling thread waits for others from here to its next beat."""
     _beats.pop(threading.get_ident(), None)
 
 
 def silence(thread: int) -> tuple[float, str]:
-    """Seconds since the last beat of the thread with that identifier, and what it said.
+    """Returns the seconds since a thread's last beat, and what it then began.
 
-    A thread that has said nothing, or waits for others, is silent for 0 seconds.
+    `thread` is its identifier. One without a beat, or that waits for others, is silent for 0 s.
     """
     found = _beats.get(thread)
     return (0.0, "") if found is None else (time.monotonic() - found.at, found.doing)
@@ -83,7 +83,7 @@ def watched(
 ) -> Iterator[None]:
     """Watches the calling thread for the time of the block.
 
-    Where it tells nothing for `seconds`, `on_hang` is called, once and on another thread, with what
+    Where it has no beat for `seconds`, `on_hang` is called, once and on another thread, with what
     the watched one was doing and where it stands. Without `bulk`, what it does in bulk may take as
     long as it takes: it may wait for another process that does so. Time in which the process is
     suspended does not count.
@@ -95,25 +95,25 @@ def watched(
     """
     thread, over = threading.get_ident(), threading.Event()
     beat("starting")
-    resort = _LastResort(trace, seconds, notice) if trace is not None else None
+    guard = _Watchdog(trace, seconds, notice) if trace is not None else None
     watch = threading.Thread(
         target=_watch,
-        args=(thread, seconds, on_hang, bulk, over, resort),
+        args=(thread, seconds, on_hang, bulk, over, guard),
         name="watch",
         daemon=True,
     )
     watch.start()
     # A thread that waits for a disk takes no signal; the watching one does.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {watchdog.SIGNAL} if resort else set())
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {watchdog.SIGNAL} if guard else set())
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         over.set()
         pause()
-        if resort is not None:
+        if guard is not None:
             watch.join()
-            resort.close()
+            guard.close()
 
 
 def _tick(seconds: float) -> float:
@@ -126,7 +126,7 @@ def _watch(
     on_hang: Callable[[str], None],
     bulk: bool,
     over: threading.Event,
-    resort: _LastResort | None,
+    guard: _Watchdog | None,
 ) -> None:
     tick = _tick(seconds)
     window = min(_WINDOW_SECONDS, seconds)
@@ -136,8 +136,8 @@ def _watch(
     silent = looked = 0
     moved: int | None = None
     while not over.wait(tick):
-        if resort is not None:
-            resort.renew()
+        if guard is not None:
+            guard.renew()
         now = _beats.get(thread)
         if now is None or now is not last:
             last, silent, looked = now, 0, 0
@@ -154,8 +154,8 @@ def _watch(
             return
 
 
-class _LastResort:
-    """Another process, which ends this one where it is not renewed in time."""
+class _Watchdog:
+    """The watchdog's process, which ends this one where it is not renewed in time."""
 
     def __init__(self, trace: str, seconds: float, notice: str) -> None:
         self._path = _trace_path(trace)
@@ -217,9 +217,9 @@ def _trace_path(trace: str) -> Path:
 
 
 def last_words(trace: str, call: str = _TRIAL) -> str | None:
-    """Where the thread that was in the function `call` stood when its process was ended for it.
+    """Returns where the thread in the function `call` stood when its process was ended for it.
 
-    None where it was not, or on another machine.
+    Returns None where it was not ended, or on another machine.
     """
     path = _trace_path(trace)
     try:
@@ -227,11 +227,11 @@ def last_words(trace: str, call: str = _TRIAL) -> str | None:
         path.unlink()  # another death has words of its own
     except OSError:
         return None
-    return watchdog.stood(text, call)
+    return watchdog.position_in(text, call)
 
 
 def whereabouts(thread: int) -> str:
-    """Where a thread stands, the innermost call first, without the machine's paths."""
+    """Returns where a thread stands, the innermost call first, without the machine's paths."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "its thread has ended"
@@ -241,9 +241,8 @@ def whereabouts(thread: int) -> str:
         frame = frame.f_back
     # What is not ours is worth a word where the thread is; further out it only calls.
     shown = [frames[0], *(each for each in frames[1:] if _module(each).startswith("rayfin."))]
-    return " < ".join(
-        f"{each.f_code.co_name} ({_module(each)}:{each.f_lineno})" for each in shown[:_SHOWN_FRAMES]
-    )
+    calls = (f"{each.f_code.co_name} ({_module(each)}:{each.f_lineno})" for each in shown)
+    return " < ".join(islice(calls, watchdog.SHOWN_FRAMES))
 
 
 def _module(frame: FrameType) -> str:

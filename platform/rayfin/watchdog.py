@@ -1,4 +1,4 @@
-"""Ends a process that no longer says that it lives, from a small process beside it.
+"""A small process that ends the one beside it, when that no longer says that it lives.
 
 A library that is stuck while it holds Python's lock stops every thread of its process, so that only
 another process can end it. The watched process writes a byte to this one's standard input every
@@ -20,20 +20,24 @@ SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGUSR2) - (1 if hasattr(signal, "SI
 """Makes the watched process write where its threads stand, and end."""
 
 WHERE = "{where}"
-"""What stands in the notice for where the process stood."""
+"""The part of the notice in whose place is put where the process stood."""
 
 _WRITES_SECONDS = 5.0
-_SHOWN_FRAMES = 4
+SHOWN_FRAMES = 4
+"""The most calls by which a place in the program is told."""
 _CALL = re.compile(r'^  File "([^"]*)", line (\d+) in (.+)$', re.MULTILINE)
 """A line of what `faulthandler` writes: file, line and function."""
 
 
-def stood(trace: str, call: str) -> str | None:
-    """Where the thread that was in the function `call` stood, by what `faulthandler` wrote."""
+def position_in(trace: str, call: str) -> str | None:
+    """Returns where the thread in the function `call` stood, from what `faulthandler` wrote.
+
+    Returns None where no thread was in it.
+    """
     for thread in trace.split("\n\n"):
         calls = _CALL.findall(thread)
         if any(name == call for _, _, name in calls):
-            shown = calls[:_SHOWN_FRAMES]
+            shown = calls[:SHOWN_FRAMES]
             return " < ".join(f"{name} ({Path(file).stem}:{line})" for file, line, name in shown)
     return None
 
@@ -78,8 +82,8 @@ def end(pid: int) -> None:
 def main(pid: int, tick: float, misses: int, path: str, call: str, notice: str) -> None:
     """Ends the process `pid` where it falls silent, and then writes `notice` to standard error.
 
-    `path`: where the process writes what its threads are doing; `call`: the function whose thread
-    the notice is about.
+    The process writes to `path` where its threads stand. The notice is about the thread in the
+    function `call`.
     """
     # What ends the watched process in order ends this one with it.
     for ordinary in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -88,7 +92,7 @@ def main(pid: int, tick: float, misses: int, path: str, call: str, notice: str) 
         return
     end(pid)
     if notice:
-        where = stood(Path(path).read_text(errors="replace"), call) or "an unknown place"
+        where = position_in(Path(path).read_text(errors="replace"), call) or "an unknown place"
         print(notice.replace(WHERE, where), file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,9 @@ from rayfin.data.ends import taught_ends
 from rayfin.data.tokens import tokenize_examples
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import END_OF_TURN, Ends, end_token_ids
+from rayfin.serving.api.own_files import OwnFiles
+from rayfin.serving.api.templates import Templates
+from rayfin.serving.bounded import BoundedCalls
 from rayfin.training.checkpoint import save_adapter, vouch
 
 OPENS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -140,6 +144,16 @@ def test_where_a_template_writes_nothing_after_the_last_answer_its_end_is_learne
     # What generation is given is what it was.
     shown = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
     assert render_prompt([USER, ANSWER], tokenizer) == shown
+
+
+@pytest.mark.parametrize("template", [None, VICUNA, GLM, LATER, PLAIN, REFUSES])
+def test_serving_ends_an_answer_where_training_does(
+    chatml: ModuleType, template: str | None
+) -> None:
+    tokenizer = chatml.tokenizer_of(template, *ROLES)
+    calls = BoundedCalls("looks", threads=1, seconds=60.0, most_stuck=1)
+    served = Templates(tokenizer, 1.0, OwnFiles(calls))
+    assert asyncio.run(served.ends(None)) == turn_end(tokenizer)
 
 
 def test_where_nothing_can_end_an_answer_that_is_said(chatml: ModuleType) -> None:

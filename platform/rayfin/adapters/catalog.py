@@ -17,6 +17,7 @@ from typing import Any
 
 from rayfin.adapters.aliases import Aliases
 from rayfin.adapters.files import (
+    CONFIGS,
     inspect_files,
     list_files,
     read_json,
@@ -31,7 +32,6 @@ from rayfin.paths import METADATA, digest_files
 ALIASES = "aliases.json"
 LOCK = ".lock"
 """A file in the root, which writers lock; every registry has one."""
-_CONFIGS = ("adapter_config.json", "config.json")
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Catalog:
         if not self.versions(name):
             places.insert(0, (None, directory))
         for number, path in places:
-            if any((path / one).is_file() for one in _CONFIGS) and not (path / METADATA).is_file():
+            if any((path / one).is_file() for one in CONFIGS) and not (path / METADATA).is_file():
                 then = (
                     ""
                     if number is None

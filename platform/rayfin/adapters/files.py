@@ -41,6 +41,8 @@ _MODEL = (
     "model-*.safetensors",
     "model.safetensors.index.json",
 )
+CONFIGS = (_ADAPTER[0], _MODEL[0])
+"""The file that an adapter has, and the one that a full fine-tune has in its place."""
 # Suffixes are spelled out so that no pickle is ever taken along.
 _TOKENIZER = (
     "tokenizer*.json",

@@ -20,7 +20,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from rayfin import hub
-from rayfin.adapters.files import MAX_JSON_BYTES, READ_AS_JSON, belonging, storage_errors
+from rayfin.adapters.files import (
+    CONFIGS,
+    MAX_JSON_BYTES,
+    READ_AS_JSON,
+    belonging,
+    storage_errors,
+)
 from rayfin.errors import AdapterError
 from rayfin.models.bases import hub_id
 from rayfin.models.quiet import no_progress_bars
@@ -31,7 +37,6 @@ MAX_TABLE_BYTES = 4 * 2**20
 """The largest table of contents of a ZIP file that is read; it lies in the file uncompressed."""
 MAX_BYTES = 16 * 2**30
 """The most that a ZIP file may unpack to, or that is downloaded of an adapter on the hub."""
-_CONFIGS = ("adapter_config.json", "config.json")
 # What zipfile and its decompressors raise for a file that isn't as its headers say.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -72,7 +77,7 @@ def incoming(source: str) -> Iterator[Incoming]:
     if is_directory:
         with storage_errors(f"'{path}'"):
             names = sorted(entry.name for entry in path.iterdir())
-        if not set(_CONFIGS) & set(names) and (path / "adapter" / _CONFIGS[0]).is_file():
+        if not set(CONFIGS) & set(names) and (path / "adapter" / CONFIGS[0]).is_file():
             raise AdapterError(f"'{path}' is a trial's directory; give its adapter, {path}/adapter")
         yield Incoming(path, source, _left_out(names))
     elif path.is_file():
@@ -211,7 +216,7 @@ def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, zipfile.Zi
 def _folder(path: Path, files: Iterable[str]) -> str:
     """The directory in the ZIP file that holds the adapter, with its slash; empty for the top."""
     names = [PurePosixPath(name) for name in files]
-    for config in _CONFIGS:
+    for config in CONFIGS:
         found = sorted(
             (name.parent for name in names if name.name == config), key=lambda one: len(one.parts)
         )

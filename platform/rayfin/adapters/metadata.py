@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rayfin.adapters.files import read_json
+from rayfin.adapters.files import CONFIGS, read_json
 from rayfin.models.bases import BASE_IDENTITY, Base
 from rayfin.paths import METADATA, digest_files
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CONFIGS = ("adapter_config.json", "config.json")
 _LONGEST = 4096
 
 
@@ -21,7 +20,7 @@ def are_digests(files: Any) -> bool:
     """Whether this is what a publisher writes: size and SHA-256 of a configuration and weights."""
     return (
         isinstance(files, dict)
-        and any(name in files for name in _CONFIGS)
+        and any(name in files for name in CONFIGS)
         and any(str(name).endswith(".safetensors") for name in files)
         and all(
             isinstance(digest, dict)
@@ -53,7 +52,7 @@ def trusted_metadata(directory: Path, *, whole: bool = False) -> dict[str, Any]:
             return {}
     if whole:
         return told if digest_files(paths) == files else {}
-    config = next(name for name in _CONFIGS if name in files)
+    config = next(name for name in CONFIGS if name in files)
     found = hashlib.sha256(paths[config].read_bytes()).hexdigest()
     return told if found == files[config]["sha256"] else {}
 

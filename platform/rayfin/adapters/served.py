@@ -1,4 +1,4 @@
-"""A registry that others are served from: one that isn't there is no empty one."""
+"""The registry as a deployment reads it: one that has gone is an error, and not an empty one."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from rayfin.data.examples import Example, Message
 from rayfin.errors import DataError
-from rayfin.models.ends import PROBES, Ends, ends_in, leaves_open
+from rayfin.models.ends import PROBES, Ends, leaves_open, turn_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -71,16 +71,8 @@ def render_conversations(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> Ends:
-    """What ends an answer in a conversation: what the tokenizer's chat template writes after it.
-
-    After the last answer of a conversation some templates write nothing. Then it is the token by
-    which the next turn opens, or else the end-of-sequence token; training adds it.
-    """
-    probes = [_probed(probe, tokenizer) for probe in PROBES]
-    found = ends_in(probes, tokenizer)
-    if found == Ends() and leaves_open(probes[0]) and isinstance(tokenizer.eos_token_id, int):
-        return Ends((tokenizer.eos_token_id,))
-    return found
+    """Returns what ends an answer in a conversation as the tokenizer's own template writes it."""
+    return turn_ends((_probed(probe, tokenizer) for probe in PROBES), tokenizer)
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:

@@ -1,4 +1,4 @@
-"""What ends an answer: tokens of the model's own, and what a chat template writes after a turn."""
+"""The ends of an answer: the model's own end tokens, and what a chat template writes after it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PROBES: tuple[tuple[dict[str, str], ...], ...] = (
 )
 """Conversations whose texts, as a chat template writes them, show what comes after an answer."""
 
-# More than any adapter was taught; rayfin.json may be anybody's.
-_MOST = 16
-_LONGEST = 256
+# An adapter is taught fewer and shorter ends. rayfin.json may be anybody's.
+_MAX_ENDS = 16
+_MAX_TEXT = 256
 
 
 @dataclass(frozen=True)
 class Ends:
-    """An answer ends at any of these tokens, and before any of these texts."""
+    """Tokens at any of which an answer ends, and texts before any of which it ends."""
 
     token_ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class Ends:
         )
 
     def as_json(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-        """The form in rayfin.json: the tokens with their ids, and the texts."""
+        """Returns the form that rayfin.json has: the tokens with their ids, and the texts."""
         tokens = zip(
             tokenizer.convert_ids_to_tokens(list(self.token_ids)), self.token_ids, strict=True
         )
@@ -56,35 +56,38 @@ class Ends:
 
     @classmethod
     def from_json(cls, value: Any, tokenizer: PreTrainedTokenizerFast) -> Ends:
-        """Returns what `as_json` gave.
+        """Returns the ends of which `as_json` gave `value`.
 
-        Raises ValueError, which says what is wrong, for anything else, and for tokens that are
-        others in `tokenizer`.
+        Raises ValueError, which says what is wrong, for a value of another form, and for tokens
+        that have other ids in `tokenizer`.
         """
         if not isinstance(value, Mapping) or value.keys() - {"tokens", "texts"}:
             raise ValueError("it has other keys than tokens and texts")
         tokens, texts = value.get("tokens", {}), value.get("texts", [])
         if not isinstance(tokens, Mapping) or not isinstance(texts, list):
             raise ValueError("tokens must be a mapping of tokens to ids, and texts a list")
-        if len(tokens) + len(texts) > _MOST:
-            raise ValueError(f"it names {len(tokens) + len(texts)} ends; at most {_MOST}")
+        if len(tokens) + len(texts) > _MAX_ENDS:
+            raise ValueError(f"it names {len(tokens) + len(texts)} ends; at most {_MAX_ENDS}")
         # convert_tokens_to_ids would give the unknown token's id for one that isn't there.
         backend = tokenizer.backend_tokenizer
-        for token, number in tokens.items():
-            if type(number) is not int or backend.token_to_id(token) != number:
+        for token, token_id in tokens.items():
+            if type(token_id) is not int or backend.token_to_id(token) != token_id:
                 raise ValueError(
-                    f"it says that {str(token)[:80]!r} is token {str(number)[:80]}, "
+                    f"it says that {str(token)[:80]!r} is token {str(token_id)[:80]}, "
                     "which the served base's tokenizer does not say"
                 )
         for text in texts:
-            if not isinstance(text, str) or not 0 < len(text) <= _LONGEST:
-                raise ValueError(f"a text must have 1 to {_LONGEST} characters")
+            if not isinstance(text, str) or not 0 < len(text) <= _MAX_TEXT:
+                raise ValueError(f"a text must have 1 to {_MAX_TEXT} characters")
         return cls(tuple(tokens.values()), tuple(texts))
 
 
 def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """The tokens that end any text of the model: those of its generation_config.json and its
-    config.json, each a number or a list of numbers, and the tokenizer's own; ascending."""
+    """Returns the ids of the tokens that end any text of the model, in ascending order.
+
+    They are those of its generation_config.json and its config.json, each a number or a list of
+    numbers, and the tokenizer's own.
+    """
     directory = model_directory(config, weights=False)
     found = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
@@ -93,39 +96,45 @@ def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> tu
     return tuple(sorted(token for token in found if type(token) is int and token >= 0))
 
 
-def ends_in(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
-    """What a chat template ends an answer with, from what it makes of `PROBES`, in their order.
+def turn_ends(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
+    """Returns what ends an answer in a conversation, as its chat template writes it.
 
-    The end is the first token after the answer that was added to the vocabulary (`<|im_end|>`, of
-    `<|im_end|>` and a line break); where there is none, all of the text there but white space at
-    its borders. A template that writes nothing after the last turn of a conversation ends it with
-    the token by which the next one opens.
+    `texts` are what the template made of `PROBES`, in their order; an empty text stands for a
+    conversation that it refused. The end is the first token after the answer that was added to
+    the vocabulary (`<|im_end|>`, of `<|im_end|>` and a line break), or else all of the text there
+    without white space around it. Where the template writes nothing after the last turn of a
+    conversation, it is the token by which the next turn opens, or else the end-of-sequence token;
+    training adds it there.
     """
     first, *following = texts
     after = _after_answer(first)
     if (end := _first_added(after, tokenizer)) is not None:
         return Ends((end,))
     if text := after.strip():
-        return Ends(texts=(text,)) if len(text) <= _LONGEST else Ends()
+        return Ends(texts=(text,)) if len(text) <= _MAX_TEXT else Ends()
     for text in following:
         between, found, _ = _after_answer(text).partition(_NEXT)
         if found and (end := _first_added(between, tokenizer)) is not None:
             return Ends((end,))
-    return Ends()
+    eos = tokenizer.eos_token_id
+    return Ends((eos,)) if leaves_open(first) and isinstance(eos, int) else Ends()
 
 
 def leaves_open(text: str) -> bool:
-    """Whether a chat template, of the first of `PROBES`, wrote the answer and nothing after it."""
+    """Returns whether `text`, the first of `PROBES` as a template wrote it, ends with its answer.
+
+    White space that follows the answer does not count.
+    """
     return _ANSWER in text and not _after_answer(text).strip()
 
 
 def _after_answer(text: str) -> str:
-    """What follows the answer of a probe; nothing where it does not stand there as it was."""
+    """Returns what follows the answer of a probe; nothing where the template changed the answer."""
     return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
 
 
 def _first_added(text: str, tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The first token of `text` that was added to the vocabulary, and is more than white space."""
+    """Returns the first token of `text` that was added to the vocabulary and is no white space."""
     added = tokenizer.added_tokens_decoder
     # The backend: the class around it sets padding and truncation, which threads may not share.
     ids: Sequence[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -133,7 +142,7 @@ def _first_added(text: str, tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; an empty one where there is none that can be read."""
+    """Returns the JSON object in `path`; an empty one where there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

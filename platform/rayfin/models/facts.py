@@ -1,4 +1,4 @@
-"""What identifies a model, and its sizes: all without loading its weights."""
+"""A model's identity and its sizes, found without loading its weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ class ModelFacts(Sizes):
 
 
 def identity(config: ModelConfig) -> str:
-    """A stable name of weights and tokenizer, the same wherever they lie; raises ModelError.
+    """Returns a stable name of weights and tokenizer, the same wherever they lie.
+
+    Raises ModelError.
 
     Bundled: `name@version`; hub: `id@commit`; directory: `local@` and 16 hex digits.
     """
@@ -48,7 +50,7 @@ def identity(config: ModelConfig) -> str:
 
 
 def content_identity(directory: Path) -> str:
-    """`local@` and 16 hex digits, of what a model's files hold; raises ModelError.
+    """Returns `local@` and 16 hex digits, a digest of a model's files; raises ModelError.
 
     Hashes headers and both ends of every tensor: a trained copy differs, and gigabytes go fast.
     Whole files would take minutes; their first bytes are the embedding, which merged adapters keep.
@@ -70,17 +72,20 @@ def content_identity(directory: Path) -> str:
 
 
 def max_positions(config: ModelConfig) -> int | None:
-    """Tokens that the model can take at once, where its config.json says so; raises ModelError."""
+    """Returns how many tokens the model takes at once, None where its config.json doesn't say.
+
+    Raises ModelError.
+    """
     settings = read_config(model_directory(config, weights=False))
-    places = (settings, settings.get("text_config"))
-    found = (place.get(name) for place in places if isinstance(place, dict) for name in _POSITIONS)
+    parts = (settings, settings.get("text_config"))
+    found = (part.get(name) for part in parts if isinstance(part, dict) for name in _POSITIONS)
     return next((value for value in found if isinstance(value, int)), None)
 
 
 def weight_names(config: ModelConfig) -> list[str]:
-    """Names of the modules that have a weight matrix, as the files have them; raises ModelError.
+    """Returns the names of the modules that have a weight matrix, as the files have them.
 
-    A hub model's weights aren't here yet: its list is empty.
+    A hub model's weights aren't here yet: its list is empty. Raises ModelError.
     """
     if is_hub(config):
         return []
@@ -94,7 +99,10 @@ def weight_names(config: ModelConfig) -> list[str]:
 
 
 def skeleton(config: ModelConfig) -> PreTrainedModel:
-    """The model on torch's meta device: every module, and no weights; raises ModelError."""
+    """Returns the model on torch's meta device: every module, and no weights.
+
+    Raises ModelError.
+    """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -119,7 +127,7 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
 
 
 def describe_model(config: ModelConfig) -> ModelFacts:
-    """The model's facts, from its configuration; raises ModelError.
+    """Returns the model's facts, read from its configuration; raises ModelError.
 
     Of a common architecture they take milliseconds, without torch or transformers (`sizes`).
     """

@@ -1,8 +1,8 @@
 """Counts that outlive the replica that made them: one sum for the whole deployment, never less.
 
-Each replica writes its counts into a place of its own in Ray's key-value store. One that starts
-takes over the place of one that has died, and counts on from there: there are never more places
-than there were replicas at a time.
+Each replica writes its counts under a key of its own in Ray's key-value store. One that starts
+takes over the key of one that has died, and counts on from there: there are never more keys than
+there were replicas at a time.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Counts:
     """The counts of this replica among those of its kind, written every second by a thread."""
 
     def __init__(self, kind: str, read: Callable[[], Mapping[str, float]]) -> None:
-        """`read` gives what this process has counted since its start, from any thread."""
+        """`read` returns what this process has counted since its start, on any thread."""
         self._kind, self._read = kind, read
-        self._place: str | None = None
+        self._key: str | None = None
         self._before: Mapping[str, float] = {}
-        """What the place held when this replica took it over."""
+        """The counts under the key when this replica took it over."""
         self._complained = False
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -40,9 +40,9 @@ class Counts:
     def write(self) -> None:
         """Writes what has been counted by now; raises where Ray's head is away."""
         with self._lock:
-            if self._place is None:
-                self._place, self._before = _take_place(self._kind)
-            shared.put(self._place, added([self._before, self._read()]))
+            if self._key is None:
+                self._key, self._before = _take_key(self._kind)
+            shared.put(self._key, added([self._before, self._read()]))
 
     def close(self) -> None:
         """Writes what has been counted; gives up after a while where Ray's head hangs."""
@@ -67,11 +67,12 @@ class Counts:
 
 
 def total(kind: str) -> dict[str, float]:
-    """The sum over all replicas of a kind, those that have died included."""
+    """Returns the sums over all replicas of a kind, those that have died included."""
     return added([shared.get(key) or {} for key in shared.keys(f"counts/{kind}/")])
 
 
 def added(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Returns the sum of the values of each name."""
     sums: dict[str, float] = {}
     for one in counts:
         for name, value in one.items():
@@ -80,7 +81,8 @@ def added(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def first_names(kind: str, wanted: Iterable[str], most: int) -> set[str]:
-    """The first `most` names that any replica has ever wanted; `wanted` are, while there is room.
+    """Returns the first `most` names that any replica has ever wanted, `wanted` among them while
+    there is room.
 
     Each is a key that is written once, so that all replicas see the same.
     """
@@ -93,21 +95,21 @@ def first_names(kind: str, wanted: Iterable[str], most: int) -> set[str]:
     return set(names)
 
 
-def _take_place(kind: str) -> tuple[str, Mapping[str, float]]:
-    """The key of a place whose owner has died, or of a new one, and what it holds.
+def _take_key(kind: str) -> tuple[str, Mapping[str, float]]:
+    """Returns a key for counts whose owner has died, or a new one, and the counts under it.
 
-    An owner is a key of its own that is written once, `owner/KIND/PLACE/NUMBER`: of several
-    replicas that want the place at the same time one gets it.
+    An owner is an entry that is written once, `owner/KIND/INDEX/NUMBER`: of several replicas that
+    want the key at the same time one gets it.
     """
     me = ray.get_runtime_context().get_actor_name()
     alive = {actor["name"] for actor in list_named_actors(all_namespaces=True)}
-    place = 0
+    index = 0
     while True:
-        prefix = f"owner/{kind}/{place}/"
+        prefix = f"owner/{kind}/{index}/"
         owners = sorted(int(key.removeprefix(prefix)) for key in shared.keys(prefix))
         last = owners[-1] if owners else -1
         free = last < 0 or shared.get(f"{prefix}{last}") not in alive
         if free and not shared.put(f"{prefix}{last + 1}", me, overwrite=False):
-            key = f"counts/{kind}/{place}"
+            key = f"counts/{kind}/{index}"
             return key, shared.get(key) or {}
-        place += 1
+        index += 1

@@ -1,4 +1,4 @@
-"""Whether an adapter could be served over a base model, without loading the base's weights."""
+"""Checks that an adapter could be served over a base model, without loading the base's weights."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from rayfin.serving.engine.request import AdapterSource
 def base_to_record(
     directory: Path, config: ServeConfig, *, is_right: bool
 ) -> tuple[ServeConfig, dict[str, Any]]:
-    """The deployment that could serve the adapter in `directory`, and what rayfin.json is to say of
-    its base.
+    """Returns a deployment that could serve the adapter in `directory`, and what rayfin.json is to
+    say of its base.
 
-    The base is model.name where it was given, else the one that the adapter names. `is_right`: the
-    user answers for it, whatever the adapter says. Raises AdapterError where it can't be told or
-    isn't here, before anything is read of the weights.
+    The base is model.name where it was given, else the one that the adapter names. With `is_right`
+    the user answers for it, whatever the adapter says. Raises AdapterError where the base can't be
+    told or isn't here, before anything of the weights is read.
     """
     peft = read_json(directory / "adapter_config.json")
     claim = claimed_base(peft, trusted_metadata(directory, whole=True))
@@ -70,7 +70,7 @@ def base_to_record(
 def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping[str, Any]) -> None:
     """Raises AdapterError where the engine of `config` could not serve the adapter exactly.
 
-    `told`: what its rayfin.json is going to say.
+    `told` is what its rayfin.json is going to say.
     """
     from rayfin.serving.engine.adapter import read_adapter
     from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout, linears_of
@@ -94,6 +94,6 @@ def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping
 
 
 def _why(error: ModelError) -> str:
-    """What went wrong, without the remedy, which is another here."""
+    """Returns what went wrong without the remedy, which is another here."""
     text = str(error).partition("; ")[0].removeprefix("model.name: ")
     return text if len(text) <= 300 else f"{text[:300]}…"

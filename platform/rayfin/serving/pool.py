@@ -1,4 +1,4 @@
-"""The metrics of all replicas of a deployment as one."""
+"""The metrics of all replicas of a deployment, added up."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rayfin.serving.api.metrics import GAUGES, Metrics
 from rayfin.serving.counts import Counts, first_names, total
 
 API, ENGINE = "api", "engine"
-"""Kinds of replicas that count."""
+"""The kinds of replicas that write counts."""
 
 
 def counts_of(stats: Any) -> dict[str, float]:
-    """What an engine has counted, of the dataclass that its `stats` returns."""
+    """Returns what an engine has counted: the fields of its `stats` that are no gauges."""
     return {name: value for name, value in asdict(stats).items() if name not in GAUGES}
 
 

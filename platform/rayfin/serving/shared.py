@@ -1,4 +1,4 @@
-"""What the processes of one deployment leave for each other in Ray's key-value store.
+"""Values that the processes of one deployment share through Ray's key-value store.
 
 The store is with the head: it outlives every replica and proxy, and all nodes see the same.
 """
@@ -14,19 +14,22 @@ _NAMESPACE = "rayfin_serve"
 
 
 def put(key: str, value: Any, *, overwrite: bool = True) -> bool:
-    """Writes a JSON value; True where the key was there already. Raises where the head is away."""
+    """Writes a JSON value, and returns whether the key was there already.
+
+    Raises what Ray does where the head is away.
+    """
     data = json.dumps(value).encode()
     return bool(internal_kv._internal_kv_put(key, data, overwrite, namespace=_NAMESPACE))
 
 
 def get(key: str) -> Any:
-    """The value of a key, None where there is none."""
+    """Returns the value of a key; None where there is none."""
     data = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
     return None if data is None else json.loads(data)
 
 
 def keys(prefix: str) -> list[str]:
-    """All keys that begin so."""
+    """Returns all keys that begin with `prefix`, sorted."""
     found = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
     return sorted(key.decode() for key in found)
 

@@ -1,4 +1,4 @@
-"""When a trial is evaluated and saved."""
+"""The callback that decides when a trial is evaluated and saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Flow(TrainerCallback):
-    """When to evaluate and save: every so many steps, and at the last."""
+    """Has a trial evaluated and saved every so many steps, and evaluated at the last one."""
 
     def __init__(self, trainer: TrialTrainer) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""What each process of a worker group runs."""
+"""The program of each process of a worker group."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def work(config: dict[str, Any]) -> None:
 
 
 def trace_of(job: Job, rank: int) -> str:
-    """The name under which a worker that hangs says where it stands; see `watched`."""
+    """Returns the name under which a worker that hangs says where it stands; see `watched`."""
     return f"{job.place.path.parent.parent.name}-{job.place.path.name}-{rank}"
 
 
 def _train(
     job: Job, desk: Any, *, group: Group, hardware: Hardware, warm: Warm, hang_minutes: float
 ) -> None:
-    """One trial on this worker; rank 0 speaks for all."""
+    """Runs one trial on this worker; rank 0 reports for all."""
     rank = ray.train.get_context().get_world_rank()
 
     def hand_in(result: TrialResult) -> bool:
@@ -95,7 +95,7 @@ def _train(
 
 
 def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Group:
-    """`group` with its strategy named: where it is left open, the first worker chooses for all."""
+    """Returns `group` with a strategy; where it is `auto`, the first worker chooses for all."""
     if group.strategy != "auto":
         return group
     import torch.distributed as dist

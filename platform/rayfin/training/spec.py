@@ -21,7 +21,7 @@ from rayfin.paths import Place
 Status = Literal["running", "finished", "stopped", "failed", "oom"]
 
 MEMORY_MONITOR = "running low on memory"
-"""Of what Ray says where it ended a process, lest its machine run out of memory."""
+"""Words by which Ray says that it ended a process before its machine ran out of memory."""
 
 
 class TrialSpec(Section):

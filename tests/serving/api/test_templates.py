@@ -21,7 +21,7 @@ from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError, Overloaded, RequestError, Unavailable
 from rayfin.serving.api import own_files
-from rayfin.serving.api.own_files import MAX_TEMPLATE, Own, OwnFiles, read_template
+from rayfin.serving.api.own_files import MAX_TEMPLATE, OwnFiles, OwnTokenizer, read_template
 from rayfin.serving.api.templates import ApartRenderer
 from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource
@@ -396,7 +396,7 @@ def test_what_is_away_is_read_when_it_is_back(tmp_path: Path) -> None:
     """A disk that was not mounted would else leave an adapter without its template for ever."""
     source = AdapterSource("away@1", tmp_path / "away")
 
-    async def read() -> list[Own]:
+    async def read() -> list[OwnTokenizer]:
         looks = BoundedCalls("files", threads=1, seconds=60, most_stuck=1)
         own = OwnFiles(looks)
         found = [await own.of(source)]
@@ -409,7 +409,8 @@ def test_what_is_away_is_read_when_it_is_back(tmp_path: Path) -> None:
         looks.close()
         return found
 
-    assert asyncio.run(read()) == [Own(), Own(OWN, "<x>"), Own(OWN, "<x>")]
+    brought = OwnTokenizer(OWN, "<x>")
+    assert asyncio.run(read()) == [OwnTokenizer(), brought, brought]
 
 
 def test_files_that_stall_hold_up_nobody_else(
@@ -425,7 +426,7 @@ def test_files_that_stall_hold_up_nobody_else(
     monkeypatch.setattr(own_files, "read_template", stalls)
     (tmp_path / "chat_template.jinja").write_text(OWN)
 
-    async def read() -> Own:
+    async def read() -> OwnTokenizer:
         looks = BoundedCalls("files", threads=1, seconds=0.2, most_stuck=2)
         own = OwnFiles(looks)
         with pytest.raises(Unavailable, match="the tokenizer of adapter 'stuck@1' is being read"):

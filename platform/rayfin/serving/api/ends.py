@@ -1,4 +1,4 @@
-"""What ends an answer, beside the base's own tokens and what a request asks for."""
+"""The ends of an answer beside the base's own tokens and what a request asks for."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ class AnswerEnds:
         self._tokenizer, self._templates, self._own = tokenizer, templates, own
 
     async def of_chat(self, named: Named) -> Ends:
-        """Raises AdapterError, Unavailable or Overloaded."""
+        """Returns the ends of an answer in a conversation.
+
+        Raises AdapterError, Unavailable or Overloaded.
+        """
         return await self.of_text(named) | await self._templates.ends(named.source)
 
     async def of_text(self, named: Named) -> Ends:
-        """What the version was taught, whatever it is asked; raises AdapterError or Unavailable.
+        """Returns the ends that the version was taught, which hold for any prompt.
 
-        Training writes it into rayfin.json. Who trained elsewhere may have named the token as the
-        end-of-sequence token of the tokenizer beside the adapter.
+        Training writes them into rayfin.json. An adapter that was trained elsewhere may name its
+        end as the end-of-sequence token of its own tokenizer. Raises AdapterError or Unavailable.
         """
         if named.source is None or named.version is None:
             return Ends()
@@ -44,5 +47,5 @@ class AnswerEnds:
                     f"({error}); publish it again, for the base that it was trained on"
                 ) from error
         token = (await self._own.of(named.source)).eos_token
-        number = self._tokenizer.backend_tokenizer.token_to_id(token) if token else None
-        return ends if number is None else ends | Ends((number,))
+        token_id = self._tokenizer.backend_tokenizer.token_to_id(token) if token else None
+        return ends if token_id is None else ends | Ends((token_id,))

@@ -1,4 +1,4 @@
-"""What an adapter's own tokenizer files say, read without trusting them."""
+"""The parts of an adapter's own tokenizer that serving uses, from files that nobody vouches for."""
 
 from __future__ import annotations
 
@@ -14,32 +14,35 @@ from typing import Any, cast
 from rayfin.errors import AdapterError
 from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.engine.vocabulary import SETTINGS, named_token
 
 MAX_TEMPLATE = 64 * 2**10
-"""Characters of a chat template; the longest in use have about 20,000."""
+"""The most characters of a chat template; the longest in use have about 20,000."""
 
 _MAX_FILE = 8 * 2**20
-_CONFIG = "tokenizer_config.json"
 _REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
-class Own:
-    """What an adapter brings of a tokenizer."""
+class OwnTokenizer:
+    """The chat template and the end-of-sequence token that an adapter brings, if it does."""
 
     template: str | None = None
     eos_token: str | None = None
 
 
 class OwnFiles:
-    """What adapters bring of a tokenizer, read once a version."""
+    """Reads the tokenizers that adapters bring, once for each version."""
 
     def __init__(self, looks: BoundedCalls) -> None:
         self._looks = looks
-        self._known: OrderedDict[str, Own] = OrderedDict()
+        self._known: OrderedDict[str, OwnTokenizer] = OrderedDict()
 
-    async def of(self, source: AdapterSource) -> Own:
-        """Raises AdapterError for files that can't be used, Unavailable where the disk stalls."""
+    async def of(self, source: AdapterSource) -> OwnTokenizer:
+        """Returns what the version brings.
+
+        Raises AdapterError for files that can't be used, Unavailable where the disk stalls.
+        """
         if source.ref in self._known:
             return self._known[source.ref]
         what = f"the tokenizer of adapter '{source.ref}' is being read"
@@ -51,18 +54,18 @@ class OwnFiles:
             self._known[source.ref] = own
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
-        return cast("Own", own)
+        return cast("OwnTokenizer", own)
 
 
-def _read_own(source: AdapterSource) -> tuple[Own, bool]:
-    own = Own(read_template(source), read_eos_token(source))
+def _read_own(source: AdapterSource) -> tuple[OwnTokenizer, bool]:
+    own = OwnTokenizer(read_template(source), read_eos_token(source))
     return own, source.path.is_dir()
 
 
 def read_template(source: AdapterSource) -> str | None:
-    """The chat template in an adapter's directory, None where it brings none.
+    """Returns the chat template in an adapter's directory, or None.
 
-    Raises AdapterError for one that is too large, or whose file is none that can be read.
+    Raises AdapterError for one that is too large, or whose file can't be read.
     """
     template = _read_file(source, "chat_template.jinja", 4 * MAX_TEMPLATE)
     if template is None:
@@ -73,18 +76,15 @@ def read_template(source: AdapterSource) -> str | None:
 
 
 def read_eos_token(source: AdapterSource) -> str | None:
-    """The end-of-sequence token of the tokenizer in an adapter's directory; None without one.
+    """Returns the end-of-sequence token of the tokenizer in an adapter's directory, or None.
 
     Raises AdapterError for a file that can't be read.
     """
-    found = _read_config(source).get("eos_token")
-    if isinstance(found, dict):  # an AddedToken
-        found = found.get("content")
-    return found if isinstance(found, str) else None
+    return named_token(_read_config(source), "eos_token")
 
 
 def _template_of(source: AdapterSource, config: dict[str, Any]) -> str | None:
-    """`chat_template` of a tokenizer_config.json: a text, or a list of named ones."""
+    """Returns `chat_template` of a tokenizer_config.json, a text or a list of named ones."""
     found = config.get("chat_template")
     if isinstance(found, list):
         try:
@@ -95,8 +95,8 @@ def _template_of(source: AdapterSource, config: dict[str, Any]) -> str | None:
 
 
 def _read_config(source: AdapterSource) -> dict[str, Any]:
-    """The object in tokenizer_config.json; an empty one where there is no such file."""
-    text = _read_file(source, _CONFIG, _MAX_FILE)
+    """Returns the object in tokenizer_config.json; an empty one where there is no such file."""
+    text = _read_file(source, SETTINGS, _MAX_FILE)
     try:
         config = {} if text is None else json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -107,11 +107,11 @@ def _read_config(source: AdapterSource) -> dict[str, Any]:
 
 
 def _unreadable(source: AdapterSource) -> AdapterError:
-    return AdapterError(f"adapter '{source.ref}': its {_CONFIG} can't be read; publish it again")
+    return AdapterError(f"adapter '{source.ref}': its {SETTINGS} can't be read; publish it again")
 
 
 def _read_file(source: AdapterSource, name: str, most: int) -> str | None:
-    """The text of a regular file of at most `most` bytes; None where there is none."""
+    """Returns the text of a regular file of at most `most` bytes; None where there is none."""
     broken = AdapterError(
         f"adapter '{source.ref}': its {name} is no text file that can be read; publish it again"
     )

@@ -27,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import AdapterError, Overloaded, RequestError
-from rayfin.models.ends import PROBES, Ends, ends_in
+from rayfin.models.ends import PROBES, Ends, turn_ends
 from rayfin.serving.api.own_files import OwnFiles
 from rayfin.serving.api.template_worker import KILLED, LOST, render
 from rayfin.serving.engine.request import AdapterSource
@@ -69,13 +69,13 @@ class Templates:
         return await self._write(source, messages, opens=True)
 
     async def ends(self, source: AdapterSource | None) -> Ends:
-        """What the template ends an answer with; raises AdapterError or Overloaded."""
+        """Returns what the template ends an answer with; raises AdapterError or Overloaded."""
         own = None if source is None else (await self._own.of(source)).template
         # A version never changes: neither does what its template writes.
         key = source.ref if source is not None and own not in (None, self._base) else None
         if key not in self._ends:
             texts = [await self._probed(source, list(probe)) for probe in PROBES]
-            self._ends[key] = ends_in(texts, self._tokenizer)
+            self._ends[key] = turn_ends(texts, self._tokenizer)
             while len(self._ends) > _REMEMBERED:
                 self._ends.popitem(last=False)
         return self._ends[key]
@@ -84,7 +84,7 @@ class Templates:
         self._apart.close()
 
     async def _probed(self, source: AdapterSource | None, probe: Conversation) -> str:
-        """What the template makes of `probe`; nothing where it refuses it."""
+        """Returns what the template makes of `probe`; an empty text where it refuses it."""
         try:
             return await self._write(source, probe, opens=False)
         except RequestError:

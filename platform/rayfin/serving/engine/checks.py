@@ -1,6 +1,6 @@
-"""Whether an adapter fits the served base, by its settings and its file's header alone.
+"""Checks that an adapter fits the served base, by its settings and its file's header alone.
 
-Asked before any tensor is read: what does not fit takes no memory.
+They run before any tensor is read: what does not fit takes no memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE_IS_RIGHT = "--base-is-right"
 def check_base(settings: Settings, metadata: Mapping[str, Any], served: Base) -> None:
     """Raises AdapterError unless the adapter was trained on `served`.
 
-    What is compared is the content, where the adapter's rayfin.json tells of it (`metadata`, which
+    The bases' content is compared where the adapter's rayfin.json tells of it (`metadata`, which
     must be trusted), else the name that PEFT wrote.
     """
     claim = claimed_base(settings.values, metadata)
@@ -40,13 +40,13 @@ def check_base(settings: Settings, metadata: Mapping[str, Any], served: Base) ->
 
 
 def _short(base: Base) -> str:
-    """In one short line, as anybody may have written it."""
+    """Returns the base's name in one short line of ASCII: anybody may have written it."""
     text = str(base).encode("unicode_escape").decode("ascii")
     return text if len(text) <= 160 else f"{text[:160]}…"
 
 
 def check_rank(settings: Settings, rank: int, most: int) -> None:
-    """Raises AdapterError where slots, which hold `most`, don't hold it."""
+    """Raises AdapterError for a rank above `most`, the highest that a slot holds."""
     if rank > most:
         raise settings.error(f"it has rank {rank}, and slots hold {most}; raise engine.max_rank")
 
@@ -58,7 +58,7 @@ def check_low_rank(
     modules: Mapping[str, Mapping[str, str]],
     ranks: Mapping[str, int],
 ) -> None:
-    """Raises AdapterError unless ranks (by module) and all tensors' shapes are what they can be."""
+    """Raises AdapterError for ranks (by module) or shapes of tensors that don't fit the base."""
     check_rank(settings, max(ranks.values()), base.max_rank)
     for module, parts in modules.items():
         (in_features, out_features), r = base.linears[module], ranks[module]
@@ -77,9 +77,9 @@ def modules_of(
     linears: Mapping[str, tuple[int, int]],
     beside: Collection[str] = (),
 ) -> dict[str, dict[str, str]]:
-    """Module name in the base -> part -> tensor name, of all but the tensors `beside`.
+    """Returns module name in the base -> part -> tensor name, for all tensors but those `beside`.
 
-    Raises AdapterError for unknown modules.
+    Raises AdapterError for modules that the base lacks.
     """
     modules = weights.by_module(suffixes, beside)
     for module in modules:

@@ -1,4 +1,4 @@
-"""Whether an adapter's own tokenizer has the served base's words, as the same numbers."""
+"""A check that an adapter's own tokenizer has the served base's tokens, with the same ids."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Vocabulary:
     """The tokens of the served base; safe to call from several threads."""
 
     def __init__(self, tokens: Mapping[str, int]) -> None:
-        """`tokens`: token -> number, added ones included (a tokenizer's `get_vocab`)."""
+        """`tokens` maps tokens to ids, added ones included (a tokenizer's `get_vocab`)."""
         self._tokens = tokens
         self._fitting: OrderedDict[bytes, None] = OrderedDict()
         """Digests of files that were found to fit: most adapters of a base bring the same."""
@@ -45,14 +45,14 @@ class Vocabulary:
         if digest in self._fitting:
             return
         padding = _padding(source.path)
-        for token, number in _tokens(read_json(path)):
+        for token, token_id in _tokens(read_json(path)):
             known = self._tokens.get(token)
-            if known == number or (known is None and token == padding):
+            if known == token_id or (known is None and token == padding):
                 continue
             told = "doesn't have it" if known is None else f"has it as {known}"
             raise AdapterError(
                 f"adapter '{source.ref}': its {TOKENIZER} has the token {shown(token)} as "
-                f"{shown(number)}, and the served base's tokenizer {told}: it was trained with "
+                f"{shown(token_id)}, and the served base's tokenizer {told}: it was trained with "
                 "another tokenizer, or a resized vocabulary; serve it with its own base "
                 "(model.name=BASE)"
             )
@@ -71,26 +71,35 @@ def _digest(path: Path) -> bytes:
 
 
 def _tokens(tokenizer: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields tokens and numbers of a file in the format of the `tokenizers` library, or nothing."""
+    """Yields each token and its id, in a file in the format of the `tokenizers` library.
+
+    A file of another format yields nothing.
+    """
     model = tokenizer.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, dict):
         yield from vocabulary.items()
-    elif isinstance(vocabulary, list):  # Unigram: [token, score], numbered by their places
-        for number, entry in enumerate(vocabulary):
+    elif isinstance(vocabulary, list):  # Unigram: [token, score], in the order of their ids
+        for token_id, entry in enumerate(vocabulary):
             if isinstance(entry, list) and entry and isinstance(entry[0], str):
-                yield entry[0], number
+                yield entry[0], token_id
     added = tokenizer.get("added_tokens")
     for entry in added if isinstance(added, list) else ():
         if isinstance(entry, dict) and isinstance(entry.get("content"), str):
             yield entry["content"], entry.get("id")
 
 
+def named_token(settings: Mapping[str, Any], name: str) -> str | None:
+    """Returns the token that a tokenizer_config.json names, such as `pad_token`, or None."""
+    found = settings.get(name)
+    if isinstance(found, dict):  # an AddedToken
+        found = found.get("content")
+    return found if isinstance(found, str) else None
+
+
 def _padding(directory: Path) -> str | None:
+    """Returns the padding token of the tokenizer in `directory`, or None."""
     path = directory / SETTINGS
     if not path.is_file() or path.stat().st_size > MAX_BYTES:
         return None
-    found = read_json(path).get("pad_token")
-    if isinstance(found, dict):
-        found = found.get("content")
-    return found if isinstance(found, str) else None
+    return named_token(read_json(path), "pad_token")
