@@ -144,6 +144,18 @@ class Objects:
             found = store.get_file_info(FileSelector(self._path, allow_not_found=True))
         return sorted(info.base_name for info in found if info.type == FileType.Directory)
 
+    def written(self) -> dict[str, float]:
+        """Name of each file directly under this directory -> when it was written.
+
+        In seconds by the store's clock, of which some stores tell whole ones only.
+        """
+        from pyarrow.fs import FileSelector, FileType
+
+        with self._store("read") as store:
+            found = store.get_file_info(FileSelector(self._path, allow_not_found=True))
+        files = (info for info in found if info.type == FileType.File)
+        return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in files}
+
     def put(self, directory: Path) -> None:
         """Makes this directory what `directory` is; one that is killed leaves none that is whole.
 

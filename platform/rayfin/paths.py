@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -244,6 +245,13 @@ def write_directory_whole(path: Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def left_unfinished(path: Path) -> list[Path]:
+    """Returns what writers of `path` that were killed have left beside it."""
+    name = re.compile(rf"\.{re.escape(path.name)}-[0-9a-f]{{8}}")
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return [other for other in beside if name.fullmatch(other.name)]
 
 
 def _temporary(path: Path) -> Path:

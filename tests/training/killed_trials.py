@@ -1,18 +1,22 @@
 """Runs trials in forked children that kill themselves on the way; see forked_trials.py.
 
-A job is {spec, directory, threads, step | event}: SIGKILL in the middle of that step, or at the
-trial's n-th touch of a file of its own; torch has so many `threads`. Answers {signal, events}.
+A job is {spec, directory, threads, step | event | write}: SIGKILL in the middle of that step, or at
+the trial's n-th touch of a file of its own, or in the middle of its n-th write of tensors; torch
+has so many `threads`. Answers {signal, events}.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-import peft  # noqa: F401
+import peft
+import psutil
+import safetensors.torch
 import torch
 
 from rayfin.hardware import describe_hardware
@@ -37,6 +41,52 @@ def die_in_step(step: int) -> None:
         return loss
 
     TrialTrainer.compute_loss = deadly  # type: ignore[method-assign]
+
+
+def die_in_write(number: int) -> None:
+    """safetensors writes in Rust, where no hook of Python's sees it: another process looks on.
+
+    The write is repeated, and has 64 MB more to write, until that process has stopped this one amid
+    it, seen so, and killed it.
+    """
+    write, left = safetensors.torch.save_file, itertools.count(number - 1, -1)
+
+    def deadly(tensors: dict[str, torch.Tensor], filename: str, **options: Any) -> None:
+        if next(left):
+            write(tensors, filename, **options)
+            return
+        # Smaller ones than a buffer of safetensors, so that it writes them in many calls.
+        more = {f"more {n}": torch.zeros(2**17) for n in range(128)}
+        if os.fork() == 0:
+            kill_amid_write(Path(filename).parent, os.getppid())
+            os._exit(0)
+        while True:
+            write(tensors | more, filename, **options)
+            Path(filename).unlink()
+
+    safetensors.torch.save_file = peft.peft_model.safe_save_file = deadly
+
+
+def kill_amid_write(directory: Path, writer: int) -> None:
+    """Kills `writer` as soon as a file there has begun to hold what it is to hold in the end."""
+    while os.getppid() == writer:
+        if not any(map(begun, directory.glob(".tmp*"))):
+            continue
+        os.kill(writer, signal.SIGSTOP)
+        while psutil.Process(writer).status() != psutil.STATUS_STOPPED:
+            pass
+        if any(map(begun, directory.glob(".tmp*"))):
+            os.kill(writer, signal.SIGKILL)
+            return
+        os.kill(writer, signal.SIGCONT)
+
+
+def begun(file: Path) -> bool:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return False
+    return 0 < found.st_blocks * 512 < found.st_size
 
 
 class Events:
@@ -69,6 +119,8 @@ def loaded(jobs: list[dict[str, Any]]) -> Warm:
 def work(job: dict[str, Any], warm: Warm, events_to: int) -> None:
     if "step" in job:
         die_in_step(job["step"])
+    if "write" in job:
+        die_in_write(job["write"])
     events = Events(job["directory"], job.get("event", -1))
     spec = TrialSpec.model_validate_json(job["spec"])
     result = run_trial(spec, lambda _: None, place=Place.at(job["directory"]), warm=warm)

@@ -30,7 +30,7 @@ from rayfin.training.spec import TrialResult
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
 from rayfin.training.warm import Warm
-from rayfin.tuning.plan import alone
+from rayfin.tuning.alone import alone
 from rayfin.tuning.single import train_once
 
 
@@ -141,6 +141,29 @@ def test_a_kill_at_any_touch_of_a_file_leaves_a_trial_that_goes_on(lab: Any) -> 
         assert_same_end(lab, lab.run(spec, directory=Path(job["directory"])), whole.result)
 
 
+@pytest.mark.parametrize(
+    ("write", "newest"),
+    [(4, "checkpoint-1"), (5, "checkpoint-1"), (6, "checkpoint-1"), (7, "checkpoint-2")],
+    ids=["weights", "moments", "scores", "adapter"],
+)
+def test_a_kill_within_a_write_of_tensors_leaves_the_checkpoint_before(
+    lab: Any, write: int, newest: str
+) -> None:
+    """Of three tensor files in each of two checkpoints, and the adapter's."""
+    spec = lab.spec(max_steps=3, eval_steps=1)
+    whole = lab.finish(spec)
+    directory = lab.root / f"write-{write}"
+    directory.mkdir()
+    job = {"spec": spec.model_dump_json(), "directory": str(directory), "write": write}
+    assert lab.killed([job])[0]["signal"] == signal.SIGKILL
+    (half,) = directory.rglob(".tmp*")  # safetensors renames what it has written
+    assert 0 < half.stat().st_blocks * 512 < half.stat().st_size
+    found = latest_checkpoint(Place(directory / "checkpoints"))
+    assert found is not None and found.name == newest
+    assert_same_end(lab, lab.run(spec, directory=directory), whole.result)
+    assert not half.exists() and not list(directory.rglob(".tmp*"))
+
+
 def interrupted(lab: Any, spec: TrialSpec) -> Path:
     """The directory of a trial that ended by Ctrl-C at its first evaluation."""
     directory: Path = lab.directory()
@@ -189,7 +212,7 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
         assert first.status == "finished" and steps_taken == [spec.train.max_steps - 1]
         (directory,) = tmp_path.glob("sweeps/train/trials/*")
         assert latest_checkpoint(Place(directory / "checkpoints")) is None
-        with alone(Place(directory), ""), pytest.raises(ConfigError, match="another process"):
+        with alone(Place(directory), "", ""), pytest.raises(ConfigError, match="another process"):
             run(rerun=True)
         assert not steps_taken
         # The driver was killed after it had recorded the end, and before it let them go.

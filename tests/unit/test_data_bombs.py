@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +61,48 @@ def test_the_rows_after_a_line_that_is_too_long_are_used(tmp_path: Path, streami
     assert [(bad.line, bad.rows) for bad in corpus.skipped] == [(1, 1)]
     assert "longer than 64 MiB" in corpus.skipped[0].reason
     assert len(corpus.train) + len(corpus.eval) == len(ROWS)
+
+
+READER = """
+import json, sys
+from pathlib import Path
+from rayfin.config.schema import DataConfig
+from rayfin.data import load_corpus
+from rayfin.errors import DataError
+
+def most_memory():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+data = DataConfig(path=sys.argv[1], **json.loads(sys.argv[2]))
+before = most_memory()
+try:
+    corpus = load_corpus(data)
+    told = [f"{bad.line}: {bad.reason}" for bad in corpus.skipped]
+    rows = len(corpus.train) + len(corpus.eval)
+except DataError as error:
+    told, rows = [str(error)], None
+print(json.dumps([most_memory() - before, told, rows]))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [({}, None), ({"on_bad_row": "skip"}, 4), ({"on_bad_row": "skip", "streaming": True}, 4)],
+    ids=["refused", "skipped", "streamed"],
+)
+def test_a_line_of_a_gigabyte_takes_little_memory(
+    tmp_path: Path, settings: dict[str, object], rows: int | None
+) -> None:
+    path = with_long_line(tmp_path / "a.jsonl", 1024 * MIB, b"", b'{"text": "')
+    assert path.stat().st_size > 2**30
+    reader = [sys.executable, "-c", READER, str(path), json.dumps(settings)]
+    done = subprocess.run(reader, capture_output=True, text=True, check=True)
+    memory, told, used = json.loads(done.stdout)
+    assert memory < 256 * MIB
+    assert used == rows
+    assert len(told) == 1 and "1: longer than 64 MiB" in told[0]
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,10 @@ import pytest
 from rich.console import Console
 
 from rayfin.config import Config, load_config
-from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training import TrialSpec
-from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, find_resumable, new_plan
+from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import Progress, trials_table
 from rayfin.tuning.rows import recalled, started
 from rayfin.tuning.search import HistorySearch, distinct_settings
@@ -280,18 +279,6 @@ def test_an_error_with_brackets_is_shown_as_it_is(data: Path) -> None:
     row = started(plan.trial({"method.r": 2}))
     progress.update(row.updated(status="failed", error="[/lib/pair.cc:534] closed [enforce x]"))
     assert "[/lib/pair.cc:534] closed [enforce x]" in out.getvalue()
-
-
-def test_a_sweep_that_runs_is_not_resumed_by_a_second_driver(data: Path) -> None:
-    plan = plan_of(data, "sweep.parameters.method.r=[2,4]")
-    plan = new_plan(plan.config, plan.storage)
-    plan.save()
-    with (
-        History.open(plan.storage.history_url) as history,
-        alone(plan.place, ""),
-        pytest.raises(ConfigError, match="is running in another process"),
-    ):
-        run_sweep(plan.config, history=history, storage=plan.storage, resume=True)
 
 
 def test_the_saved_configuration_holds_no_password(data: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,22 @@ _NO_CONTAINER = "pid:[4026531836]"
 
 
 def this_driver() -> dict[str, Any]:
-    """This process, as `is_lost` compares it with those that run."""
+    """This process, as `has_ended` compares it with those that run."""
     return _machine() | {"pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def is_lost(row: TrialRecord) -> bool:
-    """Whether the row says `running` and the process that would say otherwise has ended.
+    """Whether the row says `running` and the process that would say otherwise has ended."""
+    driver = row.scenario.get(DRIVER)
+    return row.status == "running" and isinstance(driver, dict) and has_ended(driver)
 
-    False for a row of another machine, or of another container on this one: nothing is known of
+
+def has_ended(driver: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine, as `this_driver` described it, runs no more.
+
+    False for one of another machine, or of another container on this one: nothing is known of
     the processes there. A container's restart is not told from another machine's container.
     """
-    driver = row.scenario.get(DRIVER)
-    if row.status != "running" or not isinstance(driver, dict):
-        return False
     here = _machine()
     if any(driver.get(part) != here[part] for part in ("host", "processes")):
         return False

@@ -20,7 +20,7 @@ from rayfin.heartbeat import beat, pause
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
-from rayfin.paths import Place, write_directory_whole, write_text
+from rayfin.paths import Place, left_unfinished, write_directory_whole, write_text
 from rayfin.training.checkpoint import (
     clear_checkpoints,
     latest_checkpoint,
@@ -186,7 +186,8 @@ def _train(
             warned=warned,
         )
         if trainer.args.should_save:
-            shutil.rmtree(staging(checkpoints), ignore_errors=True)
+            for left in (staging(checkpoints), *left_unfinished(place.path / "adapter")):
+                shutil.rmtree(left, ignore_errors=True)
         resumed = _resumed(checkpoints, trainer)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         adapter = _finish(trainer, model, tokenizer, data.ends, place, warm.origin(spec.model))

@@ -5,18 +5,15 @@ from __future__ import annotations
 import functools
 import re
 import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config
 from rayfin.data import Corpus, load_corpus
-from rayfin.errors import ConfigError, RayfinError, StorageError
+from rayfin.errors import RayfinError
 from rayfin.models import identity
 from rayfin.paths import Place, Storage, write_text
 from rayfin.training import TrialSpec
@@ -101,30 +98,6 @@ class SweepPlan:
 
     def identity(self, model: ModelConfig) -> str:
         return _identity(model)
-
-
-@contextmanager
-def alone(place: Place, otherwise: str) -> Iterator[None]:
-    """Holds the lock of a sweep or a trial: two processes would train it over each other.
-
-    Raises ConfigError(`otherwise`) where another process of this machine, or of a disk that both
-    see, holds it.
-    """
-    lock = FileLock(place.path / ".lock", timeout=0)
-    try:
-        place.path.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(otherwise) from None
-    except OSError as error:
-        raise StorageError(
-            f"storage: '{place.path}' can't be written ({error.strerror}); free some room, or give "
-            "another storage=DIR"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def new_plan(config: Config, storage: Storage) -> SweepPlan:

@@ -18,7 +18,8 @@ from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import Group, check_scaling, needs_group
-from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone
+from rayfin.tuning.alone import alone
+from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.rows import ended, let_checkpoints_go, started, usable, with_outcome
@@ -80,11 +81,8 @@ def _train(
     if not rerun and (earlier := usable(history, trial)) is not None:
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
-    running = (
-        f"{trial.trial_id} is being trained by another process; wait for its end, or change the "
-        "configuration: train.seed=1, say, is another run"
-    )
-    with alone(trial.place, running):
+    otherwise = "wait for its end, or change the configuration: train.seed=1, say, is another run"
+    with alone(trial.place, trial.trial_id, otherwise):
         return _train_alone(plan, trial, history, cluster, show)
 
 

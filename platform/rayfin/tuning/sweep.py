@@ -12,8 +12,9 @@ from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import note_lost
 from rayfin.paths import Place, Storage
+from rayfin.tuning.alone import alone
 from rayfin.tuning.edges import edge_notes
-from rayfin.tuning.plan import PlannedTrial, SweepPlan, alone, find_resumable, new_plan
+from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import Progress, few_settings
 from rayfin.tuning.rows import ended, let_checkpoints_go, was_refused
@@ -82,17 +83,15 @@ def run_sweep(
     check_run(plan, variants(config), cluster)
     notes = (*notes, *space_notes(config))
     progress.tell((*plan.notes, *notes))
-    note_lost(history)
-    rows = history.trials(sweep_id=plan.sweep_id)
-    _check_unchanged(plan, rows)
-    plan.save()
-    if earlier is not None and not (resume or rerun):
-        first = [*first, *_finished_points(earlier, history)]
-    running = (
-        f"--resume: sweep {plan.sweep_id} is running in another process; wait for its end, "
-        "or leave --resume out to start another"
-    )
-    with alone(plan.place, running):
+    otherwise = "wait for its end, or leave --resume out to start another"
+    with alone(plan.place, f"--resume: sweep {plan.sweep_id}", otherwise):
+        # Not before: another driver may have gone on with this sweep until now.
+        note_lost(history)
+        rows = history.trials(sweep_id=plan.sweep_id)
+        _check_unchanged(plan, rows)
+        plan.save()
+        if earlier is not None and not (resume or rerun):
+            first = [*first, *_finished_points(earlier, history)]
         advisor = _advisor(plan, advise)
         refuse = refuse if cluster is None else None
         result = _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
