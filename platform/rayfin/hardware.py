@@ -74,7 +74,7 @@ def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
     import psutil
 
     host_memory = int(psutil.virtual_memory().total)
-    available = _has_gpu(asked=use_gpu is True)
+    available = has_gpu(asked=use_gpu is True)
     if use_gpu is True and not available:
         raise HardwareError(
             "scaling.use_gpu: true, but torch sees no GPU here; "
@@ -109,7 +109,7 @@ _GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/d
 Linux has no GPU."""
 
 
-def _has_gpu(*, asked: bool) -> bool:
+def has_gpu(*, asked: bool) -> bool:
     """Whether torch sees a GPU; torch, which takes seconds to import, is asked where it may, and
     where a GPU was `asked` for.
     """

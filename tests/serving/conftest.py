@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import os
@@ -11,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -28,10 +30,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
+from rayfin.errors import AdapterError
 from rayfin.models import load_base, load_tokenizer
 from rayfin.models.quiet import no_progress_bars
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
+from rayfin.serving.engine.vllm import VllmEngine
+from rayfin.serving.engine.vllm_backend import Lora, sampling_arguments
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
@@ -432,12 +437,83 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
+class AsVllm:
+    """vLLM's rules over rayfin's own engine: weights are read once a number, and kept by it."""
+
+    def __init__(self, model: str) -> None:
+        self.engine = Engine(
+            ModelConfig(name=model), EngineConfig(max_rows=8, max_length=1024), use_gpu=False
+        )
+        self.engine.start()
+        self.kept: dict[int, AdapterSource] = {}
+        self.names: set[str] = set()
+        self.failure: BaseException | None = None
+        self.broken = False
+        self.stalled: str | None = None
+        """The call that waits until this is another one."""
+        self.adds = 0
+        self.arguments: Mapping[str, Any] = {}
+
+    def opened(self, arguments: Mapping[str, Any]) -> AsVllm:
+        asyncio.get_running_loop()
+        self.arguments = arguments
+        return self
+
+    async def generate(self, request: Request, lora: Lora | None) -> AsyncGenerator[Any, None]:
+        if self.broken:
+            raise ValueError("out of blocks")
+        await self._stall("generate")
+        source = None
+        if lora is not None:
+            self.names.add(lora.name)
+            number = AdapterSource(f"kept@{lora.number}", lora.source.path)
+            source = self.kept.setdefault(lora.number, number)
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
+        params = sampling_arguments(request)
+        params |= {name: tuple(params[name]) for name in ("stop", "stop_token_ids")}
+        self.engine.submit(
+            Request(request.request_id, request.prompt_ids, SamplingParams(**params), source),
+            lambda chunk: loop.call_soon_threadsafe(arrived.put_nowait, chunk),  # type: ignore[arg-type,return-value]
+        )
+        try:
+            reason = None
+            while reason is None:
+                chunk = await arrived.get()
+                reason = chunk.finish_reason
+                output = SimpleNamespace(
+                    text=chunk.text,
+                    token_ids=list(chunk.token_ids),
+                    logprobs=None,
+                    finish_reason=reason,
+                )
+                yield SimpleNamespace(outputs=[output])
+        finally:
+            self.engine.cancel(request.request_id)
+
+    async def add(self, lora: Lora) -> None:
+        self.adds += 1
+        await self._stall("add")
+        if not lora.source.path.is_dir():
+            raise AdapterError(f"adapter '{lora.source.ref}': vLLM can't load it")
+
+    async def _stall(self, call: str) -> None:
+        while self.stalled == call:
+            await asyncio.sleep(0.01)
+
+    async def remove(self, lora: Lora) -> None:
+        del self.kept[lora.number]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
 class Lab:
     """What the tests of this folder share (pytest's importlib mode imports no conftest)."""
 
     METHODS = METHODS
     PROMPT = PROMPT
     Service = Service
+    AsVllm = AsVllm
     make_adapter = staticmethod(make_adapter)
     title = staticmethod(_title)
     greedy = staticmethod(greedy)
@@ -487,12 +563,17 @@ def tiny_tokenizer() -> Any:
 
 
 @pytest.fixture
-def engines() -> Iterator[Callable[..., Engine]]:
-    """Makes engines, and closes them."""
-    made: list[Engine] = []
+def engines() -> Iterator[Callable[..., Engine | VllmEngine]]:
+    """Makes engines, and closes them; those of type vllm over what stands in for vLLM."""
+    made: list[Engine | VllmEngine] = []
 
-    def make(model: str, **settings: Any) -> Engine:
-        engine = Engine(ModelConfig(name=model), EngineConfig(**settings), use_gpu=False)
+    def make(model: str, **settings: Any) -> Engine | VllmEngine:
+        named, config = ModelConfig(name=model), EngineConfig(**settings)
+        engine: Engine | VllmEngine
+        if config.type == "vllm":
+            engine = VllmEngine(named, config, AsVllm(model).opened)
+        else:
+            engine = Engine(named, config, use_gpu=False)
         made.append(engine)
         engine.start()
         return engine

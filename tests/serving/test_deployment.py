@@ -99,6 +99,9 @@ def test_it_says_what_it_serves(service: Any) -> None:
     assert {one["ref"] for one in service.told["adapters"]} == {"red@1", "blue@1"}
     assert service.told["base"] == service.model
     assert f"{service.told['url']}/v1/chat/completions" in service.told["curl"]
+    engines = service.told["engines"]
+    assert (engines["device"], engines["cpus"], engines["gpus"]) == ("cpu", 0.5, 0.0)
+    assert (engines["replicas"], engines["max_rows"], engines["notes"]) == (2, ROWS, [])
 
 
 def test_it_leaves_no_port_but_the_replicas_own_to_other_machines(lab: Any, service: Any) -> None:

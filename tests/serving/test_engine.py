@@ -11,8 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from rayfin.errors import AdapterError, ConfigError, ModelError, Overloaded, RequestError
+from rayfin.config.schema import ModelConfig
+from rayfin.config.serving import EngineConfig
+from rayfin.errors import (
+    AdapterError,
+    ConfigError,
+    HardwareError,
+    ModelError,
+    Overloaded,
+    RequestError,
+)
 from rayfin.serving.engine import attention, cache
+from rayfin.serving.engine.open import open_engine
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
 
 Adapters = dict[str, AdapterSource]
@@ -267,3 +277,39 @@ def test_a_window_shorter_than_the_answers_is_refused(
         engines(str(tmp_path / "windowed"), max_length=128)
     with pytest.raises(ConfigError, match=r"engine\.max_length=5000"):
         engines(tiny, max_length=5000)
+
+
+def test_rows_that_the_memory_has_no_room_for_say_how_much_they_take() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.max_rows=1024 rows of .*take \d+\.\d GiB"):
+        cache.KVCache(
+            layers=1,
+            rows=1024,
+            heads=8,
+            max_length=2**30,
+            head_dim=64,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_a_gpu_that_torch_does_not_see_is_said_before_anything_is_loaded(kind: str) -> None:
+    """Ray counts GPUs by itself, and gives them to whatever torch there is."""
+    with pytest.raises(HardwareError, match=r"CUDA build of torch, or set deployment\.gpus=0"):
+        open_engine(ModelConfig(name="./nowhere"), EngineConfig(type=kind), use_gpu=True)
+
+
+def test_rows_are_no_longer_than_the_model_takes_unless_that_was_set(
+    tiny: str, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 128}))
+    model = ModelConfig(name=str(base))
+    engine = open_engine(model, EngineConfig(), use_gpu=False)
+    engine.close()
+    assert engine.max_length == 128
+    with pytest.raises(ConfigError, match="the 128 positions"):
+        open_engine(model, EngineConfig(max_length=129), use_gpu=False)

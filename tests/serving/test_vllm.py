@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
+import errno
 import json
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,15 +22,21 @@ from rayfin.cli import main
 from rayfin.config import load_serve_config
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError, ConfigError, EngineFailed, Overloaded, RequestError
+from rayfin.errors import (
+    AdapterError,
+    ConfigError,
+    EngineFailed,
+    Overloaded,
+    RequestError,
+    Unavailable,
+)
 from rayfin.models import base_of, skeleton
 from rayfin.models.ends import Ends
-from rayfin.serving.engine.engine import Engine
+from rayfin.serving.engine import vllm as vllm_module
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, SamplingParams
 from rayfin.serving.engine.vllm import VllmEngine
 from rayfin.serving.engine.vllm_backend import (
-    Lora,
     as_chunk,
     as_vllm_stops,
     check_lora,
@@ -41,73 +48,13 @@ Adapters = dict[str, AdapterSource]
 LONG = 900
 
 
-class AsVllm:
-    """vLLM's rules over rayfin's own engine: weights are read once a number, and kept by it."""
-
-    def __init__(self, model: str) -> None:
-        self.engine = Engine(
-            ModelConfig(name=model), EngineConfig(max_rows=8, max_length=1024), use_gpu=False
-        )
-        self.engine.start()
-        self.kept: dict[int, AdapterSource] = {}
-        self.names: set[str] = set()
-        self.failure: BaseException | None = None
-        self.broken = False
-        self.arguments: Mapping[str, Any] = {}
-
-    def opened(self, arguments: Mapping[str, Any]) -> AsVllm:
-        asyncio.get_running_loop()
-        self.arguments = arguments
-        return self
-
-    async def generate(self, request: Request, lora: Lora | None) -> AsyncGenerator[Any, None]:
-        if self.broken:
-            raise ValueError("out of blocks")
-        source = None
-        if lora is not None:
-            self.names.add(lora.name)
-            number = AdapterSource(f"kept@{lora.number}", lora.source.path)
-            source = self.kept.setdefault(lora.number, number)
-        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Chunk]()
-        params = sampling_arguments(request)
-        params |= {name: tuple(params[name]) for name in ("stop", "stop_token_ids")}
-        self.engine.submit(
-            Request(request.request_id, request.prompt_ids, SamplingParams(**params), source),
-            lambda chunk: loop.call_soon_threadsafe(arrived.put_nowait, chunk),  # type: ignore[arg-type,return-value]
-        )
-        try:
-            reason = None
-            while reason is None:
-                chunk = await arrived.get()
-                reason = chunk.finish_reason
-                output = SimpleNamespace(
-                    text=chunk.text,
-                    token_ids=list(chunk.token_ids),
-                    logprobs=None,
-                    finish_reason=reason,
-                )
-                yield SimpleNamespace(outputs=[output])
-        finally:
-            self.engine.cancel(request.request_id)
-
-    async def add(self, lora: Lora) -> None:
-        if not lora.source.path.is_dir():
-            raise AdapterError(f"adapter '{lora.source.ref}': vLLM can't load it")
-
-    async def remove(self, lora: Lora) -> None:
-        del self.kept[lora.number]
-
-    def close(self) -> None:
-        self.engine.close()
+@pytest.fixture
+def backend(lab: Any, tiny: str) -> Any:
+    return lab.AsVllm(tiny)
 
 
 @pytest.fixture
-def backend(tiny: str) -> AsVllm:
-    return AsVllm(tiny)
-
-
-@pytest.fixture
-def engine(tiny: str, backend: AsVllm) -> Iterator[VllmEngine]:
+def engine(tiny: str, backend: Any) -> Iterator[VllmEngine]:
     config = EngineConfig(type="vllm", max_rows=4, max_queue=4, max_length=1024)
     engine = VllmEngine(ModelConfig(name=tiny), config, backend.opened)
     engine.start()
@@ -151,7 +98,7 @@ def test_it_answers_as_peft_does(
 def test_the_same_name_with_new_weights_never_answers_with_the_old_ones(
     lab: Any,
     engine: VllmEngine,
-    backend: AsVllm,
+    backend: Any,
     tiny: str,
     tiny_adapters: Adapters,
     prompt: list[int],
@@ -173,7 +120,7 @@ def test_the_same_name_with_new_weights_never_answers_with_the_old_ones(
 
 
 def test_a_removed_version_stays_while_a_request_uses_it(
-    lab: Any, engine: VllmEngine, backend: AsVllm, tiny_adapters: Adapters, prompt: list[int]
+    lab: Any, engine: VllmEngine, backend: Any, tiny_adapters: Adapters, prompt: list[int]
 ) -> None:
     answer = lab.ask(engine, prompt, tiny_adapters["lora"], lab.greedy(LONG))
     until(lambda: answer.chunks)
@@ -241,7 +188,7 @@ def test_a_pickle_is_never_left_to_vllm(tiny: str, tiny_adapters: Adapters, tmp_
 
 
 def test_cancelling_ends_a_request(
-    lab: Any, engine: VllmEngine, backend: AsVllm, prompt: list[int]
+    lab: Any, engine: VllmEngine, backend: Any, prompt: list[int]
 ) -> None:
     answer = lab.ask(engine, prompt, None, lab.greedy(LONG))
     until(lambda: answer.chunks)
@@ -277,7 +224,7 @@ def test_requests_at_work_may_end_before_it_closes(
 
 
 def test_what_fails_in_vllm_fails_alone_and_says_why(
-    lab: Any, engine: VllmEngine, backend: AsVllm, prompt: list[int]
+    lab: Any, engine: VllmEngine, backend: Any, prompt: list[int]
 ) -> None:
     backend.broken = True
     last = lab.ask(engine, prompt).wait().last
@@ -292,7 +239,7 @@ def test_what_fails_in_vllm_fails_alone_and_says_why(
 
 
 def test_a_client_that_raises_ends_its_own_request(
-    lab: Any, engine: VllmEngine, backend: AsVllm, prompt: list[int]
+    lab: Any, engine: VllmEngine, backend: Any, prompt: list[int]
 ) -> None:
     called = threading.Event()
 
@@ -325,6 +272,99 @@ def test_settings_in_vllms_words(tiny: str) -> None:
     assert "trust_remote_code" not in arguments
     with pytest.raises(ConfigError, match="max_rank=600"):
         vllm_arguments(ModelConfig(name=tiny), EngineConfig(type="vllm", max_rank=600))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "positions", "settings", "expected"),
+    [
+        (0.0, 4096, {}, (16, 16 + 256, 2048, None)),  # of vLLM's build for CPUs
+        (1.0, 131072, {}, (256, 256 + 2048, 8192, None)),
+        (1.0, 4096, {}, (256, 256 + 2048, 4096, None)),
+        (1.0, None, {"max_rows": 16, "max_length": 16384}, (16, 16 + 2048, 16384, None)),
+        (0.5, 4096, {"prefill_chunk": 256}, (256, 256 + 256, 4096, 0.45)),
+        (0.5, 4096, {"vllm": {"gpu_memory_utilization": 0.4}}, (256, 256 + 2048, 4096, 0.4)),
+    ],
+)
+def test_vllm_gets_the_limits_of_its_device_and_those_that_were_set(
+    tiny: str,
+    gpus: float,
+    positions: int | None,
+    settings: dict[str, Any],
+    expected: tuple[int, int, int, float | None],
+) -> None:
+    config = EngineConfig(type="vllm", **settings).fitted(gpus, positions)
+    told = vllm_arguments(ModelConfig(name=tiny), config)
+    names = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "gpu_memory_utilization")
+    assert tuple(map(told.get, names)) == expected
+    assert config.fitted(float(gpus > 0), positions) == config, "the engine itself decides again"
+
+
+def test_what_does_not_end_in_vllm_is_a_reason_to_replace_it(
+    lab: Any, engines: Any, tiny: str, tiny_adapters: Adapters, prompt: list[int]
+) -> None:
+    engine = engines(tiny, type="vllm", step_seconds=0.2)
+    backend = engine._backend
+    lab.ask(engine, prompt, tiny_adapters["lora"]).wait()
+    ended = time.monotonic()
+    until(lambda: time.monotonic() > ended + 0.3)
+    assert engine.ailment is None, "it has nothing to do"
+    for stalled, source in (("generate", None), ("add", tiny_adapters["rslora"])):
+        backend.stalled = stalled
+        answer = lab.ask(engine, prompt, source)
+        until(lambda: engine.ailment is not None)
+        assert re.match(r"a step of vLLM has taken \d+ s \(engine.step_seconds\)", engine.ailment)
+        backend.stalled = None
+        assert len(answer.wait().token_ids) == 16
+        until(lambda: engine.ailment is None)
+
+
+def test_an_adapter_that_vllm_does_not_load_in_time_fails_its_requests_alone(
+    lab: Any,
+    engines: Any,
+    tiny: str,
+    tiny_adapters: Adapters,
+    prompt: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engines(tiny, type="vllm")
+    backend, adapters = engine._backend, engine._adapters
+    source = tiny_adapters["lora"]
+    expected = lab.ask(engine, prompt, source).wait().token_ids
+    backend.stalled = "add"
+    monkeypatch.setattr(
+        adapters, "_config", engine.config.model_copy(update={"load_seconds": 0.05})
+    )
+    answers = [lab.ask(engine, prompt, source) for _ in range(3)]
+    assert len(lab.ask(engine, prompt).wait().token_ids) == 16
+    for answer in answers:
+        error = answer.wait().last.error
+        assert isinstance(error, Unavailable) and "vLLM is loading adapter 'lora@1'" in str(error)
+    assert backend.adds == 2, "vLLM was asked again for what it loads already"
+    monkeypatch.undo()
+    backend.stalled = None
+    assert lab.ask(engine, prompt, source).wait().token_ids == expected
+
+
+def test_a_disk_that_goes_while_vllm_reads_it_is_not_the_adapters_fault(
+    lab: Any,
+    engines: Any,
+    tiny: str,
+    tiny_adapters: Adapters,
+    prompt: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = engines(tiny, type="vllm")
+
+    async def add(lora: Any) -> None:
+        def gone(*_: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(vllm_module, "check_lora", gone)
+        raise AdapterError(f"adapter '{lora.source.ref}': vLLM can't load it")
+
+    monkeypatch.setattr(engine._backend, "add", add)
+    error = lab.ask(engine, prompt, tiny_adapters["lora"]).wait().last.error
+    assert isinstance(error, Unavailable) and "Input/output error" in str(error)
 
 
 def test_sampling_in_vllms_words() -> None:
@@ -364,7 +404,7 @@ def test_vllm_is_told_all_that_ends_an_answer(
 
 
 def test_vllm_is_told_every_end_of_a_list_in_the_generation_configuration(
-    tiny: str, backend: AsVllm, lab: Any, prompt: list[int], tmp_path: Path
+    tiny: str, backend: Any, lab: Any, prompt: list[int], tmp_path: Path
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
@@ -400,6 +440,8 @@ def test_log_probabilities_from_vllms_form() -> None:
         (["engine.type=vllm", "engine.weights=int8"], "weights=int8"),
         (["engine.type=vllm", "engine.quantization_bit=8"], "quantization_bit=4"),
         (["engine.vllm.max_cpu_loras=3"], "engine.type=vllm"),
+        (["engine.type=vllm", "engine.vllm.max_model_len=9"], "engine.max_length here; set that"),
+        (["engine.type=vllm", "engine.vllm.max_num_seqs=9"], "engine.max_rows here; set that"),
         (["engine.type=vlm"], "vllm"),
     ],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from rayfin.config import load_serve_config
+from rayfin.config.serving import ON_GPU, EngineConfig
 from rayfin.errors import ConfigError
 from rayfin.serving import proxy
 
@@ -77,3 +79,40 @@ def test_files_for_serve_start_its_proxies_with_rayfins_part(file: str) -> None:
     assert written["controller_options"] == {"runtime_env": {"env_vars": proxy.ENVIRONMENT}}
     module, _, function = next(iter(proxy.ENVIRONMENT.values())).partition(":")
     assert module == proxy.__name__ and callable(getattr(proxy, function))
+
+
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_what_is_said_of_defaults_on_a_gpu_is_what_they_are(kind: str) -> None:
+    engine = load_serve_config({}, [f"engine.type={kind}"]).engine
+    assert engine.fitted(0.0, None) == engine, "those of the CPU are as they are listed"
+    fitted = engine.fitted(1.0, None)
+    for name, value in ON_GPU[kind].items():
+        assert getattr(fitted, name) == value
+        said = EngineConfig.model_fields[name].description or ""
+        words = rf"\b{value} in vLLM on" if kind == "vllm" else rf"\b{value} on a GPU"
+        assert re.search(words, " ".join(said.split())), (
+            f"--settings says nothing of {name}={value}"
+        )
+
+
+@pytest.mark.parametrize("gpus", [0.0, 1.0])
+def test_settings_that_were_written_win_over_the_devices(gpus: float) -> None:
+    settings = ["engine.max_rows=16", "engine.max_length=2048", "engine.max_queue=128"]
+    engine = load_serve_config({"engine": {"prefill_chunk": 256}}, settings).engine
+    fitted = engine.fitted(gpus, 1024)
+    assert (fitted.max_rows, fitted.max_length) == (16, 2048), "which is refused, and not lowered"
+    assert (fitted.max_queue, fitted.prefill_chunk) == (128, 256)
+
+
+def test_what_was_not_written_is_no_longer_than_the_model_takes() -> None:
+    engine = load_serve_config({}).engine
+    assert engine.fitted(0.0, 512).max_length == 512
+    assert engine.fitted(1.0, 131072).max_length == 2048
+
+
+def test_the_guide_has_the_limits_of_each_device() -> None:
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    for name in sorted({*ON_GPU["transformers"], *ON_GPU["vllm"]}):
+        cpu = EngineConfig.model_fields[name].default
+        row = [cpu, *(ON_GPU[kind].get(name, cpu) for kind in ("transformers", "vllm"))]
+        assert f"| `engine.{name}` | {' | '.join(map(str, row))} |" in guide

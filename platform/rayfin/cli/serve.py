@@ -15,7 +15,7 @@ from rayfin.cli.settings import ShowServeSettings, add_settings
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
-    from rayfin.config import ServeConfig
+    from rayfin.serving.deployment import Deployed
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> int:
 
     from rayfin.serving.deployment import serving, watch
 
-    with serving(config, address) as url:
+    with serving(config, address) as deployed:
         versions = Catalog(Storage.open(config.storage).adapters).list()
-        _print(config, url, versions, as_json=args.json)
+        _print(deployed, versions, as_json=args.json)
         with _signals() as stop:
             watch(stop, address)
         if not args.json:
@@ -76,9 +76,8 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _print(
-    config: ServeConfig, url: str, versions: tuple[AdapterVersion, ...], *, as_json: bool
-) -> None:
+def _print(deployed: Deployed, versions: tuple[AdapterVersion, ...], *, as_json: bool) -> None:
+    config, url = deployed.config, deployed.url
     named = [version for version in versions if version.aliases]
     newest = max(named, key=lambda v: str(v.metadata.get("created_at")), default=None)
     model = config.served_name if newest is None else newest.name
@@ -88,6 +87,7 @@ def _print(
             "url": url,
             "base": config.served_name,
             "adapters": [{"ref": v.ref, "aliases": list(v.aliases)} for v in named],
+            "engines": _engines(deployed),
             "curl": curl,
         }
         print(json.dumps(served), flush=True)
@@ -95,8 +95,39 @@ def _print(
     print(f"Serving {config.served_name} and {_count(named)} at {url}")
     for version in named:
         print(f"  {version.ref:30} {', '.join(version.aliases)}")
+    print(_where(deployed))
     print(f"Adapters that are published under {config.storage} are served within seconds. Try:")
     print(f"  {curl}\nCtrl-C stops it.", flush=True)
+
+
+def _engines(deployed: Deployed) -> dict[str, Any]:
+    config, placement = deployed.config, deployed.placement
+    limits = ("max_rows", "max_length", "prefill_chunk", "max_queue", "slots")
+    return {
+        "type": config.engine.type,
+        "device": "gpu" if placement.gpus else "cpu",
+        "cpus": placement.cpus,
+        "gpus": placement.gpus,
+        "replicas": config.deployment.replicas,
+        "max_replicas": config.deployment.most_replicas,
+        **{name: getattr(config.engine, name) for name in limits},
+        "notes": list(placement.notes),
+    }
+
+
+def _where(deployed: Deployed) -> str:
+    """What the engines run on, and how much each of them takes."""
+    engine, placement = deployed.config.engine, deployed.placement
+    least, most = deployed.config.deployment.replicas, deployed.config.deployment.most_replicas
+    count = f"{least} to {most}" if most > least else f"{least}"
+    engines = f"{count} {'vLLM ' if engine.type == 'vllm' else ''}engine{'s' * (most > 1)}"
+    each = ", each" if most > 1 else ","
+    device = f"{placement.gpus:g} GPU{'s' * (placement.gpus > 1)}" if placement.gpus else "the CPU"
+    cpus = f"{placement.cpus:g} CPU{'s' * (placement.cpus != 1)}"
+    return (
+        f"{engines} on {device} ({cpus}){each} {engine.max_rows} rows of up to "
+        f"{engine.max_length} tokens"
+    )
 
 
 def _count(named: list[AdapterVersion]) -> str:

@@ -37,5 +37,6 @@ def load_settings(
     if config.engine.type == "vllm" and not elsewhere:
         require_vllm()
     check_model(config.model, config.engine.quantization_bit)
-    check_length(config.model, config.engine)
+    if "max_length" in config.engine.model_fields_set:  # else it is no more than fits
+        check_length(config.model, config.engine)
     return config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +17,25 @@ MAX_RANK = 1024
 
 _SQLITE = "sqlite:///"
 
+ON_GPU: Mapping[str, Mapping[str, int]] = {
+    # Every row has its cache whether it is used or not: more of them would take a GPU's memory.
+    "transformers": {"max_rows": 32, "prefill_chunk": 1024, "max_queue": 256},
+    # Its API's own defaults for most GPUs are 256 rows and 2048 tokens a step; rows share a cache.
+    "vllm": {"max_rows": 256, "max_length": 8192, "prefill_chunk": 2048, "max_queue": 1024},
+}
+"""Defaults of each engine.type on a GPU, where they are others than on the CPU."""
+
+_GPU_MEMORY = 0.9
+"""Of the GPU, that vLLM takes by its own default."""
+
+_IN_OTHER_WORDS = {
+    "max_model_len": "max_length",
+    "max_num_seqs": "max_rows",
+    "max_loras": "slots",
+    "max_lora_rank": "max_rank",
+}
+"""vLLM's arguments that rayfin needs to know -> their names as settings of `engine`."""
+
 
 class EngineConfig(Section):
     """One replica's engine: how much it holds at a time."""
@@ -27,11 +48,13 @@ class EngineConfig(Section):
     """int8: linear layers on CPU over 8-bit weights, for float32 models and with a C compiler;
     faster, and answers may differ in a word."""
     max_rows: int = Field(16, ge=1, le=1024)
-    """Sequences that decode at the same time."""
+    """Sequences that decode at the same time; by default 32 on a GPU, and 256 in vLLM on one."""
     max_length: int = Field(2048, ge=16)
-    """Tokens of a prompt and its answer together, virtual tokens included."""
+    """Tokens of a prompt and its answer together, virtual tokens included; by default no more than
+    the model's positions, and 8192 in vLLM on a GPU."""
     prefill_chunk: int = Field(256, ge=8)
-    """Prompt tokens that one step takes in beside the decoding rows."""
+    """Prompt tokens that one step takes in beside the decoding rows; by default 1024 on a GPU, and
+    2048 in vLLM on one."""
     slots: int = Field(8, ge=1, le=1024)
     """Adapters ready to decode at the same time."""
     max_rank: int = Field(64, ge=1, le=MAX_RANK)
@@ -43,12 +66,13 @@ class EngineConfig(Section):
     (modules_to_save); an adapter with more is refused. Of engine.type=transformers."""
     load_seconds: float = Field(60.0, gt=0)
     """Time that a request waits for adapters to be read from their storage, its own and those
-    before it; then it gets 503. Of engine.type=transformers; vLLM does not look at it."""
+    before it; then it gets 503."""
     step_seconds: float = Field(300.0, gt=0)
-    """Time for one step of all rows; an engine that takes longer hangs, and is replaced. Of
-    engine.type=transformers; vLLM does not look at it."""
+    """Time for one step of all rows; an engine that takes longer hangs, and is replaced. Of vLLM it
+    is the time in which it sends nothing at all, though it has requests."""
     max_queue: int = Field(128, ge=1)
-    """Requests that may wait; more are refused with 429."""
+    """Requests that may wait; more are refused with 429. By default 256 on a GPU, and 1024 in vLLM
+    on one."""
     vllm: dict[str, Any] = Field(default_factory=dict)
     """More of vLLM's engine arguments, by vLLM's names: {gpu_memory_utilization: 0.4, …}."""
 
@@ -68,7 +92,33 @@ class EngineConfig(Section):
             )
         if self.type == "vllm" and self.quantization_bit == 8:
             raise ValueError("vLLM does not load 8-bit weights; use engine.quantization_bit=4")
+        for theirs, ours in _IN_OTHER_WORDS.items():
+            if theirs in self.vllm:
+                raise ValueError(f"vllm.{theirs} is engine.{ours} here; set that in its place")
         return self
+
+    def fitted(self, gpus: float, positions: int | None) -> EngineConfig:
+        """Returns a copy in which what was not set has the defaults of the device.
+
+        `gpus`: those of one engine, 0 for the CPU. `positions`: the longest sequence of the model
+        in tokens, None if it isn't known.
+        """
+        defaults: dict[str, Any] = dict(ON_GPU[self.type]) if gpus else {}
+        if positions is not None:
+            longest = defaults.get("max_length", self.max_length)
+            defaults["max_length"] = max(16, min(longest, positions))
+        fitted = {k: v for k, v in defaults.items() if k not in self.model_fields_set}
+        if self.type == "vllm" and 0 < gpus < 1:
+            memory = {"gpu_memory_utilization": round(_GPU_MEMORY * gpus, 2)}
+            fitted["vllm"] = memory | self.vllm
+        return self.model_copy(update=fitted)
+
+    @property
+    def gpus(self) -> int:
+        """GPUs over which one engine is spread, if it is on GPUs at all."""
+        parts = ("tensor_parallel_size", "pipeline_parallel_size")
+        sizes = [self.vllm.get(name, 1) for name in parts]
+        return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 class ApiKey(Section):
@@ -138,7 +188,8 @@ class ReplicaConfig(Section):
     cpus: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """CPUs of one engine, which set its threads; auto is an even share of the cluster's."""
     gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
-    """GPUs of one engine (0.5: two share one); auto is one where there are enough."""
+    """GPUs of one engine (0.5: two share one; 0: the CPU). auto is one, or as many as engine.vllm
+    asks for, and none on a cluster without any."""
     drain_seconds: float = Field(30.0, ge=0)
     """Time in which a replica that is to stop ends the requests that it works on."""
     health_check_seconds: float = Field(2.0, gt=0)
@@ -150,6 +201,11 @@ class ReplicaConfig(Section):
             raise ValueError(
                 f"max_replicas ({self.max_replicas}) is less than replicas ({self.replicas}); "
                 "raise it, or set it to null"
+            )
+        if self.gpus != "auto" and self.gpus > 1 and self.gpus % 1:
+            raise ValueError(
+                f"gpus={self.gpus:g}: Ray gives parts of one GPU, or whole ones; use a whole "
+                "number, or 1 or less"
             )
         return self
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,21 @@ from ray.serve.schema import LoggingConfig
 from rayfin.adapters.served import ServedCatalog
 from rayfin.config import load_serve_config
 from rayfin.config.serving import ServeConfig
-from rayfin.errors import ConfigError, HardwareError, RayfinError
-from rayfin.models import load_tokenizer
+from rayfin.errors import ConfigError, ModelError, RayfinError
+from rayfin.models import load_tokenizer, max_positions
 from rayfin.paths import Storage
 from rayfin.serving import proxy, shared
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.names import Names
+from rayfin.serving.placement import Placement, place_engines
 from rayfin.serving.pool import SharedPool
 from rayfin.serving.remote import RemoteEngine
 from rayfin.serving.replica import EngineReplica
 from rayfin.serving.router import AdapterRouter
-from rayfin.tuning.cluster import even_share, fits, nodes, ray_cluster
+from rayfin.tuning.cluster import ray_cluster
+
+log = logging.getLogger(__name__)
 
 APP = "rayfin"
 """The application's name in Serve."""
@@ -98,17 +102,48 @@ def app(args: Mapping[str, Any], root: Path) -> serve.Application:
     """
     sections = {key: value for key, value in args.items() if "." not in key}
     overrides = [f"{key}={value}" for key, value in args.items() if "." in key]
-    return build_app(load_serve_config(sections, overrides).anchored(root))
+    config = load_serve_config(sections, overrides).anchored(root)
+    # Serve keeps what it was told as the desired state, and nodes may come after it was.
+    return _application(*_planned(config, may_grow=True))
 
 
 def build_app(config: ServeConfig) -> serve.Application:
-    """The application that `serve.run` takes; looks at the connected cluster for its size."""
+    """The application that `serve.run` takes; looks at the connected cluster for its size.
+
+    Raises HardwareError where its engines don't fit there.
+    """
+    return _application(*_planned(config))
+
+
+def _planned(config: ServeConfig, *, may_grow: bool = False) -> tuple[ServeConfig, Placement]:
+    """Returns `config` with its defaults decided for the connected cluster, and where engines run.
+
+    What a user might not expect of that is logged as a warning.
+    """
     config = config.named()
-    deployment, engine = config.deployment, config.engine
     catalog = ServedCatalog(Storage.open(config.storage).adapters)
     catalog.make()
     Names(catalog, config.served_name).check()
-    resources = engine_resources(config)
+    running = ray.is_initialized() and _is_served()
+    placement = place_engines(config, running=running, may_grow=may_grow)
+    try:
+        positions = max_positions(config.model)
+    except ModelError:  # it is where the engines are
+        positions = None
+    engine = config.engine.fitted(placement.gpus, positions)
+    for note in placement.notes:
+        log.warning("%s", note)
+    return config.model_copy(update={"engine": engine}), placement
+
+
+def _is_served() -> bool:
+    """Whether the application has replicas, which hold some of the cluster's resources."""
+    served = serve.status().applications.get(APP)
+    return served is not None and bool(served.deployments)
+
+
+def _application(config: ServeConfig, placement: Placement) -> serve.Application:
+    deployment, engine = config.deployment, config.engine
     capacity = engine.max_rows + engine.max_queue
     growing = deployment.max_replicas is not None
     engines = serve.deployment(
@@ -122,7 +157,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         )
         if growing
         else None,
-        ray_actor_options=resources,
+        ray_actor_options=placement.options,
         # The engine has a queue of its own, and refuses with the time to wait: Serve must not
         # keep requests from it, of which it would say nothing.
         max_ongoing_requests=4 * capacity,
@@ -156,7 +191,7 @@ def build_app(config: ServeConfig) -> serve.Application:
         graceful_shutdown_timeout_s=deployment.drain_seconds + _CLOSING_SECONDS,
         logging_config=_LOGGING,
     )(ApiReplica)
-    return api.bind(config, engines.bind(config, resources["num_gpus"] > 0))
+    return api.bind(config, engines.bind(config, placement.gpus > 0))
 
 
 def _max_requests(config: ServeConfig) -> int:
@@ -165,32 +200,23 @@ def _max_requests(config: ServeConfig) -> int:
     return max(_CONNECTIONS, 2 * capacity * config.deployment.most_replicas)
 
 
-def engine_resources(config: ServeConfig) -> dict[str, float]:
-    """CPUs and GPUs of one engine replica, as Ray's actor options have them."""
-    deployment = config.deployment
-    have = nodes() if ray.is_initialized() else []
-    if (gpus := deployment.gpus) == "auto":
-        gpus = 1.0 if even_share(have, deployment.most_replicas, gpu=1.0) is not None else 0.0
-    if (cpus := deployment.cpus) == "auto":
-        share = even_share(have, deployment.most_replicas, gpu=gpus) or {}
-        cpus = share.get("CPU", 1.0)
-    if have and fits(have, {"CPU": cpus, "GPU": gpus}) < deployment.replicas:
-        # Serve would wait for the missing ones, and say nothing.
-        total = {kind: sum(node.get(kind, 0.0) for node in have) for kind in ("CPU", "GPU")}
-        raise HardwareError(
-            f"deployment.replicas={deployment.replicas} engines with {cpus:g} CPUs and {gpus:g} "
-            f"GPUs each don't fit: the cluster has {total['CPU']:g} CPUs and {total['GPU']:g} "
-            "GPUs; lower deployment.replicas, cpus or gpus (0.5 shares one)"
-        )
-    return {"num_cpus": cpus, "num_gpus": gpus}
+@dataclass(frozen=True)
+class Deployed:
+    """A deployment that answers requests."""
+
+    url: str
+    config: ServeConfig
+    """The configuration that its replicas have, with the defaults for their device."""
+    placement: Placement
 
 
 @contextmanager
-def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
+def serving(config: ServeConfig, address: str | None) -> Iterator[Deployed]:
     """The application for the time of the block, on the cluster at `address` or one of our own.
 
-    Yields the API's URL. At the end, requests that are at work have deployment.drain_seconds.
-    Raises ConfigError for a port that is taken, RayfinError for replicas that don't start.
+    At the end, requests that are at work have deployment.drain_seconds. Raises ConfigError for a
+    port that is taken, HardwareError for engines that don't fit, RayfinError for replicas that
+    don't start.
     """
     deployment = config.deployment
     if address is None:
@@ -227,7 +253,8 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         shared.clear()
         try:
-            serve.run(build_app(config), name=APP, route_prefix="/")
+            config, placement = _planned(config)
+            serve.run(_application(config, placement), name=APP, route_prefix="/")
         except BaseException as error:
             if address is not None:  # a cluster of our own takes it along
                 serve.delete(APP, _blocking=False)
@@ -237,7 +264,7 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[str]:
         host = "localhost" if deployment.host == "0.0.0.0" else deployment.host
         lost = False
         try:
-            yield f"http://{host}:{deployment.port}"
+            yield Deployed(f"http://{host}:{deployment.port}", config, placement)
         except _ClusterLostError:
             lost = True  # there is nobody left to drain, and Serve would wait for it
             raise

@@ -59,11 +59,25 @@ def nodes() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
+def free() -> Resources:
+    """Returns what nothing holds, of all nodes together, as Ray knew it up to a second ago."""
+    available: dict[str, float] = ray.available_resources()
+    return available
+
+
 def fits(nodes: Sequence[Resources], need: Resources) -> int:
-    """How many processes that each `need` so much the nodes hold; none spans two nodes."""
+    """How many processes that each `need` so much the nodes hold; none spans two nodes, and none
+    that needs a part of a GPU spans two GPUs.
+    """
+
+    def held(has: float, name: str, amount: float) -> int:
+        if name == "GPU" and amount < 1:
+            return int(has) * int(1 / amount + 1e-6)
+        return int(has / amount + 1e-6)
+
     wanted = {name: amount for name, amount in need.items() if amount > 0}
     return sum(
-        min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items())
+        min(held(node.get(name, 0.0), name, amount) for name, amount in wanted.items())
         for node in nodes
     )
 

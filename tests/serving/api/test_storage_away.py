@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -18,12 +19,14 @@ import pytest
 
 from rayfin.adapters import Registry
 from rayfin.adapters.served import ServedCatalog
-from rayfin.errors import StorageError, Unavailable
+from rayfin.errors import AdapterError, StorageError, Unavailable
 from rayfin.serving.api import service
 from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine import engine as engine_module
-from rayfin.serving.engine import store
+from rayfin.serving.engine import vllm
 from rayfin.serving.engine.batch import Piece
+from rayfin.serving.engine.engine import Engine
+from rayfin.serving.engine.reads import MOST_STUCK, reading
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.follower import Follower
 
@@ -33,20 +36,26 @@ NEVER = 3600.0
 
 
 class Disk:
-    """What lies between an engine and its adapters; reads of those in `stalled` wait."""
+    """What lies between an engine and its adapters; reads of those in `stalled` wait.
 
-    def __init__(self) -> None:
+    Of those in `broken` they fail, as of a disk that has errors.
+    """
+
+    def __init__(self, read: Callable[..., Any]) -> None:
         self.stalled: set[str] = set()
+        self.broken: set[str] = set()
         self.reads: list[str] = []
-        self._read = engine_module.read_adapter
+        self._read = read
         self._changed = threading.Condition()
 
-    def read(self, source: AdapterSource, layout: Any) -> Any:
+    def read(self, source: AdapterSource, *more: Any) -> Any:
         with self._changed:
             self.reads.append(source.ref)
             self._changed.notify_all()
             self._changed.wait_for(lambda: source.ref not in self.stalled)
-        return self._read(source, layout)
+        if source.ref in self.broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return self._read(source, *more)
 
     def wait_for(self, true: Callable[[], bool]) -> None:
         with self._changed:
@@ -68,10 +77,28 @@ def time_is_over(calls: BoundedCalls, *names: str) -> None:
         calls._changed.notify_all()
 
 
+def reads(engine: Any) -> BoundedCalls:
+    """Of an engine of either type."""
+    calls: BoundedCalls = (engine._host if isinstance(engine, Engine) else engine._adapters)._calls
+    return calls
+
+
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    disk = Disk()
-    monkeypatch.setattr(engine_module, "read_adapter", disk.read)
+def kind() -> str:
+    """The engine's type."""
+    return "transformers"
+
+
+BOTH = pytest.mark.parametrize("kind", ["transformers", "vllm"])
+
+
+@pytest.fixture
+def disk(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
+    place: tuple[Any, str] = (vllm, "check_lora")
+    if kind == "transformers":
+        place = (engine_module, "read_adapter")
+    disk = Disk(getattr(*place))
+    monkeypatch.setattr(*place, disk.read)
     yield disk
     disk.recover()  # or its threads would wait for ever
 
@@ -81,13 +108,13 @@ def registry(tiny_adapters: dict[str, AdapterSource], tmp_path: Path) -> Registr
     registry = Registry(tmp_path / "adapters")
     for name in ("red", "green", "blue"):
         registry.publish(name, tiny_adapters["lora"].path)
-    registry.publish("other", tiny_adapters["ia3"].path)
+    registry.publish("other", tiny_adapters["rslora"].path)
     return registry
 
 
 @pytest.fixture
-def server(tools: Any, engines: Any, tiny: str, registry: Registry) -> Iterator[Any]:
-    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=NEVER)
+def server(tools: Any, engines: Any, tiny: str, registry: Registry, kind: str) -> Iterator[Any]:
+    engine = engines(tiny, type=kind, max_rows=4, max_length=512, load_seconds=NEVER)
     catalog: Any = ServedCatalog(registry.root)
     with tools.serving(engine, catalog, tools.ApiConfig()) as server:
         yield server
@@ -106,12 +133,13 @@ def refused(response: httpx.Response, words: str) -> None:
     assert words in error["message"] and error["code"] == "unavailable"
 
 
+@BOTH
 def test_reads_that_stall_are_given_up_and_others_go_on(server: Any, disk: Disk) -> None:
     disk.stalled |= {"red@1", "green@1"}  # as many as there are threads that read
     with ThreadPoolExecutor(2) as pool:
         stuck = [pool.submit(server.complete, model=name) for name in ("red", "green")]
         disk.wait_for(lambda: len(disk.reads) == 2)
-        time_is_over(server.engine._host._calls, "red", "green")
+        time_is_over(reads(server.engine), "red", "green")
         assert text(server.complete(model="other")) != text(server.complete())
         for name, asked in zip(("red", "green"), stuck, strict=True):
             refused(asked.result(), f"'{name}@1' is being read, and that did not end in")
@@ -121,25 +149,52 @@ def test_reads_that_stall_are_given_up_and_others_go_on(server: Any, disk: Disk)
     assert server.engine.ailment is None and server.http.get("/health").status_code == 200
 
     disk.recover()
-    server_reads = server.engine._host
-    wait_until(lambda: not server_reads.stuck)
+    wait_until(lambda: not reads(server.engine).stuck)
     assert text(server.complete(model="red")) == text(server.complete(model="green"))
 
 
-def test_an_engine_with_too_many_stuck_reads_is_to_be_replaced(
-    engines: Any, tiny: str, disk: Disk, tmp_path: Path
+@BOTH
+def test_a_read_that_fails_by_the_disk_is_the_requests_alone_and_tried_again(
+    server: Any, disk: Disk
 ) -> None:
-    engine = engines(tiny, max_rows=4, max_length=512, load_seconds=NEVER)
-    sources = [AdapterSource(f"a{n}@1", tmp_path) for n in range(store._MOST_STUCK)]
+    disk.broken |= {"red@1"}
+    refused(server.complete(model="red"), "can't be read now (Input/output error)")
+    assert text(server.complete(model="green")) != text(server.complete())
+    disk.broken.clear()
+    assert text(server.complete(model="red")) == text(server.complete(model="green"))
+
+
+def test_a_disk_with_errors_is_not_taken_for_a_damaged_adapter() -> None:
+    """Readers of small files say what they know: that it can't be read."""
+
+    def read(number: int, said: str) -> None:
+        with reading("red@1"):
+            try:
+                raise OSError(number, said)
+            except OSError as error:
+                raise AdapterError(f"it can't be read ({said}); check its permissions") from error
+
+    with pytest.raises(Unavailable, match=r"'red@1' can't be read now \(Input/output error\)"):
+        read(errno.EIO, "Input/output error")
+    with pytest.raises(AdapterError, match="check its permissions"):
+        read(errno.EACCES, "Permission denied")
+
+
+@BOTH
+def test_an_engine_with_too_many_stuck_reads_is_to_be_replaced(
+    engines: Any, tiny: str, disk: Disk, tmp_path: Path, kind: str
+) -> None:
+    engine = engines(tiny, type=kind, max_rows=4, max_length=512, load_seconds=NEVER)
+    sources = [AdapterSource(f"a{n}@1", tmp_path) for n in range(MOST_STUCK)]
     disk.stalled |= {source.ref for source in sources}
     with ThreadPoolExecutor(2) as pool:
         for one, other in zip(sources[::2], sources[1::2], strict=True):
             asked = [pool.submit(engine.check, source) for source in (one, other)]
             disk.wait_for(lambda: {one.ref, other.ref} <= set(disk.reads))  # noqa: B023
             assert engine.ailment is None
-            time_is_over(engine._host._calls, one.ref, other.ref)
+            time_is_over(reads(engine), one.ref, other.ref)
             assert all("did not end" in str(each.exception()) for each in asked)
-    ailing = r"16 reads of the storage hang, the first for \d+ s \(.*'a0@1'.*\), in .*read \("
+    ailing = r"16 reads of the storage hang, the first for \d+ s \(.*'a0@1'.*\), in .* \("
     assert re.match(ailing, engine.ailment or "")
     with pytest.raises(Unavailable, match=r"^adapter 'next@1' .* 16 other reads .* try again$"):
         engine.check(AdapterSource("next@1", tmp_path))

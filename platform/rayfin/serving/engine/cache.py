@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from rayfin.errors import ModelError
+from rayfin.errors import ConfigError, ModelError
 from rayfin.serving.engine.attention import AttentionKernel
 from rayfin.serving.engine.batch import Batch, Piece
 
@@ -40,11 +41,22 @@ class KVCache:
         device: torch.device,
         kernel: AttentionKernel | None = None,
     ) -> None:
-        """`kernel`: what writes places, and attends to them, where it isn't torch."""
+        """`kernel`: what writes places, and attends to them, where it isn't torch.
+
+        Raises ConfigError where the device has too little memory for so much.
+        """
         self.kernel = kernel
         shape = (rows, heads, max_length, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        try:
+            self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+            self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        except RuntimeError as error:  # of a GPU it is OutOfMemoryError, which is one
+            size = 2 * layers * math.prod(shape) * dtype.itemsize
+            raise ConfigError(
+                f"engine.max_rows={rows} rows of engine.max_length={max_length} tokens take "
+                f"{size / 2**30:.1f} GiB of memory, more than is left beside the model; lower one "
+                "of them"
+            ) from error
         self.batch: Batch | None = None
 
     @property

@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
+from rayfin.errors import HardwareError
+from rayfin.hardware import has_gpu
+from rayfin.models import max_positions
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.engine import Engine
@@ -15,7 +18,17 @@ if TYPE_CHECKING:
 def open_engine(
     model: ModelConfig, config: EngineConfig, *, use_gpu: bool | Literal["auto"] = "auto"
 ) -> Engine | VllmEngine:
-    """One that has started; raises what loading the model raises."""
+    """One that has started, with defaults that fit the model and the device.
+
+    Raises HardwareError for a GPU that isn't there, and what loading the model raises.
+    """
+    gpu = use_gpu is not False and has_gpu(asked=use_gpu is True)
+    if use_gpu is True and not gpu:
+        raise HardwareError(
+            "deployment.gpus: the engine has a GPU of Ray's, and torch sees none there; install a "
+            "CUDA build of torch, or set deployment.gpus=0"
+        )
+    config = config.fitted(1.0 if gpu else 0.0, max_positions(model))
     engine: Engine | VllmEngine
     if config.type == "vllm":
         from rayfin.serving.engine.vllm import VllmEngine
@@ -24,6 +37,6 @@ def open_engine(
     else:
         from rayfin.serving.engine.engine import Engine
 
-        engine = Engine(model, config, use_gpu=use_gpu)
+        engine = Engine(model, config, use_gpu=gpu)
     engine.start()
     return engine

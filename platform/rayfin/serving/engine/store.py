@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,19 +10,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rayfin.errors import AdapterError, RayfinError, Unavailable
-from rayfin.serving.bounded import BoundedCalls
+from rayfin.serving.engine.reads import adapter_reads, reading
 from rayfin.serving.engine.request import AdapterSource
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.adapter import HostAdapter
     from rayfin.serving.engine.model import BatchedModel
-
-_LOADERS = 2
-_MOST_STUCK = 16
-"""Adapters whose reading may hang before the engine is to be replaced: a thread for each."""
-# As the system says that a disk or a network is gone.
-_AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN)
 
 
 class HostCache:
@@ -50,9 +42,7 @@ class HostCache:
         self._loading: dict[str, Future[HostAdapter]] = {}
         self._gone: set[str] = set()
         """Versions that were removed while they were read; no other ever has their numbers."""
-        self._calls = BoundedCalls(
-            "adapter-load", threads=_LOADERS, seconds=load_seconds, most_stuck=_MOST_STUCK
-        )
+        self._calls = adapter_reads(load_seconds)
         self.bytes = 0
         self.loads = 0
         """Adapters read from disk so far."""
@@ -101,19 +91,8 @@ class HostCache:
         return self._calls.stuck
 
     def _load(self, source: AdapterSource) -> HostAdapter:
-        try:
+        with reading(source.ref):
             return self._read(source)
-        except RayfinError:
-            raise
-        except BaseException as error:  # whatever it is, it is this adapter's alone
-            if isinstance(error, OSError) and error.errno in _AWAY:
-                raise Unavailable(
-                    f"adapter '{source.ref}' can't be read now ({error.strerror}); try again later"
-                ) from error
-            raise AdapterError(
-                f"adapter '{source.ref}' can't be read ({type(error).__name__}: {error}); "
-                "publish it again"
-            ) from error
 
     def _keep(self, ref: str, adapter: HostAdapter) -> None:
         with self._lock:

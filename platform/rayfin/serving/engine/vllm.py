@@ -1,21 +1,19 @@
 """vLLM behind the calls of rayfin's own engine: LoRA adapters, on the GPUs that vLLM knows.
 
 vLLM keeps an adapter's weights under a number, and computed prefixes under a name. Every version
-gets a number and a name that no other ever had: a new version is never answered with the weights
-of an old one.
+gets a number and a name that no other ever had (`vllm_adapters.py`): a new version is never
+answered with the weights of an old one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,15 +21,16 @@ from typing import Any
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError
+from rayfin.heartbeat import silence
 from rayfin.models import base_of, load_tokenizer, skeleton
 from rayfin.models.ends import end_token_ids
 from rayfin.serving.engine.detokenize import special_tokens
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
+from rayfin.serving.engine.vllm_adapters import Progress, VllmAdapters
 from rayfin.serving.engine.vllm_backend import (
     Backend,
-    Lora,
     Vllm,
     as_chunk,
     as_vllm_stops,
@@ -85,9 +84,8 @@ class VllmEngine:
         self._open: dict[str, asyncio.Task[None] | None] = {}
         """Request id -> what follows it; None until the event loop has begun it."""
         self._draining = False
-        self._numbers = itertools.count(1)
-        self._loras: OrderedDict[str, Lora] = OrderedDict()
-        self._uses: Counter[int] = Counter()
+        self._progress = Progress()
+        self._adapters = VllmAdapters(self._size, config, self._progress)
         self._finished = self._prompt_tokens = self._generated_tokens = 0
         self._backend: Backend | None = None
         self._loop = asyncio.new_event_loop()
@@ -97,7 +95,7 @@ class VllmEngine:
         """Loads the model."""
 
         async def begin() -> None:
-            self._backend = self._open_backend(self._arguments)
+            self._backend = self._adapters.backend = self._open_backend(self._arguments)
 
         self._thread.start()
         asyncio.run_coroutine_threadsafe(begin(), self._loop).result()
@@ -111,8 +109,12 @@ class VllmEngine:
         """Why the engine is to be replaced; None while it is well."""
         if self.failure is not None:
             return f"vLLM has failed ({type(self.failure).__name__})"
-        alive = self._backend is not None and self._thread.is_alive()
-        return None if alive else "the engine's thread has ended"
+        if self._backend is None or not self._thread.is_alive():
+            return "the engine's thread has ended"
+        seconds, doing = silence(self._thread.ident or 0)
+        if seconds > self.config.step_seconds:
+            return f"{doing} has taken {seconds:.0f} s (engine.step_seconds)"
+        return self._adapters.ailment
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets those at work end for so long, and cancels the rest."""
@@ -148,8 +150,10 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(self._cancel, request_id)
 
     def check(self, source: AdapterSource) -> None:
-        """Raises AdapterError where vLLM can't serve the adapter, or not exactly."""
-        self._size(source)
+        """Reads an adapter; raises AdapterError where vLLM can't serve it, or not exactly, and
+        Unavailable where it can't be read now.
+        """
+        self._adapters.check(source)
 
     def _size(self, source: AdapterSource) -> int:
         """Bytes of an adapter that was checked."""
@@ -160,13 +164,11 @@ class VllmEngine:
     def forget(self, ref: str) -> None:
         """Lets a removed version go as soon as no request uses it."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._forget, ref)
+            self._loop.call_soon_threadsafe(self._adapters.forget, ref)
 
     def resident(self) -> dict[str, int]:
         """Adapters that were used last, as many as there are slots, and their bytes."""
-        with self._changed:
-            loras = list(self._loras.values())[-self.config.slots :]
-        return {lora.source.ref: lora.nbytes for lora in reversed(loras)}
+        return self._adapters.resident()
 
     def stats(self) -> VllmStats:
         with self._changed:
@@ -197,32 +199,37 @@ class VllmEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._adapters.close()
         if self._backend is not None:
             self._backend.close()
 
     async def _follow(self, request: Request, sink: Sink) -> None:
         """Hands on what vLLM sends; raises what went wrong, if it was before the last chunk."""
-        lora = None if request.adapter is None else await self._lora(request.adapter)
-        self._prompt_tokens += len(request.prompt_ids)
         assert self._backend is not None
         ended = False
-        with self._hold(lora):
-            if lora is not None:
-                # Now, and not while vLLM computes: there a file that is gone would end its engine.
-                await self._backend.add(lora)
-            async with aclosing(self._backend.generate(request, lora)) as outputs:
-                async for output in outputs:
-                    chunk = as_chunk(output.outputs[0], request.params.logprobs)
-                    self._generated_tokens += len(chunk.token_ids)
-                    ended = chunk.finish_reason is not None
-                    try:
-                        sink(chunk)
-                    except Exception:
-                        if not ended:
-                            raise
-                        log.exception("request %s: its sink failed", request.request_id)
+        async with self._adapters.held(request.adapter) as lora:
+            self._prompt_tokens += len(request.prompt_ids)
+            outputs = self._backend.generate(request, lora)
+            with self._progress.expected():
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        self._progress.made()
+                        ended = self._hand_on(request, sink, output.outputs[0])
         if not ended:
             raise EngineFailed("vLLM's answer broke off; send the request again")
+
+    def _hand_on(self, request: Request, sink: Sink, output: Any) -> bool:
+        """Gives the sink a chunk; returns whether it was the last one."""
+        chunk = as_chunk(output, request.params.logprobs)
+        self._generated_tokens += len(chunk.token_ids)
+        ended = chunk.finish_reason is not None
+        try:
+            sink(chunk)
+        except Exception:
+            if not ended:
+                raise
+            log.exception("request %s: its sink failed", request.request_id)
+        return ended
 
     def _ended(self, request_id: str, sink: Sink, task: asyncio.Task[None]) -> None:
         """Gives the sink its last chunk where vLLM did not."""
@@ -243,46 +250,3 @@ class VllmEngine:
             sink(last)
         except Exception:
             log.exception("request %s: its sink failed", request_id)
-
-    async def _lora(self, source: AdapterSource) -> Lora:
-        if source.ref not in self._loras:
-            nbytes = await asyncio.to_thread(self._size, source)
-            with self._changed:
-                if source.ref not in self._loras:  # another request was faster
-                    self._loras[source.ref] = Lora(next(self._numbers), source, nbytes)
-        with self._changed:
-            self._loras.move_to_end(source.ref)
-            return self._loras[source.ref]
-
-    @contextmanager
-    def _hold(self, lora: Lora | None) -> Iterator[None]:
-        """An adapter stays until no request holds it."""
-        if lora is None:
-            yield
-            return
-        self._uses[lora.number] += 1
-        try:
-            yield
-        finally:
-            self._uses[lora.number] -= 1
-            if not self._uses[lora.number]:
-                del self._uses[lora.number]
-            self._drop_unused(lora)
-
-    def _forget(self, ref: str) -> None:
-        with self._changed:
-            lora = self._loras.pop(ref, None)
-        if lora is not None:
-            self._drop_unused(lora)
-
-    def _drop_unused(self, lora: Lora) -> None:
-        if lora.number in self._uses or self._loras.get(lora.source.ref) is lora:
-            return
-        assert self._backend is not None
-        task = self._loop.create_task(self._backend.remove(lora))
-        task.add_done_callback(_report)
-
-
-def _report(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.warning("an adapter could not be removed from vLLM: %s", error)
