@@ -1,4 +1,4 @@
-"""An adapter on its way in: a directory, a ZIP file or a hub id becomes a directory to read.
+"""Adapters from elsewhere: a directory, a ZIP file or a hub id becomes a directory to read.
 
 A ZIP file is anybody's: its table is judged before a byte is unpacked, and of what it holds only an
 adapter's own files are written, to names that are ours.
@@ -43,7 +43,7 @@ _DAMAGED = (
     zipfile.LargeZipFile,
     EOFError,
     NotImplementedError,
-    ValueError,  # a place before the file's beginning, and names that are no UTF-8
+    ValueError,  # an offset before the file's beginning, and names that are no UTF-8
     OverflowError,
     zlib.error,
     lzma.LZMAError,
@@ -59,12 +59,12 @@ class Incoming:
     source: str
     """Where it comes from, as the user wrote it; of the hub with the commit, `hf:ID@COMMIT`."""
     left_out: tuple[str, ...]
-    """Names of what lies there and is no part of an adapter, sorted."""
+    """The names of the files there that are no part of an adapter, sorted."""
 
 
 @contextmanager
 def incoming(source: str) -> Iterator[Incoming]:
-    """The adapter at `source`; raises AdapterError for what is none, or can't be had."""
+    """Yields the adapter at `source`; raises AdapterError for what is none, or can't be had."""
     try:
         path = Path(source).expanduser()
         is_directory = path.is_dir()
@@ -161,8 +161,10 @@ def _check_table(path: Path, file: BinaryIO) -> None:
 
 
 def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Normalised name -> entry, of all files; raises AdapterError where one of them could lead out,
-    or holds more than is read of its kind, or all are too much.
+    """Returns normalised name -> entry for all files.
+
+    Raises AdapterError where one could lead out or is larger than what is read of its kind, and
+    where all together are too large.
     """
     if len(entries) > MAX_ENTRIES:
         raise AdapterError(
@@ -214,7 +216,7 @@ def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, zipfile.Zi
 
 
 def _folder(path: Path, files: Iterable[str]) -> str:
-    """The directory in the ZIP file that holds the adapter, with its slash; empty for the top."""
+    """Returns the adapter's directory in the ZIP file, with its slash; empty for the top."""
     names = [PurePosixPath(name) for name in files]
     for config in CONFIGS:
         found = sorted(
@@ -236,7 +238,7 @@ def _folder(path: Path, files: Iterable[str]) -> str:
 
 
 def _copy(packed: Any, out: BinaryIO, announced: int, what: str) -> None:
-    """No more than was announced, whatever the compressed data hold."""
+    """Copies a file; raises AdapterError where the data hold more than was announced."""
     left = announced
     while block := packed.read(min(2**20, left + 1)):
         left -= len(block)
@@ -249,7 +251,7 @@ def _copy(packed: Any, out: BinaryIO, announced: int, what: str) -> None:
 
 
 def _from_hub(name: str) -> Incoming:
-    """An adapter of the Hugging Face hub, downloaded or from the hub's cache."""
+    """Returns an adapter of the Hugging Face hub, downloaded or from the hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
 
     sizes: list[int] = []
@@ -265,7 +267,7 @@ def _from_hub(name: str) -> Incoming:
             f"'{name}' on the hub has {sizes[0]} bytes; at most {MAX_BYTES} are downloaded: is it "
             "an adapter?"
         )
-    # All but what only a pickle or another library's file would be.
+    # Everything but pickles and the files of other libraries.
     suffixes = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
     wanted: dict[str, Any] = {"repo_id": name, "allow_patterns": suffixes, "ignore_patterns": "*/*"}
     if failure is None:

@@ -1,4 +1,4 @@
-"""rayfin.json: whether it was written for the files beside it, and which base it tells of."""
+"""The content of rayfin.json: checked against the files beside it, and read for its base."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.adapters.files import CONFIGS, read_json
-from rayfin.models.bases import BASE_IDENTITY, Base
+from rayfin.models.bases import BASE_IDENTITY, MAX_NAME, Base
 from rayfin.paths import METADATA, digest_files
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_LONGEST = 4096
 
 
 def are_digests(files: Any) -> bool:
-    """Whether this is what a publisher writes: size and SHA-256 of a configuration and weights."""
+    """Returns whether `files` has what a publisher writes: sizes and SHA-256 of an adapter's files.
+
+    A configuration and weights must be among them.
+    """
     return (
         isinstance(files, dict)
         and any(name in files for name in CONFIGS)
@@ -32,11 +34,11 @@ def are_digests(files: Any) -> bool:
 
 
 def trusted_metadata(directory: Path, *, whole: bool = False) -> dict[str, Any]:
-    """rayfin.json where it has digests of the files beside it, and they fit; else empty.
+    """Returns rayfin.json where it has digests of the files beside it that are right; else nothing.
 
-    A handwritten one, or one that was copied beside other files, says nothing that can be relied
-    upon. Compared are all sizes and the digest of the configuration, with `whole` every digest.
-    Raises AdapterError where it can't be read, and OSError where the files can't.
+    A handwritten one, or one that was copied beside other files, can't be relied upon. All sizes
+    and the digest of the configuration are compared, with `whole` every digest. Raises
+    AdapterError where rayfin.json can't be read, and OSError where the files can't.
     """
     try:
         told = read_json(directory / METADATA)
@@ -58,13 +60,13 @@ def trusted_metadata(directory: Path, *, whole: bool = False) -> dict[str, Any]:
 
 
 def claimed_base(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Base | None:
-    """The base that an adapter tells of; None where it tells of none.
+    """Returns the base that an adapter names, or None.
 
-    `metadata`, which must be trusted, goes before `config`, what PEFT wrote.
+    `metadata`, which must be trusted, wins over `config`, which PEFT wrote.
     """
     name = metadata.get("base_model") or config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         return None
     identities = metadata.get(BASE_IDENTITY)
     told = identities if isinstance(identities, list) else []
-    return Base(name, tuple(one for one in told if isinstance(one, str) and len(one) < _LONGEST))
+    return Base(name, tuple(one for one in told if isinstance(one, str) and len(one) < MAX_NAME))

@@ -1,4 +1,4 @@
-"""Whether two base models are one: by their content where it is known, else by their names."""
+"""The identity of base models: by their content where it is known, else by their names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ BASE_IDENTITY = "base_identity"
 _CONTENT = "local@"
 # Where the hub's client keeps what it downloaded: models--OWNER--NAME/snapshots/COMMIT.
 _SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+?)(?:--([^/]+))?/snapshots/([^/]+)/*")
-_LONGEST = 4096
+MAX_NAME = 4096
+"""The longest name or identity of a base that is looked at; it may be anybody's text."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The same weights, quantised before they were uploaded (Unsloth's naming).
 _QUANTISED = re.compile(r"(?:-unsloth)?-bnb-4bit$")
@@ -30,18 +31,18 @@ class Base:
     name: str
     """The base's name as it was configured or written into the adapter; a directory's path."""
     identities: tuple[str, ...] = ()
-    """What is known of its content, as `rayfin.models.identity` writes it: `name@version` of a
-    bundled model, `id@commit` of a hub model, and `local@…`, of the files themselves."""
-    places: tuple[str, ...] = ()
-    """Directories in which it lies on this machine."""
+    """What identifies its content, as `rayfin.models.identity` writes it: `name@version` of a
+    bundled model, `id@commit` of a hub model, and `local@…`, a digest of the files."""
+    directories: tuple[str, ...] = ()
+    """The directories in which it lies on this machine."""
 
     def is_same(self, other: Base) -> bool:
-        """Whether both are one model, so that an adapter of the one is an adapter of the other.
+        """Returns whether both are one model, so that an adapter of one is one of the other.
 
-        They are where content that both know is equal, and are not where all of it differs. Where
-        one side knows of no content they are by their names: a bundled model's, a hub id (in a
-        snapshot's path, too), or the whole path of one directory. `NAME-bnb-4bit` and NAME of one
-        owner of the hub are one model, whose files differ.
+        They are one where any content that both know is equal, and two where all of it differs.
+        Where one side knows of no content, they are one by a common name: a bundled model's, a
+        hub id (in a snapshot's path, too), or the whole path of a directory. `NAME-bnb-4bit` and
+        NAME of one owner of the hub are one model, whose files differ.
         """
         if set(self.identities) & set(other.identities):
             return True
@@ -50,7 +51,7 @@ class Base:
         return bool(self._hub_ids & other._hub_ids or self._names & other._names)
 
     def __str__(self) -> str:
-        """The name, and what tells it from another of that name."""
+        """Returns the name, with an identity that tells it from another base of that name."""
         told = next(iter([*sorted(self._contents), *self.identities]), "")
         return f"'{self.name}' ({told})" if told else f"'{self.name}'"
 
@@ -60,13 +61,16 @@ class Base:
 
     @property
     def _called(self) -> list[str]:
-        """All that may be a hub id or hold one."""
+        """All texts that may be a hub id, or the path of a snapshot, which has one."""
         named = [one.partition("@")[0] for one in self.identities if not one.startswith(_CONTENT)]
-        return [self.name, *self.places, *named]
+        return [self.name, *self.directories, *named]
 
     @property
     def _hub_ids(self) -> set[str]:
-        """Those of the plain model; the hub doesn't tell capitals from small letters."""
+        """The hub ids, as of the model before it was quantised, without regard to case.
+
+        The hub does not distinguish case either.
+        """
         found = (hub_id(one) for one in self._called)
         return {_QUANTISED.sub("", one.casefold()) for one in found if one}
 
@@ -76,13 +80,13 @@ class Base:
 
     @property
     def _names(self) -> set[str]:
-        """Bundled names, and whole paths without what makes no other directory of them."""
-        names = (one for one in (self.name, *self.places) if one and hub_id(one) is None)
+        """Bundled names, and whole paths in their normal form."""
+        names = (one for one in (self.name, *self.directories) if one and hub_id(one) is None)
         return {posixpath.normpath(one) for one in names if "/" not in one or one[0] == "/"}
 
 
 def base_of(config: ModelConfig) -> Base:
-    """The base model at hand, with all that identifies its content; raises ModelError."""
+    """Returns the base model at hand, with all that identifies its content; raises ModelError."""
     directory = model_directory(config, weights=False)
     found = [identity(config)]
     if (snapshot := _SNAPSHOT.fullmatch(str(directory))) is not None:
@@ -97,8 +101,8 @@ def base_of(config: ModelConfig) -> Base:
 
 
 def hub_id(name: str) -> str | None:
-    """The hub id that `name` is, or that the path of a downloaded snapshot has; None for others."""
-    if len(name) > _LONGEST:  # longer than any path, and it may be anybody's text
+    """Returns the hub id that `name` is, or that a downloaded snapshot's path has, or None."""
+    if len(name) > MAX_NAME:
         return None
     if (snapshot := _SNAPSHOT.fullmatch(name)) is not None:
         owner, model = snapshot[1], snapshot[2]

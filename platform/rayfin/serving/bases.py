@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from rayfin.config import ServeConfig
 
 _SHOWN = 3
-"""Adapters, and bases, that an error names."""
+"""The most adapters, and the most bases, that an error names."""
 
 
 def with_own_base(config: ServeConfig, use: str | None = None) -> ServeConfig:
-    """`config` with the base of adapter `use`, or of all adapters of its registry.
+    """Returns `config` with the base of adapter `use`, or of all adapters of its registry.
 
-    As it is where model.name was given, and where there is no adapter. Raises ConfigError where
-    adapters have different bases, AdapterError where `use` isn't there or its base is not here.
+    It stays as it is where model.name was given, and where there is no adapter. Raises ConfigError
+    where adapters have different bases, AdapterError where `use` or its base isn't there.
     """
     if "name" in config.model.model_fields_set or use == config.model.name:
         return config
     catalog = Catalog(Storage.at(config.storage).adapters)
     if use is not None:
-        # By whatever a request may call it, BASE:NAME included.
+        # Any name by which a request may call it will do, BASE:NAME included.
         versions = [catalog.resolve(AdapterRef.parse(use.rpartition(":")[2]))]
     else:
         versions = [version for version in catalog.list() if version.aliases]
@@ -55,9 +55,9 @@ def with_own_base(config: ServeConfig, use: str | None = None) -> ServeConfig:
 def here(
     base: Base, model: ModelConfig, who: str, revision: str | None = None, more: str = ""
 ) -> ModelConfig:
-    """`model` by the name under which `base`, which `who` names, is found on this machine.
+    """Returns `model` with the name by which `base`, which `who` names, is found on this machine.
 
-    `more` ends the remedy. Raises AdapterError where it is a directory that isn't here.
+    `more` is put after the remedy. Raises AdapterError for a directory that isn't here.
     """
     name = base.name
     if name not in BUNDLED and not _is_directory(name):
@@ -74,7 +74,7 @@ def here(
 
 
 def _groups(versions: list[AdapterVersion]) -> list[list[AdapterVersion]]:
-    """Versions of one base together, in their order."""
+    """Returns the versions in groups that have one base each, in their order."""
     groups: list[list[AdapterVersion]] = []
     for version in versions:
         assert version.base is not None

@@ -1,4 +1,4 @@
-"""Calls that may never return, such as reads of a disk that stalls, and how long they may take."""
+"""Threads with a time limit for calls that may never return, as reads of a disk that stalls."""
 
 from __future__ import annotations
 
@@ -38,16 +38,17 @@ class BoundedCalls:
         """Those that have begun and are not stuck, in the order in which they began."""
         self._stuck: dict[_Call, None] = {}
         self._active = 0
-        """Threads that take calls: those that are stuck do not."""
+        """The number of threads that take calls; those that are stuck do not."""
         self._watching = self._closed = False
 
     def submit(
         self, what: str, call: Callable[[], Any], keep: Callable[[Any], None] = lambda _: None
     ) -> Future[Any]:
-        """`what` the call does, such as "adapter 'red@1' is being read", for whoever asks for it.
+        """Returns the future of `call`.
 
-        `keep` gets what came before the call was taken for stuck, and before anybody who waits for
-        it. The future fails at once where a call that said the same is late, or too many are stuck.
+        `what` says what the call does, such as "adapter 'red@1' is being read". `keep` gets what
+        came before the call was taken for stuck, and before anybody who waits for it. The future
+        fails at once where a call that said the same is late, or too many are stuck.
         """
         call_ = _Call(what, call, keep)
         with self._changed:
@@ -66,7 +67,7 @@ class BoundedCalls:
 
     @property
     def ailment(self) -> str | None:
-        """What is stuck, where no more calls are begun; None where they are.
+        """What is stuck, once that is so much that no more calls are begun; None before.
 
         For logs: it may name what is no business of a client.
         """
@@ -83,7 +84,7 @@ class BoundedCalls:
 
     @property
     def stuck(self) -> int:
-        """Threads that are left where a call was taken for stuck."""
+        """The number of threads that were left in calls that were taken for stuck."""
         return len(self._stuck)
 
     def close(self) -> None:
@@ -101,7 +102,7 @@ class BoundedCalls:
     # --- with the lock held -------------------------------------------------------------------
 
     def _late(self, what: str) -> _Call | None:
-        """The call that said the same, runs, and is not waited for any more."""
+        """Returns the call that said the same, runs, and is not waited for any more, or None."""
         running = (call for call in self._running if call not in self._awaited)
         return next((call for call in (*self._stuck, *running) if call.what == what), None)
 
@@ -134,13 +135,16 @@ class BoundedCalls:
         return None
 
     def _left(self) -> float | None:
-        """Seconds until a call is late or stuck, not above 0 where one is; None without calls."""
+        """Returns the seconds until a call is late or stuck, or None without calls.
+
+        They are 0 or less where one is so already.
+        """
         since = [call.asked for call in islice(self._awaited, 1)]
         since += [call.began for call in islice(self._running, 1)]
         return min(since) + self._seconds - time.monotonic() if since else None
 
     def _take_late(self) -> tuple[list[tuple[_Call, str]], _Call | None]:
-        """Some calls to give up by now, each with why, and one that is stuck from now on."""
+        """Returns calls to give up by now, each with why, and one that is stuck from now on."""
         before = time.monotonic() - self._seconds
         given_up: list[tuple[_Call, str]] = []
         asked, begun = next(iter(self._awaited), None), next(iter(self._running), None)
@@ -220,10 +224,10 @@ class _Call:
         self.future: Future[Any] = Future()
         self.asked = time.monotonic()
         self.thread = 0
-        """Identifier of the thread that it runs on; 0 before it has begun."""
+        """The identifier of the thread that it runs on; 0 before it has begun."""
         self.began = 0.0
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
+        """The seconds since the call began."""
         return time.monotonic() - self.began

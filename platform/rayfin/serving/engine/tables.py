@@ -1,4 +1,4 @@
-"""An output head and embeddings that an adapter brings (`modules_to_save`), whole."""
+"""Output heads and embeddings that adapters bring whole (`modules_to_save`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SETTING = "modules_to_save"
 
 
 def saved_tables(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, str]:
-    """Module name -> tensor, of the tables in `modules_to_save`; their shapes are checked.
+    """Returns module name -> tensor name of the tables in `modules_to_save`; checks their shapes.
 
     Raises AdapterError where it names any other module, or one whose tensor is missing, and where
     they take too much memory.
@@ -52,10 +52,13 @@ def saved_tables(settings: Settings, weights: Weights, base: BaseLayout) -> dict
 
 
 class OwnTables:
-    """Those of the adapters that are in slots now; a token is embedded and scored by its own."""
+    """The tables of the adapters that are in slots now.
+
+    A token is embedded and scored by those of its own adapter.
+    """
 
     def __init__(self, embedding: str | None, head: str | None) -> None:
-        """Their module names in the base; None for one that the base lacks."""
+        """Takes the names of both modules in the base; None for one that the base lacks."""
         self._names = (embedding, head)
         self._embeddings: dict[int, torch.Tensor] = {}
         self._heads: dict[int, torch.Tensor] = {}
@@ -90,7 +93,7 @@ class OwnTables:
     def score(self, batch: Batch, hidden: torch.Tensor, logits: torch.Tensor) -> None:
         """Puts the scores of the adapters' own heads over the base's, `logits` [pieces, tokens].
 
-        `hidden`: [pieces, hidden], of the last tokens of the pieces that ask.
+        `hidden` is [pieces, hidden], of the last token of each piece that asks for scores.
         """
         if not self._heads:
             return
