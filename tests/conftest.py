@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -84,6 +85,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("it takes two minutes of a quiet machine: with --kills 2 or more")
     if item.get_closest_marker("long") and not item.config.getoption("--long"):
         pytest.skip("it runs with --long, as in .ci/run")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported stays: the collector need not look at it, neither now nor in every test."""
+    from rayfin.collector import collector_paused
+
+    with collector_paused():
+        result = yield
+    gc.freeze()
+    return result
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
