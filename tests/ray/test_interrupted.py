@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import random
 import signal
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -42,6 +44,10 @@ def test_a_sweep_under_asha_loses_nothing_to_whatever_is_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     interrupted = lab.rayfin("sweep", *SWEEP)
+    interrupted.until(lab.rows)
+    assert lab.rayfin_here("sweep", *lab.settings, *SWEEP, "--resume") == 2
+    second_driver = capsys.readouterr().err
+    assert f"is running in another process (process {interrupted.process.pid} on" in second_driver
     first = interrupted.amid(finished=1, step=moment.randrange(1, STEPS * 8 // 10))
     assert interrupted.interrupt() == 130, interrupted.err
     assert "--resume" in interrupted.out
@@ -49,6 +55,8 @@ def test_a_sweep_under_asha_loses_nothing_to_whatever_is_killed(
     assert [row.status for row in lab.rows()] == ["finished", "interrupted"]
     untouched = lab.rows()[:1]
     marked = {first.trial_id: lab.mark(first)}
+    traces = lab.root / "unpickled"
+    plant_pickles(lab.storage, traces)
 
     killed = lab.rayfin("sweep", *SWEEP, "--resume")
     second = killed.amid(finished=2, step=moment.randrange(1, STEPS * 8 // 10))
@@ -89,6 +97,39 @@ def test_a_sweep_under_asha_loses_nothing_to_whatever_is_killed(
     (report,) = lab.storage.glob("sweeps/*/report.html")
     assert all(trial_id in report.read_text() for trial_id in rows)
     assert published(lab) == [once.trial_id]
+    assert list(traces.iterdir()) == [], "what lies in a sweep's folders was run"
+
+
+class Trace:
+    """Leaves a file where it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def plant_pickles(storage: Path, traces: Path) -> None:
+    """In each folder of a half-done sweep, rayfin's own and Tune's: what Tune and Ray Train would
+    restore themselves from, and where they look for an error.
+    """
+    traces.mkdir()
+    pickle.loads(pickle.dumps(Trace(traces / "tried")))
+    (traces / "tried").unlink()  # it does what it is for
+    (tuner,) = storage.glob("ray/*/tuner.pkl")  # where Tune itself has written
+    (sweep,) = storage.glob("sweeps/*/config.yaml")
+    trials = [*tuner.parent.iterdir(), *sweep.parent.glob("trials/*")]
+    folders = [tuner.parent, sweep.parent, *filter(Path.is_dir, trials)]
+    assert len(folders) > 4
+    for number, folder in enumerate(folders):
+        for name in ("tuner.pkl", "trainer.pkl", "error.pkl", "params.pkl", "trainable.pkl",
+                     "searcher-state-a.pkl", "search_gen_state-a.json"):  # fmt: skip
+            (folder / name).write_bytes(pickle.dumps(Trace(traces / f"{number}-{name}")))
+        state = pickle.dumps(Trace(traces / f"{number}-state")).hex()
+        (folder / "experiment_state-2999-01-01_00-00-00.json").write_text(
+            json.dumps({"_type": "CLOUDPICKLE_FALLBACK", "value": state})
+        )
 
 
 def kill_workers(command: Any, lab: Any) -> None:
