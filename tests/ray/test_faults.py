@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 
 from rayfin.config import load_config
-from rayfin.history import History, TrialRecord
 from rayfin.paths import Place
 from rayfin.training import TrialSpec
 from rayfin.training.trial import run_trial
@@ -121,13 +120,6 @@ def full(directory: Path) -> Callable[[], None]:
     return filler.unlink
 
 
-def rows_in(storage: Path) -> list[TrialRecord]:
-    if not (storage / "history.sqlite").exists():
-        return []
-    with History.open(f"sqlite:///{storage / 'history.sqlite'}") as history:
-        return history.trials()
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MB of its own."""
@@ -158,25 +150,28 @@ def test_a_full_disk_is_an_error_and_loses_no_finished_trial(
         "train.max_steps=4",
         "train.eval_steps=4",
         f"storage={small_disk}",
+        # Elsewhere, so that it tells what became of each trial.
+        f"history=sqlite:///{lab.storage / 'history.sqlite'}",
     )
+    lab.storage.mkdir()
     free: list[Callable[[], None]] = []
 
     def fill(command: Any) -> None:
-        command.until(lambda: any(row.status == "finished" for row in rows_in(small_disk)))
+        command.until(lambda: any(row.status == "finished" for row in lab.rows()))
         time.sleep(moment.uniform(0.0, 0.5))
         free.append(full(small_disk))
 
     with lab.meanwhile(fill):
         code = lab.rayfin_here("sweep", *settings)
     err = capsys.readouterr().err
-    finished = {row.trial_id for row in rows_in(small_disk) if row.status == "finished"}
-    assert finished
     assert code == 2, err
     assert "No space left" in err or "disk is full" in err, err
     assert "Traceback" not in err
-    assert not any(row.status == "failed" for row in rows_in(small_disk))
+    *before, last = lab.rows()
+    assert before and {row.status for row in before} == {"finished"}
+    assert last.status == "interrupted", "it is no fault of the trial's"
     free[0]()
     assert lab.rayfin_here("sweep", *settings, "--resume") == 0, capsys.readouterr().err
-    rows = rows_in(small_disk)
+    rows = lab.rows()
     assert [row.status for row in rows] == ["finished"] * 6
-    assert finished <= {row.trial_id for row in rows}
+    assert rows[: len(before)] == before, "a trial that had finished was touched"
