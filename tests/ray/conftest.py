@@ -177,6 +177,10 @@ class Lab:
         """Starts `rayfin verb`."""
         return self._start(["-m", "rayfin", verb, *self.settings, *arguments])
 
+    def program(self, text: str, *arguments: str) -> Driver:
+        """Starts Python with a program of its own."""
+        return self._start(["-c", text, *arguments])
+
     @staticmethod
     def here(command: Callable[[], int]) -> int:
         """Runs a command in this process, on the Ray that it has; returns the exit code.

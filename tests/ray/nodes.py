@@ -188,7 +188,15 @@ class Network:
     def add(self, name: str) -> Node:
         """A machine, with a disk of its own beside what all see."""
         environment = self.lab.environment | self.lab.disk(name)
-        node = Node(name, len(self.nodes) + 1, self._switch, self.lab.root, environment)
+        return self._plug_in(name, len(self.nodes) + 1, environment)
+
+    def start_again(self, node: Node) -> Node:
+        """A machine that has ended, with its name, its address and its disk."""
+        number = int(node.address.rpartition(".")[2])
+        return self._plug_in(node.name, number, node.environment)
+
+    def _plug_in(self, name: str, number: int, environment: Mapping[str, str]) -> Node:
+        node = Node(name, number, self._switch, self.lab.root, environment)
         for other in self.living:
             other.hide(self.lab.root / name)
             node.hide(self.lab.root / other.name)

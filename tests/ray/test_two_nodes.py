@@ -75,6 +75,14 @@ while next(node["Alive"] for node in ray.nodes() if node["NodeManagerAddress"] =
 print(json.dumps(ray.nodes()))
 """
 
+# `rayfin` that waits seconds, and not twenty minutes, for another node.
+IMPATIENT = """
+from rayfin.cli import main
+from rayfin.tuning import stranded
+stranded._EVERY, stranded._PATIENCE = 1.0, 5.0
+raise SystemExit(main())
+"""
+
 
 class Cluster:
     """A head, an S3 server on it, and further machines; each has one CPU."""
@@ -324,6 +332,41 @@ def test_a_sweep_outlives_a_node_that_is_taken_away_and_one_that_falls_silent(
     for row in (again, rows[lost.trial_id]):
         assert lab.losses(row)[0] == marked, "it started anew, and not from its checkpoint"
     assert (lab.root / "adapters" / "best" / "1" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.long
+def test_a_sweep_whose_node_does_not_come_back_ends_and_goes_on_with_another(
+    cluster: Cluster, lab: Any
+) -> None:
+    """Each trial takes both machines; only the waiting is shorter than a user's."""
+    lost = cluster.further
+    settings = (
+        *("train.max_steps=40", "train.eval_steps=4", "scaling.num_workers=2"),
+        *("sweep.parameters.method.r=[4,8]", "sweep.num_samples=2", "sweep.scheduler=none"),
+        *lab.in_bucket(f"{BUCKET}/stranded"),
+    )
+    words = ("sweep", *lab.settings, *settings, "--address", cluster.address)
+    sweep = lab.program(IMPATIENT, *words)
+
+    def second_runs() -> bool:
+        rows = lab.rows()
+        return len(rows) == 2 and rows[0].status == "finished" and len(rows[1].curve) > 0
+
+    sweep.until(second_runs)
+    lost.end()
+    assert sweep.end() == 2, sweep.out + sweep.err
+    told = [line for line in sweep.err.splitlines() if line.startswith("rayfin: ")]
+    assert len(told) == 1 and "Traceback" not in sweep.err, sweep.err
+    assert "the cluster has lost the nodes that can hold a trial (2 times 1 CPU" in told[0]
+    assert "start a node and go on with --resume" in told[0]
+    finished, waiting = lab.rows()
+    assert (finished.status, waiting.status) == ("finished", "interrupted")
+
+    cluster.plug_in()
+    again = lab.rayfin("sweep", *settings, "--address", cluster.address, "--resume")
+    assert again.end() == 0, again.out + again.err
+    assert [row.status for row in lab.rows()] == ["finished"] * 2
+    assert lab.rows()[0] == finished
 
 
 def test_a_sweep_whose_head_is_lost_ends_and_goes_on_under_another(
