@@ -57,7 +57,7 @@ class Incoming:
 
     directory: Path
     source: str
-    """Where it comes from, as the user wrote it; of the hub with the commit, `hf:ID@COMMIT`."""
+    """The source as the user wrote it; with the commit where it is on the hub, `hf:ID@COMMIT`."""
     left_out: tuple[str, ...]
     """The names of the files there that are no part of an adapter, sorted."""
 

@@ -1,4 +1,4 @@
-"""What `serve` and `chat` share: a deployment's settings, checked before anything is loaded."""
+"""The part that `serve` and `chat` share: a deployment's settings, checked before any load."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Base:
     name: str
     """The base's name as it was configured or written into the adapter; a directory's path."""
     identities: tuple[str, ...] = ()
-    """What identifies its content, as `rayfin.models.identity` writes it: `name@version` of a
+    """Identities of its content, as `rayfin.models.identity` writes them: `name@version` of a
     bundled model, `id@commit` of a hub model, and `local@…`, a digest of the files."""
     directories: tuple[str, ...] = ()
     """The directories in which it lies on this machine."""

@@ -35,7 +35,7 @@ class BoundedCalls:
         self._awaited: OrderedDict[_Call, None] = OrderedDict()
         """Calls whose futures are open, in the order in which they were asked for."""
         self._running: OrderedDict[_Call, None] = OrderedDict()
-        """Those that have begun and are not stuck, in the order in which they began."""
+        """Calls that have begun and are not stuck, in the order in which they began."""
         self._stuck: dict[_Call, None] = {}
         self._active = 0
         """The number of threads that take calls; those that are stuck do not."""
@@ -67,7 +67,7 @@ class BoundedCalls:
 
     @property
     def ailment(self) -> str | None:
-        """What is stuck, once that is so much that no more calls are begun; None before.
+        """The calls that are stuck, in words, once no more are begun for them; None before.
 
         For logs: it may name what is no business of a client.
         """

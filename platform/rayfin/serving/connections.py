@@ -117,7 +117,7 @@ def _most_connections() -> int:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol for one connection; what it adds holds for all clients alike.
+    """uvicorn's HTTP protocol for one connection, with limits that hold for all clients alike.
 
     A head that has not come whole within `SECONDS.request`, or is larger than `MAX_HEAD_BYTES`, is
     refused (408, 431). A client that does not take what is ready of its answer within

@@ -1,4 +1,4 @@
-"""What rayfin adds to Ray Serve's HTTP proxies: limits on clients, and one envelope for errors.
+"""rayfin's part of Ray Serve's HTTP proxies: limits on clients, and one envelope for errors.
 
 Serve calls `middlewares` in each proxy that starts with `ENVIRONMENT`. A request's body is read
 here, so that one that trickles holds no place in an API replica; and what Serve says in its own

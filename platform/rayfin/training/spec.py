@@ -1,4 +1,4 @@
-"""What one trial computes, what came of it, and the fingerprint that names the computation."""
+"""A trial's specification, its result, and the fingerprint that names its computation."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def absolute(name: str) -> str:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended, or (status running) how it stands at an evaluation.
+    """The end of a trial, or (status running) its state at an evaluation.
 
     `metrics`: eval_loss (nats a completion token), perplexity, exact_match, token_accuracy, the
     same with `base_` of the untrained model, how sure the change is (`Scores.against`),

@@ -55,7 +55,7 @@ def _joined(address: str) -> Iterator[None]:
 
 
 def nodes() -> list[Resources]:
-    """What each living node of the connected cluster has."""
+    """Returns the resources of each living node of the connected cluster."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
@@ -66,8 +66,9 @@ def free() -> Resources:
 
 
 def fits(nodes: Sequence[Resources], need: Resources) -> int:
-    """How many processes that each `need` so much the nodes hold; none spans two nodes, and none
-    that needs a part of a GPU spans two GPUs.
+    """Returns how many processes the nodes hold that `need` so much each.
+
+    None spans two nodes, and none that needs a part of a GPU spans two GPUs.
     """
 
     def held(has: float, name: str, amount: float) -> int:

@@ -1,4 +1,4 @@
-"""What Ray tells its driver of, such as a process that died, as lines of the log."""
+"""Ray's messages to its driver, such as of a process that died, as lines of the log."""
 
 from __future__ import annotations
 
