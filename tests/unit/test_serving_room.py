@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +159,34 @@ def test_it_says_what_the_engines_run_on() -> None:
     line, half = told("replicas=4 gpus=0.5 engine.type=vllm", GPUS)
     assert line == "4 vLLM engines on 0.5 GPU (4 CPUs), each 256 rows of up to 4096 tokens"
     assert half["type"] == "vllm"
+
+
+def test_all_replicas_have_what_was_decided_and_only_serves_own_commands_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rayfin.serving import deployment
+    from rayfin.serving.placement import Placement
+
+    waits: list[bool] = []
+
+    def decided(_: Any, *, running: bool, may_grow: bool) -> Placement:
+        waits.append(may_grow)
+        return Placement(4.0, 1.0)
+
+    monkeypatch.setattr(deployment, "place_engines", decided)
+    settings = ["model.name=tiny", f"storage={tmp_path}", "deployment.max_replicas=3"]
+    by_command = deployment.build_app(load_serve_config({}, settings))
+    by_file = deployment.app(dict(each.split("=") for each in settings), tmp_path)
+    assert waits == [False, True]
+    for application in (by_command, by_file):
+        api = application._bound_deployment
+        of_api, engines = api.init_args
+        engine = engines._bound_deployment
+        of_engine, use_gpu = engine.init_args
+        assert of_api == of_engine and use_gpu is True
+        assert (of_engine.engine.max_rows, of_engine.engine.max_queue) == (32, 256)
+        assert engine.ray_actor_options["num_gpus"] == 1.0
+        scaling = engine._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (1, 3)
+        assert scaling.target_ongoing_requests == 24.0
+        assert engine.max_ongoing_requests == 4 * (32 + 256)
