@@ -43,7 +43,7 @@ def api_alone(engine: Any, adapters: Sequence[Any]) -> Iterator[str]:
     import uvicorn
 
     from rayfin.adapters import Registry
-    from rayfin.config.serving import ApiConfig
+    from rayfin.config.serving import ServeConfig
     from rayfin.serving.api.app import create_app
     from rayfin.serving.names import Names
 
@@ -53,7 +53,7 @@ def api_alone(engine: Any, adapters: Sequence[Any]) -> Iterator[str]:
         port = _free_port()
         server = uvicorn.Server(
             uvicorn.Config(
-                create_app(engine, names, ApiConfig()),
+                create_app(engine, names, ServeConfig()),
                 host="127.0.0.1",
                 port=port,
                 log_level="error",

@@ -10,13 +10,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from rayfin.adapters import Registry
+from rayfin.cli.serve import _print
+from rayfin.config import load_serve_config
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError
 from rayfin.models import base_of, locate, skeleton
+from rayfin.serving import fit
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vllm_backend import check_lora
+from rayfin.serving.names import Names
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +107,59 @@ def test_a_record_beside_other_files_is_not_believed(
     with pytest.raises(AdapterError, match=r"trained on .*u-full/1"):
         engine.check(theirs)
     assert json.loads((theirs.path / "rayfin.json").read_text())["base_identity"]
+
+
+def test_what_the_base_refuses_is_counted_and_not_listed(
+    lab: Any,
+    bases: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    served = bases["t-full"]
+    registry = Registry(tmp_path / "adapters")
+
+    def publish(name: str, base: str, **changes: Any) -> None:
+        strangers = lab.make_adapter(tmp_path / name, base, lab.METHODS["lora"], 0).path
+        config = strangers / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+        registry.publish(name, strangers)
+
+    publish("mine", served)
+    for name in ("a", "b", "c", "d"):
+        publish(name, bases["u-full"])
+    publish("hada", served, peft_type="LOHA")
+    publish("large", served, r=128)
+    registry.publish("whole", served)
+    settings = [f"model.name={served}", f"storage={tmp_path}"]
+    config = load_serve_config(None, settings)
+    names = Names.of(config, registry)
+    listing = names.list()
+    assert [named.answer_name for named in listing.served] == ["mine@1"]
+    for name in ("a", "hada", "large", "whole"):
+        with pytest.raises(AdapterError) as refused:
+            names.resolve(name)
+        (why,) = [told for version, told in listing.refused.items() if version.name == name]
+        assert str(refused.value) == str(why.error)
+    _print(config, "http://here", listing, 1, as_json=False)
+    out = capsys.readouterr().out
+    assert out.startswith("Serving t-full and 1 adapter at http://here\n  mine@1 ")
+    assert (
+        "Not served: 4 of another base (a@1, b@1, c@1, …), 1 of a type that the engine does not "
+        "serve (hada@1), 1 of a rank above engine.max_rank (large@1), 1 fully fine-tuned, "
+        "and so bases of their own (whole@1), 1 unreadable; see: rayfin adapters list "
+        f"storage={tmp_path}\n"
+    ) in out
+    _print(config, "http://here", listing, 0, as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [one["ref"] for one in told["adapters"]] == ["mine@1"]
+    assert set(told["not_served"]) == {
+        f"{n}@1" for n in ("a", "b", "c", "d", "hada", "large", "whole")
+    }
+    # The base itself may lie in the registry.
+    config = load_serve_config(None, [f"model.name={registry.root}/whole/1", *settings[1:]])
+    refused_then = Names.of(config, registry).list().refused
+    assert "whole@1" not in {version.ref for version in refused_then}
+    # What was found to fit is not read again.
+    monkeypatch.setattr(fit, "read_settings", lambda source: pytest.fail(f"{source.ref} was read"))
+    assert names.resolve("mine").answer_name == "mine@1"

@@ -17,6 +17,7 @@ from rayfin.adapters import Registry
 from rayfin.errors import AdapterError, AdapterNotFound, ConfigError
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.names import MAX_AGE, Names
+from rayfin.serving.public import PublicTexts
 
 BASE = "HuggingFaceTB/SmolLM2-135M"
 
@@ -90,7 +91,10 @@ def test_an_adapter_that_is_called_as_the_base_is_refused_with_the_remedy(
     for model in ("tiny@2", "tiny@prod", "tiny:tiny"):
         with pytest.raises(AdapterNotFound, match=r"set deployment\.served_model_name"):
             names.resolve(model)
-    assert {named.adapter for named in names.list()} == {"sales", "support"}
+    listing = names.list()
+    assert {named.adapter for named in listing.served} == {"sales", "support"}
+    refused = {version.ref: refusal.what for version, refusal in listing.refused.items()}
+    assert refused == {"tiny@3": "called as the base is"}
     Names(registry, BASE).check()
 
 
@@ -103,7 +107,7 @@ def test_an_unknown_name_costs_no_walk_for_what_was_copied_in_by_hand(
     monkeypatch.setattr(Registry, "strays", walks)
     with pytest.raises(AdapterNotFound, match="is not served here"):
         names.resolve("missing")
-    assert len(names.list()) == 3
+    assert len(names.list().served) == 3
 
 
 def test_many_who_list_at_once_walk_once(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +124,7 @@ def test_many_who_list_at_once_walk_once(names: Names, monkeypatch: pytest.Monke
 
     def ask() -> int:
         entered.wait()
-        return len(names.list())
+        return len(names.list().served)
 
     with ThreadPoolExecutor(4) as pool:
         assert [each.result() for each in [pool.submit(ask) for _ in range(4)]] == [3] * 4
@@ -221,7 +225,7 @@ def test_a_full_fine_tune_is_refused_with_the_reason(
     with pytest.raises(AdapterError, match="a whole model") as refused:
         names.resolve("whole")
     assert not isinstance(refused.value, AdapterNotFound)
-    assert "whole" not in {named.adapter for named in names.list()}
+    assert "whole" not in {named.adapter for named in names.list().served}
 
 
 def test_a_damaged_version_is_an_error_and_not_another_answer(
@@ -289,7 +293,7 @@ def test_many_requests_look_once(names: Names) -> None:
 
 
 def test_the_list_has_latest_versions_and_aliases(names: Names) -> None:
-    listed = {named.answer_name: named.version for named in names.list()}
+    listed = {named.answer_name: named.version for named in names.list().served}
     assert list(listed) == ["sales@1", "support@1", "support@2"]
     assert [version.aliases for version in listed.values() if version is not None] == [
         ("latest",),
@@ -334,11 +338,53 @@ def test_messages_for_clients_do_not_say_where_the_registry_is(
     assert str(registry.root.parent) not in names.public(str(refused.value))
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "adapter 'a@1': it was trained on '/data/me/u-full/1' (local@1f), and the served base "
+            "is 'BASE' (local@2e); serve it so (model.name=BASE), or publish it with: rayfin "
+            "adapters add DIR NAME --base-is-right model.name=BASE",
+            "adapter 'a@1': it was trained on 'u-full' (local@1f), and the served base is 'public' "
+            "(local@2e); REMEDY",
+        ),
+        ("its base '/h/models--acme--small/snapshots/0f1e/' is", "its base 'acme/small' is"),
+        ("trained on '/very/long/pa…, and", "trained on 'pa…, and"),
+        ("'ROOT/red/1/x.json' has no r; add it again", "'red/1/x.json' has no r; add it again"),
+        ("[Errno 5] Input/output error: /mnt/d/x, ~/.c/y", "[Errno 5] Input/output error: x, y"),
+        ("on './models/u' and '~/u'; GET /v1/models has", "on 'u' and 'u'; GET /v1/models has"),
+        ("its rank is 8/2, and it takes n/a", "its rank is 8/2, and it takes n/a"),
+    ],
+)  # fmt: skip
+def test_clients_are_told_names_and_the_log_the_rest(
+    tmp_path: Path, text: str, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, root = tmp_path / "bases" / "base", tmp_path / "adapters"
+    public = PublicTexts({str(base): "public", str(root): ""})
+    full = text.replace("BASE", str(base)).replace("ROOT", str(root))
+    remedy = "whoever runs the server finds the remedy in its log"
+    for _ in range(2):
+        assert public(full) == told.replace("REMEDY", remedy)
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == ([f"refused: {full}"] if full != told else [])
+
+
+def test_the_log_of_refusals_is_bounded_and_steers_no_terminal(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayfin.serving.public._MOST", 4)
+    public = PublicTexts({})
+    for number in range(100):
+        public(f"'/x/{number}a\x1b[31m' is damaged")
+        assert len(public._logged) <= 4
+    assert "\x1b" not in caplog.text
+
+
 def test_a_directory_that_was_copied_in_by_hand_is_not_found_with_the_remedy(
     registry: Registry, names: Names
 ) -> None:
     hand = registry.root / "by-hand"
     hand.mkdir()
     (hand / "adapter_config.json").write_text("{}")
-    with pytest.raises(AdapterNotFound, match=r"by hand.*rayfin adapters add by-hand by-hand$"):
+    with pytest.raises(AdapterNotFound, match=r"by hand, and is not served; whoever runs"):
         names.resolve("by-hand")

@@ -16,7 +16,7 @@ import pytest
 
 from rayfin.adapters import Registry
 from rayfin.config import load_serve_config
-from rayfin.errors import AdapterError, Overloaded, RequestError
+from rayfin.errors import Overloaded, RequestError
 from rayfin.serving import follower
 from rayfin.serving.engine.request import (
     AdapterSource,
@@ -120,14 +120,6 @@ def test_a_removed_version_leaves_host_memory(
     assert list(told[RESIDENT]) == ["red@1"] and told[STATS]["host_bytes"] > 0
     Registry(tmp_path / "adapters").remove("red@1")
     until(lambda: replica.record_routing_stats()[STATS]["host_bytes"] == 0)
-
-
-def test_checking_an_adapter_raises_why_it_cannot_be_served(
-    replica: EngineReplica, published: AdapterSource, tmp_path: Path
-) -> None:
-    asyncio.run(replica.check(published))
-    with pytest.raises(AdapterError):
-        asyncio.run(replica.check(AdapterSource("gone@1", tmp_path / "gone")))
 
 
 def test_it_is_unhealthy_without_its_engine(replica: EngineReplica) -> None:

@@ -94,8 +94,9 @@ def test_a_directory_is_copied_whole_and_published(place: Place) -> None:
     assert {path.name for path in version.path.iterdir()} == {CONFIG, WEIGHTS, "rayfin.json"}
 
     # A version of another registry brings along what its publisher knew.
-    place.add(version.path, "--json")
-    again = place.registry.resolve("support@2")
+    other = f"storage={place.root}/other"
+    assert main(["adapters", "add", str(version.path), "support", other]) == 0
+    again = Registry(place.root / "other" / "adapters").resolve("support@1")
     assert again.metadata["base_identity"] == version.metadata["base_identity"]
 
 
@@ -120,6 +121,47 @@ def test_the_command_that_it_prints_talks_to_the_adapter(
     monkeypatch.setattr("sys.stdin", io.StringIO("/set max_tokens=2\nhello\n"))
     assert main([*command[1:], "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["model"] == "support@1"
+
+
+def test_what_is_there_already_makes_no_version(place: Place) -> None:
+    (place.lora / "README.md").unlink()
+    assert json.loads(place.add(place.lora, "--json")[1])["is_new"]
+    code, out, err = place.add(place.packed(), "--alias", "prod")
+    assert code == 0 and out.startswith("support@1 was published before (LORA; latest, prod)\n")
+    assert err == "already there as support@1 (same content); no version was made\n"
+    assert place.registry.versions("support") == (1,)
+    # It is still held against the deployment that is to serve it.
+    code, _, err = place.add(place.lora, "engine.max_rank=2")
+    assert code == 2 and "adapter 'support': it has rank 4" in err
+    # Other files, another word on the base, and a damaged version each make a new one.
+    place.set(lora_alpha=2)
+    assert json.loads(place.add(place.lora, "--json")[1])["ref"] == "support@2"
+    place.set(base_model_name_or_path="/data/tiny")
+    answered = ("model.name=tiny", "--base-is-right", "--json")
+    assert json.loads(place.add(place.lora, *answered)[1])["ref"] == "support@3"
+    assert not json.loads(place.add(place.lora, *answered)[1])["is_new"]
+    weights = place.registry.resolve("support").path / WEIGHTS
+    weights.chmod(0o644)
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert json.loads(place.add(place.lora, *answered)[1])["ref"] == "support@4"
+
+
+def test_a_name_whose_latest_version_has_another_base_is_told_of(place: Place) -> None:
+    (place.lora / "README.md").unlink()
+    other = place.root / "other"
+    shutil.copytree(locate(ModelConfig(name="tiny")), other)
+    config = json.loads((other / "config.json").read_text()) | {"rope_theta": 20_000.0}
+    (other / "config.json").write_text(json.dumps(config))
+    assert place.add(place.lora)[2] == ""
+    code, _, err = place.add(place.lora, f"model.name={other}", "--base-is-right")
+    assert code == 0 and err.count("\n") == 1
+    assert f"'support' is support@2 from now on, whose base is '{other}' (local@" in err
+    assert "and support@1 has 'tiny' (local@" in err and "rayfin adapters rm support@2" in err
+    place.set(lora_alpha=2)
+    answered = (f"model.name={other}", "--base-is-right")
+    assert place.add(place.lora, *answered)[2] == "", "the same base as the one before it"
 
 
 def test_a_zip_file_is_the_directory_in_it(place: Place) -> None:

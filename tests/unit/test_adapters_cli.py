@@ -60,11 +60,32 @@ def test_looking_makes_no_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    there = f"there is no registry of adapters at '{tmp_path}/runs/adapters'; say in which .*add"
+    for command in (
+        ("list",),
+        ("list", "--json"),
+        ("verify",),
+        ("verify", "support"),
+        ("show", "support"),
+        ("rollback", "support"),
+    ):
+        with pytest.raises(AdapterError, match=there):
+            rayfin(*command)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_an_empty_registry_says_that_it_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "runs" / "adapters"
+    root.mkdir(parents=True)
     assert rayfin("list") == 0
-    assert "no adapters" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"the registry at {root} is empty; publish one with")
+    assert rayfin("list", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["adapters"] == []
     with pytest.raises(AdapterError, match="it is empty"):
         rayfin("rollback", "support")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_promote_rollback_unalias_rm(
@@ -97,10 +118,15 @@ def test_verify(registry: Registry, capsys: pytest.CaptureFixture[str]) -> None:
     weights = registry.root / "support" / "1" / "adapter_model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert rayfin("verify", "support", "--json") == 0
-    capsys.readouterr()
+    assert rayfin("verify", "support", "--json") == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["whole"] == ["support@2"] and len(told["problems"]) == 1
+    assert rayfin("verify", "support@2") == 0
+    assert capsys.readouterr().out == "support@2: whole\n"
     with pytest.raises(AdapterError, match=r"adapter_model\.safetensors' is not a whole"):
         rayfin("verify", "support@1")
+    with pytest.raises(AdapterError, match=r"adapter 'suport' is not in .* mean 'support'"):
+        rayfin("verify", "suport")
     assert rayfin("verify") == 2
     captured = capsys.readouterr()
     assert captured.out == "support@2: whole\n"

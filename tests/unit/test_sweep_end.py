@@ -97,10 +97,16 @@ def test_a_best_trial_that_cannot_be_published_is_reported_and_published_later(
     assert told["best"] in lab.report() and told["adapter"] is None and len(told["failed"]) == 1
     assert 'class="sample"' in lab.report(), "one step that fails keeps no other from being done"
     (elsewhere / "adapters").unlink()
+    trained = next(lab.storage.glob("sweeps/*/trials/*/adapter"))
+    another = {"base_model": "another/base", "base_identity": ["another/base@1"]}
+    Registry(elsewhere / "adapters").publish("colours", trained, another)
     assert lab.sweep(*publish, "--resume", "--json") == 0
-    told = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    told = json.loads(out)
     assert told["adapter"]["name"] == "colours" and not told["failed"]
-    assert "colours@1" in lab.report()
+    assert "colours@2" in lab.report()
+    assert f"'colours' is colours@2 from now on, whose base is '{lab.model}' (local@" in err
+    assert "and colours@1 has 'another/base' (another/base@1)" in err
 
 
 @pytest.mark.parametrize("waits", [0, 1, 3])

@@ -32,6 +32,7 @@ from rayfin.paths import METADATA, digest_files
 ALIASES = "aliases.json"
 LOCK = ".lock"
 """A file in the root, which writers lock; every registry has one."""
+_FIRST = "begin one by publishing: rayfin sweep publish.name=NAME, or rayfin adapters add DIR NAME"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,16 @@ class Catalog:
 
     def check(self) -> None:
         """Accepts every place: a registry that isn't there is empty, but for `ServedCatalog`."""
+
+    def require(self) -> None:
+        """Raises AdapterError where there is no registry, not even an empty one."""
+        with storage_errors(f"registry '{self.root}'"):
+            there = self.root.is_dir()
+        if not there:
+            raise AdapterError(
+                f"there is no registry of adapters at '{self.root}'; say in which directory it "
+                f"lies (storage=DIR has it as DIR/{self.root.name}), or {_FIRST}"
+            )
 
     def names(self) -> tuple[str, ...]:
         """Adapters with at least one version, sorted."""
@@ -188,6 +199,28 @@ class Catalog:
         """All readable versions, by name and number."""
         return tuple(self._read_all()[0])
 
+    def other_base(self, version: AdapterVersion) -> str | None:
+        """What to tell whoever published `version` where the one before it has another base.
+
+        None where it has the same, or none is known, and where `version` is not the latest.
+        """
+        numbers = self.versions(version.name)
+        older = [number for number in numbers if number < version.version]
+        if not older or numbers[-1] != version.version:
+            return None
+        try:
+            before = self._read(version.name, older[-1])
+        except (AdapterError, FileNotFoundError):
+            return None
+        if version.base is None or before.base is None or version.base.is_same(before.base):
+            return None
+        return (
+            f"'{version.name}' is {version.ref} from now on, whose base is {version.base}, and "
+            f"{before.ref} has {before.base}: a deployment of that base refuses it; give each base "
+            f"a name of its own (and here: rayfin adapters rm {version.ref}), or ask for the other "
+            f"by an alias (rayfin adapters promote {before.ref} --alias prod)"
+        )
+
     def _directory(self, name: str) -> Path:
         path = self.root / check_name(name)
         if path.is_symlink():
@@ -260,6 +293,7 @@ class Catalog:
     def _unknown(self, name: str) -> AdapterError:
         if (told := self.stray(name)) is not None:
             return AdapterError(f"adapter '{name}': {told}")
+        self.require()
         names = self.names()
         known = f"adapters: {', '.join(names[:20])}" if names else "it is empty"
         return AdapterError(

@@ -58,6 +58,33 @@ class Registry(Catalog):
         `check` is given the copy before anybody else sees it, and may raise. Raises AdapterError
         for what can't be published, StorageError where it can't be written.
         """
+        return self._publish(name, source, metadata, alias, check, again=True)[0]
+
+    def publish_changed(
+        self,
+        name: str,
+        source: str | Path,
+        metadata: Mapping[str, Any] | None = None,
+        alias: str | None = None,
+        check: Callable[[Path], None] | None = None,
+    ) -> tuple[AdapterVersion, bool]:
+        """Does as `publish`, unless the latest version has the same files, base and end of turn.
+
+        Returns the version and whether it is new. Where it isn't, `check` is given that version's
+        directory, and `alias` moves to it.
+        """
+        return self._publish(name, source, metadata, alias, check, again=False)
+
+    def _publish(
+        self,
+        name: str,
+        source: str | Path,
+        metadata: Mapping[str, Any] | None,
+        alias: str | None,
+        check: Callable[[Path], None] | None,
+        *,
+        again: bool,
+    ) -> tuple[AdapterVersion, bool]:
         directory = self._directory(name)
         if alias is not None:
             check_alias(alias)
@@ -66,6 +93,12 @@ class Registry(Catalog):
         with self._writing():
             self._refuse_twin(name)
             aliases = self._read_aliases(name)
+            if not again and (same := self._same(name, Path(source), files, metadata)) is not None:
+                if check is not None:
+                    check(same.path)
+                if alias is not None and alias not in same.aliases:
+                    self._write_aliases(name, aliases.promote(alias, same.version))
+                return self._read(name, same.version), False
             version = aliases.newest + 1
             _clean(directory)
             with write_directory_whole(directory / str(version)) as temporary:
@@ -81,7 +114,27 @@ class Registry(Catalog):
             if alias is not None and alias != LATEST:
                 aliases = aliases.promote(alias, version)
             self._write_aliases(name, replace(aliases, newest=version))
-            return self._read(name, version)
+            return self._read(name, version), True
+
+    def _same(
+        self, name: str, source: Path, files: Mapping[str, Path], metadata: Mapping[str, Any]
+    ) -> AdapterVersion | None:
+        """The latest version, where it is whole and publishing `files` would only repeat it."""
+        versions = self.versions(name)
+        try:
+            latest = self._read(name, versions[-1]) if versions else None
+            if latest is None:
+                return None
+            told = {**metadata, **_facts(source, files, metadata)}
+            if any(latest.metadata.get(key) != told.get(key) for key in _CARRIED):
+                return None
+            recorded = latest.metadata["files"]
+            sizes = {file: path.stat().st_size for file, path in files.items()}
+            if sizes != {file: digest["bytes"] for file, digest in recorded.items()}:
+                return None
+            return self.verify(latest.ref) if digest_files(files) == recorded else None
+        except (AdapterError, FileNotFoundError):
+            return None  # what is damaged is what a new version makes up for
 
     def promote(
         self, name: str, version_or_ref: int | str | AdapterRef, alias: str = "prod"
@@ -187,13 +240,21 @@ class Registry(Catalog):
 def _describe(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The registry's own part of rayfin.json; raises AdapterError unless the files are whole."""
     files = list_files(directory)
+    return {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        **_facts(directory, files, metadata),
+        "files": digest_files(files),
+    }
+
+
+def _facts(
+    directory: Path, files: Mapping[str, Path], metadata: Mapping[str, Any]
+) -> dict[str, str | None]:
     facts = inspect_files(directory, files)
     base_model = metadata.get("base_model")
     return {
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "peft_type": facts.peft_type,
         "base_model": base_model if isinstance(base_model, str) else facts.base_model,
-        "files": digest_files(files),
     }
 
 

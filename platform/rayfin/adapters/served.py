@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import stat
+
 from rayfin.adapters.catalog import LOCK, Catalog
 from rayfin.adapters.files import storage_errors
 from rayfin.errors import StorageError
@@ -37,15 +39,25 @@ class ServedCatalog(Catalog):
 
     def check(self) -> None:
         """Raises StorageError where the registry isn't there."""
-        with storage_errors(f"registry '{self.root}'"):
-            there = self.root.is_dir()
-            if there and (self.root / LOCK).exists():
-                return
+        stays = "what was loaded before stays"
+        try:
+            with storage_errors(f"registry '{self.root}'"):
+                there = stat.S_ISDIR(self.root.stat().st_mode)
+                if there and (self.root / LOCK).exists():
+                    return
+        except StorageError as error:
+            cause = error.__cause__
+            if not isinstance(cause, FileNotFoundError | NotADirectoryError):
+                raise
+            raise StorageError(
+                f"registry '{self.root}' is not there ({cause.strerror}); mount its disk, or put "
+                f"it back: {stays}"
+            ) from cause
         missing = (
             f"has no {LOCK}, as an empty directory where a disk was mounted, or a copy without it: "
             "that registry is not there; mount its disk, or after a copy write to it by any "
             "`rayfin adapters` command, such as promote"
             if there
-            else "is not there; mount its disk, or put it back"
+            else "is no directory; put the registry back"
         )
-        raise StorageError(f"registry '{self.root}' {missing}: what was loaded before stays")
+        raise StorageError(f"registry '{self.root}' {missing}: {stays}")

@@ -77,6 +77,7 @@ def _list(args: argparse.Namespace) -> int:
     from rayfin.tables import output
 
     registry = _registry(args)
+    registry.require()
     versions, problems = registry.scan()
     if args.json:
         _print_json(
@@ -91,8 +92,8 @@ def _list(args: argparse.Namespace) -> int:
         output().print(_table(versions))
     else:
         print(
-            f"no adapters in {registry.root}; publish one with: rayfin sweep publish.name=NAME, "
-            "or rayfin adapters add DIR NAME"
+            f"the registry at {registry.root} is empty; publish one with: "
+            "rayfin sweep publish.name=NAME, or rayfin adapters add DIR NAME"
         )
     for problem in problems:
         print(f"unreadable: {problem}", file=sys.stderr)
@@ -195,19 +196,30 @@ def _remove(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from rayfin.adapters import AdapterRef
     from rayfin.errors import UsageError
 
     registry = _registry(args)
-    if args.ref is not None:
-        whole, problems = [registry.verify(args.ref).ref], []
+    registry.require()
+    only = None if args.ref is None else AdapterRef.parse(args.ref)
+    whole: list[str] = []
+    problems: list[str] = []
+    if only is not None and (only.version is not None or only.alias is not None):
+        whole, refs = [registry.verify(only).ref], []
+    elif only is not None:
+        refs = [AdapterRef(only.name, version=at) for at in registry.versions(only.name)]
+        if not refs:
+            registry.resolve(only)  # raises what is wrong with it
+        problems += [told for told in (registry.stray(only.name),) if told is not None]
     else:
         versions, errors = registry.scan()
-        whole, problems = [], [str(error) for error in errors]
-        for version in versions:
-            try:
-                whole.append(registry.verify(version.ref).ref)
-            except UsageError as error:
-                problems.append(str(error))
+        refs = [AdapterRef(one.name, version=one.version) for one in versions]
+        problems += map(str, errors)
+    for one in refs:
+        try:
+            whole.append(registry.verify(one).ref)
+        except UsageError as error:
+            problems.append(str(error))
     if args.json:
         _print_json({"whole": whole, "problems": problems})
     else:

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rayfin.cli.parser import print_json
 from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
@@ -16,8 +16,7 @@ from rayfin.redaction import printable
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
     from rayfin.config import ServeConfig
-
-_SHOWN = 6
+    from rayfin.serving.adding import Added
 
 
 def register(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,57 +48,37 @@ def register(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: published. Raises UsageErrors for what can't be served; nothing is published."""
-    from rayfin.adapters import Registry, check_alias, check_name
-    from rayfin.adapters.incoming import incoming
+    """Exit code 0: it is in the registry. Raises UsageErrors for what can't be served."""
+    from rayfin.adapters import Registry
     from rayfin.config import load_serve_config
-    from rayfin.paths import METADATA, Storage
+    from rayfin.paths import Storage
+    from rayfin.serving.adding import add_adapter
 
-    check_name(args.name)
-    if args.alias is not None:
-        check_alias(args.alias)
     config = load_serve_config(*split_settings(args.settings)).anchored(Path.cwd())
-    registry = Registry(Storage.at(config.storage).adapters)
-    told: dict[str, Any] = {}
-    with incoming(args.source) as found:
-        directory, told["source"] = found.directory, found.source
-        check = None
-        if (directory / "adapter_config.json").exists():
-            from rayfin.adapters.files import select_files
-            from rayfin.adapters.metadata import trusted_metadata
-            from rayfin.serving.fit import base_to_record, check_adapter
-
-            select_files(directory)  # what is no adapter at all is told before its base is asked
-            config, base = base_to_record(directory, config, is_right=args.base_is_right)
-            told |= base
-
-            def check(copy: Path) -> None:
-                check_adapter(args.name, copy, config, told)
-
-            if (directory / METADATA).exists() and not trusted_metadata(directory, whole=True):
-                _tell(f"its {METADATA} has no digests of these files, and is not believed")
-        Storage.open(config.storage)
-        version = registry.publish(args.name, directory, told, args.alias, check)
-        left = found.left_out
-    if left:
-        more = f" and {len(left) - _SHOWN} more" if len(left) > _SHOWN else ""
-        _tell(f"left out, as no part of an adapter: {', '.join(left[:_SHOWN])}{more}")
+    added = add_adapter(
+        Registry(Storage.at(config.storage).adapters),
+        args.source,
+        args.name,
+        config,
+        alias=args.alias,
+        base_is_right=args.base_is_right,
+    )
+    for note in added.notes:
+        print(printable(note), file=sys.stderr, flush=True)
     if args.json:
-        print_json(version.as_dict(), indent=2)
+        print_json(added.version.as_dict() | {"is_new": added.is_new}, indent=2)
         return 0
-    _print(version)
-    if version.peft_type != "FULL":
-        print(printable(f"Talk to it: {_chat(version, config, args.settings)}"))
+    _print(added)
+    if added.version.peft_type != "FULL":
+        print(printable(f"Talk to it: {_chat(added.version, added.config, args.settings)}"))
     return 0
 
 
-def _tell(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
-
-
-def _print(version: AdapterVersion) -> None:
+def _print(added: Added) -> None:
+    version = added.version
     aliases = ", ".join(version.aliases)
-    print(printable(f"{version.ref} is published ({version.peft_type}; {aliases})"))
+    state = "is published" if added.is_new else "was published before"
+    print(printable(f"{version.ref} {state} ({version.peft_type}; {aliases})"))
     print(printable(f"  base model  {version.base_model or version.path}"))
     print(printable(f"  path        {version.path}"))
 

@@ -146,7 +146,10 @@ class Workplace:
             # The trial's own rayfin.json knows more; in earlier versions it had none.
             if isinstance(known, str) and BASE_IDENTITY not in trusted_metadata(files):
                 metadata[BASE_IDENTITY] = [known]
-            return self.registry.publish(publish.name, files, metadata, alias=publish.alias)
+            published = self.registry.publish(publish.name, files, metadata, alias=publish.alias)
+        if (note := self.registry.other_base(published)) is not None:
+            print(printable(note), file=sys.stderr, flush=True)
+        return published
 
 
 def read_data(config: Config) -> Corpus:

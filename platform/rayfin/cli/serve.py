@@ -14,8 +14,11 @@ from rayfin.cli.service import load_settings
 from rayfin.cli.settings import ShowServeSettings, add_settings
 
 if TYPE_CHECKING:
-    from rayfin.adapters import AdapterVersion
     from rayfin.serving.deployment import Deployed
+    from rayfin.serving.names import Listing
+
+_SHOWN = 3
+"""Versions that a line names."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,10 +51,12 @@ def run(args: argparse.Namespace) -> int:
     config = load_settings(args, elsewhere=address is not None)
 
     from rayfin.serving.deployment import serving, watch
+    from rayfin.serving.names import Names
 
     with serving(config, address) as deployed:
-        versions = Catalog(Storage.open(config.storage).adapters).list()
-        _print(deployed, versions, as_json=args.json)
+        catalog = Catalog(Storage.open(config.storage).adapters)
+        listing = Names.of(deployed.config, catalog).list()
+        _print(deployed, listing, len(catalog.scan()[1]), as_json=args.json)
         with _signals() as stop:
             watch(stop, address)
         if not args.json:
@@ -76,9 +81,9 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _print(deployed: Deployed, versions: tuple[AdapterVersion, ...], *, as_json: bool) -> None:
+def _print(deployed: Deployed, listing: Listing, unreadable: int, *, as_json: bool) -> None:
     config, url = deployed.config, deployed.url
-    named = [version for version in versions if version.aliases]
+    named = [each.version for each in listing.served if each.version is not None]
     newest = max(named, key=lambda v: str(v.metadata.get("created_at")), default=None)
     model = config.served_name if newest is None else newest.name
     curl = _curl(url, model, needs_key=bool(config.api.api_keys))
@@ -88,13 +93,21 @@ def _print(deployed: Deployed, versions: tuple[AdapterVersion, ...], *, as_json:
             "base": config.served_name,
             "adapters": [{"ref": v.ref, "aliases": list(v.aliases)} for v in named],
             "engines": _engines(deployed),
+            "not_served": {v.ref: str(why.error) for v, why in listing.refused.items()},
+            "unreadable": unreadable,
             "curl": curl,
         }
         print(json.dumps(served), flush=True)
         return
-    print(f"Serving {config.served_name} and {_count(named)} at {url}")
+    count = len({version.name for version in named})
+    told = "no adapter yet" if not count else f"{count} adapter{'s' * (count > 1)}"
+    print(f"Serving {config.served_name} and {told} at {url}")
     for version in named:
         print(f"  {version.ref:30} {', '.join(version.aliases)}")
+    if listing.refused or unreadable:
+        print(
+            f"{_refused(listing, unreadable)}; see: rayfin adapters list storage={config.storage}"
+        )
     print(_where(deployed))
     print(f"Adapters that are published under {config.storage} are served within seconds. Try:")
     print(f"  {curl}\nCtrl-C stops it.", flush=True)
@@ -130,9 +143,16 @@ def _where(deployed: Deployed) -> str:
     )
 
 
-def _count(named: list[AdapterVersion]) -> str:
-    count = len({version.name for version in named})
-    return "no adapter yet" if not count else f"{count} adapter{'s' * (count > 1)}"
+def _refused(listing: Listing, unreadable: int) -> str:
+    """How many versions are not served, and why."""
+    kinds: dict[str, list[str]] = {}
+    for version, refusal in listing.refused.items():
+        kinds.setdefault(refusal.what, []).append(version.ref)
+    told = [
+        f"{len(refs)} {what} ({', '.join(refs[:_SHOWN])}{', …' * (len(refs) > _SHOWN)})"
+        for what, refs in kinds.items()
+    ] + [f"{unreadable} unreadable"] * bool(unreadable)
+    return f"Not served: {', '.join(told)}"
 
 
 def _curl(url: str, model: str, *, needs_key: bool) -> str:

@@ -87,11 +87,11 @@ class ApiReplica:
         engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
         # Not opened: a replica that starts while the disk is away must not make the directory anew.
         storage = Storage.at(config.storage)
-        names = Names(ServedCatalog(storage.adapters), config.served_name)
+        names = Names.of(config, ServedCatalog(storage.adapters))
         figures = Figures(config.history or storage.history_url, engine)
         proxy.publish_limits(config.api)
         return create_app(
-            engine, names, config.api, figures, pool=SharedPool, max_requests=_max_requests(config)
+            engine, names, config, figures, pool=SharedPool, max_requests=_max_requests(config)
         )
 
 

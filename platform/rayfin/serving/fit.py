@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from rayfin.adapters.files import read_json
+from rayfin.adapters import AdapterVersion
+from rayfin.adapters.files import read_json, storage_errors
 from rayfin.adapters.metadata import claimed_base, trusted_metadata
-from rayfin.config.serving import ServeConfig
-from rayfin.errors import AdapterError, ModelError
+from rayfin.config.schema import ModelConfig
+from rayfin.config.serving import EngineConfig, ServeConfig
+from rayfin.errors import AdapterError, ModelError, UsageError
 from rayfin.hardware import describe_hardware
 from rayfin.models import (
     BASE_IDENTITY,
+    Base,
     base_of,
     check_model,
     dtype_on,
@@ -22,8 +28,19 @@ from rayfin.models import (
     skeleton,
 )
 from rayfin.serving.bases import here
-from rayfin.serving.engine.checks import BASE_IS_RIGHT
+from rayfin.serving.engine.adapter import check_type, read_adapter
+from rayfin.serving.engine.checks import BASE_IS_RIGHT, check_base, check_rank
+from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout, linears_of
+from rayfin.serving.engine.peft_files import Settings, read_settings
 from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.engine.vllm_backend import check_lora, check_lora_type
+from rayfin.serving.engine.vocabulary import Vocabulary
+from rayfin.serving.names import Refusal
+
+log = logging.getLogger(__name__)
+
+_MOST = 2**16
+"""Versions of which it is remembered that they fit."""
 
 
 def base_to_record(
@@ -72,25 +89,92 @@ def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping
 
     `told` is what its rayfin.json is going to say.
     """
-    from rayfin.serving.engine.adapter import read_adapter
-    from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout, linears_of
-    from rayfin.serving.engine.vllm_backend import check_lora
-    from rayfin.serving.engine.vocabulary import Vocabulary
-
     source = AdapterSource(name, directory)
-    base, model, engine = base_of(config.model), skeleton(config.model), config.engine
+    base, model, engine = base_of(config.model), _skeleton(config.model), config.engine
     if engine.type == "vllm":
         check_lora(source, base, linears_of(model), engine.max_rank, told)
     else:
+        dtype = dtype_on(config.model, describe_hardware("auto").device)
         layout = replace(
             BaseLayout.of(model, base),
             max_rank=engine.max_rank,
             max_virtual_tokens=min(MAX_VIRTUAL_TOKENS, engine.max_length - 2),
             max_table_bytes=engine.tables_mb * 2**20,
-            itemsize=dtype_on(config.model, describe_hardware("auto").device).itemsize,
+            itemsize=dtype.itemsize,
         )
-        read_adapter(source, layout.unloaded(), told)
-    Vocabulary(load_tokenizer(config.model).get_vocab()).check(source)
+        read_adapter(source, layout.unloaded(), told).check_range(dtype)
+    _vocabulary(config.model).check(source)
+
+
+class Refusals:
+    """Why an engine would refuse versions of the registry, by their settings and facts alone.
+
+    What only the tensors tell is found when they are read. May be called by several threads.
+    """
+
+    def __init__(self, model: ModelConfig, engine: EngineConfig) -> None:
+        self._model, self._engine = model, engine
+        self._lock = threading.Lock()
+        self._base: tuple[Base | None] | None = None
+        self._fitting: set[tuple[str, str]] = set()
+
+    def __call__(self, version: AdapterVersion) -> Refusal | None:
+        """Raises StorageError where the files can't be read now."""
+        # A version never changes; its number is used once, but a registry may be another's.
+        key = (version.ref, str(version.metadata.get("created_at")))
+        if key in self._fitting or (base := self._of_base()) is None:
+            return None
+        source = AdapterSource(version.ref, version.path)
+        try:
+            with storage_errors(f"adapter '{version.ref}'"):
+                settings, metadata = read_settings(source)
+        except AdapterError as error:
+            return Refusal("damaged", error) if version.path.is_dir() else None
+        checks: dict[str, Callable[[], None]] = {
+            "of another base": partial(check_base, settings, metadata, base),
+            "of a type that the engine does not serve": partial(self._check_type, settings),
+            "of a rank above engine.max_rank": partial(self._check_rank, settings),
+        }
+        for what, check in checks.items():
+            try:
+                check()
+            except AdapterError as error:
+                return Refusal(what, error)
+        if len(self._fitting) >= _MOST:
+            self._fitting.clear()
+        self._fitting.add(key)
+        return None
+
+    def _of_base(self) -> Base | None:
+        """The served base; None where its files aren't on this machine."""
+        with self._lock:
+            if self._base is None:
+                try:
+                    self._base = (base_of(self._model),)
+                except UsageError as error:
+                    log.warning("adapters are not held against the base here: %s", error)
+                    self._base = (None,)
+            return self._base[0]
+
+    def _check_type(self, settings: Settings) -> None:
+        (check_lora_type if self._engine.type == "vllm" else check_type)(settings)
+
+    def _check_rank(self, settings: Settings) -> None:
+        rank = settings.values.get("r")
+        # Where single layers have ranks of their own, this one may be none's.
+        if type(rank) is int and not settings.values.get("rank_pattern"):
+            check_rank(settings, rank, self._engine.max_rank)
+
+
+@lru_cache(maxsize=1)
+def _skeleton(model: ModelConfig) -> Any:
+    """Building it holds Python for a moment, in which a server that adds adapters does nothing."""
+    return skeleton(model)
+
+
+@lru_cache(maxsize=1)
+def _vocabulary(model: ModelConfig) -> Vocabulary:
+    return Vocabulary(load_tokenizer(model).get_vocab())
 
 
 def _why(error: ModelError) -> str:

@@ -42,9 +42,10 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
         key = secrets.token_urlsafe()
         catalog = ServedCatalog(Storage.open(config.storage).adapters)
         catalog.make()
-        names = Names(catalog, config.served_name)
+        names = Names.of(config, catalog)
         names.check()
-        app = create_app(engine, names, ApiConfig(api_keys=(ApiKey(key=key),)))
+        own = config.model_copy(update={"api": ApiConfig(api_keys=(ApiKey(key=key),))})
+        app = create_app(engine, names, own)
         with socket.create_server(("127.0.0.1", 0)) as listening:
             server = uvicorn.Server(
                 uvicorn.Config(app, log_level="error", access_log=False, ws="none")

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rayfin.adapters import LATEST, AdapterRef, AdapterVersion, Catalog
 from rayfin.adapters.files import FULL
 from rayfin.adapters.ref import is_name
+from rayfin.config.serving import ServeConfig
 from rayfin.errors import AdapterError, AdapterNotFound, ConfigError, did_you_mean
 from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.public import PublicTexts
 
 MAX_AGE = 1.0
 """Seconds that a name's version is remembered."""
@@ -46,6 +49,25 @@ class Named:
         return None if self.version is None else self.version.name
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """Why a deployment won't answer with a version."""
+
+    what: str
+    """What the version is, in a few words, such as `of another base`."""
+    error: AdapterError
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The registry as a deployment sees it: every adapter's latest version, and those that aliases
+    point to, by name and number."""
+
+    served: tuple[Named, ...]
+    refused: Mapping[AdapterVersion, Refusal]
+    """Versions that this deployment can't answer with, as far as their settings tell."""
+
+
 class Names:
     """What `model` may be: the base's name, `<adapter>`, `<adapter>@<version or alias>`, or
     `<base>:` before either.
@@ -55,16 +77,37 @@ class Names:
     """
 
     def __init__(
-        self, catalog: Catalog, base_name: str, clock: Callable[[], float] = time.monotonic
+        self,
+        catalog: Catalog,
+        base_name: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        places: Mapping[str, str] | None = None,
+        refusal: Callable[[AdapterVersion], Refusal | None] = lambda _: None,
     ) -> None:
+        """`places` are as in `PublicTexts`, beside the registry's. `refusal` says why the engine
+        would refuse a version, as far as its settings tell.
+        """
         self.catalog, self.base_name = catalog, base_name
+        self.public = PublicTexts({str(catalog.root): "", **(places or {})})
+        self._refusal, self._base_places = refusal, frozenset(places or {})
         self._clock = clock
         self._base = Named(base_name)
         self._held: dict[AdapterRef, tuple[float, Named]] = {}
         # Walks of the whole registry, one at a time: who waits for one has its result.
         self._walking = threading.Lock()
-        self._listed: tuple[float, tuple[Named, ...]] | None = None
+        self._listed: tuple[float, Listing] | None = None
         self._known: tuple[float, tuple[str, ...]] | None = None
+
+    @classmethod
+    def of(cls, config: ServeConfig, catalog: Catalog) -> Names:
+        """Those of a deployment; looks at no file yet."""
+        from rayfin.serving.fit import Refusals
+
+        base = Path(config.model.name).expanduser()
+        places = {str(base.resolve()): config.served_name} if base.is_dir() else {}
+        refusal = Refusals(config.model, config.engine)
+        return cls(catalog, config.served_name, places=places, refusal=refusal)
 
     def check(self) -> None:
         """Raises ConfigError where an adapter has the base's name: no request could tell them
@@ -134,30 +177,44 @@ class Names:
         self._held[ref] = (now, named)
         return named
 
-    def list(self) -> list[Named]:
-        """Every adapter's latest version and those that aliases point to, by name and number.
-
-        What can't be read or can't answer is left out.
+    def list(self) -> Listing:
+        """Every adapter's latest version and those that aliases point to; what can't be read is
+        left out.
         """
         with self._walking:
             held = self._listed
             if held is None or not self._fresh(held[0]):
-                versions = self.catalog.list()
-                named = tuple(_named(each) for each in versions if each.aliases and self._may(each))
+                # The base itself may be a full fine-tune of this registry: it is no adapter.
+                versions = [
+                    each
+                    for each in self.catalog.list()
+                    if each.aliases and str(each.path) not in self._base_places
+                ]
+                refused = {each: why for each in versions if (why := self._why_not(each))}
+                served = tuple(_named(each) for each in versions if each not in refused)
                 # Afterwards: of a large registry the walk itself takes longer than MAX_AGE.
-                held = self._listed = (self._clock(), named)
-        return list(held[1])
-
-    def public(self, text: str) -> str:
-        """`text` without the place of the registry on this machine."""
-        return text.replace(f"{self.catalog.root}/", "").replace(str(self.catalog.root), "registry")
+                held = self._listed = (self._clock(), Listing(served, refused))
+        return held[1]
 
     def _fresh(self, read_at: float) -> bool:
         return self._clock() - read_at < MAX_AGE
 
-    def _may(self, version: AdapterVersion) -> bool:
-        """Whether it can answer, beside this base."""
-        return version.peft_type != FULL and version.name != self.base_name
+    def _why_not(self, version: AdapterVersion) -> Refusal | None:
+        """Why it can't answer beside this base; None where it can, as far as its settings tell."""
+        if version.peft_type == FULL:
+            error = AdapterError(
+                f"adapter '{version.ref}' is a full fine-tune, a whole model that can't share the "
+                f"base '{self.base_name}'; serve it as the base of its own: "
+                "rayfin serve model.name=DIRECTORY"
+            )
+            return Refusal("fully fine-tuned, and so bases of their own", error)
+        if version.name == self.base_name:
+            error = AdapterNotFound(
+                f"adapter '{version.ref}' is called as the base is, which alone answers to "
+                f"'{self.base_name}'; {_RENAME}, or publish it under another name"
+            )
+            return Refusal("called as the base is", error)
+        return self._refusal(version)
 
     def _look(self, ref: AdapterRef) -> Named:
         if not self.catalog.versions(ref.name):
@@ -168,17 +225,8 @@ class Names:
             if (missing := self._missing(ref)) is not None:
                 raise missing from error
             raise
-        if version.peft_type == FULL:
-            raise AdapterError(
-                f"adapter '{version.ref}' is a full fine-tune, a whole model that can't share the "
-                f"base '{self.base_name}'; serve it as the base of its own: "
-                "rayfin serve model.name=DIRECTORY"
-            )
-        if not self._may(version):
-            raise AdapterNotFound(
-                f"adapter '{version.ref}' is called as the base is, which alone answers to "
-                f"'{self.base_name}'; {_RENAME}, or publish it under another name"
-            )
+        if (refusal := self._why_not(version)) is not None:
+            raise refusal.error
         return _named(version)
 
     def _unknown(self, ref: AdapterRef) -> AdapterNotFound:

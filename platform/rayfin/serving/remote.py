@@ -10,11 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
-from ray.exceptions import RayError, RayTaskError
 
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError, Unavailable
-from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
+from rayfin.serving.engine.request import Chunk, Request, Sink, check_prompt
 from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, told
 
 if TYPE_CHECKING:
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CHECK_SECONDS = 300.0
 _GONE = "the engine that worked on this request is gone; send it again"
 # Waits before a request is sent again that found a queue full.
 _AGAIN = (0.02, 0.1, 0.3)
@@ -72,22 +70,6 @@ class RemoteEngine:
 
     def cancel(self, request_id: str) -> None:
         self._loop.call_soon_threadsafe(self._cancel, request_id)
-
-    def check(self, source: AdapterSource) -> None:
-        """Lets a replica read the adapter; not on the event loop.
-
-        Raises AdapterError, and Unavailable where the storage or the replica is away.
-        """
-        try:
-            self._handle.check.remote(source).result(timeout_s=_CHECK_SECONDS)
-        except RayTaskError as error:
-            raise error.cause from error
-        except TimeoutError as error:
-            raise Unavailable(
-                f"adapter '{source.ref}' was not read in {_CHECK_SECONDS:g} s; try again later"
-            ) from error
-        except RayError as error:
-            raise Unavailable(_GONE) from error
 
     def resident(self) -> dict[str, int]:
         """Adapters in a slot of any replica."""

@@ -16,7 +16,7 @@ from rayfin.errors import RayfinError
 from rayfin.paths import Storage
 from rayfin.serving.counts import Counts
 from rayfin.serving.engine.open import open_engine
-from rayfin.serving.engine.request import AdapterSource, Chunk, FinishReason, Request
+from rayfin.serving.engine.request import Chunk, FinishReason, Request
 from rayfin.serving.follower import Follower
 from rayfin.serving.pool import ENGINE, counts_of
 from rayfin.serving.routing import RESIDENT, STATS
@@ -70,11 +70,6 @@ class EngineReplica:
             self._streams -= 1
             self._engine.cancel(request.request_id)
             self._follower.ended(request)
-
-    async def check(self, source: AdapterSource) -> None:
-        """Raises AdapterError where the adapter can't be served."""
-        await asyncio.to_thread(self._engine.check, source)
-        self._follower.know(source)
 
     async def ping(self) -> None:
         """Answers."""

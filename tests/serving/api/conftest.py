@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +21,7 @@ import uvicorn
 
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
-from rayfin.config.serving import ApiConfig, EngineConfig
+from rayfin.config.serving import ApiConfig, EngineConfig, ReplicaConfig, ServeConfig
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.engine.engine import Engine
@@ -53,6 +57,17 @@ class Server:
         body = {"model": BASE, "prompt": "hello", "max_tokens": 2, "temperature": 0, **body}
         return self.http.post("/v1/completions", json=body)
 
+    def curl(self, arguments: list[str]) -> str:
+        """What `curl` would print, given its arguments as the guide has them; JSON with spaces."""
+        url, *options = arguments
+        given = dict(zip(options[::2], options[1::2], strict=True))
+        assert given.keys() <= {"-H", "-d"}, given
+        name, _, value = given.get("-H", "").partition(": ")
+        headers = {name: value} if name else {}
+        path = url.removeprefix("localhost:8000")
+        response = self.http.post(path, content=given["-d"], headers=headers)
+        return json.dumps(response.json(), ensure_ascii=False)
+
     def chat(self, model: str = BASE, **body: Any) -> httpx.Response:
         messages = [{"role": "user", "content": "hello"}]
         body = {"model": model, "messages": messages, "max_tokens": 2, "temperature": 0, **body}
@@ -63,7 +78,13 @@ class Server:
 def serving(
     engine: Engine, registry: Registry, config: ApiConfig, figures: Figures | None = None
 ) -> Iterator[Server]:
-    app = create_app(engine, Names(registry, BASE), config, figures)
+    deployment = ServeConfig(
+        model=ModelConfig(name=engine.model_name),
+        engine=engine.config,
+        api=config,
+        deployment=ReplicaConfig(served_model_name=BASE),
+    )
+    app = create_app(engine, Names.of(deployment, registry), deployment, figures)
     settings = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_level="error", ws="none", timeout_graceful_shutdown=5
     )
@@ -88,6 +109,27 @@ def wait_until(happened: Callable[[], bool], what: str) -> None:
         time.sleep(0.005)
 
 
+def guide(section: str) -> list[tuple[str, list[str], str]]:
+    """The commands of a section of docs/serving.md: program, arguments, and what is shown."""
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^## {section}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
+    steps = []
+    for block in re.findall(r"```console\n(.*?)```", found, re.DOTALL):
+        for step in block.split("$ ")[1:]:
+            command, shown = step.split("\n", 1)
+            program, *arguments = shlex.split(os.path.expandvars(command))
+            steps.append((program, arguments, shown))
+    assert steps
+    return steps
+
+
+def assert_shown(out: str, shown: str) -> None:
+    """… stands for what differs, or for more."""
+    pattern = re.escape(shown.strip()).replace("…", r"(?:.|\n)*")
+    pattern = re.sub(r"(?:\\ )+", r"\\s+", pattern)
+    assert re.fullmatch(pattern, out.strip()), (pattern, out)
+
+
 class Tools:
     """What the tests of this folder share (pytest's importlib mode imports no conftest)."""
 
@@ -96,6 +138,8 @@ class Tools:
     ApiConfig = ApiConfig
     serving = staticmethod(serving)
     wait_until = staticmethod(wait_until)
+    guide = staticmethod(guide)
+    assert_shown = staticmethod(assert_shown)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 
 from rayfin.adapters import Registry
+from rayfin.adapters.served import ServedCatalog
+from rayfin.cli import main
+from rayfin.config.schema import ModelConfig
+from rayfin.models import base_of
 from rayfin.serving.engine.request import AdapterSource
 
 ADMIN = {"authorization": "Bearer root"}
@@ -19,7 +23,7 @@ def server(tools: Any, engine: Any, registry: Registry) -> Iterator[Any]:
     config = tools.ApiConfig.model_validate(
         {"admin_token": "root", "api_keys": [{"key": "user"}], "request_log": None}
     )
-    with tools.serving(engine, registry, config) as server:
+    with tools.serving(engine, ServedCatalog(registry.root), config) as server:
         server.http.headers["authorization"] = "Bearer user"
         yield server
 
@@ -39,9 +43,17 @@ def test_a_loaded_adapter_answers_and_an_unloaded_one_is_gone(
 ) -> None:
     path = tiny_adapters["ia3"].path
     assert server.complete(model="fresh").status_code == 404
-    assert load(server, "fresh", path).json() == {"lora_name": "fresh@1"}
+    told = load(server, "fresh", path).json()
+    assert told == {
+        "lora_name": "fresh@1",
+        "is_new": True,
+        "notes": ["left out, as no part of an adapter: README.md"],
+    }
     assert server.complete(model="fresh").json()["model"] == "fresh@1"
-    assert load(server, "fresh", path).json() == {"lora_name": "fresh@2"}
+    told = load(server, "fresh", path).json()
+    assert (told["lora_name"], told["is_new"]) == ("fresh@1", False)
+    assert "already there as fresh@1 (same content); no version was made" in told["notes"]
+    assert load(server, "fresh", tiny_adapters["lora"].path).json()["lora_name"] == "fresh@2"
     registry.promote("fresh", 1)
     assert unload(server, "fresh").json() == {"removed": ["fresh@1", "fresh@2"]}
     assert unload(server, "fresh").status_code == 404
@@ -84,7 +96,9 @@ def test_the_token_is_no_api_key(server: Any) -> None:
     assert server.http.get("/v1/models", headers=ADMIN).status_code == 401
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "", "x@1", "x" * 65, ".x", "tiny:x", "x\0"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "../x", "a/b", "", "x@1", "x" * 65, ".x", "tiny:x", "x\0"]
+)
 def test_names_that_no_adapter_can_have_are_400(server: Any, registry: Registry, name: str) -> None:
     response = load(server, name, registry.root / "sales" / "1")
     assert response.status_code == 400
@@ -115,8 +129,113 @@ def test_what_cannot_be_served_is_not_published(
     linked = damaged("linked")
     (linked / "adapter_config.json").unlink()
     (linked / "adapter_config.json").symlink_to(good / "adapter_config.json")
-    for path in (pickled, bare, other_base, linked, tmp_path / "missing", "/", "\0", "a" * 5000):
+    for path in (pickled, bare, other_base, linked, tmp_path / "missing", "/", "/a" * 2500):
         response = load(server, "bad", path)
         assert response.status_code == 400, (path, response.text)
-        assert response.json()["error"]["code"] == "adapter_error"
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("adapter_error", "lora_path")
+        assert str(tmp_path) not in response.text and "rayfin " not in error["message"]
+    for path in ("runs/lora", "./lora", "~/lora", "\0", "/\0", "a" * 5000):
+        assert load(server, "bad", path).status_code == 400, path
     assert registry.names() == ("sales", "support")
+
+
+def test_what_is_recorded_is_what_the_command_records(
+    server: Any,
+    registry: Registry,
+    tiny: str,
+    tiny_adapters: dict[str, AdapterSource],
+    tmp_path: Path,
+) -> None:
+    """So that the adapter stays one of this base wherever that lies."""
+    path = tiny_adapters["lora"].path
+    assert load(server, "fresh", path).status_code == 200
+    other = f"storage={tmp_path}/other"
+    assert main(["adapters", "add", str(path), "fresh", other, f"model.name={tiny}"]) == 0
+    ours, theirs = (
+        dict(one.resolve("fresh").metadata)
+        for one in (registry, Registry(tmp_path / "other" / "adapters"))
+    )
+    assert ours.pop("created_at") and theirs.pop("created_at") and ours == theirs
+    moved = tmp_path / "elsewhere" / "base"
+    shutil.copytree(tiny, moved)
+    base = registry.resolve("fresh").base
+    assert base is not None and base.is_same(base_of(ModelConfig(name=str(moved))))
+
+
+def test_the_administrator_may_answer_for_the_base(
+    server: Any,
+    registry: Registry,
+    tiny: str,
+    tiny_adapters: dict[str, AdapterSource],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(tiny_adapters["lora"].path, theirs)
+    config = theirs / "adapter_config.json"
+    named = json.loads(config.read_text()) | {"base_model_name_or_path": "/data/models/llama/3"}
+    config.write_text(json.dumps(named))
+    for _ in range(2):
+        refused = load(server, "theirs", theirs)
+        assert refused.status_code == 400
+        message = refused.json()["error"]["message"]
+        assert "trained on 'llama', and the served base is 'tiny' (local@" in message
+        assert '"base_is_right": true' in message
+        assert "/data" not in message and tiny not in message and "rayfin " not in message
+    (logged,) = [one.getMessage() for one in caplog.records if "theirs" in one.getMessage()]
+    assert f"'/data/models/llama/3', and the served base is '{tiny}'" in logged
+    assert f"rayfin adapters add DIR NAME --base-is-right model.name={tiny}" in logged
+    body = {"lora_name": "theirs", "lora_path": str(theirs), "base_is_right": True}
+    loaded = server.http.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+    assert loaded.json()["lora_name"] == "theirs@1"
+    told = registry.resolve("theirs").metadata
+    assert told["base_identity"] == list(base_of(ModelConfig(name=tiny)).identities)
+    assert server.complete(model="theirs").json()["model"] == "theirs@1"
+
+
+def test_a_name_that_had_another_base_is_told_of_without_paths(
+    server: Any, registry: Registry, tiny_adapters: dict[str, AdapterSource]
+) -> None:
+    path = tiny_adapters["lora"].path
+    told = {"base_model": "/data/llama", "base_identity": ["local@0123456789abcdef"]}
+    registry.publish("mixed", path, told)
+    (_, note) = load(server, "mixed", path).json()["notes"]
+    assert note.startswith("'mixed' is mixed@2 from now on, whose base is 'tiny' (local@")
+    assert "mixed@1 has 'llama' (local@0123456789abcdef)" in note
+    assert "/" not in note and "rayfin " not in note
+
+
+def test_a_registry_that_is_away_is_not_begun_anew(
+    server: Any, registry: Registry, tiny_adapters: dict[str, AdapterSource], tmp_path: Path
+) -> None:
+    registry.root.rename(tmp_path / "elsewhere")
+    for response in (load(server, "fresh", tiny_adapters["lora"].path), unload(server, "sales")):
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "unavailable"
+    assert not registry.root.exists()
+
+
+def test_the_guide_s_commands_answer_what_it_shows(
+    tools: Any,
+    engine: Any,
+    tiny_adapters: dict[str, AdapterSource],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = tmp_path / "lora"
+    shutil.copytree(tiny_adapters["lora"].path, lora)
+    config = lora / "adapter_config.json"
+    named = json.loads(config.read_text())
+    config.write_text(json.dumps(named | {"base_model_name_or_path": "/data/models/llama"}))
+    shutil.make_archive(str(tmp_path / "theirs"), "zip", lora)
+    config.write_text(json.dumps(named))
+    (lora / "README.md").unlink()
+    catalog = ServedCatalog(tmp_path / "empty")
+    catalog.make()
+    monkeypatch.setenv("ADMIN_TOKEN", "root")
+    with tools.serving(engine, catalog, tools.ApiConfig(admin_token="root")) as server:
+        for program, arguments, shown in tools.guide("Loading and unloading adapters over HTTP"):
+            assert program == "curl"
+            given = [argument.replace("/srv/", f"{tmp_path}/") for argument in arguments]
+            tools.assert_shown(server.curl(given), shown)

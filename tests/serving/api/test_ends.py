@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -293,25 +291,18 @@ def test_the_report_s_samples_end_there_too(
 
 
 def test_the_guide_s_commands_answer_what_it_shows(
+    tools: Any,
     served: Any,
     taught: Taught,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """… stands for what differs, or for more."""
-    guide = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```console\n(.*?)```", guide, re.DOTALL)
     monkeypatch.chdir(taught.storage.parent)
-    for step in block.split("$ ")[1:]:
-        command, shown = step.split("\n", 1)
-        program, *arguments = shlex.split(command)
-        if program == "rayfin":
+    for command, arguments, shown in tools.guide("Where an answer ends"):
+        if command == "rayfin":
             assert main(arguments) == 0
             out = capsys.readouterr().out
         else:
-            url, _, body = arguments
-            response = served.http.post(url.removeprefix("localhost:8000"), content=body)
-            out = json.dumps(response.json(), ensure_ascii=False)
-        pattern = re.escape(shown.strip()).replace("…", r"(?:.|\n)*")
-        pattern = re.sub(r"(?:\\ )+", r"\\s+", pattern)
-        assert re.fullmatch(pattern, out.strip()), (pattern, out)
+            out = served.curl(arguments)
+        tools.assert_shown(out, shown)

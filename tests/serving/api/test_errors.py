@@ -10,6 +10,8 @@ import openai
 import pytest
 
 from rayfin.adapters import Registry
+from rayfin.config.schema import ModelConfig
+from rayfin.models import base_of
 
 PATHS = {
     "/v1/completions": {"model": "tiny", "prompt": "hi", "max_tokens": 1},
@@ -293,6 +295,36 @@ def test_an_adapter_that_cannot_be_loaded_says_why_and_harms_no_other(
             assert "broken" in error["message"]
             assert str(registry.root) not in error["message"]
         assert server.complete(model="sales@stable").status_code == 200
+
+
+def test_an_adapter_of_another_base_is_not_listed_and_says_why(
+    tools: Any, engine: Any, registry: Registry
+) -> None:
+    told = {"base_model": "/data/models/llama", "base_identity": ["local@0123456789abcdef"]}
+    (content,) = base_of(ModelConfig(name=engine.model_name)).identities
+    registry.publish("foreign", registry.resolve("support@1").path, told, alias="prod")
+    config = tools.ApiConfig.model_validate(
+        {"api_keys": [{"key": "all"}, {"key": "sales", "adapters": ["sales"]}]}
+    )
+    with tools.serving(engine, registry, config) as server:
+        for key, refs in (("all", ["foreign@1"]), ("sales", [])):
+            listed = server.http.get("/v1/models", headers={"authorization": f"Bearer {key}"})
+            assert listed.json()["not_served"] == refs
+            assert not [one for one in listed.json()["data"] if "foreign" in one["id"]]
+        server.http.headers["authorization"] = "Bearer all"
+        assert len(server.client("all").models.list().data) == 6
+        for response in (
+            server.http.get("/v1/models/foreign"),
+            server.complete(model="foreign@prod"),
+            server.complete(model="foreign", stream=True),
+        ):
+            assert response.status_code == 400
+            message = error_of(response)["message"]
+            assert message == (
+                "adapter 'foreign@1': it was trained on 'llama' (local@0123456789abcdef), and the "
+                f"served base is 'tiny' ({content}); "
+                "whoever runs the server finds the remedy in its log"
+            )
 
 
 def test_a_version_removed_before_it_was_loaded_is_not_found(

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rayfin.adapters import Registry
-from rayfin.config.serving import ApiConfig
+from rayfin.config.serving import ServeConfig
 from rayfin.errors import StorageError
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.record import Record, RequestLog
@@ -205,7 +205,7 @@ def test_a_log_that_cannot_be_written_is_said_at_the_start(
     (tmp_path / "file").touch()
     config = tools.ApiConfig(request_log=str(tmp_path / "file" / "log.jsonl"))
     with pytest.raises(StorageError, match="request_log"):
-        create_app(engine, Names(shared_registry, "tiny"), config)
+        create_app(engine, Names(shared_registry, "tiny"), ServeConfig(api=config))
 
 
 @contextmanager
@@ -325,7 +325,7 @@ def test_health_waits_for_no_lookup_and_has_a_place_beside_them(
         return resolve(model, **more)
 
     monkeypatch.setattr(names, "resolve", stalls)
-    app = create_app(engine, names, ApiConfig(), max_requests=10)
+    app = create_app(engine, names, ServeConfig(), max_requests=10)
 
     async def ask() -> tuple[list[int], list[int]]:
         transport = httpx.ASGITransport(app=app)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import socket
@@ -267,7 +268,7 @@ def test_what_leaves_the_host_cache_goes_on_generating(
 
 
 def test_a_registry_that_is_gone_is_no_empty_one(
-    server: Any, registry: Registry, tmp_path: Path
+    server: Any, registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     said = text(server.complete(model="red"))
     loads = server.engine.stats().host_loads
@@ -276,7 +277,7 @@ def test_a_registry_that_is_gone_is_no_empty_one(
         lost()
         wait_until(lambda: server.complete(model="red").status_code == 503)
         for model in ("red", "red@1", "never"):
-            refused(server.complete(model=model), "is not there")
+            refused(server.complete(model=model), "no adapter can be looked up; 'tiny' itself")
         assert str(tmp_path) not in server.complete(model="red").text
         assert server.http.get("/health").status_code == 503
         assert server.http.get("/v1/models").status_code == 503
@@ -288,6 +289,38 @@ def test_a_registry_that_is_gone_is_no_empty_one(
         assert text(server.complete(model="red")) == said
         assert server.complete(model="never").status_code == 404
     assert server.engine.stats().host_loads == loads, "what was loaded had gone"
+    # Once each time, however many requests there were, with what whoever mends it needs.
+    told = [one.getMessage() for one in caplog.records if one.name == "rayfin.serving.public"]
+    first, back, second, again = told
+    assert f"registry '{registry.root}' is not there (No such file or directory)" in first
+    assert f"registry '{registry.root}' has no .lock" in second
+    assert back == again == "the registry of adapters is back"
+
+
+def test_what_the_system_says_of_a_registry_is_in_the_log(
+    tools: Any,
+    engine: Any,
+    registry: Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    catalog: Any = ServedCatalog(registry.root)
+    stat = Path.stat
+
+    def stale(path: Path, **options: Any) -> Any:
+        if path == registry.root:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return stat(path, **options)
+
+    with tools.serving(engine, catalog, tools.ApiConfig()) as server:
+        monkeypatch.setattr(Path, "stat", stale)
+        for _ in range(3):
+            refused(server.http.get("/health"), "can't be reached now")
+        monkeypatch.undo()
+        assert server.http.get("/health").status_code == 200
+    away, _ = [one.getMessage() for one in caplog.records if one.name == "rayfin.serving.public"]
+    assert f"can't be used (Stale file handle, {registry.root})" in away
+    assert f"OSError: [Errno {errno.ESTALE}] Stale file handle: '{registry.root}'" in away
 
 
 def test_a_mount_point_without_its_disk_is_no_empty_registry(tmp_path: Path) -> None:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from pathlib import Path
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from rayfin.adapters import LATEST, AdapterRef, Registry, check_name
-from rayfin.errors import AdapterError
+from rayfin.adapters import LATEST, AdapterRef, Registry
+from rayfin.config.serving import ServeConfig
+from rayfin.errors import AdapterError, StorageError
+from rayfin.models import hub_id
+from rayfin.serving.adding import Added, add_adapter
 from rayfin.serving.api.bodies import read_body
 from rayfin.serving.api.documents import LoadedAdapter, UnloadedAdapter, failures, takes
 from rayfin.serving.api.errors import ApiError
 from rayfin.serving.api.schema import LoadAdapterBody, UnloadAdapterBody
 from rayfin.serving.api.service import Service
-from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.engine.checks import BASE_IS_RIGHT
 
-_FAILURES = (400, 401, 403, 408, 413)
+_FAILURES = (400, 401, 403, 408, 413, 503)
 
 
-def admin_routes(service: Service) -> APIRouter:
+def admin_routes(service: Service, config: ServeConfig) -> APIRouter:
     router = APIRouter()
     registry = Registry(service.names.catalog.root)
+    # What was given by default is what is served, too: the adapter's own word doesn't change it.
+    model = config.model.model_copy(update={"name": config.model.name})
+    config = config.model_copy(update={"model": model})
     # The registry's writers take turns anyway, and waiting here holds no thread.
     turn = asyncio.Lock()
 
@@ -33,14 +37,18 @@ def admin_routes(service: Service) -> APIRouter:
         responses={200: {"model": LoadedAdapter}, **failures(*_FAILURES)},
     )
     async def load_lora_adapter(request: Request) -> Response:
-        """Publishes a directory on the server as the next version of an adapter."""
+        """Makes an adapter the next version of a name, as `rayfin adapters add` does."""
         service.keys.admit_admin(request)
         body = await read_body(request, LoadAdapterBody, service.config)
         async with turn:
-            ref = await asyncio.to_thread(
-                _publish, service, registry, body.lora_name, Path(body.lora_path)
-            )
-        return JSONResponse({"lora_name": ref})
+            added = await asyncio.to_thread(_add, service, registry, config, body)
+        return JSONResponse(
+            {
+                "lora_name": added.version.ref,
+                "is_new": added.is_new,
+                "notes": [service.names.public(note) for note in added.notes],
+            }
+        )
 
     @router.post(
         "/v1/unload_lora_adapter",
@@ -60,24 +68,48 @@ def admin_routes(service: Service) -> APIRouter:
     return router
 
 
-def _publish(service: Service, registry: Registry, name: str, directory: Path) -> str:
-    """Raises AdapterError for what can't be published or served."""
-    check_name(name)
-    service.names.catalog.check()
+def _add(service: Service, registry: Registry, config: ServeConfig, body: LoadAdapterBody) -> Added:
+    """Raises AdapterError or ApiError 400 for what can't be served, Unavailable where the registry
+    is away.
+    """
+    _check_registry(service)
+    source = body.lora_path
+    if body.lora_name == service.names.base_name:
+        raise ApiError(
+            400,
+            f"'{body.lora_name}' is what the base model is called; give the adapter another name",
+            param="lora_name",
+        )
+    # A relative path would be one from wherever Ray started this process.
+    if not source.startswith("/") and hub_id(source) != source:
+        raise ApiError(
+            400,
+            f"lora_path '{source[:120]}' is neither an absolute path on the server nor OWNER/NAME "
+            "on the Hugging Face hub",
+            param="lora_path",
+        )
     try:
-        found = directory.is_dir()
-    except (OSError, ValueError):  # a name no file can have
-        found = False
-    if not found:
-        raise AdapterError(f"'{directory}' is no directory on the server")
-    # Under a name of its own: what the engine keeps by name must never be another's weights.
-    service.engine.check(AdapterSource(f"{name}@upload-{secrets.token_hex(8)}", directory))
-    return registry.publish(name, directory).ref
+        return add_adapter(
+            registry, source, body.lora_name, config, base_is_right=body.base_is_right
+        )
+    except AdapterError as error:
+        message = service.names.public(str(error))
+        if BASE_IS_RIGHT in str(error):
+            message += '; where you know that it was trained on this base: "base_is_right": true'
+        raise ApiError(400, message, param="lora_path", code="adapter_error") from error
+
+
+def _check_registry(service: Service) -> None:
+    """Raises Unavailable where the registry is away: writing would begin another in its place."""
+    try:
+        service.names.catalog.check()
+    except StorageError as error:
+        raise service.away(error) from error
 
 
 def _remove(service: Service, registry: Registry, model: str) -> list[str]:
     """Raises AdapterNotFound, or ApiError 409 for a version that an alias points to."""
-    service.names.catalog.check()
+    _check_registry(service)
     ref = service.names.parse(model)
     assert ref is not None
     if ref.version is not None or ref.alias is not None:

@@ -11,7 +11,7 @@ from fastapi.security import HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayfin import __version__
-from rayfin.config.serving import ApiConfig
+from rayfin.config.serving import ServeConfig
 from rayfin.errors import Overloaded
 from rayfin.serving.api.admin import admin_routes
 from rayfin.serving.api.completions import completion_routes
@@ -37,7 +37,7 @@ from rayfin.serving.names import Names
 def create_app(
     engine: ServedEngine,
     names: Names,
-    config: ApiConfig,
+    config: ServeConfig,
     figures: Figures | None = None,
     *,
     pool: Callable[[Metrics], Pool] | None = None,
@@ -50,7 +50,7 @@ def create_app(
     but for /health and /metrics, are refused with 429; None: no bound.
     Raises StorageError for a request log that can't be written.
     """
-    service = Service.of(engine, names, config, figures)
+    service = Service.of(engine, names, config.api, figures)
     service.metrics.pool = None if pool is None else pool(service.metrics)
 
     @asynccontextmanager
@@ -77,8 +77,8 @@ def create_app(
     app.include_router(metrics_routes(service), dependencies=guarded)
     app.include_router(open_routes(service))
     bodies: list[type[Body]] = [ChatBody, CompletionBody, TokenizeBody]
-    if config.admin_token is not None:
-        app.include_router(admin_routes(service), dependencies=[token])
+    if config.api.admin_token is not None:
+        app.include_router(admin_routes(service, config), dependencies=[token])
         bodies += [LoadAdapterBody, UnloadAdapterBody]
     describe_bodies(app, bodies)
     handle_errors(app, names)

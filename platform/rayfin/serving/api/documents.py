@@ -120,6 +120,9 @@ class ModelCard(Answer):
 class ModelList(Answer):
     object: Literal["list"]
     data: list[ModelCard]
+    not_served: list[str]
+    """Versions of the registry that this base refuses, such as those of another base; a request
+    for one is told why."""
 
 
 class Health(Answer):
@@ -141,7 +144,11 @@ class TokenizeAnswer(Answer):
 
 class LoadedAdapter(Answer):
     lora_name: str
-    """The version that was published: `support@4`."""
+    """The version that answers now: `support@4`."""
+    is_new: bool
+    """False where the latest version was the same already, and none was made."""
+    notes: list[str]
+    """What whoever added it should know, a sentence each."""
 
 
 class UnloadedAdapter(Answer):

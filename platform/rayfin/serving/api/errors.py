@@ -27,6 +27,7 @@ from rayfin.errors import (
     Unavailable,
     did_you_mean,
 )
+from rayfin.redaction import printable
 
 if TYPE_CHECKING:
     from rayfin.serving.names import Names
@@ -106,20 +107,24 @@ def as_api_error(error: Exception, names: Names) -> ApiError:
     match error:
         case ApiError():
             return error
-        case AdapterNotFound():
-            found = (404, "model_not_found", "model")
+        case AdapterNotFound():  # says what the client asked for, as it did
+            message = names.public.without_places(str(error))
+            return ApiError(404, message, param="model", code="model_not_found")
         case AdapterError():
             found = (400, "adapter_error", "model")
-        case ContextLengthError():
-            found = (400, CONTEXT_LENGTH, None)
-        case RequestError():
-            found = (400, None, None)
+        case ContextLengthError() | RequestError():
+            code = CONTEXT_LENGTH if isinstance(error, ContextLengthError) else None
+            return ApiError(400, names.public.without_places(str(error)), code=code)
         case Overloaded():
             headers = {"retry-after": str(error.retry_after)}
             return ApiError(429, str(error), code="overloaded", headers=headers)
-        case Unavailable() | StorageError():
-            message, again = names.public(str(error)), {"retry-after": "1"}
+        case Unavailable():
+            message, again = names.public.without_places(str(error)), {"retry-after": "1"}
             return ApiError(503, message, code="unavailable", headers=again)
+        case StorageError():
+            log.error("%s", printable(str(error)))
+            message = "the server can't use its storage now, and its log says why; try again later"
+            return ApiError(503, message, code="unavailable", headers={"retry-after": "1"})
         case EngineFailed():
             found = (500, "engine_error", None)
         case RayfinError():

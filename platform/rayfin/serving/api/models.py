@@ -27,7 +27,7 @@ from rayfin.serving.api.keys import may_use
 from rayfin.serving.api.protocol import failure_of
 from rayfin.serving.api.schema import TokenizeBody
 from rayfin.serving.api.service import Service
-from rayfin.serving.names import Named
+from rayfin.serving.names import Listing, Named
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +39,17 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models", responses={200: {"model": ModelList}, **failures(401, 429)})
     async def list_models(request: Request) -> Response:
-        """The base, and of every adapter its latest version and its aliases."""
+        """The base, and of every adapter that fits it the latest version and the aliases."""
         key = service.admit(request)
-        named = [
-            Named(names.base_name),
-            *await service.look("the registry is being listed", names.list),
-        ]
+        listing: Listing = await service.look("the registry is being listed", names.list)
         cards = [
             _card(model, who, names.base_name)
-            for who in named
+            for who in (Named(names.base_name), *listing.served)
             if may_use(key, who.adapter or names.base_name)
             for model in _models(who)
         ]
-        return JSONResponse({"object": "list", "data": cards})
+        refused = [version.ref for version in listing.refused if may_use(key, version.name)]
+        return JSONResponse({"object": "list", "data": cards, "not_served": refused})
 
     @router.get(
         "/v1/models/{model:path}",
@@ -105,7 +103,7 @@ def open_routes(service: Service) -> APIRouter:
             )
         check = service.names.catalog.check
         # Not among the looks for requests, which may be many: this tells who restarts servers.
-        await asyncio.wrap_future(service.checks.submit("the registry is being looked at", check))
+        await service.look("the registry is being looked at", check, service.checks)
         stats = engine.stats()
         answer: Json = {"status": "ok", "waiting": stats.waiting, "running": stats.running}
         if service.keys.may_see_all(request):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rayfin.serving.engine.request import AdapterSource, Request, Sink
+from rayfin.serving.engine.request import Request, Sink
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,9 +24,6 @@ class ServedEngine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """Ends a request; one that isn't there is no error."""
-
-    def check(self, source: AdapterSource) -> None:
-        """Raises AdapterError where the adapter can't be served."""
 
     def resident(self) -> dict[str, int]:
         """Adapters ready to decode, the most recently used first, and the bytes that each has."""

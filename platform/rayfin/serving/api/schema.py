@@ -162,7 +162,11 @@ class LoadAdapterBody(Body):
     lora_name: str
     """The adapter whose next version it becomes."""
     lora_path: str = Field(min_length=1)
-    """The adapter's directory on the server."""
+    """The adapter's directory or ZIP file on the server, an absolute path, or OWNER/NAME on the
+    Hugging Face hub."""
+    base_is_right: bool = False
+    """You answer for it that the adapter was trained on the served base, where that can't be told
+    from its files."""
 
 
 class UnloadAdapterBody(Body):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from fastapi import Request
 
 from rayfin.config.serving import ApiConfig, ApiKey
-from rayfin.errors import AdapterNotFound
+from rayfin.errors import AdapterError, AdapterNotFound, StorageError, Unavailable
 from rayfin.serving.api.answers import Tokens
 from rayfin.serving.api.ends import AnswerEnds
 from rayfin.serving.api.figures import Figures
@@ -24,6 +24,7 @@ from rayfin.serving.api.record import Record, RequestLog, record_of
 from rayfin.serving.api.templates import Templates
 from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.names import Named, Names
+from rayfin.serving.public import Outage
 
 _LOOK_SECONDS = 10.0
 """Time for a look at the registry; a disk that takes longer is as good as away."""
@@ -50,6 +51,7 @@ class Service:
     """Looks at the registry for /health, which wait behind no request's."""
     figures_now: BoundedCalls
     """Collects the figures for /metrics, from Ray's head where there is one."""
+    outage: Outage = field(default_factory=lambda: Outage("the registry of adapters"))
 
     @classmethod
     def of(
@@ -118,9 +120,27 @@ class Service:
             # The hints in the message may name adapters that are none of this key's business.
             raise AdapterNotFound(f"there is no '{model}' here") from error
 
-    async def look(self, what: str, call: Callable[[], Any]) -> Any:
-        """What `call` says of the registry; raises Unavailable where its disk stalls.
+    async def look(
+        self, what: str, call: Callable[[], Any], calls: BoundedCalls | None = None
+    ) -> Any:
+        """What `call` says of the registry; raises Unavailable where that is away, or stalls.
 
-        The event loop waits for no disk.
+        The event loop waits for no disk. `calls` runs it; None is `looks`.
         """
-        return await asyncio.wrap_future(self.looks.submit(what, call))
+        try:
+            found = await asyncio.wrap_future((calls or self.looks).submit(what, call))
+        except StorageError as error:
+            raise self.away(error) from error
+        except AdapterError:
+            self.outage.over()
+            raise
+        self.outage.over()
+        return found
+
+    def away(self, error: StorageError) -> Unavailable:
+        """What clients are told while the registry is away; the log gets `error`, once."""
+        self.outage.away(error)
+        return Unavailable(
+            "the registry of adapters can't be reached now, so that no adapter can be looked up; "
+            f"'{self.names.base_name}' itself answers: try again later"
+        )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rayfin.config.serving import MAX_RANK
+from rayfin.errors import AdapterError
 from rayfin.serving.engine.checks import OWN_BASE, check_base, check_low_rank, modules_of
 from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout
 from rayfin.serving.engine.peft_files import (
@@ -117,13 +118,16 @@ class HostAdapter:
             return len(self.prompt)
         return 0 if self.prefix is None else self.prefix.shape[3]
 
-    def fits(self, dtype: torch.dtype) -> bool:
-        """Whether none of its values is infinite in `dtype`."""
+    def check_range(self, dtype: torch.dtype) -> None:
+        """Raises AdapterError where one of its values is infinite in `dtype`, the base's."""
         most = torch.finfo(dtype).max
-        whole = (tensor for tensor in self._tensors() if tensor.numel())
-        return most >= torch.finfo(torch.bfloat16).max or all(
-            tensor.abs().max().item() <= most for tensor in whole
-        )
+        if most < torch.finfo(torch.bfloat16).max and any(
+            tensor.abs().max().item() > most for tensor in self._tensors() if tensor.numel()
+        ):
+            raise AdapterError(
+                f"adapter '{self.ref}' has values beyond {dtype}, which the served base computes "
+                "in; serve the base with model.dtype=bfloat16 or float32"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -149,13 +153,7 @@ def read_adapter(
     published.
     """
     settings, metadata = read_settings(source)
-    peft_type = settings.text("peft_type")
-    if peft_type not in _READERS:
-        raise settings.error(
-            f"it is of type {shown(peft_type)}, and the engine serves {', '.join(_READERS)}; "
-            "train it with one of these, or merge it into its base and serve the merged model "
-            "(model.name=DIRECTORY)"
-        )
+    peft_type = check_type(settings)
     check_base(settings, metadata if told is None else told, base.base)
     settings.expect("task_type", None, "CAUSAL_LM")
     with Weights(source) as weights:
@@ -168,6 +166,18 @@ def read_adapter(
                 "a smaller lora_alpha or learning rate"
             )
     return adapter
+
+
+def check_type(settings: Settings) -> str:
+    """PEFT's type of the adapter; raises AdapterError where the engine does not serve it."""
+    peft_type = settings.text("peft_type")
+    if peft_type not in _READERS:
+        raise settings.error(
+            f"it is of type {shown(peft_type)}, and the engine serves {', '.join(_READERS)}; "
+            "train it with one of these, or merge it into its base and serve the merged model "
+            "(model.name=DIRECTORY)"
+        )
+    return peft_type
 
 
 def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import AdapterError, EngineFailed, Overloaded, RequestError
+from rayfin.errors import EngineFailed, Overloaded, RequestError
 from rayfin.hardware import describe_hardware
 from rayfin.heartbeat import beat, pause, silence, whereabouts
 from rayfin.models import base_of, load_base, load_tokenizer
@@ -193,11 +193,7 @@ class Engine:
         """An adapter from disk, for the slots of this engine; raises AdapterError."""
         adapter = read_adapter(source, self._layout)
         self._words.check(source)
-        if not adapter.fits(self.model.dtype):
-            raise AdapterError(
-                f"adapter '{source.ref}' has values beyond {self.model.dtype}, which the served "
-                "base computes in; serve the base with model.dtype=bfloat16 or float32"
-            )
+        adapter.check_range(self.model.dtype)
         return adapter
 
     # --- the engine's thread ------------------------------------------------------------------

@@ -15,7 +15,7 @@ from rayfin.models.ends import Ends
 from rayfin.serving.engine.adapter import LORA_SETTINGS, PLAIN_INITS
 from rayfin.serving.engine.checks import check_base, check_rank, modules_of
 from rayfin.serving.engine.limits import require_vllm
-from rayfin.serving.engine.peft_files import Weights, read_settings, shown
+from rayfin.serving.engine.peft_files import Settings, Weights, read_settings, shown
 from rayfin.serving.engine.request import (
     AdapterSource,
     Chunk,
@@ -215,6 +215,21 @@ def as_chunk(output: Any, logprobs: int | None) -> Chunk:
     return Chunk(output.text, tuple(output.token_ids), tuple(written), reason, why)
 
 
+def check_lora_type(settings: Settings) -> None:
+    """Raises AdapterError where vLLM does not serve an adapter's type."""
+    peft_type = settings.text("peft_type")
+    if peft_type != "LORA" or settings.flag("use_dora"):
+        served = ", ".join(
+            method.title
+            for name, method in METHODS.items()
+            if "vllm" in method.engines and name != "full"
+        )
+        raise settings.error(
+            f"it is of type {'DORA' if peft_type == 'LORA' else shown(peft_type)}, and vLLM serves "
+            f"{served}; serve it with engine.type=transformers"
+        )
+
+
 def check_lora(
     source: AdapterSource,
     base: Base,
@@ -229,17 +244,7 @@ def check_lora(
     vLLM does not look at what it doesn't know in adapter_config.json, so this does.
     """
     settings, metadata = read_settings(source)
-    peft_type = settings.text("peft_type")
-    if peft_type != "LORA" or settings.flag("use_dora"):
-        served = ", ".join(
-            method.title
-            for name, method in METHODS.items()
-            if "vllm" in method.engines and name != "full"
-        )
-        raise settings.error(
-            f"it is of type {'DORA' if peft_type == 'LORA' else shown(peft_type)}, and vLLM serves "
-            f"{served}; serve it with engine.type=transformers"
-        )
+    check_lora_type(settings)
     check_base(settings, metadata if told is None else told, base)
     settings.expect("task_type", None, "CAUSAL_LM")
     settings.expect("bias", None, "none")
