@@ -312,7 +312,8 @@ def test_an_adapter_of_another_base_is_not_listed_and_says_why(
             assert listed.json()["not_served"] == refs
             assert not [one for one in listed.json()["data"] if "foreign" in one["id"]]
         server.http.headers["authorization"] = "Bearer all"
-        assert len(server.client("all").models.list().data) == 6
+        listed = {model.id.partition("@")[0] for model in server.client("all").models.list()}
+        assert listed == {"tiny", "sales", "support"}, "OpenAI's client takes the longer answer"
         for response in (
             server.http.get("/v1/models/foreign"),
             server.complete(model="foreign@prod"),
