@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,7 +142,9 @@ def test_what_the_base_refuses_is_counted_and_not_listed(
             names.resolve(name)
         (why,) = [told for version, told in listing.refused.items() if version.name == name]
         assert str(refused.value) == str(why.error)
-    _print(config, "http://here", listing, 1, as_json=False)
+    where = SimpleNamespace(cpus=1.0, gpus=0.0, notes=())  # importing Placement imports Ray Serve
+    deployed: Any = SimpleNamespace(url="http://here", config=config, placement=where)
+    _print(deployed, listing, 1, as_json=False)
     out = capsys.readouterr().out
     assert out.startswith("Serving t-full and 1 adapter at http://here\n  mine@1 ")
     assert (
@@ -150,7 +153,7 @@ def test_what_the_base_refuses_is_counted_and_not_listed(
         "and so bases of their own (whole@1), 1 unreadable; see: rayfin adapters list "
         f"storage={tmp_path}\n"
     ) in out
-    _print(config, "http://here", listing, 0, as_json=True)
+    _print(deployed, listing, 0, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert [one["ref"] for one in told["adapters"]] == ["mine@1"]
     assert set(told["not_served"]) == {
