@@ -366,7 +366,7 @@ def test_clients_are_told_names_and_the_log_the_rest(
     for _ in range(2):
         assert public(full) == told.replace("REMEDY", remedy)
     logged = [record.getMessage() for record in caplog.records]
-    assert logged == ([f"refused: {full}"] if full != told else [])
+    assert logged == ([f"in full, for whoever runs this server: {full}"] if full != told else [])
 
 
 def test_the_log_of_refusals_is_bounded_and_steers_no_terminal(

@@ -61,7 +61,7 @@ class PublicTexts:
             if len(self._logged) >= _MOST:  # clients may make up any number of texts
                 self._logged.clear()
             self._logged.add(text)
-        log.warning("refused: %s", printable(text))
+        log.warning("in full, for whoever runs this server: %s", printable(text))
 
 
 class Outage:
