@@ -151,6 +151,8 @@ def test_it_says_what_the_engines_run_on() -> None:
 
     line, one = told("replicas=1", [{"CPU": 2.0}])
     assert line == "1 engine on the CPU (2 CPUs), 16 rows of up to 2048 tokens"
+    guide = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert f"```\n{line}\n```" in guide
     assert (one["device"], one["gpus"], one["max_rows"]) == ("cpu", 0.0, 16)
     line, many = told("replicas=1 max_replicas=8", GPUS)
     assert line == "1 to 8 engines on 1 GPU (8 CPUs), each 32 rows of up to 2048 tokens"
