@@ -35,7 +35,12 @@ SWEEP = (
 )
 GROUP = ("scaling.num_workers=2", "sweep.max_failures=1")
 WORKER = "RayTrainWorker"
-DISPENSABLE = ("DatasetManager", "PlacementGroupCleaner", "PreemptionWatcher")
+DISPENSABLE = (
+    "_AutoscalingCoordinatorActor",
+    "DatasetManager",
+    "PlacementGroupCleaner",
+    "PreemptionWatcher",
+)
 """Processes of Ray Train's that a group on this machine alone has no use for."""
 ENDED_WITHIN = 30.0
 

@@ -23,6 +23,7 @@ from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -232,17 +233,37 @@ class WorkerGroup:
 
 
 class _FewerProcesses(TorchTrainer):
-    """Without two of Ray Train's processes, which cost seconds of every start and then wake often.
+    """Without three of Ray Train's processes, which cost seconds of a start and then wake often.
 
     One hands out Ray datasets, of which there are none. One gives back what a killed controller
     held, as `give_back` does, but asks the dashboard for it: where there is none, it stays and
-    holds what the next group is to have.
+    holds what the next group is to have. One tells an autoscaler what the group needs: on loopback,
+    where no other node can join, there is none.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
         dispensable = (DatasetsCallback, PlacementGroupCleanerCallback)
         every = super()._create_default_callbacks()
         return [callback for callback in every if not isinstance(callback, dispensable)]
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        if ray.util.get_node_ip_address() == "127.0.0.1":
+            wanted: Any = self.scaling_config
+            settings["scaling_policy"] = _NoAutoscaler(wanted)
+        return super()._initialize_and_run_controller(**settings)
+
+
+class _NoAutoscaler(FixedScalingPolicy):
+    """A group of a fixed size whose needs no autoscaler is told of."""
+
+    def _send_resource_request(self) -> None:
+        """Does nothing."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Does nothing."""
+
+    def _cancel_resource_request(self) -> None:
+        """Does nothing."""
 
 
 class MeetOnRaysNetwork(TorchConfig):
