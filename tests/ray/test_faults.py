@@ -6,6 +6,7 @@ Once each in every run of the tests, and `pytest tests/ray --kills 5` takes five
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -175,3 +176,32 @@ def test_a_full_disk_is_an_error_and_loses_no_finished_trial(
     rows = lab.rows()
     assert [row.status for row in rows] == ["finished"] * 6
     assert rows[: len(before)] == before, "a trial that had finished was touched"
+
+
+@pytest.mark.long
+def test_a_sweep_whose_trials_all_fail_exits_with_1_and_teaches_the_advisor_nothing(
+    lab: Any, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def recommended() -> list[Any]:
+        assert lab.rayfin_here("recommend", *lab.settings, "--json") == 0
+        return [choice["config"] for choice in json.loads(capsys.readouterr().out)["choices"]]
+
+    before = recommended()
+    settings = (
+        *lab.settings,
+        "sweep.parameters.train.learning_rate=[1.0e30,2.0e30]",
+        "sweep.num_samples=2",
+        "train.max_steps=8",
+        "train.eval_steps=2",
+        "publish.name=colours",
+    )
+    assert lab.rayfin_here("sweep", *settings, "--json") == 1
+    out, err = capsys.readouterr()
+    told = json.loads(out)
+    assert told["best"] is None and told["adapter"] is None and "Traceback" not in err
+    assert told["verdict"]["sentence"].startswith("No trial finished: 2 failed")
+    rows = lab.rows()
+    assert [row.status for row in rows] == ["failed"] * 2
+    assert all("lower train.learning_rate (" in (row.error or "") for row in rows)
+    assert all(row.trial_id in Path(told["report"]).read_text() for row in rows)
+    assert recommended() == before
