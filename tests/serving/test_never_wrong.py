@@ -27,7 +27,7 @@ from rayfin.models.quiet import no_progress_bars
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ADAPTERS, MORE = 32, 12
-CLIENTS, REQUESTS, SLOTS = 64, 2000, 8
+CLIENTS, REQUESTS, SLOTS = 64, 1000, 8
 STEPS, LEAD = 200, 0.1
 """At most so many, until every letter is likelier than any other by so much (the tiny model's
 scores lie close together)."""
