@@ -63,6 +63,18 @@ def pause() -> None:
     _beats.pop(threading.get_ident(), None)
 
 
+@contextmanager
+def busy(doing: str) -> Iterator[None]:
+    """Tells what the calling thread does during the block, before and after which it may wait for
+    others for as long as it takes.
+    """
+    beat(doing)
+    try:
+        yield
+    finally:
+        pause()
+
+
 def silence(thread: int) -> tuple[float, str]:
     """Returns the seconds since a thread's last beat, and what it then began.
 

@@ -10,6 +10,8 @@ from rayfin.errors import StorageError
 from rayfin.paths import Place, write_json
 from rayfin.training.spec import TrialResult, TrialSpec
 
+_WRITE_SECONDS = 60.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -69,7 +71,7 @@ class Desk:
         """A worker starts; `placement_group` (hex) is what it and its like hold."""
         self._failed.clear()  # those were another attempt's
         self._placement_groups.add(placement_group)
-        self._write_held()
+        await self._write_held()
 
     async def next_job(self, after: int) -> Job | None:
         """The trial whose number is greater, once there is one; None where no more will come."""
@@ -95,7 +97,7 @@ class Desk:
         async with self._changed:
             self._job, self._taken = job, False
             self._failed.clear()
-            self._write_held()
+            await self._write_held()
             self._changed.notify_all()
 
     async def next_event(self) -> Handed | Ended:
@@ -117,9 +119,16 @@ class Desk:
     def _is_after(self, number: int) -> bool:
         return self._job is not None and self._job.number > number
 
-    def _write_held(self) -> None:
+    async def _write_held(self) -> None:
         if self._job is not None and self._placement_groups:
-            # What can't be written is told by the checkpoint that it does not take.
-            with suppress(OSError, StorageError):
-                write_json(self._job.held.path, sorted(self._placement_groups))
-                self._job.held.publish_file()
+            held, groups = self._job.held, sorted(self._placement_groups)
+            # What can't be written is told by the checkpoint that it does not take; and a disk that
+            # stalls, by the worker that is watched while it reads or writes there.
+            with suppress(OSError, StorageError, TimeoutError):
+                async with asyncio.timeout(_WRITE_SECONDS):
+                    await asyncio.to_thread(_write, held, groups)
+
+
+def _write(held: Place, placement_groups: list[str]) -> None:
+    write_json(held.path, placement_groups)
+    held.publish_file()

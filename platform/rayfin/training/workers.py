@@ -34,7 +34,7 @@ from rayfin.config import DataConfig
 from rayfin.config import ScalingConfig as ScalingSettings
 from rayfin.data import Corpus
 from rayfin.errors import StorageError, TrialError, TrialHung
-from rayfin.heartbeat import last_words
+from rayfin.heartbeat import busy, last_words
 from rayfin.paths import Place
 from rayfin.training.desk import Desk, Ended, Handed, Job
 from rayfin.training.member import trace_of, work
@@ -111,7 +111,7 @@ class WorkerGroup:
         """
         job = Job(self._jobs, spec, place)
         self._jobs += 1
-        give_back(job.held)  # what a caller that was killed amid the trial could not
+        _give_back(job.held)  # what a caller that was killed amid the trial could not
         try:
             ray.get(self._desk.give.remote(job))
             return self._result(job, report, max_failures)
@@ -125,7 +125,7 @@ class WorkerGroup:
             ) from error
         finally:
             self._desk.give.remote(None)
-            with suppress(StorageError):
+            with suppress(StorageError), busy("removing what says what the workers held"):
                 job.held.remove_file()
 
     def close(self, held: Place | None = None) -> None:
@@ -133,7 +133,7 @@ class WorkerGroup:
         with suppress(RayError):  # it has died: so will the workers, who ask it
             ray.get(self._desk.close.remote())
         if held is not None:
-            give_back(held)
+            _give_back(held)
         if self._processes is not None:
             self._processes.join()
             self._processes = None
@@ -188,7 +188,7 @@ class WorkerGroup:
         assert self._processes is not None
         self._processes.join()
         self._processes = None
-        give_back(job.held)  # what a controller that was killed could not
+        _give_back(job.held)  # what a controller that was killed could not
 
     def _run(self, directory: Path) -> None:
         """The processes' life, in a thread: Ray Train returns when they have ended."""
@@ -291,6 +291,11 @@ def _choose_interface() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and a.address == address for a in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _give_back(held: Place) -> None:
+    with busy("reading what the workers held"):
+        give_back(held)
 
 
 def give_back(held: Place) -> None:

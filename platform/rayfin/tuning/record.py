@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from rayfin.errors import HistoryError
+from rayfin.heartbeat import busy
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted
 from rayfin.tuning.plan import PlannedTrial
@@ -87,10 +88,12 @@ class Recorder:
     def flush(self) -> None:
         """Writes what could not be written before; raises HistoryError where that fails again."""
         for trial_id, row in list(self._unwritten.items()):
-            self._history.put(row)
+            with busy(f"recording trial {trial_id} in the history"):
+                self._history.put(row)
             del self._unwritten[trial_id]
             if row.status == "finished":  # one that was stopped may be writing, and does it itself
-                let_checkpoints_go(row)
+                with busy(f"removing checkpoints of trial {trial_id}"):
+                    let_checkpoints_go(row)
 
     def _row(self, trial: Mapping[str, Any]) -> TrialRecord:
         """The trial's row; a new one too for a worker that died before it could start."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from rayfin.config import Config
 from rayfin.errors import HardwareError, HistoryError, StorageError, TrialHung
 from rayfin.hardware import cluster_address, describe_hardware
-from rayfin.heartbeat import beat, pause, watched
+from rayfin.heartbeat import busy, watched
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted, note_lost
 from rayfin.methods import check_combination
@@ -19,6 +19,7 @@ from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import Group, check_scaling, needs_group
 from rayfin.tuning.alone import alone
+from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
@@ -136,13 +137,15 @@ def _train_row(
         if result.storage_failed:  # the same command goes on
             raise StorageError(result.error or "storage: it can't be written")
         row = with_outcome(row, result.as_dict())
-        history.put(row)
+        with busy("recording the result"):
+            history.put(row)
 
     def report(result: TrialResult) -> None:
         nonlocal row  # a group that dies leaves what it had reported
         row = with_outcome(row, result.as_dict())
-        history.put(row)
-        pause()  # whoever reads what is shown may take their time
+        with busy("recording an evaluation"):
+            history.put(row)
+        # Whoever reads what is shown may take their time.
         tell()
         hardware = result.scenario["hardware"]
         if in_group and not strategies:
@@ -150,6 +153,7 @@ def _train_row(
             show(f"strategy {hardware['strategy']}: {hardware['strategy_why']}")
         show(evaluation_line(result, config.train.max_steps))
 
+    minutes = config.scaling.hang_timeout_minutes
     if in_group:
         from rayfin.training.workers import WorkerGroup
         from rayfin.tuning.cluster import nodes, ray_cluster, worker_resources
@@ -165,13 +169,17 @@ def _train_row(
                     show(f"no room for {group.size} workers on the cluster; waiting")
                     stranded.look()
 
-                with WorkerGroup(
-                    group,
-                    resources=each,
-                    corpora=plan.corpora,
-                    hang_minutes=config.scaling.hang_timeout_minutes,
-                    waiting=waiting,
-                ) as workers:
+                again = "the same command goes on"
+                with (
+                    watched_driver(minutes, show, again),
+                    WorkerGroup(
+                        group,
+                        resources=each,
+                        corpora=plan.corpora,
+                        hang_minutes=minutes,
+                        waiting=waiting,
+                    ) as workers,
+                ):
                     result = workers.train(
                         trial.spec,
                         report,
@@ -191,7 +199,6 @@ def _train_row(
             from rayfin.training.streams import read_on_ray
 
             warm = Warm(plan.corpora, read_on_ray)
-        minutes = config.scaling.hang_timeout_minutes
 
         def hang(where: str) -> None:
             """Records and says why the trial failed, and ends the process.
@@ -219,7 +226,6 @@ def _train_row(
         notice = f"failed: {TrialHung.ended_at(WHERE)}"
         with watched(minutes * 60, hang, trace=trial.trial_id, notice=notice):
             result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
-            beat("recording the result", bulk=True)
             record(result)
     tell()
     if row.status == "finished":

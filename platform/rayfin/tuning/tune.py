@@ -15,8 +15,10 @@ from typing import Any
 from rayfin.collector import collector_paused
 from rayfin.config import Config
 from rayfin.errors import HardwareError, StorageError
+from rayfin.heartbeat import busy
 from rayfin.history import History, TrialRecord
 from rayfin.training.strategies import Group, needs_group
+from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import Progress
 from rayfin.tuning.record import Recorder
@@ -51,7 +53,8 @@ def run_trials(
 
     def without_training(trial: PlannedTrial) -> TrialRecord | None:
         """The row of a trial that the history answers, or that can't run here."""
-        earlier = None if rerun else usable(history, trial, config.sweep.metric)
+        with busy(f"looking trial {trial.trial_id} up in the history"):
+            earlier = None if rerun else usable(history, trial, config.sweep.metric)
         if earlier is not None:
             row = recalled(trial, earlier)
         elif trial.trial_id in begun:  # and so it fits
@@ -68,15 +71,17 @@ def run_trials(
         plan, known=known, first=[*again, *first], recall=without_training, advisor=advisor
     )
     left = False
-    if search.look_ahead():  # a sweep that the history answers needs no Ray
-        with _cluster_and_tune(cluster):
-            try:
-                _fit(plan, search, scheduler(config, known), recorder, progress.say)
-            finally:  # before Ray ends, which takes a moment in which we may be killed
-                left = recorder.interrupt()
-    if recorder.storage_error is not None:
-        raise StorageError(recorder.storage_error)
-    recorder.flush()
+    minutes = config.scaling.hang_timeout_minutes
+    with watched_driver(minutes, progress.say, "the same command with --resume goes on"):
+        if search.look_ahead():  # a sweep that the history answers needs no Ray
+            with _cluster_and_tune(cluster):
+                try:
+                    _fit(plan, search, scheduler(config, known), recorder, progress.say)
+                finally:  # before Ray ends, which takes a moment in which we may be killed
+                    left = recorder.interrupt()
+        if recorder.storage_error is not None:
+            raise StorageError(recorder.storage_error)
+        recorder.flush()
     return search.done and not left
 
 

@@ -215,7 +215,7 @@ class GroupTrial(_Trial):
             hang_minutes=hang_minutes,
             waiting=self._leave_if_asked,
         )
-        self._max_failures = max_failures
+        self._max_failures, self._hang_minutes = max_failures, hang_minutes
         self._start(config)
 
     def _leave_if_asked(self) -> None:
@@ -229,9 +229,14 @@ class GroupTrial(_Trial):
         self._workers.close()
 
     def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
-        return self._workers.train(
-            trial.spec, report, place=trial.place, max_failures=self._max_failures
-        )
+        def hang(where: str) -> None:
+            self._hangs(TrialHung.while_at(where, self._hang_minutes))
+
+        with watched(self._hang_minutes * 60, hang):
+            pause()  # for the workers, which are watched where they are
+            return self._workers.train(
+                trial.spec, report, place=trial.place, max_failures=self._max_failures
+            )
 
 
 def _numbers(result: TrialResult) -> dict[str, float]:
