@@ -43,8 +43,8 @@ def losses(result: Run) -> list[float]:
     return [point["loss"] for point in result["curve"] if "loss" in point]
 
 
-def twenty(lab: Any, method: str, **changes: Any) -> TrialSpec:
-    """20 steps of 4 samples; without dropout, which each worker draws for itself."""
+def ten(lab: Any, method: str, **changes: Any) -> TrialSpec:
+    """10 steps of 4 samples; without dropout, which each worker draws for itself."""
     has_dropout = "lora_dropout" in METHOD_CONFIGS[method].model_fields
     spec = lab.spec(
         method,
@@ -52,8 +52,8 @@ def twenty(lab: Any, method: str, **changes: Any) -> TrialSpec:
         # An odd number of samples to evaluate on, one at a time: the workers' shares are unequal.
         data={"val_size": 0.18},
         per_device_eval_batch_size=1,
-        max_steps=20,
-        eval_steps=10,
+        max_steps=10,
+        eval_steps=5,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         learning_rate=RATE,
@@ -74,12 +74,12 @@ SEEN: dict[str, list[Strategy]] = {
 
 @pytest.mark.parametrize("method", SEEN)
 def test_every_strategy_gives_the_losses_of_one_process(lab: Any, method: str) -> None:
-    spec = twenty(lab, method)
+    spec = ten(lab, method)
     strategies = SEEN[method]
     jobs = [job(lab, spec, workers=1), *(job(lab, spec, strategy=s) for s in strategies)]
     alone, *together = lab.in_groups(jobs)
     assert alone["status"] == "finished", alone["error"]
-    assert len(losses(alone)) == 20
+    assert len(losses(alone)) == 10
     for strategy, result in zip(strategies, together, strict=True):
         assert result["status"] == "finished", (strategy, result["error"])
         assert losses(result) == lab.rounded(losses(alone)), strategy
@@ -102,21 +102,21 @@ def same_weights(ours: Path, theirs: Path) -> None:
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         assert weight.dtype == torch.float32
-        # A tenth of one step of AdamW, of which there are 20.
+        # A tenth of one step of AdamW, of which there are 10.
         assert (weight - expected[name]).abs().max() < RATE / 10, name
 
 
 def test_a_killed_group_goes_on_with_any_strategy(lab: Any) -> None:
     """The worker that is killed takes the group with it; the checkpoint is of no strategy."""
-    spec = twenty(lab, "full", save_steps=5)  # two groups of parameters, and all of them in parts
+    spec = ten(lab, "full", save_steps=3)  # two groups of parameters, and all of them in parts
     whole = job(lab, spec, workers=1)
-    killed = [job(lab, spec, strategy=strategy, kill_in=12) for strategy in STRATEGIES]
+    killed = [job(lab, spec, strategy=strategy, kill_in=7) for strategy in STRATEGIES]
     # Each goes on as the next one, and the last alone.
     resumed = [
         job(lab, spec, strategy=following, directory=dead["directory"])
         for dead, following in zip(killed, [*SHARDED, "ddp"], strict=True)
     ]
-    alone = job(lab, spec, strategy="deepspeed-zero3", kill_in=12)
+    alone = job(lab, spec, strategy="deepspeed-zero3", kill_in=7)
     back = job(lab, spec, workers=1, directory=alone["directory"])
     expected, *ends = lab.in_groups([whole, *killed, alone, *resumed, back])
     assert ends[: len(killed) + 1] == [None] * (len(killed) + 1)
@@ -155,7 +155,7 @@ def test_workers_that_see_no_common_disk_go_on_from_a_bucket(
 
 def test_one_worker_alone_may_shard(lab: Any) -> None:
     """As it does on a GPU to offload to its host."""
-    spec = twenty(lab, "full")
+    spec = ten(lab, "full")
     strategies = ["deepspeed-zero2", "deepspeed-zero3", "fsdp"]
     jobs = [job(lab, spec, workers=1), *(job(lab, spec, workers=1, strategy=s) for s in strategies)]
     alone, *sharded = lab.in_groups(jobs)
@@ -167,7 +167,7 @@ def test_one_worker_alone_may_shard(lab: Any) -> None:
 
 
 def test_the_user_s_own_settings_reach_the_strategy(lab: Any) -> None:
-    spec = twenty(lab, "lora")
+    spec = ten(lab, "lora")
     assert len(lab.held_out(spec)) % 2 == 1
     own = {"zero_optimization": {"stage": "auto", "stage3_param_persistence_threshold": 0}}
     wrong = {"gradient_clipping": 99.0}
