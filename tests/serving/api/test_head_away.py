@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from rayfin.adapters import Registry
-from rayfin.config.serving import ApiConfig
+from rayfin.config.serving import ServeConfig
 from rayfin.serving.api import service
 from rayfin.serving.api.app import create_app
 from rayfin.serving.names import Names
@@ -43,7 +43,7 @@ def test_figures_that_cannot_be_collected_are_refused_in_time(
     monkeypatch.setattr(service, "_COLLECT_SECONDS", 0.2)
     pool = Hanging()
     names = Names(shared_registry, "tiny")
-    app = create_app(engine, names, ApiConfig(), pool=lambda _: pool)
+    app = create_app(engine, names, ServeConfig(), pool=lambda _: pool)
 
     async def scrape() -> None:
         transport = httpx.ASGITransport(app=app)
