@@ -44,9 +44,10 @@ def saved_tables(settings: Settings, weights: Weights, base: BaseLayout) -> dict
     weights.check({tensor: base.tables[module] for module, tensor in tensors.items()})
     need = base.itemsize * sum(math.prod(base.tables[module]) for module in modules)
     if need > base.max_table_bytes:
+        megabytes = math.ceil(need / 2**20)
         raise settings.error(
-            f"its own {' and '.join(modules)} take {need / 2**20:.0f} MB, and there is room for "
-            f"{base.max_table_bytes / 2**20:.0f}; raise engine.tables_mb"
+            f"its own {' and '.join(modules)} take {megabytes} MB, and the slots have room for "
+            f"{base.max_table_bytes / 2**20:.0f}; set engine.tables_mb={megabytes} or more"
         )
     return tensors
 
