@@ -101,7 +101,7 @@ class Names:
 
     @classmethod
     def of(cls, config: ServeConfig, catalog: Catalog) -> Names:
-        """Those of a deployment; looks at no file yet."""
+        """Returns those of a deployment; looks at no file of its registry yet."""
         from rayfin.serving.fit import Refusals
 
         base = Path(config.model.name).expanduser()
@@ -196,6 +196,31 @@ class Names:
                 held = self._listed = (self._clock(), Listing(served, refused))
         return held[1]
 
+    def missing(self, ref: AdapterRef) -> AdapterNotFound | None:
+        """Returns why `ref` is not in the registry; None where it is, even if it can't answer."""
+        versions = self.catalog.versions(ref.name)
+        if not versions:
+            return self._unknown(ref)
+        if ref.version is not None and ref.version not in versions:
+            known = ", ".join(map(str, versions[-_SHOWN:]))
+            return AdapterNotFound(
+                f"adapter '{ref.name}' has no version {ref.version}; it has {known}"
+            )
+        if ref.alias is not None and ref.alias != LATEST:
+            aliases = self.catalog.aliases(ref.name)
+            if (dangling := aliases.get(ref.alias)) is not None and dangling not in versions:
+                known = ", ".join(map(str, versions[-_SHOWN:]))
+                return AdapterNotFound(
+                    f"alias '{ref.alias}' of adapter '{ref.name}' points to version {dangling}, "
+                    f"which is not there any more; it has {known}: promote one of them"
+                )
+            if ref.alias not in aliases:
+                return AdapterNotFound(
+                    f"adapter '{ref.name}' has no alias '{ref.alias}'"
+                    f"{did_you_mean(ref.alias, aliases)}; it has {', '.join(aliases)}"
+                )
+        return None
+
     def _fresh(self, read_at: float) -> bool:
         return self._clock() - read_at < MAX_AGE
 
@@ -222,7 +247,7 @@ class Names:
         try:
             version = self.catalog.resolve(ref)
         except AdapterError as error:
-            if (missing := self._missing(ref)) is not None:
+            if (missing := self.missing(ref)) is not None:
                 raise missing from error
             raise
         if (refusal := self._why_not(version)) is not None:
@@ -236,31 +261,6 @@ class Names:
         return AdapterNotFound(
             f"adapter '{ref.name}' is not served here{near}; GET /v1/models lists those that are"
         )
-
-    def _missing(self, ref: AdapterRef) -> AdapterNotFound | None:
-        """Why `ref` is not there; None where it is."""
-        versions = self.catalog.versions(ref.name)
-        if not versions:
-            return self._unknown(ref)
-        if ref.version is not None and ref.version not in versions:
-            known = ", ".join(map(str, versions[-_SHOWN:]))
-            return AdapterNotFound(
-                f"adapter '{ref.name}' has no version {ref.version}; it has {known}"
-            )
-        if ref.alias is not None and ref.alias != LATEST:
-            aliases = self.catalog.aliases(ref.name)
-            if (dangling := aliases.get(ref.alias)) is not None and dangling not in versions:
-                known = ", ".join(map(str, versions[-_SHOWN:]))
-                return AdapterNotFound(
-                    f"alias '{ref.alias}' of adapter '{ref.name}' points to version {dangling}, "
-                    f"which is not there any more; it has {known}: promote one of them"
-                )
-            if ref.alias not in aliases:
-                return AdapterNotFound(
-                    f"adapter '{ref.name}' has no alias '{ref.alias}'"
-                    f"{did_you_mean(ref.alias, aliases)}; it has {', '.join(aliases)}"
-                )
-        return None
 
     def _known_names(self) -> tuple[str, ...]:
         with self._walking:

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rayfin.adapters.served import ServedCatalog
 from rayfin.cli import main
 from rayfin.config.schema import ModelConfig
 from rayfin.models import base_of
+from rayfin.serving.api import admin
 from rayfin.serving.engine.request import AdapterSource
 
 ADMIN = {"authorization": "Bearer root"}
@@ -72,6 +75,49 @@ def test_one_version_is_unloaded_unless_an_alias_points_to_it(
     assert unload(server, "support@2").json() == {"removed": ["support@2"]}
     assert registry.versions("support") == (1,)
     assert unload(server, "tiny").status_code == 400
+
+
+def test_a_version_that_cannot_answer_is_unloaded_all_the_same(
+    server: Any, registry: Registry
+) -> None:
+    path = registry.resolve("support@1").path
+    foreign = {"base_model": "/data/llama", "base_identity": ["local@0123456789abcdef"]}
+    registry.publish("mixed", path)
+    registry.publish("mixed", path, foreign)
+    damaged = registry.publish("mixed", path)
+    (damaged.path / "rayfin.json").write_text("{")
+    for ref in ("mixed@2", "mixed@3"):
+        assert server.complete(model=ref).status_code == 400
+        assert unload(server, ref).json() == {"removed": [ref]}
+    assert registry.versions("mixed") == (1,)
+
+
+def test_nobody_waits_without_an_end_for_a_load_that_hangs(
+    server: Any, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, leave = threading.Event(), threading.Event()
+    add_adapter = admin.add_adapter
+
+    def hang(*arguments: Any, **options: Any) -> Any:
+        entered.set()
+        assert leave.wait(60.0)
+        return add_adapter(*arguments, **options)
+
+    monkeypatch.setattr(admin, "add_adapter", hang)
+    with ThreadPoolExecutor(1) as pool:
+        path = registry.resolve("support@1").path
+        loading = pool.submit(load, server, "fresh", path)
+        try:
+            assert entered.wait(60.0)
+            monkeypatch.setattr(admin, "_TURN_SECONDS", 0.05)
+            for response in (unload(server, "sales"), load(server, "other", path)):
+                assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
+                assert response.json()["error"]["code"] == "unavailable"
+            monkeypatch.setattr(admin, "_TURN_SECONDS", 60.0)
+        finally:
+            leave.set()
+        assert loading.result().json()["lora_name"] == "fresh@1"
+    assert unload(server, "sales").json()["removed"]
 
 
 @pytest.mark.parametrize(

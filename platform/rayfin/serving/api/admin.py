@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from rayfin.adapters import LATEST, AdapterRef, Registry
 from rayfin.config.serving import ServeConfig
-from rayfin.errors import AdapterError, StorageError
+from rayfin.errors import AdapterError, StorageError, Unavailable
 from rayfin.models import hub_id
 from rayfin.serving.adding import Added, add_adapter
 from rayfin.serving.api.bodies import read_body
@@ -19,6 +21,7 @@ from rayfin.serving.api.schema import LoadAdapterBody, UnloadAdapterBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.engine.checks import BASE_IS_RIGHT
 
+_TURN_SECONDS = 60.0
 _FAILURES = (400, 401, 403, 408, 413, 503)
 
 
@@ -29,7 +32,23 @@ def admin_routes(service: Service, config: ServeConfig) -> APIRouter:
     model = config.model.model_copy(update={"name": config.model.name})
     config = config.model_copy(update={"model": model})
     # The registry's writers take turns anyway, and waiting here holds no thread.
-    turn = asyncio.Lock()
+    lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def turn() -> AsyncIterator[None]:
+        """Raises Unavailable where the call before does not end, as its disk or the hub hangs."""
+        try:
+            async with asyncio.timeout(_TURN_SECONDS):
+                await lock.acquire()
+        except TimeoutError as error:
+            raise Unavailable(
+                "another adapter is being loaded or unloaded, and that did not end in "
+                f"{_TURN_SECONDS:g} s; try again later"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     @router.post(
         "/v1/load_lora_adapter",
@@ -40,7 +59,7 @@ def admin_routes(service: Service, config: ServeConfig) -> APIRouter:
         """Makes an adapter the next version of a name, as `rayfin adapters add` does."""
         service.keys.admit_admin(request)
         body = await read_body(request, LoadAdapterBody, service.config)
-        async with turn:
+        async with turn():
             added = await asyncio.to_thread(_add, service, registry, config, body)
         return JSONResponse(
             {
@@ -61,7 +80,7 @@ def admin_routes(service: Service, config: ServeConfig) -> APIRouter:
         body = await read_body(request, UnloadAdapterBody, service.config)
         if service.names.parse(body.lora_name) is None:
             raise ApiError(400, f"'{body.lora_name}' is the base model", param="lora_name")
-        async with turn:
+        async with turn():
             removed = await asyncio.to_thread(_remove, service, registry, body.lora_name)
         return JSONResponse({"removed": removed})
 
@@ -112,16 +131,16 @@ def _remove(service: Service, registry: Registry, model: str) -> list[str]:
     _check_registry(service)
     ref = service.names.parse(model)
     assert ref is not None
+    # What can't answer, as it is damaged or of another base, is what has to be removed.
+    if (missing := service.names.missing(ref)) is not None:
+        raise missing
     if ref.version is not None or ref.alias is not None:
-        service.names.resolve(model, anew=True)
         try:
             return [str(registry.remove(ref))]
         except AdapterError as error:
             raise ApiError(
                 409, service.names.public(str(error)), param="lora_name", code="in_use"
             ) from error
-    if not registry.versions(ref.name):
-        service.names.resolve(model, anew=True)
     for alias in registry.aliases(ref.name):
         if alias != LATEST:
             registry.unalias(ref.name, alias)
