@@ -17,6 +17,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 from rayfin.config import load_config
 from rayfin.history import History, TrialRecord
@@ -31,7 +32,7 @@ MODELS = {
     "smollm2-135m": {"train.max_steps": 20, "data.max_samples": 240, "data.max_length": 128},
 }
 """Model -> what a trial of it costs a few seconds with."""
-SWEEPS = {
+SWEEPS: dict[str, dict[str, list[Any]]] = {
     "lora": {
         "train.learning_rate": [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
         "method.r": [2, 8, 32],

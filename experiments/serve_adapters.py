@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         names = _published(config)
     first, second = names[:2]
     print(f"\nServing {config.model.name} with {first} and {second} ...", flush=True)
-    with serving(config, None) as url, Client(Endpoint(url)) as client:
+    with serving(config, None) as deployed, Client(Endpoint(deployed.url)) as client:
         print(f"\n{QUESTION}")
         print("\nEverybody at once, in one batch:")
         models = [config.model.name, first, second]
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
             _show(pool.map(lambda model: _ask(client, [model])[0], models))
         print("\nOne after the other, switched with every request:")
         _show(_ask(client, [first, second] * 3))
-        print(f"\n  rayfin chat --url {url} --use {first}")
+        print(f"\n  rayfin chat --url {deployed.url} --use {first}")
         if args.stay:
             print("Ctrl-C stops it.", flush=True)
             try:

@@ -27,7 +27,7 @@ def train_with_trl(
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
     class LoopClock(TrainerCallback):
         """Times what rayfin times: the steps, not the making of optimizer and data loader."""

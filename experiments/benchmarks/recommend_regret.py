@@ -96,9 +96,9 @@ def main() -> None:
         inside += [_inside(evidence, model) for model in models]
     _print(charges)
     print(f"80 % intervals hold {np.mean(inside):.1%} of the left-out cells")
-    for name, paid in charges.items():
+    for name, of_models in charges.items():
         for k in range(K):
-            mean = statistics.mean(row[k] for row in paid)
+            mean = statistics.mean(row[k] for row in of_models)
             bar = BARS.get(k + 1, 1.0) if name == "advisor" else 1.0
             print_figure(
                 "recommend_regret", f"{name}_k{k + 1}_mean", mean, "regret", bar, most=True

@@ -122,7 +122,8 @@ def _client(pipe: Connection, bodies: Sequence[dict[str, Any]]) -> None:
     """Runs in its own process; each message is a URL and `stream` or not, None to end."""
     with asyncio.Runner() as runner:
         while (asked := pipe.recv()) is not None:
-            pipe.send(runner.run(_ask_all(*asked, bodies)))
+            url, stream = asked
+            pipe.send(runner.run(_ask_all(url, stream, bodies)))
 
 
 async def _ask_all(

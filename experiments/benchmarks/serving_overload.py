@@ -40,8 +40,8 @@ def main() -> None:
             "engine.max_length=512",
             "deployment.port=8765",
         ]
-        with serving(load_serve_config(None, settings), None) as url:
-            asyncio.run(measure(url, seconds, rounds))
+        with serving(load_serve_config(None, settings), None) as deployed:
+            asyncio.run(measure(deployed.url, seconds, rounds))
 
 
 async def measure(url: str, seconds: float, rounds: int) -> None:

@@ -22,7 +22,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,8 @@ def main() -> None:
             "deployment.health_check_seconds=1",
             f"deployment.port={PORT}",
         ]
-        with serving(load_serve_config(None, settings), None) as url:
-            soak.run(url, 60 * minutes)
+        with serving(load_serve_config(None, settings), None) as deployed:
+            soak.run(deployed.url, 60 * minutes)
         soak.tell(minutes)
 
 
@@ -98,7 +100,7 @@ def make_adapters(folder: Path, count: int) -> list[tuple[Path, str]]:
                 if "lora_" in name:
                     parameter.normal_(std=0.3)
             answer, lead = decode(model, ids)
-        text = tokenizer.decode(answer, skip_special_tokens=True)
+        text = str(tokenizer.decode(answer, skip_special_tokens=True))
         if lead < MARGIN or text in {said for _, said in made}:
             continue
         path = folder / str(seed)
@@ -149,19 +151,14 @@ class Soak:
 
     def run(self, url: str, seconds: float) -> None:
         stop = threading.Event()
-        threads = [
-            *(threading.Thread(target=self._ask, args=(url, stop, n)) for n in range(CLIENTS)),
-            *(
-                threading.Thread(target=work, args=(url, stop))
-                for work in (self._administer, self._kill, self._look, self._measure)
-            ),
-        ]
-        for thread in threads:
-            thread.start()
-        stop.wait(seconds)
-        stop.set()
-        for thread in threads:
-            thread.join()
+        works = (self._administer, self._kill, self._look, self._measure)
+        with ThreadPoolExecutor(CLIENTS + len(works)) as pool:
+            running = [pool.submit(self._ask, url, stop, number) for number in range(CLIENTS)]
+            running += [pool.submit(work, url, stop) for work in works]
+            wait(running, seconds, FIRST_EXCEPTION)
+            stop.set()
+        for one in running:
+            one.result()
 
     def tell(self, minutes: float) -> None:
         print(f"{minutes:g} minutes, {CLIENTS} clients: {dict(self.seen)}")
@@ -169,6 +166,7 @@ class Soak:
         print(f"memory of all replicas, MiB, every 5 s: {self.memory}")
         for what in (*self.wrong[:5], *self.lost[:5], *self.fell[:5]):
             print(f"  {what}")
+        print_figure("soak", "answers", self.seen["200"], "answers", 100.0 * minutes)
         print_figure("soak", "wrong_answers", len(self.wrong), "answers", 0.0, most=True)
         print_figure("soak", "lost", len(self.lost), "requests", 0.0, most=True)
         print_figure("soak", "figures_that_fell", len(self.fell), "figures", 0.0, most=True)
@@ -235,10 +233,10 @@ class Soak:
             name = f"a{number}"
             version = self._publish(name)
             steps = (
-                lambda: self.registry.promote(name, version),  # noqa: B023
-                lambda: self.registry.rollback(name),  # noqa: B023
-                lambda: self.registry.promote(name, version),  # noqa: B023
-                lambda: self.registry.remove(f"{name}@{version - 1}"),  # noqa: B023
+                partial(self.registry.promote, name, version),
+                partial(self.registry.rollback, name),
+                partial(self.registry.promote, name, version),
+                partial(self.registry.remove, f"{name}@{version - 1}"),
             )
             for step in steps:
                 if stop.wait(2.0):

@@ -112,7 +112,7 @@ def documented_side(args: Namespace) -> list[dict[str, Any]]:
             run_config=ray.train.RunConfig(
                 name=f"train-{ray.tune.get_context().get_trial_id()}",
                 storage_path=str(args.work / "ray"),
-                callbacks=[TuneReportCallback()],
+                callbacks=[TuneReportCallback()],  # type: ignore[list-item]
             ),
         )
         trainer.fit()
@@ -124,7 +124,8 @@ def documented_side(args: Namespace) -> list[dict[str, Any]]:
         tune_config=ray.tune.TuneConfig(max_concurrent_trials=1),
         run_config=ray.tune.RunConfig(storage_path=str(args.work / "ray"), verbose=0),
     )
-    results = [result.metrics for result in tuner.fit()]
+    grid = tuner.fit()
+    results = [grid[number].metrics or {} for number in range(len(grid))]
     ray.shutdown()
     names = ("learning_rate", "train_seconds", "losses", "eval_loss")
     return [{name: metrics[name] for name in names} for metrics in results]
@@ -187,10 +188,8 @@ def main() -> None:
     def overhead(side: dict[str, Any]) -> float:
         return float(side["wall_seconds"] - sum(t["train_seconds"] for t in side["trials"]))
 
-    for name, side in (("rayfin", ours), ("documented", theirs)):
-        print(
-            f"{name:10} wall {side['wall_seconds']:.1f} s, beside training {overhead(side):.1f} s"
-        )
+    for name, run in (("rayfin", ours), ("documented", theirs)):
+        print(f"{name:10} wall {run['wall_seconds']:.1f} s, beside training {overhead(run):.1f} s")
     wall_ratio = theirs["wall_seconds"] / ours["wall_seconds"]
     print_figure("sweep_overhead", "wall_ratio", wall_ratio, "ratio", 3.5)
     print_figure(
