@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rayfin.adapters import Registry
+from rayfin.adapters import AdapterRef, Registry
 from rayfin.errors import AdapterError, AdapterNotFound, ConfigError
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.names import MAX_AGE, Names
@@ -150,6 +150,17 @@ def test_what_is_not_there_is_not_found(names: Names, model: str, hint: str) -> 
     with pytest.raises(AdapterNotFound, match=hint):
         names.resolve(model)
     assert names.held(f"{BASE}:sales") is None
+
+
+def test_a_name_that_was_just_removed_is_no_suggestion_for_itself(
+    names: Names, registry: Registry
+) -> None:
+    with pytest.raises(AdapterNotFound):
+        names.resolve("unlike")  # all names are known from here on, for a while
+    registry.remove(AdapterRef("sales", version=1))
+    with pytest.raises(AdapterNotFound) as missing:
+        names.resolve("sales", anew=True)
+    assert "did you mean" not in str(missing.value)
 
 
 HOSTILE = [

@@ -63,6 +63,10 @@ class Client:
             raise RequestError(
                 f"'{redact_url(endpoint.url)}' is no URL of an API ({error})"
             ) from error
+        if self._http.base_url.scheme not in ("http", "https") or not self._http.base_url.host:
+            raise RequestError(
+                f"'{redact_url(endpoint.url)}' is no URL of an API; write http://HOST:PORT"
+            )
 
     def __enter__(self) -> Self:
         return self

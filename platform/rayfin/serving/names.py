@@ -257,7 +257,8 @@ class Names:
     def _unknown(self, ref: AdapterRef) -> AdapterNotFound:
         if (told := self.catalog.stray(ref.name)) is not None:
             return AdapterNotFound(f"adapter '{ref.name}': {self.public(told)}")
-        near = did_you_mean(ref.name, self._known_names())
+        # What is known may be a second old, and the name itself be gone since.
+        near = did_you_mean(ref.name, {*self._known_names()} - {ref.name})
         return AdapterNotFound(
             f"adapter '{ref.name}' is not served here{near}; GET /v1/models lists those that are"
         )

@@ -59,7 +59,8 @@ def test_a_loaded_adapter_answers_and_an_unloaded_one_is_gone(
     assert load(server, "fresh", tiny_adapters["lora"].path).json()["lora_name"] == "fresh@2"
     registry.promote("fresh", 1)
     assert unload(server, "fresh").json() == {"removed": ["fresh@1", "fresh@2"]}
-    assert unload(server, "fresh").status_code == 404
+    gone = unload(server, "fresh")
+    assert gone.status_code == 404 and gone.json()["error"]["param"] == "lora_name"
     assert "fresh" not in registry.names()
     # Others are as they were.
     assert server.complete(model="support@prod").json()["model"] == "support@1"
@@ -148,6 +149,8 @@ def test_the_token_is_no_api_key(server: Any) -> None:
 def test_names_that_no_adapter_can_have_are_400(server: Any, registry: Registry, name: str) -> None:
     response = load(server, name, registry.root / "sales" / "1")
     assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "lora_name" and repr(name[:9])[:-1] in error["message"]
     assert registry.names() == ("sales", "support")
 
 

@@ -147,7 +147,9 @@ def test_a_value_may_be_taken_back(server: Any, talk: Talk) -> None:
     ("url", "reason"),
     [
         ("http://127.0.0.1:9", "can't be reached"),
-        ("nonsense", "can't be reached"),
+        ("nonsense", "write http://HOST:PORT"),
+        ("127.0.0.1:9", "write http://HOST:PORT"),
+        ("ftp://127.0.0.1", "write http://HOST:PORT"),
         ("http://a:b", "no URL"),
     ],
 )

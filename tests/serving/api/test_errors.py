@@ -69,6 +69,22 @@ def test_a_bad_field_is_400_and_named(server: Any, path: str, field: str, value:
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("messages", [], "should be a list of at least 1"),
+        ("stop", ["x"] * 17, "a list of at most 16"),
+        ("metadata", {str(i): "x" for i in range(17)}, "a dictionary of at most 16"),
+    ],
+)
+def test_an_error_about_a_length_is_a_sentence(
+    server: Any, field: str, value: Any, allowed: str
+) -> None:
+    message = error_of(server.chat(**{field: value}))["message"]
+    assert allowed in message
+    assert "should have" not in message and "validation" not in message
+
+
+@pytest.mark.parametrize(
     "prompt",
     [None, 1, [], [[]], [1.5], ["a", 1], [[1], "a"], "", [-1], [10**6], [2**31], ["a"] * 17],
     ids=lambda value: repr(value)[:20],

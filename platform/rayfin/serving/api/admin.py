@@ -9,18 +9,19 @@ from contextlib import asynccontextmanager
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from rayfin.adapters import LATEST, AdapterRef, Registry
+from rayfin.adapters import LATEST, AdapterRef, Registry, check_name
 from rayfin.config.serving import ServeConfig
-from rayfin.errors import AdapterError, StorageError, Unavailable
+from rayfin.errors import AdapterError, AdapterNotFound, StorageError, Unavailable
 from rayfin.models import hub_id
 from rayfin.serving.adding import Added, add_adapter
 from rayfin.serving.api.bodies import read_body
 from rayfin.serving.api.documents import LoadedAdapter, UnloadedAdapter, failures, takes
-from rayfin.serving.api.errors import ApiError
+from rayfin.serving.api.errors import ApiError, as_api_error
 from rayfin.serving.api.schema import LoadAdapterBody, UnloadAdapterBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.engine.checks import BASE_IS_RIGHT
 
+_SHOWN = 120
 _TURN_SECONDS = 60.0
 _FAILURES = (400, 401, 403, 408, 413, 503)
 
@@ -80,8 +81,13 @@ def admin_routes(service: Service, config: ServeConfig) -> APIRouter:
         body = await read_body(request, UnloadAdapterBody, service.config)
         if service.names.parse(body.lora_name) is None:
             raise ApiError(400, f"'{body.lora_name}' is the base model", param="lora_name")
-        async with turn():
-            removed = await asyncio.to_thread(_remove, service, registry, body.lora_name)
+        try:
+            async with turn():
+                removed = await asyncio.to_thread(_remove, service, registry, body.lora_name)
+        except AdapterNotFound as error:
+            found = as_api_error(error, service.names)
+            found.param = "lora_name"
+            raise found from error
         return JSONResponse({"removed": removed})
 
     return router
@@ -99,12 +105,16 @@ def _add(service: Service, registry: Registry, config: ServeConfig, body: LoadAd
             f"'{body.lora_name}' is what the base model is called; give the adapter another name",
             param="lora_name",
         )
+    try:
+        check_name(body.lora_name[:_SHOWN])  # one that is longer is refused by that many, too
+    except AdapterError as error:
+        raise ApiError(400, str(error), param="lora_name", code="adapter_error") from error
     # A relative path would be one from wherever Ray started this process.
     if not source.startswith("/") and hub_id(source) != source:
         raise ApiError(
             400,
-            f"lora_path '{source[:120]}' is neither an absolute path on the server nor OWNER/NAME "
-            "on the Hugging Face hub",
+            f"lora_path '{source[:_SHOWN]}' is neither an absolute path on the server nor "
+            "OWNER/NAME on the Hugging Face hub",
             param="lora_path",
         )
     try:

@@ -47,6 +47,13 @@ _MOST_PROBLEMS = 5
 _TOO_MANY = 200
 _TYPES = ("str", "int", "bool")
 
+# pydantic's own words for these are sentences, which begin with the Python class.
+_MEASURED = {
+    "too_short": "a {field_type} of at least {min_length}",
+    "too_long": "a {field_type} of at most {max_length}",
+    "string_too_short": "a text that isn't empty",
+}
+
 
 class ApiError(Exception):
     """An answer other than success."""
@@ -145,7 +152,7 @@ def describe_invalid(error: ValidationError) -> ApiError:
     wanted: dict[tuple[str, str], list[str]] = {}
     sentences: list[str] = []
     first: str | None = None
-    for problem in error.errors(include_url=False, include_context=False):
+    for problem in error.errors(include_url=False):
         # Between the fields pydantic names the members of a union, which are ours.
         location = [str(part)[:80] for part in problem["loc"] if part not in _TYPES]
         location = [part for part in location if "[" not in part]
@@ -159,8 +166,10 @@ def describe_invalid(error: ValidationError) -> ApiError:
                 sentences.append(f"{'.'.join(location)}: {problem['msg']}")
             case "missing":
                 sentences.append(f"{'.'.join(location)} is missing")
-            case _:
+            case kind:
                 words = problem["msg"].removeprefix("Input should be ")
+                if kind in _MEASURED:
+                    words = _MEASURED[kind].format(**problem["ctx"]).lower()
                 # Every member of a union has its say: they are one problem.
                 choices = wanted.setdefault((field, shown(problem["input"])), [])
                 if words not in choices:
