@@ -154,6 +154,27 @@ def test_reads_that_stall_are_given_up_and_others_go_on(server: Any, disk: Disk)
     assert text(server.complete(model="red")) == text(server.complete(model="green"))
 
 
+def test_what_the_host_cache_holds_waits_for_no_read_of_another(
+    tools: Any, engines: Any, tiny: str, registry: Registry, disk: Disk
+) -> None:
+    engine = engines(tiny, max_rows=4, slots=1, max_length=512, load_seconds=NEVER)
+    with (
+        tools.serving(engine, registry, tools.ApiConfig()) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        expected = text(server.complete(model="other"))
+        assert text(server.complete(model="blue")) != expected
+        assert set(engine.resident()) == {"blue@1"}, "the other is in the cache only"
+        disk.stalled |= {"red@1", "green@1"}
+        stuck = [pool.submit(server.complete, model=name) for name in ("red", "green")]
+        disk.wait_for(lambda: disk.stalled <= set(disk.reads))
+        try:
+            assert text(server.complete(model="other")) == expected
+        finally:
+            disk.recover()
+        assert text(stuck[0].result()) == text(stuck[1].result())
+
+
 @BOTH
 def test_a_read_that_fails_by_the_disk_is_the_requests_alone_and_tried_again(
     server: Any, disk: Disk

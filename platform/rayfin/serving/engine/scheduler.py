@@ -187,7 +187,7 @@ class Scheduler:
         """
         if sequence.loading is None:
             before = self._loads_before(source)
-            sequence.held_back = self._is_enough(before)
+            sequence.held_back = self._is_enough(before, is_read=self._host.holds(source.ref))
             if not sequence.held_back:
                 sequence.loading = self._host.load(source)
             elif all(load.done() for load in before):
@@ -213,10 +213,15 @@ class Scheduler:
             }
         return [] if source.ref in held else list(held.values())
 
-    def _is_enough(self, loads: Collection[Future[HostAdapter]]) -> bool:
-        """Whether to read no more: what waits outside the host cache is held by its request, and
-        a long queue must not hold a hundred adapters, nor a few large ones."""
+    def _is_enough(self, loads: Collection[Future[HostAdapter]], *, is_read: bool) -> bool:
+        """Whether to load no more: what waits outside the host cache is held by its request, and
+        a long queue must not hold a hundred adapters, nor a few large ones.
+
+        An adapter that `is_read` already waits for no read of another's, which may hang.
+        """
         done = [load for load in loads if load.done()]
+        if is_read:
+            loads = done
         read = [load.result() for load in done if load.exception() is None]
         return (
             len(loads) > self._config.slots

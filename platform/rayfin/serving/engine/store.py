@@ -70,6 +70,11 @@ class HostCache:
         future.add_done_callback(lambda _: self._ended(source.ref))
         return future
 
+    def holds(self, ref: str) -> bool:
+        """Returns whether a load of it would take no read."""
+        with self._lock:
+            return ref in self._held
+
     def forget(self, ref: str) -> None:
         with self._lock:
             if ref in self._loading:
