@@ -302,8 +302,8 @@ class Service:
             return list(pool.map(lambda _: self.ask(model, tokens), range(count)))
 
     def count(self, name: str) -> int:
-        """An engine's figure, over all replicas."""
-        counts = self.counts()
+        """An engine's figure, over all replicas; asks again where there is none now."""
+        counts = self.until(self.counts)
         plain = f"rayfin_engine_{name}"
         return int(counts.get(plain, counts.get(f"{plain}_total", 0)))
 
