@@ -198,6 +198,10 @@ def test_a_disk_with_errors_is_not_taken_for_a_damaged_adapter() -> None:
 
     with pytest.raises(Unavailable, match=r"'red@1' can't be read now \(Input/output error\)"):
         read(errno.EIO, "Input/output error")
+    with pytest.raises(Unavailable, match=r"can't be read now \(Too many open files\)"):
+        read(errno.EMFILE, "Too many open files")
+    with pytest.raises(Unavailable, match="no memory is left"), reading("red@1"):
+        raise MemoryError
     with pytest.raises(AdapterError, match="check its permissions"):
         read(errno.EACCES, "Permission denied")
 

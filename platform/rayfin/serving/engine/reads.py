@@ -13,8 +13,11 @@ MOST_STUCK = 16
 """Adapters whose reading may hang before the engine is to be replaced: a thread for each."""
 
 _THREADS = 2
-# As the system says that a disk or a network is gone.
-_AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN)
+# As the system says that a disk or a network is gone, or that this process has too much at work.
+_AWAY = (
+    *(errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ETIMEDOUT, errno.EHOSTDOWN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
 
 
 def adapter_reads(load_seconds: float) -> BoundedCalls:
@@ -28,16 +31,19 @@ def adapter_reads(load_seconds: float) -> BoundedCalls:
 def reading(ref: str) -> Iterator[None]:
     """Turns any exception in the block, in which adapter `ref` is read, into an error of rayfin's.
 
-    Raises Unavailable if the storage is away, even if the reader blamed the adapter for it, and
-    AdapterError for every exception that isn't an error of rayfin's already.
+    Raises Unavailable if the storage is away or memory runs out, even if the reader blamed the
+    adapter for it, and AdapterError for every exception that isn't an error of rayfin's already.
     """
     try:
         yield
     except BaseException as error:
         cause = error.__cause__ if isinstance(error, AdapterError) else error
+        why = "no memory is left" if isinstance(cause, MemoryError) else None
         if isinstance(cause, OSError) and cause.errno in _AWAY:
+            why = cause.strerror
+        if why is not None:
             raise Unavailable(
-                f"adapter '{ref}' can't be read now ({cause.strerror}); try again later"
+                f"adapter '{ref}' can't be read now ({why}); try again later"
             ) from error
         if isinstance(error, RayfinError):
             raise
