@@ -188,3 +188,22 @@ def test_a_registry_that_stalls_keeps_no_dead_callers_request(
         assert not leave.is_set() and not one._thread.is_alive()
     finally:
         leave.set()
+
+
+def test_what_goes_wrong_in_a_look_at_the_registry_is_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked = threading.Semaphore(0)
+
+    def fails(name: str) -> tuple[int, ...]:
+        looked.release()
+        raise RuntimeError("nobody thought of it")
+
+    monkeypatch.setattr(follower, "_PERIOD", 0.01)
+    one = follower.Follower(SimpleNamespace(), SimpleNamespace(versions=fails))  # type: ignore[arg-type]
+    one.know(AdapterSource("red@1", Path("red")))
+    for _ in range(2):  # the second comes after the first was told
+        assert looked.acquire(timeout=20.0)
+    one.close()
+    assert "the registry could not be looked at" in caplog.text
+    assert "nobody thought of it" in caplog.text

@@ -86,7 +86,7 @@ def test_a_desk_whose_disk_stalls_hands_the_trial_out_all_the_same(
 ) -> None:
     answers = threading.Event()
     waits: list[bool] = []
-    monkeypatch.setattr(desk, "_WRITE_SECONDS", 0.05, raising=False)
+    monkeypatch.setattr(desk, "_WRITE_SECONDS", 1.0, raising=False)
     monkeypatch.setattr(desk, "write_json", lambda *_: waits.append(answers.wait(10)))
     job = desk.Job(0, lab.spec(), Place(tmp_path))
 

@@ -76,7 +76,13 @@ class Follower:
         if self._reading is None or self._reading.done():
             # On another thread: a disk that stalls keeps no dead caller's request at work.
             what = "the registry is being looked at"
-            self._reading = self._reads.submit(what, self._forget_removed)
+            self._reading = self._reads.submit(what, self._look_at_registry)
+
+    def _look_at_registry(self) -> None:
+        try:
+            self._forget_removed()
+        except Exception:  # nobody reads the result; the next look may do
+            log.exception("the registry could not be looked at")
 
     def _forget_removed(self) -> None:
         with self._lock:

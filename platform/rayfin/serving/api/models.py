@@ -141,8 +141,8 @@ def metrics_routes(service: Service) -> APIRouter:
             log.warning("metrics can't be collected now: %s", error)
             raise ApiError(
                 503,
-                "the figures of all replicas can't be collected now: Ray's head does not answer; "
-                "try again",
+                "the figures of all replicas can't be collected now, as Ray's head does not answer "
+                "or is busy; try again",
                 code="unavailable",
                 headers={"retry-after": "5"},
             ) from error
