@@ -412,7 +412,8 @@ class Service:
         assert result.returncode == 0, result.stderr
 
     def stop(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
+        """Ends it as `timeout` and a closed terminal do, which signal the whole process group."""
+        os.killpg(self.process.pid, number)
         return self.process.wait(PATIENCE)
 
     def close(self) -> None:

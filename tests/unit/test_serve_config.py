@@ -116,3 +116,30 @@ def test_the_guide_has_the_limits_of_each_device() -> None:
         cpu = EngineConfig.model_fields[name].default
         row = [cpu, *(ON_GPU[kind].get(name, cpu) for kind in ("transformers", "vllm"))]
         assert f"| `engine.{name}` | {' | '.join(map(str, row))} |" in guide
+
+
+def test_the_guide_s_api_keys_are_read_as_it_says() -> None:
+    guide = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"## API keys\n\n```yaml\n(.*?)```", guide, re.S)
+    api = load_serve_config(yaml.safe_load(block)).api
+    support, every = api.api_keys
+    assert (support.key, support.adapters) == ("for-support", ("support",))
+    assert (support.requests_per_minute, support.max_concurrent_requests) == (60, 4)
+    assert (every.key, every.adapters) == ("for-all", None)
+    assert load_serve_config({}, ["api.api_keys=[{key: for-all}]"]).api.api_keys == (every,)
+
+
+# Serve's own schemas, on import.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field` is deprecated")
+def test_a_storage_that_was_not_there_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from rayfin.serving import deployment
+
+    missing = tmp_path / "mistyped"
+    config = load_serve_config({}, ["model.name=tiny", f"storage={missing}"])
+    deployment._planned(config)
+    assert f"storage={missing} was not there" in caplog.text
+    caplog.clear()
+    deployment._planned(config)
+    assert caplog.text == ""

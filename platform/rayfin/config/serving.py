@@ -150,7 +150,9 @@ class ApiConfig(Section):
     template_seconds: float = Field(1.0, gt=0)
     """Processor time for one rendering of an adapter's own chat template."""
     api_keys: tuple[ApiKey, ...] = ()
-    """Keys of which all but /health needs one; none: the API is open to all who reach it."""
+    """Keys of which all but /health needs one: [{key: KEY, adapters: [NAME],
+    requests_per_minute: 60, max_concurrent_requests: 4}], of which only `key` has to be there.
+    None: the API is open to all who reach it."""
     admin_token: str | None = Field(None, min_length=1, repr=False)
     """What loading and unloading adapters over HTTP takes as its bearer token; null: it is off."""
     request_log: str | None = Field(None, min_length=1)

@@ -33,7 +33,7 @@ from rayfin.config import load_serve_config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError, ModelError, RayfinError
 from rayfin.models import load_tokenizer, max_positions
-from rayfin.paths import Storage
+from rayfin.paths import Place, Storage
 from rayfin.serving import proxy, shared
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.figures import Figures
@@ -121,7 +121,10 @@ def _planned(config: ServeConfig, *, may_grow: bool = False) -> tuple[ServeConfi
     What a user might not expect of that is logged as a warning.
     """
     config = config.named()
+    missing = not Place.at(config.storage).path.exists()
     catalog = ServedCatalog(Storage.open(config.storage).adapters)
+    if missing:
+        log.warning("storage=%s was not there, and is empty now; is that its path?", config.storage)
     catalog.make()
     Names(catalog, config.served_name).check()
     running = ray.is_initialized() and _is_served()

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import ray
-from ray._private import parameter, ray_constants
+from ray._private import parameter, ray_constants, services
 from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -78,7 +78,7 @@ def _start(num_cpus: int) -> None:
     for left in reversed(range(_STARTS)):
         before = set(psutil.Process().children())
         try:
-            with sigterm_as_it_was(), _without_extras():
+            with sigterm_as_it_was(), _few_processes_of_their_own():
                 # "local", not None: None would join a cluster that somebody else started here.
                 ray.init(
                     address="local",
@@ -99,12 +99,16 @@ def _start(num_cpus: int) -> None:
 
 
 @contextmanager
-def _without_extras() -> Iterator[None]:
-    """Ray starts within the block without its dashboard, its autoscaler and its log monitor.
+def _few_processes_of_their_own() -> Iterator[None]:
+    """Has Ray start fewer processes within the block, and each in a session of its own.
 
-    Nobody reads what they offer here, and each is a Python process: of the 4.2 seconds of processor
-    time that such a Ray takes to start they are 1.6. `ray.init` has no argument for the last two,
-    and starts the dashboard's process with `include_dashboard=False`, too.
+    Nobody reads what its dashboard, autoscaler and log monitor offer here, and each is a Python
+    process: of the 4.2 seconds of processor time that such a Ray takes to start they are 1.6.
+    `ray.init` has no argument for the last two, and starts the dashboard's process with
+    `include_dashboard=False`, too.
+
+    A terminal that closes, and `timeout`, send their signal to the whole process group of a
+    command. In that group, Ray would be gone before the command could end in order.
     """
 
     def no_dashboard(node: Any, **options: Any) -> None:
@@ -114,6 +118,7 @@ def _without_extras() -> Iterator[None]:
     changes: list[tuple[Any, str, Any]] = [
         (parameter, "RayParams", partial(parameter.RayParams, **extras)),
         (Node, "start_api_server", no_dashboard),
+        (services, "ConsolePopen", partial(services.ConsolePopen, start_new_session=True)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     for change in changes:
