@@ -56,10 +56,10 @@ def main() -> int:
         print(score(json.loads(args.score)))
         return 0
 
-    from rayfin.config import METHOD_CONFIGS
+    from rayfin.methods import METHODS
     from rayfin.training.strategies import STRATEGIES
 
-    rows = {name: (name, None) for name in METHOD_CONFIGS} | QUANTIZED
+    rows = {name: (name, None) for name in METHODS} | QUANTIZED
     if args.methods is not None:
         rows = {name: rows[name] for name in args.methods}
     cells: dict[str, dict[str, str]] = {}

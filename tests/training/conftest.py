@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rayfin.config.method import METHOD_CONFIGS
 from rayfin.data import Tokens
+from rayfin.methods import METHODS
 from rayfin.models import load_base
 from rayfin.paths import Place
 from rayfin.training import TrialResult, TrialSpec, trial
@@ -279,4 +279,4 @@ def _one_thread() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "every_method" in metafunc.fixturenames:
-        metafunc.parametrize("every_method", METHOD_CONFIGS)
+        metafunc.parametrize("every_method", METHODS)

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file
 
 from rayfin.config import Config
-from rayfin.config.method import METHOD_CONFIGS
 from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
+from rayfin.methods import METHODS
 from rayfin.paths import Place, Storage
 from rayfin.training import TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint, load_progress
@@ -70,8 +70,8 @@ def kill_in_a_step(lab: Any, specs: list[TrialSpec]) -> list[tuple[Path, int]]:
 
 @pytest.fixture(scope="module")
 def killed(lab: Any) -> dict[str, tuple[Path, int]]:
-    specs = [lab.spec(name) for name in METHOD_CONFIGS]
-    return dict(zip(METHOD_CONFIGS, kill_in_a_step(lab, specs), strict=True))
+    specs = [lab.spec(name) for name in METHODS]
+    return dict(zip(METHODS, kill_in_a_step(lab, specs), strict=True))
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rayfin.config import Config, TrainConfig
-from rayfin.config.method import METHOD_CONFIGS
+from rayfin.methods import METHODS
 from rayfin.training import TrialResult, TrialSpec
 
 # How often one looks, and how a step's samples are cut into batches, is not what is computed.
@@ -56,14 +56,14 @@ EFFECTIVE = {
 
 
 def test_every_setting_of_every_method_enters() -> None:
-    for kind, config in METHOD_CONFIGS.items():
+    for kind, config in METHODS.items():
         for name in set(config.model_fields) - {"type"}:
             effective = EFFECTIVE.get(kind, {})
             section = {"type": kind} | ({} if name in effective else effective)
             changed = section | {name: other(name, getattr(config.model_validate(section), name))}
             assert fingerprint({"method": changed}) != fingerprint({"method": section}), name
-    kinds = {fingerprint({"method": {"type": kind}}) for kind in METHOD_CONFIGS}
-    assert len(kinds) == len(METHOD_CONFIGS)
+    kinds = {fingerprint({"method": {"type": kind}}) for kind in METHODS}
+    assert len(kinds) == len(METHODS)
 
 
 def test_model_data_and_length_enter_by_content() -> None:

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from rayfin.config import TrainConfig
-from rayfin.config.method import METHOD_CONFIGS
 from rayfin.config.schema import Strategy
 from rayfin.hardware import describe_hardware
+from rayfin.methods import METHODS
 from rayfin.paths import Place
 from rayfin.training import TrialSpec
 from rayfin.training.strategies import STRATEGIES, Group, refusal
@@ -45,7 +45,7 @@ def losses(result: Run) -> list[float]:
 
 def ten(lab: Any, method: str, **changes: Any) -> TrialSpec:
     """10 steps of 4 samples; without dropout, which each worker draws for itself."""
-    has_dropout = "lora_dropout" in METHOD_CONFIGS[method].model_fields
+    has_dropout = "lora_dropout" in METHODS[method].model_fields
     spec = lab.spec(
         method,
         {"lora_dropout": 0.0} if has_dropout else {},
@@ -202,7 +202,7 @@ def test_deepspeed_s_buffer_is_no_larger_than_what_is_trained(
 def test_what_is_refused_has_a_reason_and_a_way_out() -> None:
     refused = [
         (strategy, name, why)
-        for strategy, (name, method) in product(STRATEGIES, METHOD_CONFIGS.items())
+        for strategy, (name, method) in product(STRATEGIES, METHODS.items())
         if (why := refusal(strategy, method.model_validate({"type": name}))) is not None
     ]
     assert refused and not any(strategy == "ddp" for strategy, *_ in refused)

@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from rayfin.cli import main
-from rayfin.config import METHOD_CONFIGS, Config, leaf_names, load_config
+from rayfin.config import Config, leaf_names, load_config
 from rayfin.errors import ConfigError, TrialError
 from rayfin.history import TrialRecord
+from rayfin.methods import METHODS
 from rayfin.paths import Storage
 from rayfin.tuning.plan import new_plan
 from rayfin.tuning.progress import Progress, settings, trials_table
@@ -180,7 +181,7 @@ def test_settings_lists_every_setting_with_its_meaning(
     assert stop.value.code == 0
     out = capfd.readouterr().out
     listed = {line.split()[0] for line in out.splitlines() if line.strip()}
-    for kind in METHOD_CONFIGS:
+    for kind in METHODS:
         names = {*leaf_names(Config.model_validate({"method": {"type": kind}})), kind}
         assert names - {"publish"} <= listed, kind
     assert {"publish.name", "publish.alias"} <= listed

@@ -170,10 +170,11 @@ def test_the_shell_completes(line: str, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_setting_is_completed() -> None:
-    from rayfin.config import METHOD_CONFIGS, Config, ServeConfig, leaf_names
+    from rayfin.config import Config, ServeConfig, leaf_names
+    from rayfin.methods import METHODS
 
     known = set(completion.SettingsCompleter("experiment").names())
-    for kind in METHOD_CONFIGS:
+    for kind in METHODS:
         names = set(leaf_names(Config.model_validate({"method": {"type": kind}})))
         assert names - {"publish", "sweep.parameters"} <= known, kind
     served = set(completion.SettingsCompleter("deployment").names())

@@ -24,7 +24,6 @@ from rayfin.errors import ConfigError, MethodError
 from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS, attach, detach
-from rayfin.methods.layers import trained_parameters
 from rayfin.models import ModelFacts, describe_model, load_base, locate
 from rayfin.recommend import knowledge
 from rayfin.recommend.estimate import Estimate, estimate
@@ -261,7 +260,7 @@ def test_parameters_are_those_that_peft_trains(
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     detach(model)
     base.requires_grad_(False)
-    assert trained_parameters(method, facts) == trained
+    assert method.trained_parameters(facts) == trained
 
 
 @pytest.mark.parametrize(
@@ -292,7 +291,7 @@ def test_parameters_of_other_architectures(
         num_key_value_heads=12,
     )
     method: MethodConfig = TypeAdapter(MethodConfig).validate_python(settings)
-    assert trained_parameters(method, other) == trained
+    assert method.trained_parameters(other) == trained
 
 
 # --- the formula ------------------------------------------------------------------------------

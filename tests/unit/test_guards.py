@@ -20,8 +20,9 @@ MODULES = sorted((SOURCE / "rayfin").rglob("*.py"))
 # The parts of rayfin, left to right: a part imports from its own group and from those before it.
 ORDER = (
     {"redaction"},
+    {"errors", "section", "sizes"},
+    {"methods"},
     {
-        "errors",
         "config",
         "objects",
         "paths",
@@ -32,7 +33,7 @@ ORDER = (
         "heartbeat",
         "watchdog",
     },
-    {"data", "models", "methods"},
+    {"data", "models"},
     {"training"},
     {"history"},
     {"tuning"},

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from rayfin.cli import main
-from rayfin.config import METHOD_CONFIGS, load_config
+from rayfin.config import load_config
+from rayfin.methods import METHODS
 from rayfin.recommend.draft import Lengths
 from rayfin.tuning.space_check import check_space
 
@@ -47,7 +48,7 @@ def test_the_data_decide_and_every_line_is_explained(
             assert lines[number - 1].startswith("  # "), f"{key} is not explained"
 
 
-@pytest.mark.parametrize("method", METHOD_CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_sweep_with_every_method_can_be_checked(data: str, method: str) -> None:
     written(data, f"method.type={method}")
     config = load_config("my-sweep.yaml")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
@@ -14,21 +13,17 @@ from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
 from rayfin.config import Config, MethodConfig, ModelConfig
-from rayfin.config.method import METHOD_CONFIGS
 from rayfin.errors import MethodError
 from rayfin.methods import (
     METHODS,
-    after_optimizer_step,
     attach,
-    check_combination,
     detach,
     linear_names,
     load_training_state,
-    peft_config,
-    regularizer,
     training_state,
 )
 from rayfin.models import load_base, locate
+from rayfin.training.combination import check_combination
 
 TINY = ModelConfig(name="tiny")
 IDS = torch.arange(40).view(2, 20)
@@ -71,28 +66,28 @@ def train(model: torch.nn.Module, settings: MethodConfig, first: int, last: int)
     optimizer = optimizer_of(model)
     for step in range(first, last):
         loss = loss_of(model)
-        if (penalty := regularizer(model, settings)) is not None:
+        if (penalty := settings.regularizer(model)) is not None:
             loss = loss + penalty
         loss.backward()
         optimizer.step()
-        after_optimizer_step(model, settings, step)
+        settings.after_optimizer_step(model, step)
         optimizer.zero_grad()
 
 
 # --- the table ----------------------------------------------------------------------------
 
 
-def test_every_method_that_can_be_configured_is_in_the_table() -> None:
-    assert list(METHODS) == list(METHOD_CONFIGS)
-    members = typing.get_args(typing.get_args(MethodConfig)[0])
-    assert list(members) == list(METHOD_CONFIGS.values())
-    for name, config in METHOD_CONFIGS.items():
-        assert typing.get_args(config.model_fields["type"].annotation) == (name,)
+def test_every_method_is_in_the_table_under_its_own_name() -> None:
+    for name, settings in METHODS.items():
+        assert get_args(settings.model_fields["type"].annotation) == (name,)
+        assert type(method(name)) is settings
+    places = [settings.place for settings in METHODS.values()]
+    assert places == sorted(set(places))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_table_agrees_with_peft(name: str) -> None:
-    config, facts = peft_config(method(name), STEPS, locate(TINY)), METHODS[name]
+    config, facts = method(name).peft_config(STEPS, locate(TINY)), METHODS[name]
     assert (config is None) == facts.changes_base
     assert bool(config and config.is_prompt_learning) == facts.virtual_tokens
     # vLLM serves whole models and plain LoRA.
@@ -101,13 +96,12 @@ def test_the_table_agrees_with_peft(name: str) -> None:
 
 
 def test_methods_have_their_settings_in_pefts_config() -> None:
-    lora = peft_config(
-        method("dora", r=4, lora_alpha=8.0, target_modules=["q_proj"], lora_dropout=0.1), STEPS, ""
-    )
+    dora = method("dora", r=4, lora_alpha=8.0, target_modules=["q_proj"], lora_dropout=0.1)
+    lora = dora.peft_config(STEPS, "")
     assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (4, 8, 0.1)  # type: ignore[union-attr]
     assert isinstance(lora.lora_alpha, int) and lora.use_dora  # type: ignore[union-attr]
     assert lora.target_modules == {"q_proj"}  # type: ignore[union-attr]
-    assert peft_config(method("lora", lora_alpha=2.5), STEPS, "").lora_alpha == 2.5  # type: ignore[union-attr]
+    assert method("lora", lora_alpha=2.5).peft_config(STEPS, "").lora_alpha == 2.5  # type: ignore[union-attr]
 
 
 # --- what is refused ----------------------------------------------------------------------
@@ -282,13 +276,13 @@ def test_adaloras_penalty_is_pefts_own(rounding: Any) -> None:
     with torch.no_grad():
         whole = float(model(**inputs).loss)
         theirs = whole - float(model.get_base_model()(**inputs).loss)
-        ours = regularizer(model, settings)
+        ours = settings.regularizer(model)
     assert theirs > 0.1
     # The sum with the loss rounds once; the penalty is a norm of products over 128 inputs at most.
     bound = rounding.unit_roundoff() * whole + 2 * rounding.growth(128) * theirs
     assert ours is not None and abs(float(ours) - theirs) <= bound
-    assert regularizer(model, method("adalora", orth_reg_weight=0)) is None
-    assert regularizer(model, method("lora")) is None
+    assert method("adalora", orth_reg_weight=0).regularizer(model) is None
+    assert method("lora").regularizer(model) is None
 
 
 @pytest.mark.numeric

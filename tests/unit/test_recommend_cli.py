@@ -14,11 +14,10 @@ from jsonschema import Draft202012Validator
 from rayfin.cli import main
 from rayfin.config import load_config, load_serve_config
 from rayfin.history import History, TrialRecord
-from rayfin.methods import check_combination
-from rayfin.methods.layers import rank
 from rayfin.paths import Storage
 from rayfin.recommend import knowledge
 from rayfin.recommend.answer import Recommendation
+from rayfin.training.combination import check_combination
 from rayfin.tuning.space_check import check_space
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "recommendation.schema.json"
@@ -390,7 +389,7 @@ def test_the_scaffold_is_read_back(
     else:
         assert serve.model == train.model
     assert serve.engine.quantization_bit == train.method.quantization_bit
-    assert serve.engine.max_rank >= rank(train.method)
+    assert serve.engine.max_rank >= train.method.rank
     assert serve.storage == sweep.storage == train.storage
     notes = (folder / "README.md").read_text()
     assert "rayfin train train.yaml" in notes and answer["choices"][0]["method"] in notes

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from rayfin.config import (
-    METHOD_CONFIGS,
     Config,
     TrainConfig,
     build_config,
@@ -18,7 +17,7 @@ from rayfin.config import (
     with_values,
 )
 from rayfin.errors import ConfigError
-from rayfin.methods import METHODS, check_combination
+from rayfin.methods import METHODS
 from rayfin.recommend import Scenario
 from rayfin.recommend.practice import (
     CPU_CLASS,
@@ -31,6 +30,7 @@ from rayfin.recommend.practice import (
     rank,
     settings,
 )
+from rayfin.training.combination import check_combination
 from rayfin.training.strategies import Share, share_of_step
 
 SCENARIOS = list(
@@ -70,7 +70,7 @@ def test_sources_lie_within_the_spread(method: str, size: float, rate: float) ->
 
 
 def test_every_method_has_a_source() -> None:
-    assert {method for method, _, _ in SOURCED} == set(METHOD_CONFIGS)
+    assert {method for method, _, _ in SOURCED} == set(METHODS)
 
 
 @pytest.mark.parametrize(("size", "rate"), [(6.7, 2e-4), (13.02, 2e-4), (32.5, 1e-4), (65, 1e-4)])
@@ -90,7 +90,7 @@ def test_methods_that_train_little_take_more(size: float | None) -> None:
     assert learning_rate("dora", size) < learning_rate("lora", size)
 
 
-@pytest.mark.parametrize("method", METHOD_CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_larger_models_never_take_more(method: str) -> None:
     rates = [learning_rate(method, size) for size in (0.1, 1, 3, 7, 14, 34, 70, 400)]
     assert all(one >= other for one, other in pairwise(rates))
@@ -160,7 +160,7 @@ def test_more_memory_never_does_less() -> None:
         assert it.quantise_above_b * 1e9 * 2 <= it.gib * 2**30 / 2
 
 
-@pytest.mark.parametrize("method", METHOD_CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "more",
     [
@@ -186,9 +186,9 @@ def test_every_scenario_and_method_gives_a_valid_configuration(
             assert flat[section][leaf] == value
 
 
-@pytest.mark.parametrize("method", METHOD_CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_over_another_method_s_configuration(method: str) -> None:
-    for other in METHOD_CONFIGS:
+    for other in METHODS:
         base = with_values(Config(), {"method.type": other})
         assert with_values(base, settings(Scenario(**GPU), method)).method.type == method
 
@@ -208,7 +208,7 @@ def test_short_samples_get_few_virtual_tokens(method: str) -> None:
     assert (short["method.num_virtual_tokens"], short["data.max_length"]) == (12, 24)
 
 
-@pytest.mark.parametrize("method", METHOD_CONFIGS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_cpu_gets_small_batches_of_short_samples(method: str) -> None:
     found = settings(Scenario("cpu", "large", "normal", gpu_memory_gb=80.0), method)
     assert found["train.per_device_train_batch_size"] == CPU_CLASS.per_device_train_batch_size

@@ -75,7 +75,7 @@ def test_a_language_that_there_is_not() -> None:
 
 
 def test_methods_are_those_that_can_be_trained() -> None:
-    from rayfin.methods.table import METHODS
+    from rayfin.methods import METHODS
 
     assert {method for rule in RULES for method in rule.methods} <= METHODS.keys()
     for rule in RULES[:-1]:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfin.config import METHOD_CONFIGS, build_config
+from rayfin.config import build_config
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord, import_history
+from rayfin.methods import METHODS
 from rayfin.recommend.features import (
     COLUMNS,
     code,
@@ -216,7 +217,7 @@ def setting(method: Any, train: Any = None) -> dict[str, float] | None:
 LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 
 
-@pytest.mark.parametrize("kind", list(METHOD_CONFIGS))
+@pytest.mark.parametrize("kind", list(METHODS))
 def test_every_method_has_a_place_and_its_usual_rate_is_zero(kind: str) -> None:
     from rayfin.recommend.practice import learning_rate
 

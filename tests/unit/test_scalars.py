@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from rayfin.config import METHOD_CONFIGS, dump_yaml, load_config, load_serve_config, parse_yaml
+from rayfin.config import dump_yaml, load_config, load_serve_config, parse_yaml
 from rayfin.errors import ConfigError
+from rayfin.methods import METHODS
 
 LOOK_LIKE_SOMETHING_ELSE = (
     "51e8870", "1e5", "0123", "007", "1.10", "0o17", "0x1f", "0b1", "1_0", ".inf", ".nan",
@@ -131,14 +132,14 @@ def test_another_method_over_a_file_keeps_what_it_has_and_names_the_rest(
         in_file(tmp_path, "method: {type: lora, rnk: 16}", "method.type=ia3")
 
 
-@pytest.mark.parametrize("before", METHOD_CONFIGS)
+@pytest.mark.parametrize("before", METHODS)
 def test_another_method_over_a_saved_file_has_its_own_defaults(
     before: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Only what somebody wrote counts as written."""
     saved = dump_yaml(load_config(None, [f"method.type={before}"]))
     with caplog.at_level(logging.WARNING):
-        for after in METHOD_CONFIGS:
+        for after in METHODS:
             plain = load_config(None, [f"method.type={after}"])
             assert in_file(tmp_path, saved, f"method.type={after}") == plain
     assert not caplog.messages

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from rayfin.config import METHOD_CONFIGS, Config, dump_yaml, load_config, parse_yaml
+from rayfin.config import Config, dump_yaml, load_config, parse_yaml
 from rayfin.errors import ConfigError, MethodError
-from rayfin.methods import check_combination
+from rayfin.methods import METHODS
 from rayfin.paths import Storage
+from rayfin.training.combination import check_combination
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.space import (
     Values,
@@ -148,11 +149,11 @@ WRITTEN = {
 @st.composite
 def spaces(draw: st.DrawFn) -> Config:
     """A sweep over some methods, with axes and settings that not all of them have."""
-    types = draw(st.lists(st.sampled_from(sorted(METHOD_CONFIGS)), min_size=1, unique=True))
+    types = draw(st.lists(st.sampled_from(sorted(METHODS)), min_size=1, unique=True))
     names = draw(st.lists(st.sampled_from(sorted(AXES_OF_ALL)), unique=True, max_size=5))
     axes = {"method.type": types} | {name: draw(AXES_OF_ALL[name]) for name in names}
-    base = draw(st.sampled_from(sorted(METHOD_CONFIGS)))
-    fields = sorted(WRITTEN.keys() & METHOD_CONFIGS[base].model_fields.keys())
+    base = draw(st.sampled_from(sorted(METHODS)))
+    fields = sorted(WRITTEN.keys() & METHODS[base].model_fields.keys())
     kept = draw(st.lists(st.sampled_from(fields), unique=True)) if fields else []
     method = {"type": base} | {name: WRITTEN[name] for name in kept}
     return load_config({"method": method, "sweep": {"parameters": axes}})

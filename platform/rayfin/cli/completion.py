@@ -87,7 +87,8 @@ class SettingsCompleter:
 
 def _settings(kind: Kind) -> dict[str, FieldInfo]:
     """Dotted name -> field; of `method` those of all methods."""
-    from rayfin.config import METHOD_CONFIGS, Config, PublishConfig, ServeConfig
+    from rayfin.config import Config, PublishConfig, ServeConfig
+    from rayfin.methods import METHODS
 
     if kind == "storage":
         return {"storage": Config.model_fields["storage"]}
@@ -97,7 +98,7 @@ def _settings(kind: Kind) -> dict[str, FieldInfo]:
     for name, field in (Config if kind == "experiment" else ServeConfig).model_fields.items():
         sections: Iterable[type[BaseModel]]
         if name == "method":
-            sections = METHOD_CONFIGS.values()
+            sections = METHODS.values()
         elif name == "publish":
             sections = (PublishConfig,)
         elif field.description:
@@ -115,9 +116,9 @@ def _settings(kind: Kind) -> dict[str, FieldInfo]:
 def _values(name: str, field: FieldInfo | None, begun: str) -> Iterator[str]:
     """What may follow `name=`: a choice's values, true and false, or paths."""
     if name == "method.type":
-        from rayfin.config import METHOD_CONFIGS
+        from rayfin.methods import METHODS
 
-        yield from METHOD_CONFIGS
+        yield from METHODS
     elif name == "model.name":
         from rayfin.models.bundled import BUNDLED
 

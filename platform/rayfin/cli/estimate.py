@@ -38,10 +38,10 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0, whether the configuration fits or not; nothing is written anywhere."""
     from rayfin.config import load_config
     from rayfin.hardware import describe_hardware
-    from rayfin.methods import check_combination
     from rayfin.models import describe_model
     from rayfin.recommend.estimate import estimate
     from rayfin.recommend.fitting import sampled_profile
+    from rayfin.training.combination import check_combination
 
     file, settings = split_settings(args.settings)
     config = load_config(file, settings)

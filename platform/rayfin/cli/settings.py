@@ -80,14 +80,15 @@ def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 def settings_lines() -> Iterator[str]:
     """Yields the settings of an experiment as lines for people, a section at a time."""
-    from rayfin.config import METHOD_CONFIGS, Config, PublishConfig
+    from rayfin.config import Config, PublishConfig
+    from rayfin.methods import METHODS
 
     for name, field in Config.model_fields.items():
         if name == "method":
-            yield from ("", "method.type = qlora")
-            for kind, method in METHOD_CONFIGS.items():
+            yield from ("", f"method.type = {field.default.type}")
+            for kind, method in METHODS.items():
                 yield f"  {kind:15}{_folded(method.__doc__)}"
-            for kinds, model in _alike(METHOD_CONFIGS):
+            for kinds, model in _alike(METHODS):
                 yield from _section("method", model, f"method, of type {', '.join(kinds)}")
         elif name == "publish":
             title = f"publish = null  {_folded(field.description)}"

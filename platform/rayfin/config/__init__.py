@@ -10,7 +10,6 @@ from rayfin.config.load import (
     saved,
     with_values,
 )
-from rayfin.config.method import METHOD_CONFIGS, MethodConfig, Section
 from rayfin.config.problems import leaf_names, shown
 from rayfin.config.schema import (
     Config,
@@ -23,9 +22,10 @@ from rayfin.config.schema import (
     TrainConfig,
 )
 from rayfin.config.serving import ApiConfig, EngineConfig, ReplicaConfig, ServeConfig
+from rayfin.methods import MethodConfig
+from rayfin.section import Section
 
 __all__ = [
-    "METHOD_CONFIGS",
     "ApiConfig",
     "Config",
     "DataConfig",

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rayfin.config.method import METHOD_CONFIGS
 from rayfin.config.problems import describe, shown, swept_methods
 from rayfin.config.scalars import load_yaml, typed, typed_override
 from rayfin.config.schema import Config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError
+from rayfin.methods import METHODS
 from rayfin.redaction import HIDDEN, is_secret, redacted_settings
 
 log = logging.getLogger(__name__)
@@ -167,25 +167,24 @@ def _method_over(tree: Mapping[str, Any], new_type: Any) -> tuple[Any, dict[str,
     if method is not None and not isinstance(method, Mapping):
         raise ConfigError("method.type: 'method' is a value, not a section")
     written = {name: value for name, value in (method or {}).items() if name != "type"}
-    known = METHOD_CONFIGS.get(str(new_type))
+    known = METHODS.get(str(new_type))
     left = (
         {} if known is None else {k: v for k, v in written.items() if k not in known.model_fields}
     )
     # An unknown setting is no other method's: it stays, to be refused with the nearest name.
-    left = {
-        k: v for k, v in left.items() if any(k in m.model_fields for m in METHOD_CONFIGS.values())
-    }
+    left = {k: v for k, v in left.items() if any(k in m.model_fields for m in METHODS.values())}
     return {"type": new_type} | {k: v for k, v in written.items() if k not in left}, left
 
 
 def _default_method(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without a type, settings under `method` are those of the default, qlora.
+    """Without a type, settings under `method` are those of the default.
 
     Or of the first method that is swept, as the default may be none of the trials'.
     """
     method, swept = tree.get("method", {}), swept_methods(tree)
     if isinstance(method, dict) and "type" not in method and ("method" in tree or swept):
-        tree["method"] = {"type": swept[0] if swept else "qlora", **method}
+        default = Config.model_fields["method"].default.type
+        tree["method"] = {"type": swept[0] if swept else default, **method}
     return tree
 
 

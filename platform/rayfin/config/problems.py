@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rayfin.config.method import METHOD_CONFIGS
 from rayfin.config.schema import Config, PublishConfig
 from rayfin.errors import did_you_mean
+from rayfin.methods import METHODS
 from rayfin.redaction import is_secret
 
 # pydantic's own words for these name Python classes.
@@ -49,7 +49,7 @@ def describe(
                 sentences.append(
                     _of_another_method(key, value, tree) or _unknown(key, _known_keys(tree, kind))
                 )
-            case "union_tag_invalid" | "union_tag_not_found":
+            case "unknown_method":
                 sentences.append(_no_method(value))
             case "value_error":
                 sentences.append(f"{key}: {problem['ctx']['error']}")
@@ -100,8 +100,8 @@ def swept_methods(tree: Mapping[str, Any]) -> list[Any]:
 def _of_another_method(key: str, value: Any, tree: Mapping[str, Any]) -> str | None:
     """What is to be done about a setting that only other methods of the sweep have."""
     section, _, name = key.partition(".")
-    methods = [m for m in swept_methods(tree) if isinstance(m, str) and m in METHOD_CONFIGS]
-    having = [m for m in methods if name in METHOD_CONFIGS[m].model_fields]
+    methods = [m for m in swept_methods(tree) if isinstance(m, str) and m in METHODS]
+    having = [m for m in methods if name in METHODS[m].model_fields]
     if section != "method" or not having:
         return None
     own = tree["method"].get("type")
@@ -140,8 +140,8 @@ def _unknown(key: str, known: list[str]) -> str:
 def _no_method(value: Any) -> str:
     given = value.get("type") if isinstance(value, Mapping) else value
     return (
-        f"method.type: {shown(given)} is not a method; allowed: {', '.join(METHOD_CONFIGS)}"
-        f"{did_you_mean(str(given), METHOD_CONFIGS)}"
+        f"method.type: {shown(given)} is not a method; allowed: {', '.join(METHODS)}"
+        f"{did_you_mean(str(given), METHODS)}"
     )
 
 
@@ -150,6 +150,6 @@ def _known_keys(tree: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
         return [*leaf_names(kind()), *kind.model_fields]
     method = tree.get("method")
     type_ = method.get("type") if isinstance(method, Mapping) else None
-    defaults = Config.model_validate({"method": {"type": type_}} if type_ in METHOD_CONFIGS else {})
+    defaults = Config.model_validate({"method": {"type": type_}} if type_ in METHODS else {})
     publish = [f"publish.{name}" for name in PublishConfig.model_fields]
     return [*leaf_names(defaults), *Config.model_fields, *publish]

@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel
 
 from rayfin.config.schema import Space
+from rayfin.methods import METHODS, MethodConfig
 
 _NULL = ("", "~", "null", "Null", "NULL")
 _INTEGER = re.compile(r"[+-]?\d{1,400}")
@@ -79,8 +80,10 @@ class Wanted:
 
     def of(self, key: str) -> Wanted:
         """What the setting `key` of this section takes."""
-        fields = [model.model_fields[key] for model in self.models if key in model.model_fields]
-        kinds: list[Any] = [field.annotation for field in fields]
+        sections = [section for model in self.models for section in _members(model)]
+        kinds: list[Any] = [
+            m.model_fields[key].annotation for m in sections if key in m.model_fields
+        ]
         found = [_wanted(kind) for kind in kinds]
         return functools.reduce(_either, found) if found else self.values or Wanted()
 
@@ -172,6 +175,11 @@ def _core(text: str, wanted: Wanted) -> Any:
     if _FLOAT.fullmatch(text):
         return float(text)
     return float(text.replace(".", "")) if _NOT_FINITE.fullmatch(text) else str(text)
+
+
+def _members(model: type[BaseModel]) -> Iterable[type[BaseModel]]:
+    """The sections that a section of this kind may be: of a method, all that are registered."""
+    return METHODS.values() if model is MethodConfig else (model,)
 
 
 @functools.cache

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from rayfin.config.method import MethodConfig, QloraConfig, Section
+from rayfin.methods import MethodConfig
+from rayfin.section import Section
 
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -215,7 +216,7 @@ class Config(Section):
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
-    method: MethodConfig = QloraConfig(type="qlora")
+    method: MethodConfig = MethodConfig.model_validate({"type": "qlora"})
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
     sweep: SweepConfig = SweepConfig()

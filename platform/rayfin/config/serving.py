@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rayfin.config.method import Section
 from rayfin.config.schema import ModelConfig
+from rayfin.section import Section
 
 MAX_RANK = 1024
 """The highest rank of an adapter that an engine serves."""

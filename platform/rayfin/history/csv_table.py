@@ -24,10 +24,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rayfin.config import METHOD_CONFIGS, DataConfig, ModelConfig, Section, TrainConfig
+from rayfin.config import DataConfig, ModelConfig, Section, TrainConfig
 from rayfin.errors import HistoryError
 from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
 from rayfin.history.record import QUALITY_METRICS, Status, TrialRecord, finite
+from rayfin.methods import METHODS
 
 _SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
@@ -40,9 +41,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "model.name": ("model", "model_name", "model_id", "base_model", "model_name_or_path"),
     "data.path": ("dataset", "data", "dataset_name"),
     "method.type": ("method", "method_type", "peft_type", "peft_method"),
-    "method.r": ("lora_rank", "rank", "lora_r"),
-    "method.lora_alpha": ("alpha",),
-    "method.lora_dropout": ("dropout",),
+    **{f"method.{name}": others for it in METHODS.values() for name, others in it.synonyms.items()},
     "train.learning_rate": ("lr",),
     "train.per_device_train_batch_size": ("batch_size",),
     "train.max_steps": ("steps", "num_steps"),
@@ -128,7 +127,7 @@ def _columns(path: Path, header: list[str]) -> list[tuple[str, str]]:
 def _setting_names() -> Iterator[str]:
     for section, config in _SECTIONS.items():
         yield from (f"{section}.{name}" for name in config.model_fields)
-    for method in METHOD_CONFIGS.values():
+    for method in METHODS.values():
         yield from (f"method.{name}" for name in method.model_fields)
 
 
@@ -195,14 +194,16 @@ def _metrics(given: Mapping[tuple[str, str], str]) -> tuple[dict[str, Any], str 
 
 def _spec(values: Mapping[str, str]) -> dict[str, Any]:
     spec: dict[str, Any] = {}
-    method = values.get("method.type") or ("lora" if "method.r" in values else None)
+    method = values.get("method.type")
+    if method is None and "method.r" in values:
+        method = next(name for name, it in METHODS.items() if "r" in it.model_fields)
     if method is not None:
         spec["method"] = {"type": (method := method_name(method))}
     for target, text in values.items():
         section, _, leaf = target.partition(".")
         if target == "method.type" or section not in (*_SECTIONS, "method"):
             continue
-        config = METHOD_CONFIGS.get(method or "") if section == "method" else _SECTIONS[section]
+        config = METHODS.get(method or "") if section == "method" else _SECTIONS[section]
         fixed = {"type": method} if section == "method" else {}
         spec.setdefault(section, {})[leaf] = _setting(config, leaf, text, fixed)
     return spec

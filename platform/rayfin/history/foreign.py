@@ -10,25 +10,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rayfin.history.record import Status, TrialRecord
-
-# Other spellings of rayfin's method types, after `method_name` took case and hyphens away.
-_METHODS = {
-    "ptuning": "p_tuning",
-    "prefix": "prefix_tuning",
-    "prefixtuning": "prefix_tuning",
-    "prompt": "prompt_tuning",
-    "prompttuning": "prompt_tuning",
-    "full_finetuning": "full",
-    "full_fine_tuning": "full",
-    "full_ft": "full",
-    "fft": "full",
-}
+from rayfin.methods import METHODS
 
 
 def method_name(name: str) -> str:
     """`P-Tuning` -> `p_tuning`; the name of a method that rayfin does not have stays its own."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.strip().lower()).strip("_")
-    return _METHODS.get(plain, plain)
+    return next((own for own, it in METHODS.items() if plain in it.aliases), plain)
 
 
 def ran_out_of_memory(message: str) -> bool:

@@ -17,10 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rayfin.config import METHOD_CONFIGS
 from rayfin.errors import HistoryError
 from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
 from rayfin.history.record import Status, TrialRecord, finite
+from rayfin.methods import METHODS
 
 _TRAIN = {
     "batch_size": "per_device_train_batch_size",
@@ -133,17 +133,15 @@ def _method(config: Mapping[str, Any] | None, dtype: str) -> tuple[dict[str, Any
     quantised = {} if bits is None else {"quantization_bit": bits}
     if not config:
         return {"type": "full", **quantised}, {}
-    kind = method_name(config["peft_type"])
-    if kind == "lora":
-        variants = [name for name in ("dora", "rslora") if config.get(f"use_{name}")]
-        kind = variants[0] if variants else "qlora" if bits == 4 else "lora"
+    named = method_name(config["peft_type"])
+    kind = next((own for own, it in METHODS.items() if it.is_pefts(named, config, bits)), named)
     settings = {
         # PEFT writes sets, in no fixed order.
         name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
         for name, value in config.items()
         if name not in _NOT_SETTINGS and not _empty(value)
     }
-    known = METHOD_CONFIGS[kind].model_fields if kind in METHOD_CONFIGS else settings.keys()
+    known = METHODS[kind].model_fields if kind in METHODS else settings.keys()
     method = {n: v for n, v in settings.items() if n in known and n != "type"}
     return {"type": kind, **method, **quantised}, {
         n: v for n, v in settings.items() if n not in known

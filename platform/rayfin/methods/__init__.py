@@ -1,27 +1,27 @@
-"""Fine-tuning methods: one table, one way to attach them, one check of what can't work."""
+"""Fine-tuning methods: a module each, and one way to attach them to a base model.
 
-from rayfin.methods.attach import (
-    after_optimizer_step,
-    attach,
-    detach,
-    linear_names,
-    peft_config,
-    regularizer,
-)
-from rayfin.methods.check import check_combination
+Every module here is imported, so that a method is there once its file is.
+"""
+
+import pkgutil
+from importlib import import_module
+
+from rayfin.methods.attach import attach, detach, linear_names
+from rayfin.methods.base import METHODS, MethodConfig, capacities, methods_that, register
 from rayfin.methods.state import load_training_state, training_state
-from rayfin.methods.table import METHODS, Method
+
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
     "METHODS",
-    "Method",
-    "after_optimizer_step",
+    "MethodConfig",
     "attach",
-    "check_combination",
+    "capacities",
     "detach",
     "linear_names",
     "load_training_state",
-    "peft_config",
-    "regularizer",
+    "methods_that",
+    "register",
     "training_state",
 ]

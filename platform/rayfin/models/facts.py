@@ -12,8 +12,9 @@ from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.checkpoint import check_causal, read_config, weight_files
-from rayfin.models.sizes import Sizes, sizes_of
+from rayfin.models.sizes import sizes_of
 from rayfin.models.source import is_hub, model_directory
+from rayfin.sizes import Sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,25 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a base model; counts are of unquantised weights, tied ones counted once."""
-
-    architecture: str
-    parameters: int
-    linear_parameters: int
-    """Weights of the linear layers but the output head: what 4 and 8 bits apply to."""
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int | None
-    dtype: str
-    """Of the stored weights."""
+from rayfin.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rayfin.config import Config
 from rayfin.history import History
-from rayfin.methods import METHODS
+from rayfin.methods import METHODS, capacities
 from rayfin.recommend import practice, quality
 from rayfin.recommend.answer import Choice, Point, Predictions, Range, Recommendation
 from rayfin.recommend.candidates import Place, candidates, given
@@ -34,7 +34,6 @@ _LATER_IN_THE_RULE = 0.02
 _PER_DOUBLING = {"quality": 0.005, "cost": 0.05, "latency": 0.01}
 """Charge of twice the training time, by the scenario's priority."""
 _PER_OCTAVE = 0.03
-_OCTAVES = ("train.learning_rate", "method.r", "method.target_r", "method.num_virtual_tokens")
 _OCTAVES_OF_METHOD = 2.0
 _USUAL, _SAME = 0.4, 0.1
 """Decades within which a learning rate is about practice's, whose sources differ by as much; and
@@ -198,11 +197,12 @@ def _unusual(options: Sequence[Option], place: Place) -> Array:
     """Charges for each octave away from practice's settings, and for methods named later."""
     found = [option.candidate for option in options]
     octaves, methods = np.zeros(len(found)), list(dict.fromkeys(one.method for one in found))
+    counted = {"train.learning_rate", *(f"method.{name}" for name in capacities())}
     for at, option in enumerate(found):
         octaves[at] = _OCTAVES_OF_METHOD * methods.index(option.method)
         for name, value in practice.settings(place.scenario, option.method).items():
             taken = option.settings.get(name)
-            if name in _OCTAVES and taken is not None:
+            if name in counted and taken is not None:
                 octaves[at] += abs(math.log2(taken / value))
     charges: Array = _PER_OCTAVE * octaves
     return charges

@@ -10,12 +10,13 @@ from typing import Any
 from rayfin.config import Config, with_values
 from rayfin.errors import ConfigError, MethodError, RayfinError
 from rayfin.hardware import Hardware
-from rayfin.methods import METHODS, check_combination
+from rayfin.methods import METHODS
 from rayfin.models.facts import ModelFacts
 from rayfin.recommend import practice
 from rayfin.recommend.features import data_row, model_row, place_codes
 from rayfin.recommend.rules import rule_for
 from rayfin.recommend.scenario import Scenario
+from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
 from rayfin.tuning.preflight import check_positions
 
@@ -114,17 +115,16 @@ def tighter(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, A
     activations are recomputed, and then the weights have 4 bits.
     """
     method, train = option.config.method, option.config.train
-    own = METHODS[method.type]
     bits: list[dict[str, Any]] = [{}]
     if (
-        own.quantized_base
+        method.quantized_base
         and not method.quantization_bit
         and "method.quantization_bit" not in fixed
     ):
         bits.append({"method.quantization_bit": 4})
     recomputed: list[dict[str, Any]] = [{}]
     name = "train.gradient_checkpointing"
-    if own.gradient_checkpointing and not train.gradient_checkpointing and name not in fixed:
+    if method.gradient_checkpointing and not train.gradient_checkpointing and name not in fixed:
         recomputed.append({name: True})
     size, steps = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
     scored = "train.per_device_eval_batch_size"
@@ -152,9 +152,7 @@ def changed(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
 def _within_positions(config: Config, facts: ModelFacts, fixed: Mapping[str, Any]) -> Config:
     """With samples cut to what the model has positions for, where their length was not given."""
     has = facts.max_position_embeddings
-    virtual = METHODS[config.method.type].virtual_tokens
-    tokens: int = getattr(config.method, "num_virtual_tokens", 0) if virtual else 0
-    room = config.data.max_length if has is None else has - tokens
+    room = config.data.max_length if has is None else has - config.method.positions
     if "data.max_length" in fixed or config.data.max_length <= room:
         return config
     return with_values(config, {"data.max_length": max(8, room)})
@@ -176,34 +174,24 @@ def methods_for(fixed: Mapping[str, Any], scenario: Scenario) -> Sequence[str]:
     if "method.type" in fixed:
         return [str(fixed["method.type"])]
     rule = rule_for(scenario).methods or ("lora",)
-    return list(dict.fromkeys([*rule, *(name for name in METHODS if name != "full")]))
+    return list(
+        dict.fromkeys([*rule, *(name for name, it in METHODS.items() if not it.changes_base)])
+    )
 
 
 def _variants(method: str, scenario: Scenario) -> Iterator[dict[str, Any]]:
     usual = practice.settings(scenario, method)
-    name = _capacity(usual)
-    if name is None:
+    own = METHODS[method]
+    name = f"method.{own.capacity}"
+    if own.capacity is None:
         for rate in _RATES:
             yield usual | _learning_rate(usual, rate)
         return
     for rate, share in itertools.product(_RATES, _CAPACITIES):
-        capacity = max(1, round(usual[name] * share))
-        yield usual | _learning_rate(usual, rate) | _capacity_settings(method, name, capacity)
+        settings = own.of_capacity(max(1, round(usual[name] * share)))
+        changed = {f"method.{leaf}": value for leaf, value in settings.items()}
+        yield usual | _learning_rate(usual, rate) | changed
 
 
 def _learning_rate(usual: Mapping[str, Any], factor: float) -> dict[str, Any]:
     return {"train.learning_rate": float(f"{usual['train.learning_rate'] * factor:.2g}")}
-
-
-def _capacity(settings: Mapping[str, Any]) -> str | None:
-    names = ("method.r", "method.target_r", "method.num_virtual_tokens")
-    return next((name for name in names if name in settings), None)
-
-
-def _capacity_settings(method: str, name: str, capacity: int) -> dict[str, Any]:
-    found: dict[str, Any] = {name: capacity}
-    if METHODS[method].trains == "low rank":
-        found["method.lora_alpha"] = practice.lora_alpha(method, capacity)
-    if name == "method.target_r":
-        found["method.init_r"] = max(capacity * 3 // 2, capacity)
-    return found

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rayfin.config import (
-    METHOD_CONFIGS,
     Config,
     PublishConfig,
     Space,
@@ -19,13 +18,14 @@ from rayfin.config import (
     parse_yaml,
 )
 from rayfin.history.connect import without_password
-from rayfin.methods import check_combination
+from rayfin.methods import METHODS
 from rayfin.models import describe_model, load_tokenizer
 from rayfin.recommend import practice
 from rayfin.recommend.candidates import given
 from rayfin.recommend.rules import rule_for
 from rayfin.recommend.scaffold import TRIALS, axes
 from rayfin.recommend.scenario import Scenario
+from rayfin.training.combination import check_combination
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -159,7 +159,7 @@ def _named(config: Config) -> Iterator[str]:
 def _lines(settings: Mapping[str, Any], notes: Mapping[str, str]) -> Iterator[str]:
     yield "# A sweep to start from, made by `rayfin init`. Run it:  rayfin sweep THIS_FILE"
     yield "# All settings there are, each with its default:         rayfin sweep --settings"
-    method = METHOD_CONFIGS[settings["method.type"]]
+    method = METHODS[settings["method.type"]]
     for section in (*_SECTIONS, "sweep", "publish"):
         named = [key for key in settings if key.startswith(f"{section}.")]
         if not named:

@@ -213,7 +213,8 @@ def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | Non
             changes, taken = _fitted(candidate, place, measured, fixed)
             if taken.fits is True:
                 config = changed(candidate, changes).config
-                four = config.method.quantization_bit == 4 and candidate.method != "qlora"
+                own = config.method
+                four = own.quantization_bit == 4 and not own.quantized_by_default()
                 return f"{candidate.method} over 4-bit weights" if four else candidate.method
     return None
 

@@ -7,11 +7,10 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from rayfin.config import METHOD_CONFIGS
 from rayfin.history import TrialRecord
 from rayfin.history.record import finite
+from rayfin.methods import METHODS, capacities
 from rayfin.recommend.names import facts_from_name
-from rayfin.recommend.practice import learning_rate
 from rayfin.recommend.process import Columns
 
 NAN = math.nan
@@ -61,20 +60,6 @@ COLUMNS = Columns(
 )
 """Sizes and rows in decades, tokens a sample in octaves, width in octaves beyond the usual."""
 
-# Where methods lie beside each other: those that share how they change the model lie close, and
-# what was learned of one is taken for the other until its own trials say otherwise.
-_METHODS = {
-    "lora": (0.0, 0.0),
-    "qlora": (0.2, 0.0),
-    "rslora": (0.0, 0.2),
-    "dora": (0.0, -0.2),
-    "adalora": (0.3, 0.4),
-    "full": (1.0, 0.0),
-    "ia3": (0.0, 1.5),
-    "p_tuning": (2.0, 0.0),
-    "prompt_tuning": (2.3, 0.4),
-    "prefix_tuning": (2.3, -0.4),
-}
 _LINEAR_LAYERS = 7  # of a Llama-like block: query, key, value, output, gate, up, down
 
 
@@ -92,33 +77,30 @@ def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
     """
     method, train = _section(spec, "method"), _section(spec, "train")
     kind = method.get("type")
-    if not isinstance(kind, str) or kind not in METHOD_CONFIGS:
+    if not isinstance(kind, str) or kind not in METHODS:
         return None
     rate = _within(train.get("learning_rate"), 1e-8, 1.0)
-    capacity = _within(next((method[name] for name in _CAPACITY if name in method), None), 1, 4096)
+    named = next((method[name] for name in capacities() if name in method), None)
+    capacity = _within(named, 1, 4096)
     dropout = _within(method.get("lora_dropout"), 0.0, 1.0)
     if rate is None or capacity is None or dropout is None:
         return None
     alpha = _number(method.get("lora_alpha"))
-    power = 0.5 if kind == "rslora" else 1.0
+    own = METHODS[kind]
     samples = _number(train.get("per_device_train_batch_size")) * _number(
         train.get("gradient_accumulation_steps", 1)
     )
-    place = _METHODS[kind]
     return {
-        "learning_rate": _log(10, rate / learning_rate(kind)),
+        "learning_rate": _log(10, rate / own.rate.at()),
         "capacity": _log(2, capacity),
-        "scaling": _log(2, alpha / capacity**power if capacity > 0 else NAN),
+        "scaling": _log(2, alpha / capacity**own.scale_exponent if capacity > 0 else NAN),
         "dropout": dropout,
         "targets": _targets(method.get("target_modules")),
         "samples_per_step": _log(2, samples),
         "steps": _log(2, _number(train.get("max_steps"))),
-        "method_x": place[0],
-        "method_y": place[1],
+        "method_x": own.coordinates[0],
+        "method_y": own.coordinates[1],
     }
-
-
-_CAPACITY = ("r", "target_r", "num_virtual_tokens")
 
 
 def model_row(name: str, facts: Mapping[str, Any]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from rayfin import __version__
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.history.record import QUALITY_METRICS
+from rayfin.methods import capacities
 from rayfin.paths import cache_dir, write_text
 from rayfin.recommend.answer import Basis
 from rayfin.recommend.features import COLUMNS
@@ -102,9 +103,8 @@ class Knowledge:
 def _summary(record: TrialRecord) -> str:
     """`lora learning_rate=0.0003 r=16, smollm2-135m on pydocs: eval_loss 2.81`"""
     method, train = (_section(record, name) for name in ("method", "train"))
-    names = ("r", "target_r", "num_virtual_tokens")
     settings = {"learning_rate": train.get("learning_rate")}
-    settings |= {name: method[name] for name in names if name in method}
+    settings |= {name: method[name] for name in capacities() if name in method}
     shown = " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
     scores = (
         f"{name} {value:.4g}"

@@ -19,6 +19,7 @@ import numpy as np
 from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.history import History
+from rayfin.methods import capacities
 from rayfin.models import describe_model
 from rayfin.recommend import quality
 from rayfin.recommend.advisor import LEARNED
@@ -43,12 +44,6 @@ trials after which that is half: what a right past knows is found by then."""
 _SPREADS = (1.0, 2.0, 4.0, 8.0, 16.0)
 _LEAST_SHARE = 0.01
 """Views that are less likely than this are not asked."""
-_AXES = {
-    *("train.learning_rate", "train.per_device_train_batch_size", "train.max_steps"),
-    *("train.gradient_accumulation_steps", "method.type", "method.r", "method.target_r"),
-    *("method.num_virtual_tokens", "method.lora_alpha", "method.lora_dropout"),
-}
-"""What of a setting is a column of the learned model."""
 _STEPS = COLUMNS.names.index("steps")
 _ASKED = 64
 """Points of the space by which the past's relevance is judged."""
@@ -61,11 +56,12 @@ def sweep_advisor(plan: SweepPlan, history: History) -> SweepAdvisor | None:
     the advisor does not know. Raises ConfigError for those where it was asked for.
     """
     sweep = plan.config.sweep
-    unknown = sorted(sweep.parameters.keys() - _AXES)
+    known = _known_axes()
+    unknown = sorted(sweep.parameters.keys() - known)
     if unknown and sweep.search == "advisor":
         raise ConfigError(
             f"sweep.search=advisor: it learns nothing about sweep.parameters.{unknown[0]}, only "
-            f"about {', '.join(sorted(_AXES))}; use sweep.search=tpe, or leave the axis out"
+            f"about {', '.join(sorted(known))}; use sweep.search=tpe, or leave the axis out"
         )
     if unknown:
         return None
@@ -73,6 +69,15 @@ def sweep_advisor(plan: SweepPlan, history: History) -> SweepAdvisor | None:
     if sweep.search == "auto" and advisor.relevance(plan.config) < LEARNED:
         return None
     return advisor
+
+
+def _known_axes() -> set[str]:
+    """Settings that are columns of the learned model."""
+    return {
+        *("train.learning_rate", "train.per_device_train_batch_size", "train.max_steps"),
+        *("train.gradient_accumulation_steps", "method.type"),
+        *(f"method.{name}" for name in (*capacities(), "lora_alpha", "lora_dropout")),
+    }
 
 
 def _past(plan: SweepPlan, history: History) -> Knowledge:

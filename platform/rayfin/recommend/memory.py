@@ -6,17 +6,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rayfin.config.method import DoraConfig, FullConfig, Ia3Config
 from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
-from rayfin.methods.layers import (
-    block_linears,
-    rank,
-    scaled,
-    targets,
-    virtual_tokens,
-)
-from rayfin.methods.table import METHODS
+from rayfin.methods.layers import block_linears
 from rayfin.models.facts import ModelFacts
 from rayfin.training.sharding import SHARDS_WEIGHTS, WIDTH, Device, Whole, base_width, held
 from rayfin.training.strategies import share_of_step
@@ -97,7 +89,7 @@ def memory_of(
         raise ConfigError(f"completion_share={completion_share} must be above 0 and at most 1")
     scaling = config.scaling
     longest = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
-    length = longest + virtual_tokens(config.method)
+    length = longest + config.method.row_tokens
     whole = Whole.of(config.method, facts, scaling.strategy, config.model.dtype, device)
     share = held(scaling.strategy, whole, workers=scaling.num_workers, offload=scaling.cpu_offload)
     if device == "cpu" and scaling.strategy in SHARDS_WEIGHTS:
@@ -125,29 +117,10 @@ def _block_numbers(config: Config, facts: ModelFacts, device: Device) -> float:
     Of a frozen block: the input of both norms, the rotated queries, keys and values (repeated for
     every head, as a padding mask asks for), attention's output, and the gated MLP's three factors.
     """
-    method, linears = config.method, block_linears(facts)
-    gated = any(name.startswith("gate") for name in linears)
+    gated = any(name.startswith("gate") for name in block_linears(facts))
     heads = facts.num_attention_heads * facts.head_dim
     numbers = 2.0 * facts.hidden_size + 4 * heads + (3 if gated else 1) * facts.intermediate_size
-    if isinstance(method, FullConfig):  # weights that are trained need their inputs, norms too
-        return (
-            numbers
-            + 2 * facts.hidden_size
-            + sum({x.reads: x.inputs for x in linears.values() if x.reads != "heads"}.values())
-        )
-    inputs: dict[str, float] = {}
-    for name, linear, blocks in targets(method, facts):
-        share = blocks / facts.num_layers
-        if isinstance(method, Ia3Config):
-            numbers += share * scaled(method, name, linear)
-            continue
-        # What several layers read is kept once, unless dropout or autocast copies it for each.
-        copied = getattr(method, "lora_dropout", 0) > 0 or device == "cuda"
-        if copied or linear.reads != "heads":  # attention's output, which is kept already
-            inputs[name if copied else linear.reads] = share * linear.inputs
-        products = 2 * linear.outputs if isinstance(method, DoraConfig) else 0
-        numbers += share * (rank(method) + products)  # a magnitude's gradient needs both products
-    return numbers + sum(inputs.values())
+    return numbers + config.method.kept_activations(facts, mixed_precision=device == "cuda")
 
 
 def _training_step(
@@ -160,14 +133,14 @@ def _training_step(
     kept = facts.num_layers * block
     if config.train.gradient_checkpointing:  # a block's input each, and one block at a time
         kept = facts.num_layers * rows * width * facts.hidden_size + block
-    float32 = isinstance(config.method, FullConfig) and config.scaling.strategy in ("auto", "ddp")
+    float32 = config.method.trains == "weights" and config.scaling.strategy in ("auto", "ddp")
     if float32 and device == "cuda":
         kept += 2 * facts.parameters  # autocast keeps its 16-bit copies for the backward pass
     # float32: the log-probabilities, their gradient and that of the logits; the head runs on the
     # tokens with a loss only (rayfin.training.scoring).
     logits = 3 * _FLOAT32 * rows * share * facts.vocab_size
     used = kept + max(logits, _in_flight(config, facts, rows, width))
-    low_rank = METHODS[config.method.type].trains == "low rank"
+    low_rank = config.method.trains == "low rank"
     return used * ((_HEAP if low_rank else _OTHER_HEAP) if device == "cpu" else 1)
 
 

@@ -12,7 +12,6 @@ from rayfin.config import Config, EngineConfig, ServeConfig, build_config, dump_
 from rayfin.config.serving import MAX_RANK
 from rayfin.errors import StorageError
 from rayfin.history.connect import without_password
-from rayfin.methods.layers import rank
 from rayfin.paths import Storage, write_text
 from rayfin.recommend.answer import Choice, Recommendation
 from rayfin.training import TrialSpec
@@ -92,14 +91,14 @@ def axes(base: Config, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "upper": float(f"{min(1.0, max(rates) * _RATE_SPREAD):.2g}"),
         }
     }
-    for leaf in ("r", "num_virtual_tokens"):
-        if leaf in base.method.model_fields_set or hasattr(base.method, leaf):
-            values = {getattr(base.method, leaf), *(config["method"][leaf] for config in configs)}
-            middle = getattr(base.method, leaf)
-            values |= {max(1, middle // 2), middle * 2}
-            # Virtual tokens are part of the sample's length.
-            most = base.data.max_length - 1 if leaf == "num_virtual_tokens" else MAX_RANK
-            parameters[f"method.{leaf}"] = sorted(v for v in values if v <= max(middle, most))
+    leaf = base.method.capacity
+    if leaf is not None and base.method.capacity_is_free:
+        middle = getattr(base.method, leaf)
+        values = {middle, *(config["method"][leaf] for config in configs)}
+        values |= {max(1, middle // 2), middle * 2}
+        # Virtual tokens are part of the sample's length.
+        most = base.data.max_length - 1 if base.method.virtual_tokens else MAX_RANK
+        parameters[f"method.{leaf}"] = sorted(v for v in values if v <= max(middle, most))
     return parameters
 
 
@@ -118,9 +117,9 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
 
 def _serve(base: Config, sweep: Config, name: str) -> str:
     longest = base.data.max_length
-    ranks = [rank(base.method), *sweep.sweep.parameters.get("method.r", ())]
+    ranks = [base.method.rank, *sweep.sweep.parameters.get("method.r", ())]
     model = base.model.model_dump(mode="json")
-    if base.method.type == "full":  # a model of its own, which lies there once it is trained
+    if base.method.changes_base:  # a model of its own, which lies there once it is trained
         model["name"] = str(_next_version(base, name))
     config = ServeConfig.model_validate(
         {
@@ -149,7 +148,7 @@ def _next_version(base: Config, name: str) -> Path:
 def _commands(answer: Recommendation, base: Config, name: str) -> str:
     first: Choice = answer.choices[0]
     notes = ""
-    if base.method.type == "full":
+    if base.method.changes_base:
         notes += (
             "\nserve.yaml serves the whole model that is trained first: "
             f"{_next_version(base, name)}\n"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from rayfin.config.method import FullConfig
 from rayfin.config.schema import Config
-from rayfin.methods.layers import trained_parameters, virtual_tokens
-from rayfin.methods.table import METHODS
 from rayfin.models.facts import ModelFacts
 from rayfin.training.sharding import Device
 from rayfin.training.strategies import share_of_step
@@ -38,7 +35,7 @@ def step_seconds(
     completion_share: float,
 ) -> float:
     """Of an optimizer step, of samples with so many `tokens` each, where a share has a loss."""
-    length = tokens + virtual_tokens(config.method)
+    length = tokens + config.method.row_tokens
     share = share_of_step(config.train, config.scaling.num_workers)
     flops = share.batch_size * length
     flops *= flops_per_token(config, facts, length, completion_share)
@@ -64,8 +61,6 @@ def flops_per_token(
     head = completion_share * facts.vocab_size * facts.hidden_size
     attention = 2 * length * facts.num_attention_heads * facts.head_dim * facts.num_layers
     forward = 2 * (facts.linear_parameters + head + attention)
-    full = isinstance(config.method, FullConfig)
+    full = config.method.trains == "weights"
     passes = (3 if full else 2) + config.train.gradient_checkpointing
-    everywhere = not full and METHODS[config.method.type].trains == "low rank"
-    adapter = trained_parameters(config.method, facts) if everywhere else 0
-    return passes * forward + 6 * adapter
+    return passes * forward + config.method.flops_per_token(facts)

@@ -71,8 +71,8 @@ def reasons(
     found = []
     if number:
         found.append("covers for where those before it go wrong")
-    quantised = option.config.method.quantization_bit is not None and option.method != "qlora"
-    if quantised:
+    own = option.config.method
+    if own.quantization_bit is not None and not own.quantized_by_default():
         found.append("4-bit weights make room for it")
     elif option.method in rule.methods:
         found.append(rule.reason)
@@ -99,7 +99,7 @@ def deployment(option: Candidate, scenario: Scenario, rule: Rule) -> str:
     method = METHODS[option.method]
     if scenario.latency == "strict" and scenario.hardware == "multi_gpu":
         return rule.deployment
-    if option.method == "full":
+    if method.changes_base:
         return "a base model of its own"
     if option.config.method.quantization_bit == 4:
         return "beside other adapters on the 4-bit base (engine.quantization_bit=4)"

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from rayfin.methods import after_optimizer_step
-
 if TYPE_CHECKING:
     from rayfin.training.trainer import TrialTrainer
 
@@ -27,7 +25,7 @@ class Flow(TrainerCallback):
         self.trainer._clock.stop()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        after_optimizer_step(self.trainer.trained, self.trainer.method, state.global_step)
+        self.trainer.method.after_optimizer_step(self.trainer.trained, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         train = self.trainer.train_config

@@ -12,9 +12,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from rayfin.config import MethodConfig
-from rayfin.config.method import FullConfig
 from rayfin.config.schema import Strategy
-from rayfin.methods.layers import trained_parameters
 from rayfin.models.facts import ModelFacts
 from rayfin.training.strategy_files import LARGEST_BUCKET
 
@@ -74,8 +72,8 @@ class Whole:
             linear=each * facts.linear_parameters,
             rest=width * (facts.parameters - facts.linear_parameters),
             layers=facts.num_layers,
-            trained=trained_parameters(method, facts),
-            full=isinstance(method, FullConfig),
+            trained=method.trained_parameters(facts),
+            full=method.trains == "weights",
             computed=2 if device == "cuda" else _FLOAT32,
         )
 
@@ -91,7 +89,7 @@ class Whole:
 
 def base_width(method: MethodConfig, strategy: Strategy, dtype: str, device: Device) -> int:
     """Bytes of a base weight that is not quantised: as `rayfin.models.load_base` loads them."""
-    if isinstance(method, FullConfig) and not strategy.startswith("deepspeed"):
+    if method.trains == "weights" and not strategy.startswith("deepspeed"):
         return _FLOAT32  # `attach` makes what is trained float32
     if dtype != "auto":
         return WIDTH[dtype]

@@ -10,12 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
-from rayfin.config.method import (
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-    PTuningConfig,
-)
 from rayfin.paths import Place
 
 Status = Literal["running", "finished", "stopped", "failed", "oom"]
@@ -59,31 +53,11 @@ class TrialSpec(Section):
         computation = {
             "model": [model_identity, self.model.dtype],
             "data": [data_digest, self.data.max_length],
-            "method": _computed(self.method),
+            "method": self.method.computed(),
             "train": train | {"samples_per_step": samples},
         }
         text = json.dumps(computation, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _computed(method: MethodConfig) -> dict[str, Any]:
-    """A method's settings, where those that the others leave without effect are at their defaults.
-
-    And LoRA over a quantised base is QLoRA, by whichever name it was asked for.
-    """
-    settings = method.model_dump(mode="json")
-    match method:
-        case LoraConfig(quantization_bit=int()):
-            return settings | {"type": "qlora"}
-        case PTuningConfig(encoder_reparameterization_type="MLP"):
-            idle: tuple[str, ...] = ("encoder_num_layers", "encoder_dropout")
-        case PrefixTuningConfig(prefix_projection=False):
-            idle = ("encoder_hidden_size",)
-        case PromptTuningConfig(prompt_tuning_init="RANDOM" | "SAMPLE_VOCAB"):
-            idle = ("prompt_tuning_init_text",)
-        case _:
-            idle = ()
-    return settings | {name: type(method).model_fields[name].default for name in idle}
 
 
 def absolute(name: str) -> str:

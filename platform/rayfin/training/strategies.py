@@ -15,7 +15,6 @@ from rayfin.config import Config, MethodConfig, ScalingConfig, TrainConfig
 from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
-from rayfin.methods import METHODS
 from rayfin.models import ModelFacts
 from rayfin.training.sharding import Whole, held
 from rayfin.training.strategy_files import deepspeed_settings, read_own
@@ -92,11 +91,8 @@ def share_of_step(train: TrainConfig, workers: int) -> Share:
 def refusal(strategy: Strategy, method: MethodConfig) -> str | None:
     """Why `strategy` can't train `method`, with what can; None where nothing speaks against it."""
     bits = method.quantization_bit
-    if strategy.startswith("deepspeed") and method.type == "adalora":
-        return (
-            "AdaLoRA moves its rank budget by the gradients that are left after an optimizer step, "
-            "and DeepSpeed has handed them out by then; use ddp or fsdp"
-        )
+    if strategy.startswith("deepspeed") and method.deepspeed_refusal is not None:
+        return method.deepspeed_refusal
     if strategy == "deepspeed-zero3" and bits:
         return (
             "quantised weights are loaded whole on every worker, so that ZeRO-3 would save nothing "
@@ -210,7 +206,7 @@ def choose(
     doubt = "; verified on CPUs only" if on_gpu and device == "cpu" else ""
     seen = {s for s, methods in verified()[device].items() if name in methods}
     order: list[Strategy] = ["ddp"]
-    if METHODS[method.type].changes_base and _installed("deepspeed"):
+    if method.changes_base and _installed("deepspeed"):
         order.append("deepspeed-zero2")  # of what is trained, most is gradients and moments
     order.append("fsdp")
     usable = [s for s in order if s in seen and refusal(s, method) is None]

@@ -19,7 +19,6 @@ from rayfin.config import MethodConfig
 from rayfin.data import Tokens
 from rayfin.errors import TrialDiverged, TrialError
 from rayfin.heartbeat import beat, pause
-from rayfin.methods import regularizer
 from rayfin.paths import Place
 from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator, PlannedSamples, StreamedSamples
@@ -109,7 +108,7 @@ class TrialTrainer(Trainer):
         loss = loss / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
         # DDP averages gradients over workers, but the tokens counted are those of all workers.
         loss = loss * self.accelerator.num_processes
-        if (penalty := regularizer(model, self.method)) is not None:
+        if (penalty := self.method.regularizer(model)) is not None:
             loss = loss + penalty / self.args.gradient_accumulation_steps
         return loss
 

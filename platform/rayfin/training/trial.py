@@ -17,7 +17,7 @@ from rayfin.collector import collector_paused
 from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.heartbeat import beat, pause
-from rayfin.methods import METHODS, attach, detach
+from rayfin.methods import attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
 from rayfin.paths import Place, left_unfinished, write_directory_whole, write_text
@@ -194,7 +194,7 @@ def _train(
         checkpoints.forget()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
-        changed = METHODS[spec.method.type].changes_base or strategy.on_host
+        changed = spec.method.changes_base or strategy.on_host
         _give_back(model, trainer, warm, changed=changed)
 
 
@@ -234,7 +234,7 @@ def _finish(
     if not trainer.stopped:
         _beat_of_first("writing the adapter", trainer.args.should_save)
         # Every worker gives its part, and the first one writes.
-        in_parts = METHODS[trainer.method.type].changes_base and strategy.gathers
+        in_parts = trainer.method.changes_base and strategy.gathers
         weights = strategy.weights(model) if in_parts else None
         with strategy.whole(model):
             if trainer.args.should_save:

@@ -9,7 +9,7 @@ from typing import Any
 from rayfin.config import Config, Space
 from rayfin.errors import RayfinError
 from rayfin.history import TrialRecord
-from rayfin.methods import check_combination
+from rayfin.training.combination import check_combination
 from rayfin.tuning.space import trial_config, values_in
 
 _NEAR = 0.1

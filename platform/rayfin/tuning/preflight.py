@@ -12,7 +12,7 @@ from rayfin.config import Config
 from rayfin.data import Corpus, check_lengths, needs_length_check
 from rayfin.errors import MethodError
 from rayfin.hardware import describe_hardware
-from rayfin.methods import METHODS, linear_names
+from rayfin.methods import linear_names
 from rayfin.models import check_model, load_tokenizer, max_positions, skeleton, weight_names
 from rayfin.tuning.plan import SweepPlan
 
@@ -46,8 +46,8 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
 
 
 def _check_modules(config: Config) -> None:
-    for setting in ("target_modules", "feedforward_modules"):
-        names = getattr(config.method, setting, None)
+    for setting in config.method.module_settings:
+        names = getattr(config.method, setting)
         if not isinstance(names, tuple):
             continue
         if not _without_a_match(names, weight_names(config.model)):
@@ -72,8 +72,7 @@ def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:
 
 def check_positions(config: Config, has: int | None) -> None:
     """Raises MethodError where samples are longer than the positions that the model `has`."""
-    virtual = METHODS[config.method.type].virtual_tokens
-    tokens: int = getattr(config.method, "num_virtual_tokens", 0) if virtual else 0
+    tokens = config.method.positions
     if has is None or config.data.max_length + tokens <= has:
         return
     beside = f" beside method.num_virtual_tokens={tokens}" if tokens else ""

@@ -13,9 +13,9 @@ from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.heartbeat import busy, watched
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted, note_lost
-from rayfin.methods import check_combination
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
+from rayfin.training.combination import check_combination
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import Group, check_scaling, needs_group
 from rayfin.tuning.alone import alone

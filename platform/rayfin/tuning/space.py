@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rayfin.config import METHOD_CONFIGS, Config, Space, with_values
+from rayfin.config import Config, Space, with_values
+from rayfin.methods import METHODS
 from rayfin.training import TrialSpec
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def methods_of(config: Config) -> tuple[str, ...]:
 def has_setting(method: str, setting: str) -> bool:
     """Whether trials of a method have the dotted setting."""
     section, _, name = setting.partition(".")
-    return section != "method" or name in METHOD_CONFIGS[method].model_fields
+    return section != "method" or name in METHODS[method].model_fields
 
 
 def axes_of(config: Config, method: str) -> dict[str, Choices]:

@@ -7,9 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rayfin.config import METHOD_CONFIGS, Config, Space, leaf_names, shown
+from rayfin.config import Config, Space, leaf_names, shown
 from rayfin.errors import ConfigError, MethodError, did_you_mean, listed
-from rayfin.methods import check_combination
+from rayfin.methods import METHODS
+from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
 from rayfin.tuning.space import (
     METHOD,
@@ -79,10 +80,10 @@ def _check_methods(config: Config) -> None:
     if isinstance(swept, Space):
         raise ConfigError(f"sweep.parameters.{METHOD}: methods are no range; give a list of them")
     for method in swept:
-        if not isinstance(method, str) or method not in METHOD_CONFIGS:
+        if not isinstance(method, str) or method not in METHODS:
             raise ConfigError(
                 f"sweep.parameters.{METHOD}: {shown(method)} is not a method; allowed: "
-                f"{', '.join(METHOD_CONFIGS)}{did_you_mean(str(method), METHOD_CONFIGS)}"
+                f"{', '.join(METHODS)}{did_you_mean(str(method), METHODS)}"
             )
     for name in sorted(config.method.model_fields_set - {"type"}):
         if not any(has_setting(method, f"method.{name}") for method in swept):
@@ -143,7 +144,7 @@ def _probes(choices: Choices) -> Sequence[Any]:
 def _sweepable(config: Config) -> list[str]:
     names = [name for name in leaf_names(config) if not name.startswith("method.")]
     for method in methods_of(config):
-        names += [f"method.{name}" for name in METHOD_CONFIGS[method].model_fields]
+        names += [f"method.{name}" for name in METHODS[method].model_fields]
     return [name for name in dict.fromkeys(names) if name.partition(".")[0] in _SWEPT_SECTIONS]
 
 
@@ -161,4 +162,4 @@ def _having(axis: str) -> list[str]:
     """The methods that have a setting of section `method`."""
     if not axis.startswith("method."):
         return []
-    return [method for method in METHOD_CONFIGS if has_setting(method, axis)]
+    return [method for method in METHODS if has_setting(method, axis)]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from rayfin.config import Config
-from rayfin.config.method import AdaloraConfig, PromptTuningConfig
 from rayfin.errors import MethodError
-from rayfin.methods.table import METHODS, methods_that
+from rayfin.methods import methods_that
 
 
 def check_combination(config: Config) -> None:
     """Raises MethodError, with the reason and what would work, where `config` can't be trained."""
-    settings, train = config.method, config.train
-    name, method = settings.type, METHODS[settings.type]
+    method, train = config.method, config.train
 
     def refuse(what: str, why: str, remedy: str) -> None:
-        raise MethodError(f"{what} can't work with method.type={name}: {why}; {remedy}")
+        raise MethodError(f"{what} can't work with method.type={method.type}: {why}; {remedy}")
 
-    if settings.quantization_bit and not method.quantized_base:
+    if method.quantization_bit and not method.quantized_base:
         refuse(
-            f"method.quantization_bit={settings.quantization_bit}",
+            f"method.quantization_bit={method.quantization_bit}",
             "quantised weights have no gradient",
             f"use method.quantization_bit=null, or one of {methods_that('quantized_base')}",
         )
@@ -34,31 +32,10 @@ def check_combination(config: Config) -> None:
             "the learned prefix is a key-value cache, which recomputation drops",
             "use train.gradient_checkpointing=false",
         )
-    if isinstance(settings, AdaloraConfig):
-        if settings.target_r >= settings.init_r:
-            refuse(
-                f"method.target_r={settings.target_r} with method.init_r={settings.init_r}",
-                "there is no budget to take away",
-                f"use a target_r below {settings.init_r}",
-            )
-        if train.max_steps < 4:
-            refuse(
-                f"train.max_steps={train.max_steps}",
-                "the rank budget needs a start, a middle and an end",
-                "use at least 4 steps",
-            )
-    if (
-        isinstance(settings, PromptTuningConfig)
-        and settings.prompt_tuning_init == "TEXT"
-        and not settings.prompt_tuning_init_text
-    ):
-        refuse(
-            "method.prompt_tuning_init=TEXT",
-            "no text is given",
-            "set method.prompt_tuning_init_text",
-        )
+    for refusal in method.refusals(train.max_steps):
+        refuse(*refusal)
     if method.virtual_tokens:
-        tokens = getattr(settings, "num_virtual_tokens", 0)
+        tokens = method.positions
         if tokens >= config.data.max_length:
             refuse(
                 f"method.num_virtual_tokens={tokens}",

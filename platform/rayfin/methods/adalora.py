@@ -1,0 +1,174 @@
+"""AdaLoRA: ranks that move between layers during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from rayfin.methods.attach import ADAPTER
+from rayfin.methods.base import Refusal, register
+from rayfin.methods.layers import Linear
+from rayfin.methods.low_rank import TARGET_MODULES, LowRankMethod, Names, listed, whole
+from rayfin.methods.rates import Rate
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+
+_RANK_PATTERN = "adalora.rank_pattern/"
+_IMPORTANCE = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+@register
+class AdaloraConfig(LowRankMethod):
+    """Ranks moved between layers during training (Zhang et al. 2023, arXiv:2303.10512)."""
+
+    title = "AdaLoRA"
+    place = 5
+    engines = ("transformers",)
+    rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
+    coordinates = (0.3, 0.4)
+    capacity = "target_r"
+    capacity_is_free = False  # init_r has to be above it
+    deepspeed_refusal = (
+        "AdaLoRA moves its rank budget by the gradients that are left after an optimizer step, "
+        "and DeepSpeed has handed them out by then; use ddp or fsdp"
+    )
+
+    type: Literal["adalora"]
+    init_r: int = Field(12, ge=1)
+    """Rank of every update before the budget shrinks."""
+    target_r: int = Field(8, ge=1)
+    """Average rank that the budget shrinks to; at most init_r."""
+    lora_alpha: float = Field(16, gt=0)
+    """The update is scaled by lora_alpha / rank."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the update matrices."""
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """Module names that get an update, or `all-linear`."""
+    orth_reg_weight: float = Field(0.5, ge=0)
+    """Weight of the penalty that keeps P and Q orthogonal."""
+
+    @property
+    def rank(self) -> int:
+        return self.init_r
+
+    def extra_parameters(self, linear: Linear) -> int:
+        """A singular value for each rank."""
+        return self.init_r
+
+    def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
+        """The first tenth of the steps at full rank and the last quarter at the target, with the
+        cubic schedule of arXiv:2303.10512 between."""
+        import peft
+
+        return peft.AdaLoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            init_r=self.init_r,
+            target_r=self.target_r,
+            lora_alpha=whole(self.lora_alpha),  # type: ignore[arg-type]
+            lora_dropout=self.lora_dropout,
+            target_modules=listed(self.target_modules),
+            orth_reg_weight=self.orth_reg_weight,
+            total_step=max_steps,
+            tinit=max_steps // 10,
+            tfinal=max(1, max_steps // 4),
+            deltaT=max(1, max_steps // 100),
+        )
+
+    def refusals(self, max_steps: int) -> Iterator[Refusal]:
+        if self.target_r >= self.init_r:
+            yield Refusal(
+                f"method.target_r={self.target_r} with method.init_r={self.init_r}",
+                "there is no budget to take away",
+                f"use a target_r below {self.init_r}",
+            )
+        if max_steps < 4:
+            yield Refusal(
+                f"train.max_steps={max_steps}",
+                "the rank budget needs a start, a middle and an end",
+                "use at least 4 steps",
+            )
+
+    def regularizer(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """The orthogonality penalty, mean over matrices of ||P P^T - I||_F.
+
+        Equation 4 of arXiv:2303.10512. PEFT adds it to a loss that the model itself computes; ours
+        is computed outside.
+        """
+        import torch
+
+        if self.orth_reg_weight == 0:
+            return None
+        norms = []
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+                identity = torch.eye(len(gram), device=gram.device)
+                norms.append(torch.linalg.matrix_norm(gram - identity))
+        return self.orth_reg_weight * torch.stack(norms).mean()
+
+    def after_optimizer_step(self, model: torch.nn.Module, step: int) -> None:
+        """Moves the rank budget: after the update, while the gradients are still there."""
+        model.base_model.update_and_allocate(step)  # type: ignore[operator,union-attr]
+
+    @classmethod
+    def state_beside(cls, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Importance scores and masks of ranks: an adapter file has the masked ranks cut off."""
+        import torch
+
+        if (allocator := _rank_allocator(model)) is None:
+            return {}
+        state: dict[str, torch.Tensor] = {}
+        for kind in _IMPORTANCE:
+            for name, score in getattr(allocator, kind).items():
+                state[f"adalora.{kind}/{name}"] = score
+        for name, kept in (allocator.peft_config.rank_pattern or {}).items():
+            state[f"{_RANK_PATTERN}{name}"] = torch.tensor(kept, dtype=torch.bool)
+        return state
+
+    @classmethod
+    def load_state_beside(cls, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        if (allocator := _rank_allocator(model)) is None:
+            return
+        device = next(model.parameters()).device
+        for kind in _IMPORTANCE:
+            scores = _under(f"adalora.{kind}/", state)
+            setattr(allocator, kind, {name: score.to(device) for name, score in scores.items()})
+        pattern = {name: kept.tolist() for name, kept in _under(_RANK_PATTERN, state).items()}
+        allocator.peft_config.rank_pattern = pattern or None
+
+    @classmethod
+    def usual(cls, rank: int, length: int) -> dict[str, Any]:
+        # Half as much again to begin with: PEFT's defaults, 12 and 8.
+        return {
+            "init_r": rank * 3 // 2,
+            "target_r": rank,
+            "lora_alpha": cls.usual_alpha,
+            "target_modules": TARGET_MODULES,
+        }
+
+    @classmethod
+    def of_capacity(cls, capacity: int) -> dict[str, Any]:
+        return {
+            "target_r": capacity,
+            "lora_alpha": cls.usual_alpha,
+            "init_r": max(capacity * 3 // 2, capacity),
+        }
+
+
+def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def _rank_allocator(model: torch.nn.Module):  # type: ignore[no-untyped-def]
+    """PEFT's RankAllocator where `model` is AdaLoRA's."""
+    if ADAPTER not in getattr(model, "peft_config", {}):
+        return None
+    return getattr(model.base_model, "rankallocator", None)

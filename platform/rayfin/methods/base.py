@@ -1,0 +1,248 @@
+"""What a fine-tuning method is to rayfin, and the registry of those that there are.
+
+A method is a class in one module beside this one: its settings are the class' fields, all else
+that rayfin knows of it are class variables and methods. `register` puts it into METHODS, where the
+configuration, training, the advisor and the reports find it. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
+
+from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
+from pydantic_core import PydanticCustomError
+
+from rayfin.methods.rates import Rate
+from rayfin.section import Section
+from rayfin.sizes import Sizes
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+
+Engine = Literal["transformers", "vllm"]
+Trained = Literal["weights", "low rank", "scaling", "virtual tokens", "virtual keys and values"]
+
+
+class Refusal(NamedTuple):
+    """Why settings can't work together; each part completes a sentence."""
+
+    what: str
+    """The setting and its value."""
+    why: str
+    remedy: str
+
+
+class MethodConfig(Section):
+    """A fine-tuning method: its settings, and all that rayfin asks of it.
+
+    Validated as itself, this class takes the settings of any registered method, by their `type`.
+    """
+
+    model_config = ConfigDict(polymorphic_serialization=True)
+
+    if TYPE_CHECKING:  # each method declares the field, after its parents' settings
+        type: str
+    quantization_bit: Literal[4, 8] | None = None
+    """Load the base model in 4-bit NF4 (double quantisation) or 8-bit; null leaves it as it is."""
+
+    # --- facts; a method without a value for one that has none here is not registered ---------
+
+    title: ClassVar[str]
+    """The method's name in sentences."""
+    place: ClassVar[int]
+    """Its place in lists of methods, which also chooses its colour and mark in charts."""
+    trains: ClassVar[Trained]
+    quantized_base: ClassVar[bool]
+    """Can train over a 4-bit or 8-bit base."""
+    packing: ClassVar[bool]
+    """Can train on several samples in one row."""
+    gradient_checkpointing: ClassVar[bool]
+    merging: ClassVar[bool]
+    """The adapter can be folded into the base model's weights."""
+    engines: ClassVar[tuple[Engine, ...]]
+    """Serving engines that can answer with it."""
+    rate: ClassVar[Rate]
+    """The learning rate to start from, with its source."""
+    coordinates: ClassVar[tuple[float, float]]
+    """Where the learned model places it beside the others.
+
+    Methods that share how they change the base lie close: what was learned of one is taken for the
+    other until its own trials say otherwise. Those whose rate is a share of LoRA's have both
+    numbers below 1.5, all others at least one above.
+    """
+
+    changes_base: ClassVar[bool] = False
+    """Training writes to the base model's own weights, so the next trial can't have them."""
+    virtual_tokens: ClassVar[bool] = False
+    """It learns tokens, or their keys and values, that stand before every sequence."""
+    capacity: ClassVar[str | None] = None
+    """The setting that says how much it can learn: a rank, or a number of virtual tokens."""
+    capacity_is_free: ClassVar[bool] = True
+    """The capacity may change while all other settings stay."""
+    usual_alpha: ClassVar[float | None] = None
+    """`lora_alpha` to start from, whatever the rank; None where there is no such setting."""
+    scale_exponent: ClassVar[float] = 1.0
+    """The update is scaled by lora_alpha / capacity ** this."""
+    module_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that name modules of the base model."""
+    deepspeed_refusal: ClassVar[str | None] = None
+    """Why DeepSpeed's strategies can't train it, with what can."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Its names in other programs' results: lower case, words joined by `_`."""
+    synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Setting -> its names in the columns of other programs' tables."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_the_type(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls is not MethodConfig or not isinstance(value, Mapping):
+            return handler(value)
+        kind = value.get("type")
+        method: Any = METHODS.get(kind) if isinstance(kind, str) else None
+        if method is None:
+            raise PydanticCustomError("unknown_method", "no registered method has this type")
+        found: Self = method.model_validate(value)
+        return found
+
+    # --- training -----------------------------------------------------------------------------
+
+    def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig | None:
+        """PEFT's configuration; None where the base's own weights are trained.
+
+        `max_steps` are the optimizer steps of the training, for methods with a schedule, and
+        `tokenizer_path` is the directory of the base's tokenizer.
+        """
+        raise NotImplementedError
+
+    def refusals(self, max_steps: int) -> Iterator[Refusal]:
+        """What of these settings can't work, in a training of so many optimizer steps."""
+        return iter(())
+
+    def computed(self) -> dict[str, Any]:
+        """The settings that a trial's fingerprint is made of: equal for equal computations.
+
+        Settings that others leave without effect are at their defaults.
+        """
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def _idle(cls, idle: bool, *names: str) -> dict[str, Any]:
+        """The defaults of settings that are without effect where `idle`, for `computed`."""
+        return {name: cls.model_fields[name].default for name in names if idle}
+
+    def regularizer(self, model: torch.nn.Module) -> torch.Tensor | None:
+        """What is added to the loss; None where nothing is."""
+        return None
+
+    def after_optimizer_step(self, model: torch.nn.Module, step: int) -> None:
+        """Called after each optimizer step, with the gradients still there."""
+
+    @classmethod
+    def state_beside(cls, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What a resumed training needs beside the trained parameters; empty for other models."""
+        return {}
+
+    @classmethod
+    def load_state_beside(cls, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        """Puts `state_beside` back; does nothing to other models."""
+
+    # --- sizes, by formula --------------------------------------------------------------------
+
+    def trained_parameters(self, sizes: Sizes) -> int:
+        """Number of parameters that are attached and trained."""
+        raise NotImplementedError
+
+    def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
+        """Numbers a token that autograd keeps of one block, beside those of a frozen one."""
+        return 0.0
+
+    def flops_per_token(self, sizes: Sizes) -> float:
+        """FLOPs that it adds to a training step of the base, a token."""
+        return 0.0
+
+    @property
+    def rank(self) -> int:
+        """Rank of its update matrices as training begins; 0 where it has none."""
+        return 0
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens that stand in every row of a batch beside the data's."""
+        return 0
+
+    @property
+    def positions(self) -> int:
+        """Positions of the base model that it takes from the data."""
+        return 0
+
+    # --- where to start -----------------------------------------------------------------------
+
+    @classmethod
+    def usual(cls, rank: int, length: int) -> dict[str, Any]:
+        """Settings to start from: `rank` by the device's memory, `length` in tokens a sample."""
+        return {}
+
+    @classmethod
+    def of_capacity(cls, capacity: int) -> dict[str, Any]:
+        """The settings that change together for another capacity."""
+        return {} if cls.capacity is None else {cls.capacity: capacity}
+
+    @classmethod
+    def quantized_by_default(cls) -> bool:
+        return cls.model_fields["quantization_bit"].default is not None
+
+    # --- other programs' results --------------------------------------------------------------
+
+    @classmethod
+    def is_pefts(cls, name: str, config: Mapping[str, Any], bits: int | None) -> bool:
+        """Whether an adapter_config.json is of this method.
+
+        `name` is its peft_type, spelled as rayfin spells methods; `bits` are the base's, where it
+        was quantised.
+        """
+        return name == name_of(cls)
+
+
+M = TypeVar("M", bound=MethodConfig)
+
+METHODS: dict[str, type[MethodConfig]] = {}
+"""Every method by its `method.type`, in the order of their places."""
+
+
+def register(method: type[M]) -> type[M]:
+    """Adds a method to METHODS.
+
+    Raises TypeError for one that lacks a fact, or takes another's name or place.
+    """
+    name = name_of(method)
+    lacks = [fact for fact in _facts() if not hasattr(method, fact)]
+    taken = [n for n, other in METHODS.items() if n == name or other.place == method.place]
+    if lacks or taken:
+        raise TypeError(f"method {name}: lacks {lacks}, and has the name or place of {taken}")
+    METHODS[name] = method
+    for other in sorted(METHODS, key=lambda name: METHODS[name].place):
+        METHODS[other] = METHODS.pop(other)
+    return method
+
+
+def name_of(method: type[MethodConfig]) -> str:
+    """The one value of a method's `type`."""
+    (name,) = get_args(method.model_fields["type"].annotation)
+    return str(name)
+
+
+def methods_that(supports: str) -> str:
+    """Names of the methods with a given support, for error messages."""
+    return ", ".join(name for name, method in METHODS.items() if getattr(method, supports))
+
+
+def capacities() -> tuple[str, ...]:
+    """The settings that hold a method's capacity, each once."""
+    return tuple(dict.fromkeys(m.capacity for m in METHODS.values() if m.capacity is not None))
+
+
+def _facts() -> list[str]:
+    """Class variables that every method has to give."""
+    return [name for name in sorted(MethodConfig.__class_vars__) if not hasattr(MethodConfig, name)]
