@@ -158,6 +158,7 @@ def _print(args: argparse.Namespace, value: Any, human: Rows | str) -> None:
 def _trial_table(trials: list[TrialRecord]) -> Rows | str:
     if not trials:
         return "no trials"
+    from rayfin.methods import capacities
     from rayfin.tables import Column, Rows
 
     columns = [
@@ -173,7 +174,7 @@ def _trial_table(trials: list[TrialRecord]) -> Rows | str:
     rows = []
     for trial in trials:
         method = trial.spec.get("method") or {}
-        rank = method.get("r") or method.get("num_virtual_tokens")
+        rank = next((value for name in capacities() if (value := method.get(name))), None)
         rows.append(
             [
                 trial.trial_id,

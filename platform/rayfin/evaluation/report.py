@@ -43,7 +43,7 @@ from rayfin.evaluation.quantities import (
 from rayfin.evaluation.verdict import sweep_verdict
 from rayfin.history.record import finite
 from rayfin.paths import Storage, write_text
-from rayfin.recommend.marks import DARK, LIGHT
+from rayfin.recommend.marks import DARK, LIGHT, MARKS
 from rayfin.redaction import redact
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _colours() -> str:
         [
             root(LIGHT),
             f"@media screen and (prefers-color-scheme:dark){{{root(DARK)}}}",
-            *(f".series.c{n}{{color:var(--c{n})}}" for n in range(len(LIGHT))),
+            *(f".series.c{n}{{color:var(--c{n % len(LIGHT)})}}" for n in range(len(MARKS))),
             "",
         ]
     )

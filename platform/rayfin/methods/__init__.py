@@ -1,7 +1,4 @@
-"""Fine-tuning methods: a module each, and one way to attach them to a base model.
-
-Every module here is imported, so that a method is there once its file is.
-"""
+"""Fine-tuning methods: a module each, and one way to attach them to a base model."""
 
 import pkgutil
 from importlib import import_module
@@ -10,9 +7,6 @@ from rayfin.methods.attach import attach, detach, linear_names
 from rayfin.methods.base import METHODS, MethodConfig, capacities, methods_that, register
 from rayfin.methods.state import load_training_state, training_state
 
-for _module in pkgutil.iter_modules(__path__):
-    import_module(f"{__name__}.{_module.name}")
-
 __all__ = [
     "METHODS",
     "MethodConfig",
@@ -20,8 +14,18 @@ __all__ = [
     "capacities",
     "detach",
     "linear_names",
+    "load_all",
     "load_training_state",
     "methods_that",
     "register",
     "training_state",
 ]
+
+
+def load_all() -> None:
+    """Imports every module of this package, so that a method is there once its file is."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+
+
+load_all()

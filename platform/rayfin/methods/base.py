@@ -214,16 +214,21 @@ METHODS: dict[str, type[MethodConfig]] = {}
 def register(method: type[M]) -> type[M]:
     """Adds a method to METHODS.
 
-    Raises TypeError for one that lacks a fact, or takes another's name or place.
+    Raises TypeError for one that lacks a fact, or has another's name or place.
     """
     name = name_of(method)
     lacks = [fact for fact in _facts() if not hasattr(method, fact)]
-    taken = [n for n, other in METHODS.items() if n == name or other.place == method.place]
-    if lacks or taken:
-        raise TypeError(f"method {name}: lacks {lacks}, and has the name or place of {taken}")
+    if lacks:
+        raise TypeError(f"method {name} lacks {', '.join(lacks)}; give it these class variables")
+    for other in METHODS.values():
+        if name == name_of(other) or other.place == method.place:
+            raise TypeError(
+                f"method {name} has the name or place {method.place} of {name_of(other)}, which "
+                "is registered; give it its own"
+            )
     METHODS[name] = method
-    for other in sorted(METHODS, key=lambda name: METHODS[name].place):
-        METHODS[other] = METHODS.pop(other)
+    for name in sorted(METHODS, key=lambda name: METHODS[name].place):
+        METHODS[name] = METHODS.pop(name)
     return method
 
 

@@ -159,6 +159,7 @@ class QloraConfig(LowRankConfig):
 
     type: Literal["qlora"]
     quantization_bit: Literal[4, 8] = 4
+    """Load the base model in 4-bit NF4 (double quantisation) or 8-bit."""
 
 
 @register

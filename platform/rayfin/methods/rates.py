@@ -24,6 +24,12 @@ PEFT's quicktour, 1e-3 for Llama-3.2-1B; 5e-4 lies between, a convention and not
 """
 
 
+def lora_rate(model_size_b: float | None = None) -> float:
+    """LoRA's rate for a model of so many billions of parameters; None takes that of 2 to 20."""
+    size = 7.0 if model_size_b is None else model_size_b
+    return next(rate for below, rate in _LORA if size < below)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rate:
     """A method's peak learning rate for AdamW, whatever the rank.
@@ -43,7 +49,5 @@ class Rate:
         """The rate for a model of so many billions of parameters; None takes that of 2 to 20."""
         if not self.of_lora:
             return self.value
-        size = 7.0 if model_size_b is None else model_size_b
-        lora = next(rate for below, rate in _LORA if size < below)
         # 2e-4 * 0.1 is not 2e-5 to the last digit, and people read this number.
-        return float(f"{lora * self.value:.3g}")
+        return float(f"{lora_rate(model_size_b) * self.value:.3g}")

@@ -1,4 +1,4 @@
-"""Ten colours and marks, so that every method has its own in every chart."""
+"""Ten colours and ten marks, so that every method has a pair of its own in every chart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STAR = "L".join(
     f"{radius * math.sin(math.pi * i / 5):.2f} {-radius * math.cos(math.pi * i / 5):.2f}"
     for i, radius in enumerate((1.4, 0.6) * 5)
 )
-MARKS = (
+_SHAPES = (
     "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0 -1 0Z",  # circle
     "M-.9 -.9H.9V.9H-.9Z",  # square
     "M0 -1.2L1.15 .8H-1.15Z",  # triangle
@@ -35,9 +35,14 @@ MARKS = (
     "M-1 -1.1H1L-1 1.1H1Z",  # hourglass
 )
 """SVG paths around the origin, about one unit in radius."""
+MARKS = _SHAPES + _SHAPES[1:] + _SHAPES[:1]
+"""The mark of each look; from the eleventh on, colours come again with other marks."""
 
 
 def look_of(method: object) -> int | None:
-    """The place of a method's colour and mark; None for what is no method of rayfin's."""
-    names = list(METHODS)
-    return names.index(method) % len(MARKS) if method in names else None
+    """The number of a method's mark in MARKS; None for what is no method of rayfin's.
+
+    Its colour has that number, beginning anew after the last one.
+    """
+    found = METHODS.get(method) if isinstance(method, str) else None
+    return None if found is None else found.place % len(MARKS)

@@ -114,7 +114,7 @@ def _mark(method: str, x: float, y: float, more: str = "") -> str:
     look = look_of(method) or 0
     return (
         f'<path class="mark" d="{MARKS[look]}" transform="translate({x:.1f} {y:.1f}) scale(4.5)" '
-        f'fill="{LIGHT[look]}"{more}'
+        f'fill="{LIGHT[look % len(LIGHT)]}"{more}'
     )
 
 

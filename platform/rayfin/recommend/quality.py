@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfin.methods.rates import lora_rate
 from rayfin.recommend.features import COLUMNS
-from rayfin.recommend.practice import learning_rate
 from rayfin.recommend.process import Array, Observations, Parameters, Process, fit, kinship
 from rayfin.recommend.reach import is_toy, within_reach
 from rayfin.recommend.table import Group, TrialTable, groups_of
@@ -31,7 +31,7 @@ _SMALL_GROUP = 4.0
 """Trials from which a group's best is known about as well as a setting's charge is."""
 DRAWS = 1024
 _ANY_SIZE = 10.0  # decades: 10 billion parameters, whose rate practice takes for any
-_BY_SIZE = 1.5  # method_x and method_y below it: those whose rate practice gives by size
+_BY_SIZE = 1.5  # coordinates below it: those of methods whose rate is a share of LoRA's
 
 
 def expected(rows: Array) -> Array:
@@ -43,9 +43,9 @@ def expected(rows: Array) -> Array:
     """
     decades = np.nan_to_num(rows[:, COLUMNS.names.index("learning_rate")], nan=0.5)
     sizes = np.nan_to_num(rows[:, COLUMNS.names.index("parameters")], nan=_ANY_SIZE)
-    usual = np.array([math.log10(learning_rate("lora", 10 ** (size - 9))) for size in sizes])
+    usual = np.array([math.log10(lora_rate(10 ** (size - 9))) for size in sizes])
     by_size = (rows[:, COLUMNS.indices(("method_x", "method_y"))] < _BY_SIZE).all(axis=1)
-    decades = decades - np.where(by_size, usual - math.log10(learning_rate("lora")), 0.0)
+    decades = decades - np.where(by_size, usual - math.log10(lora_rate()), 0.0)
     charge: Array = 0.25 + 0.4 * (1.0 - np.exp(-((decades / 0.9) ** 2)))
     return charge
 

@@ -38,7 +38,7 @@ def check_combination(config: Config) -> None:
         tokens = method.positions
         if tokens >= config.data.max_length:
             refuse(
-                f"method.num_virtual_tokens={tokens}",
+                f"method.{method.capacity}={tokens}",
                 f"samples have at most data.max_length={config.data.max_length} tokens",
                 "use fewer virtual tokens",
             )

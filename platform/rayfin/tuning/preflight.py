@@ -75,7 +75,7 @@ def check_positions(config: Config, has: int | None) -> None:
     tokens = config.method.positions
     if has is None or config.data.max_length + tokens <= has:
         return
-    beside = f" beside method.num_virtual_tokens={tokens}" if tokens else ""
+    beside = f" beside method.{config.method.capacity}={tokens}" if tokens else ""
     raise MethodError(
         f"data.max_length={config.data.max_length}{beside} is more than the {has} positions of "
         f"'{config.model.name}'; use data.max_length={max(8, has - tokens)} or less"
