@@ -1,4 +1,4 @@
-"""Ten colours and ten marks, so that every method has a pair of its own in every chart."""
+"""Colours and marks, so that every method has its own in every chart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _STAR = "L".join(
     f"{radius * math.sin(math.pi * i / 5):.2f} {-radius * math.cos(math.pi * i / 5):.2f}"
     for i, radius in enumerate((1.4, 0.6) * 5)
 )
-_SHAPES = (
+MARKS = (
     "M-1 0A1 1 0 1 0 1 0A1 1 0 1 0 -1 0Z",  # circle
     "M-.9 -.9H.9V.9H-.9Z",  # square
     "M0 -1.2L1.15 .8H-1.15Z",  # triangle
@@ -33,10 +33,19 @@ _SHAPES = (
     "M-1.4 -.5H1.4V.5H-1.4Z",  # lying bar
     "M-.5 -1.4H.5V1.4H-.5Z",  # standing bar
     "M-1 -1.1H1L-1 1.1H1Z",  # hourglass
+    "M-1.2 -.7L-.7 -1.2L0 -.5L.7 -1.2L1.2 -.7L.5 0L1.2 .7L.7 1.2L0 .5L-.7 1.2L-1.2 .7L-.5 0Z",  # x
+    "M-1.2 .6A1.2 1.2 0 0 1 1.2 .6Z",  # half disc
+    "M-1.2 0A1.2 1.2 0 1 0 1.2 0A1.2 1.2 0 1 0 -1.2 0Z"
+    "M-.6 0A.6 .6 0 1 1 .6 0A.6 .6 0 1 1 -.6 0Z",  # ring
+    "M-1.2 .2L0 -1L1.2 .2V1.1L0 -.1L-1.2 1.1Z",  # chevron
+    "M-1.2 0L.8 -1.15V1.15Z",  # triangle to the left
+    "M1.2 0L-.8 -1.15V1.15Z",  # triangle to the right
+    "M-1.1 -1V1L1.1 -1V1Z",  # lying hourglass
+    "M-1.1 -1H1.1V-.3H.35V1H-.35V-.3H-1.1Z",  # T
+    "M-1 -1H-.2V.3H1V1H-1Z",  # L
+    "M-1 1V-1A2 2 0 0 1 1 1Z",  # quarter disc
 )
-"""SVG paths around the origin, about one unit in radius."""
-MARKS = _SHAPES + _SHAPES[1:] + _SHAPES[:1]
-"""The mark of each look; from the eleventh on, colours come again with other marks."""
+"""SVG paths around the origin, about one unit in radius; colours come again after the tenth."""
 
 
 def look_of(method: object) -> int | None:
