@@ -49,6 +49,7 @@ METHODS: dict[str, peft.PeftConfig] = {
     "rslora": peft.LoraConfig(r=9, lora_alpha=8, use_rslora=True, **LINEAR),
     "dora": peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, **LINEAR),
     "adalora": peft.AdaLoraConfig(init_r=6, target_r=3, total_step=10, tinit=1, tfinal=1, **LINEAR),
+    "vera": peft.VeraConfig(r=24, **LINEAR),
     "ia3": peft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], **TASK
     ),

@@ -35,6 +35,8 @@ def random_weights(model: Any) -> None:
             parameter.data *= 0.5 + torch.rand_like(parameter)
         elif "lora_" in name:
             parameter.data = torch.randn_like(parameter) * 0.3
+        elif "vera_lambda" in name:
+            parameter.data = torch.randn_like(parameter)
         elif "ia3_" in name:
             parameter.data = 0.5 + torch.rand_like(parameter)
 
@@ -134,6 +136,7 @@ LAYERED: dict[str, tuple[Callable[[], peft.PeftConfig], str, int]] = {
         "adalora",
         6,
     ),
+    "vera": (lambda: peft.VeraConfig(r=24, **ALL), "vera", 24),
     "ia3": (
         lambda: peft.IA3Config(
             target_modules=["k_proj", "v_proj", "q_proj", "o_proj", "down_proj"],

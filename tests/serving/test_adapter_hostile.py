@@ -46,6 +46,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "dora": peft.LoraConfig(r=4, use_dora=True, **linear),
         "adalora": peft.AdaLoraConfig(init_r=4, total_step=10, **linear),
         "ia3": peft.IA3Config(feedforward_modules=["down_proj"], **linear),
+        "vera": peft.VeraConfig(r=4, **linear),
         "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, **lm),
         "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, **lm),
     }
@@ -117,9 +118,13 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"use_rslora": "yes"}, "true or false"),
     ("lora", {"peft_type": ["LORA"]}, "peft_type"),
     ("lora", {"peft_type": "lora"}, "the engine serves LORA, ADALORA, IA3"),
-    ("lora", {"peft_type": "VERA"}, "'VERA'.*merge it into its base"),
+    ("lora", {"peft_type": "OFT"}, "'OFT'.*merge it into its base"),
     ("lora", {"peft_type": "LOHA"}, "'LOHA'"),
     ("lora", {"peft_type": "x\n" * 10**5}, "the engine serves"),
+    ("vera", {"save_projection": False}, "save_projection=false"),
+    ("vera", {"bias": "vera_only"}, "bias='vera_only'"),
+    ("vera", {"r": 10**6}, NUMBER),
+    ("vera", {"fan_in_fan_out": True}, "'fan_in_fan_out' to true"),
     ("lora", {"task_type": "SEQ_CLS"}, "task_type"),
     ("lora", {"modules_to_save": ["norm"]}, "'modules_to_save'.*train again without it"),
     ("lora", {"modules_to_save": ["lm_head", 7]}, "'modules_to_save'.*train again without it"),
@@ -303,6 +308,17 @@ TENSORS: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "a name with a line break": ("lora", put("x\ny" * 9999, torch.ones(1)), "not serve"),
     "IA3 of another size": ("ia3", put(f"{FIRST}.ia3_l", torch.ones(1, 63)), "has shape"),
     "IA3 without a shape": ("ia3", put(f"{FIRST}.ia3_l", torch.tensor(1.0)), "has shape"),
+    "VeRA without its matrices": ("vera", drop("base_model.vera_A"), "vera_A' is missing"),
+    "VeRA of a narrower base": ("vera", put("base_model.vera_A", torch.ones(4, 64)), "has shape"),
+    "VeRA of a larger base": ("vera", put("base_model.vera_B", torch.ones(65, 4)), "has shape"),
+    "VeRA of another rank": ("vera", put(f"{FIRST}.vera_lambda_d", torch.ones(3)), "has shape"),
+    "VeRA without a factor": ("vera", drop(f"{FIRST}.vera_lambda_b"), "lambda_b' is missing"),
+    "VeRA of no layer": (
+        "vera",
+        lambda tensors: [tensors.pop(name) for name in list(tensors) if "lambda" in name],
+        "has shape",
+    ),
+    "VeRA too large together": ("vera", filled(3e38), "range of float32"),
     "more than a prompt": ("prompt", put("x", torch.ones(1)), "does not serve the tensor 'x'"),
     "another prompt": ("prompt", put("prompt_embeddings", torch.ones(3, 63)), "has shape"),
     "another prefix": ("prefix", put("prompt_embeddings", torch.ones(3, 256)), "has shape"),
@@ -407,8 +423,9 @@ LAST = "model.layers.1.self_attn.q_proj"
 UNREAD: list[tuple[str, dict[str, Any], dict[str, int], str]] = [
     *(
         (kind, {}, {"max_rank": 3}, "rank 4, and slots hold 3; raise engine.max_rank")
-        for kind in ("lora", "dora", "adalora")
+        for kind in ("lora", "dora", "adalora", "vera")
     ),
+    ("vera", {"r": 5}, {}, "has shape"),
     ("lora", {"rank_pattern": {"1.mlp.down_proj": 9}}, {"max_rank": 8}, "rank 9, and slots hold 8"),
     *(
         (kind, {}, {"max_virtual_tokens": 2}, "room for 2 before a prompt; raise engine.max_length")

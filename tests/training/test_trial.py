@@ -100,7 +100,7 @@ def test_other_settings_reload_too(kind: str, lab: Any) -> None:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(
-    "name", ["lora", "dora", "adalora", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
+    "name", ["lora", "dora", "adalora", "vera", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
 )
 @pytest.mark.parametrize("bits", [4, 8])  # one base after the other
 def test_over_a_quantised_base(name: str, bits: int, lab: Any) -> None:

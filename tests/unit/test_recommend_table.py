@@ -272,7 +272,7 @@ def test_absurd_dropouts_are_refused(dropout: Any) -> None:
     assert setting(LORA | {"lora_dropout": dropout}) is None
 
 
-@pytest.mark.parametrize("method", [None, [], "lora", 3, {}, {"type": "vera"}, {"type": ["lora"]}])
+@pytest.mark.parametrize("method", [None, [], "lora", 3, {}, {"type": "boft"}, {"type": ["lora"]}])
 def test_a_method_that_is_none_of_ours_is_refused(method: Any) -> None:
     assert setting(method) is None
 

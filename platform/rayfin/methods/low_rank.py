@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -38,12 +38,20 @@ class LowRankMethod(MethodConfig):
     # too keeps one, 16. With alpha / r the best learning rate then hardly moves with the rank. The
     # other convention, alpha = 2 r (PEFT's comparison), is the same at rank 16 and takes larger
     # steps above it.
-    usual_alpha = 32.0
+    usual_alpha: ClassVar[float | None] = 32.0
     module_settings = ("target_modules",)
 
     if TYPE_CHECKING:
         lora_dropout: float
         target_modules: Literal["all-linear"] | Names
+
+    @property
+    def rank(self) -> int:
+        return int(getattr(self, str(self.capacity)))
+
+    def adapted(self, sizes: Sizes) -> Iterator[tuple[Linear, float]]:
+        """Each kind of adapted layer, and the number of blocks that have one."""
+        return ((it, blocks) for _, it, blocks in targets(self.target_modules, sizes))
 
     def extra_parameters(self, linear: Linear) -> int:
         """Trained parameters of one layer beside A and B."""
@@ -55,7 +63,7 @@ class LowRankMethod(MethodConfig):
 
     def trained_parameters(self, sizes: Sizes) -> int:
         total = 0.0
-        for _, linear, blocks in targets(self.target_modules, sizes):
+        for linear, blocks in self.adapted(sizes):
             total += blocks * self.rank * (linear.inputs + linear.outputs)
             total += blocks * self.extra_parameters(linear)
         return round(total)
@@ -94,10 +102,6 @@ class LowRankConfig(LowRankMethod):
     target_modules: Literal["all-linear"] | Names = "all-linear"
     """Module names that get an update, or `all-linear`."""
 
-    @property
-    def rank(self) -> int:
-        return self.r
-
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
         import peft
 
@@ -125,6 +129,32 @@ class LowRankConfig(LowRankMethod):
     @classmethod
     def is_pefts(cls, name: str, config: Mapping[str, Any], bits: int | None) -> bool:
         return name == "lora" and cls is _variant_of(config, bits)
+
+
+class PeftNamedMethod(LowRankMethod):
+    """A method whose settings are those of one of PEFT's configurations, by the same names."""
+
+    usual_alpha = None
+    pefts: ClassVar[str]
+    """The class of PEFT's configuration."""
+
+    target_modules: Literal["all-linear"] | Names = "all-linear"
+    """Module names that get an update, or `all-linear`."""
+
+    def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
+        import peft
+
+        settings = self.model_dump(exclude={"type", "quantization_bit"})
+        settings["target_modules"] = listed(self.target_modules)
+        config: PeftConfig = getattr(peft, self.pefts)(task_type="CAUSAL_LM", **settings)
+        return config
+
+    @classmethod
+    def usual(cls, rank: int, length: int) -> dict[str, Any]:
+        """PEFT's own defaults."""
+        capacity = str(cls.capacity)
+        default = cls.model_fields[capacity].default
+        return {capacity: default, "target_modules": TARGET_MODULES}
 
 
 @register

@@ -207,7 +207,8 @@ def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | Non
     except RayfinError:
         return None
     for candidate in found:
-        usual = METHODS[candidate.method].trains == "low rank" or "method.type" in fixed
+        # LoRA and its kin, one of which is what would be recommended.
+        usual = METHODS[candidate.method].usual_alpha is not None or "method.type" in fixed
         if usual and candidate.method not in seen:
             seen.add(candidate.method)
             changes, taken = _fitted(candidate, place, measured, fixed)

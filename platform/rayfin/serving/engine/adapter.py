@@ -14,53 +14,48 @@ import torch
 
 from rayfin.config.serving import MAX_RANK
 from rayfin.errors import AdapterError
-from rayfin.serving.engine.checks import OWN_BASE, check_base, check_low_rank, modules_of
-from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout
+from rayfin.serving.engine.checks import (
+    check_base,
+    check_low_rank,
+    check_rank,
+    modules_of,
+)
+from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.peft_files import (
+    COMMON,
     CONFIG,
     Settings,
     Weights,
     is_finite,
     read_settings,
     shown,
+    words,
 )
+from rayfin.serving.engine.prompts import read_prefix, read_prompt
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.tables import SETTING, saved_tables
 
-
-def _words(*lines: str) -> frozenset[str]:
-    return frozenset(word for line in lines for word in line.split())
-
-
-# What a saved adapter computes doesn't depend on these: they are about training, or say what the
-# tensors' own names and shapes say; or they are read below.
-_COMMON = _words(
-    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type",
-    "target_modules exclude_modules",
-)
-LORA_SETTINGS = _COMMON | _words(
+LORA_SETTINGS = COMMON | words(
     "r lora_alpha lora_dropout bias layers_to_transform layers_pattern megatron_core rank_pattern",
     "init_lora_weights loftq_config eva_config corda_config lora_ga_config qalora_group_size",
     "ensure_weight_tying",
 )
-_LORA_ONLY = _words("use_rslora use_dora alpha_pattern")
-_ADALORA_ONLY = _words(
+_LORA_ONLY = words("use_rslora use_dora alpha_pattern")
+_ADALORA_ONLY = words(
     "target_r init_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step",
 )
-_IA3 = _COMMON | _words("feedforward_modules init_ia3_weights")
-_PROMPT = _COMMON | _words(
-    "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers",
-    "encoder_reparameterization_type encoder_hidden_size encoder_num_layers encoder_dropout",
-    "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs",
-    "prefix_projection init_weights",
+_VERA = COMMON | words(
+    "r vera_dropout d_initial projection_prng_key save_projection init_weights bias",
+    "layers_to_transform layers_pattern",
 )
+_VERA_PAIR = ("base_model.vera_A", "base_model.vera_B")
+_IA3 = COMMON | words("feedforward_modules init_ia3_weights")
 # Initialisations that leave the base as it is; PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA change it.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _CONVERT = (
     "others change the base's weights: save it as plain LoRA with "
     "save_pretrained(path_initial_model_for_weight_conversion=…)"
 )
-_PROMPT_TENSOR = "prompt_embeddings"
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +252,29 @@ def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str
     return {"lora": lora}
 
 
+def _vera(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+    """VeRA (arXiv:2310.11454): b * (B (d * (A x))), where A and B are the first columns and rows of
+    a pair that all layers share."""
+    settings.expect_nothing_else(_VERA)
+    settings.expect("bias", None, "none")
+    settings.expect("save_projection", True)
+    check_rank(settings, r := settings.integer("r", 1, MAX_RANK), base.max_rank)
+    suffixes = {".vera_lambda_d": "d", ".vera_lambda_b": "b"}
+    modules = modules_of(weights, suffixes, base.linears, _VERA_PAIR)
+    most_in = max((base.linears[module][0] for module in modules), default=0)
+    most_out = max((base.linears[module][1] for module in modules), default=0)
+    weights.check(dict(zip(_VERA_PAIR, ((r, most_in), (most_out, r)), strict=True)))
+    for module, parts in modules.items():
+        weights.check({parts["d"]: (r,), parts["b"]: (base.linears[module][1],)})
+    a, b = (weights.read(name) for name in _VERA_PAIR)
+    lora = {}
+    for module, parts in modules.items():
+        inputs, outputs = base.linears[module]
+        ours = weights.read(parts["d"])[:, None] * a[:, :inputs]
+        lora[module] = _low_rank(ours, weights.read(parts["b"])[:, None] * b[:outputs])
+    return {"lora": lora}
+
+
 def _ia3(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
     """IA3 (arXiv:2205.05638): vectors [1, in] scale a feedforward layer's input, others [out, 1]
     the whole output of a layer."""
@@ -286,44 +304,6 @@ def _ia3(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, An
     }
 
 
-def _prompt(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
-    """P-Tuning (the encoder's output is what is saved) and prompt tuning."""
-    tokens = _virtual_tokens(settings, weights, base)
-    settings.expect("token_dim", None, base.hidden_size, remedy=OWN_BASE)
-    weights.check({_PROMPT_TENSOR: (tokens, base.hidden_size)})
-    return {"prompt": weights.read(_PROMPT_TENSOR)}
-
-
-def _prefix(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
-    """Prefix tuning; the layout is that of peft.PeftModel.get_prompt: a token's row holds each
-    layer's keys, then its values, of all key/value heads."""
-    tokens = _virtual_tokens(settings, weights, base)
-    layers, heads, dim = base.num_layers, base.num_key_value_heads, base.head_dim
-    settings.expect("num_layers", layers, remedy=OWN_BASE)
-    settings.expect("num_attention_heads", heads, remedy=OWN_BASE)
-    settings.expect("token_dim", heads * dim, remedy=OWN_BASE)
-    weights.check({_PROMPT_TENSOR: (tokens, layers * 2 * heads * dim)})
-    flat = weights.read(_PROMPT_TENSOR)
-    return {"prefix": flat.view(tokens, layers, 2, heads, dim).permute(1, 2, 3, 0, 4).contiguous()}
-
-
-def _virtual_tokens(settings: Settings, weights: Weights, base: BaseLayout) -> int:
-    settings.expect_nothing_else(_PROMPT)
-    settings.expect("num_transformer_submodules", None, 1)
-    if extra := weights.names - {_PROMPT_TENSOR}:
-        raise settings.error(
-            f"the engine does not serve the tensor {shown(min(extra))}; "
-            "train again without modules_to_save"
-        )
-    tokens = settings.integer("num_virtual_tokens", 1, MAX_VIRTUAL_TOKENS)
-    if tokens > base.max_virtual_tokens:
-        raise settings.error(
-            f"it has {tokens} virtual tokens, and there is room for {base.max_virtual_tokens} "
-            "before a prompt; raise engine.max_length"
-        )
-    return tokens
-
-
 def _low_rank(a: torch.Tensor, b: torch.Tensor) -> LowRank:
     # Transposed here, beside decoding: filling a slot is then a plain copy.
     return LowRank(a, b.t().contiguous())
@@ -342,9 +322,10 @@ _READERS: Mapping[str, _Reader] = {
     "LORA": _lora,
     "ADALORA": _adalora,
     "IA3": _ia3,
-    "P_TUNING": _prompt,
-    "PROMPT_TUNING": _prompt,
-    "PREFIX_TUNING": _prefix,
+    "P_TUNING": read_prompt,
+    "PROMPT_TUNING": read_prompt,
+    "PREFIX_TUNING": read_prefix,
+    "VERA": _vera,
 }
 
 __all__ = ["BaseLayout", "HostAdapter", "LowRank", "read_adapter"]

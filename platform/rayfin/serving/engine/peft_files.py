@@ -37,6 +37,19 @@ PREFIX = "base_model.model."
 _HARMLESS_PATTERN = re.compile(r"(?:[\w.^$-]|\\[.dw]){1,256}")
 
 
+def words(*lines: str) -> frozenset[str]:
+    """The words of all lines."""
+    return frozenset(word for line in lines for word in line.split())
+
+
+# What a saved adapter computes doesn't depend on these: they are about training, or say what the
+# tensors' own names and shapes say; or readers look at them.
+COMMON = words(
+    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type",
+    "target_modules exclude_modules",
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """adapter_config.json; each getter raises AdapterError for a value it can't be."""

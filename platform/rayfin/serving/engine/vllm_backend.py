@@ -221,8 +221,8 @@ def check_lora_type(settings: Settings) -> None:
     if peft_type != "LORA" or settings.flag("use_dora"):
         served = ", ".join(
             method.title
-            for name, method in METHODS.items()
-            if "vllm" in method.engines and name != "full"
+            for method in METHODS.values()
+            if "vllm" in method.engines and not method.changes_base
         )
         raise settings.error(
             f"it is of type {'DORA' if peft_type == 'LORA' else shown(peft_type)}, and vLLM serves "
