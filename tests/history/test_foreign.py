@@ -216,6 +216,7 @@ def test_a_peft_result_becomes_a_trial(history, tmp_path):
         "lora_alpha": 32,
         "lora_dropout": 0.0,
         "target_modules": ["q_proj", "v_proj"],
+        "init_lora_weights": True,
     }
     assert trial.spec["train"] == {
         "learning_rate": 1e-4,

@@ -176,6 +176,42 @@ def interrupted(lab: Any, spec: TrialSpec) -> Path:
     return directory
 
 
+@pytest.mark.numeric
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora", "lora_dropout": 0.2},
+        {"loraplus_lr_ratio": 16, "rank_pattern": {"q_proj": 3}},
+    ],
+    ids="-".join,
+)
+def test_lora_s_other_settings_go_on_too(settings: dict[str, Any], lab: Any) -> None:
+    spec = saved_at_every_step(lab.spec("lora", settings, learning_rate=2e-3))
+    whole = lab.finish(spec)
+    assert_same_end(lab, lab.run(spec, directory=interrupted(lab, spec)), whole.result)
+
+
+def test_lora_plus_has_a_learning_rate_for_b_of_its_own(
+    lab: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[dict[str, float]] = []
+
+    def seen(trainer: TrialTrainer, *args: Any, **kwargs: Any) -> Any:
+        names = {parameter: name for name, parameter in trainer.trained.named_parameters()}
+        groups = trainer.optimizer.param_groups  # type: ignore[union-attr]
+        rates.append({names[p]: g["lr"] for g in groups for p in g["params"]})
+        return step(trainer, *args, **kwargs)
+
+    step = TrialTrainer.training_step
+    monkeypatch.setattr(TrialTrainer, "training_step", seen)
+    lab.run(lab.spec("lora", {"loraplus_lr_ratio": 16}, learning_rate=1e-3, max_steps=4))
+    assert len(rates) == 4 and len({len(names) for names in rates}) == 1
+    for names in rates:
+        a, b = ({rate for n, rate in names.items() if f"lora_{m}" in n} for m in "AB")
+        assert {16 * rate for rate in a} == b and len(b) == 1
+
+
 def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
     spec = lab.spec(save_steps=1, eval_steps=3)
     directory = interrupted(lab, spec)

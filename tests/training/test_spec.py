@@ -25,6 +25,12 @@ OTHER: dict[str, Any] = {
     "quantization_bit": 8,
     "encoder_hidden_size": 7,
     "prefix_projection": True,
+    "exclude_modules": ["k_proj"],
+    "layers_to_transform": [1],
+    "rank_pattern": {"q_proj": 4},
+    "alpha_pattern": {"q_proj": 4.0},
+    "init_lora_weights": "gaussian",
+    "loraplus_lr_ratio": 4.0,
 }
 
 
@@ -64,6 +70,26 @@ def test_every_setting_of_every_method_enters() -> None:
             assert fingerprint({"method": changed}) != fingerprint({"method": section}), name
     kinds = {fingerprint({"method": {"type": kind}}) for kind in METHODS}
     assert len(kinds) == len(METHODS)
+
+
+BEFORE = {
+    "full": "f6633319825e78a6",
+    "lora": "6359a0929f93d5c9",
+    "qlora": "cfd48511033b775e",
+    "dora": "c7ada058f2f7504e",
+    "rslora": "b6ca890fc60dcd42",
+    "adalora": "26cdb813fdf75e02",
+    "ia3": "cd320a15a27a3f4a",
+    "p_tuning": "e7ecf55fc0ebf397",
+    "prefix_tuning": "36b25ddbb0724986",
+    "prompt_tuning": "e816d7be12826d24",
+}
+"""Fingerprints of each method as it comes, by the rayfin before methods had more settings."""
+
+
+@pytest.mark.parametrize("kind", BEFORE)
+def test_trials_in_older_histories_are_found_again(kind: str) -> None:
+    assert fingerprint({"method": {"type": kind}}) == BEFORE[kind]
 
 
 def test_model_data_and_length_enter_by_content() -> None:

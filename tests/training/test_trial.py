@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from rayfin.methods import METHODS
-from rayfin.models import load_tokenizer
+from rayfin.models import describe_model, load_tokenizer
 
 METRICS = {
     *("eval_loss", "perplexity", "exact_match", "token_accuracy"),
@@ -96,6 +96,43 @@ def test_other_settings_reload_too(kind: str, lab: Any) -> None:
     finished = lab.finish(specs[kind])
     loss = lab.plain_loss(lab.reload(finished), finished.spec)
     assert loss == lab.rounded(finished.result.metrics["eval_loss"])
+
+
+LORA: dict[str, dict[str, Any]] = {
+    "patterns": {
+        "rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 5},
+        "alpha_pattern": {"v_proj": 7},
+        "exclude_modules": ["k_proj", "layers.0.mlp.down_proj"],
+    },
+    "layers": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "lora_dropout": 0.1},
+    "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
+    "olora": {"init_lora_weights": "olora", "alpha_pattern": {"o_proj": 4}},
+    "LoRA+": {"loraplus_lr_ratio": 8},
+}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("method", ["lora", "rslora"])
+@pytest.mark.parametrize("kind", LORA)
+def test_lora_s_other_settings_reload_too(method: str, kind: str, lab: Any) -> None:
+    rate = 2e-3 if "init_lora_weights" in LORA[kind] else 2e-2
+    finished = lab.finish(lab.spec(method, {"r": 4, **LORA[kind]}, learning_rate=rate))
+    metrics = finished.result.metrics
+    assert finished.result.status == "finished", finished.result.error
+    assert metrics["eval_loss"] < metrics["base_eval_loss"]
+    facts = describe_model(finished.spec.model)
+    assert metrics["trainable_parameters"] == finished.spec.method.trained_parameters(facts)
+    model = lab.reload(finished)
+    assert lab.plain_loss(model, finished.spec) == lab.rounded(metrics["eval_loss"])
+    assert lab.answers(model, finished.spec) == finished.answers
+    # Whatever it began with, the adapter is one for the base as it was, and so is the next trial's.
+    saved = json.loads((finished.adapter / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] in (True, "gaussian")
+    assert max([saved["r"], *saved["rank_pattern"].values()]) == finished.spec.method.served_rank
+    base = lab.run(lab.spec("ia3", max_steps=1, eval_steps=1)).metrics["base_eval_loss"]
+    assert metrics["base_eval_loss"] == base
 
 
 @pytest.mark.numeric

@@ -147,7 +147,10 @@ COMPLETED = {
     "rayfin train method.type=pr": ["method.type=prefix_tuning", "method.type=prompt_tuning"],
     "rayfin sweep train.packing=": ["train.packing=true", "train.packing=false"],
     "rayfin sweep sweep.par": ["sweep.parameters."],
-    "rayfin sweep sweep.parameters.method.r": ["sweep.parameters.method.r="],
+    "rayfin sweep sweep.parameters.method.r": [
+        "sweep.parameters.method.r=",
+        "sweep.parameters.method.rank_pattern=",
+    ],
     "rayfin train model.name=smol": ["model.name=smollm2-135m"],
     "rayfin train data.path=su": ["data.path=support.jsonl"],
     "rayfin train my": ["my.yaml"],

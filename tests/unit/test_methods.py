@@ -12,8 +12,8 @@ from peft import PeftModel
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
-from rayfin.config import Config, MethodConfig, ModelConfig
-from rayfin.errors import MethodError
+from rayfin.config import Config, MethodConfig, ModelConfig, build_config
+from rayfin.errors import ConfigError, MethodError
 from rayfin.methods import (
     METHODS,
     attach,
@@ -24,6 +24,7 @@ from rayfin.methods import (
 )
 from rayfin.models import load_base, locate
 from rayfin.training.combination import check_combination
+from rayfin.training.strategies import refusal
 
 TINY = ModelConfig(name="tiny")
 IDS = torch.arange(40).view(2, 20)
@@ -129,6 +130,10 @@ REFUSED = [
         "no text",
         "set method.prompt_tuning_init_text",
     ),
+    ("qlora", {"init_lora_weights": "pissa"}, {}, "pissa", "quantization_bit=null"),
+    ("lora", {"init_lora_weights": "olora", "quantization_bit": 8}, {}, "olora", "leave it out"),
+    ("dora", {"init_lora_weights": "olora"}, {}, "no part of a DoRA", "use lora or rslora"),
+    ("lora", {"layers_to_transform": [0]}, {}, "beside names only", "target_modules=[q_proj,"),
     (
         "p_tuning",
         {"num_virtual_tokens": 64},
@@ -151,9 +156,9 @@ def config_of(name: str, settings: dict[str, Any], others: dict[str, Any]) -> Co
 def test_what_cannot_work_is_refused_with_the_reason_and_the_remedy(
     name: str, settings: dict[str, Any], others: dict[str, Any], reason: str, remedy: str
 ) -> None:
-    with pytest.raises(MethodError) as refusal:
+    with pytest.raises(MethodError) as raised:
         check_combination(config_of(name, settings, others))
-    message = str(refusal.value)
+    message = str(raised.value)
     assert f"method.type={name}" in message
     assert reason in message and remedy in message
     assert "\n" not in message
@@ -168,6 +173,42 @@ def test_modules_that_are_not_there_are_answered_with_those_that_are() -> None:
     base = load_base(TINY, None, "cpu")
     with pytest.raises(MethodError, match="its linear modules are: down_proj, gate_proj"):
         attached(base, method("lora", target_modules=["query_key_value"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank_pattern": {"q_prj": 4}}, "rank_pattern: 'q_prj' is none of the 14 modules"),
+        ({"alpha_pattern": {"lm_head": 4}}, "alpha_pattern: 'lm_head' is none of"),
+        (
+            {"rank_pattern": {"k_proj": 4}, "exclude_modules": ["k_proj"]},
+            "rank_pattern: 'k_proj' is none of the 12 modules that are adapted, such as 'model",
+        ),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["up_proj"]}, "exclude_modules: 'up"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, "to_transform: 2 is none"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "leave none of the 2"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
+    base = load_base(TINY, None, "cpu")
+    before = base.state_dict()
+    with pytest.raises(MethodError, match=said) as raised:
+        attached(base, method("lora", **settings))
+    assert "\n" not in str(raised.value) and "leave" in str(raised.value)
+    assert base.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("pattern", ["q_proj|k_proj", ".*", ""])
+def test_a_pattern_has_names_and_no_expressions(pattern: str) -> None:
+    with pytest.raises(ConfigError, match=r"method\.rank_pattern"):
+        build_config({"method": {"type": "lora", "rank_pattern": {pattern: 4}}})
+
+
+def test_strategies_that_cannot_train_a_setting_say_so() -> None:
+    pissa, plus = method("lora", init_lora_weights="pissa"), method("lora", loraplus_lr_ratio=4)
+    assert "use ddp" in str(refusal("fsdp", pissa)) and refusal("ddp", pissa) is None
+    assert "use ddp or fsdp" in str(refusal("deepspeed-zero2", plus))
+    assert refusal("fsdp", plus) is None is refusal("deepspeed-zero2", method("lora"))
 
 
 def test_the_output_head_is_no_target() -> None:

@@ -41,7 +41,7 @@ _CURVE = {
     "elapsed time": "seconds",
     "tokens / sec": "tokens_per_second",
 }
-# Bookkeeping, and AdaLoRA's final ranks: not settings.
+# Bookkeeping, and AdaLoRA's final ranks: no settings, but of methods that have them.
 _NOT_SETTINGS = {
     *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "auto_mapping", "rank_pattern", "megatron_core"),
@@ -135,13 +135,13 @@ def _method(config: Mapping[str, Any] | None, dtype: str) -> tuple[dict[str, Any
         return {"type": "full", **quantised}, {}
     named = method_name(config["peft_type"])
     kind = next((own for own, it in METHODS.items() if it.is_pefts(named, config, bits)), named)
+    known = METHODS[kind].model_fields if kind in METHODS else config.keys() - _NOT_SETTINGS
     settings = {
         # PEFT writes sets, in no fixed order.
         name: sorted(value) if name.endswith("_modules") and isinstance(value, list) else value
         for name, value in config.items()
-        if name not in _NOT_SETTINGS and not _empty(value)
+        if (name in known or name not in _NOT_SETTINGS) and not _empty(value)
     }
-    known = METHODS[kind].model_fields if kind in METHODS else settings.keys()
     method = {n: v for n, v in settings.items() if n in known and n != "type"}
     return {"type": kind, **method, **quantised}, {
         n: v for n, v in settings.items() if n not in known

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, Names, listed, whole
 from rayfin.methods.attach import ADAPTER
 from rayfin.methods.base import Refusal, register
 from rayfin.methods.layers import Linear
-from rayfin.methods.low_rank import TARGET_MODULES, LowRankMethod, Names, listed, whole
 from rayfin.methods.rates import Rate
 
 if TYPE_CHECKING:
@@ -32,10 +32,6 @@ class AdaloraConfig(LowRankMethod):
     coordinates = (0.3, 0.4)
     capacity = "target_r"
     capacity_is_free = False  # init_r has to be above it
-    deepspeed_refusal = (
-        "AdaLoRA moves its rank budget by the gradients that are left after an optimizer step, "
-        "and DeepSpeed has handed them out by then; use ddp or fsdp"
-    )
 
     type: Literal["adalora"]
     init_r: int = Field(12, ge=1)
@@ -76,6 +72,14 @@ class AdaloraConfig(LowRankMethod):
             tinit=max_steps // 10,
             tfinal=max(1, max_steps // 4),
             deltaT=max(1, max_steps // 100),
+        )
+
+    def strategy_refusal(self, strategy: str) -> str | None:
+        if not strategy.startswith("deepspeed"):
+            return None
+        return (
+            "AdaLoRA moves its rank budget by the gradients that are left after an optimizer step, "
+            "and DeepSpeed has handed them out by then; use ddp or fsdp"
         )
 
     def refusals(self, max_steps: int) -> Iterator[Refusal]:

@@ -31,6 +31,7 @@ def attach(
     import peft
     import torch
 
+    settings.check_modules(_linears(base))
     config = settings.peft_config(max_steps, tokenizer_path)
     if config is None:
         (base if keep_dtype else base.float()).requires_grad_(True)
@@ -51,6 +52,7 @@ def attach(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    settings.attached(model)
     for _, layer in _adapted_layers(model):
         # The hook goes with the layer when the adapter is taken off.
         layer.register_forward_pre_hook(_keep_scales)
@@ -98,13 +100,17 @@ def _keep_scales(layer: Any, *_: Any) -> None:
 
 def linear_names(base: torch.nn.Module) -> list[str]:
     """Last parts of the names of the linear modules that an adapter may target."""
+    return sorted({name.rpartition(".")[2] for name in _linears(base)})
+
+
+def _linears(base: torch.nn.Module) -> list[str]:
+    """Names of the linear modules but the output head, transformers' Conv1D among them."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
     head = getattr(base, "lm_head", None)
-    return sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in base.named_modules()
-            if isinstance(module, torch.nn.Linear) and module is not head
-        }
-    )
+    return [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    ]

@@ -7,7 +7,8 @@ configuration, training, the advisor and the reports find it. Nothing here loads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
 from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
@@ -87,8 +88,6 @@ class MethodConfig(Section):
     """The update is scaled by lora_alpha / capacity ** this."""
     module_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that name modules of the base model."""
-    deepspeed_refusal: ClassVar[str | None] = None
-    """Why DeepSpeed's strategies can't train it, with what can."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Its names in other programs' results: lower case, words joined by `_`."""
     synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -120,6 +119,13 @@ class MethodConfig(Section):
         """What of these settings can't work, in a training of so many optimizer steps."""
         return iter(())
 
+    def strategy_refusal(self, strategy: str) -> str | None:
+        """Why a `scaling.strategy` can't train it, with what can; None where nothing is known."""
+        return None
+
+    def check_modules(self, names: Sequence[str]) -> None:
+        """Raises MethodError for settings that would change nothing on these linear modules."""
+
     def computed(self) -> dict[str, Any]:
         """The settings that a trial's fingerprint is made of: equal for equal computations.
 
@@ -132,12 +138,27 @@ class MethodConfig(Section):
         """The defaults of settings that are without effect where `idle`, for `computed`."""
         return {name: cls.model_fields[name].default for name in names if idle}
 
+    def attached(self, model: torch.nn.Module) -> None:
+        """Called once PEFT has made `model` of the base."""
+
     def regularizer(self, model: torch.nn.Module) -> torch.Tensor | None:
         """What is added to the loss; None where nothing is."""
         return None
 
+    def rate_factor(self, parameter: str) -> float:
+        """What the learning rate of the trained parameter of this name is multiplied by."""
+        return 1.0
+
     def after_optimizer_step(self, model: torch.nn.Module, step: int) -> None:
         """Called after each optimizer step, with the gradients still there."""
+
+    @property
+    def alters_base(self) -> bool:
+        """Attaching it changes the base's own weights, so the next trial can't have them."""
+        return self.changes_base
+
+    def finish_saving(self, model: torch.nn.Module, directory: Path) -> None:
+        """Called with the saved adapter, to make of it one for the base as it was."""
 
     @classmethod
     def state_beside(cls, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -166,6 +187,11 @@ class MethodConfig(Section):
     def rank(self) -> int:
         """Rank of its update matrices as training begins; 0 where it has none."""
         return 0
+
+    @property
+    def served_rank(self) -> int:
+        """The largest rank in the adapter that it saves, which the engine's slots must hold."""
+        return self.rank
 
     @property
     def row_tokens(self) -> int:

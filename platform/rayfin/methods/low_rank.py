@@ -2,91 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from rayfin.methods.base import MethodConfig, register
+from rayfin.errors import MethodError
+from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, Names, listed, whole
+from rayfin.methods.attach import ADAPTER
+from rayfin.methods.base import Refusal, register
+from rayfin.methods.conversion import convert, lora_pairs
 from rayfin.methods.layers import Linear, targets
 from rayfin.methods.rates import Rate
 from rayfin.sizes import Sizes
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
 
-Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
-"""One module name at least."""
 
-TARGET_MODULES = "all-linear"
-"""What low-rank methods adapt: every linear layer but the output head.
+def _no_expression(name: str) -> str:
+    """PEFT takes names in patterns for regular expressions, whose engine others may not share."""
+    if not re.fullmatch(r"[\w.]+", name):
+        raise ValueError(
+            f"{name!r} is no module's name; write one, such as q_proj or layers.0.self_attn.q_proj"
+        )
+    return name
 
-QLoRA needed all of them to match full fine-tuning, and LoRA Without Regret finds that attention
-alone does worse even at a rank that makes up for the parameters.
-"""
 
+Name = Annotated[str, AfterValidator(_no_expression)]
+Index = Annotated[int, Field(ge=0)]
+Number = TypeVar("Number", int, float)
 
-class LowRankMethod(MethodConfig):
-    """What methods with an update B A share, whatever their settings are called."""
-
-    trains = "low rank"
-    quantized_base = True
-    packing = True
-    gradient_checkpointing = True
-    merging = True
-    # 32 whatever the rank, the default of LoRA Without Regret's authors (tinker-cookbook); QLoRA
-    # too keeps one, 16. With alpha / r the best learning rate then hardly moves with the rank. The
-    # other convention, alpha = 2 r (PEFT's comparison), is the same at rank 16 and takes larger
-    # steps above it.
-    usual_alpha: ClassVar[float | None] = 32.0
-    module_settings = ("target_modules",)
-
-    if TYPE_CHECKING:
-        lora_dropout: float
-        target_modules: Literal["all-linear"] | Names
-
-    @property
-    def rank(self) -> int:
-        return int(getattr(self, str(self.capacity)))
-
-    def adapted(self, sizes: Sizes) -> Iterator[tuple[Linear, float]]:
-        """Each kind of adapted layer, and the number of blocks that have one."""
-        return ((it, blocks) for _, it, blocks in targets(self.target_modules, sizes))
-
-    def extra_parameters(self, linear: Linear) -> int:
-        """Trained parameters of one layer beside A and B."""
-        return 0
-
-    def extra_activations(self, linear: Linear) -> int:
-        """Numbers a token that autograd keeps of one layer, beside A's input and output."""
-        return 0
-
-    def trained_parameters(self, sizes: Sizes) -> int:
-        total = 0.0
-        for linear, blocks in self.adapted(sizes):
-            total += blocks * self.rank * (linear.inputs + linear.outputs)
-            total += blocks * self.extra_parameters(linear)
-        return round(total)
-
-    def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
-        numbers = 0.0
-        inputs: dict[str, float] = {}
-        for name, linear, blocks in targets(self.target_modules, sizes):
-            share = blocks / sizes.num_layers
-            # What several layers read is kept once, unless dropout or autocast copies it for each.
-            copied = self.lora_dropout > 0 or mixed_precision
-            if copied or linear.reads != "heads":  # attention's output, which is kept already
-                inputs[name if copied else linear.reads] = share * linear.inputs
-            numbers += share * (self.rank + self.extra_activations(linear))
-        return numbers + sum(inputs.values())
-
-    def flops_per_token(self, sizes: Sizes) -> float:
-        """Products with A and B forward, to their inputs, and to their weights."""
-        return 6 * self.trained_parameters(sizes)
+_LATER = (
+    *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
+    *("init_lora_weights", "loraplus_lr_ratio"),
+)
+"""Settings that came later: fingerprints of trials without them are those of before."""
 
 
 class LowRankConfig(LowRankMethod):
     capacity = "r"
+    module_settings = ("target_modules", "exclude_modules")
     synonyms = {  # noqa: RUF012
         "r": ("lora_rank", "rank", "lora_r"),
         "lora_alpha": ("alpha",),
@@ -101,18 +62,130 @@ class LowRankConfig(LowRankMethod):
     """Dropout before the update matrices."""
     target_modules: Literal["all-linear"] | Names = "all-linear"
     """Module names that get an update, or `all-linear`."""
+    exclude_modules: Names | None = None
+    """Those of them that get none after all."""
+    layers_to_transform: Annotated[tuple[Index, ...], Field(min_length=1)] | None = None
+    """Numbers of the layers that get updates; null takes all of them."""
+    rank_pattern: dict[Name, Annotated[int, Field(ge=1)]] = Field({})
+    """Module name -> its own rank instead of r."""
+    alpha_pattern: dict[Name, Annotated[float, Field(gt=0)]] = Field({})
+    """Module name -> its own lora_alpha."""
+    init_lora_weights: Literal[True, "gaussian", "pissa", "pissa_niter_16", "olora"] = True
+    """How the matrices begin; true adds nothing at first, pissa and olora take the largest part of
+    the base's weights (pissa_niter_16 finds it faster, and nearly)."""
+    loraplus_lr_ratio: float | None = Field(None, ge=1)
+    """LoRA+: the learning rate of B is this many times that of A (Hayou et al. 2024,
+    arXiv:2402.12354)."""
+
+    @property
+    def served_rank(self) -> int:
+        most = max([self.r, *self.rank_pattern.values()])
+        return 2 * most if self.alters_base else most
+
+    @property
+    def alters_base(self) -> bool:
+        """PiSSA and OLoRA take out of the base's weights what their matrices begin with."""
+        return self.init_lora_weights not in (True, "gaussian")
+
+    def adapted(self, sizes: Sizes) -> Iterator[tuple[str, Linear, dict[int, float]]]:
+        for name, linear, blocks in targets(self.target_modules, sizes):
+            only = _layer(name)
+            layers = range(sizes.num_layers) if only is None else [only]
+            ranks: dict[int, float] = {}
+            for layer in layers:
+                meant = partial(_may_name, name, layer)
+                if not self._left_out(meant, layer):
+                    rank = _own(self.rank_pattern, meant) or self.r
+                    ranks[rank] = ranks.get(rank, 0.0) + blocks / len(layers)
+            yield name, linear, ranks
+
+    def check_modules(self, names: Sequence[str]) -> None:
+        named = self.target_modules
+        targeted = [n for n in names if named == "all-linear" or any(_names(n, t) for t in named)]
+        adapted = [n for n in targeted if not self._left_out(partial(_names, n), _layer(n))]
+        for setting, keys, among in (
+            ("exclude_modules", self.exclude_modules or (), targeted),
+            ("layers_to_transform", self.layers_to_transform or (), targeted),
+            ("rank_pattern", self.rank_pattern, adapted),
+            ("alpha_pattern", self.alpha_pattern, adapted),
+        ):
+            for key in keys:
+                if not any(key == _layer(name) or _names(name, str(key)) for name in among):
+                    raise MethodError(
+                        f"method.{setting}: {key!r} is none of the {len(among)} modules that are "
+                        f"adapted{f', such as {among[0]!r}' if among else ''}; leave it out, or "
+                        "name one of them"
+                    )
+        if targeted and not adapted:
+            raise MethodError(
+                f"method.exclude_modules and layers_to_transform leave none of the {len(targeted)} "
+                "modules of method.target_modules; leave fewer out"
+            )
+
+    def _left_out(self, meant: Callable[[str], bool], layer: int | None) -> bool:
+        """Whether a targeted module, which `meant` says the names of, gets no update."""
+        layers = self.layers_to_transform
+        return any(map(meant, self.exclude_modules or ())) or (
+            layers is not None and layer not in layers
+        )
+
+    def refusals(self, max_steps: int) -> Iterator[Refusal]:
+        if self.layers_to_transform is not None and self.target_modules == "all-linear":
+            yield Refusal(
+                "method.layers_to_transform with method.target_modules=all-linear",
+                "PEFT takes numbers of layers beside names only",
+                "name the modules, such as method.target_modules=[q_proj,v_proj]",
+            )
+        if self.alters_base and (self.quantization_bit or self.type == "dora"):
+            yield Refusal(
+                f"method.init_lora_weights={self.init_lora_weights}",
+                "it changes the base's weights, which have to be whole, and no part of a DoRA",
+                "use lora or rslora with method.quantization_bit=null, or leave it out",
+            )
+
+    def strategy_refusal(self, strategy: str) -> str | None:
+        if strategy not in ("auto", "ddp") and self.alters_base:
+            return f"{self.init_lora_weights} changes weights that {strategy} shards; use ddp"
+        if strategy.startswith("deepspeed") and self.loraplus_lr_ratio not in (None, 1):
+            return "LoRA+ has two learning rates, and DeepSpeed is given one; use ddp or fsdp"
+        return None
+
+    def computed(self) -> dict[str, Any]:
+        """Without later settings that are at their defaults: fingerprints are those of before."""
+        found = super().computed()
+        idle = [name for name in _LATER if found[name] == type(self).model_fields[name].default]
+        return {name: value for name, value in found.items() if name not in idle}
 
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
         import peft
 
-        return peft.LoraConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
-            r=self.r,
-            lora_alpha=whole(self.lora_alpha),  # type: ignore[arg-type]
-            lora_dropout=self.lora_dropout,
-            target_modules=listed(self.target_modules),
-            **self._variant(),
-        )
+        layers = self.layers_to_transform
+        settings: dict[str, Any] = {
+            "r": self.r,
+            "lora_alpha": whole(self.lora_alpha),
+            "lora_dropout": self.lora_dropout,
+            "target_modules": listed(self.target_modules),
+            "exclude_modules": listed(self.exclude_modules),
+            "layers_to_transform": None if layers is None else list(layers),
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": {name: whole(alpha) for name, alpha in self.alpha_pattern.items()},
+            "init_lora_weights": self.init_lora_weights,
+        }
+        with warnings.catch_warnings():
+            # PEFT's conversion to plain LoRA can't do what `convert` can.
+            warnings.filterwarnings("ignore", ".*post-training conversion of modified base weights")
+            return peft.LoraConfig(task_type="CAUSAL_LM", **settings, **self._variant())
+
+    def attached(self, model: torch.nn.Module) -> None:
+        if self.alters_base:
+            model.rayfin_began = lora_pairs(model, ADAPTER)  # type: ignore[assignment]
+
+    def finish_saving(self, model: torch.nn.Module, directory: Path) -> None:
+        if self.alters_base:
+            convert(directory, model.rayfin_began)  # type: ignore[arg-type]
+
+    def rate_factor(self, parameter: str) -> float:
+        return (self.loraplus_lr_ratio or 1.0) if ".lora_B." in parameter else 1.0
 
     def _variant(self) -> dict[str, Any]:
         """What switches the variant on in PEFT."""
@@ -129,32 +202,6 @@ class LowRankConfig(LowRankMethod):
     @classmethod
     def is_pefts(cls, name: str, config: Mapping[str, Any], bits: int | None) -> bool:
         return name == "lora" and cls is _variant_of(config, bits)
-
-
-class PeftNamedMethod(LowRankMethod):
-    """A method whose settings are those of one of PEFT's configurations, by the same names."""
-
-    usual_alpha = None
-    pefts: ClassVar[str]
-    """The class of PEFT's configuration."""
-
-    target_modules: Literal["all-linear"] | Names = "all-linear"
-    """Module names that get an update, or `all-linear`."""
-
-    def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
-        import peft
-
-        settings = self.model_dump(exclude={"type", "quantization_bit"})
-        settings["target_modules"] = listed(self.target_modules)
-        config: PeftConfig = getattr(peft, self.pefts)(task_type="CAUSAL_LM", **settings)
-        return config
-
-    @classmethod
-    def usual(cls, rank: int, length: int) -> dict[str, Any]:
-        """PEFT's own defaults."""
-        capacity = str(cls.capacity)
-        default = cls.model_fields[capacity].default
-        return {capacity: default, "target_modules": TARGET_MODULES}
 
 
 @register
@@ -248,11 +295,21 @@ def _variant_of(config: Mapping[str, Any], bits: int | None) -> type[LowRankConf
     return QloraConfig if bits == 4 else LoraConfig
 
 
-def listed(names: str | tuple[str, ...] | None) -> str | list[str] | None:
-    """Module names as PEFT takes them."""
-    return list(names) if isinstance(names, tuple) else names
+def _names(module: str, name: str) -> bool:
+    """Whether `name` is a module's whole name or its last parts."""
+    return module == name or module.endswith(f".{name}")
 
 
-def whole(value: float) -> float | int:
-    """PEFT (and vLLM's reader of its files) declare lora_alpha as int."""
-    return int(value) if value == int(value) else value
+def _may_name(end: str, layer: int, name: str) -> bool:
+    """Whether `name` may be that of the module in a layer whose name has this end."""
+    same = name == end or name.endswith(f".{end}") or end.endswith(f".{name}")
+    return same and _layer(name) in (None, layer)
+
+
+def _layer(module: str) -> int | None:
+    """The number of the layer that a module is in."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+def _own(pattern: Mapping[str, Number], meant: Callable[[str], bool]) -> Number | None:
+    return next((value for name, value in pattern.items() if meant(name)), None)

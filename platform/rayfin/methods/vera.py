@@ -6,8 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from rayfin.methods.adapted import PeftNamedMethod
 from rayfin.methods.base import register
-from rayfin.methods.low_rank import PeftNamedMethod
+from rayfin.methods.layers import targets
 from rayfin.methods.rates import Rate
 from rayfin.sizes import Sizes
 
@@ -33,11 +34,13 @@ class VeraConfig(PeftNamedMethod):
     """What the factors of the ranks begin with."""
 
     def trained_parameters(self, sizes: Sizes) -> int:
-        return round(sum(n * (it.outputs + self.r) for it, n in self.adapted(sizes)))
+        found = targets(self.target_modules, sizes)
+        return round(sum(blocks * (it.outputs + self.r) for _, it, blocks in found))
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
         return self.trained_parameters(sizes) / sizes.num_layers  # what each factor multiplies
 
     def flops_per_token(self, sizes: Sizes) -> float:
         """Products with both matrices forward, and to their inputs."""
-        return sum(4 * n * self.r * (it.inputs + it.outputs) for it, n in self.adapted(sizes))
+        found = targets(self.target_modules, sizes)
+        return sum(4 * blocks * self.r * (it.inputs + it.outputs) for _, it, blocks in found)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rayfin.errors import ConfigError, did_you_mean
 from rayfin.methods import METHODS, MethodConfig
-from rayfin.methods.low_rank import TARGET_MODULES
+from rayfin.methods.adapted import TARGET_MODULES
 from rayfin.recommend.rules import rule_for
 from rayfin.recommend.scenario import Scenario
 

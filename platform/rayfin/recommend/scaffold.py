@@ -117,7 +117,7 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
 
 def _serve(base: Config, sweep: Config, name: str) -> str:
     longest = base.data.max_length
-    ranks = [base.method.rank, *sweep.sweep.parameters.get("method.r", ())]
+    ranks = [base.method.served_rank, *sweep.sweep.parameters.get("method.r", ())]
     model = base.model.model_dump(mode="json")
     if base.method.changes_base:  # a model of its own, which lies there once it is trained
         model["name"] = str(_next_version(base, name))

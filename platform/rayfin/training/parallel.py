@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -134,20 +133,3 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
         optimizer = optimizer.optimizer
     found: torch.optim.Optimizer = optimizer
     return found
-
-
-@contextmanager
-def as_base(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model` answers as the base that it was attached to."""
-    if not can_be_base(model):  # full fine-tuning: it has not been trained yet
-        yield
-        return
-    with model.disable_adapter():  # type: ignore[operator]
-        yield
-
-
-def can_be_base(model: torch.nn.Module) -> bool:
-    """Whether the base model is still there beneath what is trained."""
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)

@@ -91,8 +91,8 @@ def share_of_step(train: TrainConfig, workers: int) -> Share:
 def refusal(strategy: Strategy, method: MethodConfig) -> str | None:
     """Why `strategy` can't train `method`, with what can; None where nothing speaks against it."""
     bits = method.quantization_bit
-    if strategy.startswith("deepspeed") and method.deepspeed_refusal is not None:
-        return method.deepspeed_refusal
+    if (own := method.strategy_refusal(strategy)) is not None:
+        return own
     if strategy == "deepspeed-zero3" and bits:
         return (
             "quantised weights are loaded whole on every worker, so that ZeRO-3 would save nothing "

@@ -33,7 +33,8 @@ from rayfin.training.checkpoint import (
 )
 from rayfin.training.clock import Clock
 from rayfin.training.flow import Flow
-from rayfin.training.parallel import Parallel, as_base, can_be_base
+from rayfin.training.learning_rates import divide_groups, resume_schedule
+from rayfin.training.parallel import Parallel
 from rayfin.training.scoring import Scores, completion_logits, score
 
 _WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
@@ -112,6 +113,12 @@ class TrialTrainer(Trainer):
             loss = loss + penalty / self.args.gradient_accumulation_steps
         return loss
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, with the parameters of each learning rate in groups of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        divide_groups(optimizer, self.trained, self.method.rate_factor)
+        return optimizer
+
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         beat(f"training step {self.state.global_step + 1}")
         loss = super().training_step(model, *args, **kwargs)
@@ -189,10 +196,13 @@ class TrialTrainer(Trainer):
         A model whose own weights have been trained, and whose checkpoint is of a rayfin that did
         not keep them, goes without.
         """
-        is_base = self.state.global_step == 0 or can_be_base(self.trained)
-        if self.base_scores is None and is_base:
-            with as_base(self.trained):
+        if self.base_scores is not None:
+            return
+        if not self.method.alters_base:
+            with self.trained.disable_adapter():  # type: ignore[operator]
                 self.base_scores = self._score()
+        elif self.state.global_step == 0:  # nothing has been trained yet
+            self.base_scores = self._score()
 
     def _any_worker(self, flag: bool) -> bool:
         """True on all workers if it is true on one: they must leave the loop together."""
@@ -317,7 +327,7 @@ class TrialTrainer(Trainer):
             if self.accelerator.scaler is not None:  # of fp16 only
                 self._load_scaler(resume_from_checkpoint)
             progress = load_progress(checkpoint)
-            self._set_schedule(progress)
+            resume_schedule(self.lr_scheduler, progress)
             self._clock.before = progress.train_seconds
             if self.base_scores is None and (checkpoint / f"{_BASE_SCORES}.safetensors").exists():
                 self.base_scores = Scores(load_tensors(checkpoint, _BASE_SCORES)["table"])
@@ -333,13 +343,3 @@ class TrialTrainer(Trainer):
                 "(a pickle can run code); remove this directory, and the trial goes on from the "
                 "checkpoint before it or begins anew"
             ) from error
-
-    def _set_schedule(self, progress: Progress) -> None:
-        """Where the learning rate stands: its schedule is a function of the steps alone."""
-        scheduler: Any = self.lr_scheduler
-        scheduler.last_epoch = progress.schedule_steps
-        scheduler._step_count = progress.schedule_steps + 1
-        groups = scheduler.optimizer.param_groups
-        scheduler._last_lr = [progress.learning_rate] * len(groups)
-        for group in groups:
-            group["lr"] = progress.learning_rate

@@ -194,7 +194,7 @@ def _train(
         checkpoints.forget()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
-        changed = spec.method.changes_base or strategy.on_host
+        changed = spec.method.alters_base or strategy.on_host
         _give_back(model, trainer, warm, changed=changed)
 
 
@@ -241,6 +241,7 @@ def _finish(
                 shutil.rmtree(adapter.path, ignore_errors=True)
                 with write_directory_whole(adapter.path) as temporary:
                     save_adapter(model, tokenizer, temporary, ends, weights)
+                    trainer.method.finish_saving(model, temporary)
                     vouch(temporary, origin)
                 adapter.publish()
                 adapter.forget()

@@ -37,9 +37,10 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
         if first_time(config.model, config.method.quantization_bit):
             check_model(config.model, config.method.quantization_bit)
             plan.identity(config.model)
-        if first_time(config.model, config.method):
+        method = config.method.model_dump_json()  # a mapping among its settings has no hash
+        if first_time(config.model, method):
             _check_modules(config)
-        if first_time(config.model, config.method, config.data):
+        if first_time(config.model, method, config.data):
             check_positions(config, max_positions(config.model))
         if first_time(config.model, config.data):
             _check_lengths(config, corpus)
@@ -59,6 +60,8 @@ def _check_modules(config: Config) -> None:
                 f"method.{setting}: '{unknown[0]}' is no module of '{config.model.name}'; "
                 f"its linear modules are {', '.join(linear_names(base))}, or use all-linear"
             )
+    if found := weight_names(config.model):
+        config.method.check_modules(found)
 
 
 def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:
