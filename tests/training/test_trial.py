@@ -137,7 +137,8 @@ def test_lora_s_other_settings_reload_too(method: str, kind: str, lab: Any) -> N
 
 @pytest.mark.numeric
 @pytest.mark.parametrize(
-    "name", ["lora", "dora", "adalora", "vera", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning"]
+    "name",
+    ["lora", "dora", "adalora", "vera", "oft", "ia3", "p_tuning", "prefix_tuning", "prompt_tuning"],
 )
 @pytest.mark.parametrize("bits", [4, 8])  # one base after the other
 def test_over_a_quantised_base(name: str, bits: int, lab: Any) -> None:

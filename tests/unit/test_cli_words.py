@@ -150,6 +150,7 @@ COMPLETED = {
     "rayfin sweep sweep.parameters.method.r": [
         "sweep.parameters.method.r=",
         "sweep.parameters.method.rank_pattern=",
+        "sweep.parameters.method.rank_dropout=",
     ],
     "rayfin train model.name=smol": ["model.name=smollm2-135m"],
     "rayfin train data.path=su": ["data.path=support.jsonl"],

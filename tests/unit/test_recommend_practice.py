@@ -51,6 +51,7 @@ SOURCED = [
     *((method, 0.56, 3e-2) for method in VIRTUAL),
     *(("p_tuning", 3.2, 1e-4), ("prefix_tuning", 3.2, 5e-3), ("prefix_tuning", 3.2, 1e-3)),
     *(("prompt_tuning", 3.2, 1e-3), ("vera", 3.2, 1e-3)),
+    *((method, 3.2, 1e-4) for method in ("loha", "oft")),
 ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rayfin.methods.base import MethodConfig
+from rayfin.methods.base import MethodConfig, Trained
 from rayfin.methods.layers import Linear, targets
 from rayfin.sizes import Sizes
 
@@ -28,7 +28,7 @@ alone does worse even at a rank that makes up for the parameters.
 class LowRankMethod(MethodConfig):
     """What methods with an update B A share, whatever their settings are called."""
 
-    trains = "low rank"
+    trains: ClassVar[Trained] = "low rank"
     quantized_base = True
     packing = True
     gradient_checkpointing = True
@@ -41,7 +41,6 @@ class LowRankMethod(MethodConfig):
     module_settings: ClassVar[tuple[str, ...]] = ("target_modules",)
 
     if TYPE_CHECKING:
-        lora_dropout: float
         target_modules: Literal["all-linear"] | Names
 
     @property
@@ -75,7 +74,7 @@ class LowRankMethod(MethodConfig):
         for name, linear, ranks in self.adapted(sizes):
             share = sum(ranks.values()) / sizes.num_layers
             # What several layers read is kept once, unless dropout or autocast copies it for each.
-            copied = self.lora_dropout > 0 or mixed_precision
+            copied = getattr(self, "lora_dropout", 0) > 0 or mixed_precision
             if copied or linear.reads != "heads":  # attention's output, which is kept already
                 inputs[name if copied else linear.reads] = share * linear.inputs
             for rank, blocks in ranks.items():

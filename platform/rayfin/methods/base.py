@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 Engine = Literal["transformers", "vllm"]
-Trained = Literal["weights", "low rank", "scaling", "virtual tokens", "virtual keys and values"]
+Trained = Literal[
+    "weights", "low rank", "scaling", "rotations", "virtual tokens", "virtual keys and values"
+]
 
 
 class Refusal(NamedTuple):
@@ -177,6 +179,10 @@ class MethodConfig(Section):
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
         """Numbers a token that autograd keeps of one block, beside those of a frozen one."""
+        return 0.0
+
+    def kept_weights(self, sizes: Sizes) -> float:
+        """Numbers that autograd keeps of one block, however many the tokens, in float32."""
         return 0.0
 
     def flops_per_token(self, sizes: Sizes) -> float:

@@ -174,9 +174,9 @@ def methods_for(fixed: Mapping[str, Any], scenario: Scenario) -> Sequence[str]:
     if "method.type" in fixed:
         return [str(fixed["method.type"])]
     rule = rule_for(scenario).methods or ("lora",)
-    return list(
-        dict.fromkeys([*rule, *(name for name, it in METHODS.items() if not it.changes_base)])
-    )
+    # What no engine serves is trained where it is asked for.
+    others = (n for n, method in METHODS.items() if method.engines and not method.changes_base)
+    return list(dict.fromkeys([*rule, *others]))
 
 
 def _variants(method: str, scenario: Scenario) -> Iterator[dict[str, Any]]:

@@ -130,6 +130,7 @@ def _training_step(
     width = 2 if device == "cuda" else _width(config, device)  # CUDA trains under autocast
     rows = length * share_of_step(config.train, config.scaling.num_workers).batch_size
     block = rows * width * _block_numbers(config, facts, device)
+    block += _FLOAT32 * config.method.kept_weights(facts)
     kept = facts.num_layers * block
     if config.train.gradient_checkpointing:  # a block's input each, and one block at a time
         kept = facts.num_layers * rows * width * facts.hidden_size + block

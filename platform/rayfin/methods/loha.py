@@ -1,0 +1,47 @@
+"""LoHa: an update that is the elementwise product of two low-rank ones."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rayfin.methods.adapted import PeftNamedMethod
+from rayfin.methods.base import register
+from rayfin.methods.layers import targets
+from rayfin.methods.rates import Rate
+from rayfin.sizes import Sizes
+
+
+@register
+class LohaConfig(PeftNamedMethod):
+    """Products of two low-rank updates (Hyeon-Woo et al. 2021, arXiv:2108.06098)."""
+
+    title = "LoHa"
+    place = 11
+    quantized_base = False  # PEFT takes the shape of the update from that of the stored weights
+    engines = ()
+    rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
+    coordinates = (0.4, -0.4)
+    capacity = "r"
+    pefts = "LoHaConfig"
+
+    type: Literal["loha"]
+    r: int = Field(8, ge=1)
+    """Rank of each of the two updates; their product's is up to the square of it."""
+    alpha: float = Field(8, gt=0)
+    """The product is scaled by alpha / r."""
+    rank_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the outputs that a training step leaves without an update."""
+
+    def trained_parameters(self, sizes: Sizes) -> int:
+        return 2 * super().trained_parameters(sizes)
+
+    def kept_weights(self, sizes: Sizes) -> float:
+        """The product of each layer, made anew in each step."""
+        found = targets(self.target_modules, sizes)
+        return sum(blocks * it.inputs * it.outputs for _, it, blocks in found) / sizes.num_layers
+
+    def flops_per_token(self, sizes: Sizes) -> float:
+        """Products with those, forward, to their inputs, and to them."""
+        return 6 * self.kept_weights(sizes) * sizes.num_layers
