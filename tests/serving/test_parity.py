@@ -133,7 +133,8 @@ def test_an_8_bit_base_answers_alone_as_peft_does(
 def smollm2_adapters(
     lab: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, AdapterSource]:
-    sizes, root = {"lora": 0.02, "p_tuning": 0.05, "ia3": 0.2}, tmp_path_factory.mktemp("smollm2")
+    sizes = {"lora": 0.02, "p_tuning": 0.05, "ia3": 0.2, "vera": 0.3}
+    root = tmp_path_factory.mktemp("smollm2")
     return {
         name: lab.make_adapter(root / name, SMOLLM2, lab.METHODS[name], seed, size)
         for seed, (name, size) in enumerate(sizes.items())
@@ -144,7 +145,7 @@ def smollm2_adapters(
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization_bit", [None, 4])
 @pytest.mark.timeout(600)
-def test_lora_p_tuning_and_ia3_on_smollm2(
+def test_lora_p_tuning_ia3_and_vera_on_smollm2(
     lab: Any,
     engines: Any,
     smollm2_adapters: dict[str, AdapterSource],
@@ -153,7 +154,7 @@ def test_lora_p_tuning_and_ia3_on_smollm2(
 ) -> None:
     """What PEFT's own decoding could say otherwise, the tiny model shows above."""
     prompt = load_tokenizer(ModelConfig(name=SMOLLM2))(PROMPTS[0])["input_ids"]
-    engine = engines(SMOLLM2, slots=4, max_length=256, quantization_bit=quantization_bit)
+    engine = engines(SMOLLM2, slots=5, max_length=256, quantization_bit=quantization_bit)
     sources: dict[str, AdapterSource | None] = {"base": None, **smollm2_adapters}
     got = mixed(lab, engine, sources, [prompt], SMOLLM2_TOKENS)
     tie = float_tie(rounding, layers=30, terms=1536)

@@ -135,6 +135,23 @@ def test_lora_s_other_settings_reload_too(method: str, kind: str, lab: Any) -> N
     assert metrics["base_eval_loss"] == base
 
 
+@pytest.mark.smollm2
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("name", "settings"), [("lora", {"init_lora_weights": "pissa"}), ("vera", {"r": 256})]
+)
+def test_pissa_and_vera_on_smollm2(name: str, settings: dict[str, Any], lab: Any) -> None:
+    spec = lab.spec(name, settings, model="smollm2-135m", max_steps=2, learning_rate=1e-4)
+    finished = lab.finish(spec)
+    assert finished.result.status == "finished", finished.result.error
+    model = lab.reload(finished)
+    recorded = finished.result.metrics["eval_loss"]
+    assert lab.plain_loss(model, spec) == lab.rounded(recorded, "smollm2-135m")
+    assert lab.answers(model, spec) == finished.answers
+
+
 @pytest.mark.numeric
 @pytest.mark.parametrize(
     "name",

@@ -55,9 +55,7 @@ def lacks(name: str) -> Iterator[str]:
         yield "coordinates of its own"
     if method.place >= len(MARKS) or [look_of(n) for n in METHODS].count(look_of(name)) > 1:
         yield "a colour and mark of its own"
-    if not method.__doc__ or not re.fullmatch(
-        r".*\(.*(arXiv:|et al).*\)\.|Every .*", method.__doc__
-    ):
+    if not method.changes_base and not re.search(r"\(.* \d{4}, arXiv", method.__doc__ or ""):
         yield "a docstring with its paper"
     for hook in ("trained_parameters", "peft_config"):
         if getattr(method, hook) is getattr(MethodConfig, hook):
@@ -122,7 +120,7 @@ from rayfin.methods.rates import Rate
 
 @register
 class HalvedConfig(LowRankConfig):
-    """LoRA with half the scale (Nobody et al. 2030)."""
+    """LoRA with half the scale (Nobody et al. 2030, arXiv:3001.00001)."""
 
     title = "halved LoRA"
     place = 19
