@@ -34,6 +34,14 @@ class LohaConfig(PeftNamedMethod):
     rank_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the outputs that a training step leaves without an update."""
 
+    def strategy_refusal(self, strategy: str) -> str | None:
+        if strategy != "deepspeed-zero3":
+            return None
+        return (
+            "LoHa takes the shape of its update from the base's weights, of which a worker of "
+            "ZeRO-3 has a part; use deepspeed-zero2, fsdp or ddp"
+        )
+
     def trained_parameters(self, sizes: Sizes) -> int:
         return 2 * super().trained_parameters(sizes)
 
