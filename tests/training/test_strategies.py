@@ -43,12 +43,12 @@ def losses(result: Run) -> list[float]:
     return [point["loss"] for point in result["curve"] if "loss" in point]
 
 
-def ten(lab: Any, method: str, **changes: Any) -> TrialSpec:
+def ten(lab: Any, method: str, settings: dict[str, Any] | None = None, **changes: Any) -> TrialSpec:
     """10 steps of 4 samples; without dropout, which each worker draws for itself."""
     has_dropout = "lora_dropout" in METHODS[method].model_fields
     spec = lab.spec(
         method,
-        {"lora_dropout": 0.0} if has_dropout else {},
+        ({"lora_dropout": 0.0} if has_dropout else {}) | (settings or {}),
         # An odd number of samples to evaluate on, one at a time: the workers' shares are unequal.
         data={"val_size": 0.18},
         per_device_eval_batch_size=1,
@@ -69,13 +69,17 @@ SEEN: dict[str, list[Strategy]] = {
     "lora": list(STRATEGIES),
     "qlora": ["ddp", "fsdp"],
     "p_tuning": ["ddp", "fsdp"],
+    "pissa": ["ddp"],
+    "LoRA+": ["ddp", "fsdp"],
 }
+OF_LORA = {"pissa": {"init_lora_weights": "pissa"}, "LoRA+": {"loraplus_lr_ratio": 4}}
 
 
-@pytest.mark.parametrize("method", SEEN)
-def test_every_strategy_gives_the_losses_of_one_process(lab: Any, method: str) -> None:
-    spec = ten(lab, method)
-    strategies = SEEN[method]
+@pytest.mark.parametrize("name", SEEN)
+def test_every_strategy_gives_the_losses_of_one_process(lab: Any, name: str) -> None:
+    method, settings = ("lora", OF_LORA[name]) if name in OF_LORA else (name, {})
+    spec = ten(lab, method, settings)
+    strategies = SEEN[name]
     jobs = [job(lab, spec, workers=1), *(job(lab, spec, strategy=s) for s in strategies)]
     alone, *together = lab.in_groups(jobs)
     assert alone["status"] == "finished", alone["error"]
@@ -83,8 +87,8 @@ def test_every_strategy_gives_the_losses_of_one_process(lab: Any, method: str) -
     for strategy, result in zip(strategies, together, strict=True):
         assert result["status"] == "finished", (strategy, result["error"])
         assert losses(result) == lab.rounded(losses(alone)), strategy
-        for name in ("base_eval_loss", "eval_loss"):
-            assert result["metrics"][name] == lab.rounded(alone["metrics"][name]), strategy
+        for score in ("base_eval_loss", "eval_loss"):
+            assert result["metrics"][score] == lab.rounded(alone["metrics"][score]), strategy
         parameters = "trainable_parameters"
         assert result["metrics"][parameters] == alone["metrics"][parameters]
         # Each sample's scores lie beside the base model's of the same sample.
