@@ -213,6 +213,12 @@ def test_the_next_step_follows_from_what_happened() -> None:
     assert verdict([short], adapter="faq@3").next.endswith(" engine.max_length=1024`.")
     widest = row.updated(spec=model | {"method": {"type": "lora", "r": 2048}})
     assert verdict([widest], adapter="faq@3").next.startswith("Next: `rayfin adapters show faq@3 ")
-    full = row.updated(spec=model | {"method": {"type": "full"}})
-    assert verdict([full], adapter="faq@3").next.startswith("Next: `rayfin adapters show faq@3 ")
+    for method in ({"type": "full"}, {"type": "oft"}):
+        alone = row.updated(spec=model | {"method": method})
+        said = verdict([alone], adapter="faq@3").next
+        assert said.startswith("Next: `rayfin adapters show faq@3 "), method
+    # It is saved as plain LoRA of twice the rank.
+    pissa = {"type": "lora", "r": 40, "init_lora_weights": "pissa"}
+    doubled = row.updated(spec=model | {"method": pissa})
+    assert verdict([doubled], adapter="faq@3").next.endswith(" engine.max_rank=80`.")
     assert "--resume carries on" in verdict([trial()], adapter="faq@3", interrupted=True).next

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from rayfin.config import Config
 from rayfin.config.serving import MAX_RANK, EngineConfig
 from rayfin.evaluation.change import Change, change_of
@@ -24,7 +26,7 @@ from rayfin.evaluation.quantities import (
     show_setting,
 )
 from rayfin.history.record import finite
-from rayfin.methods import METHODS
+from rayfin.methods import MethodConfig
 from rayfin.paths import Storage
 
 if TYPE_CHECKING:
@@ -210,13 +212,14 @@ def _next(
 def _try(adapter: str, config: Config, best: TrialRecord) -> str:
     """Returns the command that talks to a published adapter, with every setting that it takes.
 
-    What `rayfin chat` can't serve, a whole model or a rank above MAX_RANK, it shows instead.
+    What `rayfin chat` can't serve, a whole model, a method without an engine or a rank above
+    MAX_RANK, it shows instead.
     """
     storage = f"storage={Storage.at(config.registry_storage).place}"
-    method = METHODS.get(setting(best.spec, "method.type")[1])
-    ranks = (setting(best.spec, name)[1] for name in ("method.r", "method.init_r"))
-    rank = max((rank for rank in ranks if isinstance(rank, int)), default=0)
-    if (method is not None and method.changes_base) or rank > MAX_RANK:
+    method = _method_of(best)
+    rank = 0 if method is None else method.served_rank
+    alone = method is not None and (method.changes_base or "transformers" not in method.engines)
+    if alone or rank > MAX_RANK:
         return shlex.join(["rayfin", "adapters", "show", adapter, storage])
     model = [
         f"model.{name}={value}"
@@ -230,3 +233,11 @@ def _try(adapter: str, config: Config, best: TrialRecord) -> str:
     if isinstance(positions, int) and positions < defaults.max_length:
         engine.append(f"engine.max_length={positions}")
     return shlex.join(["rayfin", "chat", "--use", adapter, *model, storage, *engine])
+
+
+def _method_of(trial: TrialRecord) -> MethodConfig | None:
+    """A trial's method; None where this rayfin has no such method or setting."""
+    try:
+        return MethodConfig.model_validate(trial.spec.get("method"))
+    except ValidationError:
+        return None
