@@ -108,6 +108,13 @@ def test_semicolons_tabs_and_a_byte_order_mark_are_fine(history, tmp_path, text)
     assert (trial.spec, trial.metrics) == ({"train": {"learning_rate": 1.0}}, {"eval_loss": 2.0})
 
 
+@pytest.mark.parametrize("cell", ["{}", "{'q_proj': 4}"])
+def test_a_mapping_as_text_is_kept_as_it_is(history, tmp_path, cell):
+    """The usual dump of PEFT's configuration has such columns."""
+    text = f'r,rank_pattern,eval_loss\n8,"{cell}",1.5\n'
+    assert one(history, csv(tmp_path, text)).spec["method"]["rank_pattern"] == cell
+
+
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [

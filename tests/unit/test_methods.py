@@ -175,6 +175,30 @@ def test_modules_that_are_not_there_are_answered_with_those_that_are() -> None:
         attached(base, method("lora", target_modules=["query_key_value"]))
 
 
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("first", ["q_proj", "layers.1.self_attn.q_proj"])
+def test_two_names_of_one_module_in_a_pattern_are_refused(setting: str, first: str) -> None:
+    """PEFT takes the first of them while it trains, and saves them in another order."""
+    pattern = {first: 4, "layers.1.self_attn.q_proj": 8, "q_proj": 2}
+    base = load_base(TINY, None, "cpu")
+    with pytest.raises(MethodError, match=f"{setting}: .* both name '.*layers.1.self_attn.q_proj'"):
+        attached(base, method("lora", **{setting: pattern}))
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_head_that_is_named_may_have_a_rank_of_its_own() -> None:
+    base = load_base(TINY, None, "cpu")
+    settings = method("lora", target_modules=["q_proj", "lm_head"], rank_pattern={"lm_head": 4})
+    model = attached(base, settings)
+    assert model.get_submodule("base_model.model.lm_head").r == {"default": 4}
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_rank_that_a_layer_has_no_room_for_is_refused(init: str) -> None:
+    with pytest.raises(MethodError, match=r"rank 512 is more than the .*; use a smaller method\.r"):
+        attached(load_base(TINY, None, "cpu"), method("lora", r=512, init_lora_weights=init))
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

@@ -219,8 +219,8 @@ def _setting(config: type[Section] | None, leaf: str, text: str, fixed: Mapping[
             return getattr(config.model_validate({**fixed, leaf: value}), leaf)
         except ValidationError as error:
             problems = error.errors()
-    # Other programs have choices (schedulers, dtypes) that rayfin has not.
-    if all(problem["type"] in ("literal_error", "tuple_type") for problem in problems):
+    # Other programs have choices (schedulers, dtypes) that rayfin has not, and mappings as text.
+    if all(problem["type"] in ("literal_error", "tuple_type", "dict_type") for problem in problems):
         return text
     raise ValueError(f"{leaf} is '{text}'; {problems[0]['msg']}")
 

@@ -3,7 +3,7 @@
 import pkgutil
 from importlib import import_module
 
-from rayfin.methods.attach import attach, detach, linear_names
+from rayfin.methods.attach import attach, detach, linear_modules, linear_names
 from rayfin.methods.base import METHODS, MethodConfig, capacities, methods_that, register
 from rayfin.methods.state import load_training_state, training_state
 
@@ -13,6 +13,7 @@ __all__ = [
     "attach",
     "capacities",
     "detach",
+    "linear_modules",
     "linear_names",
     "load_all",
     "load_training_state",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import MethodError
@@ -31,7 +32,7 @@ def attach(
     import peft
     import torch
 
-    settings.check_modules(_linears(base))
+    settings.check_modules(linear_modules(base, getattr(settings, "target_modules", ())))
     config = settings.peft_config(max_steps, tokenizer_path)
     if config is None:
         (base if keep_dtype else base.float()).requires_grad_(True)
@@ -48,6 +49,11 @@ def attach(
         raise MethodError(
             f"method.target_modules={getattr(settings, 'target_modules', None)} does not fit this "
             f"model; its linear modules are: {names}"
+        ) from error
+    except TypeError as error:
+        raise MethodError(
+            f"method.type={settings.type} can't adapt layers of this model ({error}); use lora, or "
+            "name other modules by method.target_modules"
         ) from error
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -100,17 +106,23 @@ def _keep_scales(layer: Any, *_: Any) -> None:
 
 def linear_names(base: torch.nn.Module) -> list[str]:
     """Last parts of the names of the linear modules that an adapter may target."""
-    return sorted({name.rpartition(".")[2] for name in _linears(base)})
+    return sorted({name.rpartition(".")[2] for name in linear_modules(base)})
 
 
-def _linears(base: torch.nn.Module) -> list[str]:
-    """Names of the linear modules but the output head, transformers' Conv1D among them."""
+def linear_modules(base: torch.nn.Module, named: str | Sequence[str] = ()) -> list[str]:
+    """Returns the names of the modules that an adapter may target.
+
+    They are the linear ones, transformers' Conv1D among them, but the output head, and those that
+    `named` names itself (all-linear names none).
+    """
     import torch
     from transformers.pytorch_utils import Conv1D
 
     head = getattr(base, "lm_head", None)
+    ends = () if isinstance(named, str) else tuple(named or ())
     return [
         name
         for name, module in base.named_modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+        if (isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head)
+        or (any(f".{name}".endswith(f".{end}") for end in ends) and hasattr(module, "weight"))
     ]

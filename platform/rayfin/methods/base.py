@@ -125,6 +125,11 @@ class MethodConfig(Section):
         """Why a `scaling.strategy` can't train it, with what can; None where nothing is known."""
         return None
 
+    @property
+    def names_modules(self) -> bool:
+        """Whether any setting beside target_modules names modules, for `check_modules` to find."""
+        return False
+
     def check_modules(self, names: Sequence[str]) -> None:
         """Raises MethodError for settings that would change nothing on these linear modules."""
 

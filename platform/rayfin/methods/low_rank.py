@@ -99,6 +99,11 @@ class LowRankConfig(LowRankMethod):
                     ranks[rank] = ranks.get(rank, 0.0) + blocks / len(layers)
             yield name, linear, ranks
 
+    @property
+    def names_modules(self) -> bool:
+        patterns = self.rank_pattern or self.alpha_pattern
+        return bool(self.exclude_modules or self.layers_to_transform or patterns)
+
     def check_modules(self, names: Sequence[str]) -> None:
         named = self.target_modules
         targeted = [n for n in names if named == "all-linear" or any(_names(n, t) for t in named)]
@@ -115,6 +120,17 @@ class LowRankConfig(LowRankMethod):
                         f"method.{setting}: {key!r} is none of the {len(among)} modules that are "
                         f"adapted{f', such as {among[0]!r}' if among else ''}; leave it out, or "
                         "name one of them"
+                    )
+        for setting, pattern in (
+            ("rank_pattern", self.rank_pattern),
+            ("alpha_pattern", self.alpha_pattern),
+        ):
+            for name in adapted:
+                # PEFT takes the first, and saves them in another order.
+                if len(both := [key for key in pattern if _names(name, key)]) > 1:
+                    raise MethodError(
+                        f"method.{setting}: {both[0]!r} and {both[1]!r} both name {name!r}; write "
+                        "names of which no two name the same module"
                     )
         if targeted and not adapted:
             raise MethodError(
@@ -178,6 +194,14 @@ class LowRankConfig(LowRankMethod):
 
     def attached(self, model: torch.nn.Module) -> None:
         if self.alters_base:
+            for name, layer in model.named_modules():
+                ranks = getattr(layer, "r", None) if hasattr(layer, "lora_A") else None
+                if ranks and (most := len(layer.lora_A[ADAPTER].weight)) < ranks[ADAPTER]:
+                    raise MethodError(
+                        f"method.init_lora_weights={self.init_lora_weights}: rank {ranks[ADAPTER]} "
+                        f"is more than the {most} rows or columns of {name!r}; use a smaller "
+                        "method.r, or a method.rank_pattern for it"
+                    )
             model.rayfin_began = lora_pairs(model, ADAPTER)  # type: ignore[assignment]
 
     def finish_saving(self, model: torch.nn.Module, directory: Path) -> None:

@@ -17,7 +17,9 @@ def check_combination(config: Config) -> None:
     if method.quantization_bit and not method.quantized_base:
         refuse(
             f"method.quantization_bit={method.quantization_bit}",
-            "quantised weights have no gradient",
+            "quantised weights have no gradient"
+            if method.changes_base
+            else "its update takes its shape from that of whole weights",
             f"use method.quantization_bit=null, or one of {methods_that('quantized_base')}",
         )
     if train.packing and not method.packing:
