@@ -22,4 +22,4 @@ class Sizes:
     vocab_size: int
     max_position_embeddings: int | None
     dtype: str
-    """Of the stored weights."""
+    """Data type in which the weights are stored."""

@@ -26,7 +26,7 @@ ON_GPU: Mapping[str, Mapping[str, int]] = {
 """Defaults of each engine.type on a GPU, where they are others than on the CPU."""
 
 _GPU_MEMORY = 0.9
-"""Of the GPU, that vLLM takes by its own default."""
+"""Share of a GPU's memory that vLLM takes by its own default."""
 
 _IN_OTHER_WORDS = {
     "max_model_len": "max_length",

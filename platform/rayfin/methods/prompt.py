@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 _TOKENS = 20
-"""As in PEFT's guide to prompt-based methods."""
+"""Number of virtual tokens to start from, that of PEFT's guide to prompt-based methods."""
 
 
 class PromptLearningConfig(MethodConfig):

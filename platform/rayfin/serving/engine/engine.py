@@ -47,7 +47,7 @@ class EngineStats:
     host_loads: int
     host_bytes: int
     table_bytes: int
-    """Of the output heads and embeddings that adapters in slots bring of their own."""
+    """Bytes of the output heads and embeddings that adapters in slots bring of their own."""
 
 
 class Engine:
