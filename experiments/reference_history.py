@@ -19,12 +19,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rayfin.advisor.knowledge import LEARNED
+from rayfin.advisor.quality import Evidence
+from rayfin.advisor.table import TrialTable
 from rayfin.config import load_config
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage, write_json, write_whole
-from rayfin.recommend.knowledge import LEARNED
-from rayfin.recommend.quality import Evidence
-from rayfin.recommend.table import TrialTable
 from rayfin.tuning.sweep import run_sweep
 
 MODELS = {
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH")
     parser.add_argument("--storage", default="runs/reference")
     parser.add_argument(
-        "--out", type=Path, default=Path("platform/rayfin/recommend/reference.jsonl.gz")
+        "--out", type=Path, default=Path("platform/rayfin/advisor/reference.jsonl.gz")
     )
     parser.add_argument("--quick", action="store_true", help="the tiny model on pydocs only")
     args = parser.parse_args()
@@ -111,7 +111,7 @@ def sweep(model: str, path: str, method: str, history: History, storage: Storage
         "sweep.scheduler": "none",
         "sweep.num_samples": size(method),
         **{f"sweep.parameters.{axis}": values for axis, values in axes.items()},
-        "storage": storage.place.path,
+        "storage": storage.location.path,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     result = run_sweep(load_config(None, overrides), history=history, storage=storage, resume=True)

@@ -154,9 +154,9 @@ def work(job: dict[str, Any]) -> int:
 
     from rayfin.config import load_config
     from rayfin.hardware import describe_hardware
-    from rayfin.paths import Place
+    from rayfin.paths import StoragePath
     from rayfin.training import TrialSpec
-    from rayfin.training.strategies import Group
+    from rayfin.training.strategies import WorkerLayout
     from rayfin.training.trial import run_trial
 
     on_gpu = job["device"] == "cuda"
@@ -168,9 +168,9 @@ def work(job: dict[str, Any]) -> int:
     result = run_trial(
         TrialSpec.of(load_config(None, job["settings"])),
         lambda _: None,
-        place=Place(directory),
+        location=StoragePath(directory),
         hardware=describe_hardware(on_gpu),
-        group=Group(job["workers"], job["strategy"]),
+        group=WorkerLayout(job["workers"], job["strategy"]),
     )
     if os.environ["RANK"] == "0":
         (directory / "answer.json").write_text(json.dumps(result.as_dict()))
@@ -189,7 +189,7 @@ def score(job: dict[str, Any]) -> float:
     from rayfin.config import load_config
     from rayfin.models import load_base
     from rayfin.training import TrialSpec
-    from rayfin.training.warm import Warm
+    from rayfin.training.trial_cache import TrialCache
 
     spec = TrialSpec.of(load_config(None, job["settings"]))
     model: torch.nn.Module
@@ -200,7 +200,7 @@ def score(job: dict[str, Any]) -> float:
         model = PeftModel.from_pretrained(base, job["adapter"])
     total, count = 0.0, 0
     with torch.no_grad():
-        for sample in Warm().tokenized(spec).eval:
+        for sample in TrialCache().tokenized(spec).eval:
             ids, labels = (torch.tensor(sample[key]) for key in ("input_ids", "labels"))
             mask = torch.ones(1, len(ids), dtype=torch.long)
             logits = model.eval()(input_ids=ids[None], attention_mask=mask).logits[0, -len(ids) :]

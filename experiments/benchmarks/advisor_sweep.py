@@ -29,11 +29,11 @@ import numpy as np
 import optuna
 from common import print_figure
 
+from rayfin.advisor.features import data_row, model_row, place_codes
+from rayfin.advisor.knowledge import Knowledge, reference_trials
+from rayfin.advisor.loop import SweepAdvisor
 from rayfin.history import TrialRecord
-from rayfin.recommend.features import data_row, model_row, place_codes
-from rayfin.recommend.knowledge import Knowledge, reference_trials
-from rayfin.recommend.loop import SweepAdvisor
-from rayfin.tuning.search import Tried
+from rayfin.tuning.search import EndedTrial
 
 COUNTS = (1, 2, 4, 8, 12, 16)
 TRIALS = 16
@@ -199,7 +199,7 @@ def _advisor(task: Task, seed: int, knowledge: Knowledge) -> list[int]:
     found: list[int] = []
     for _ in range(min(TRIALS, len(task.records))):
         left = [place for place in range(len(task.records)) if place not in found]
-        ended = [Tried(task.records[place].spec, task.value(place)) for place in found]
+        ended = [EndedTrial(task.records[place].spec, task.value(place)) for place in found]
         found.append(left[advisor.choose([task.records[p].spec for p in left], ended, [])])
     return found
 

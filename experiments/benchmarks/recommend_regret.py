@@ -37,11 +37,11 @@ from pathlib import Path
 import numpy as np
 from common import print_figure
 
+from rayfin.advisor import quality
+from rayfin.advisor.features import COLUMNS
+from rayfin.advisor.process import Array, Parameters
+from rayfin.advisor.table import TrialTable
 from rayfin.history.csv_table import read_csv
-from rayfin.recommend import quality
-from rayfin.recommend.features import COLUMNS
-from rayfin.recommend.process import Array, Parameters
-from rayfin.recommend.table import TrialTable
 
 K = 3
 BARS = {1: 0.05, 2: 0.03}

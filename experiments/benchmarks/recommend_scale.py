@@ -29,13 +29,13 @@ from typing import TypeVar
 
 from common import print_figure
 
+from rayfin.advisor.knowledge import knowledge_of
+from rayfin.advisor.recommendation import ScenarioFacts, recommend
+from rayfin.advisor.scenario import Scenario
 from rayfin.config import ModelConfig
 from rayfin.hardware import describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.models import describe_model
-from rayfin.recommend.advisor import Place, recommend
-from rayfin.recommend.knowledge import knowledge_of
-from rayfin.recommend.scenario import Scenario
 
 OF_SCENARIO = 50
 FAMILIES = ("qwen2.5", "qwen3", "llama-3.1", "llama-3.2", "gemma-2", "mistral", "smollm2", "phi-4")
@@ -56,7 +56,9 @@ def main() -> None:
             fit, _ = timed(lambda: knowledge_of(history, cache=cache))
             read, knowledge = timed(lambda: knowledge_of(history, cache=cache))
         facts, hardware = describe_model(ModelConfig(name="smollm2-135m")), describe_hardware(False)
-        place = Place(Scenario("cpu", "small", "normal"), facts, hardware, {"digest": "task 3"})
+        place = ScenarioFacts(
+            Scenario("cpu", "small", "normal"), facts, hardware, {"digest": "task 3"}
+        )
         answers = [timed(lambda: recommend(place, knowledge))[0] for _ in range(REPEATS + 1)][1:]
         command = [sys.executable, "-m", "rayfin", "recommend", "model.name=smollm2-135m"]
         command += ["data.path=pydocs", f"storage={folder}/none", "--json"]

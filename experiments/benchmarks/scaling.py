@@ -65,9 +65,9 @@ def configuration(work: Path, quick: bool, *, workers: int = 1, concurrent: int 
 def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
     """The rounds: what ran -> its measurements, in order."""
     from rayfin.data import load_corpus
-    from rayfin.paths import Place
+    from rayfin.paths import StoragePath
     from rayfin.training import TrialSpec
-    from rayfin.training.strategies import Group
+    from rayfin.training.strategies import WorkerLayout
     from rayfin.training.workers import WorkerGroup
     from rayfin.tuning.cluster import ray_cluster
 
@@ -76,14 +76,14 @@ def workers_side(args: Namespace) -> dict[str, list[dict[str, float]]]:
 
     def train(name: str, workers: int) -> dict[str, float]:
         config = configuration(args.work, args.quick, workers=workers)
-        around, group = [], Group.of(config.scaling)
+        around, group = [], WorkerLayout.of(config.scaling)
         with WorkerGroup(group, resources={"CPU": 1.0}, corpora=corpora) as processes:
             for trial in ("first", "second"):
                 started = time.perf_counter()
                 result = processes.train(
                     TrialSpec.of(config),
                     lambda _: True,
-                    place=Place.at(args.work / name / trial),
+                    location=StoragePath.at(args.work / name / trial),
                     max_failures=0,  # a group that started twice would be no measurement
                 )
                 ended = time.perf_counter()

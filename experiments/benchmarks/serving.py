@@ -240,12 +240,12 @@ def steps(adapters: Sequence[Any], repeats: int, plot: Path | None) -> None:
 
 
 def _step(engine: Any, rows: int, distinct: int, repeats: int) -> float:
-    from rayfin.serving.engine.batch import Piece
+    from rayfin.serving.engine.batch import RowSpan
 
     seconds = []
     for number in range(repeats + 1):
         pieces = [
-            Piece(row, 1 + row % distinct if distinct else 0, 64 + number, [100 + row], True)
+            RowSpan(row, 1 + row % distinct if distinct else 0, 64 + number, [100 + row], True)
             for row in range(rows)
         ]
         started = time.perf_counter()

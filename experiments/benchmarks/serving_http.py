@@ -45,11 +45,11 @@ def api_alone(engine: Any, adapters: Sequence[Any]) -> Iterator[str]:
     from rayfin.adapters import Registry
     from rayfin.config.serving import ServeConfig
     from rayfin.serving.api.app import create_app
-    from rayfin.serving.names import Names
+    from rayfin.serving.names import ModelNames
 
     with tempfile.TemporaryDirectory() as folder:
         _publish(adapters, Path(folder))
-        names = Names(Registry(Path(folder)), engine.model_name)
+        names = ModelNames(Registry(Path(folder)), engine.model_name)
         port = _free_port()
         server = uvicorn.Server(
             uvicorn.Config(

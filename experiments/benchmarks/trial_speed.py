@@ -59,15 +59,17 @@ def planned(spec: Any, warm: Any) -> tuple[list[dict[str, Any]], list[dict[str, 
 
 def run_one_side(args: Namespace) -> dict[str, Any]:
     from rayfin.models import locate
-    from rayfin.paths import Place
+    from rayfin.paths import StoragePath
     from rayfin.training.trial import run_trial
-    from rayfin.training.warm import Warm
+    from rayfin.training.trial_cache import TrialCache
 
-    spec, warm = specification(args.quick), Warm()
+    spec, warm = specification(args.quick), TrialCache()
     train, evaluation = planned(spec, warm)
     tokens = sum(len(sample["input_ids"]) for sample in train)
     if args.side == "rayfin":
-        result = run_trial(spec, lambda _: True, place=Place.at(args.work / "trial"), warm=warm)
+        result = run_trial(
+            spec, lambda _: True, location=StoragePath.at(args.work / "trial"), warm=warm
+        )
         if result.status != "finished":
             raise SystemExit(result.error)
         seconds, eval_loss = result.metrics["train_seconds"], result.metrics["eval_loss"]

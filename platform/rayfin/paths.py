@@ -34,7 +34,7 @@ def cache_dir() -> Path:
 
 
 @dataclass(frozen=True)
-class Place:
+class StoragePath:
     """A file or directory that all machines of a run share, and where it lies on this one.
 
     On a file system the two are the same. Of what is in an object store, `path` is this machine's
@@ -45,7 +45,7 @@ class Place:
     objects: Objects | None = None
 
     @classmethod
-    def at(cls, location: str | Path) -> Place:
+    def at(cls, location: str | Path) -> StoragePath:
         """Looks at the text alone; StorageError for a URL that no object store can have."""
         if "://" not in str(location):
             return cls(Path(location).expanduser().resolve())
@@ -58,11 +58,11 @@ class Place:
     def __str__(self) -> str:
         return str(self.objects or self.path)
 
-    def __truediv__(self, name: str) -> Place:
-        return Place(self.path / name, self.objects / name if self.objects else None)
+    def __truediv__(self, name: str) -> StoragePath:
+        return StoragePath(self.path / name, self.objects / name if self.objects else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Place.at, (str(self),)  # another machine has its copies elsewhere
+        return StoragePath.at, (str(self),)  # another machine has its copies elsewhere
 
     def names(self) -> list[str]:
         """Of the directories in this one."""
@@ -151,62 +151,64 @@ class _NotWhole(Exception):
 class Storage:
     """Every path under one `storage`; nothing else in rayfin joins these names."""
 
-    place: Place
+    location: StoragePath
 
     @classmethod
     def at(cls, location: str | Path) -> Storage:
         """Makes and asks nothing."""
-        return cls(Place.at(location))
+        return cls(StoragePath.at(location))
 
     @classmethod
     def open(cls, location: str | Path) -> Storage:
         """The storage at `location`, made if missing; StorageError where it can't be written."""
-        place = Place.at(location)
-        if place.objects is not None:
-            place.objects.check()
+        opened = cls.at(location)
+        here = opened.location
+        if here.objects is not None:
+            here.objects.check()
         try:
-            place.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=place.path, prefix=".write-test-"):
+            here.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=here.path, prefix=".write-test-"):
                 pass
         except OSError as error:
             remedy = (
                 "give another place for copies of what is in a bucket, by RAYFIN_CACHE=DIR"
-                if place.objects
+                if here.objects
                 else "give a directory you may write to, storage=DIR"
             )
             raise StorageError(
-                f"storage: '{place.path}' can't be written ({error.strerror or error}); {remedy}"
+                f"storage: '{here.path}' can't be written ({error.strerror or error}); {remedy}"
             ) from error
-        return cls(place)
+        return opened
 
     @property
     def history_url(self) -> str:
-        if self.place.objects is not None:
+        if self.location.objects is not None:
             raise StorageError(
-                f"storage: SQLite's file, the history, can't be in '{self.place}'; give "
+                f"storage: SQLite's file, the history, can't be in '{self.location}'; give "
                 "history=postgresql+psycopg://HOST/DATABASE, or history=sqlite:////PATH on the "
                 "machine that runs the command"
             )
-        return f"sqlite:///{self.place.path / 'history.sqlite'}"
+        return f"sqlite:///{self.location.path / 'history.sqlite'}"
 
     @property
     def adapters(self) -> Path:
-        if self.place.objects is not None:
+        if self.location.objects is not None:
             raise StorageError(
-                f"storage: the registry of adapters can't be in '{self.place}'; give a directory, "
-                "publish.storage=DIR to a run (or publish=null) and storage=DIR to rayfin serve"
+                f"storage: the registry of adapters can't be in '{self.location}'; give a "
+                "directory, publish.storage=DIR to a run (or publish=null) and storage=DIR to "
+                "rayfin serve"
             )
-        return self.place.path / "adapters"
+        return self.location.path / "adapters"
 
     @property
     def ray(self) -> Path:
         """Ray Tune's own files; nothing in rayfin reads them back."""
-        return self.place.path / "ray"
+        return self.location.path / "ray"
 
-    def sweep(self, sweep_id: str) -> Place:
-        return self.place / "sweeps" / sweep_id
+    def sweep(self, sweep_id: str) -> StoragePath:
+        return self.location / "sweeps" / sweep_id
 
-    def trial(self, sweep_id: str, trial_id: str) -> Place:
+    def trial(self, sweep_id: str, trial_id: str) -> StoragePath:
         return self.sweep(sweep_id) / "trials" / trial_id
 
 

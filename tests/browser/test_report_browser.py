@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from rayfin.advisor.marks import LIGHT
 from rayfin.config import load_config
 from rayfin.evaluation import Sample, write_sweep_report
 from rayfin.history.record import TrialRecord
 from rayfin.methods import METHODS
-from rayfin.recommend.marks import LIGHT
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None

@@ -23,7 +23,7 @@ import pytest
 
 from rayfin.cli import main
 from rayfin.history import History, TrialRecord
-from rayfin.paths import Place, cache_dir
+from rayfin.paths import StoragePath, cache_dir
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
@@ -255,15 +255,15 @@ class Lab:
         return self._drivers[-1]
 
     @staticmethod
-    def checkpoints(row: TrialRecord) -> list[Place]:
+    def checkpoints(row: TrialRecord) -> list[StoragePath]:
         """The whole ones, the newest last."""
         assert row.directory is not None
-        place = Place.at(row.directory) / "checkpoints"
+        place = StoragePath.at(row.directory) / "checkpoints"
         found = [place / name for name in place.names()]
         return sorted((at for at in found if at.exists()), key=Lab._step)
 
     @staticmethod
-    def _step(checkpoint: Place) -> int:
+    def _step(checkpoint: StoragePath) -> int:
         return int(checkpoint.path.name.removeprefix("checkpoint-"))
 
     @staticmethod

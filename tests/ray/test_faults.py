@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from rayfin.config import load_config
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training import TrialSpec
 from rayfin.training.trial import run_trial
 
@@ -96,7 +96,7 @@ def test_a_group_goes_on_whatever_of_it_is_killed(
     assert row.status == "finished" and row.curve[-1]["step"] == 120
     assert lab.losses(row)[0] == mark, "it started anew, and not from its checkpoint"
     streamed = TrialSpec.of(load_config(None, settings))
-    whole = run_trial(streamed, lambda _: None, place=Place(tmp_path / "whole"))
+    whole = run_trial(streamed, lambda _: None, location=StoragePath(tmp_path / "whole"))
     for point, other in zip(row.curve, whole.curve, strict=True):
         if point.get("loss") != mark:
             assert point == pytest.approx(other, abs=1e-4)
@@ -124,17 +124,17 @@ def full(directory: Path) -> Callable[[], None]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 24 MB of its own."""
-    place = tmp_path / "small"
-    place.mkdir()
+    location = tmp_path / "small"
+    location.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "rayfin-test", place],
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "rayfin-test", location],
         capture_output=True,
         check=False,
     )
     if mounted.returncode:
         pytest.skip("a file system of its own needs root")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    yield location
+    subprocess.run(["umount", "-l", location], check=True)
 
 
 def test_a_full_disk_is_an_error_and_loses_no_finished_trial(

@@ -22,10 +22,10 @@ from rayfin.config import Config, ScalingConfig, load_config
 from rayfin.data import load_corpus
 from rayfin.errors import HardwareError
 from rayfin.history import History
-from rayfin.paths import Place, Storage
+from rayfin.paths import Storage, StoragePath
 from rayfin.training import TrialResult, TrialSpec
-from rayfin.training.desk import Desk, Job
-from rayfin.training.strategies import Group
+from rayfin.training.strategies import WorkerLayout
+from rayfin.training.trial_queue import Job, TrialQueue
 from rayfin.training.workers import WorkerGroup, give_back
 from rayfin.tuning.cluster import nodes, worker_resources
 from rayfin.tuning.single import train_once
@@ -42,11 +42,11 @@ def config(lab: Any) -> Config:
 
 def in_group(config: Config, directory: Path, report: Any = lambda _: None) -> TrialResult:
     with WorkerGroup(
-        Group(2, "ddp"),
+        WorkerLayout(2, "ddp"),
         resources=worker_resources(ScalingConfig(num_workers=2), nodes()),
         corpora={config.data: load_corpus(config.data)},
     ) as workers:
-        return workers.train(TrialSpec.of(config), report, place=Place(directory))
+        return workers.train(TrialSpec.of(config), report, location=StoragePath(directory))
 
 
 def test_a_group_that_ray_ends_for_want_of_memory_is_told_from_one_that_fails(
@@ -75,16 +75,16 @@ def test_what_a_lost_machine_held_in_a_group_is_given_back_from_another(
 ) -> None:
     group = ray.util.placement_group([{"CPU": 1}])
     assert group.wait(60)
-    job = Job(0, TrialSpec.of(load_config(None, [])), Place.at(bucket))
+    job = Job(0, TrialSpec.of(load_config(None, [])), StoragePath.at(bucket))
 
     async def work() -> None:
-        desk = Desk(1)
-        await desk.give(job)
-        await desk.begin(group.id.hex())
+        queue = TrialQueue(1)
+        await queue.give(job)
+        await queue.begin(group.id.hex())
 
     asyncio.run(work())
     monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "another"))
-    held = Place.at(bucket) / "ray" / "held.json"
+    held = StoragePath.at(bucket) / "ray" / "held.json"
     give_back(held)
     states = ray.util.placement_group_table(group)
     assert states["state"] == "REMOVED"

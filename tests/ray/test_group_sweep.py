@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rayfin.history import TrialRecord
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training import TrialResult, TrialSpec
 from rayfin.training.trial import run_trial
 
@@ -70,7 +70,7 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
     assert psutil.wait_procs(lab.processes(WORKER), ENDED_WITHIN)[1] == []
     first, interrupted = lab.rows()
     assert (first.status, interrupted.status) == ("finished", "interrupted")
-    assert not (Place.at(interrupted.directory) / "adapter").exists()
+    assert not (StoragePath.at(interrupted.directory) / "adapter").exists()
     # What the listener's group held outlived it, and two CPUs have room for one group only.
     assert len(faults.workers) == 3, "it did not start anew, or each trial in its own processes"
     assert faults.workers[1] == faults.workers[2]
@@ -87,8 +87,8 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
     driver = lab.rayfin("sweep", *sweep, *sharded, "--resume")
     last = driver.amid(finished=3)
     assert not any(lab.processes(name) for name in DISPENSABLE)
-    (desk,) = lab.processes("ray::Desk")
-    desk.kill()
+    (queue,) = lab.processes("ray::TrialQueue")
+    queue.kill()
     assert driver.end() == 0, driver.err
     rows = lab.rows()
     assert rows[0] == first, "a finished trial was touched"
@@ -102,12 +102,14 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
     for row in rows[1:3]:
         assert row.scenario["hardware"]["strategy"] == "deepspeed-zero3"
     for row in rows[:3]:
-        place = Place.at(row.directory)
-        assert str(place).startswith(f"{bucket}/sweeps/")
+        location = StoragePath.at(row.directory)
+        assert str(location).startswith(f"{bucket}/sweeps/")
         assert row.scenario["hardware"]["num_workers"] == 2
-        assert not lab.checkpoints(row) and not (place / "ray" / "held.json").fetch_file()
+        assert not lab.checkpoints(row) and not (location / "ray" / "held.json").fetch_file()
         one = run_trial(
-            TrialSpec.model_validate(row.spec), lambda _: None, place=Place(tmp_path / row.trial_id)
+            TrialSpec.model_validate(row.spec),
+            lambda _: None,
+            location=StoragePath(tmp_path / row.trial_id),
         )
         as_one_process_does(row, one, but=mark)
 
@@ -118,13 +120,13 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
     capsys.readouterr()
     assert lab.rayfin_here("sweep", *lab.settings, *sweep, *sharded, *publish, "--resume") == 0
     assert lab.rows() == rows
-    report = Place.at(bucket) / "sweeps" / rows[0].sweep_id / "report.html"
+    report = StoragePath.at(bucket) / "sweeps" / rows[0].sweep_id / "report.html"
     assert str(report) in capsys.readouterr().out and report.fetch_file()
     text = report.path.read_text()
     assert all(row.trial_id in text for row in rows) and text.count('class="sample"') == 1
     assert (registry / "adapters" / "best" / "1" / "adapter_config.json").is_file()
     for row in rows[:3]:
-        copies = Place.at(row.directory).path
+        copies = StoragePath.at(row.directory).path
         assert copies.is_relative_to(lab.root / "another")
         assert not list(copies.rglob("*.safetensors")), "copies are let go"
 
@@ -161,7 +163,7 @@ def as_one_process_does(row: TrialRecord, one: TrialResult, but: float) -> None:
     for point, other in zip(row.curve, one.curve, strict=True):
         if point.get("loss") != but:
             assert point == pytest.approx(other, abs=1e-4)
-    adapter = Place.at(row.directory) / "adapter"
+    adapter = StoragePath.at(row.directory) / "adapter"
     assert adapter.fetch() and one.adapter is not None
     ours, theirs = (
         load_file(path / "adapter_model.safetensors") for path in (adapter.path, one.adapter.path)

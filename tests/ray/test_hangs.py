@@ -21,9 +21,9 @@ from rayfin.config import DataConfig, ScalingConfig, load_config, with_values
 from rayfin.config.schema import ModelConfig
 from rayfin.data import load_corpus
 from rayfin.models import load_base, load_tokenizer
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training import TrialResult, TrialSpec
-from rayfin.training.strategies import Group
+from rayfin.training.strategies import WorkerLayout
 from rayfin.training.workers import WorkerGroup
 from rayfin.tuning.cluster import nodes, worker_resources
 
@@ -124,12 +124,12 @@ def test_workers_that_are_out_of_step_fail_and_say_why(
 
     def train(workers: WorkerGroup, seed: int) -> TrialResult:
         spec = TrialSpec.of(with_values(config, {"train.seed": seed}))
-        place = Place(tmp_path / str(seed))
-        return workers.train(spec, lambda _: None, place=place, max_failures=0)
+        location = StoragePath(tmp_path / str(seed))
+        return workers.train(spec, lambda _: None, location=location, max_failures=0)
 
     each = worker_resources(ScalingConfig(num_workers=2), nodes())
     with WorkerGroup(
-        Group(2), resources=each, corpora=corpora, hang_minutes=HANG_MINUTES
+        WorkerLayout(2), resources=each, corpora=corpora, hang_minutes=HANG_MINUTES
     ) as workers:
         raised = train(workers, RAISES)
         assert raised.status == "failed" and FAULT in (raised.error or ""), raised.error

@@ -31,12 +31,12 @@ from rayfin.training import TrialResult, trial
 from rayfin.tuning import cluster, end_with_driver, tune, worker
 from rayfin.tuning.cluster import even_share
 from rayfin.tuning.hooks import TuneRecorder
+from rayfin.tuning.lost_nodes import LostNodeWatch
 from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
-from rayfin.tuning.progress import Progress
+from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import started, usable
 from rayfin.tuning.search import HistorySearch
-from rayfin.tuning.stranded import Stranded
 from rayfin.tuning.sweep import run_sweep
 from rayfin.tuning.tune import scheduler, trial_resources
 
@@ -237,7 +237,7 @@ DIED = """The actor died unexpectedly before finishing this task.
 \tclass_name: with_resources.<locals>.ResourceTrainable
 \tpid: 3970
 The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"""
-TRACE = """ray::WarmTrial.__init__() (pid=3970, ip=127.0.0.1)
+TRACE = """ray::LocalTrainable.__init__() (pid=3970, ip=127.0.0.1)
   File "worker.py", line 115, in setup
 OSError: no torch"""
 FULL = """1 worker(s) were killed due to the node running low on memory. 9GB used / 10GB limit
@@ -274,7 +274,7 @@ def test_a_worker_that_dies_before_its_trial_starts_leaves_a_row_with_the_reason
     tune_trial: Any = SimpleNamespace(
         trial_id="t", config=planned.as_tune_config(), error_file=str(notes)
     )
-    hooks = TuneRecorder(recorder, Stranded({}, print))
+    hooks = TuneRecorder(recorder, LostNodeWatch({}, print))
     hooks.on_trial_recover(0, [], tune_trial)
     assert [row.status for row in shown] == ["running"], "who shows it must know it"
     if told is not None:
@@ -318,7 +318,7 @@ def test_resume_for_fewer_trials_ends_the_interrupted_ones(plan: SweepPlan) -> N
     with History.open(plan.storage.history_url) as history:
         history.put(ended(plan, 2))
         history.put(interrupted)
-        quiet = Progress(Console(file=io.StringIO()))
+        quiet = ProgressDisplay(Console(file=io.StringIO()))
         result = run_sweep(
             fewer, history=history, storage=plan.storage, resume=True, progress=quiet
         )
@@ -337,7 +337,7 @@ def test_the_next_sweep_notices_the_rows_of_a_driver_that_is_gone(plan: SweepPla
     with History.open(plan.storage.history_url) as history:
         history.put(ended(plan, 2))
         history.put(lost)
-        quiet, one = Progress(Console(file=io.StringIO())), swept(plan.config, num_samples=1)
+        quiet, one = ProgressDisplay(Console(file=io.StringIO())), swept(plan.config, num_samples=1)
         run_sweep(one, history=history, storage=plan.storage, resume=True, progress=quiet)
         assert history.get("other-1").status == "interrupted"
 
@@ -353,7 +353,7 @@ def test_a_sweep_that_is_done_ends_well_whatever_becomes_of_checkpoints(plan: Sw
         history.put(recalled)
         history.put(unreachable)
         Recorder(history, lambda _: None).put(recalled)
-        quiet = Progress(Console(file=io.StringIO()))
+        quiet = ProgressDisplay(Console(file=io.StringIO()))
         both = swept(plan.config, num_samples=2)
         result = run_sweep(both, history=history, storage=plan.storage, resume=True, progress=quiet)
     assert result.best is not None and not result.interrupted
@@ -372,7 +372,7 @@ def test_what_the_history_holds_is_trained_again_when_asked(
     one = swept(plan.config, num_samples=1, parameters={"method.r": [2]})
     with History.open(plan.storage.history_url) as history:
         history.put(row)
-        quiet = Progress(Console(file=io.StringIO()))
+        quiet = ProgressDisplay(Console(file=io.StringIO()))
         result = run_sweep(one, history=history, storage=plan.storage, rerun=rerun, progress=quiet)
     assert trained == [True] * rerun
     assert [r.scenario["recalled_from"] for r in result.trials] == [row.trial_id] * (not rerun)
@@ -511,7 +511,7 @@ def test_a_worker_ends_its_thread_whenever_tune_ends_the_trial(
     monkeypatch.setattr(worker, "_WARM", None)
     one, two = (plan.trial({"method.r": r, "train.seed": 0}).as_tune_config() for r in (2, 4))
     before = threading.active_count()
-    trainable: Any = worker.WarmTrial.__new__(worker.WarmTrial)
+    trainable: Any = worker.LocalTrainable.__new__(worker.LocalTrainable)
     trainable.setup(one)
     assert [trainable.step()["step"] for _ in range(3)] == [1, 2, 3]
     trainable.reset_config(two)  # ASHA has stopped the first
@@ -527,7 +527,7 @@ def test_a_worker_ends_its_thread_whenever_tune_ends_the_trial(
 
 def test_a_terminal_shows_a_table_that_is_redrawn(plan: SweepPlan) -> None:
     out = io.StringIO()
-    progress = Progress(Console(file=out, force_terminal=True, width=120))
+    progress = ProgressDisplay(Console(file=out, force_terminal=True, width=120))
     progress.begin(with_sweep(plan, num_samples=2), [])
     row = started(plan.trial({"method.r": 4, "train.seed": 0}))
     progress.update(row.updated(metrics={"steps": 4, "eval_loss": 1.25}))
@@ -538,7 +538,7 @@ def test_a_terminal_shows_a_table_that_is_redrawn(plan: SweepPlan) -> None:
 
 
 def test_recalled_trials_promise_no_speed(plan: SweepPlan) -> None:
-    progress = Progress(Console(file=io.StringIO()))
+    progress = ProgressDisplay(Console(file=io.StringIO()))
     progress.begin(plan, [])
     progress.update(ended(plan, 2, scenario={"recalled_from": "elsewhere"}))
     assert progress.eta_seconds() is None

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from rayfin.config import load_config
 from rayfin.history import TrialRecord
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training import TrialSpec
 from rayfin.training.trial import run_trial
 
@@ -78,8 +78,8 @@ print(json.dumps(ray.nodes()))
 # `rayfin` that waits seconds, and not twenty minutes, for another node.
 IMPATIENT = """
 from rayfin.cli import main
-from rayfin.tuning import stranded
-stranded._EVERY, stranded._PATIENCE = 1.0, 5.0
+from rayfin.tuning import lost_nodes
+lost_nodes._EVERY, lost_nodes._PATIENCE = 1.0, 5.0
 raise SystemExit(main())
 """
 
@@ -213,7 +213,7 @@ def test_two_workers_on_two_nodes_compute_what_one_process_does_though_one_node_
     settings = ("train.max_steps=80", "train.eval_steps=8", "sweep.max_failures=1", *bucket)
     training = lab.rayfin("train", *settings, "scaling.num_workers=2", "--address", cluster.address)
     config = load_config(None, [*lab.settings, *settings])
-    one = run_trial(TrialSpec.of(config), lambda _: None, place=Place(lab.root / "one"))
+    one = run_trial(TrialSpec.of(config), lambda _: None, location=StoragePath(lab.root / "one"))
 
     def one_on_each() -> bool:
         nodes = (cluster.head, lost)

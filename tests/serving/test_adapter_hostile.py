@@ -21,7 +21,7 @@ from rayfin.errors import AdapterError
 from rayfin.models import base_of, load_base
 from rayfin.paths import digest_files
 from rayfin.serving.engine.adapter import BaseLayout, read_adapter
-from rayfin.serving.engine.peft_files import Weights
+from rayfin.serving.engine.peft_files import AdapterWeights
 from rayfin.serving.engine.request import AdapterSource
 
 TINY = ModelConfig(name="tiny")
@@ -89,7 +89,7 @@ class Spoilt:
         assert "\n" not in text and len(text) < 700 and "support@3" in text + str(self.path)
 
     def refused_unread(self, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(Weights, "read", lambda *_: pytest.fail("a tensor was read"))
+        monkeypatch.setattr(AdapterWeights, "read", lambda *_: pytest.fail("a tensor was read"))
         self.refused(message)
 
 
@@ -378,7 +378,7 @@ def test_a_file_cut_short(spoil: Callable[[str], Spoilt], lost: int) -> None:
 
 def test_a_file_that_is_overwritten_while_it_is_read(spoil: Callable[[str], Spoilt]) -> None:
     adapter = spoil("lora")
-    with Weights(AdapterSource("support@3", adapter.path)) as weights:
+    with AdapterWeights(AdapterSource("support@3", adapter.path)) as weights:
         weights.check({A: (4, 64)})
         os.truncate(adapter.path / WEIGHTS, 100)
         with pytest.raises(AdapterError, match="changed while it was read"):

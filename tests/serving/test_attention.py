@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rayfin.serving.engine.attention import AttentionKernel, kernel_for
-from rayfin.serving.engine.batch import Batch, Piece
+from rayfin.serving.engine.batch import Batch, RowSpan
 from rayfin.serving.engine.cache import KVCache
 
 pytestmark = pytest.mark.numeric
@@ -30,9 +30,9 @@ def cache(
     return made
 
 
-def batch(lengths: dict[int, int], chunk: Piece | None = None) -> Batch:
+def batch(lengths: dict[int, int], chunk: RowSpan | None = None) -> Batch:
     """A token a row, the last of so many; and a prompt's chunk."""
-    tokens = [Piece(row, 0, length - 1, (7,), True) for row, length in lengths.items()]
+    tokens = [RowSpan(row, 0, length - 1, (7,), True) for row, length in lengths.items()]
     return Batch([*tokens, *([chunk] if chunk else [])], CPU)
 
 
@@ -90,7 +90,7 @@ def test_a_weight_is_right_to_its_last_digits(
 
 
 def test_beside_a_prompts_chunk_it_is_what_torch_computes(rounding: Any) -> None:
-    chunk = Piece(2, 0, 3, (7, 8, 9, 10), True)
+    chunk = RowSpan(2, 0, 3, (7, 8, 9, 10), True)
     query = queries(6, 6, 8)
     results = []
     for kernel in (AttentionKernel(), None):
@@ -176,7 +176,7 @@ def test_a_beginning_that_weighs_nothing(rounding: Any) -> None:
         batch({5: 3}),
         batch({-1: 3}),
         batch({0: 0}),
-        batch({0: 3}, Piece(1, 0, PLACES - 2, (7, 7, 7), True)),
+        batch({0: 3}, RowSpan(1, 0, PLACES - 2, (7, 7, 7), True)),
     ],
 )
 def test_places_that_are_not_there_are_refused(pieces: Batch) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rayfin.serving.engine import native
-from rayfin.serving.engine.batch import Group
+from rayfin.serving.engine.batch import SlotSpan
 from rayfin.serving.engine.low_rank import LowRankKernel, blocks_of, kernel_for
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def assert_adds_products(
     a: torch.Tensor,
     b: torch.Tensor,
     ranks: torch.Tensor,
-    groups: list[Group],
+    groups: list[SlotSpan],
 ) -> None:
     exact = rounding.Inexact.of
     for group in groups:
@@ -44,7 +44,13 @@ def assert_adds_products(
 def test_it_adds_each_slots_product(
     features: int, outputs: int, threads: int, variant: int, rounding: Any
 ) -> None:
-    groups = [Group(1, 0, 1), Group(4, 1, 4), Group(2, 5, 14), Group(3, 14, 15), Group(1, 20, 90)]
+    groups = [
+        SlotSpan(1, 0, 1),
+        SlotSpan(4, 1, 4),
+        SlotSpan(2, 5, 14),
+        SlotSpan(3, 14, 15),
+        SlotSpan(1, 20, 90),
+    ]
     ranks = torch.tensor([0, 8, 1, 0, 13], dtype=torch.int32)
     draw = torch.Generator().manual_seed(0)
     x, before = (torch.randn(90, n, generator=draw) for n in (features, outputs))
@@ -75,10 +81,10 @@ def test_a_tokens_sum_is_the_same_in_any_company() -> None:
     ranks = torch.tensor([0, 8, 6], dtype=torch.int32)
     together, alone = torch.zeros(7, 32), torch.zeros(7, 32)
     kernel = LowRankKernel()
-    kernel.add(x, together, a, b, ranks, blocks_of([Group(1, 0, 5), Group(2, 5, 7)]))
+    kernel.add(x, together, a, b, ranks, blocks_of([SlotSpan(1, 0, 5), SlotSpan(2, 5, 7)]))
     for token in range(7):
         slot = 1 if token < 5 else 2
-        kernel.add(x, alone, a, b, ranks, blocks_of([Group(slot, token, token + 1)]))
+        kernel.add(x, alone, a, b, ranks, blocks_of([SlotSpan(slot, token, token + 1)]))
     assert torch.equal(together, alone)
 
 
@@ -87,7 +93,7 @@ def test_views_with_wider_rows(rounding: Any) -> None:
     draw = torch.Generator().manual_seed(0)
     wide, outs = torch.randn(3, 40, generator=draw), torch.zeros(3, 50)
     a, b = torch.randn(1, 8, 16, generator=draw), torch.randn(1, 8, 20, generator=draw)
-    ranks, groups = torch.tensor([0, 8], dtype=torch.int32), [Group(1, 0, 3)]
+    ranks, groups = torch.tensor([0, 8], dtype=torch.int32), [SlotSpan(1, 0, 3)]
     LowRankKernel().add(wide[:, 8:24], outs[:, 10:30], a, b, ranks, blocks_of(groups))
     x, given, nothing = wide[:, 8:24], outs[:, 10:30], torch.zeros(3, 20)
     assert_adds_products(rounding, given, nothing, x, a, b, ranks, groups)
@@ -99,7 +105,7 @@ def test_no_number_stays_no_number_and_in_its_row() -> None:
     x[0, 3] = float("nan")
     ranks = torch.tensor([0, 4], dtype=torch.int32)
     a, b = torch.ones(1, 8, 16), torch.ones(1, 8, 8)
-    LowRankKernel().add(x, out, a, b, ranks, blocks_of([Group(1, 0, 2)]))
+    LowRankKernel().add(x, out, a, b, ranks, blocks_of([SlotSpan(1, 0, 2)]))
     assert out[0].isnan().all()
     assert torch.equal(out[1], torch.full((8,), 64.0))
 

@@ -16,7 +16,7 @@ import pytest
 from rayfin.adapters import AdapterRef, Registry
 from rayfin.errors import AdapterError, AdapterNotFound, ConfigError
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.names import MAX_AGE, Names
+from rayfin.serving.names import MAX_AGE, ModelNames
 from rayfin.serving.public import PublicTexts
 
 BASE = "HuggingFaceTB/SmolLM2-135M"
@@ -53,8 +53,8 @@ def registry(tmp_path: Path, trained: Path) -> Registry:
 
 
 @pytest.fixture
-def names(registry: Registry, clock: Clock) -> Names:
-    return Names(registry, BASE, clock)
+def names(registry: Registry, clock: Clock) -> ModelNames:
+    return ModelNames(registry, BASE, clock)
 
 
 @pytest.mark.parametrize("prefix", ["", f"{BASE}:"])
@@ -68,7 +68,7 @@ def names(registry: Registry, clock: Clock) -> Names:
         ("sales", "sales@1"),
     ],
 )
-def test_a_name_is_one_version(names: Names, prefix: str, model: str, answers: str) -> None:
+def test_a_name_is_one_version(names: ModelNames, prefix: str, model: str, answers: str) -> None:
     named = names.resolve(prefix + model)
     assert named.answer_name == answers
     assert named.source is not None and named.version is not None
@@ -79,7 +79,7 @@ def test_a_name_is_one_version(names: Names, prefix: str, model: str, answers: s
 def test_an_adapter_that_is_called_as_the_base_is_refused_with_the_remedy(
     registry: Registry, trained: Path, tiny: str
 ) -> None:
-    names = Names(registry, "tiny")
+    names = ModelNames(registry, "tiny")
     registry.publish("tiny", tiny)  # the base itself, as a full fine-tune is served
     names.check()
     registry.publish("tiny", trained)
@@ -95,11 +95,11 @@ def test_an_adapter_that_is_called_as_the_base_is_refused_with_the_remedy(
     assert {named.adapter for named in listing.served} == {"sales", "support"}
     refused = {version.ref: refusal.what for version, refusal in listing.refused.items()}
     assert refused == {"tiny@3": "called as the base is"}
-    Names(registry, BASE).check()
+    ModelNames(registry, BASE).check()
 
 
 def test_an_unknown_name_costs_no_walk_for_what_was_copied_in_by_hand(
-    names: Names, monkeypatch: pytest.MonkeyPatch
+    names: ModelNames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def walks(self: Registry) -> dict[str, str]:
         raise AssertionError("all of the registry was walked")
@@ -110,7 +110,9 @@ def test_an_unknown_name_costs_no_walk_for_what_was_copied_in_by_hand(
     assert len(names.list().served) == 3
 
 
-def test_many_who_list_at_once_walk_once(names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_who_list_at_once_walk_once(
+    names: ModelNames, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a walk that takes longer than what it finds is remembered is remembered all the same."""
     walks, entered = [], threading.Barrier(4)
     whole = Registry.list
@@ -146,14 +148,14 @@ def test_many_who_list_at_once_walk_once(names: Names, monkeypatch: pytest.Monke
         (f"{BASE}:", "neither the base"),
     ],
 )
-def test_what_is_not_there_is_not_found(names: Names, model: str, hint: str) -> None:
+def test_what_is_not_there_is_not_found(names: ModelNames, model: str, hint: str) -> None:
     with pytest.raises(AdapterNotFound, match=hint):
         names.resolve(model)
     assert names.held(f"{BASE}:sales") is None
 
 
 def test_a_name_that_was_just_removed_is_no_suggestion_for_itself(
-    names: Names, registry: Registry
+    names: ModelNames, registry: Registry
 ) -> None:
     with pytest.raises(AdapterNotFound):
         names.resolve("unlike")  # all names are known from here on, for a while
@@ -210,7 +212,7 @@ def watching() -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("model", HOSTILE, ids=lambda model: ascii(model)[:30])
-def test_hostile_names_touch_no_file(names: Names, model: str) -> None:
+def test_hostile_names_touch_no_file(names: ModelNames, model: str) -> None:
     with watching() as touched, pytest.raises(AdapterNotFound) as refused:
         names.resolve(model)
     assert touched == []
@@ -218,7 +220,7 @@ def test_hostile_names_touch_no_file(names: Names, model: str) -> None:
 
 
 def test_links_out_of_the_registry_are_not_followed(
-    names: Names, registry: Registry, trained: Path
+    names: ModelNames, registry: Registry, trained: Path
 ) -> None:
     (registry.root / "linked").symlink_to(registry.root / "support")
     (registry.root / "sales" / "2").symlink_to(registry.root / "support" / "1")
@@ -230,7 +232,7 @@ def test_links_out_of_the_registry_are_not_followed(
 
 
 def test_a_full_fine_tune_is_refused_with_the_reason(
-    registry: Registry, names: Names, tiny: str
+    registry: Registry, names: ModelNames, tiny: str
 ) -> None:
     registry.publish("whole", tiny)
     with pytest.raises(AdapterError, match="a whole model") as refused:
@@ -240,7 +242,7 @@ def test_a_full_fine_tune_is_refused_with_the_reason(
 
 
 def test_a_damaged_version_is_an_error_and_not_another_answer(
-    registry: Registry, names: Names
+    registry: Registry, names: ModelNames
 ) -> None:
     metadata = registry.root / "support" / "2" / "rayfin.json"
     metadata.chmod(0o644)
@@ -251,7 +253,7 @@ def test_a_damaged_version_is_an_error_and_not_another_answer(
 
 
 def test_the_registry_is_followed_within_a_second(
-    registry: Registry, names: Names, clock: Clock, trained: Path
+    registry: Registry, names: ModelNames, clock: Clock, trained: Path
 ) -> None:
     assert names.resolve("support").answer_name == "support@2"
     assert names.resolve("support@prod").answer_name == "support@1"
@@ -268,7 +270,7 @@ def test_the_registry_is_followed_within_a_second(
 
 
 def test_a_new_adapter_is_found_at_once_however_often_it_was_missed(
-    registry: Registry, names: Names, trained: Path
+    registry: Registry, names: ModelNames, trained: Path
 ) -> None:
     with pytest.raises(AdapterNotFound):
         names.resolve("fresh")
@@ -276,14 +278,14 @@ def test_a_new_adapter_is_found_at_once_however_often_it_was_missed(
     assert names.resolve("fresh").answer_name == "fresh@1"
 
 
-def test_anew_looks_past_what_is_remembered(registry: Registry, names: Names) -> None:
+def test_anew_looks_past_what_is_remembered(registry: Registry, names: ModelNames) -> None:
     assert names.resolve("support").answer_name == "support@2"
     registry.remove("support@2")
     assert names.resolve("support", anew=True).answer_name == "support@1"
     assert names.resolve("support").answer_name == "support@1"
 
 
-def test_many_requests_look_once(names: Names) -> None:
+def test_many_requests_look_once(names: ModelNames) -> None:
     with watching() as touched:
         names.resolve("support")
         names.resolve("sales@1")
@@ -303,7 +305,7 @@ def test_many_requests_look_once(names: Names) -> None:
     assert len(touched) <= 4 * 1000
 
 
-def test_the_list_has_latest_versions_and_aliases(names: Names) -> None:
+def test_the_list_has_latest_versions_and_aliases(names: ModelNames) -> None:
     listed = {named.answer_name: named.version for named in names.list().served}
     assert list(listed) == ["sales@1", "support@1", "support@2"]
     assert [version.aliases for version in listed.values() if version is not None] == [
@@ -313,7 +315,9 @@ def test_the_list_has_latest_versions_and_aliases(names: Names) -> None:
     ]
 
 
-def test_an_alias_whose_version_is_gone_is_said_as_such(registry: Registry, names: Names) -> None:
+def test_an_alias_whose_version_is_gone_is_said_as_such(
+    registry: Registry, names: ModelNames
+) -> None:
     aliases = registry.root / "support" / "aliases.json"
     written = json.loads(aliases.read_text())
     aliases.write_text(json.dumps(written).replace(": 1", ": 7"))
@@ -324,7 +328,7 @@ def test_an_alias_whose_version_is_gone_is_said_as_such(registry: Registry, name
 
 
 def test_a_flood_of_unknown_names_is_not_remembered(
-    registry: Registry, names: Names, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, names: ModelNames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rayfin.serving.names._MAX_REMEMBERED", 2)
     for number in range(500):
@@ -340,7 +344,7 @@ def test_a_flood_of_unknown_names_is_not_remembered(
 
 
 def test_messages_for_clients_do_not_say_where_the_registry_is(
-    registry: Registry, names: Names
+    registry: Registry, names: ModelNames
 ) -> None:
     (registry.root / "support" / "aliases.json").write_text("{")
     with pytest.raises(AdapterError) as refused:
@@ -392,7 +396,7 @@ def test_the_log_of_refusals_is_bounded_and_steers_no_terminal(
 
 
 def test_a_directory_that_was_copied_in_by_hand_is_not_found_with_the_remedy(
-    registry: Registry, names: Names
+    registry: Registry, names: ModelNames
 ) -> None:
     hand = registry.root / "by-hand"
     hand.mkdir()

@@ -5,39 +5,44 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfin.serving.routing import Place, Recent, rank
+from rayfin.serving.routing import Recent, ReplicaState, rank
 
 LOADING, CAPACITY = 4.0, 40
 
 
-def first(places: list[Place], adapter: str | None = "support@3") -> str:
+def first(places: list[ReplicaState], adapter: str | None = "support@3") -> str:
     return rank(places, adapter, loading=LOADING, capacity=CAPACITY)[0].name
 
 
 def test_a_request_goes_where_its_adapter_is() -> None:
-    assert first([Place("a", 0, False), Place("b", 3, True)]) == "b"
+    assert first([ReplicaState("a", 0, False), ReplicaState("b", 3, True)]) == "b"
 
 
 def test_it_goes_elsewhere_when_that_replica_is_busy() -> None:
-    assert first([Place("a", 0, False), Place("b", 5, True)]) == "a"
+    assert first([ReplicaState("a", 0, False), ReplicaState("b", 5, True)]) == "a"
 
 
 def test_a_full_replica_comes_last_even_if_it_has_the_adapter() -> None:
-    assert first([Place("a", CAPACITY - 1, False), Place("b", CAPACITY, True)]) == "a"
+    assert first([ReplicaState("a", CAPACITY - 1, False), ReplicaState("b", CAPACITY, True)]) == "a"
 
 
 def test_of_those_that_hold_it_the_least_busy_answers() -> None:
-    assert first([Place("a", 2, True), Place("b", 1, True), Place("c", 0, False)]) == "b"
+    assert (
+        first([ReplicaState("a", 2, True), ReplicaState("b", 1, True), ReplicaState("c", 0, False)])
+        == "b"
+    )
 
 
 def test_the_base_model_is_everywhere() -> None:
-    assert first([Place("a", 1, False), Place("b", 0, False)], adapter=None) == "b"
+    assert first([ReplicaState("a", 1, False), ReplicaState("b", 0, False)], adapter=None) == "b"
 
 
 def test_a_hot_adapter_comes_to_use_all_replicas() -> None:
     loads, recent = Counter({"a": 0, "b": 0, "c": 0}), Recent(slots=2)
     for _ in range(60):
-        places = [Place(name, load, recent.has(name, "hot@1")) for name, load in loads.items()]
+        places = [
+            ReplicaState(name, load, recent.has(name, "hot@1")) for name, load in loads.items()
+        ]
         chosen = first(places, "hot@1")
         loads[chosen] += 1
         recent.note(chosen, "hot@1")
@@ -45,7 +50,7 @@ def test_a_hot_adapter_comes_to_use_all_replicas() -> None:
 
 
 def test_adapters_that_are_nowhere_spread_over_the_replicas_and_each_keeps_its_place() -> None:
-    idle = [Place("a", 0, False), Place("b", 0, False)]
+    idle = [ReplicaState("a", 0, False), ReplicaState("b", 0, False)]
     homes = {f"adapter-{i}@1": first(idle, f"adapter-{i}@1") for i in range(100)}
     assert min(Counter(homes.values()).values()) > 25
     assert all(first(idle[::-1], adapter) == home for adapter, home in homes.items())
@@ -55,7 +60,7 @@ def test_adapters_that_are_nowhere_spread_over_the_replicas_and_each_keeps_its_p
 def test_no_replica_is_chosen_that_is_much_busier_than_another(
     replicas: list[tuple[int, bool]],
 ) -> None:
-    places = [Place(str(i), load, holds) for i, (load, holds) in enumerate(replicas)]
+    places = [ReplicaState(str(i), load, holds) for i, (load, holds) in enumerate(replicas)]
     ranked = rank(places, "support@3", loading=LOADING, capacity=CAPACITY)
     assert sorted(ranked, key=str) == sorted(places, key=str)
     assert ranked[0].load <= min(place.load for place in places) + LOADING

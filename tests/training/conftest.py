@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from rayfin.data import Tokens
+from rayfin.data import TokenizedSample
 from rayfin.methods import METHODS
 from rayfin.models import load_base
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training import TrialResult, TrialSpec, trial
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
 
 COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
 # Small enough for seconds, and with dropout wherever a method has it: a resume must draw the same.
@@ -76,7 +76,7 @@ class Lab:
             for i in range(5)
         ]
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self.warm = Warm()
+        self.warm = TrialCache()
         self._forks = Forks(root / "forks.log")
         self._kept: dict[str, Finished] = {}
 
@@ -112,12 +112,14 @@ class Lab:
         spec: TrialSpec,
         *,
         report: Callable[[TrialResult], bool | None] = lambda _: None,
-        warm: Warm | None = None,
+        warm: TrialCache | None = None,
         directory: Path | None = None,
     ) -> TrialResult:
         directory = directory or self.directory()
         directory.mkdir(exist_ok=True)
-        return trial.run_trial(spec, report, place=Place(directory), warm=warm or self.warm)
+        return trial.run_trial(
+            spec, report, location=StoragePath(directory), warm=warm or self.warm
+        )
 
     def finish(self, spec: TrialSpec) -> Finished:
         """Runs `spec` and asks its model for greedy answers before it is taken apart; kept."""
@@ -143,7 +145,7 @@ class Lab:
         return [self.continued(model, self.prompt(sample)) for sample in self.held_out(spec)[:3]]
 
     @staticmethod
-    def prompt(sample: Tokens) -> list[int]:
+    def prompt(sample: TokenizedSample) -> list[int]:
         """What generation is given: the tokens before the first that is learned."""
         first = next(at for at, label in enumerate(sample["labels"]) if label >= 0)
         return sample["input_ids"][:first]
@@ -159,7 +161,7 @@ class Lab:
         )
         return [int(token) for token in output[0, len(prompt) :]]
 
-    def held_out(self, spec: TrialSpec) -> list[Tokens]:
+    def held_out(self, spec: TrialSpec) -> list[TokenizedSample]:
         return self.warm.tokenized(spec).eval
 
     def plain_loss(self, model: torch.nn.Module, spec: TrialSpec) -> float:

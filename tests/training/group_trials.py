@@ -23,12 +23,12 @@ import peft  # noqa: F401
 import torch.distributed as dist
 
 from rayfin.hardware import describe_hardware
-from rayfin.paths import Place, cache_dir
+from rayfin.paths import StoragePath, cache_dir
 from rayfin.training.spec import TrialSpec
-from rayfin.training.strategies import Group
+from rayfin.training.strategies import WorkerLayout
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
 
 assert deepspeed
 
@@ -45,7 +45,7 @@ def die_in_step(step: int) -> None:
     TrialTrainer.compute_loss = deadly  # type: ignore[method-assign]
 
 
-def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any] | None:
+def work(job: dict[str, Any], rank: int, port: int, warm: TrialCache) -> dict[str, Any] | None:
     workers = job["workers"]
     os.environ |= job["environment"]
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": workers, "LOCAL_WORLD_SIZE": workers}
@@ -65,25 +65,25 @@ def work(job: dict[str, Any], rank: int, port: int, warm: Warm) -> dict[str, Any
     result = run_trial(
         TrialSpec.model_validate_json(job["spec"]),
         lambda _: None,
-        place=Place.at(job["directory"]),
+        location=StoragePath.at(job["directory"]),
         hardware=describe_hardware(use_gpu=False),
         warm=warm,
-        group=Group(workers, job.get("strategy", "ddp"), own=job.get("own")),
+        group=WorkerLayout(workers, job.get("strategy", "ddp"), own=job.get("own")),
     )
     return result.as_dict()
 
 
-_WARM = Warm()
+_WARM = TrialCache()
 
 
-def loaded(jobs: list[dict[str, Any]]) -> Warm:
+def loaded(jobs: list[dict[str, Any]]) -> TrialCache:
     """With the data of all jobs; nothing that starts a thread before the fork."""
     for job in jobs:
         _WARM.tokenized(TrialSpec.model_validate_json(job["spec"]))
     return _WARM
 
 
-def run(job: dict[str, Any], warm: Warm) -> dict[str, Any] | None:
+def run(job: dict[str, Any], warm: TrialCache) -> dict[str, Any] | None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -20,11 +20,11 @@ import safetensors.torch
 import torch
 
 from rayfin.hardware import describe_hardware
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training.spec import TrialSpec
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
 
 
 def die() -> None:
@@ -105,10 +105,10 @@ class Events:
                 die()
 
 
-_WARM = Warm()
+_WARM = TrialCache()
 
 
-def loaded(jobs: list[dict[str, Any]]) -> Warm:
+def loaded(jobs: list[dict[str, Any]]) -> TrialCache:
     """With what every child needs, before the first fork."""
     first = TrialSpec.model_validate_json(jobs[0]["spec"])
     _WARM.tokenized(first)
@@ -116,19 +116,19 @@ def loaded(jobs: list[dict[str, Any]]) -> Warm:
     return _WARM
 
 
-def work(job: dict[str, Any], warm: Warm, events_to: int) -> None:
+def work(job: dict[str, Any], warm: TrialCache, events_to: int) -> None:
     if "step" in job:
         die_in_step(job["step"])
     if "write" in job:
         die_in_write(job["write"])
     events = Events(job["directory"], job.get("event", -1))
     spec = TrialSpec.model_validate_json(job["spec"])
-    result = run_trial(spec, lambda _: None, place=Place.at(job["directory"]), warm=warm)
+    result = run_trial(spec, lambda _: None, location=StoragePath.at(job["directory"]), warm=warm)
     assert result.status == "finished", result.error
     os.write(events_to, str(events.count).encode())
 
 
-def run(job: dict[str, Any], warm: Warm) -> dict[str, Any]:
+def run(job: dict[str, Any], warm: TrialCache) -> dict[str, Any]:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

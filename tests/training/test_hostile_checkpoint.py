@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rayfin.objects import sums_of
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training.checkpoint import latest_checkpoint
 
 OTHERS = (
@@ -38,7 +38,7 @@ def stopped_early(lab: Any, spec: Any) -> Path:
 
     with pytest.raises(KeyboardInterrupt):
         lab.run(spec, report=interrupt, directory=directory)
-    newest = latest_checkpoint(Place(directory / "checkpoints"))
+    newest = latest_checkpoint(StoragePath(directory / "checkpoints"))
     assert newest is not None
     return newest
 

@@ -14,14 +14,14 @@ import pytest
 
 from rayfin.errors import TrialHung
 from rayfin.heartbeat import silence
-from rayfin.paths import Place
-from rayfin.training import desk, workers
+from rayfin.paths import StoragePath
+from rayfin.training import trial_queue, workers
 from rayfin.tuning import driver_watch
 from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import started
-from rayfin.tuning.worker import GroupTrial
+from rayfin.tuning.worker import GroupTrainable
 
 PATIENCE = 60.0
 SOON = 0.002
@@ -43,7 +43,7 @@ def test_a_history_that_hangs_ends_the_driver_with_how_to_go_on(
     me = threading.get_ident()
     seen: list[str] = []
     history: Any = SimpleNamespace(put=lambda row: seen.append(silence(me)[1]))
-    row = started(PlannedTrial("sweep-1-f", "f", {}, lab.spec(), Place(tmp_path)))
+    row = started(PlannedTrial("sweep-1-f", "f", {}, lab.spec(), StoragePath(tmp_path)))
     with watched_driver(SOON, told.append, "the same command with --resume goes on"):
         recorder = Recorder(history, lambda _: None)
         recorder.put(row)
@@ -65,12 +65,12 @@ def test_the_process_between_says_what_it_is_stuck_in(
     os.mkfifo(held)  # whoever reads it waits, as on a disk that stalls
 
     class Group:
-        def train(self, *_: Any, place: Place, **__: Any) -> None:
-            workers._give_back(place / "held.json")
+        def train(self, *_: Any, location: StoragePath, **__: Any) -> None:
+            workers._give_back(location / "held.json")
 
-    trial: Any = GroupTrial.__new__(GroupTrial)
+    trial: Any = GroupTrainable.__new__(GroupTrainable)
     trial._workers, trial._max_failures, trial._hang_minutes = Group(), 0, SOON
-    planned = PlannedTrial("sweep-1-f", "f", {}, lab.spec(), Place(tmp_path))
+    planned = PlannedTrial("sweep-1-f", "f", {}, lab.spec(), StoragePath(tmp_path))
     trial._start(planned.as_tune_config())
     hung = trial._results.get(timeout=PATIENCE)
     assert isinstance(hung, TrialHung)
@@ -81,17 +81,17 @@ def test_the_process_between_says_what_it_is_stuck_in(
     trial._thread.join(PATIENCE)
 
 
-def test_a_desk_whose_disk_stalls_hands_the_trial_out_all_the_same(
+def test_a_queue_whose_disk_stalls_hands_the_trial_out_all_the_same(
     lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = threading.Event()
     waits: list[bool] = []
-    monkeypatch.setattr(desk, "_WRITE_SECONDS", 1.0, raising=False)
-    monkeypatch.setattr(desk, "write_json", lambda *_: waits.append(answers.wait(10)))
-    job = desk.Job(0, lab.spec(), Place(tmp_path))
+    monkeypatch.setattr(trial_queue, "_WRITE_SECONDS", 1.0, raising=False)
+    monkeypatch.setattr(trial_queue, "write_json", lambda *_: waits.append(answers.wait(10)))
+    job = trial_queue.Job(0, lab.spec(), StoragePath(tmp_path))
 
     async def work() -> None:
-        one = desk.Desk(1)
+        one = trial_queue.TrialQueue(1)
         await one.begin("ab")
         await one.give(job)
         assert await one.next_job(-1) is job

@@ -18,7 +18,7 @@ from rayfin.config import Config
 from rayfin.errors import TrialHung
 from rayfin.heartbeat import beat, pause, silence, whereabouts
 from rayfin.history import History, TrialRecord
-from rayfin.paths import Place, Storage
+from rayfin.paths import Storage, StoragePath
 from rayfin.training import trial as running
 from rayfin.tuning import single, worker
 from rayfin.tuning.plan import PlannedTrial
@@ -28,7 +28,7 @@ from rayfin.tuning.single import train_once
 PATIENCE = 120.0
 
 
-class OnCpu(worker.WarmTrial):
+class OnCpu(worker.LocalTrainable):
     def setup(self, config: dict[str, Any], **_: Any) -> None:
         super().setup(config, hang_minutes=30.0, use_gpu=False)
 
@@ -82,7 +82,7 @@ def test_a_trial_that_is_stuck_reading_its_checkpoint_fails_and_takes_its_proces
     torn = tmp_path / "trial" / "checkpoints" / "checkpoint-2"
     torn.mkdir(parents=True)
     os.mkfifo(torn / "sums.json")  # whoever reads it waits, as on a disk that stalls
-    planned = PlannedTrial("s-f", "f", {}, lab.spec(), Place(tmp_path / "trial"))
+    planned = PlannedTrial("s-f", "f", {}, lab.spec(), StoragePath(tmp_path / "trial"))
     trial = OnCpu(planned.as_tune_config())
     writer = -1
 
@@ -116,14 +116,15 @@ def test_a_trial_that_hangs_while_it_is_stopped_is_named_by_the_next_one(
 ) -> None:
     mended = threading.Event()
 
-    def stalls(checkpoints: Place) -> None:
+    def stalls(checkpoints: StoragePath) -> None:
         passing = threading.Thread(target=watch.bound_passes)
         passing.start()
         mended.wait(PATIENCE)
 
     monkeypatch.setattr(running, "clear_checkpoints", stalls)
     first, second = (
-        PlannedTrial(name, name, {}, lab.spec(), Place(tmp_path / name)) for name in ("s-a", "s-b")
+        PlannedTrial(name, name, {}, lab.spec(), StoragePath(tmp_path / name))
+        for name in ("s-a", "s-b")
     )
     trial = OnCpu(first.as_tune_config())
     assert trial.train()["outcome"]["status"] == "running"

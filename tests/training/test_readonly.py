@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training import TrialResult
 from rayfin.training.checkpoint import latest_checkpoint
 
@@ -46,7 +46,7 @@ def test_a_trial_says_that_its_storage_is_read_only_and_goes_on_when_it_is_not(
     frozen = lab.run(spec, report=freeze, directory=directory)
     assert frozen.status == "failed" and frozen.storage_failed
     assert "Read-only file system" in (frozen.error or "") and "goes on" in (frozen.error or "")
-    assert latest_checkpoint(Place(directory / "checkpoints")) == (
+    assert latest_checkpoint(StoragePath(directory / "checkpoints")) == (
         directory / "checkpoints" / "checkpoint-2"
     )
 

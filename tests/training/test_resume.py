@@ -23,13 +23,13 @@ from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS
-from rayfin.paths import Place, Storage
+from rayfin.paths import Storage, StoragePath
 from rayfin.training import TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint, load_progress
 from rayfin.training.spec import TrialResult
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
 from rayfin.tuning.alone import alone
 from rayfin.tuning.single import train_once
 
@@ -103,7 +103,7 @@ def assert_same_end(lab: Any, resumed: TrialResult, whole: TrialResult) -> None:
 def assert_goes_on(lab: Any, spec: TrialSpec, directory: Path, step: int, taken: list[int]) -> None:
     spec = saved_at_every_step(spec)
     whole = lab.finish(spec)
-    newest = latest_checkpoint(Place(directory / "checkpoints"))
+    newest = latest_checkpoint(StoragePath(directory / "checkpoints"))
     assert newest is not None and newest.name == f"checkpoint-{step}"
     taken.clear()
     resumed = lab.run(spec, directory=directory)
@@ -158,7 +158,7 @@ def test_a_kill_within_a_write_of_tensors_leaves_the_checkpoint_before(
     assert lab.killed([job])[0]["signal"] == signal.SIGKILL
     (half,) = directory.rglob(".tmp*")  # safetensors renames what it has written
     assert 0 < half.stat().st_blocks * 512 < half.stat().st_size
-    found = latest_checkpoint(Place(directory / "checkpoints"))
+    found = latest_checkpoint(StoragePath(directory / "checkpoints"))
     assert found is not None and found.name == newest
     assert_same_end(lab, lab.run(spec, directory=directory), whole.result)
     assert not half.exists() and not list(directory.rglob(".tmp*"))
@@ -215,7 +215,7 @@ def test_lora_plus_has_a_learning_rate_for_b_of_its_own(
 def test_seconds_of_the_part_before_the_kill_count(lab: Any) -> None:
     spec = lab.spec(save_steps=1, eval_steps=3)
     directory = interrupted(lab, spec)
-    newest = latest_checkpoint(Place(directory / "checkpoints"))
+    newest = latest_checkpoint(StoragePath(directory / "checkpoints"))
     assert newest is not None
     before = load_progress(newest).train_seconds
     assert before > 0
@@ -247,8 +247,11 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
         first = run()
         assert first.status == "finished" and steps_taken == [spec.train.max_steps - 1]
         (directory,) = tmp_path.glob("sweeps/train/trials/*")
-        assert latest_checkpoint(Place(directory / "checkpoints")) is None
-        with alone(Place(directory), "", ""), pytest.raises(ConfigError, match="another process"):
+        assert latest_checkpoint(StoragePath(directory / "checkpoints")) is None
+        with (
+            alone(StoragePath(directory), "", ""),
+            pytest.raises(ConfigError, match="another process"),
+        ):
             run(rerun=True)
         assert not steps_taken
         # The driver was killed after it had recorded the end, and before it let them go.
@@ -266,9 +269,9 @@ def test_a_checkpoint_without_the_base_models_scores_is_gone_on_from(
     spec = lab.spec(method, save_steps=1)
     recorded = lab.finish(spec).result.metrics["base_eval_loss"]
     with monkeypatch.context() as patch:
-        patch.setattr(Warm, "base_scores", lambda *_: None)  # as it is for a group
+        patch.setattr(TrialCache, "base_scores", lambda *_: None)  # as it is for a group
         directory = interrupted(lab, spec)
-        newest = latest_checkpoint(Place(directory / "checkpoints"))
+        newest = latest_checkpoint(StoragePath(directory / "checkpoints"))
         assert newest is not None
         (newest / "base_scores.safetensors").unlink()
         sums = json.loads((newest / "sums.json").read_text())
@@ -356,13 +359,13 @@ def test_a_bucket_that_goes_away_is_no_fault_of_the_trial(
         address = environment.pop("AWS_ENDPOINT_URL").removeprefix("http://")
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        place = Place.at(f"s3://rayfin-test/x?scheme=http&endpoint_override={address}")
+        location = StoragePath.at(f"s3://rayfin-test/x?scheme=http&endpoint_override={address}")
 
         def goes_away(_: TrialResult) -> None:
-            assert (place / "checkpoints").names() == ["checkpoint-2"]
+            assert (location / "checkpoints").names() == ["checkpoint-2"]
             server.close()
 
-        result = run_trial(spec, goes_away, place=place, warm=lab.warm)
+        result = run_trial(spec, goes_away, location=location, warm=lab.warm)
     assert result.status == "failed" and result.storage_failed
     assert result.error is not None and "\n" not in result.error
     assert "checkpoint-4" in result.error and "can't be written" in result.error

@@ -14,9 +14,9 @@ from rayfin.config import TrainConfig
 from rayfin.config.schema import Strategy
 from rayfin.hardware import describe_hardware
 from rayfin.methods import METHODS
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training import TrialSpec
-from rayfin.training.strategies import STRATEGIES, Group, refusal
+from rayfin.training.strategies import STRATEGIES, WorkerLayout, refusal
 from rayfin.training.zero import Zero
 
 pytestmark = pytest.mark.slow
@@ -148,7 +148,7 @@ def test_workers_that_see_no_common_disk_go_on_from_a_bucket(
     assert killed is None
     assert whole["status"] == resumed["status"] == "finished", resumed["error"]
     assert losses(resumed) == losses(whole)
-    place = Place.at(bucket)
+    place = StoragePath.at(bucket)
     assert resumed["adapter"] == str(place / "adapter")
     assert (place / "checkpoints").names() == ["checkpoint-6", "checkpoint-9"]
     assert (place / "adapter").fetch()
@@ -199,7 +199,9 @@ def test_deepspeed_s_buffer_is_no_larger_than_what_is_trained(
 ) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Linear(3, 4, bias=False))
     model[0].requires_grad_(False)
-    zero = Zero(Group(2, "deepspeed-zero2", own=own), describe_hardware(False), TrainConfig())
+    zero = Zero(
+        WorkerLayout(2, "deepspeed-zero2", own=own), describe_hardware(False), TrainConfig()
+    )
     assert zero.settings_for(model)["zero_optimization"]["reduce_bucket_size"] == bucket
 
 

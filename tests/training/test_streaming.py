@@ -18,7 +18,7 @@ from rayfin.errors import DataError
 from rayfin.models import load_tokenizer
 from rayfin.training import TrialSpec
 from rayfin.training.trainer import TrialTrainer
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +268,7 @@ def spec(lab: Any, tmp_path: Path) -> TrialSpec:
 
 
 def test_a_trial_on_streamed_data_learns(lab: Any, spec: TrialSpec) -> None:
-    result = lab.run(spec, warm=Warm())
+    result = lab.run(spec, warm=TrialCache())
     assert result.status == "finished", result.error
     assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
     assert result.metrics["tokens_per_second"] > 0
@@ -286,13 +286,13 @@ def test_after_a_kill_it_goes_on_at_the_right_sample(
         return compute_loss(self, model, inputs, *others, **more)
 
     monkeypatch.setattr(TrialTrainer, "compute_loss", noted)
-    whole = lab.run(spec, warm=Warm())
+    whole = lab.run(spec, warm=TrialCache())
     every, trained[:] = list(trained), []
 
     job = {"spec": spec.model_dump_json(), "directory": str(lab.root / "streamed"), "step": 6}
     Path(job["directory"]).mkdir()
     assert [end["signal"] for end in lab.killed([job])] == [9]
-    resumed = lab.run(spec, warm=Warm(), directory=Path(job["directory"]))
+    resumed = lab.run(spec, warm=TrialCache(), directory=Path(job["directory"]))
     assert trained == every[4:], "it was saved after step 4"
     assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
     assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.curve]
@@ -307,7 +307,7 @@ def test_any_number_of_workers_trains_the_same_steps(lab: Any, spec: TrialSpec) 
         }
     )
     spec = spec.model_copy(update={"train": train})
-    alone = lab.run(spec, warm=Warm())
+    alone = lab.run(spec, warm=TrialCache())
     job = {"spec": spec.model_dump_json(), "workers": 2, "strategy": "ddp"}
     directory = lab.root / "two-workers-stream"
     directory.mkdir()

@@ -17,7 +17,7 @@ from rayfin.config import load_config
 from rayfin.errors import ConfigError
 from rayfin.history import History
 from rayfin.objects import Objects
-from rayfin.paths import Place, Storage
+from rayfin.paths import Storage, StoragePath
 from rayfin.tuning import alone as alone_module
 from rayfin.tuning import sweep, tune
 from rayfin.tuning.alone import alone
@@ -42,7 +42,7 @@ with alone(Place.at(place), "", ""):
 
 
 @contextmanager
-def another_driver(place: Place, cache: Path, host: str = "") -> Iterator[int]:
+def another_driver(place: StoragePath, cache: Path, host: str = "") -> Iterator[int]:
     """A process that holds `place` until it is killed, at the end of the block; its id.
 
     `cache`: its copies of what is in a bucket. `host`: the machine that it takes itself to be on.
@@ -75,11 +75,11 @@ def test_a_second_driver_of_a_sweep_is_told_who_holds_it_and_a_killed_one_bars_n
     axis = "sweep.parameters.method.r=[2,4]"
     plan = plan_of(tmp_path, axis, "sweep.num_samples=1")
     plan.save()
-    saved = (plan.place.path / "config.yaml").read_bytes()
+    saved = (plan.location.path / "config.yaml").read_bytes()
     more = plan_of(tmp_path, axis, "sweep.num_samples=2").config
     with (
         History.open(plan.storage.history_url) as history,
-        another_driver(plan.place, tmp_path) as pid,
+        another_driver(plan.location, tmp_path) as pid,
         pytest.raises(ConfigError) as told,
     ):
         run_sweep(more, history=history, storage=plan.storage, resume=True)
@@ -87,8 +87,8 @@ def test_a_second_driver_of_a_sweep_is_told_who_holds_it_and_a_killed_one_bars_n
     assert f"sweep {plan.sweep_id} is running in another process (process {pid} on " in said
     assert f" on {socket.gethostname()}, since 20" in said
     assert "wait for its end, or leave --resume out" in said
-    assert (plan.place.path / "config.yaml").read_bytes() == saved
-    with alone(plan.place, "", ""):
+    assert (plan.location.path / "config.yaml").read_bytes() == saved
+    with alone(plan.location, "", ""):
         pass
 
 
@@ -117,7 +117,7 @@ def test_what_another_driver_has_ended_by_the_time_it_leaves_is_not_run_again(
 def test_in_a_bucket_a_driver_on_another_machine_holds_it_until_it_is_silent_for_a_minute(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place.at(bucket)
+    place = StoragePath.at(bucket)
     with another_driver(place, tmp_path / "there", "elsewhere") as pid:
         with pytest.raises(ConfigError) as told, alone(place, "sweep x", "wait"):
             pass
@@ -137,7 +137,7 @@ def test_in_a_bucket_a_driver_on_another_machine_holds_it_until_it_is_silent_for
 def test_in_a_bucket_a_driver_of_this_machine_that_was_killed_bars_nobody(
     bucket: str, tmp_path: Path
 ) -> None:
-    place = Place.at(bucket)
+    place = StoragePath.at(bucket)
     with (
         another_driver(place, tmp_path / "there"),
         pytest.raises(ConfigError, match=f" on {socket.gethostname()}, since"),
@@ -151,9 +151,9 @@ def test_in_a_bucket_a_driver_of_this_machine_that_was_killed_bars_nobody(
 def test_in_a_bucket_who_comes_while_another_looks_gives_way(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, written, came = Place.at(bucket), Objects.written, []
+    here, written, came = StoragePath.at(bucket), Objects.written, []
     monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "there"))
-    there = Place.at(bucket)
+    there = StoragePath.at(bucket)
 
     def other_comes_first(drivers: Objects) -> dict[str, float]:
         if not came:
@@ -169,7 +169,7 @@ def test_in_a_bucket_who_comes_while_another_looks_gives_way(
 
 def test_in_a_bucket_a_driver_renews_its_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alone_module, "_RENEWED_EVERY", 0.01)
-    place = Place.at(bucket)
+    place = StoragePath.at(bucket)
     assert place.objects is not None
     drivers = place.objects / "drivers"
     with alone(place, "", ""):

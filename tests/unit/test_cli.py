@@ -19,7 +19,7 @@ from rayfin.history import TrialRecord
 from rayfin.methods import METHODS
 from rayfin.paths import Storage
 from rayfin.tuning.plan import new_plan
-from rayfin.tuning.progress import Progress, settings, trials_table
+from rayfin.tuning.progress import ProgressDisplay, settings, trials_table
 from rayfin.tuning.sweep import SweepResult, best_trial
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -114,7 +114,7 @@ def test_settings_may_stand_between_options(sweep: Sweep) -> None:
     asked = sweep.asked[0]
     assert (asked["config"].train.max_steps, asked["config"].train.seed) == (5, 2)
     assert (asked["resume"], asked["rerun"], asked["address"]) == (True, True, "auto")
-    assert asked["storage"].place.path == Path("here").resolve()
+    assert asked["storage"].location.path == Path("here").resolve()
 
 
 def test_a_setting_that_the_sweep_has_values_for_is_named(sweep: Sweep) -> None:
@@ -248,7 +248,7 @@ def test_the_table_has_a_line_a_trial(config: Config) -> None:
 
 def test_what_rows_say_of_their_data_is_told_once(config: Config, tmp_path: Path) -> None:
     out = io.StringIO()
-    progress = Progress(Console(file=out, width=20))
+    progress = ProgressDisplay(Console(file=out, width=20))
     progress.begin(new_plan(config, Storage.at(tmp_path)), [])
     progress.tell(["data: of the files"])
     for r, cut in ((4, 1), (4, 1), (8, 2), (16, 1)):
@@ -264,7 +264,7 @@ def test_progress_is_a_line_for_each_start_and_end(
     clock = [100.0]
     monkeypatch.setattr("rayfin.tuning.progress.time.monotonic", lambda: clock[0])
     out = io.StringIO()
-    progress = Progress(Console(file=out, width=200))
+    progress = ProgressDisplay(Console(file=out, width=200))
     limited = config.model_copy(
         update={"sweep": config.sweep.model_copy(update={"num_samples": 3})}
     )

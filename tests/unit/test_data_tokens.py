@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rayfin.data import Corpus, Example, Tokens, render_prompt, tokenize_corpus
+from rayfin.data import Corpus, Example, TokenizedSample, render_prompt, tokenize_corpus
 from rayfin.data.tokens import tokenize_examples
 from rayfin.errors import DataError
 
@@ -64,12 +64,12 @@ def corpus_of(*examples: Example) -> Corpus:
     return Corpus(examples[:-1], examples[-1:], "messages", "digest", "source")
 
 
-def learned(sample: Tokens, tokenizer: PreTrainedTokenizerFast) -> str:
+def learned(sample: TokenizedSample, tokenizer: PreTrainedTokenizerFast) -> str:
     assert all(a in (-100, b) for a, b in zip(sample["labels"], sample["input_ids"], strict=True))
     return str(tokenizer.decode([label for label in sample["labels"] if label != -100]))
 
 
-def one(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, str]) -> Tokens:
+def one(tokenizer: PreTrainedTokenizerFast, *messages: dict[str, str]) -> TokenizedSample:
     return tokenize_examples([Example(messages=messages)], tokenizer)[0]
 
 

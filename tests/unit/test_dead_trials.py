@@ -9,7 +9,7 @@ from rayfin.history import TrialRecord, now
 from rayfin.tuning.rows import died
 
 TRACE = """\
-\x1b[36mray::GroupTrial.train()\x1b[39m (pid=7, ip=127.0.0.1, actor_id=3c, repr=<GroupTrial>)
+\x1b[36mray::GroupTrainable.train()\x1b[39m (pid=7, ip=127.0.0.1, actor=3c, repr=<GroupTrainable>)
   File "trainable.py", line 329, in train
     result = self.step()
 rayfin.errors.TrialError: the process between the workers and this one died

@@ -16,6 +16,11 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedModel
 
+from rayfin.advisor import knowledge
+from rayfin.advisor.estimate import Estimate, estimate
+from rayfin.advisor.measured import LengthFacts, Measured, measured_from
+from rayfin.advisor.memory import memory_of, teaching_memory
+from rayfin.advisor.seconds import flops_per_token
 from rayfin.cli import estimate as verb
 from rayfin.cli.parser import Parser
 from rayfin.config import Config, MethodConfig, ModelConfig, build_config
@@ -25,11 +30,6 @@ from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import ModelFacts, describe_model, load_base, locate
-from rayfin.recommend import knowledge
-from rayfin.recommend.estimate import Estimate, estimate
-from rayfin.recommend.measured import Lengths, Measured, measured_from
-from rayfin.recommend.memory import memory_of, teaching_memory
-from rayfin.recommend.seconds import flops_per_token
 from rayfin.training.sharding import Whole, held
 
 TINY = ModelConfig(name="tiny")
@@ -435,7 +435,7 @@ def test_what_workers_took_is_within_what_the_formula_allows(
         train__gradient_accumulation_steps=2,
         train__max_steps=3,
     )
-    found = estimate(settings, SMOLLM2, CPU, profile=Lengths(41.983, 49, 65, 0.055))
+    found = estimate(settings, SMOLLM2, CPU, profile=LengthFacts(41.983, 49, 65, 0.055))
     assert found.memory.low < peak * 2**20 < found.memory.high
 
 

@@ -37,7 +37,7 @@ ORDER = (
     {"training"},
     {"history"},
     {"tuning"},
-    {"recommend"},
+    {"advisor"},
     {"adapters", "evaluation", "export"},
     {"serving"},
     {"cli", "__main__"},

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayfin.advisor.draft import SampleLengths
 from rayfin.cli import main
 from rayfin.config import load_config
 from rayfin.methods import METHODS
-from rayfin.recommend.draft import Lengths
 from rayfin.tuning.space_check import check_space
 
 
@@ -76,11 +76,11 @@ def test_nothing_is_overwritten_or_guessed(data: str, capsys: pytest.CaptureFixt
 
 
 def test_long_samples_give_way_to_the_memory() -> None:
-    lengths = Lengths.of([*range(1, 96), 5000, 5000, 5000, 5000, 5000])
+    lengths = SampleLengths.of([*range(1, 96), 5000, 5000, 5000, 5000, 5000])
     assert (lengths.p50, lengths.p95, lengths.longest) == (50, 95, 5000)
     assert lengths.within(256) == 256
     assert lengths.within(8192) == 5024
-    assert Lengths.of([300] * 100).within(256) == 320  # or nearly every sample would be cut
+    assert SampleLengths.of([300] * 100).within(256) == 320  # or nearly every sample would be cut
 
 
 def test_what_it_writes_can_be_swept_over_methods(data: str) -> None:

@@ -82,7 +82,7 @@ def test_every_method_is_in_the_table_under_its_own_name() -> None:
     for name, settings in METHODS.items():
         assert get_args(settings.model_fields["type"].annotation) == (name,)
         assert type(method(name)) is settings
-    places = [settings.place for settings in METHODS.values()]
+    places = [settings.order for settings in METHODS.values()]
     assert places == sorted(set(places))
 
 

@@ -16,6 +16,12 @@ import pytest
 from pydantic import create_model
 
 from rayfin import methods
+from rayfin.advisor import Scenario
+from rayfin.advisor.candidates import ScenarioFacts, candidates
+from rayfin.advisor.features import setting_row
+from rayfin.advisor.marks import MARKS, look_of
+from rayfin.advisor.memory import memory_of
+from rayfin.advisor.practice import learning_rate
 from rayfin.cli.completion import SettingsCompleter
 from rayfin.cli.settings import settings_lines
 from rayfin.config import Config, ModelConfig, build_config, dump_yaml, load_config, parse_yaml
@@ -24,19 +30,13 @@ from rayfin.hardware import describe_hardware
 from rayfin.history.foreign import method_name
 from rayfin.methods import METHODS, MethodConfig, register
 from rayfin.models import base_of, describe_model, load_base
-from rayfin.paths import Place as DirectoryPlace
-from rayfin.recommend import Scenario
-from rayfin.recommend.candidates import Place, candidates
-from rayfin.recommend.features import setting_row
-from rayfin.recommend.marks import MARKS, look_of
-from rayfin.recommend.memory import memory_of
-from rayfin.recommend.practice import learning_rate
+from rayfin.paths import StoragePath
 from rayfin.serving.engine.adapter import _READERS, BaseLayout, read_adapter
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.training import TrialSpec
 from rayfin.training.combination import check_combination
 from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
 from rayfin.tuning.space import size
 
 TINY = ModelConfig(name="tiny")
@@ -53,7 +53,7 @@ def lacks(name: str) -> Iterator[str]:
     beside = [other for other in METHODS.values() if other.coordinates == method.coordinates]
     if len(beside) > 1:
         yield "coordinates of its own"
-    if method.place >= len(MARKS) or [look_of(n) for n in METHODS].count(look_of(name)) > 1:
+    if method.order >= len(MARKS) or [look_of(n) for n in METHODS].count(look_of(name)) > 1:
         yield "a colour and mark of its own"
     if not method.changes_base and not re.search(r"\(.* \d{4}, arXiv", method.__doc__ or ""):
         yield "a docstring with its paper"
@@ -167,7 +167,7 @@ def test_a_file_makes_a_method_that_is_configured_completed_and_advised(halved: 
     row = setting_row(config.model_dump(mode="json"))
     assert row is not None and (row["method_x"], row["method_y"]) == (0.1, 0.3)
     assert row["learning_rate"] == pytest.approx(math.log10(2e-4 / learning_rate(halved)))
-    place = Place(
+    place = ScenarioFacts(
         Scenario(hardware="cpu", data_scale="small", latency="normal"),
         describe_model(TINY),
         describe_hardware(use_gpu=False),
@@ -186,8 +186,8 @@ def test_a_file_makes_a_method_that_is_trained_counted_saved_and_served(
     settings = {"data.path": str(data), "data.max_length": 32, "train.learning_rate": 1e-2}
     settings |= {"model.name": "tiny", "train.max_steps": 6, "method.r": 4}
     config = build_config({"method": {"type": halved}}, settings)
-    storage = DirectoryPlace(tmp_path / "trial")
-    result = run_trial(TrialSpec.of(config), lambda _: None, place=storage, warm=Warm())
+    storage = StoragePath(tmp_path / "trial")
+    result = run_trial(TrialSpec.of(config), lambda _: None, location=storage, warm=TrialCache())
     assert (result.status, result.error) == ("finished", None)
     metrics = result.metrics
     assert metrics["eval_loss"] < metrics["base_eval_loss"]

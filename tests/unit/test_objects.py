@@ -11,7 +11,7 @@ import pytest
 from rayfin.errors import StorageError
 from rayfin.history import History
 from rayfin.objects import Objects, sums_of
-from rayfin.paths import Place, Storage, cache_dir
+from rayfin.paths import Storage, StoragePath, cache_dir
 from rayfin.training.checkpoint import (
     clear_checkpoints,
     latest_checkpoint,
@@ -20,31 +20,31 @@ from rayfin.training.checkpoint import (
 )
 
 
-def fill(place: Place, **files: str) -> None:
+def fill(place: StoragePath, **files: str) -> None:
     for name, text in files.items():
         (place.path / name).parent.mkdir(parents=True, exist_ok=True)
         (place.path / name).write_text(text)
 
 
-def elsewhere(place: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Place:
+def elsewhere(place: StoragePath, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StoragePath:
     """The same place as another machine, without a copy, knows it."""
     sent = pickle.dumps(place)
     monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "elsewhere"))
-    received: Place = pickle.loads(sent)
+    received: StoragePath = pickle.loads(sent)
     return received
 
 
 def test_what_one_machine_publishes_another_fetches(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = Place.at(bucket) / "adapter"
+    here = StoragePath.at(bucket) / "adapter"
     assert str(here) == f"{bucket}/adapter" and here.path.is_relative_to(cache_dir())
     assert not here.fetch() and not here.exists()
     fill(here, **{"weights": "w" * 100_000, "deep/er": "x", "empty": ""})
     here.publish()
 
     there = elsewhere(here, monkeypatch, tmp_path)
-    assert there == Place.at(str(here)) and there.path != here.path
+    assert there == StoragePath.at(str(here)) and there.path != here.path
     assert there.exists() and there.fetch()
     assert sums_of(there.path) == sums_of(here.path)
     there.forget()
@@ -55,11 +55,11 @@ def test_what_one_machine_publishes_another_fetches(
     here.publish()
     assert there.fetch() and sums_of(there.path) == sums_of(here.path)
     there.remove()
-    assert not here.exists() and Place.at(bucket).names() == []
+    assert not here.exists() and StoragePath.at(bucket).names() == []
 
 
 def test_a_copy_that_is_not_what_the_store_holds_is_made_anew(bucket: str) -> None:
-    place = Place.at(bucket) / "checkpoint"
+    place = StoragePath.at(bucket) / "checkpoint"
     fill(place, a="1", b="2")
     place.publish()
     fill(place, b="torn", c="left by another")
@@ -79,7 +79,7 @@ def test_a_copy_that_is_not_what_the_store_holds_is_made_anew(bucket: str) -> No
 def test_a_directory_that_is_not_whole_is_not_fetched(
     bucket: str, hurt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place.at(bucket) / "checkpoint"
+    place = StoragePath.at(bucket) / "checkpoint"
     fill(place, a="1", b="2")
     place.publish()
     objects = Objects.at(bucket)
@@ -98,7 +98,7 @@ def test_a_directory_that_is_not_whole_is_not_fetched(
 
 
 def test_torn_uploads_take_no_whole_checkpoint_along(bucket: str) -> None:
-    checkpoints = Place.at(bucket) / "checkpoints"
+    checkpoints = StoragePath.at(bucket) / "checkpoints"
 
     def save(step: int) -> None:
         staged = staging(checkpoints) / f"checkpoint-{step}"
@@ -130,7 +130,7 @@ def test_torn_uploads_take_no_whole_checkpoint_along(bucket: str) -> None:
 
 
 def test_what_is_borrowed_is_nobody_elses(bucket: str) -> None:
-    place = Place.at(bucket) / "adapter"
+    place = StoragePath.at(bucket) / "adapter"
     with place.borrowed() as nothing:
         assert nothing is None
     fill(place, a="1")
@@ -145,7 +145,7 @@ def test_what_is_borrowed_is_nobody_elses(bucket: str) -> None:
 
 
 def test_files_alone_and_names(bucket: str) -> None:
-    sweeps = Place.at(bucket) / "sweeps"
+    sweeps = StoragePath.at(bucket) / "sweeps"
     for name in ("b", "a"):
         file = sweeps / name / "config.yaml"
         fill(sweeps / name, **{"config.yaml": name})
@@ -162,7 +162,7 @@ def test_files_alone_and_names(bucket: str) -> None:
 
 
 def test_options_go_along_and_copies_are_apart() -> None:
-    one = Place.at("s3://bucket//runs/?region=eu-west-1") / "x"
+    one = StoragePath.at("s3://bucket//runs/?region=eu-west-1") / "x"
     assert str(one) == "s3://bucket/runs/x?region=eu-west-1"
     others = (
         "s3://bucket/runs/x",
@@ -170,14 +170,14 @@ def test_options_go_along_and_copies_are_apart() -> None:
         "gs://bucket/runs/x",
         "s3://other/runs/x",
     )
-    assert len({one.path, *(Place.at(url).path for url in others)}) == 5
+    assert len({one.path, *(StoragePath.at(url).path for url in others)}) == 5
 
 
 def test_a_store_that_refuses_is_told_in_one_line(bucket: str) -> None:
     with pytest.raises(StorageError, match=r"can't be written .*bucket does not exist.*role"):
         Storage.open("s3://rayfin-none/runs")
     storage = Storage.open(bucket)
-    assert Place.at(bucket).names() == [], "the test of writing leaves nothing"
+    assert StoragePath.at(bucket).names() == [], "the test of writing leaves nothing"
     with pytest.raises(StorageError, match="history=postgresql"):
         History.open(storage.history_url)
     with pytest.raises(StorageError, match=r"publish\.storage=DIR"):

@@ -6,8 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rayfin.methods import METHODS
-from rayfin.recommend.answer import (
+from rayfin.advisor.answer import (
     Choice,
     Feasibility,
     Point,
@@ -15,8 +14,9 @@ from rayfin.recommend.answer import (
     Range,
     Recommendation,
 )
-from rayfin.recommend.marks import DARK, LIGHT, MARKS, look_of
-from rayfin.recommend.picture import picture
+from rayfin.advisor.marks import DARK, LIGHT, MARKS, look_of
+from rayfin.advisor.picture import picture
+from rayfin.methods import METHODS
 
 SVG = "{http://www.w3.org/2000/svg}"
 

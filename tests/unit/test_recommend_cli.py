@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import pytest
 from jsonschema import Draft202012Validator
 
+from rayfin.advisor import knowledge
+from rayfin.advisor.answer import Recommendation
 from rayfin.cli import main
 from rayfin.config import load_config, load_serve_config
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
-from rayfin.recommend import knowledge
-from rayfin.recommend.answer import Recommendation
 from rayfin.training.combination import check_combination
 from rayfin.tuning.space_check import check_space
 

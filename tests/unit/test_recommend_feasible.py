@@ -7,17 +7,17 @@ from dataclasses import replace
 
 import pytest
 
+from rayfin.advisor import Scenario
+from rayfin.advisor.answer import Recommendation
+from rayfin.advisor.estimate import estimate
+from rayfin.advisor.knowledge import Knowledge
+from rayfin.advisor.recommendation import ScenarioFacts, recommend
 from rayfin.config import build_config, load_config
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.models import ModelFacts
 from rayfin.models.sizes import sizes_of
-from rayfin.recommend import Scenario
-from rayfin.recommend.advisor import Place, recommend
-from rayfin.recommend.answer import Recommendation
-from rayfin.recommend.estimate import estimate
-from rayfin.recommend.knowledge import Knowledge
 from rayfin.training.strategies import check_scaling
 
 EMPTY = Knowledge.of([], reference=False)
@@ -56,7 +56,7 @@ def gpus(gib: float, count: int = 1) -> Hardware:
     return Hardware("cuda", "a GPU", count, int(gib * 2**30), 16, 256 * 2**30, True)
 
 
-def where(name: str, hardware: Hardware) -> Place:
+def where(name: str, hardware: Hardware) -> ScenarioFacts:
     facts, kind = facts_of(name), {0: "cpu", 1: "single_gpu"}
     scenario = Scenario(
         hardware=kind.get(hardware.device_count, "multi_gpu"),
@@ -68,7 +68,7 @@ def where(name: str, hardware: Hardware) -> Place:
         num_gpus=hardware.device_count,
         gpu_memory_gb=hardware.device_memory / 2**30 if hardware.device == "cuda" else None,
     )
-    return Place(scenario, facts, hardware, {"rows_train": 1000, "digest": "d"})
+    return ScenarioFacts(scenario, facts, hardware, {"rows_train": 1000, "digest": "d"})
 
 
 def asked(name: str, hardware: Hardware, *given: str, k: int = 3) -> Recommendation:

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from rayfin.advisor import fitting, knowledge
+from rayfin.advisor.fitting import MemoryCheck
 from rayfin.config import load_config
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
-from rayfin.recommend import fitting, knowledge
-from rayfin.recommend.fitting import MemoryCheck
 from rayfin.tuning import tune
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.progress import Progress
+from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.rows import refused, started, was_refused
 from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.tune import trial_resources
@@ -182,9 +182,9 @@ def test_what_trials_measured_overrules_the_formula(tmp_path: Path, history: His
     trial = trial_of(plan, 256)
     room = machine(2000)
     assert MemoryCheck(history, room)(plan, trial) is not None
+    from rayfin.advisor.estimate import estimate
+    from rayfin.advisor.fitting import sampled_profile
     from rayfin.models import describe_model
-    from rayfin.recommend.estimate import estimate
-    from rayfin.recommend.fitting import sampled_profile
     from rayfin.tuning.space import trial_config
 
     config = trial_config(plan.config, trial.values)
@@ -245,7 +245,7 @@ def test_a_resumed_sweep_judges_anew_what_was_refused(tmp_path: Path, history: H
     began = started(trial).updated(metrics={"eval_loss": 2.0, "steps": 1})
     for unfinished, asked in ((row, ["large"]), (began, [])):
         verdicts: list[str] = []
-        progress = Progress(Console(quiet=True))
+        progress = ProgressDisplay(Console(quiet=True))
         progress.begin(plan, [small])
 
         def refuse(_: PlannedTrial, said: list[str] = verdicts) -> str:

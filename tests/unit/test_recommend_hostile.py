@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rayfin.advisor import Scenario, practice
+from rayfin.advisor.answer import Recommendation
+from rayfin.advisor.knowledge import Knowledge
+from rayfin.advisor.quality import Evidence, draws
+from rayfin.advisor.recommendation import LEARNED, ScenarioFacts, recommend
+from rayfin.advisor.table import TrialTable, groups_of
 from rayfin.config import build_config
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
 from rayfin.models import ModelFacts
-from rayfin.recommend import Scenario, practice
-from rayfin.recommend.advisor import LEARNED, Place, recommend
-from rayfin.recommend.answer import Recommendation
-from rayfin.recommend.knowledge import Knowledge
-from rayfin.recommend.quality import Evidence, draws
-from rayfin.recommend.table import TrialTable, groups_of
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CPU = Hardware("cpu", "x86_64", 0, 16 * 2**30, 2, 16 * 2**30, False)
@@ -54,7 +54,7 @@ BEST_RATE = 4e-3
 RANKS = (2, 8, 32)
 
 
-def place(facts: ModelFacts = SMOLLM2, task: str = TASK) -> Place:
+def place(facts: ModelFacts = SMOLLM2, task: str = TASK) -> ScenarioFacts:
     scenario = Scenario(
         hardware="cpu",
         data_scale="small",
@@ -63,7 +63,7 @@ def place(facts: ModelFacts = SMOLLM2, task: str = TASK) -> Place:
         model_size_b=facts.parameters / 1e9,
         dataset_rows=1000,
     )
-    return Place(scenario, facts, CPU, DATA | {"digest": task})
+    return ScenarioFacts(scenario, facts, CPU, DATA | {"digest": task})
 
 
 def trial(trial_id: str, facts: ModelFacts = SMOLLM2, **changes: Any) -> TrialRecord:
@@ -116,7 +116,7 @@ def history() -> list[TrialRecord]:
     return records
 
 
-def answered(records: list[TrialRecord], where: Place | None = None, **options: Any) -> Any:
+def answered(records: list[TrialRecord], where: ScenarioFacts | None = None, **options: Any) -> Any:
     return recommend(where or place(), Knowledge.of(records, reference=False), **options)
 
 
@@ -385,7 +385,7 @@ def test_a_scenario_unlike_anything_gets_the_rules_or_wide_intervals(
 ) -> None:
     size = 70_000_000_000
     facts = replace(SMOLLM2, name="llama-3.1-70b", identity="x@1", parameters=size)
-    far = Place(
+    far = ScenarioFacts(
         Scenario(hardware="multi_gpu", num_gpus=8, data_scale="large", model_size_b=70.0),
         replace(facts, hidden_size=8192, num_layers=80, linear_parameters=size),
         Hardware("cuda", "NVIDIA H100", 8, 80 * 2**30, 64, 2**40, True),

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rayfin.advisor import knowledge as module
+from rayfin.advisor.knowledge import Knowledge, knowledge_of
 from rayfin.errors import HistoryError
 from rayfin.history import SERVING, History, TrialRecord
-from rayfin.recommend import knowledge as module
-from rayfin.recommend.knowledge import Knowledge, knowledge_of
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 COUNT = 12
@@ -285,7 +285,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from rayfin.history import History
-from rayfin.recommend import knowledge
+from rayfin.advisor import knowledge
 knowledge._reference, knowledge._reference_notes = (lambda: b""), dict
 with History.open(sys.argv[1], create=False) as history:
     for _ in range(5):

@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rayfin.advisor import loop
+from rayfin.advisor.features import model_row
+from rayfin.advisor.knowledge import Knowledge
+from rayfin.advisor.loop import SweepAdvisor, scenario_of, sweep_advisor
+from rayfin.advisor.practice import learning_rate
 from rayfin.config import load_config
 from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
 from rayfin.models import describe_model
 from rayfin.paths import Storage
-from rayfin.recommend import loop
-from rayfin.recommend.features import model_row
-from rayfin.recommend.knowledge import Knowledge
-from rayfin.recommend.loop import SweepAdvisor, scenario_of, sweep_advisor
-from rayfin.recommend.practice import learning_rate
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.rows import started
-from rayfin.tuning.search import HistorySearch, Tried
+from rayfin.tuning.search import EndedTrial, HistorySearch
 from rayfin.tuning.sweep import run_sweep
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -201,8 +201,8 @@ def test_a_resumed_sweep_does_not_take_its_own_trials_for_the_past(
 def test_what_the_history_answers_proves_nothing(plan: SweepPlan) -> None:
     advisor = advisor_of(plan, past(MISLEADING))
     rows = swept(plan, advisor_of(plan, past(MISLEADING)), ours, trials=5)
-    own = [Tried(row.spec, row.metrics["eval_loss"]) for row in rows]
-    known = [Tried(row.spec, row.metrics["eval_loss"], recalled=True) for row in rows]
+    own = [EndedTrial(row.spec, row.metrics["eval_loss"]) for row in rows]
+    known = [EndedTrial(row.spec, row.metrics["eval_loss"], recalled=True) for row in rows]
     assert len(advisor._charges(own)[1]) == 5
     assert len(advisor._charges(known)[1]) == 0
     assert len(advisor._charges([*own, *known])[1]) == 5

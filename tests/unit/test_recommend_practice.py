@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 
-from rayfin.config import (
-    Config,
-    TrainConfig,
-    build_config,
-    load_config,
-    with_values,
-)
-from rayfin.errors import ConfigError
-from rayfin.methods import METHODS
-from rayfin.recommend import Scenario
-from rayfin.recommend.practice import (
+from rayfin.advisor import Scenario
+from rayfin.advisor.practice import (
     CPU_CLASS,
     MEMORY_CLASSES,
     TARGET_MODULES,
@@ -30,6 +21,15 @@ from rayfin.recommend.practice import (
     rank,
     settings,
 )
+from rayfin.config import (
+    Config,
+    TrainConfig,
+    build_config,
+    load_config,
+    with_values,
+)
+from rayfin.errors import ConfigError
+from rayfin.methods import METHODS
 from rayfin.training.combination import check_combination
 from rayfin.training.strategies import Share, share_of_step
 
@@ -291,7 +291,7 @@ def test_the_rule_s_gradient_checkpointing() -> None:
 def test_no_heavy_library_is_loaded() -> None:
     code = (
         "import sys\n"
-        "from rayfin.recommend.practice import Scenario, settings\n"
+        "from rayfin.advisor.practice import Scenario, settings\n"
         "settings(Scenario('cpu'), 'lora')\n"
         "print({'torch', 'transformers', 'peft', 'ray'} & set(sys.modules))"
     )

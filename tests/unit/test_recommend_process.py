@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfin.recommend import process as module
-from rayfin.recommend.process import (
+from rayfin.advisor import process as module
+from rayfin.advisor.process import (
     MISSING,
     Array,
     Columns,

@@ -12,21 +12,21 @@ from typing import Any
 
 import pytest
 
+from rayfin.advisor import Scenario, practice
+from rayfin.advisor.answer import Recommendation
+from rayfin.advisor.features import COLUMNS
+from rayfin.advisor.knowledge import Knowledge, reference_trials
+from rayfin.advisor.loop import SweepAdvisor
+from rayfin.advisor.process import Parameters
+from rayfin.advisor.quality import Evidence, size_of
+from rayfin.advisor.reach import FACTOR, LEAST_PARAMETERS, is_toy, within_reach
+from rayfin.advisor.recommendation import ScenarioFacts, recommend
+from rayfin.advisor.table import TrialTable
 from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
 from rayfin.history.csv_table import read_csv
 from rayfin.models import ModelFacts
 from rayfin.models.sizes import sizes_of
-from rayfin.recommend import Scenario, practice
-from rayfin.recommend.advisor import Place, recommend
-from rayfin.recommend.answer import Recommendation
-from rayfin.recommend.features import COLUMNS
-from rayfin.recommend.knowledge import Knowledge, reference_trials
-from rayfin.recommend.loop import SweepAdvisor
-from rayfin.recommend.process import Parameters
-from rayfin.recommend.quality import Evidence, size_of
-from rayfin.recommend.reach import FACTOR, LEAST_PARAMETERS, is_toy, within_reach
-from rayfin.recommend.table import TrialTable
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 CPU = Hardware("cpu", "x86_64", 0, 64 * 2**30, 8, 64 * 2**30, True)
@@ -62,7 +62,7 @@ def facts_of(name: str) -> ModelFacts:
     return ModelFacts(name=name, identity=f"{name}@1", **vars(sizes))
 
 
-def place(name: str, hardware: Hardware = GPU, source: str = "mine", **known: Any) -> Place:
+def place(name: str, hardware: Hardware = GPU, source: str = "mine", **known: Any) -> ScenarioFacts:
     facts = facts_of(name)
     scenario = Scenario(
         hardware="cpu" if hardware is CPU else "single_gpu",
@@ -74,7 +74,8 @@ def place(name: str, hardware: Hardware = GPU, source: str = "mine", **known: An
         gpu_memory_gb=None if hardware is CPU else hardware.device_memory / 2**30,
         **known,
     )
-    return Place(scenario, facts, hardware, {"rows_train": 1000, "digest": "d", "source": source})
+    profile = {"rows_train": 1000, "digest": "d", "source": source}
+    return ScenarioFacts(scenario, facts, hardware, profile)
 
 
 def tiny_trials(best: float = 1e-2) -> list[TrialRecord]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from rayfin.advisor import RULES, Scenario, recommend_text, rule_for
+from rayfin.advisor import scenario as scenarios
 from rayfin.config.schema import DataConfig, ModelConfig
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
-from rayfin.recommend import RULES, Scenario, recommend_text, rule_for
-from rayfin.recommend import scenario as scenarios
 
 CPU = "推荐 LoRA 或 P-Tuning，优先选择轻量模型并结合量化部署。"
 ONE_LARGE = "推荐 QLoRA，利用 4bit 加载与梯度检查点应对大规模数据。"

@@ -14,11 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfin.config import build_config
-from rayfin.errors import HistoryError
-from rayfin.history import History, TrialRecord, import_history
-from rayfin.methods import METHODS
-from rayfin.recommend.features import (
+from rayfin.advisor.features import (
     COLUMNS,
     code,
     data_row,
@@ -26,9 +22,13 @@ from rayfin.recommend.features import (
     row_of,
     setting_row,
 )
-from rayfin.recommend.names import facts_from_name
-from rayfin.recommend.quality import expected
-from rayfin.recommend.table import Group, TrialTable, charges_of, groups_of, has_diverged
+from rayfin.advisor.names import facts_from_name
+from rayfin.advisor.quality import expected
+from rayfin.advisor.table import ScenarioTrials, TrialTable, charges_of, groups_of, has_diverged
+from rayfin.config import build_config
+from rayfin.errors import HistoryError
+from rayfin.history import History, TrialRecord, import_history
+from rayfin.methods import METHODS
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 MODEL = {
@@ -93,12 +93,12 @@ def row(record: TrialRecord) -> dict[str, float]:
     return found
 
 
-def only_group(*records: TrialRecord, metric: str | None = None) -> Group:
+def only_group(*records: TrialRecord, metric: str | None = None) -> ScenarioTrials:
     (group,) = groups_of(TrialTable.of(records), metric).values()
     return group
 
 
-def charge_of(group: Group) -> dict[float, float]:
+def charge_of(group: ScenarioTrials) -> dict[float, float]:
     """Learning rate -> charge."""
     place = COLUMNS.names.index("learning_rate")
     rates = 2e-4 * 10 ** group.rows[:, place]
@@ -219,7 +219,7 @@ LORA = {"type": "lora", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"
 
 @pytest.mark.parametrize("kind", list(METHODS))
 def test_every_method_has_a_place_and_its_usual_rate_is_zero(kind: str) -> None:
-    from rayfin.recommend.practice import learning_rate
+    from rayfin.advisor.practice import learning_rate
 
     config = build_config({"method": {"type": kind}}, {"train.learning_rate": learning_rate(kind)})
     found = setting_row(config.model_dump(mode="json"))

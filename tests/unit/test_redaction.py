@@ -127,8 +127,8 @@ def test_a_sweep_writes_none_down_and_is_found_again(url: str, tmp_path: Path) -
         updated_at=now(), error=f"OSError: {url} is down",
     )  # fmt: skip
     assert SECRET not in row.model_dump_json()
-    write_sweep_report(plan.place.path / "report.html", [], config=config, best=None)
-    for path in filter(Path.is_file, plan.place.path.rglob("*")):
+    write_sweep_report(plan.location.path / "report.html", [], config=config, best=None)
+    for path in filter(Path.is_file, plan.location.path.rglob("*")):
         assert SECRET not in path.read_text(), path
     assert find_resumable(config, Storage.open(tmp_path)) == plan
 

@@ -17,7 +17,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training import TrialSpec
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
-from rayfin.tuning.progress import Progress, trials_table
+from rayfin.tuning.progress import ProgressDisplay, trials_table
 from rayfin.tuning.rows import recalled, started
 from rayfin.tuning.search import HistorySearch, distinct_settings
 from rayfin.tuning.space import grid, size, values_in
@@ -177,7 +177,7 @@ def test_what_was_written_of_the_method_is_part_of_the_sweep(data: Path) -> None
     dora = found.trial({"method.type": "dora"})
     assert dora.spec.method.quantization_bit == 4
     # As the saved file is run, so is the command.
-    again = load_config(plan.place.path / "config.yaml")
+    again = load_config(plan.location.path / "config.yaml")
     assert SweepPlan("x", again, plan.storage).trial({"method.type": "dora"}).spec == dora.spec
 
 
@@ -194,11 +194,11 @@ def test_fewer_settings_than_trials_are_said_and_not_every_method_s_settings(dat
     with History.open(plan.storage.history_url) as history:
         for trial in trials:
             row = finished(trial, plan.config).updated(sweep_id="before")
-            adapter = trial.place.path / "adapter"
+            adapter = trial.location.path / "adapter"
             adapter.mkdir(parents=True)
             history.put(row)
         out = io.StringIO()
-        progress = Progress(Console(file=out, width=80))
+        progress = ProgressDisplay(Console(file=out, width=80))
         result = run_sweep(plan.config, history=history, storage=plan.storage, progress=progress)
     assert "4 distinct settings of 5 trials; each is trained once\n" in out.getvalue()
     assert "method.r is for lora; ia3 has no such setting\n" in out.getvalue()
@@ -218,7 +218,7 @@ def test_a_sweep_ends_with_the_axes_whose_best_trials_lie_at_an_edge(data: Path)
     with History.open(plan.storage.history_url) as history:
         for values in grid(plan.config):
             trial = plan.trial(values)
-            (trial.place.path / "adapter").mkdir(parents=True)
+            (trial.location.path / "adapter").mkdir(parents=True)
             metrics = {"eval_loss": 1.0 / values["method.r"]}
             row = finished(trial, plan.config)
             history.put(row.updated(sweep_id="before", metrics={**row.metrics, **metrics}))
@@ -274,7 +274,7 @@ def test_local_paths_enter_a_trial_absolute(
 def test_an_error_with_brackets_is_shown_as_it_is(data: Path) -> None:
     plan = plan_of(data, "sweep.parameters.method.r=[2,4]")
     out = io.StringIO()
-    progress = Progress(Console(file=out, width=200))
+    progress = ProgressDisplay(Console(file=out, width=200))
     progress.begin(plan, [])
     row = started(plan.trial({"method.r": 2}))
     progress.update(row.updated(status="failed", error="[/lib/pair.cc:534] closed [enforce x]"))
@@ -286,4 +286,4 @@ def test_the_saved_configuration_holds_no_password(data: Path) -> None:
         data, "sweep.parameters.method.r=[2]", "history=postgresql+psycopg://u:secret@db/x"
     )
     plan.save()
-    assert "secret" not in (plan.place.path / "config.yaml").read_text()
+    assert "secret" not in (plan.location.path / "config.yaml").read_text()

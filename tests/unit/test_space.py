@@ -314,7 +314,7 @@ def test_the_same_point_is_the_same_trial(tmp_path: Path, data: str) -> None:
     four, eight = plan.trial({"method.r": 4}), plan.trial({"method.r": 8})
     assert again.trial({"method.r": 4}) == four
     assert four.trial_id != eight.trial_id
-    assert four.place.path.is_relative_to(plan.place.path)
+    assert four.location.path.is_relative_to(plan.location.path)
     assert PlannedTrial.from_tune_config(four.as_tune_config()) == four
 
 
@@ -355,12 +355,12 @@ def test_a_sweep_is_found_again_by_what_it_computes(tmp_path: Path, data: str) -
     assert found is not None
     assert (found.sweep_id, found.config) == (plan.sweep_id, longer)
     assert find_resumable(config_with({"method.r": [4]}, data), storage) is None
-    file = plan.place.path / "config.yaml"  # an earlier version's: with the method's defaults
+    file = plan.location.path / "config.yaml"  # an earlier version's: with the method's defaults
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert find_resumable(longer, storage) == found
     assert find_resumable(config_with({"method.r": [4, 8]}, data, "train.seed=1"), storage) is None
 
-    (plan.place.path / "config.yaml").write_text("method: {type: from the future}\n")
+    (plan.location.path / "config.yaml").write_text("method: {type: from the future}\n")
     assert find_resumable(config, storage) is None
 
 

@@ -17,7 +17,7 @@ from rayfin.hardware import describe_hardware
 from rayfin.history import History
 from rayfin.training.spec import TrialResult
 from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
 from rayfin.tuning import tune
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.record import Recorder
@@ -35,7 +35,7 @@ def train_here(
     say: Callable[[str], None],
 ) -> None:
     """As Tune's workers do it, one trial after the other in this process."""
-    hardware, warm = describe_hardware(False), Warm(plan.corpora)
+    hardware, warm = describe_hardware(False), TrialCache(plan.corpora)
     while (config := search.suggest("it")) is not None:
         trial, here = PlannedTrial.from_tune_config(config), config
 
@@ -43,7 +43,9 @@ def train_here(
             recorder.reports(config, result.as_dict())
 
         recorder.starts(config)
-        result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
+        result = run_trial(
+            trial.spec, report, location=trial.location, hardware=hardware, warm=warm
+        )
         recorder.reports(config, result.as_dict())
         search.tell("it", result.metrics.get("eval_loss"))
 

@@ -13,10 +13,10 @@ from rayfin.cli.places import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
+    from rayfin.advisor.estimate import Estimate, Interval
+    from rayfin.advisor.measured import Measured
     from rayfin.config import Config
     from rayfin.hardware import Hardware
-    from rayfin.recommend.estimate import Estimate, Interval
-    from rayfin.recommend.measured import Measured
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -36,11 +36,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, whether the configuration fits or not; nothing is written anywhere."""
+    from rayfin.advisor.estimate import estimate
+    from rayfin.advisor.fitting import sampled_profile
     from rayfin.config import load_config
     from rayfin.hardware import describe_hardware
     from rayfin.models import describe_model
-    from rayfin.recommend.estimate import estimate
-    from rayfin.recommend.fitting import sampled_profile
     from rayfin.training.combination import check_combination
 
     file, settings = split_settings(args.settings)
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _measured(config: Config) -> list[Measured]:
     """The trials of the configuration's history, and those that come with rayfin."""
-    from rayfin.recommend.knowledge import measured_trials
+    from rayfin.advisor.knowledge import measured_trials
 
     history = begun_history(config)
     if history is None:

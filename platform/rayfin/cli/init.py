@@ -31,9 +31,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: the file is written. Nothing is trained."""
+    from rayfin.advisor.draft import draft
     from rayfin.config import load_config
     from rayfin.paths import write_text
-    from rayfin.recommend.draft import draft
 
     file, settings = split_settings(args.settings)
     config = load_config(file, settings)

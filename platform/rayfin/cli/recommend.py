@@ -12,11 +12,11 @@ from rayfin.cli.places import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
+    from rayfin.advisor.answer import Choice, Recommendation
+    from rayfin.advisor.knowledge import Knowledge
+    from rayfin.advisor.recommendation import ScenarioFacts
     from rayfin.config import Config
     from rayfin.hardware import Hardware
-    from rayfin.recommend.advisor import Place
-    from rayfin.recommend.answer import Choice, Recommendation
-    from rayfin.recommend.knowledge import Knowledge
 
 _CHOICES = {
     "hardware": ("cpu", "single_gpu", "multi_gpu"),
@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
     With --json the answer is printed either way, its `nothing_fits` the same line. Nothing is
     trained, and nothing is written where nothing fits.
     """
+    from rayfin.advisor.recommendation import recommend
     from rayfin.config import load_config
     from rayfin.errors import NothingFits
-    from rayfin.recommend.advisor import recommend
 
     file, settings = split_settings(args.settings)
     config = load_config(file, settings)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         _write_picture(answer, args.picture)
     written: dict[str, Path] = {}
     if args.scaffold is not None:
-        from rayfin.recommend.scaffold import scaffold
+        from rayfin.advisor.scaffold import scaffold
 
         written = scaffold(answer, args.scaffold, name=adapter_name(config))
     if args.json:
@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _place(config: Config, args: argparse.Namespace) -> Place:
+def _place(config: Config, args: argparse.Namespace) -> ScenarioFacts:
+    from rayfin.advisor.recommendation import ScenarioFacts
+    from rayfin.advisor.scenario import Scenario
     from rayfin.hardware import describe_hardware
     from rayfin.models import describe_model
-    from rayfin.recommend.advisor import Place
-    from rayfin.recommend.scenario import Scenario
 
     known: dict[str, Any] = {
         field: value
@@ -119,11 +119,11 @@ def _place(config: Config, args: argparse.Namespace) -> Place:
         "digest": corpus.digest,
         "source": corpus.source,
     }
-    return Place(scenario, facts, _as_told(hardware, scenario), profile)
+    return ScenarioFacts(scenario, facts, _as_told(hardware, scenario), profile)
 
 
 def _names_length(config: Config) -> bool:
-    from rayfin.recommend.candidates import given
+    from rayfin.advisor.candidates import given
 
     return "data.max_length" in given(config)
 
@@ -146,7 +146,7 @@ def _as_told(machine: Hardware, scenario: Any) -> Hardware:
 
 def _knowledge(config: Config) -> Knowledge:
     """What the history holds; only the reference where it has not been begun yet."""
-    from rayfin.recommend.knowledge import Knowledge, knowledge_of
+    from rayfin.advisor.knowledge import Knowledge, knowledge_of
 
     history = begun_history(config)
     if history is None:
@@ -156,9 +156,9 @@ def _knowledge(config: Config) -> Knowledge:
 
 
 def _write_picture(answer: Recommendation, path: Path) -> None:
+    from rayfin.advisor.picture import picture
     from rayfin.errors import StorageError
     from rayfin.paths import write_text
-    from rayfin.recommend.picture import picture
 
     try:
         write_text(path, picture(answer))
@@ -166,7 +166,9 @@ def _write_picture(answer: Recommendation, path: Path) -> None:
         raise StorageError(f"--picture: '{path}' can't be written ({error.strerror})") from error
 
 
-def _print(config: Config, place: Place, answer: Recommendation, written: dict[str, Path]) -> None:
+def _print(
+    config: Config, place: ScenarioFacts, answer: Recommendation, written: dict[str, Path]
+) -> None:
     from rich.console import Console
     from rich.text import Text
 

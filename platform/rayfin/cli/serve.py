@@ -15,7 +15,7 @@ from rayfin.cli.settings import ShowServeSettings, add_settings
 
 if TYPE_CHECKING:
     from rayfin.serving.deployment import Deployed
-    from rayfin.serving.names import Listing
+    from rayfin.serving.names import RegistryListing
 
 _SHOWN = 3
 """Versions that a line names."""
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     config = load_settings(args, elsewhere=address is not None)
 
     from rayfin.serving.deployment import serving, watch
-    from rayfin.serving.names import Names
+    from rayfin.serving.names import ModelNames
 
     with serving(config, address) as deployed:
         catalog = Catalog(Storage.open(config.storage).adapters)
-        listing = Names.of(deployed.config, catalog).list()
+        listing = ModelNames.of(deployed.config, catalog).list()
         _print(deployed, listing, len(catalog.scan()[1]), as_json=args.json)
         with _signals() as stop:
             watch(stop, address)
@@ -81,7 +81,7 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _print(deployed: Deployed, listing: Listing, unreadable: int, *, as_json: bool) -> None:
+def _print(deployed: Deployed, listing: RegistryListing, unreadable: int, *, as_json: bool) -> None:
     config, url = deployed.config, deployed.url
     named = [each.version for each in listing.served if each.version is not None]
     newest = max(named, key=lambda v: str(v.metadata.get("created_at")), default=None)
@@ -143,7 +143,7 @@ def _where(deployed: Deployed) -> str:
     )
 
 
-def _refused(listing: Listing, unreadable: int) -> str:
+def _refused(listing: RegistryListing, unreadable: int) -> str:
     """How many versions are not served, and why."""
     kinds: dict[str, list[str]] = {}
     for version, refusal in listing.refused.items():

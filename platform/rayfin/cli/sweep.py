@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0: all is done; 1: no trial finished; 3: the trials and the report are there, and
     publishing or the sample answers failed; 130: interrupted.
     """
-    from rayfin.recommend.fitting import MemoryCheck
-    from rayfin.recommend.loop import sweep_advisor
+    from rayfin.advisor.fitting import MemoryCheck
+    from rayfin.advisor.loop import sweep_advisor
     from rayfin.tuning.sweep import run_sweep
 
     place = experiment.Workplace.open(args)
@@ -104,7 +104,7 @@ def _write_report(
     """Raises StorageError where it can't be written."""
     from rayfin.evaluation import write_sweep_report
 
-    report = result.place / "report.html"
+    report = result.location / "report.html"
     try:
         write_sweep_report(
             report.path,

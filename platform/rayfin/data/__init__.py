@@ -1,7 +1,7 @@
 """Rows in any common format -> examples -> tokens with a loss mask; and the data's profile."""
 
 from rayfin.data.corpus import load_corpus
-from rayfin.data.examples import BadRow, Corpus, Example, Message, Tokens
+from rayfin.data.examples import BadRow, ChatTurn, Corpus, Example, TokenizedSample
 from rayfin.data.profile import DataProfile
 from rayfin.data.render import render_prompt, turn_end
 from rayfin.data.survey import survey_corpus
@@ -14,12 +14,12 @@ from rayfin.data.tokens import (
 
 __all__ = [
     "BadRow",
+    "ChatTurn",
     "Corpus",
     "DataProfile",
     "Example",
-    "Message",
     "TokenizedCorpus",
-    "Tokens",
+    "TokenizedSample",
     "check_lengths",
     "load_corpus",
     "needs_length_check",

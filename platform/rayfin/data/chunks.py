@@ -19,7 +19,7 @@ _STREAMED = (".jsonl", ".ndjson", ".parquet")
 
 
 @dataclass(frozen=True)
-class Chunk:
+class FileRange:
     """The lines of a JSONL file that begin in bytes `start` to `stop`, or these row groups."""
 
     file: str
@@ -31,7 +31,7 @@ class Chunk:
         return self.file.lower().endswith(".parquet")
 
 
-def chunks_of(split: Split) -> list[Chunk]:
+def chunks_of(split: Split) -> list[FileRange]:
     """Returns the rows of a split, in order, by the files' names and sizes alone.
 
     Raises DataError where they can't be read in parts.
@@ -58,21 +58,22 @@ def chunks_of(split: Split) -> list[Chunk]:
             )
     lines = sum(f.stat().st_size for f in files if f.suffix.lower() != ".parquet")
     size = min(max(lines // _WANTED, _LEAST_BYTES), _MOST_BYTES)
-    found: list[Chunk] = []
+    found: list[FileRange] = []
     for file in files:
         if file.suffix.lower() == ".parquet":
             with reading(file):
                 groups = row_groups(file)
-            found += [Chunk(str(file), group, group + 1) for group in range(groups)]
+            found += [FileRange(str(file), group, group + 1) for group in range(groups)]
         else:
             whole = file.stat().st_size
             found += [
-                Chunk(str(file), start, min(start + size, whole)) for start in range(0, whole, size)
+                FileRange(str(file), start, min(start + size, whole))
+                for start in range(0, whole, size)
             ]
     return found
 
 
-def read_chunk(chunk: Chunk, ignore: Collection[str] = ()) -> Iterator[Row]:
+def read_chunk(chunk: FileRange, ignore: Collection[str] = ()) -> Iterator[Row]:
     """The rows of a chunk; lines count from 1 at its beginning (see `line_before`).
 
     The columns in `ignore` are not read where that saves anything.
@@ -85,16 +86,16 @@ def read_chunk(chunk: Chunk, ignore: Collection[str] = ()) -> Iterator[Row]:
             yield from parse_lines(chunk.file, _lines(chunk), first=chunk.start == 0)
 
 
-def line_before(chunks: Sequence[Chunk], chunk: Chunk) -> int:
+def line_before(chunks: Sequence[FileRange], chunk: FileRange) -> int:
     """The lines (in Parquet the rows) of its file that come before `chunk`."""
     if chunk.is_parquet:
         earlier = [c for c in chunks if c.file == chunk.file and c.start < chunk.start]
         return sum(sum(1 for _ in read_chunk(c)) for c in earlier)
     # The line that a chunk begins within is the chunk's before it.
-    return sum(1 for _ in _lines(Chunk(chunk.file, 0, chunk.start)))
+    return sum(1 for _ in _lines(FileRange(chunk.file, 0, chunk.start)))
 
 
-def _lines(chunk: Chunk) -> Iterator[bytes]:
+def _lines(chunk: FileRange) -> Iterator[bytes]:
     with Path(chunk.file).open("rb") as file:
         if chunk.start:
             file.seek(chunk.start - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rayfin.data.examples import Corpus, Example, Tokens
+from rayfin.data.examples import Corpus, Example, TokenizedSample
 from rayfin.data.render import turn_end
 from rayfin.models.ends import Ends
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def taught_ends(
-    examples: Iterable[Example], samples: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast
+    examples: Iterable[Example],
+    samples: Sequence[TokenizedSample],
+    tokenizer: PreTrainedTokenizerFast,
 ) -> Ends:
     """The ends of answers that are learned from `samples`, which are `examples` in tokens.
 
@@ -31,7 +33,9 @@ def taught_ends(
     return Ends(tuple(token for token in found.token_ids if token in learned), found.texts)
 
 
-def no_end(corpus: Corpus, whole: Sequence[Tokens], tokenizer: PreTrainedTokenizerFast) -> str:
+def no_end(
+    corpus: Corpus, whole: Sequence[TokenizedSample], tokenizer: PreTrainedTokenizerFast
+) -> str:
     """A line that says why nothing teaches where an answer ends.
 
     `whole`: the training samples before they were cut.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 HELD_OUT = "held_out"
 """The name of the split that is evaluated on where rows are held out of training for it."""
 
-Message = dict[str, str]
+ChatTurn = dict[str, str]
 """One turn: `role` (system, user or assistant) and `content`."""
 
 
@@ -20,7 +20,7 @@ Message = dict[str, str]
 class Example:
     """One sample: a conversation whose last turn is the assistant's, or else plain text."""
 
-    messages: tuple[Message, ...] = ()
+    messages: tuple[ChatTurn, ...] = ()
     text: str | None = None
     unlearned: tuple[int, ...] = ()
     """Numbers of the assistant turns before the last one that are not to be learned."""
@@ -95,7 +95,7 @@ NO_LOSS = -100
 """The label that PyTorch's cross entropy leaves out."""
 
 
-class Tokens(TypedDict):
+class TokenizedSample(TypedDict):
     """One sample: `labels` equals `input_ids` where there is loss and is -100 elsewhere."""
 
     input_ids: list[int]

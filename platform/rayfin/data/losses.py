@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rayfin.data.examples import NO_LOSS, Corpus, Tokens
+from rayfin.data.examples import NO_LOSS, Corpus, TokenizedSample
 from rayfin.data.render import learned_turns
 
 
-def losses(corpus: Corpus, whole: Sequence[Tokens], kept: int, max_length: int) -> tuple[str, ...]:
+def losses(
+    corpus: Corpus, whole: Sequence[TokenizedSample], kept: int, max_length: int
+) -> tuple[str, ...]:
     """Returns a line for each way in which something is lost; none where nothing is.
 
     `whole`: the samples of both splits before they were cut to `max_length`; `kept`: how many had

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rayfin.data.examples import NO_LOSS, Corpus, Tokens
+from rayfin.data.examples import NO_LOSS, Corpus, TokenizedSample
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class DataProfile:
 def profile_of(
     corpus: Corpus,
     *,
-    train: Sequence[Tokens],
-    held_out: Sequence[Tokens],
+    train: Sequence[TokenizedSample],
+    held_out: Sequence[TokenizedSample],
     truncated: int,
     notes: Sequence[str],
 ) -> DataProfile:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rayfin.data.examples import Example, Message
+from rayfin.data.examples import ChatTurn, Example
 from rayfin.errors import DataError
 from rayfin.models.ends import PROBES, Ends, leaves_open, turn_ends
 
@@ -39,7 +39,7 @@ class Rendered:
         return self.text[: self.answer]
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> str:
+def render_prompt(messages: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFast) -> str:
     """The text that generation starts from: all before the last assistant turn, and its opening.
 
     Tokenise it with `add_special_tokens=False`: what the model expects is in the text.
@@ -101,7 +101,7 @@ def _unwritten_end(tokenizer: PreTrainedTokenizerFast) -> str:
     return "".join(tokenizer.convert_ids_to_tokens(list(turn_end(tokenizer).token_ids)))
 
 
-def _probed(probe: Sequence[Message], tokenizer: PreTrainedTokenizerFast) -> str:
+def _probed(probe: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFast) -> str:
     try:
         return render_texts([probe], tokenizer)[0]
     except DataError:  # a template that refuses such a conversation shows nothing
@@ -139,7 +139,7 @@ def _end_of_turn_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
 
 
 def render_texts(
-    conversations: Sequence[Sequence[Message]],
+    conversations: Sequence[Sequence[ChatTurn]],
     tokenizer: PreTrainedTokenizerFast,
     *,
     opens: bool = False,
@@ -163,7 +163,7 @@ def render_texts(
     return [str(text) for text in texts]
 
 
-def _plain(messages: Sequence[Message], eos: str, opens: bool) -> str:
+def _plain(messages: Sequence[ChatTurn], eos: str, opens: bool) -> str:
     turns = [
         f"{message['role']}:\n{message['content']}{eos if message['role'] == 'assistant' else ''}"
         for message in messages

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rayfin.data.chunks import Chunk, read_chunk
-from rayfin.data.examples import NO_LOSS, Example, Tokens
+from rayfin.data.chunks import FileRange, read_chunk
+from rayfin.data.examples import NO_LOSS, Example, TokenizedSample
 from rayfin.data.normal import EVAL_SALT, Census, content_hash
 from rayfin.data.tokens import fitting, tokenize_examples
 
@@ -28,7 +28,7 @@ class Stream:
     """A data set's chunks, and what a survey found in them."""
 
     shape: str
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[FileRange, ...]
     rows: tuple[int, ...]
     """Training samples of each chunk."""
     held_to: str
@@ -45,32 +45,34 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SampleRange:
     """Samples `start` to `stop` of the `number`th chunk in an epoch's order, for `lane` from step
     `step` on."""
 
     step: int
     lane: int
     number: int
-    chunk: Chunk
+    chunk: FileRange
     epoch: int
     start: int
     stop: int
 
 
-Reader = Callable[[Stream, Sequence[Piece], int, int], Iterator[tuple[int, Tokens]]]
+Reader = Callable[[Stream, Sequence[SampleRange], int, int], Iterator[tuple[int, TokenizedSample]]]
 """(stream, pieces, seed, max_length) -> (lane, sample) of each piece in turn."""
 
 
 def pieces_of(
     stream: Stream, *, lanes: Iterable[int], of: int, seed: int, first: int, last: int
-) -> list[Piece]:
+) -> list[SampleRange]:
     """What `lanes` of `of` read for steps `first` to `last` (exclusive), as it is first needed."""
     found = [piece for lane in lanes for piece in _lane(stream, lane, of, seed, first, last)]
     return sorted(found, key=lambda piece: (piece.step, piece.lane))
 
 
-def _lane(stream: Stream, lane: int, of: int, seed: int, first: int, last: int) -> Iterator[Piece]:
+def _lane(
+    stream: Stream, lane: int, of: int, seed: int, first: int, last: int
+) -> Iterator[SampleRange]:
     position = epoch = 0
     while position < last:
         # Moved on by one lane an epoch: where there are fewer chunks than lanes, each has its turn.
@@ -78,7 +80,7 @@ def _lane(stream: Stream, lane: int, of: int, seed: int, first: int, last: int) 
             rows, chunk = stream.rows[number], stream.chunks[number]
             start, stop = max(first - position, 0), min(last - position, rows)
             if start < stop:
-                yield Piece(position + start, lane, number, chunk, epoch, start, stop)
+                yield SampleRange(position + start, lane, number, chunk, epoch, start, stop)
             position += rows
         epoch += 1
 
@@ -92,12 +94,12 @@ def _shuffled(count: int, seed: str) -> list[int]:
 
 def tokenized_piece(
     stream: Stream,
-    piece: Piece,
+    piece: SampleRange,
     tokenizer: PreTrainedTokenizerFast,
     *,
     seed: int,
     max_length: int,
-) -> list[Tokens]:
+) -> list[TokenizedSample]:
     """The samples of a piece; one whose answer lies beyond `max_length` keeps two tokens, and no
     loss: it takes its place, and no time."""
     census = Census(stream.ignore)
@@ -112,7 +114,7 @@ def tokenized_piece(
     return [(fitting([sample], max_length) or [_nothing_of(sample)])[0] for sample in samples]
 
 
-def _nothing_of(sample: Tokens) -> Tokens:
+def _nothing_of(sample: TokenizedSample) -> TokenizedSample:
     ids = sample["input_ids"][:2]
     return {"input_ids": ids, "labels": [NO_LOSS] * len(ids)}
 
@@ -121,8 +123,8 @@ def read_here(tokenizer: PreTrainedTokenizerFast) -> Reader:
     """A reader that does all of it in this process, when it is asked for the next sample."""
 
     def read(
-        stream: Stream, pieces: Sequence[Piece], seed: int, max_length: int
-    ) -> Iterator[tuple[int, Tokens]]:
+        stream: Stream, pieces: Sequence[SampleRange], seed: int, max_length: int
+    ) -> Iterator[tuple[int, TokenizedSample]]:
         for piece in pieces:
             for sample in tokenized_piece(
                 stream, piece, tokenizer, seed=seed, max_length=max_length

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from rayfin.config.schema import DataConfig
-from rayfin.data.chunks import Chunk, chunks_of, line_before, read_chunk
+from rayfin.data.chunks import FileRange, chunks_of, line_before, read_chunk
 from rayfin.data.corpus import instead_of, is_empty, shape_of
 from rayfin.data.examples import BadRow, Corpus, Example
 from rayfin.data.normal import (
@@ -113,7 +113,7 @@ def survey_corpus(config: DataConfig, each: Each = map) -> Corpus:
 
 def _looked_through(
     config: DataConfig,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[FileRange],
     shape: str,
     each: Each,
     known: frozenset[str] = frozenset(),
@@ -137,7 +137,7 @@ def _looked_through(
 
 
 def survey_part(
-    chunks: Sequence[Chunk],
+    chunks: Sequence[FileRange],
     shape: str,
     ignore: frozenset[str],
     numbers: Sequence[int],
@@ -188,7 +188,7 @@ class _Least:
 
 
 def _held_out(
-    config: DataConfig, sources: Sources, chunks: Sequence[Chunk], shape: str, whole: Part
+    config: DataConfig, sources: Sources, chunks: Sequence[FileRange], shape: str, whole: Part
 ) -> Corpus:
     """The corpus of a data set without a split to evaluate on: some rows are held out."""
     rows = sum(whole.valid.values())
@@ -218,7 +218,7 @@ def _held_out(
 def _with_own_split(
     config: DataConfig,
     sources: Sources,
-    chunks: Sequence[Chunk],
+    chunks: Sequence[FileRange],
     shape: str,
     whole: Part,
     evaluated: Part,
@@ -287,7 +287,7 @@ def _first_group(kept: Sequence[_Kept]) -> Sequence[_Kept]:
     return [each for each in kept if each[0] == kept[0][0]]
 
 
-def _parts(chunks: Sequence[Chunk]) -> list[list[int]]:
+def _parts(chunks: Sequence[FileRange]) -> list[list[int]]:
     """The numbers of the chunks, in lists of some 32 MB of lines, or of one row group, each."""
     parts: list[list[int]] = []
     filled = _PART_BYTES
@@ -301,7 +301,7 @@ def _parts(chunks: Sequence[Chunk]) -> list[list[int]]:
 
 
 def _first_rows(
-    config: DataConfig, sources: Sources, split: Split, chunks: Sequence[Chunk]
+    config: DataConfig, sources: Sources, split: Split, chunks: Sequence[FileRange]
 ) -> list[Row]:
     ignore = frozenset(config.ignore_columns)
     rows = itertools.chain.from_iterable(read_chunk(chunk, ignore) for chunk in chunks)

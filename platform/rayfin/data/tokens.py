@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from rayfin.data.ends import no_end, taught_ends
-from rayfin.data.examples import NO_LOSS, Corpus, Example, Tokens
+from rayfin.data.examples import NO_LOSS, Corpus, Example, TokenizedSample
 from rayfin.data.losses import losses
 from rayfin.data.profile import DataProfile, profile_of
 from rayfin.data.render import Rendered, begins_with_bos, render_conversations
@@ -28,8 +28,8 @@ _TEMPLATE_TOKENS = 48
 class TokenizedCorpus:
     """Both splits, cut to max_length, without the samples that were cut before their answer."""
 
-    train: list[Tokens]
-    eval: list[Tokens]
+    train: list[TokenizedSample]
+    eval: list[TokenizedSample]
     profile: DataProfile
     stream: Stream | None = None
     """Where the training samples come from, if `train` is a sample of them."""
@@ -93,7 +93,7 @@ def _prompt_bytes(example: Example) -> int:
 
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
-) -> list[Tokens]:
+) -> list[TokenizedSample]:
     """Each sample at its full length, in order."""
     texts = [example.text for example in examples if example.text is not None]
     plain = iter(_plain_texts(texts, tokenizer))
@@ -102,11 +102,11 @@ def tokenize_examples(
     return [next(talked if example.text is None else plain) for example in examples]
 
 
-def _plain_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
+def _plain_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[TokenizedSample]:
     bos = tokenizer.bos_token_id
     eos = tokenizer.eos_token_id
     before = [bos] if begins_with_bos(tokenizer) else []
-    samples: list[Tokens] = []
+    samples: list[TokenizedSample] = []
     for ids, _ in _encode(texts, tokenizer):
         whole = [*before, *ids] if ids[:1] != before else ids
         if eos is not None and whole[-1:] != [eos]:
@@ -115,7 +115,9 @@ def _plain_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[T
     return samples
 
 
-def _conversations(rendered: list[Rendered], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
+def _conversations(
+    rendered: list[Rendered], tokenizer: PreTrainedTokenizerFast
+) -> list[TokenizedSample]:
     wholes = _encode([each.text for each in rendered], tokenizer)
     prompts = [ids for ids, _ in _encode([each.prompt for each in rendered], tokenizer)]
     # Where a token straddles the border (or the answer's first letter changes how the prompt
@@ -136,7 +138,9 @@ def _conversations(rendered: list[Rendered], tokenizer: PreTrainedTokenizerFast)
     ]
 
 
-def _masked(ids: list[int], starts: list[int], rendered: Rendered, prompt_length: int) -> Tokens:
+def _masked(
+    ids: list[int], starts: list[int], rendered: Rendered, prompt_length: int
+) -> TokenizedSample:
     """Labels for the tokens that begin in a span; the last span begins at `prompt_length`."""
     labels = [NO_LOSS] * prompt_length
     for first, end in rendered.spans[:-1]:
@@ -171,9 +175,9 @@ def _encode(
     ]
 
 
-def fitting(samples: list[Tokens], max_length: int) -> list[Tokens]:
+def fitting(samples: list[TokenizedSample], max_length: int) -> list[TokenizedSample]:
     """The samples cut to `max_length`, without those whose answer was cut off."""
-    kept: list[Tokens] = []
+    kept: list[TokenizedSample] = []
     for sample in samples:
         ids, labels = sample["input_ids"][:max_length], sample["labels"][:max_length]
         # A model predicts from the token before: the first one never has loss.
@@ -182,7 +186,7 @@ def fitting(samples: list[Tokens], max_length: int) -> list[Tokens]:
     return kept
 
 
-def _cut(samples: list[Tokens], max_length: int, split: str) -> list[Tokens]:
+def _cut(samples: list[TokenizedSample], max_length: int, split: str) -> list[TokenizedSample]:
     kept = fitting(samples, max_length)
     if not kept:
         shortest = min(_first_label(sample) + 1 for sample in samples)
@@ -194,6 +198,6 @@ def _cut(samples: list[Tokens], max_length: int, split: str) -> list[Tokens]:
     return kept
 
 
-def _first_label(sample: Tokens) -> int:
+def _first_label(sample: TokenizedSample) -> int:
     labels = sample["labels"]
     return next((i for i in range(1, len(labels)) if labels[i] != NO_LOSS), len(labels))

@@ -16,7 +16,7 @@ from rayfin.data.columns import (
     RowProblem,
     is_missing,
 )
-from rayfin.data.examples import Example, Message
+from rayfin.data.examples import ChatTurn, Example
 
 _USED = {pair: frozenset((*pair, *LEARN_KEYS)) for pair in TURN_KEYS}
 _PART_KEYS = frozenset(("type", "text"))
@@ -30,7 +30,7 @@ class Turn(NamedTuple):
     content: str
     learned: bool = True
 
-    def message(self) -> Message:
+    def message(self) -> ChatTurn:
         return {"role": self.role, "content": self.content}
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayfin.advisor.marks import MARKS, look_of
 from rayfin.config import Config, Space
 from rayfin.evaluation.quantities import (
     COSTS,
@@ -15,7 +16,6 @@ from rayfin.evaluation.quantities import (
     unit_for,
 )
 from rayfin.history.record import finite
-from rayfin.recommend.marks import MARKS, look_of
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord

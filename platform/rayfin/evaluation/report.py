@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from rayfin.advisor.marks import DARK, LIGHT, MARKS
 from rayfin.config import Config, dump_yaml
 from rayfin.evaluation.change import change_of
 from rayfin.evaluation.chart_data import chart_data, ordered
@@ -43,7 +44,6 @@ from rayfin.evaluation.quantities import (
 from rayfin.evaluation.verdict import sweep_verdict
 from rayfin.history.record import finite
 from rayfin.paths import Storage, write_text
-from rayfin.recommend.marks import DARK, LIGHT, MARKS
 from rayfin.redaction import redact
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _commands(adapter: str, config: Config) -> list[str]:
     # A version directory is a plain PEFT adapter; that layout is part of the registry's promise.
     path = str(storage.adapters / name / version)
     return [
-        f"rayfin adapters show {adapter} {shlex.quote(f'storage={storage.place}')}",
+        f"rayfin adapters show {adapter} {shlex.quote(f'storage={storage.location}')}",
         f"model = peft.PeftModel.from_pretrained(base_model, {path!r})",
     ]
 

@@ -215,7 +215,7 @@ def _try(adapter: str, config: Config, best: TrialRecord) -> str:
     What `rayfin chat` can't serve, a whole model, a method without an engine or a rank above
     MAX_RANK, it shows instead.
     """
-    storage = f"storage={Storage.at(config.registry_storage).place}"
+    storage = f"storage={Storage.at(config.registry_storage).location}"
     method = _method_of(best)
     rank = 0 if method is None else method.served_rank
     alone = method is not None and (method.changes_base or "transformers" not in method.engines)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, Names, listed, whole
 from rayfin.methods.attach import ADAPTER
-from rayfin.methods.base import Refusal, register
+from rayfin.methods.base import Incompatibility, register
 from rayfin.methods.layers import Linear
 from rayfin.methods.rates import Rate
 
@@ -26,7 +26,7 @@ class AdaloraConfig(LowRankMethod):
     """Ranks moved between layers during training (Zhang et al. 2023, arXiv:2303.10512)."""
 
     title = "AdaLoRA"
-    place = 5
+    order = 5
     engines = ("transformers",)
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
     coordinates = (0.3, 0.4)
@@ -82,15 +82,15 @@ class AdaloraConfig(LowRankMethod):
             "and DeepSpeed has handed them out by then; use ddp or fsdp"
         )
 
-    def refusals(self, max_steps: int) -> Iterator[Refusal]:
+    def refusals(self, max_steps: int) -> Iterator[Incompatibility]:
         if self.target_r >= self.init_r:
-            yield Refusal(
+            yield Incompatibility(
                 f"method.target_r={self.target_r} with method.init_r={self.init_r}",
                 "there is no budget to take away",
                 f"use a target_r below {self.init_r}",
             )
         if max_steps < 4:
-            yield Refusal(
+            yield Incompatibility(
                 f"train.max_steps={max_steps}",
                 "the rank budget needs a start, a middle and an end",
                 "use at least 4 steps",

@@ -28,7 +28,7 @@ Trained = Literal[
 ]
 
 
-class Refusal(NamedTuple):
+class Incompatibility(NamedTuple):
     """Why settings can't work together; each part completes a sentence."""
 
     what: str
@@ -54,7 +54,7 @@ class MethodConfig(Section):
 
     title: ClassVar[str]
     """The method's name in sentences."""
-    place: ClassVar[int]
+    order: ClassVar[int]
     """Its place in lists of methods, which also chooses its colour and mark in charts."""
     trains: ClassVar[Trained]
     quantized_base: ClassVar[bool]
@@ -117,7 +117,7 @@ class MethodConfig(Section):
         """
         raise NotImplementedError
 
-    def refusals(self, max_steps: int) -> Iterator[Refusal]:
+    def refusals(self, max_steps: int) -> Iterator[Incompatibility]:
         """What of these settings can't work, in a training of so many optimizer steps."""
         return iter(())
 
@@ -258,13 +258,13 @@ def register(method: type[M]) -> type[M]:
     if lacks:
         raise TypeError(f"method {name} lacks {', '.join(lacks)}; give it these class variables")
     for other in METHODS.values():
-        if name == name_of(other) or other.place == method.place:
+        if name == name_of(other) or other.order == method.order:
             raise TypeError(
-                f"method {name} has the name or place {method.place} of {name_of(other)}, which "
+                f"method {name} has the name or place {method.order} of {name_of(other)}, which "
                 "is registered; give it its own"
             )
     METHODS[name] = method
-    for name in sorted(METHODS, key=lambda name: METHODS[name].place):
+    for name in sorted(METHODS, key=lambda name: METHODS[name].order):
         METHODS[name] = METHODS.pop(name)
     return method
 

@@ -15,7 +15,7 @@ class FullConfig(MethodConfig):
     """Every weight is trained."""
 
     title = "full fine-tuning"
-    place = 0
+    order = 0
     trains = "weights"
     quantized_base = False
     packing = True

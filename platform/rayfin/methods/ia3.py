@@ -22,7 +22,7 @@ class Ia3Config(MethodConfig):
     """Learned rescaling of keys, values and activations (Liu et al. 2022, arXiv:2205.05638)."""
 
     title = "IA3"
-    place = 6
+    order = 6
     trains = "scaling"
     quantized_base = True
     packing = True

@@ -18,7 +18,7 @@ class LohaConfig(PeftNamedMethod):
     """Products of two low-rank updates (Hyeon-Woo et al. 2021, arXiv:2108.06098)."""
 
     title = "LoHa"
-    place = 11
+    order = 11
     quantized_base = False  # PEFT takes the shape of the update from that of the stored weights
     engines = ()
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from rayfin.errors import MethodError
 from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, Names, listed, whole
 from rayfin.methods.attach import ADAPTER
-from rayfin.methods.base import Refusal, register
+from rayfin.methods.base import Incompatibility, register
 from rayfin.methods.conversion import convert, lora_pairs
 from rayfin.methods.layers import Linear, targets
 from rayfin.methods.rates import Rate
@@ -145,15 +145,15 @@ class LowRankConfig(LowRankMethod):
             layers is not None and layer not in layers
         )
 
-    def refusals(self, max_steps: int) -> Iterator[Refusal]:
+    def refusals(self, max_steps: int) -> Iterator[Incompatibility]:
         if self.layers_to_transform is not None and self.target_modules == "all-linear":
-            yield Refusal(
+            yield Incompatibility(
                 "method.layers_to_transform with method.target_modules=all-linear",
                 "PEFT takes numbers of layers beside names only",
                 "name the modules, such as method.target_modules=[q_proj,v_proj]",
             )
         if self.alters_base and (self.quantization_bit or self.type == "dora"):
-            yield Refusal(
+            yield Incompatibility(
                 f"method.init_lora_weights={self.init_lora_weights}",
                 "it changes the base's weights, which have to be whole, and no part of a DoRA",
                 "use lora or rslora with method.quantization_bit=null, or leave it out",
@@ -233,7 +233,7 @@ class LoraConfig(LowRankConfig):
     """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
 
     title = "LoRA"
-    place = 1
+    order = 1
     engines = ("transformers", "vllm")
     rate = Rate(
         of_lora=True, source="by size: QLoRA's README, TRL's guide and PEFT's quicktour (rates.py)"
@@ -253,7 +253,7 @@ class QloraConfig(LowRankConfig):
     """LoRA over a quantised base (Dettmers et al. 2023, arXiv:2305.14314)."""
 
     title = "QLoRA"
-    place = 2
+    order = 2
     engines = ("transformers", "vllm")
     rate = Rate(of_lora=True, source="QLoRA's README")
     coordinates = (0.2, 0.0)
@@ -268,7 +268,7 @@ class DoraConfig(LowRankConfig):
     """LoRA on the direction, magnitude apart (Liu et al. 2024, arXiv:2402.09353)."""
 
     title = "DoRA"
-    place = 3
+    order = 3
     engines = ("transformers",)
     rate = Rate(
         value=0.75,
@@ -297,7 +297,7 @@ class RsloraConfig(LowRankConfig):
     """LoRA scaled by 1/sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
 
     title = "rank-stabilised LoRA"
-    place = 4
+    order = 4
     engines = ("transformers", "vllm")
     rate = Rate(of_lora=True, source="PEFT's comparison has one rate for it and LoRA")
     coordinates = (0.0, 0.2)

@@ -18,7 +18,7 @@ class OftConfig(PeftNamedMethod):
     """Rotations of each layer's inputs (Qiu et al. 2023, arXiv:2306.07280)."""
 
     title = "OFT"
-    place = 12
+    order = 12
     trains = "rotations"
     engines = ()
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")

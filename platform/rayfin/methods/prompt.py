@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rayfin.methods.base import MethodConfig, Refusal, Trained, register
+from rayfin.methods.base import Incompatibility, MethodConfig, Trained, register
 from rayfin.methods.rates import Rate
 from rayfin.sizes import Sizes
 
@@ -50,7 +50,7 @@ class PTuningConfig(PromptLearningConfig):
     """Virtual tokens from a small prompt encoder (Liu et al. 2021, arXiv:2103.10385)."""
 
     title = "P-Tuning"
-    place = 7
+    order = 7
     rate = Rate(
         value=2e-3,
         spread=20.0,
@@ -104,7 +104,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     """Learned keys and values before every layer's own (Li & Liang 2021, arXiv:2101.00190)."""
 
     title = "prefix tuning"
-    place = 8
+    order = 8
     trains = "virtual keys and values"
     gradient_checkpointing = False  # a prefix is a KV cache, which recomputing can't carry
     rate = Rate(
@@ -154,7 +154,7 @@ class PromptTuningConfig(PromptLearningConfig):
     """Learned input embeddings (Lester et al. 2021, arXiv:2104.08691)."""
 
     title = "prompt tuning"
-    place = 9
+    order = 9
     rate = Rate(
         value=5e-3,
         spread=6.0,
@@ -182,9 +182,9 @@ class PromptTuningConfig(PromptLearningConfig):
             tokenizer_name_or_path=tokenizer_path if text else None,
         )
 
-    def refusals(self, max_steps: int) -> Iterator[Refusal]:
+    def refusals(self, max_steps: int) -> Iterator[Incompatibility]:
         if self.prompt_tuning_init == "TEXT" and not self.prompt_tuning_init_text:
-            yield Refusal(
+            yield Incompatibility(
                 "method.prompt_tuning_init=TEXT",
                 "no text is given",
                 "set method.prompt_tuning_init_text",

@@ -18,7 +18,7 @@ class VeraConfig(PeftNamedMethod):
     """Factors of a random update that all layers share (Kopiczko et al. 2023, arXiv:2310.11454)."""
 
     title = "VeRA"
-    place = 10
+    order = 10
     engines = ("transformers",)
     rate = Rate(value=2e-3, source="PEFT's comparison has 1e-3, and 3e-3 for the variant PVeRA")
     coordinates = (0.4, 1.6)

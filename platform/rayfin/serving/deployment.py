@@ -33,11 +33,11 @@ from rayfin.config import load_serve_config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError, ModelError, RayfinError
 from rayfin.models import load_tokenizer, max_positions
-from rayfin.paths import Place, Storage
+from rayfin.paths import Storage, StoragePath
 from rayfin.serving import proxy, shared
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.figures import Figures
-from rayfin.serving.names import Names
+from rayfin.serving.names import ModelNames
 from rayfin.serving.placement import Placement, place_engines
 from rayfin.serving.pool import SharedPool
 from rayfin.serving.remote import RemoteEngine
@@ -87,7 +87,7 @@ class ApiReplica:
         engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
         # Not opened: a replica that starts while the disk is away must not make the directory anew.
         storage = Storage.at(config.storage)
-        names = Names.of(config, ServedCatalog(storage.adapters))
+        names = ModelNames.of(config, ServedCatalog(storage.adapters))
         figures = Figures(config.history or storage.history_url, engine)
         proxy.publish_limits(config.api)
         return create_app(
@@ -121,12 +121,12 @@ def _planned(config: ServeConfig, *, may_grow: bool = False) -> tuple[ServeConfi
     What a user might not expect of that is logged as a warning.
     """
     config = config.named()
-    missing = not Place.at(config.storage).path.exists()
+    missing = not StoragePath.at(config.storage).path.exists()
     catalog = ServedCatalog(Storage.open(config.storage).adapters)
     if missing:
         log.warning("storage=%s was not there, and is empty now; is that its path?", config.storage)
     catalog.make()
-    Names(catalog, config.served_name).check()
+    ModelNames(catalog, config.served_name).check()
     running = ray.is_initialized() and _is_served()
     placement = place_engines(config, running=running, may_grow=may_grow)
     try:

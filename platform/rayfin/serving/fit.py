@@ -31,7 +31,7 @@ from rayfin.serving.bases import here
 from rayfin.serving.engine.adapter import check_type, read_adapter
 from rayfin.serving.engine.checks import BASE_IS_RIGHT, check_base, check_rank
 from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout, linears_of
-from rayfin.serving.engine.peft_files import Settings, read_settings
+from rayfin.serving.engine.peft_files import AdapterSettings, read_settings
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vllm_backend import check_lora, check_lora_type
 from rayfin.serving.engine.vocabulary import Vocabulary
@@ -156,10 +156,10 @@ class Refusals:
                     self._base = (None,)
             return self._base[0]
 
-    def _check_type(self, settings: Settings) -> None:
+    def _check_type(self, settings: AdapterSettings) -> None:
         (check_lora_type if self._engine.type == "vllm" else check_type)(settings)
 
-    def _check_rank(self, settings: Settings) -> None:
+    def _check_rank(self, settings: AdapterSettings) -> None:
         rank = settings.values.get("r")
         # Where single layers have ranks of their own, this one may be none's.
         if type(rank) is int and not settings.values.get("rank_pattern"):

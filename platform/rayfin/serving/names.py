@@ -29,7 +29,7 @@ _RENAME = "set deployment.served_model_name to another name, and serve again"
 
 
 @dataclass(frozen=True)
-class Named:
+class ResolvedModel:
     """Who answers: one adapter version, or the base model (no source and no version)."""
 
     answer_name: str
@@ -59,16 +59,16 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Listing:
+class RegistryListing:
     """The registry as a deployment sees it: every adapter's latest version, and those that aliases
     point to, by name and number."""
 
-    served: tuple[Named, ...]
+    served: tuple[ResolvedModel, ...]
     refused: Mapping[AdapterVersion, Refusal]
     """Versions that this deployment can't answer with, as far as their settings tell."""
 
 
-class Names:
+class ModelNames:
     """What `model` may be: the base's name, `<adapter>`, `<adapter>@<version or alias>`, or
     `<base>:` before either.
 
@@ -92,15 +92,15 @@ class Names:
         self.public = PublicTexts({str(catalog.root): "", **(places or {})})
         self._refusal, self._base_places = refusal, frozenset(places or {})
         self._clock = clock
-        self._base = Named(base_name)
-        self._held: dict[AdapterRef, tuple[float, Named]] = {}
+        self._base = ResolvedModel(base_name)
+        self._held: dict[AdapterRef, tuple[float, ResolvedModel]] = {}
         # Walks of the whole registry, one at a time: who waits for one has its result.
         self._walking = threading.Lock()
-        self._listed: tuple[float, Listing] | None = None
+        self._listed: tuple[float, RegistryListing] | None = None
         self._known: tuple[float, tuple[str, ...]] | None = None
 
     @classmethod
-    def of(cls, config: ServeConfig, catalog: Catalog) -> Names:
+    def of(cls, config: ServeConfig, catalog: Catalog) -> ModelNames:
         """Returns those of a deployment; looks at no file of its registry yet."""
         from rayfin.serving.fit import Refusals
 
@@ -150,7 +150,7 @@ class Names:
                 "an adapter can have; use NAME, NAME@VERSION or NAME@ALIAS"
             ) from error
 
-    def held(self, model: str) -> Named | None:
+    def held(self, model: str) -> ResolvedModel | None:
         """What `resolve` would say, where that takes no look at the registry; else None."""
         ref = self.parse(model)
         if ref is None:
@@ -158,7 +158,7 @@ class Names:
         read_at, named = self._held.get(ref, (0.0, None))
         return named if named is not None and self._fresh(read_at) else None
 
-    def resolve(self, model: str, *, anew: bool = False) -> Named:
+    def resolve(self, model: str, *, anew: bool = False) -> ResolvedModel:
         """Who answers a request for `model`; `anew` looks at the registry in any case.
 
         Raises AdapterNotFound for what isn't there, and AdapterError for what is there and can't
@@ -177,7 +177,7 @@ class Names:
         self._held[ref] = (now, named)
         return named
 
-    def list(self) -> Listing:
+    def list(self) -> RegistryListing:
         """Every adapter's latest version and those that aliases point to; what can't be read is
         left out.
         """
@@ -193,7 +193,7 @@ class Names:
                 refused = {each: why for each in versions if (why := self._why_not(each))}
                 served = tuple(_named(each) for each in versions if each not in refused)
                 # Afterwards: of a large registry the walk itself takes longer than MAX_AGE.
-                held = self._listed = (self._clock(), Listing(served, refused))
+                held = self._listed = (self._clock(), RegistryListing(served, refused))
         return held[1]
 
     def missing(self, ref: AdapterRef) -> AdapterNotFound | None:
@@ -241,7 +241,7 @@ class Names:
             return Refusal("called as the base is", error)
         return self._refusal(version)
 
-    def _look(self, ref: AdapterRef) -> Named:
+    def _look(self, ref: AdapterRef) -> ResolvedModel:
         if not self.catalog.versions(ref.name):
             raise self._unknown(ref)
         try:
@@ -272,8 +272,8 @@ class Names:
         return held[1]
 
 
-def _named(version: AdapterVersion) -> Named:
-    return Named(version.ref, AdapterSource(version.ref, version.path), version)
+def _named(version: AdapterVersion) -> ResolvedModel:
+    return ResolvedModel(version.ref, AdapterSource(version.ref, version.path), version)
 
 
 def _short(text: str) -> str:

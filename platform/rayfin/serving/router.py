@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from rayfin.serving.routing import ADAPTER, RESIDENT, Place, Recent, learn_from, rank
+from rayfin.serving.routing import ADAPTER, RESIDENT, Recent, ReplicaState, learn_from, rank
 
 _EARLY = 1024
 
@@ -74,7 +74,7 @@ class AdapterRouter(RequestRouter):
         self._sent = {replica: sent for replica, sent in self._sent.items() if replica in known}
         super().update_replicas(replicas)
 
-    def _place(self, replica: RunningReplica, adapter: str | None) -> Place:
+    def _place(self, replica: RunningReplica, adapter: str | None) -> ReplicaState:
         identity = replica.replica_id
         # Serve's own count knows of other processes' requests too, but forgets after a while.
         counted = self.replica_queue_len_cache.get(identity) or 0
@@ -82,4 +82,6 @@ class AdapterRouter(RequestRouter):
             adapter in (replica.routing_stats or {}).get(RESIDENT, ())
             or self._recent.has(identity, adapter)
         )
-        return Place(identity.unique_id, max(counted, len(self._sent.get(identity, ()))), holds)
+        return ReplicaState(
+            identity.unique_id, max(counted, len(self._sent.get(identity, ()))), holds
+        )

@@ -21,7 +21,7 @@ counts."""
 
 
 @dataclass(frozen=True)
-class Place:
+class ReplicaState:
     """A replica that a request may go to."""
 
     name: str
@@ -32,8 +32,8 @@ class Place:
 
 
 def rank(
-    places: Iterable[Place], adapter: str | None, *, loading: float, capacity: int
-) -> list[Place]:
+    replicas: Iterable[ReplicaState], adapter: str | None, *, loading: float, capacity: int
+) -> list[ReplicaState]:
     """The places, the best first; those with `capacity` requests are full, and come last.
 
     Fetching an adapter costs as much as `loading` requests that are ahead: a request goes where
@@ -42,12 +42,12 @@ def rank(
     order of its own (rendezvous hashing, Thaler & Ravishankar 1998), which every router knows.
     """
 
-    def cost(place: Place) -> tuple[bool, float, bytes]:
-        absent = adapter is not None and not place.holds
-        tie = blake2b(f"{adapter}/{place.name}".encode(), digest_size=8).digest()
-        return place.load >= capacity, place.load + loading * absent, tie
+    def cost(replica: ReplicaState) -> tuple[bool, float, bytes]:
+        absent = adapter is not None and not replica.holds
+        tie = blake2b(f"{adapter}/{replica.name}".encode(), digest_size=8).digest()
+        return replica.load >= capacity, replica.load + loading * absent, tie
 
-    return sorted(places, key=cost)
+    return sorted(replicas, key=cost)
 
 
 class Recent:

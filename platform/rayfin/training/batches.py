@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rayfin.data import TokenizedCorpus, Tokens
+from rayfin.data import TokenizedCorpus, TokenizedSample
 from rayfin.data.stream import Reader, pieces_of
 from rayfin.heartbeat import beat
 from rayfin.training.spec import TrialSpec
@@ -64,7 +64,7 @@ def samples_of(
         )
         return PlannedSamples(data.train, plan)
 
-    def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, Tokens]]:
+    def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, TokenizedSample]]:
         pieces = pieces_of(
             stream,
             lanes=lanes,
@@ -84,17 +84,17 @@ def samples_of(
     )
 
 
-class PlannedSamples(torch.utils.data.Dataset[Tokens]):
+class PlannedSamples(torch.utils.data.Dataset[TokenizedSample]):
     """The samples of a trial in the order of its plan; read in sequence, one epoch is the trial."""
 
-    def __init__(self, samples: Sequence[Tokens], plan: Sequence[int]) -> None:
+    def __init__(self, samples: Sequence[TokenizedSample], plan: Sequence[int]) -> None:
         self.samples = samples
         self.plan = plan
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, position: int) -> Tokens:
+    def __getitem__(self, position: int) -> TokenizedSample:
         return self.samples[self.plan[position]]
 
     def tokens(self, start: int, stop: int) -> int:
@@ -105,7 +105,7 @@ class PlannedSamples(torch.utils.data.Dataset[Tokens]):
         """Nothing is open."""
 
 
-class StreamedSamples(torch.utils.data.Dataset[Tokens]):
+class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
     """The samples of a trial on large data, read as they are asked for, once and in order.
 
     A position is a step and a lane (`rayfin.data.stream`): what a worker asks for first says where
@@ -114,7 +114,7 @@ class StreamedSamples(torch.utils.data.Dataset[Tokens]):
 
     def __init__(
         self,
-        read: Callable[[Sequence[int], int], Iterator[tuple[int, Tokens]]],
+        read: Callable[[Sequence[int], int], Iterator[tuple[int, TokenizedSample]]],
         *,
         samples_per_step: int,
         max_steps: int,
@@ -124,14 +124,14 @@ class StreamedSamples(torch.utils.data.Dataset[Tokens]):
         """`read`: (lanes, first step) -> (lane, sample); `batch_size`: of one worker."""
         self.read, self.samples_per_step, self.max_steps = read, samples_per_step, max_steps
         self.batch_size, self.workers = batch_size, workers
-        self._source: Iterator[tuple[int, Tokens]] | None = None
-        self._waiting: dict[int, deque[Tokens]] = defaultdict(deque)
+        self._source: Iterator[tuple[int, TokenizedSample]] | None = None
+        self._waiting: dict[int, deque[TokenizedSample]] = defaultdict(deque)
         self._tokens: dict[int, int] = defaultdict(int)
 
     def __len__(self) -> int:
         return self.max_steps * self.samples_per_step
 
-    def __getitem__(self, position: int) -> Tokens:
+    def __getitem__(self, position: int) -> TokenizedSample:
         step, lane = divmod(position, self.samples_per_step)
         if self._source is None:
             rank = lane // self.batch_size % self.workers
@@ -162,7 +162,9 @@ class StreamedSamples(torch.utils.data.Dataset[Tokens]):
         self._waiting.clear()
 
 
-def collate_padded(samples: Sequence[Tokens], pad_token_id: int) -> dict[str, torch.Tensor]:
+def collate_padded(
+    samples: Sequence[TokenizedSample], pad_token_id: int
+) -> dict[str, torch.Tensor]:
     """Right-padded [batch, longest] input_ids, attention_mask and labels."""
     longest = max(len(sample["input_ids"]) for sample in samples)
 
@@ -176,7 +178,7 @@ def collate_padded(samples: Sequence[Tokens], pad_token_id: int) -> dict[str, to
     return batch
 
 
-def collate_packed(samples: Sequence[Tokens]) -> dict[str, torch.Tensor]:
+def collate_packed(samples: Sequence[TokenizedSample]) -> dict[str, torch.Tensor]:
     """One row [1, total] without padding; position_ids start anew at every sample.
 
     Transformers derives the block-diagonal attention mask from them where no attention_mask is
@@ -197,7 +199,7 @@ class Collator:
         self.pad_token_id = pad_token_id
         self.packing = packing
 
-    def __call__(self, samples: Sequence[Tokens]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[TokenizedSample]) -> dict[str, Any]:
         if self.packing:
             return collate_packed(samples)
         return collate_padded(samples, self.pad_token_id)

@@ -20,7 +20,7 @@ from rayfin.models import BASE_IDENTITY, Base
 from rayfin.models.ends import END_OF_TURN, Ends
 from rayfin.models.quiet import no_progress_bars
 from rayfin.objects import sum_of, sums_of
-from rayfin.paths import METADATA, Place, digest_files, write_json
+from rayfin.paths import METADATA, StoragePath, digest_files, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ _SUMS = "sums.json"
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """What a checkpoint holds beside tensors and Transformers' own state."""
 
     train_seconds: float
@@ -42,17 +42,17 @@ class Progress:
     learning_rate: float
 
 
-def staging(place: Place) -> Path:
+def staging(location: StoragePath) -> Path:
     """Where a checkpoint is written before it is renamed; never read."""
-    return place.path / _STAGING
+    return location.path / _STAGING
 
 
-def latest_checkpoint(place: Place) -> Path | None:
-    """The newest whole checkpoint at `place`; leftovers of a killed write don't count.
+def latest_checkpoint(location: StoragePath) -> Path | None:
+    """The newest whole checkpoint at `location`; leftovers of a killed write don't count.
 
     One whose files are not as they were written (a torn disk, a lost block) is passed over.
     """
-    for checkpoint in reversed(_checkpoints(place)):
+    for checkpoint in reversed(_checkpoints(location)):
         damaged = _damaged(checkpoint.path) if checkpoint.fetch() else "it is not whole"
         if damaged is None:
             return checkpoint.path
@@ -62,9 +62,9 @@ def latest_checkpoint(place: Place) -> Path | None:
     return None
 
 
-def _checkpoints(place: Place) -> list[Place]:
-    named = (name for name in place.names() if name.removeprefix("checkpoint-").isdigit())
-    return [place / name for name in sorted(named, key=_step)]
+def _checkpoints(location: StoragePath) -> list[StoragePath]:
+    named = (name for name in location.names() if name.removeprefix("checkpoint-").isdigit())
+    return [location / name for name in sorted(named, key=_step)]
 
 
 def _step(name: str) -> int:
@@ -81,12 +81,12 @@ def _damaged(checkpoint: Path) -> str | None:
         return str(error) or type(error).__name__
 
 
-def publish_checkpoint(place: Place, name: str) -> None:
+def publish_checkpoint(location: StoragePath, name: str) -> None:
     """Makes a staged checkpoint the newest one, and drops all but the one before it.
 
     Where the newest turns out to be torn, the one before it is there.
     """
-    staged, checkpoint = staging(place) / name, place / name
+    staged, checkpoint = staging(location) / name, location / name
     sums = sums_of(staged)
     write_json(staged / _SUMS, sums)
     for path in sums:
@@ -96,24 +96,24 @@ def publish_checkpoint(place: Place, name: str) -> None:
     staged.rename(checkpoint.path)
     checkpoint.publish()
     # Of a later step there may be what a killed worker did not write to its end.
-    others = [other for other in _checkpoints(place) if other != checkpoint]
+    others = [other for other in _checkpoints(location) if other != checkpoint]
     before = [other for other in others if _step(other.path.name) < _step(name) and other.exists()]
     for other in others:
         if other not in before[-1:]:
             other.remove()
 
 
-def clear_checkpoints(place: Place) -> None:
+def clear_checkpoints(location: StoragePath) -> None:
     """Removes them all; renamed first, so that a killed removal leaves none that looks whole."""
-    if place.objects is not None:
-        for checkpoint in _checkpoints(place):
+    if location.objects is not None:
+        for checkpoint in _checkpoints(location):
             checkpoint.remove()
-        place.remove()
+        location.remove()
         return
-    doomed = place.path.with_name(f".{place.path.name}-done")
+    doomed = location.path.with_name(f".{location.path.name}-done")
     shutil.rmtree(doomed, ignore_errors=True)
-    if place.path.exists():
-        place.path.rename(doomed)
+    if location.path.exists():
+        location.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -130,14 +130,16 @@ def load_tensors(directory: Path, name: str) -> dict[str, torch.Tensor]:
     return load_file(os.fspath(directory / f"{name}.safetensors"))
 
 
-def save_progress(progress: Progress, directory: Path) -> None:
+def save_progress(progress: TrainingProgress, directory: Path) -> None:
     write_json(directory / _PROGRESS, asdict(progress))
 
 
-def load_progress(directory: Path) -> Progress:
+def load_progress(directory: Path) -> TrainingProgress:
     """What a checkpoint holds beside tensors; what other versions wrote there is passed over."""
     values = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
-    return Progress(**{field.name: values[field.name] for field in fields(Progress)})
+    return TrainingProgress(
+        **{field.name: values[field.name] for field in fields(TrainingProgress)}
+    )
 
 
 def save_adapter(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rayfin.training.checkpoint import Progress
+from rayfin.training.checkpoint import TrainingProgress
 from rayfin.training.parallel import trained
 
 
@@ -30,7 +30,7 @@ def divide_groups(
     optimizer.param_groups = parts
 
 
-def resume_schedule(scheduler: Any, progress: Progress) -> None:
+def resume_schedule(scheduler: Any, progress: TrainingProgress) -> None:
     """Sets where learning rates stand: their schedule is a function of the steps alone."""
     scheduler.last_epoch = progress.schedule_steps
     scheduler._step_count = progress.schedule_steps + 1

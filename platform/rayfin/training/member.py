@@ -15,42 +15,48 @@ from rayfin.collector import collector_paused
 from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.heartbeat import pause, watched
-from rayfin.training.desk import Job
 from rayfin.training.spec import TrialResult, TrialSpec
-from rayfin.training.strategies import Group, choose
+from rayfin.training.strategies import WorkerLayout, choose
 from rayfin.training.streams import read_on_ray
 from rayfin.training.trial import run_trial
-from rayfin.training.warm import Warm
+from rayfin.training.trial_cache import TrialCache
+from rayfin.training.trial_queue import Job
 
 _LAST_WORDS_SECONDS = 10.0
 
 
 def work(config: dict[str, Any]) -> None:
-    """Runs on every worker: trains what the desk has, until that has no more."""
+    """Runs on every worker: trains what the queue has, until that has no more."""
     import torch
 
-    desk = config["desk"]
-    place = ray.util.get_current_placement_group()
-    assert place is not None  # Ray Train runs every worker in one
-    ray.get(desk.begin.remote(place.id.hex()))
+    queue = config["queue"]
+    placement_group = ray.util.get_current_placement_group()
+    assert placement_group is not None  # Ray Train runs every worker in one
+    ray.get(queue.begin.remote(placement_group.id.hex()))
     resources = ray.get_runtime_context().get_assigned_resources()
     torch.set_num_threads(max(1, int(resources.get("CPU", 1))))
     hardware = describe_hardware(resources.get("GPU", 0) > 0)
-    warm = Warm(ray.get(config["corpora"]), read_on_ray)
+    warm = TrialCache(ray.get(config["corpora"]), read_on_ray)
     group, minutes = config["group"], config["hang_minutes"]
     done = -1
-    while (job := ray.get(desk.next_job.remote(done))) is not None:
+    while (job := ray.get(queue.next_job.remote(done))) is not None:
         done = job.number
-        _train(job, desk, group=group, hardware=hardware, warm=warm, hang_minutes=minutes)
+        _train(job, queue, group=group, hardware=hardware, warm=warm, hang_minutes=minutes)
 
 
 def trace_of(job: Job, rank: int) -> str:
     """Returns the name under which a worker that hangs says where it stands; see `watched`."""
-    return f"{job.place.path.parent.parent.name}-{job.place.path.name}-{rank}"
+    return f"{job.location.path.parent.parent.name}-{job.location.path.name}-{rank}"
 
 
 def _train(
-    job: Job, desk: Any, *, group: Group, hardware: Hardware, warm: Warm, hang_minutes: float
+    job: Job,
+    queue: Any,
+    *,
+    group: WorkerLayout,
+    hardware: Hardware,
+    warm: TrialCache,
+    hang_minutes: float,
 ) -> None:
     """Runs one trial on this worker; rank 0 reports for all."""
     rank = ray.train.get_context().get_world_rank()
@@ -60,7 +66,7 @@ def _train(
         scenario = result.scenario | {"worker": worker} if result.scenario else {}
         result = replace(result, scenario=scenario)
         pause()  # for the sweep's word
-        return bool(ray.get(desk.hand_in.remote(rank, result)))
+        return bool(ray.get(queue.hand_in.remote(rank, result)))
 
     def hang(where: str) -> None:
         """Hands in why the trial failed, and ends the process.
@@ -69,7 +75,7 @@ def _train(
         """
         error = f"worker {rank}: {TrialHung.while_at(where, hang_minutes)}"
         with suppress(RayError, GetTimeoutError):
-            last = desk.hand_in.remote(rank, TrialResult("failed", error=error))
+            last = queue.hand_in.remote(rank, TrialResult("failed", error=error))
             ray.get(last, timeout=_LAST_WORDS_SECONDS)
         os._exit(1)
 
@@ -80,7 +86,7 @@ def _train(
         result = run_trial(
             job.spec,
             lambda result: rank != 0 or hand_in(result),
-            place=job.place,
+            location=job.location,
             hardware=hardware,
             warm=warm,
             group=group,
@@ -94,7 +100,9 @@ def _train(
         raise TrialError(result.error or result.status)
 
 
-def decided(group: Group, spec: TrialSpec, warm: Warm, hardware: Hardware) -> Group:
+def decided(
+    group: WorkerLayout, spec: TrialSpec, warm: TrialCache, hardware: Hardware
+) -> WorkerLayout:
     """Returns `group` with a strategy; where it is `auto`, the first worker chooses for all."""
     if group.strategy != "auto":
         return group

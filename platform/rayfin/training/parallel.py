@@ -10,7 +10,7 @@ import torch
 from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
 from rayfin.methods import load_training_state, training_state
-from rayfin.training.strategies import Group, share_of_step
+from rayfin.training.strategies import WorkerLayout, share_of_step
 
 if TYPE_CHECKING:
     from rayfin.training.trainer import TrialTrainer
@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every trained number, by PyTorch's names."""
 
 
-def parallel(group: Group, hardware: Hardware, train: TrainConfig) -> Parallel:
+def parallel(group: WorkerLayout, hardware: Hardware, train: TrainConfig) -> Parallel:
     """The strategy of `group`, which must be named by now."""
     if group.strategy == "fsdp":
         from rayfin.training.fsdp import FullySharded
@@ -49,7 +49,7 @@ class Parallel:
     keeps_dtype = False
     """Whether weights that method.type=full trains stay as loaded, with float32 copies aside."""
 
-    def __init__(self, group: Group, hardware: Hardware, train: TrainConfig) -> None:
+    def __init__(self, group: WorkerLayout, hardware: Hardware, train: TrainConfig) -> None:
         self.group, self.hardware, self.train = group, hardware, train
         self.share = share_of_step(train, group.size)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from rayfin.data import Tokens
+from rayfin.data import TokenizedSample
 from rayfin.heartbeat import beat
 from rayfin.training.batches import IGNORE, collate_padded
 
@@ -116,12 +116,12 @@ def completion_logits(
 @torch.no_grad()
 def score(
     model: torch.nn.Module,
-    samples: Sequence[Tokens],
+    samples: Sequence[TokenizedSample],
     *,
     batch_size: int,
     pad_token_id: int,
     batches: int | None = None,
-    filler: Tokens | None = None,
+    filler: TokenizedSample | None = None,
     device: torch.device | None = None,
 ) -> Scores:
     """Loss and hits of each of `samples`, in their order.

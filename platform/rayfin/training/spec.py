@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 
 Status = Literal["running", "finished", "stopped", "failed", "oom"]
 
@@ -85,7 +85,7 @@ class TrialResult:
     curve: list[dict[str, Any]] = field(default_factory=list)
     scenario: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
-    adapter: Place | None = None
+    adapter: StoragePath | None = None
     storage_failed: bool = False
     """Whether it failed of its storage (a full disk, say), as any other trial would have."""
 

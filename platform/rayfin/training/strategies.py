@@ -36,7 +36,7 @@ _ROOM = 0.6
 
 
 @dataclass(frozen=True)
-class Group:
+class WorkerLayout:
     """The processes that train one trial together."""
 
     size: int = 1
@@ -48,7 +48,7 @@ class Group:
     """What chose the strategy."""
 
     @classmethod
-    def of(cls, scaling: ScalingConfig) -> Group:
+    def of(cls, scaling: ScalingConfig) -> WorkerLayout:
         own = read_own(scaling.strategy_config) if scaling.strategy_config else None
         return cls(scaling.num_workers, scaling.strategy, scaling.cpu_offload, own)
 

@@ -12,9 +12,9 @@ import ray
 import ray.exceptions
 
 from rayfin.config import DataConfig, ModelConfig
-from rayfin.data import Corpus, Tokens, survey_corpus
-from rayfin.data.chunks import Chunk
-from rayfin.data.stream import Piece, Reader, Stream, tokenized_piece
+from rayfin.data import Corpus, TokenizedSample, survey_corpus
+from rayfin.data.chunks import FileRange
+from rayfin.data.stream import Reader, SampleRange, Stream, tokenized_piece
 from rayfin.data.survey import Part
 from rayfin.models import load_tokenizer
 
@@ -62,8 +62,8 @@ def read_on_ray(model: ModelConfig) -> Reader:
     """
 
     def read(
-        stream: Stream, pieces: Sequence[Piece], seed: int, max_length: int
-    ) -> Iterator[tuple[int, Tokens]]:
+        stream: Stream, pieces: Sequence[SampleRange], seed: int, max_length: int
+    ) -> Iterator[tuple[int, TokenizedSample]]:
         import ray.data  # here, as few trials stream
 
         _prepare()
@@ -95,9 +95,9 @@ def _tokenize(batch: Any, stream: Stream, model: ModelConfig, seed: int, max_len
     import pyarrow as pa
 
     lanes: list[int] = []
-    samples: list[Tokens] = []
+    samples: list[TokenizedSample] = []
     for row in batch.to_pylist():
-        piece = Piece(**row | {"chunk": Chunk(**row["chunk"])})
+        piece = SampleRange(**row | {"chunk": FileRange(**row["chunk"])})
         samples += tokenized_piece(
             stream, piece, _tokenizer(model), seed=seed, max_length=max_length
         )

@@ -16,14 +16,14 @@ from torch.nn import functional
 from transformers import PrinterCallback, Trainer
 
 from rayfin.config import MethodConfig
-from rayfin.data import Tokens
+from rayfin.data import TokenizedSample
 from rayfin.errors import TrialDiverged, TrialError
 from rayfin.heartbeat import beat, pause
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator, PlannedSamples, StreamedSamples
 from rayfin.training.checkpoint import (
-    Progress,
+    TrainingProgress,
     load_progress,
     load_tensors,
     publish_checkpoint,
@@ -58,9 +58,9 @@ class TrialTrainer(Trainer):
         method: MethodConfig,
         parallel: Parallel,
         planned: PlannedSamples | StreamedSamples,
-        held_out: list[Tokens],
+        held_out: list[TokenizedSample],
         pad_token_id: int,
-        checkpoints: Place,
+        checkpoints: StoragePath,
         on_evaluation: Callable[[TrialTrainer], bool | None],
         base_scores: Scores | None,
         warned: Callable[[], bool] | None = None,
@@ -299,7 +299,7 @@ class TrialTrainer(Trainer):
         if self.args.should_save:
             save_tensors(moments, Path(output_dir), _MOMENTS)
             scheduler: Any = self.lr_scheduler
-            progress = Progress(
+            progress = TrainingProgress(
                 train_seconds=self.train_seconds,
                 schedule_steps=scheduler.last_epoch,
                 learning_rate=scheduler.get_last_lr()[0],

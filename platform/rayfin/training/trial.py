@@ -20,7 +20,7 @@ from rayfin.heartbeat import beat, pause
 from rayfin.methods import attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
-from rayfin.paths import Place, left_unfinished, write_directory_whole, write_text
+from rayfin.paths import StoragePath, left_unfinished, write_directory_whole, write_text
 from rayfin.training.checkpoint import (
     clear_checkpoints,
     latest_checkpoint,
@@ -30,8 +30,8 @@ from rayfin.training.checkpoint import (
 )
 from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.spec import Report, Status, TrialResult, TrialSpec
-from rayfin.training.strategies import Group
-from rayfin.training.warm import Warm, pad_token_id
+from rayfin.training.strategies import WorkerLayout
+from rayfin.training.trial_cache import TrialCache, pad_token_id
 
 if TYPE_CHECKING:
     import torch
@@ -51,15 +51,15 @@ def run_trial(
     spec: TrialSpec,
     report: Report,
     *,
-    place: Place,
+    location: StoragePath,
     hardware: Hardware | None = None,
-    warm: Warm | None = None,
-    group: Group | None = None,
+    warm: TrialCache | None = None,
+    group: WorkerLayout | None = None,
     warned: Callable[[], bool] | None = None,
 ) -> TrialResult:
     """Trains `spec` in this process and returns how it ended; errors become a result, not a raise.
 
-    Resumes from the newest checkpoint in `place`. On success the adapter lies in
+    Resumes from the newest checkpoint in `location`. On success the adapter lies in
     `place/adapter`; the checkpoints stay until whoever records the result lets them go, or a
     trial whose end nobody heard of would begin anew. `report` gets the trial at each evaluation but
     the last, and stops it by returning False. In a Ray Train worker group every worker calls this
@@ -68,7 +68,7 @@ def run_trial(
     saved then.
     """
     hardware = hardware or describe_hardware()
-    warm, group = warm or Warm(), group or Group()
+    warm, group = warm or TrialCache(), group or WorkerLayout()
     scenario: dict[str, Any] = {}  # also of a trial that fails: what ran out of memory, and where
     try:
         with collector_paused():
@@ -83,7 +83,7 @@ def run_trial(
         return _train(
             spec,
             report,
-            place,
+            location,
             hardware=hardware,
             warm=warm,
             scenario=scenario,
@@ -97,7 +97,7 @@ def run_trial(
         log.debug("trial failed", exc_info=error)
         # It may have failed of just that: a full disk, say.
         with contextlib.suppress(OSError, StorageError):
-            trace = place / "error.txt"
+            trace = location / "error.txt"
             write_text(trace.path, "".join(traceback.format_exception(error)))
             if not isinstance(failure, StorageError):
                 trace.publish_file()
@@ -112,12 +112,12 @@ def run_trial(
 def _train(
     spec: TrialSpec,
     report: Report,
-    place: Place,
+    location: StoragePath,
     *,
     hardware: Hardware,
-    warm: Warm,
+    warm: TrialCache,
     scenario: dict[str, Any],
-    group: Group,
+    group: WorkerLayout,
     warned: Callable[[], bool] | None,
 ) -> TrialResult:
     with collector_paused():
@@ -134,7 +134,7 @@ def _train(
         from rayfin.training.trainer import TrialTrainer
 
     started = time.perf_counter()
-    checkpoints = place / "checkpoints"
+    checkpoints = location / "checkpoints"
     release_memory()  # of the worker's trial before, which by now nobody holds
     peak = PeakMemory(hardware.device)
     with collector_paused():
@@ -147,7 +147,9 @@ def _train(
         with strategy.loading():
             base = warm.base(spec, hardware, on_host=strategy.on_host)
 
-    def stands(trainer: TrialTrainer, status: Status, adapter: Place | None = None) -> TrialResult:
+    def stands(
+        trainer: TrialTrainer, status: Status, adapter: StoragePath | None = None
+    ) -> TrialResult:
         metrics = {
             **all_metrics(trainer.scores, trainer.base_scores),
             "train_seconds": trainer.train_seconds,
@@ -186,11 +188,11 @@ def _train(
             warned=warned,
         )
         if trainer.args.should_save:
-            for left in (staging(checkpoints), *left_unfinished(place.path / "adapter")):
+            for left in (staging(checkpoints), *left_unfinished(location.path / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
         resumed = _resumed(checkpoints, trainer)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        adapter = _finish(trainer, model, tokenizer, data.ends, place, warm.origin(spec.model))
+        adapter = _finish(trainer, model, tokenizer, data.ends, location, warm.origin(spec.model))
         checkpoints.forget()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
@@ -198,7 +200,7 @@ def _train(
         _give_back(model, trainer, warm, changed=changed)
 
 
-def _resumed(checkpoints: Place, trainer: TrialTrainer) -> Path | None:
+def _resumed(checkpoints: StoragePath, trainer: TrialTrainer) -> Path | None:
     """What all workers go on from: the checkpoint that the first one finds whole."""
     first = trainer.accelerator.process_index == 0
     _beat_of_first("reading the checkpoint", first)
@@ -225,11 +227,11 @@ def _finish(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerFast,
     ends: Ends,
-    place: Place,
+    location: StoragePath,
     origin: Base,
-) -> Place | None:
+) -> StoragePath | None:
     """Writes the adapter of a finished trial; lets the checkpoints go of one that was stopped."""
-    adapter = place / "adapter"
+    adapter = location / "adapter"
     strategy = trainer.parallel
     if not trainer.stopped:
         _beat_of_first("writing the adapter", trainer.args.should_save)
@@ -246,7 +248,7 @@ def _finish(
                 adapter.publish()
                 adapter.forget()
     elif trainer.args.should_save:
-        clear_checkpoints(place / "checkpoints")
+        clear_checkpoints(location / "checkpoints")
     trainer.accelerator.wait_for_everyone()
     return None if trainer.stopped else adapter
 
@@ -260,7 +262,7 @@ def _beat_of_first(doing: str, first: bool) -> None:
 
 
 def _give_back(
-    model: torch.nn.Module, trainer: TrialTrainer | None, warm: Warm, *, changed: bool
+    model: torch.nn.Module, trainer: TrialTrainer | None, warm: TrialCache, *, changed: bool
 ) -> None:
     """Returns the base model to the worker, or drops it if its weights were trained."""
     if changed:

@@ -35,11 +35,11 @@ from rayfin.config import ScalingConfig as ScalingSettings
 from rayfin.data import Corpus
 from rayfin.errors import StorageError, TrialError, TrialHung
 from rayfin.heartbeat import busy, last_words
-from rayfin.paths import Place
-from rayfin.training.desk import Desk, Ended, Handed, Job
+from rayfin.paths import StoragePath
 from rayfin.training.member import trace_of, work
 from rayfin.training.spec import MEMORY_MONITOR, Report, Status, TrialResult, TrialSpec
-from rayfin.training.strategies import Group
+from rayfin.training.strategies import WorkerLayout
+from rayfin.training.trial_queue import GroupEnded, Job, TrialQueue, WorkerReport
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class WorkerGroup:
 
     def __init__(
         self,
-        group: Group,
+        group: WorkerLayout,
         *,
         resources: Mapping[str, float],
         corpora: Mapping[DataConfig, Corpus],
@@ -84,7 +84,7 @@ class WorkerGroup:
         # Where the caller is: on any other node it could be lost alone.
         here = ray.get_runtime_context().get_node_id()
         placed: Any = NodeAffinitySchedulingStrategy(here, soft=False)
-        self._desk: Any = ray.remote(num_cpus=0, scheduling_strategy=placed)(Desk).remote(
+        self._queue: Any = ray.remote(num_cpus=0, scheduling_strategy=placed)(TrialQueue).remote(
             group.size
         )
         self._corpora = ray.put(dict(corpora))
@@ -98,7 +98,7 @@ class WorkerGroup:
         self.close()
 
     def train(
-        self, spec: TrialSpec, report: Report, *, place: Place, max_failures: int = 1
+        self, spec: TrialSpec, report: Report, *, location: StoragePath, max_failures: int = 1
     ) -> TrialResult:
         """`run_trial` on all processes, as one.
 
@@ -109,11 +109,11 @@ class WorkerGroup:
         `report` or `waiting` raises, and TrialError where the actor through which they speak dies:
         the processes end where they stand then, and the trial stays as its checkpoints have it.
         """
-        job = Job(self._jobs, spec, place)
+        job = Job(self._jobs, spec, location)
         self._jobs += 1
         _give_back(job.held)  # what a caller that was killed amid the trial could not
         try:
-            ray.get(self._desk.give.remote(job))
+            ray.get(self._queue.give.remote(job))
             return self._result(job, report, max_failures)
         except BaseException as error:  # also Ctrl-C
             self.close(held=job.held)
@@ -124,14 +124,14 @@ class WorkerGroup:
                 f"the newest checkpoint ({_one_line(error)})"
             ) from error
         finally:
-            self._desk.give.remote(None)
+            self._queue.give.remote(None)
             with suppress(StorageError), busy("removing what says what the workers held"):
                 job.held.remove_file()
 
-    def close(self, held: Place | None = None) -> None:
+    def close(self, held: StoragePath | None = None) -> None:
         """Ends the processes: when they are done, or at once, where a file says what they hold."""
         with suppress(RayError):  # it has died: so will the workers, who ask it
-            ray.get(self._desk.close.remote())
+            ray.get(self._queue.close.remote())
         if held is not None:
             _give_back(held)
         if self._processes is not None:
@@ -145,9 +145,9 @@ class WorkerGroup:
         warm = self._processes is not None
         while True:
             if self._processes is None:
-                self._start(job.place.path)
-            event: Handed | Ended = ray.get(self._desk.next_event.remote())
-            if isinstance(event, Ended):
+                self._start(job.location.path)
+            event: WorkerReport | GroupEnded = ray.get(self._queue.next_event.remote())
+            if isinstance(event, GroupEnded):
                 self._ended(job)
                 if event.no_room:  # its nodes were taken away, or others hold them
                     self._waiting()
@@ -163,9 +163,9 @@ class WorkerGroup:
                 log.warning("the worker group died; the trial goes on from its checkpoint")
             elif event.result.status == "running":
                 go_on = report(event.result) is not False
-                self._desk.answer.remote(event.ticket, go_on)
+                self._queue.answer.remote(event.ticket, go_on)
             else:
-                self._desk.answer.remote(event.ticket, True)
+                self._queue.answer.remote(event.ticket, True)
                 if event.result.status in ("finished", "stopped"):
                     return event.result
                 # What follows is its consequence, but for the memory that ran out beside it.
@@ -202,7 +202,7 @@ class WorkerGroup:
             how["no_room"] = isinstance(cause, WorkerGroupStartupTimeoutError)
             how["out_of_memory"] = MEMORY_MONITOR in str(failed)
         with suppress(RayError):  # who waits has heard of its death
-            ray.get(self._desk.ended.remote(error, **how))
+            ray.get(self._queue.ended.remote(error, **how))
 
     def _trainer(self, directory: Path) -> TorchTrainer:
         return _FewerProcesses(
@@ -211,7 +211,7 @@ class WorkerGroup:
                 "hang_minutes": self._hang_minutes,
                 "group": self._group,
                 "corpora": self._corpora,
-                "desk": self._desk,
+                "queue": self._queue,
             },
             torch_config=MeetOnRaysNetwork(),
             scaling_config=ScalingConfig(
@@ -293,12 +293,12 @@ def _choose_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def _give_back(held: Place) -> None:
+def _give_back(held: StoragePath) -> None:
     with busy("reading what the workers held"):
         give_back(held)
 
 
-def give_back(held: Place) -> None:
+def give_back(held: StoragePath) -> None:
     """Gives the resources back that the file names, which ends what still runs on them.
 
     Ray takes a placement group from whom its controller's death left it only when the whole

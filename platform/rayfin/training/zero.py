@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
 from rayfin.training.parallel import MOMENTS, Parallel, Tensors, trained
-from rayfin.training.strategies import Group
+from rayfin.training.strategies import WorkerLayout
 from rayfin.training.strategy_files import LARGEST_BUCKET, deepspeed_settings
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Zero(Parallel):
     """See `Parallel`."""
 
-    def __init__(self, group: Group, hardware: Hardware, train: TrainConfig) -> None:
+    def __init__(self, group: WorkerLayout, hardware: Hardware, train: TrainConfig) -> None:
         super().__init__(group, hardware, train)
         self.stage = int(group.strategy[-1])
         self.together = self.on_host = self.stage == 3

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from rayfin.errors import ConfigError, StorageError
 from rayfin.history.driver import has_ended, this_driver
 from rayfin.objects import Objects
-from rayfin.paths import Place, write_json
+from rayfin.paths import StoragePath, write_json
 
 _RENEWED_EVERY = 20.0
 _FORGOTTEN_AFTER = 60.0
@@ -23,8 +23,8 @@ _FORGOTTEN_AFTER = 60.0
 
 
 @contextmanager
-def alone(place: Place, what: str, remedy: str) -> Iterator[None]:
-    """Holds the sweep or trial at `place` for the time of the block.
+def alone(location: StoragePath, what: str, remedy: str) -> Iterator[None]:
+    """Holds the sweep or trial at `location` for the time of the block.
 
     Raises ConfigError where another process holds it: `what` is running, in which process and since
     when, and the `remedy`.
@@ -33,9 +33,9 @@ def alone(place: Place, what: str, remedy: str) -> Iterator[None]:
     it from a process that ends, however it ends. A bucket has no locks; see `_alone_in_bucket`.
     """
     driver = this_driver() | {"since": datetime.now(UTC).isoformat(sep=" ", timespec="seconds")}
-    lock, note = FileLock(place.path / ".lock", timeout=0), place.path / ".driver.json"
+    lock, note = FileLock(location.path / ".lock", timeout=0), location.path / ".driver.json"
     try:
-        place.path.mkdir(parents=True, exist_ok=True)
+        location.path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         holder: object = None
@@ -45,16 +45,16 @@ def alone(place: Place, what: str, remedy: str) -> Iterator[None]:
             f"{what} is running in another process{_named(holder)}; {remedy}"
         ) from None
     except OSError as error:
-        raise _unwritable(place, error) from error
+        raise _unwritable(location, error) from error
     try:
         try:
             write_json(note, driver)
         except OSError as error:
-            raise _unwritable(place, error) from error
-        if place.objects is None:
+            raise _unwritable(location, error) from error
+        if location.objects is None:
             yield
         else:
-            with _alone_in_bucket(place.objects / "drivers", driver, what, remedy):
+            with _alone_in_bucket(location.objects / "drivers", driver, what, remedy):
                 yield
     finally:
         with suppress(OSError):
@@ -124,8 +124,8 @@ def _named(holder: object) -> str:
     return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"
 
 
-def _unwritable(place: Place, error: OSError) -> StorageError:
+def _unwritable(location: StoragePath, error: OSError) -> StorageError:
     return StorageError(
-        f"storage: '{place.path}' can't be written ({error.strerror}); free some room, or give "
+        f"storage: '{location.path}' can't be written ({error.strerror}); free some room, or give "
         "another storage=DIR"
     )

@@ -12,9 +12,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from rayfin.tuning.lost_nodes import LostNodeWatch
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.search import HistorySearch
-from rayfin.tuning.stranded import Stranded
 
 _FAILURE = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
 
@@ -98,7 +98,7 @@ class StorageStopper(_Unpickled, ray.tune.Stopper):
 class TuneRecorder(_Unpickled, ray.tune.Callback):
     """Tells the recorder what becomes of Tune's trials, and looks for nodes where none runs."""
 
-    def __init__(self, recorder: Recorder, stranded: Stranded) -> None:
+    def __init__(self, recorder: Recorder, stranded: LostNodeWatch) -> None:
         self._recorder, self._stranded = recorder, stranded
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:

@@ -15,7 +15,7 @@ from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_confi
 from rayfin.data import Corpus, load_corpus
 from rayfin.errors import RayfinError
 from rayfin.models import identity
-from rayfin.paths import Place, Storage, write_text
+from rayfin.paths import Storage, StoragePath, write_text
 from rayfin.training import TrialSpec
 from rayfin.training.spec import absolute
 from rayfin.tuning.space import Values, trial_config
@@ -31,7 +31,7 @@ class PlannedTrial:
     fingerprint: str
     values: Values
     spec: TrialSpec
-    place: Place
+    location: StoragePath
 
     def as_tune_config(self) -> dict[str, Any]:
         """What a worker is sent; plain values only, so that Tune can write it down."""
@@ -40,7 +40,7 @@ class PlannedTrial:
             "fingerprint": self.fingerprint,
             "values": self.values,
             "spec": self.spec.model_dump(mode="json"),
-            "place": str(self.place),
+            "location": str(self.location),
         }
 
     @classmethod
@@ -50,7 +50,7 @@ class PlannedTrial:
             fingerprint=config["fingerprint"],
             values=dict(config["values"]),
             spec=TrialSpec.model_validate(config["spec"]),
-            place=Place.at(config["place"]),
+            location=StoragePath.at(config["location"]),
         )
 
 
@@ -64,12 +64,12 @@ class SweepPlan:
     corpora: dict[DataConfig, Corpus] = field(default_factory=dict)
 
     @property
-    def place(self) -> Place:
+    def location(self) -> StoragePath:
         return self.storage.sweep(self.sweep_id)
 
     def save(self) -> None:
         """Writes the resolved configuration, by which `find_resumable` knows the sweep again."""
-        file = self.place / _CONFIG
+        file = self.location / _CONFIG
         write_text(file.path, dump_yaml(self.config))
         file.publish_file()
 
@@ -81,8 +81,8 @@ class SweepPlan:
             data_digest=self.corpus(spec.data).digest,
         )
         trial_id = f"{self.sweep_id}-{fingerprint[:8]}"
-        place = self.storage.trial(self.sweep_id, fingerprint[:8])
-        return PlannedTrial(trial_id, fingerprint, values, spec, place)
+        location = self.storage.trial(self.sweep_id, fingerprint[:8])
+        return PlannedTrial(trial_id, fingerprint, values, spec, location)
 
     def corpus(self, data: DataConfig) -> Corpus:
         if data not in self.corpora:
@@ -118,7 +118,7 @@ def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
 
     Where it runs, how many trials it runs and what is done with the result may differ.
     """
-    sweeps = storage.place / "sweeps"
+    sweeps = storage.location / "sweeps"
     # The names of one command's sweeps differ in the time at which they began.
     names = (name for name in sweeps.names() if name.startswith(f"{_subject(config)}-"))
     for name in sorted(names, reverse=True):

@@ -34,7 +34,7 @@ _METRICS = {
 """Metric -> its header, and how early its column leaves a narrow table."""
 
 
-class Progress:
+class ProgressDisplay:
     """A table that redraws in a terminal; elsewhere one line whenever a trial starts or ends."""
 
     def __init__(self, console: Console | None = None) -> None:

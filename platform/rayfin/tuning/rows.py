@@ -15,7 +15,7 @@ from rayfin.heartbeat import last_words
 from rayfin.history import History, Status, TrialRecord, now
 from rayfin.history.driver import DRIVER, this_driver, undriven
 from rayfin.history.versions import package_versions
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import MEMORY_MONITOR
 from rayfin.tuning.plan import PlannedTrial
@@ -40,7 +40,7 @@ def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialR
         curve=[],
         error=None,
         versions=package_versions(),
-        directory=str(planned.place),
+        directory=str(planned.location),
     )
 
 
@@ -56,20 +56,20 @@ def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> 
         return None
 
 
-def adapter_place(row: TrialRecord) -> Place:
+def adapter_place(row: TrialRecord) -> StoragePath:
     """Where the adapter of a trial lies; raises StorageError where the row names another's.
 
     Whoever may write to a shared history could have a row point to any adapter. A trial's own
     directory ends in its fingerprint, wherever the storage lies and whichever sweep it was of.
     """
-    place = Place.at(row.directory or "")
-    if place.path.parts[-2:] != ("trials", row.fingerprint[:8]):
+    location = StoragePath.at(row.directory or "")
+    if location.path.parts[-2:] != ("trials", row.fingerprint[:8]):
         raise StorageError(
             f"history: the row of trial {row.trial_id} names '{row.directory}', which is not that "
             f"trial's directory (its own ends in trials/{row.fingerprint[:8]}), so that nothing is "
             "taken from there; --rerun trains it again"
         )
-    adapter = place / "adapter"
+    adapter = location / "adapter"
     if adapter.path.is_symlink():
         raise StorageError(
             f"history: '{adapter}' of trial {row.trial_id} is a link, and might be another's; "
@@ -115,7 +115,7 @@ def let_checkpoints_go(row: TrialRecord) -> None:
     """
     if row.directory is not None and "recalled_from" not in row.scenario:
         with contextlib.suppress(OSError, StorageError):  # they only take room
-            clear_checkpoints(Place.at(row.directory) / "checkpoints")
+            clear_checkpoints(StoragePath.at(row.directory) / "checkpoints")
 
 
 def sweep_of(planned: PlannedTrial) -> str:

@@ -40,7 +40,7 @@ _OPTIONS, _BESIDE, _BEST = 256, 24, 3
 
 
 @dataclass(frozen=True)
-class Tried:
+class EndedTrial:
     """A trial of this sweep that has ended."""
 
     spec: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Advisor(Protocol):
     def choose(
         self,
         options: Sequence[Mapping[str, Any]],
-        ended: Sequence[Tried],
+        ended: Sequence[EndedTrial],
         running: Sequence[Mapping[str, Any]],
     ) -> int:
         """The place in `options` of the next one; `options` and `running` are trials' specs."""
@@ -113,7 +113,7 @@ class HistorySearch:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._plan, self._recall, self._advisor = plan, recall, advisor
         self._random = random.Random(sweep.seed)
-        self._ended: list[Tried] = []
+        self._ended: list[EndedTrial] = []
         self._running: dict[str, Mapping[str, Any]] = {}
         self._queued = 0
         self._space = distributions(plan.config)
@@ -156,7 +156,7 @@ class HistorySearch:
         if value is not None and not math.isfinite(value):
             value = None
         steps = None if value is None else steps
-        self._end(asked, Tried(self._running.pop(name), value, steps))
+        self._end(asked, EndedTrial(self._running.pop(name), value, steps))
 
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The next trial that must be trained; those that needn't be are recalled on the way."""
@@ -171,12 +171,14 @@ class HistorySearch:
                 return proposal
             spec = trial.spec.model_dump(mode="json")  # the record's own may say it differently
             if record.status == "finished":
-                self._end(asked, Tried(spec, float(record.metrics[self.metric]), recalled=True))
+                self._end(
+                    asked, EndedTrial(spec, float(record.metrics[self.metric]), recalled=True)
+                )
             else:  # it says nothing of what such a setting is worth
                 self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         return None
 
-    def _end(self, asked: optuna.Trial, tried: Tried) -> None:
+    def _end(self, asked: optuna.Trial, tried: EndedTrial) -> None:
         """Tells the sampler, and keeps for the advisor, what a trial came to."""
         self._ended.append(tried)
         if tried.value is None:
@@ -275,7 +277,7 @@ class HistorySearch:
         recalled = "recalled_from" in record.scenario
         number = None if value is None else float(value)
         steps = None if number is None else record.metrics.get("steps")
-        self._ended.append(Tried(record.spec, number, steps, recalled=recalled))
+        self._ended.append(EndedTrial(record.spec, number, steps, recalled=recalled))
         if parameters is None or value is None:
             return
         axes = {axis: self._space[axis] for axis in parameters}

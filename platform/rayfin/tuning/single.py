@@ -17,7 +17,7 @@ from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.combination import check_combination
 from rayfin.training.spec import TrialResult, TrialSpec
-from rayfin.training.strategies import Group, check_scaling, needs_group
+from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.alone import alone
 from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
@@ -83,7 +83,7 @@ def _train(
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
     otherwise = "wait for its end, or change the configuration: train.seed=1, say, is another run"
-    with alone(trial.place, trial.trial_id, otherwise):
+    with alone(trial.location, trial.trial_id, otherwise):
         return _train_alone(plan, trial, history, cluster, show)
 
 
@@ -97,7 +97,7 @@ def _train_alone(
     before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
     if before and before[0].status == "finished":
         # Else a run that is to be made anew would go on from them.
-        clear_checkpoints(trial.place / "checkpoints")
+        clear_checkpoints(trial.location / "checkpoints")
     row = started(trial, before[0].created_at if before else None)
     history.put(row)
     try:
@@ -157,13 +157,13 @@ def _train_row(
     if in_group:
         from rayfin.training.workers import WorkerGroup
         from rayfin.tuning.cluster import nodes, ray_cluster, worker_resources
-        from rayfin.tuning.stranded import Stranded
+        from rayfin.tuning.lost_nodes import LostNodeWatch
 
         try:
             with ray_cluster(cluster):
                 each = worker_resources(config.scaling, nodes())
-                group = Group.of(config.scaling)
-                stranded = Stranded(each, show, processes=group.size)
+                group = WorkerLayout.of(config.scaling)
+                stranded = LostNodeWatch(each, show, processes=group.size)
 
                 def waiting() -> None:
                     show(f"no room for {group.size} workers on the cluster; waiting")
@@ -183,7 +183,7 @@ def _train_row(
                     result = workers.train(
                         trial.spec,
                         report,
-                        place=trial.place,
+                        location=trial.location,
                         max_failures=config.sweep.max_failures,
                     )
                     record(result)
@@ -192,13 +192,13 @@ def _train_row(
             raise
     else:
         from rayfin.training.trial import run_trial
-        from rayfin.training.warm import Warm
+        from rayfin.training.trial_cache import TrialCache
 
-        hardware, warm = describe_hardware(config.scaling.use_gpu), Warm(plan.corpora)
+        hardware, warm = describe_hardware(config.scaling.use_gpu), TrialCache(plan.corpora)
         if config.data.streaming:
             from rayfin.training.streams import read_on_ray
 
-            warm = Warm(plan.corpora, read_on_ray)
+            warm = TrialCache(plan.corpora, read_on_ray)
 
         def hang(where: str) -> None:
             """Records and says why the trial failed, and ends the process.
@@ -225,7 +225,9 @@ def _train_row(
 
         notice = f"failed: {TrialHung.ended_at(WHERE)}"
         with watched(minutes * 60, hang, trace=trial.trial_id, notice=notice):
-            result = run_trial(trial.spec, report, place=trial.place, hardware=hardware, warm=warm)
+            result = run_trial(
+                trial.spec, report, location=trial.location, hardware=hardware, warm=warm
+            )
             record(result)
     tell()
     if row.status == "finished":

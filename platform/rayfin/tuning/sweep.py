@@ -11,12 +11,12 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import note_lost
-from rayfin.paths import Place, Storage
+from rayfin.paths import Storage, StoragePath
 from rayfin.tuning.alone import alone
 from rayfin.tuning.edges import edge_notes
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
-from rayfin.tuning.progress import Progress, few_settings
+from rayfin.tuning.progress import ProgressDisplay, few_settings
 from rayfin.tuning.rows import ended, let_checkpoints_go, was_refused
 from rayfin.tuning.search import Advisor, distinct_settings
 from rayfin.tuning.space import Values, values_in
@@ -43,8 +43,8 @@ class SweepResult:
     """What is to be known of its space: what not every trial has, and that it has few settings."""
 
     @property
-    def place(self) -> Place:
-        return self.plan.place
+    def location(self) -> StoragePath:
+        return self.plan.location
 
 
 def run_sweep(
@@ -59,7 +59,7 @@ def run_sweep(
     advise: Advise | None = None,
     refuse: Refuse | None = None,
     notes: Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: ProgressDisplay | None = None,
 ) -> SweepResult:
     """Runs the sweep that `config` describes; every trial becomes a row of `history`.
 
@@ -79,12 +79,12 @@ def run_sweep(
     cluster = cluster_address(address)
     earlier = find_resumable(config, storage)
     plan = (earlier if resume else None) or new_plan(config, storage)
-    progress = progress or Progress()
+    progress = progress or ProgressDisplay()
     check_run(plan, variants(config), cluster)
     notes = (*notes, *space_notes(config))
     progress.tell((*plan.notes, *notes))
     otherwise = "wait for its end, or leave --resume out to start another"
-    with alone(plan.place, f"--resume: sweep {plan.sweep_id}", otherwise):
+    with alone(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
         # Not before: another driver may have gone on with this sweep until now.
         note_lost(history)
         rows = history.trials(sweep_id=plan.sweep_id)
@@ -123,7 +123,7 @@ def _run(
     refuse: Refuse | None,
     rerun: bool,
     cluster: str | None,
-    progress: Progress,
+    progress: ProgressDisplay,
 ) -> SweepResult:
     config = plan.config
     known = [row for row in rows if _has_ended(row)]

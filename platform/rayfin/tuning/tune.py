@@ -17,10 +17,10 @@ from rayfin.config import Config
 from rayfin.errors import HardwareError, StorageError
 from rayfin.heartbeat import busy
 from rayfin.history import History, TrialRecord
-from rayfin.training.strategies import Group, needs_group
+from rayfin.training.strategies import WorkerLayout, needs_group
 from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.progress import Progress
+from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import recalled, refused, usable, was_refused
 from rayfin.tuning.search import Advisor, HistorySearch
@@ -38,7 +38,7 @@ def run_trials(
     refuse: Callable[[PlannedTrial], str | None] | None,
     rerun: bool,
     cluster: str | None,
-    progress: Progress,
+    progress: ProgressDisplay,
 ) -> bool:
     """Runs what `known` lacks of the sweep, the interrupted trials first; False after Ctrl-C.
 
@@ -114,17 +114,17 @@ def _fit(
     from rayfin.tuning.cluster import nodes
     from rayfin.tuning.hooks import StorageStopper, TuneRecorder, TuneSearcher
     from rayfin.tuning.local_ray import ctrl_c_as_it_was
-    from rayfin.tuning.stranded import Stranded
-    from rayfin.tuning.worker import GroupTrial, WarmTrial
+    from rayfin.tuning.lost_nodes import LostNodeWatch
+    from rayfin.tuning.worker import GroupTrainable, LocalTrainable
 
     scaling = plan.config.scaling
     each, concurrent = trial_resources(plan.config, nodes())
-    stranded = Stranded(each, say, processes=scaling.num_workers)
+    stranded = LostNodeWatch(each, say, processes=scaling.num_workers)
     if needs_group(scaling):
         trainable = ray.tune.with_parameters(
-            GroupTrial,
+            GroupTrainable,
             corpora=plan.corpora,
-            group=Group.of(scaling),
+            group=WorkerLayout.of(scaling),
             resources=each,
             max_failures=plan.config.sweep.max_failures,
             hang_minutes=scaling.hang_timeout_minutes,
@@ -132,7 +132,7 @@ def _fit(
         holds = _LISTENER
     else:
         trainable = ray.tune.with_parameters(
-            WarmTrial,
+            LocalTrainable,
             corpora=plan.corpora,
             use_gpu=each["GPU"] > 0,
             num_threads=max(1, int(each["CPU"])),

@@ -18,19 +18,19 @@ from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import describe_hardware
 from rayfin.heartbeat import pause, watched
 from rayfin.training.spec import Report, TrialLeft, TrialResult
-from rayfin.training.strategies import Group
+from rayfin.training.strategies import WorkerLayout
 from rayfin.tuning.plan import PlannedTrial
 
 if TYPE_CHECKING:
-    from rayfin.training.warm import Warm
+    from rayfin.training.trial_cache import TrialCache
 
 _Order = Literal["go on", "stop", "leave"]
 
 # Lives as long as the process: Tune resets the trainable for each trial, this stays.
-_WARM: Warm | None = None
+_WARM: TrialCache | None = None
 
 
-class _Trial(ray.tune.Trainable):
+class _TrialTrainable(ray.tune.Trainable):
     """Trains in a thread and hands Tune one evaluation at each `step`.
 
     The trial waits at each evaluation for Tune's word, so that nothing is computed for a trial
@@ -132,7 +132,7 @@ class _Trial(ray.tune.Trainable):
         return order == "go on"
 
 
-class WarmTrial(_Trial):
+class LocalTrainable(_TrialTrainable):
     """Trials in this process, on one base model."""
 
     def setup(
@@ -149,12 +149,12 @@ class WarmTrial(_Trial):
             import torch
 
             from rayfin.training.streams import read_on_ray
-            from rayfin.training.warm import Warm
+            from rayfin.training.trial_cache import TrialCache
 
         # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; tell torch too.
         torch.set_num_threads(num_threads)
         if _WARM is None:
-            _WARM = Warm(corpora, read_on_ray)
+            _WARM = TrialCache(corpora, read_on_ray)
         self._use_gpu, self._hang_minutes = use_gpu, hang_minutes
         self._start(config)
 
@@ -172,7 +172,7 @@ class WarmTrial(_Trial):
             return run_trial(
                 trial.spec,
                 report,
-                place=trial.place,
+                location=trial.location,
                 hardware=describe_hardware(self._use_gpu),
                 warm=_WARM,
                 warned=_draining,
@@ -185,7 +185,7 @@ def _draining() -> bool:
     return here in ray._private.state.state.get_draining_nodes()
 
 
-class GroupTrial(_Trial):
+class GroupTrainable(_TrialTrainable):
     """Trials of several workers, in a Ray Train group of its own; this process only listens.
 
     It holds no CPU, and what its group holds Tune does not see: as many trials run at a time as
@@ -196,7 +196,7 @@ class GroupTrial(_Trial):
         self,
         config: dict[str, Any],
         corpora: dict[DataConfig, Corpus] | None = None,
-        group: Group | None = None,
+        group: WorkerLayout | None = None,
         resources: dict[str, float] | None = None,
         max_failures: int = 0,
         hang_minutes: float = ScalingConfig().hang_timeout_minutes,
@@ -235,7 +235,7 @@ class GroupTrial(_Trial):
         with watched(self._hang_minutes * 60, hang):
             pause()  # for the workers, which are watched where they are
             return self._workers.train(
-                trial.spec, report, place=trial.place, max_failures=self._max_failures
+                trial.spec, report, location=trial.location, max_failures=self._max_failures
             )
 
 

@@ -12,7 +12,7 @@ from rayfin.adapters import Registry
 from rayfin.config.serving import ServeConfig
 from rayfin.serving.api import service
 from rayfin.serving.api.app import create_app
-from rayfin.serving.names import Names
+from rayfin.serving.names import ModelNames
 
 
 class Hanging:
@@ -42,7 +42,7 @@ def test_figures_that_cannot_be_collected_are_refused_in_time(
 ) -> None:
     monkeypatch.setattr(service, "_COLLECT_SECONDS", 0.2)
     pool = Hanging()
-    names = Names(shared_registry, "tiny")
+    names = ModelNames(shared_registry, "tiny")
     app = create_app(engine, names, ServeConfig(), pool=lambda _: pool)
 
     async def scrape() -> None:

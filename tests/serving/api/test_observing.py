@@ -20,7 +20,7 @@ from rayfin.config.serving import ServeConfig
 from rayfin.errors import StorageError
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.record import Record, RequestLog
-from rayfin.serving.names import Names
+from rayfin.serving.names import ModelNames
 
 
 def samples(server: Any) -> dict[tuple[str, ...], float]:
@@ -205,7 +205,7 @@ def test_a_log_that_cannot_be_written_is_said_at_the_start(
     (tmp_path / "file").touch()
     config = tools.ApiConfig(request_log=str(tmp_path / "file" / "log.jsonl"))
     with pytest.raises(StorageError, match="request_log"):
-        create_app(engine, Names(shared_registry, "tiny"), ServeConfig(api=config))
+        create_app(engine, ModelNames(shared_registry, "tiny"), ServeConfig(api=config))
 
 
 @contextmanager
@@ -316,7 +316,7 @@ def test_health_waits_for_no_lookup_and_has_a_place_beside_them(
 ) -> None:
     """Names are looked up on a disk that stalls: eight at a time, and two wait."""
     leave = threading.Event()
-    names = Names(shared_registry, "tiny")
+    names = ModelNames(shared_registry, "tiny")
     resolve, entered = names.resolve, []
 
     def stalls(model: str, **more: Any) -> Any:

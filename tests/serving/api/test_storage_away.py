@@ -25,7 +25,7 @@ from rayfin.serving.api import service
 from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine import engine as engine_module
 from rayfin.serving.engine import vllm
-from rayfin.serving.engine.batch import Piece
+from rayfin.serving.engine.batch import RowSpan
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.reads import MOST_STUCK, reading
 from rayfin.serving.engine.request import AdapterSource
@@ -275,7 +275,7 @@ def test_what_leaves_the_host_cache_goes_on_generating(
     host, scheduler = server.engine._host, server.engine._scheduler
     schedule, go_on = scheduler._schedule, threading.Event()
 
-    def without_red() -> list[Piece]:
+    def without_red() -> list[RowSpan]:
         """A row that has more than begun waits, as if it had a thousand tokens to go."""
         return [p for p in schedule() if go_on.is_set() or p.start < 20]
 

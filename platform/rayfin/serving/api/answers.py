@@ -18,7 +18,7 @@ Json = dict[str, Any]
 _NEVER = -9999.0
 
 
-class Tokens:
+class TokenTexts:
     """What single tokens look like."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -49,7 +49,7 @@ class ChatAnswers:
 
     prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokens: Tokens, *, logprobs: bool) -> None:
+    def __init__(self, tokens: TokenTexts, *, logprobs: bool) -> None:
         self._tokens, self._logprobs = tokens, logprobs
 
     def opening(self, index: int) -> Json | None:
@@ -97,7 +97,7 @@ class CompletionAnswers:
 
     prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, tokens: Tokens, *, logprobs: bool) -> None:
+    def __init__(self, tokens: TokenTexts, *, logprobs: bool) -> None:
         self._tokens, self._logprobs = tokens, logprobs
         self._lengths: dict[int, int] = {}
         """Characters of each choice so far, as its tokens have them."""

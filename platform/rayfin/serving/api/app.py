@@ -31,12 +31,12 @@ from rayfin.serving.api.schema import (
     UnloadAdapterBody,
 )
 from rayfin.serving.api.service import Service
-from rayfin.serving.names import Names
+from rayfin.serving.names import ModelNames
 
 
 def create_app(
     engine: ServedEngine,
-    names: Names,
+    names: ModelNames,
     config: ServeConfig,
     figures: Figures | None = None,
     *,

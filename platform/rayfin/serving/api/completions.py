@@ -21,7 +21,7 @@ from rayfin.serving.api.record import record_of
 from rayfin.serving.api.schema import ChatBody, CompletionBody, GenerationBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.engine.request import check_stop_tokens
-from rayfin.serving.names import Named
+from rayfin.serving.names import ResolvedModel
 
 _FAILURES = (400, 401, 403, 404, 408, 413, 429, 503)
 # OpenAI's, for completions that don't say.
@@ -48,7 +48,7 @@ def completion_routes(service: Service) -> APIRouter:
         if service.log is not None and service.log.text:
             record_of(request).prompt = [m.model_dump(exclude_none=True) for m in body.messages]
 
-        async def prompts(named: Named) -> list[TokenIds]:
+        async def prompts(named: ResolvedModel) -> list[TokenIds]:
             return [await service.prompts.of_chat(named.source, body.messages)]
 
         asked = Asked(
@@ -75,7 +75,7 @@ def completion_routes(service: Service) -> APIRouter:
         if service.log is not None and service.log.text:
             record_of(request).prompt = body.prompt
 
-        async def prompts(_: Named) -> list[TokenIds]:
+        async def prompts(_: ResolvedModel) -> list[TokenIds]:
             return await service.prompts.of_completion(body.prompt, config.max_n // (body.n or 1))
 
         asked = Asked(

@@ -8,7 +8,7 @@ from rayfin.errors import AdapterError
 from rayfin.models.ends import END_OF_TURN, Ends
 from rayfin.serving.api.own_files import OwnFiles
 from rayfin.serving.api.templates import Templates
-from rayfin.serving.names import Named
+from rayfin.serving.names import ResolvedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,14 +22,14 @@ class AnswerEnds:
     ) -> None:
         self._tokenizer, self._templates, self._own = tokenizer, templates, own
 
-    async def of_chat(self, named: Named) -> Ends:
+    async def of_chat(self, named: ResolvedModel) -> Ends:
         """Returns the ends of an answer in a conversation.
 
         Raises AdapterError, Unavailable or Overloaded.
         """
         return await self.of_text(named) | await self._templates.ends(named.source)
 
-    async def of_text(self, named: Named) -> Ends:
+    async def of_text(self, named: ResolvedModel) -> Ends:
         """Returns the ends that the version was taught, which hold for any prompt.
 
         Training writes them into rayfin.json. An adapter that was trained elsewhere may name its

@@ -30,7 +30,7 @@ from rayfin.errors import (
 from rayfin.redaction import printable
 
 if TYPE_CHECKING:
-    from rayfin.serving.names import Names
+    from rayfin.serving.names import ModelNames
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def server_failed(status: int = 500) -> ApiError:
     return ApiError(status, "the server failed; its log says why", code="internal_error")
 
 
-def as_api_error(error: Exception, names: Names) -> ApiError:
+def as_api_error(error: Exception, names: ModelNames) -> ApiError:
     """The HTTP face of an error; one that isn't ours is a 500 that tells nothing of its inside."""
     found: tuple[int, str | None, str | None]
     match error:
@@ -180,7 +180,7 @@ def describe_invalid(error: ValidationError) -> ApiError:
     return ApiError(400, "; ".join(sentences[:_MOST_PROBLEMS]), param=first)
 
 
-def handle_errors(app: FastAPI, names: Names) -> None:
+def handle_errors(app: FastAPI, names: ModelNames) -> None:
     async def ours(_: Request, error: Exception) -> Response:
         return as_api_error(error, names).response()
 

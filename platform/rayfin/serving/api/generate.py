@@ -23,7 +23,7 @@ from rayfin.serving.api.schema import ChatBody, GenerationBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.api.stream import EventStream, Generation
 from rayfin.serving.engine.request import Chunk, Request, SamplingParams
-from rayfin.serving.names import Named
+from rayfin.serving.names import ResolvedModel
 
 TokenIds = tuple[int, ...]
 
@@ -40,8 +40,8 @@ class Asked:
     max_tokens: int | None
     """null: as many as there is room for."""
     params: SamplingParams
-    prompts: Callable[[Named], Awaitable[list[TokenIds]]]
-    ends: Callable[[Named], Awaitable[Ends]]
+    prompts: Callable[[ResolvedModel], Awaitable[list[TokenIds]]]
+    ends: Callable[[ResolvedModel], Awaitable[Ends]]
     answers: Callable[[], Answers]
 
     @property
@@ -51,7 +51,7 @@ class Asked:
 
 @dataclass
 class _Begun:
-    named: Named
+    named: ResolvedModel
     prompts: list[TokenIds]
     generation: Generation
     first: tuple[int, Chunk]
@@ -158,7 +158,7 @@ async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun
 
 def _requests(
     name: str,
-    named: Named,
+    named: ResolvedModel,
     prompts: Sequence[TokenIds],
     ends: Ends,
     asked: Asked,

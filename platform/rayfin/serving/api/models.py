@@ -27,7 +27,7 @@ from rayfin.serving.api.keys import may_use
 from rayfin.serving.api.protocol import failure_of
 from rayfin.serving.api.schema import TokenizeBody
 from rayfin.serving.api.service import Service
-from rayfin.serving.names import Listing, Named
+from rayfin.serving.names import RegistryListing, ResolvedModel
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ def model_routes(service: Service) -> APIRouter:
     async def list_models(request: Request) -> Response:
         """The base, and of every adapter that fits it the latest version and the aliases."""
         key = service.admit(request)
-        listing: Listing = await service.look("the registry is being listed", names.list)
+        listing: RegistryListing = await service.look("the registry is being listed", names.list)
         cards = [
             _card(model, who, names.base_name)
-            for who in (Named(names.base_name), *listing.served)
+            for who in (ResolvedModel(names.base_name), *listing.served)
             if may_use(key, who.adapter or names.base_name)
             for model in _models(who)
         ]
@@ -151,7 +151,7 @@ def metrics_routes(service: Service) -> APIRouter:
     return router
 
 
-def _models(named: Named) -> Iterator[str]:
+def _models(named: ResolvedModel) -> Iterator[str]:
     """All names that `named` answers to."""
     if named.version is None:
         yield named.answer_name
@@ -164,7 +164,7 @@ def _models(named: Named) -> Iterator[str]:
             yield f"{named.version.name}@{alias}"
 
 
-def _card(model: str, named: Named, base_name: str) -> Json:
+def _card(model: str, named: ResolvedModel, base_name: str) -> Json:
     return {
         "id": model,
         "object": "model",
@@ -175,7 +175,7 @@ def _card(model: str, named: Named, base_name: str) -> Json:
     }
 
 
-def _created(named: Named) -> int:
+def _created(named: ResolvedModel) -> int:
     try:
         created = named.version.metadata["created_at"] if named.version is not None else ""
         return max(0, int(datetime.fromisoformat(created).timestamp()))

@@ -12,7 +12,7 @@ from fastapi import Request
 
 from rayfin.config.serving import ApiConfig, ApiKey
 from rayfin.errors import AdapterError, AdapterNotFound, StorageError, Unavailable
-from rayfin.serving.api.answers import Tokens
+from rayfin.serving.api.answers import TokenTexts
 from rayfin.serving.api.ends import AnswerEnds
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.api.keys import Keys, check_use
@@ -23,7 +23,7 @@ from rayfin.serving.api.protocol import ServedEngine
 from rayfin.serving.api.record import Record, RequestLog, record_of
 from rayfin.serving.api.templates import Templates
 from rayfin.serving.bounded import BoundedCalls
-from rayfin.serving.names import Named, Names
+from rayfin.serving.names import ModelNames, ResolvedModel
 from rayfin.serving.public import Outage
 
 _LOOK_SECONDS = 10.0
@@ -35,13 +35,13 @@ _COLLECT_SECONDS = 3.0
 @dataclass(frozen=True)
 class Service:
     engine: ServedEngine
-    names: Names
+    names: ModelNames
     config: ApiConfig
     keys: Keys
     templates: Templates
     prompts: Prompts
     ends: AnswerEnds
-    tokens: Tokens
+    tokens: TokenTexts
     metrics: Metrics
     log: RequestLog | None
     figures: Figures | None
@@ -55,7 +55,7 @@ class Service:
 
     @classmethod
     def of(
-        cls, engine: ServedEngine, names: Names, config: ApiConfig, figures: Figures | None
+        cls, engine: ServedEngine, names: ModelNames, config: ApiConfig, figures: Figures | None
     ) -> Service:
         """Raises StorageError for a request log that can't be written."""
         looks = BoundedCalls("registry", threads=8, seconds=_LOOK_SECONDS, most_stuck=32)
@@ -69,7 +69,7 @@ class Service:
             templates,
             Prompts(engine.tokenizer, templates),
             AnswerEnds(engine.tokenizer, templates, own),
-            Tokens(engine.tokenizer),
+            TokenTexts(engine.tokenizer),
             Metrics(engine, names.base_name, config.max_adapter_labels),
             RequestLog(config.request_log, text=config.request_log_text)
             if config.request_log is not None
@@ -105,14 +105,14 @@ class Service:
         record_of(request).key = key
         return key
 
-    async def resolve(self, model: str, key: ApiKey | None, *, anew: bool = False) -> Named:
+    async def resolve(self, model: str, key: ApiKey | None, *, anew: bool = False) -> ResolvedModel:
         """Who answers `key`'s request for `model`; raises AdapterError, or ApiError 403."""
         check_use(key, self.names.parse(model), self.names.base_name)
         if not anew and (held := self.names.held(model)) is not None:
             return held
         try:
             look = partial(self.names.resolve, model, anew=anew)
-            named: Named = await self.look(f"'{model[:80]}' is being looked up", look)
+            named: ResolvedModel = await self.look(f"'{model[:80]}' is being looked up", look)
             return named
         except AdapterNotFound as error:
             if key is None or key.adapters is None:

@@ -24,8 +24,8 @@ from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.peft_files import (
     COMMON,
     CONFIG,
-    Settings,
-    Weights,
+    AdapterSettings,
+    AdapterWeights,
     is_finite,
     read_settings,
     shown,
@@ -151,7 +151,7 @@ def read_adapter(
     peft_type = check_type(settings)
     check_base(settings, metadata if told is None else told, base.base)
     settings.expect("task_type", None, "CAUSAL_LM")
-    with Weights(source) as weights:
+    with AdapterWeights(source) as weights:
         fields = _READERS[peft_type](settings, weights, base)
     adapter = HostAdapter(source.ref, **{"method": peft_type.lower(), **fields})
     for tensor in adapter._tensors():
@@ -163,7 +163,7 @@ def read_adapter(
     return adapter
 
 
-def check_type(settings: Settings) -> str:
+def check_type(settings: AdapterSettings) -> str:
     """PEFT's type of the adapter; raises AdapterError where the engine does not serve it."""
     peft_type = settings.text("peft_type")
     if peft_type not in _READERS:
@@ -175,7 +175,7 @@ def check_type(settings: Settings) -> str:
     return peft_type
 
 
-def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+def _lora(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
     """LoRA, rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353); QLoRA saves plain LoRA."""
     settings.expect_nothing_else(LORA_SETTINGS | _LORA_ONLY | {SETTING})
     settings.expect("bias", None, "none", "lora_only")
@@ -213,7 +213,7 @@ def _lora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
     return {"method": method, "lora": lora, "output_scale": output_scale, "tables": own}
 
 
-def _expect_no_bias(settings: Settings, base: BaseLayout, modules: Collection[str]) -> None:
+def _expect_no_bias(settings: AdapterSettings, base: BaseLayout, modules: Collection[str]) -> None:
     """Raises AdapterError where an adapted layer has a bias: what was trained of it is missing."""
     for module in modules:
         if base.bias(module) is not None:
@@ -223,7 +223,9 @@ def _expect_no_bias(settings: Settings, base: BaseLayout, modules: Collection[st
             )
 
 
-def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+def _adalora(
+    settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout
+) -> dict[str, Any]:
     """B (A * E) * alpha / (init_r + 1e-5): peft.tuners.adalora.layer.SVDLinear.
 
     The number of singular values is init_r there even after some were dropped.
@@ -252,7 +254,7 @@ def _adalora(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str
     return {"lora": lora}
 
 
-def _vera(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+def _vera(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
     """VeRA (arXiv:2310.11454): b * (B (d * (A x))), where A and B are the first columns and rows of
     a pair that all layers share."""
     settings.expect_nothing_else(_VERA)
@@ -275,7 +277,7 @@ def _vera(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, A
     return {"lora": lora}
 
 
-def _ia3(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+def _ia3(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
     """IA3 (arXiv:2205.05638): vectors [1, in] scale a feedforward layer's input, others [out, 1]
     the whole output of a layer."""
     settings.expect_nothing_else(_IA3)
@@ -316,7 +318,7 @@ def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.
     return norms.cpu()
 
 
-_Reader = Callable[[Settings, Weights, BaseLayout], dict[str, Any]]
+_Reader = Callable[[AdapterSettings, AdapterWeights, BaseLayout], dict[str, Any]]
 
 _READERS: Mapping[str, _Reader] = {
     "LORA": _lora,

@@ -12,7 +12,7 @@ NO_ADAPTER = 0
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSpan:
     """Consecutive tokens of one row; `start` is the first one's place in the row's cache."""
 
     row: int
@@ -29,7 +29,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Group:
+class SlotSpan:
     """Tokens [start, stop) of the flat line, all of one adapter slot."""
 
     slot: int
@@ -46,7 +46,7 @@ class Batch:
 
     def __init__(
         self,
-        pieces: Sequence[Piece],
+        pieces: Sequence[RowSpan],
         device: torch.device,
         virtual: dict[int, torch.Tensor] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class Batch:
         rows: list[int] = []
         slots: list[int] = []
         last: list[int] = []
-        self.groups: list[Group] = []
+        self.groups: list[SlotSpan] = []
         overlays: list[tuple[int, torch.Tensor]] = []
         for piece in self.pieces:
             start, count = len(ids), len(piece.token_ids)
@@ -86,7 +86,7 @@ class Batch:
         return len(self.token_ids)
 
     @property
-    def asking(self) -> list[Piece]:
+    def asking(self) -> list[RowSpan]:
         """The pieces that the rows of logits belong to, in order."""
         return [piece for piece in self.pieces if piece.wants_logits]
 
@@ -95,4 +95,4 @@ class Batch:
         last = self.groups[-1] if self.groups and start != self.decoding else None
         if last is not None and last.slot == slot and last.stop == start:
             start = self.groups.pop().start
-        self.groups.append(Group(slot, start, stop))
+        self.groups.append(SlotSpan(slot, start, stop))

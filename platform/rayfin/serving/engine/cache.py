@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rayfin.errors import ConfigError, ModelError
 from rayfin.serving.engine.attention import AttentionKernel
-from rayfin.serving.engine.batch import Batch, Piece
+from rayfin.serving.engine.batch import Batch, RowSpan
 
 ATTENTION = "rayfin"
 """The name under which transformers' models find `attend`."""
@@ -171,7 +171,7 @@ class KVCache:
         return result.reshape(self._span, heads, dim)[batch.rows[: batch.decoding]]
 
     def _prefill(
-        self, layer: int, piece: Piece, query: torch.Tensor, scaling: float
+        self, layer: int, piece: RowSpan, query: torch.Tensor, scaling: float
     ) -> torch.Tensor:
         """Consecutive tokens of one row: each sees the row up to itself."""
         keys = self.keys[layer][piece.row, :, : piece.stop]

@@ -11,14 +11,14 @@ from typing import Any
 from rayfin.adapters.metadata import claimed_base
 from rayfin.models import Base
 from rayfin.serving.engine.layout import BaseLayout
-from rayfin.serving.engine.peft_files import CONFIG, Settings, Weights, shown
+from rayfin.serving.engine.peft_files import CONFIG, AdapterSettings, AdapterWeights, shown
 
 OWN_BASE = "serve it with its own base"
 BASE_IS_RIGHT = "--base-is-right"
 """The option by which a user answers for an adapter's base."""
 
 
-def check_base(settings: Settings, metadata: Mapping[str, Any], served: Base) -> None:
+def check_base(settings: AdapterSettings, metadata: Mapping[str, Any], served: Base) -> None:
     """Raises AdapterError unless the adapter was trained on `served`.
 
     The bases' content is compared where the adapter's rayfin.json tells of it (`metadata`, which
@@ -45,15 +45,15 @@ def _short(base: Base) -> str:
     return text if len(text) <= 160 else f"{text[:160]}…"
 
 
-def check_rank(settings: Settings, rank: int, most: int) -> None:
+def check_rank(settings: AdapterSettings, rank: int, most: int) -> None:
     """Raises AdapterError for a rank above `most`, the highest that a slot holds."""
     if rank > most:
         raise settings.error(f"it has rank {rank}, and slots hold {most}; raise engine.max_rank")
 
 
 def check_low_rank(
-    settings: Settings,
-    weights: Weights,
+    settings: AdapterSettings,
+    weights: AdapterWeights,
     base: BaseLayout,
     modules: Mapping[str, Mapping[str, str]],
     ranks: Mapping[str, int],
@@ -72,7 +72,7 @@ def check_low_rank(
 
 
 def modules_of(
-    weights: Weights,
+    weights: AdapterWeights,
     suffixes: Mapping[str, str],
     linears: Mapping[str, tuple[int, int]],
     beside: Collection[str] = (),

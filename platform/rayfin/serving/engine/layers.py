@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rayfin.serving.engine.batch import Batch, Group
+from rayfin.serving.engine.batch import Batch, SlotSpan
 from rayfin.serving.engine.family import Family, product
 from rayfin.serving.engine.low_rank import LowRankKernel, blocks_of
 
@@ -53,7 +53,7 @@ class Mixture:
         self.scaled = False
         """Some adapter of the batch scales inputs or outputs."""
         self.stack: Stack | None = None
-        self.groups: tuple[Group, ...] = ()
+        self.groups: tuple[SlotSpan, ...] = ()
         """Low-rank groups outside the stack, computed one by one."""
 
     def begin(self, batch: Batch, ranks: dict[int, int], scaled: set[int]) -> None:
@@ -71,7 +71,7 @@ class Mixture:
         self.groups = tuple(low_rank[stacked:])
 
 
-def _stack(groups: list[Group], device: torch.device) -> Stack | None:
+def _stack(groups: list[SlotSpan], device: torch.device) -> Stack | None:
     """One product for all `groups` (in the order of their slots), where that is the less work.
 
     It also reads the slots in between, and pads short groups to the longest.

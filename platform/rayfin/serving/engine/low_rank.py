@@ -10,7 +10,7 @@ import torch
 
 from rayfin.config.serving import MAX_RANK
 from rayfin.serving.engine import native
-from rayfin.serving.engine.batch import Group
+from rayfin.serving.engine.batch import SlotSpan
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +19,7 @@ _BLOCK = 4
 """Tokens of a block, TOKENS in the source."""
 
 
-def blocks_of(groups: Sequence[Group]) -> torch.Tensor:
+def blocks_of(groups: Sequence[SlotSpan]) -> torch.Tensor:
     """The tokens of `groups`, a few of one slot at a time: int32 [blocks, (slot, start, count)]."""
     return torch.tensor(
         [

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import ConfigError, ModelError
 from rayfin.serving.engine import attention
-from rayfin.serving.engine.batch import Batch, Piece
+from rayfin.serving.engine.batch import Batch, RowSpan
 from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
 from rayfin.serving.engine.family import TOGETHER, join, product
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
@@ -56,7 +56,7 @@ class BatchedModel:
     # --- a step -----------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def forward(self, pieces: list[Piece]) -> tuple[list[Piece], torch.Tensor]:
+    def forward(self, pieces: list[RowSpan]) -> tuple[list[RowSpan], torch.Tensor]:
         """The pieces that want logits, and their last tokens' logits [pieces, vocabulary]."""
         batch = Batch(pieces, self.device, self._prompts)
         self.mixture.begin(batch, self._ranks, self._scaled)

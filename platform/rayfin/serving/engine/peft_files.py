@@ -51,7 +51,7 @@ COMMON = words(
 
 
 @dataclass(frozen=True)
-class Settings:
+class AdapterSettings:
     """adapter_config.json; each getter raises AdapterError for a value it can't be."""
 
     ref: str
@@ -144,7 +144,7 @@ class Settings:
         return AdapterError(f"adapter '{self.ref}': {what}")
 
 
-def read_settings(source: AdapterSource) -> tuple[Settings, Mapping[str, Any]]:
+def read_settings(source: AdapterSource) -> tuple[AdapterSettings, Mapping[str, Any]]:
     """adapter_config.json, and rayfin.json where its digests are of these files; AdapterError."""
     path = source.path
     if path.is_symlink() or not path.is_dir():
@@ -165,10 +165,10 @@ def read_settings(source: AdapterSource) -> tuple[Settings, Mapping[str, Any]]:
             )
         )
     _small_json(source, METADATA)  # refuses one that is damaged or of no sane size
-    return Settings(source.ref, config), trusted_metadata(path)
+    return AdapterSettings(source.ref, config), trusted_metadata(path)
 
 
-class Weights:
+class AdapterWeights:
     """The tensors of a safetensors file that was checked as a whole; a context manager.
 
     Shapes are known from its header: `check` them all before the first `read`. The file is read and
@@ -202,7 +202,7 @@ class Weights:
         self._tensors: Mapping[str, Mapping[str, Any]] = header
         self._data = 8 + length
 
-    def __enter__(self) -> Weights:
+    def __enter__(self) -> AdapterWeights:
         self._file = self._path.open("rb")
         return self
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rayfin.serving.engine.checks import OWN_BASE
 from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout
-from rayfin.serving.engine.peft_files import COMMON, Settings, Weights, shown, words
+from rayfin.serving.engine.peft_files import COMMON, AdapterSettings, AdapterWeights, shown, words
 
 _PROMPT = COMMON | words(
     "num_virtual_tokens token_dim num_transformer_submodules num_attention_heads num_layers",
@@ -17,7 +17,9 @@ _PROMPT = COMMON | words(
 _PROMPT_TENSOR = "prompt_embeddings"
 
 
-def read_prompt(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+def read_prompt(
+    settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout
+) -> dict[str, Any]:
     """P-Tuning (the encoder's output is what is saved) and prompt tuning."""
     tokens = _virtual_tokens(settings, weights, base)
     settings.expect("token_dim", None, base.hidden_size, remedy=OWN_BASE)
@@ -25,7 +27,9 @@ def read_prompt(settings: Settings, weights: Weights, base: BaseLayout) -> dict[
     return {"prompt": weights.read(_PROMPT_TENSOR)}
 
 
-def read_prefix(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, Any]:
+def read_prefix(
+    settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout
+) -> dict[str, Any]:
     """Prefix tuning; the layout is that of peft.PeftModel.get_prompt: a token's row holds each
     layer's keys, then its values, of all key/value heads."""
     tokens = _virtual_tokens(settings, weights, base)
@@ -38,7 +42,7 @@ def read_prefix(settings: Settings, weights: Weights, base: BaseLayout) -> dict[
     return {"prefix": flat.view(tokens, layers, 2, heads, dim).permute(1, 2, 3, 0, 4).contiguous()}
 
 
-def _virtual_tokens(settings: Settings, weights: Weights, base: BaseLayout) -> int:
+def _virtual_tokens(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> int:
     settings.expect_nothing_else(_PROMPT)
     settings.expect("num_transformer_submodules", None, 1)
     if extra := weights.names - {_PROMPT_TENSOR}:

@@ -17,7 +17,7 @@ from rayfin.errors import (
     Unavailable,
 )
 from rayfin.serving.engine.adapter import HostAdapter
-from rayfin.serving.engine.batch import Piece
+from rayfin.serving.engine.batch import RowSpan
 from rayfin.serving.engine.model import BatchedModel
 from rayfin.serving.engine.request import AdapterSource, FinishReason, TokenLogprob
 from rayfin.serving.engine.sampler import INVALID, sample
@@ -231,7 +231,7 @@ class Scheduler:
 
     # --- a step -----------------------------------------------------------------------------
 
-    def _schedule(self) -> list[Piece]:
+    def _schedule(self) -> list[RowSpan]:
         """A token of every row that decodes, and as much of the prompts as a step may take."""
         decoding = [s for s in self.running if s.remaining == 1]
         pieces = [s.piece(1) for s in decoding]
@@ -242,13 +242,13 @@ class Scheduler:
                 room -= len(pieces[-1].token_ids)
         return pieces
 
-    def _advance(self, pieces: Iterable[Piece]) -> None:
+    def _advance(self, pieces: Iterable[RowSpan]) -> None:
         by_row = {sequence.row: sequence for sequence in self.running}
         for piece in pieces:
             by_row[piece.row].computed = piece.stop
 
     def _hand_on(
-        self, asking: Iterable[Piece], choices: Iterable[tuple[int, TokenLogprob | None]]
+        self, asking: Iterable[RowSpan], choices: Iterable[tuple[int, TokenLogprob | None]]
     ) -> None:
         for sequence, (token, logprob) in zip(self._rows(asking), choices, strict=True):
             if token == INVALID:
@@ -262,7 +262,7 @@ class Scheduler:
             if not sequence.hand_over(chunk) and chunk.finish_reason is None:
                 self._free(sequence)
 
-    def _rows(self, pieces: Iterable[Piece]) -> list[Sequence]:
+    def _rows(self, pieces: Iterable[RowSpan]) -> list[Sequence]:
         by_row = {sequence.row: sequence for sequence in self.running}
         return [by_row[piece.row] for piece in pieces]
 

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-from rayfin.serving.engine.batch import Piece
+from rayfin.serving.engine.batch import RowSpan
 from rayfin.serving.engine.detokenize import Detokenizer
 from rayfin.serving.engine.request import Chunk, FinishReason, Request, Sink, TokenLogprob
 from rayfin.serving.engine.sampler import RowSampler
@@ -70,10 +70,10 @@ class Sequence:
         """Tokens to compute: 1 while decoding, more while the prompt is taken in."""
         return len(self.tokens) - self.computed
 
-    def piece(self, count: int) -> Piece:
+    def piece(self, count: int) -> RowSpan:
         stop = self.computed + count
         ids = self.tokens[self.computed : stop]
-        return Piece(self.row, self.slot, self.computed, ids, stop == len(self.tokens))
+        return RowSpan(self.row, self.slot, self.computed, ids, stop == len(self.tokens))
 
     def take(self, token: int, logprob: TokenLogprob | None, ends: frozenset[int]) -> Chunk:
         """Adds a generated token, and returns what it brings, for `hand_over`.

@@ -10,12 +10,14 @@ from torch.nn import functional
 
 from rayfin.serving.engine.batch import Batch
 from rayfin.serving.engine.layout import BaseLayout
-from rayfin.serving.engine.peft_files import PREFIX, Settings, Weights
+from rayfin.serving.engine.peft_files import PREFIX, AdapterSettings, AdapterWeights
 
 SETTING = "modules_to_save"
 
 
-def saved_tables(settings: Settings, weights: Weights, base: BaseLayout) -> dict[str, str]:
+def saved_tables(
+    settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout
+) -> dict[str, str]:
     """Returns module name -> tensor name of the tables in `modules_to_save`; checks their shapes.
 
     Raises AdapterError where it names any other module, or one whose tensor is missing, and where

@@ -28,7 +28,7 @@ from rayfin.serving.engine.detokenize import special_tokens
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
-from rayfin.serving.engine.vllm_adapters import Progress, VllmAdapters
+from rayfin.serving.engine.vllm_adapters import VllmAdapters, VllmHeartbeat
 from rayfin.serving.engine.vllm_backend import (
     Backend,
     Vllm,
@@ -84,7 +84,7 @@ class VllmEngine:
         self._open: dict[str, asyncio.Task[None] | None] = {}
         """Request id -> what follows it; None until the event loop has begun it."""
         self._draining = False
-        self._progress = Progress()
+        self._progress = VllmHeartbeat()
         self._adapters = VllmAdapters(self._size, config, self._progress)
         self._finished = self._prompt_tokens = self._generated_tokens = 0
         self._backend: Backend | None = None

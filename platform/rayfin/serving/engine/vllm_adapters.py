@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _STEP = "a step of vLLM"
 
 
-class Progress:
+class VllmHeartbeat:
     """Records in the heartbeat of the event loop's thread whether vLLM makes progress."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class VllmAdapters:
     """
 
     def __init__(
-        self, size: Callable[[AdapterSource], int], config: EngineConfig, progress: Progress
+        self, size: Callable[[AdapterSource], int], config: EngineConfig, progress: VllmHeartbeat
     ) -> None:
         """`size` checks an adapter and returns its size in bytes; it raises AdapterError."""
         self._size, self._config, self._progress = size, config, progress

@@ -15,7 +15,7 @@ from rayfin.models.ends import Ends
 from rayfin.serving.engine.adapter import LORA_SETTINGS, PLAIN_INITS
 from rayfin.serving.engine.checks import check_base, check_rank, modules_of
 from rayfin.serving.engine.limits import require_vllm
-from rayfin.serving.engine.peft_files import Settings, Weights, read_settings, shown
+from rayfin.serving.engine.peft_files import AdapterSettings, AdapterWeights, read_settings, shown
 from rayfin.serving.engine.request import (
     AdapterSource,
     Chunk,
@@ -215,7 +215,7 @@ def as_chunk(output: Any, logprobs: int | None) -> Chunk:
     return Chunk(output.text, tuple(output.token_ids), tuple(written), reason, why)
 
 
-def check_lora_type(settings: Settings) -> None:
+def check_lora_type(settings: AdapterSettings) -> None:
     """Raises AdapterError where vLLM does not serve an adapter's type."""
     peft_type = settings.text("peft_type")
     if peft_type != "LORA" or settings.flag("use_dora"):
@@ -254,7 +254,7 @@ def check_lora(
     rank = settings.integer("r", 1, MAX_RANK)
     check_rank(settings, rank, max_rank)
     settings.number("lora_alpha")
-    with Weights(source) as weights:
+    with AdapterWeights(source) as weights:
         suffixes = {".lora_A.weight": "A", ".lora_B.weight": "B"}
         for module, parts in modules_of(weights, suffixes, linears).items():
             in_features, out_features = linears[module]

@@ -12,17 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rayfin.advisor.answer import Feasibility, Range
+from rayfin.advisor.candidates import Candidate, ScenarioFacts, candidates, changed, given, tighter
+from rayfin.advisor.estimate import Estimate, Interval, estimate
+from rayfin.advisor.measured import Measured
+from rayfin.advisor.reach import shown_size
+from rayfin.advisor.scenario import hardware_class
 from rayfin.config import Config, build_config
 from rayfin.errors import RayfinError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend.answer import Feasibility, Range
-from rayfin.recommend.candidates import Candidate, Place, candidates, changed, given, tighter
-from rayfin.recommend.estimate import Estimate, Interval, estimate
-from rayfin.recommend.measured import Measured
-from rayfin.recommend.reach import shown_size
-from rayfin.recommend.scenario import hardware_class
 
 _SOLD_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """Memory of GPUs that there are."""
@@ -55,7 +55,7 @@ class Option:
 
 def options_for(
     found: Sequence[Candidate],
-    place: Place,
+    known: ScenarioFacts,
     measured: Sequence[Measured],
     first_token: Range,
     fixed: Mapping[str, Any],
@@ -64,18 +64,18 @@ def options_for(
 
     Those that differ in the learning rate alone take the same.
     """
-    known: dict[str, tuple[dict[str, Any], Estimate]] = {}
+    takes: dict[str, tuple[dict[str, Any], Estimate]] = {}
     options = []
     for candidate in found:
         train = candidate.config.train.model_copy(update={"learning_rate": 1.0})
         key = f"{candidate.config.method.model_dump_json()} {train.model_dump_json()}"
-        if key not in known:
-            known[key] = _fitted(candidate, place, measured, fixed)
-        changes, taken = known[key]
+        if key not in takes:
+            takes[key] = _fitted(candidate, known, measured, fixed)
+        changes, taken = takes[key]
         feasibility = Feasibility(
             memory=taken.fits,
-            budget=_within(taken.seconds, _seconds(place.scenario.budget_hours)),
-            latency=_within(first_token, place.scenario.latency_target_ms),
+            budget=_within(taken.seconds, _seconds(known.scenario.budget_hours)),
+            latency=_within(first_token, known.scenario.latency_target_ms),
         )
         options.append(Option(changed(candidate, changes), taken, feasibility))
     return options
@@ -87,15 +87,18 @@ def answers(options: Sequence[Option]) -> list[Option]:
 
 
 def _fitted(
-    candidate: Candidate, place: Place, measured: Sequence[Measured], fixed: Mapping[str, Any]
+    candidate: Candidate,
+    known: ScenarioFacts,
+    measured: Sequence[Measured],
+    fixed: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Estimate]:
     """The first changes with which it fits, else those with which it takes the least."""
     best: dict[str, Any] = {}
-    taken = _estimate(candidate, place, measured)
+    taken = _estimate(candidate, known, measured)
     if taken.fits is True:
         return best, taken
     for changes in tighter(candidate, fixed):
-        less = _estimate(changed(candidate, changes), place, measured)
+        less = _estimate(changed(candidate, changes), known, measured)
         if less.fits is True:
             return changes, less
         if less.memory.high < taken.memory.high:
@@ -103,13 +106,13 @@ def _fitted(
     return best, taken
 
 
-def _estimate(candidate: Candidate, place: Place, measured: Sequence[Measured]) -> Estimate:
+def _estimate(candidate: Candidate, known: ScenarioFacts, measured: Sequence[Measured]) -> Estimate:
     return estimate(
         candidate.config,
-        place.facts,
-        place.hardware,
+        known.facts,
+        known.hardware,
         measured=measured,
-        tokens=place.scenario.sequence_length,
+        tokens=known.scenario.sequence_length,
     )
 
 
@@ -128,13 +131,13 @@ def _within(value: Range | Interval, limit: float | None) -> bool | None:
 
 def nothing_fits(
     options: Sequence[Option],
-    place: Place,
+    known: ScenarioFacts,
     measured: Sequence[Measured],
     first_token: Range,
     base: Config,
 ) -> str:
     """Why none of `options` is an answer, and what would be one: in one line."""
-    scenario = place.scenario
+    scenario = known.scenario
     fitting = [one for one in options if one.fits]
     if not fitting:
         least = min(options, key=lambda one: one.estimate.memory.expected).estimate
@@ -143,16 +146,16 @@ def nothing_fits(
             f"{n / _GIB:.1f}" for n in (memory.low, memory.expected, memory.high, least.room)
         )
         # What is asked of the other machines is whether anything fits, by the formula: fast.
-        remedies = list(_more_room(least, place, measured, base))
+        remedies = list(_more_room(least, known, measured, base))
         return (
-            f"nothing fits: {place.facts.name} needs about {about} GiB at least ({low} to {high}), "
-            f"and there are {room} GiB on {place.hardware.device_name}; "
+            f"nothing fits: {known.facts.name} needs about {about} GiB at least ({low} to {high}), "
+            f"and there are {room} GiB on {known.hardware.device_name}; "
             f"what would: {_listed(remedies)}"
         )
     if all(one.feasibility.latency is False for one in fitting):
         return (
             f"nothing answers in time: the first token takes {first_token.low:.3g} to "
-            f"{first_token.high:.3g} ms on {place.hardware.device_name}, more than "
+            f"{first_token.high:.3g} ms on {known.hardware.device_name}, more than "
             f"--latency-target-ms {scenario.latency_target_ms:g}; use a smaller model or a faster "
             "machine, or allow more"
         )
@@ -166,18 +169,18 @@ def nothing_fits(
 
 
 def _more_room(
-    least: Estimate, place: Place, measured: Sequence[Measured], base: Config
+    least: Estimate, known: ScenarioFacts, measured: Sequence[Measured], base: Config
 ) -> Iterator[str]:
     """What would fit, each on its own; the first ones change the least."""
     fixed = sorted(given(base).keys() - {"model.name", "model.revision", "data.path"})
     free = build_config({"model": base.model.model_dump(), "data": {"path": base.data.path}}, {})
     loose = [name for name in fixed if name.startswith(("method.", "train.", "data.", "scaling."))]
-    if loose and (method := _fits(free, place, measured)):
+    if loose and (method := _fits(free, known, measured)):
         yield f"without {', '.join(loose)} ({method} does)"
-    gpu = place.hardware.device == "cuda"
-    workers = max(1, place.hardware.device_count) * 2
+    gpu = known.hardware.device == "cuda"
+    workers = max(1, known.hardware.device_count) * 2
     while gpu and workers <= _MOST_WORKERS and "scaling.num_workers" not in fixed:
-        if method := _fits(base, _with_gpus(place, workers), measured):
+        if method := _fits(base, _with_gpus(known, workers), measured):
             yield f"--num-gpus {workers} ({method}, sharded)"
             break
         workers *= 2
@@ -188,22 +191,22 @@ def _more_room(
             yield f"a GPU of {sold} GiB"
     else:
         yield f"a machine with {math.ceil(needed)} GiB"
-    facts = place.facts
+    facts = known.facts
     for _ in range(_HALVINGS):
         facts = _half(facts)
-        if method := _fits(base, replace(place, facts=facts), measured):
+        if method := _fits(base, replace(known, facts=facts), measured):
             yield f"a model of up to {shown_size(facts.parameters)} ({method})"
             break
 
 
-def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | None:
-    """The first method of which something surely fits in `place`: a low-rank one, or the given."""
-    size = place.facts.parameters / 1e9
-    place = replace(place, scenario=replace(place.scenario, model_size_b=size))
+def _fits(base: Config, known: ScenarioFacts, measured: Sequence[Measured]) -> str | None:
+    """The first method of which something surely fits in `known`: a low-rank one, or the given."""
+    size = known.facts.parameters / 1e9
+    known = replace(known, scenario=replace(known.scenario, model_size_b=size))
     fixed = given(base)
     seen = set()
     try:
-        found = candidates(base, place)
+        found = candidates(base, known)
     except RayfinError:
         return None
     for candidate in found:
@@ -211,7 +214,7 @@ def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | Non
         usual = METHODS[candidate.method].usual_alpha is not None or "method.type" in fixed
         if usual and candidate.method not in seen:
             seen.add(candidate.method)
-            changes, taken = _fitted(candidate, place, measured, fixed)
+            changes, taken = _fitted(candidate, known, measured, fixed)
             if taken.fits is True:
                 config = changed(candidate, changes).config
                 own = config.method
@@ -220,10 +223,10 @@ def _fits(base: Config, place: Place, measured: Sequence[Measured]) -> str | Non
     return None
 
 
-def _with_gpus(place: Place, count: int) -> Place:
-    scenario = replace(place.scenario, hardware=hardware_class(count), num_gpus=count)
-    hardware: Hardware = replace(place.hardware, device_count=count)
-    return replace(place, scenario=scenario, hardware=hardware)
+def _with_gpus(known: ScenarioFacts, count: int) -> ScenarioFacts:
+    scenario = replace(known.scenario, hardware=hardware_class(count), num_gpus=count)
+    hardware: Hardware = replace(known.hardware, device_count=count)
+    return replace(known, scenario=scenario, hardware=hardware)
 
 
 def _half(facts: ModelFacts) -> ModelFacts:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from rayfin.advisor.answer import Range
+from rayfin.advisor.reach import is_toy
 from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend.answer import Range
-from rayfin.recommend.reach import is_toy
 
 _FIRST_TOKEN = f"{SERVING}time_to_first_token_seconds"
 _PROMPT_TOKENS = 128

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from rayfin.errors import HardwareError
-from rayfin.tuning import stranded
-from rayfin.tuning.stranded import Stranded
+from rayfin.tuning import lost_nodes
+from rayfin.tuning.lost_nodes import LostNodeWatch
 
 
 class Scene:
@@ -18,7 +18,7 @@ class Scene:
         self.nodes: list[dict[str, float]] = []
         self.now = 0.0
         self.told: list[str] = []
-        self.stranded = Stranded(
+        self.stranded = LostNodeWatch(
             need,
             self.told.append,
             processes=processes,
@@ -74,11 +74,11 @@ def test_while_a_trial_runs_nothing_is_missing() -> None:
 
 def test_it_ends_by_the_clock_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that loses the node of its trials in the middle of a sweep, as nobody tells it."""
-    monkeypatch.setattr(stranded, "_EVERY", 0.01)
-    monkeypatch.setattr(stranded, "_PATIENCE", 0.3)
+    monkeypatch.setattr(lost_nodes, "_EVERY", 0.01)
+    monkeypatch.setattr(lost_nodes, "_PATIENCE", 0.3)
     living = [{"CPU": 4.0}]
     told: list[str] = []
-    waiting = Stranded({"CPU": 4.0}, told.append, living=lambda: living)
+    waiting = LostNodeWatch({"CPU": 4.0}, told.append, living=lambda: living)
     give_up = time.monotonic() + 60
 
     def sweep() -> None:

@@ -25,7 +25,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfin.recommend.rprop import rprop
+from rayfin.advisor.rprop import rprop
 
 Array = NDArray[np.float64]
 

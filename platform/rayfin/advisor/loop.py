@@ -16,14 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rayfin.config import Config
-from rayfin.errors import ConfigError
-from rayfin.history import History
-from rayfin.methods import capacities
-from rayfin.models import describe_model
-from rayfin.recommend import quality
-from rayfin.recommend.advisor import LEARNED
-from rayfin.recommend.features import (
+from rayfin.advisor import quality
+from rayfin.advisor.features import (
     COLUMNS,
     data_row,
     model_row,
@@ -31,11 +25,17 @@ from rayfin.recommend.features import (
     place_codes,
     setting_row,
 )
-from rayfin.recommend.knowledge import Knowledge, knowledge_of
-from rayfin.recommend.process import Array, Observations, Parameters, Process
-from rayfin.recommend.table import charges_of
+from rayfin.advisor.knowledge import Knowledge, knowledge_of
+from rayfin.advisor.process import Array, Observations, Parameters, Process
+from rayfin.advisor.recommendation import LEARNED
+from rayfin.advisor.table import charges_of
+from rayfin.config import Config
+from rayfin.errors import ConfigError
+from rayfin.history import History
+from rayfin.methods import capacities
+from rayfin.models import describe_model
 from rayfin.tuning.plan import SweepPlan
-from rayfin.tuning.search import Tried
+from rayfin.tuning.search import EndedTrial
 from rayfin.tuning.space import drawn, trial_config
 
 _PAST_ODDS, _HALVED_AFTER = 6.0, 2.0
@@ -127,7 +127,7 @@ class SweepAdvisor:
     def choose(
         self,
         options: Sequence[Mapping[str, Any]],
-        ended: Sequence[Tried],
+        ended: Sequence[EndedTrial],
         running: Sequence[Mapping[str, Any]],
     ) -> int:
         rows = self._rows(options)
@@ -149,7 +149,7 @@ class SweepAdvisor:
             gain += share * view.multiple * better
         return int(gain.argmax())
 
-    def _charges(self, ended: Sequence[Tried]) -> tuple[Array, Array]:
+    def _charges(self, ended: Sequence[EndedTrial]) -> tuple[Array, Array]:
         """The sweep's own trials, as rows and charges; none before they can be compared.
 
         Those that the history answered are of the past.

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
+from rayfin.advisor.answer import Choice, Recommendation
 from rayfin.config import Config, EngineConfig, ServeConfig, build_config, dump_yaml, saved
 from rayfin.config.serving import MAX_RANK
 from rayfin.errors import StorageError
 from rayfin.history.connect import without_password
 from rayfin.paths import Storage, write_text
-from rayfin.recommend.answer import Choice, Recommendation
 from rayfin.training import TrialSpec
 
 TRIALS = 8
@@ -65,14 +65,14 @@ def _anchored(config: Mapping[str, Any], name: str) -> Config:
     spec = TrialSpec.of(whole)
     publish = {"name": name}
     if whole.publish is not None and whole.publish.storage is not None:
-        publish["storage"] = str(Storage.at(whole.publish.storage).place)
+        publish["storage"] = str(Storage.at(whole.publish.storage).location)
     return whole.model_copy(
         update={
             "model": spec.model,
             "data": spec.data,
             "method": build_config({"method": method}, {}).method,
             "publish": build_config({"publish": publish}, {}).publish,
-            "storage": str(Storage.at(whole.storage).place),
+            "storage": str(Storage.at(whole.storage).location),
             "history": whole.history and without_password(whole.history),
         }
     )

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from rayfin.errors import StorageError
-from rayfin.paths import Place, write_json
+from rayfin.paths import StoragePath, write_json
 from rayfin.training.spec import TrialResult, TrialSpec
 
 _WRITE_SECONDS = 60.0
@@ -19,16 +19,16 @@ class Job:
 
     number: int
     spec: TrialSpec
-    place: Place
+    location: StoragePath
 
     @property
-    def held(self) -> Place:
+    def held(self) -> StoragePath:
         """The file that says what the workers hold while they train it."""
-        return self.place / "ray" / "held.json"
+        return self.location / "ray" / "held.json"
 
 
 @dataclass(frozen=True)
-class Handed:
+class WorkerReport:
     """A worker's report. It waits for the answer to its `ticket`."""
 
     ticket: int
@@ -38,7 +38,7 @@ class Handed:
 
 
 @dataclass(frozen=True)
-class Ended:
+class GroupEnded:
     """The group's processes have ended, whatever they were at."""
 
     error: str | None
@@ -49,7 +49,7 @@ class Ended:
     out_of_memory: bool = False
 
 
-class Desk:
+class TrialQueue:
     """Becomes an actor, so that it outlives the workers, and waits without a thread for each.
 
     Every report waits for an answer of its own, so that a worker that is killed while it waits
@@ -62,7 +62,7 @@ class Desk:
         self._taken = False
         self._open = True
         self._changed = asyncio.Condition()
-        self._events: asyncio.Queue[Handed | Ended] = asyncio.Queue()
+        self._events: asyncio.Queue[WorkerReport | GroupEnded] = asyncio.Queue()
         self._answers: list[asyncio.Future[bool]] = []
         self._failed: set[int] = set()
         self._placement_groups: set[str] = set()
@@ -89,7 +89,7 @@ class Desk:
             hopeless = result.status == "oom" or len(self._failed) == self._workers
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._answers.append(answer)
-        await self._events.put(Handed(len(self._answers) - 1, result, hopeless))
+        await self._events.put(WorkerReport(len(self._answers) - 1, result, hopeless))
         return await answer
 
     async def give(self, job: Job | None) -> None:
@@ -100,15 +100,15 @@ class Desk:
             await self._write_held()
             self._changed.notify_all()
 
-    async def next_event(self) -> Handed | Ended:
+    async def next_event(self) -> WorkerReport | GroupEnded:
         return await self._events.get()
 
     async def answer(self, ticket: int, go_on: bool) -> None:
         self._answers[ticket].set_result(go_on)
 
     async def ended(self, error: str | None, **how: bool) -> None:
-        """`how`: what else there is to say of it, by `Ended`'s names."""
-        await self._events.put(Ended(error, self._taken, **how))
+        """`how`: what else there is to say of it, by `GroupEnded`'s names."""
+        await self._events.put(GroupEnded(error, self._taken, **how))
 
     async def close(self) -> None:
         """No worker that asks from now on has work to do."""
@@ -129,6 +129,6 @@ class Desk:
                     await asyncio.to_thread(_write, held, groups)
 
 
-def _write(held: Place, placement_groups: list[str]) -> None:
+def _write(held: StoragePath, placement_groups: list[str]) -> None:
     write_json(held.path, placement_groups)
     held.publish_file()

@@ -11,13 +11,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfin.advisor.features import COLUMNS, row_of
+from rayfin.advisor.process import Array
 from rayfin.config.schema import BETTER
 from rayfin.errors import HistoryError
 from rayfin.history import TrialRecord
 from rayfin.history.record import QUALITY_METRICS
 from rayfin.paths import write_whole
-from rayfin.recommend.features import COLUMNS, row_of
-from rayfin.recommend.process import Array
 
 Flags = NDArray[np.bool_]
 
@@ -129,7 +129,7 @@ class TrialTable:
 
 
 @dataclass(frozen=True)
-class Group:
+class ScenarioTrials:
     """What was tried in one scenario, each distinct setting once."""
 
     rows: Array
@@ -155,7 +155,7 @@ class Group:
         return len(self.charges)
 
 
-def groups_of(table: TrialTable, metric: str | None = None) -> dict[float, Group]:
+def groups_of(table: TrialTable, metric: str | None = None) -> dict[float, ScenarioTrials]:
     """Code of each scenario -> its group, for those that say anything about settings.
 
     Scores are compared within a group only, and only by one metric: `metric` where the group has
@@ -172,7 +172,9 @@ def groups_of(table: TrialTable, metric: str | None = None) -> dict[float, Group
     return found
 
 
-def _group(table: TrialTable, places: NDArray[np.intp], metric: str | None) -> Group | None:
+def _group(
+    table: TrialTable, places: NDArray[np.intp], metric: str | None
+) -> ScenarioTrials | None:
     scores = table.scores[places]
     settings = _settings(table.rows[places])
     counts = [len(np.unique(settings[~np.isnan(values)])) for values in scores.T]
@@ -193,7 +195,7 @@ def _group(table: TrialTable, places: NDArray[np.intp], metric: str | None) -> G
     charges, spread, best = _charges(
         scores, table.bases[places, chosen], QUALITY_METRICS[chosen], usual
     )
-    return Group(
+    return ScenarioTrials(
         table.rows[places[first]], _means(charges, settings),
         np.minimum(count, _WORTH).astype(float), places[first], 1.0 - _means(scored, settings),
         spread, best, float(table.column("group")[places[0]]),

@@ -26,7 +26,7 @@ class _Base:
     model: PreTrainedModel
 
 
-class Warm:
+class TrialCache:
     """Loads each thing when it is first asked for, and again only when something else was.
 
     A trial borrows the base model, attaches its method to it, and takes it off again; a trial

@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rayfin.advisor import practice
+from rayfin.advisor.candidates import given
+from rayfin.advisor.rules import rule_for
+from rayfin.advisor.scaffold import TRIALS, axes
+from rayfin.advisor.scenario import Scenario
 from rayfin.config import (
     Config,
     PublishConfig,
@@ -20,11 +25,6 @@ from rayfin.config import (
 from rayfin.history.connect import without_password
 from rayfin.methods import METHODS
 from rayfin.models import describe_model, load_tokenizer
-from rayfin.recommend import practice
-from rayfin.recommend.candidates import given
-from rayfin.recommend.rules import rule_for
-from rayfin.recommend.scaffold import TRIALS, axes
-from rayfin.recommend.scenario import Scenario
 from rayfin.training.combination import check_combination
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ _SECTIONS = ("model", "data", "method", "train", "scaling")
 
 
 @dataclass(frozen=True)
-class Lengths:
+class SampleLengths:
     """Tokens of the sampled data at full length, prompt and answer together."""
 
     samples: int
@@ -51,7 +51,7 @@ class Lengths:
     longest: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> Lengths:
+    def of(cls, lengths: Sequence[int]) -> SampleLengths:
         """`lengths` must not be empty."""
         ordered = sorted(lengths)
         last = len(ordered) - 1
@@ -69,7 +69,7 @@ class Lengths:
 def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     """YAML of a sweep over `corpus`, with a comment for every setting.
 
-    What `config` was given is kept; practice (`rayfin.recommend.practice`) decides the rest for
+    What `config` was given is kept; practice (`rayfin.advisor.practice`) decides the rest for
     this machine, and the data's measured lengths decide max_length. `name` is the adapter's.
     Raises ConfigError, MethodError or ModelError for what can't work together.
     """
@@ -134,12 +134,12 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     return text
 
 
-def _lengths(config: Config, corpus: Corpus) -> Lengths:
+def _lengths(config: Config, corpus: Corpus) -> SampleLengths:
     from rayfin.data.tokens import tokenize_examples
 
     some = [*corpus.train[:_SAMPLED], *corpus.eval[: _SAMPLED // 4]]
     tokens = tokenize_examples(some, load_tokenizer(config.model))
-    return Lengths.of([len(sample["input_ids"]) for sample in tokens])
+    return SampleLengths.of([len(sample["input_ids"]) for sample in tokens])
 
 
 def _rows(corpus: Corpus) -> int:

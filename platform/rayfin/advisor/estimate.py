@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rayfin.advisor.measured import LengthFacts, Machine, Measured
+from rayfin.advisor.memory import MemoryParts
+from rayfin.advisor.reach import is_toy
 from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend.measured import Lengths, Machine, Measured
-from rayfin.recommend.memory import MemoryParts
-from rayfin.recommend.reach import is_toy
 from rayfin.training.strategies import choose, needs_group
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def estimate(
     measured: Sequence[Measured] = (),
     price_per_hour: float | None = None,
     tokens: int | None = None,
-    profile: DataProfile | Lengths | None = None,
+    profile: DataProfile | LengthFacts | None = None,
 ) -> Estimate:
     """What training `config` on `hardware` takes, corrected by the trials in `measured`.
 
@@ -99,7 +99,9 @@ def estimate(
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise ConfigError(f"price_per_hour={price_per_hour} must be 0 or more, or left out")
     length = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
-    lengths = Lengths.of(profile) if profile is not None else Lengths(length, length, length, 1.0)
+    lengths = (
+        LengthFacts.of(profile) if profile is not None else LengthFacts(length, length, length, 1.0)
+    )
     config, why = _settled(config, facts, hardware)
     machine = Machine(hardware.device, hardware.device_name, hardware.cpu_count)
     this = Measured(config, facts, machine, lengths)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from rayfin.recommend.answer import Choice, Point, Recommendation
-from rayfin.recommend.marks import LIGHT, MARKS, look_of
+from rayfin.advisor.answer import Choice, Point, Recommendation
+from rayfin.advisor.marks import LIGHT, MARKS, look_of
 
 Scale = Callable[[float], float]
 """A value -> pixels."""
@@ -136,11 +136,11 @@ def _chosen(choices: Sequence[Choice], x: Scale, y: Scale) -> list[str]:
         at, middle = x(choice.predictions.train_seconds.expected), y(shortfall.expected)
         places = [(at + right, middle + down) for right, down in _ASIDE]
         free = [
-            place
-            for place in places
-            if all(math.dist(place, other) >= _NUMBER_APART for other in taken)
-            and _LEFT + 9 <= place[0] <= _WIDTH - _RIGHT
-            and _TOP <= place[1] <= _HEIGHT - _BOTTOM - 9
+            known
+            for known in places
+            if all(math.dist(known, other) >= _NUMBER_APART for other in taken)
+            and _LEFT + 9 <= known[0] <= _WIDTH - _RIGHT
+            and _TOP <= known[1] <= _HEIGHT - _BOTTOM - 9
         ]
         cx, cy = (free or places)[0]
         taken.append((cx, cy))

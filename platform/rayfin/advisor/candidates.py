@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rayfin.advisor import practice
+from rayfin.advisor.features import data_row, model_row, place_codes
+from rayfin.advisor.rules import rule_for
+from rayfin.advisor.scenario import Scenario
 from rayfin.config import Config, with_values
 from rayfin.errors import ConfigError, MethodError, RayfinError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend import practice
-from rayfin.recommend.features import data_row, model_row, place_codes
-from rayfin.recommend.rules import rule_for
-from rayfin.recommend.scenario import Scenario
 from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
 from rayfin.tuning.preflight import check_positions
@@ -54,7 +54,7 @@ def given(config: Config) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Place:
+class ScenarioFacts:
     """What a recommendation is for: the scenario, and the facts that its predictions need."""
 
     scenario: Scenario
@@ -73,14 +73,14 @@ class Place:
         )
 
 
-def candidates(base: Config, place: Place) -> list[Candidate]:
-    """Variants of `base` for `place`: methods, learning rates and ranks around practice's.
+def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
+    """Variants of `base` for `known`: methods, learning rates and ranks around practice's.
 
     What `base` was given is kept in all of them; of the rest, practice decides what the advisor
     does not (batch, length, checkpointing by the memory). Those that can't run there are left out;
     ConfigError where none is left.
     """
-    scenario = place.scenario
+    scenario = known.scenario
     fixed = given(base)
     found: dict[str, Candidate] = {}
     refused: RayfinError | None = None
@@ -92,11 +92,11 @@ def candidates(base: Config, place: Place) -> list[Candidate]:
                 if name == "method.type" or name not in fixed
             }
             try:
-                config = _within_positions(with_values(base, settings), place.facts, fixed)
+                config = _within_positions(with_values(base, settings), known.facts, fixed)
                 check_combination(config)
                 check_scaling(config)
-                check_positions(config, place.facts.max_position_embeddings)
-                _check_workers(config, place.hardware)
+                check_positions(config, known.facts.max_position_embeddings)
+                _check_workers(config, known.hardware)
             except (ConfigError, MethodError) as error:
                 refused = refused or error
                 continue

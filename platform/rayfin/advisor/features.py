@@ -7,11 +7,11 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from rayfin.advisor.names import facts_from_name
+from rayfin.advisor.process import Columns
 from rayfin.history import TrialRecord
 from rayfin.history.record import finite
 from rayfin.methods import METHODS, capacities
-from rayfin.recommend.names import facts_from_name
-from rayfin.recommend.process import Columns
 
 NAN = math.nan
 

@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from rayfin import __version__
+from rayfin.advisor.answer import Basis
+from rayfin.advisor.features import COLUMNS
+from rayfin.advisor.latency import Served, served_from
+from rayfin.advisor.measured import Measured, measured_from
+from rayfin.advisor.process import Parameters
+from rayfin.advisor.quality import Evidence, learned
+from rayfin.advisor.table import ScenarioTrials, TrialTable, groups_of
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.history.record import QUALITY_METRICS
 from rayfin.methods import capacities
 from rayfin.paths import cache_dir, write_text
-from rayfin.recommend.answer import Basis
-from rayfin.recommend.features import COLUMNS
-from rayfin.recommend.latency import Served, served_from
-from rayfin.recommend.measured import Measured, measured_from
-from rayfin.recommend.process import Parameters
-from rayfin.recommend.quality import Evidence, learned
-from rayfin.recommend.table import Group, TrialTable, groups_of
 
 REFERENCE = "reference.jsonl.gz"
 """Trials that come with rayfin: experiments/reference_history.py made them."""
@@ -141,7 +141,7 @@ def measured_trials(history: History | None) -> list[Measured]:
 
 
 def _reference() -> bytes:
-    packed = resources.files("rayfin.recommend").joinpath(REFERENCE)
+    packed = resources.files("rayfin.advisor").joinpath(REFERENCE)
     return packed.read_bytes() if packed.is_file() else b""
 
 
@@ -244,7 +244,7 @@ def _goes_on(notes: Mapping[str, Any], mark: list[Any]) -> bool:
 
 def _knowledge(
     history: History,
-    groups: Mapping[float, Group],
+    groups: Mapping[float, ScenarioTrials],
     parameters: Parameters,
     table: TrialTable,
     measured: Sequence[Measured],
@@ -267,7 +267,7 @@ def _knowledge(
 
 
 def _learned(
-    groups: Mapping[float, Group], trials: int, notes: Mapping[str, Any]
+    groups: Mapping[float, ScenarioTrials], trials: int, notes: Mapping[str, Any]
 ) -> tuple[Parameters, int]:
     """The parameters, and the trials they were learned from: those noted while they still do."""
     parameters, learned_from = _parameters(notes)
@@ -278,7 +278,7 @@ def _learned(
 
 def _reference_notes() -> dict[str, Any]:
     """What was learned from the reference alone; nothing where the file was left out."""
-    file = resources.files("rayfin.recommend").joinpath(LEARNED)
+    file = resources.files("rayfin.advisor").joinpath(LEARNED)
     notes: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return notes
 

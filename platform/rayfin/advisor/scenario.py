@@ -27,7 +27,7 @@ _GIB = 2**30
 class Scenario:
     """What is known; None for what is not.
 
-    The first three choose a row of the rules' table (`rayfin.recommend.rules`), where a value that
+    The first three choose a row of the rules' table (`rayfin.advisor.rules`), where a value that
     is not one of those named is as good as none. The others refine what is recommended.
     """
 

@@ -9,21 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfin.advisor import practice, quality
+from rayfin.advisor.answer import Choice, Point, Predictions, Range, Recommendation
+from rayfin.advisor.candidates import ScenarioFacts, candidates, given
+from rayfin.advisor.feasible import Option, answers, nothing_fits, options_for
+from rayfin.advisor.features import COLUMNS, setting_row
+from rayfin.advisor.knowledge import Knowledge, knowledge_of
+from rayfin.advisor.latency import first_token
+from rayfin.advisor.process import Array, Parameters
+from rayfin.advisor.rules import recommend_text, rule_for
+from rayfin.advisor.wording import deployment, explanation, reasons, risks
 from rayfin.config import Config
 from rayfin.history import History
 from rayfin.methods import METHODS, capacities
-from rayfin.recommend import practice, quality
-from rayfin.recommend.answer import Choice, Point, Predictions, Range, Recommendation
-from rayfin.recommend.candidates import Place, candidates, given
-from rayfin.recommend.feasible import Option, answers, nothing_fits, options_for
-from rayfin.recommend.features import COLUMNS, setting_row
-from rayfin.recommend.knowledge import Knowledge, knowledge_of
-from rayfin.recommend.latency import first_token
-from rayfin.recommend.process import Array, Parameters
-from rayfin.recommend.rules import recommend_text, rule_for
-from rayfin.recommend.wording import deployment, explanation, reasons, risks
 
-__all__ = ["LEARNED", "Place", "recommend"]
+__all__ = ["LEARNED", "ScenarioFacts", "recommend"]
 
 LEARNED = 0.3
 """Relevance from which trials decide, and the rules no longer do."""
@@ -44,18 +44,22 @@ _MAY_NOT_FIT = 0.1
 
 
 def recommend(
-    place: Place, history: History | Knowledge, k: int = 3, *, config: Config | None = None
+    known: ScenarioFacts,
+    history: History | Knowledge,
+    k: int = 3,
+    *,
+    config: Config | None = None,
 ) -> Recommendation:
-    """The k configurations to run in `place`, the best first; none where nothing fits there.
+    """The k configurations to run in `known`, the best first; none where nothing fits there.
 
     `config` is what they are variants of: all that it was given is kept. Raises HistoryError where
     the history can't be read, and ConfigError where nothing can work with what was given.
     """
     knowledge = history if isinstance(history, Knowledge) else knowledge_of(history)
     base = config or Config()
-    columns = _columns(place, knowledge.evidence)
-    latency = first_token(place.facts, place.hardware, knowledge.served)
-    every = options_for(candidates(base, place), place, knowledge.measured, latency, given(base))
+    columns = _columns(known, knowledge.evidence)
+    latency = first_token(known.facts, known.hardware, knowledge.served)
+    every = options_for(candidates(base, known), known, knowledge.measured, latency, given(base))
     options = answers(every)
     rows = _rows(options or every, columns)
     near = knowledge.evidence.near(columns)
@@ -66,28 +70,28 @@ def recommend(
         source="learned" if learned else "rules",
         relevance=relevance,
         explanation=explanation(relevance, knowledge, columns, learned=learned),
-        rule=recommend_text(place.scenario, "en"),
-        scenario=place.scenario.as_dict(),
+        rule=recommend_text(known.scenario, "en"),
+        scenario=known.scenario.as_dict(),
         trials=knowledge.trials,
         choices=[],
         nothing_fits=None,
         points=[],
     )
     if not options:
-        said = nothing_fits(every, place, knowledge.measured, latency, base)
+        said = nothing_fits(every, known, knowledge.measured, latency, base)
         return answer.model_copy(update={"nothing_fits": said})
     if not learned:  # trials that say next to nothing must not sway
         near = quality.Evidence({}, Parameters.expected(COLUMNS)).near(columns)
         relevances = np.zeros(len(options))
-    tried = _tried(options, rows, near, place)
+    tried = _tried(options, rows, near, known)
     options, rows, relevances = [options[at] for at in tried], rows[tried], relevances[tried]
     charges = quality.draws(near.process, rows)
-    costs = _costs(options, place)
-    costs += (1.0 - relevances) * _unusual(options, place)  # as far as trials leave it open
+    costs = _costs(options, known)
+    costs += (1.0 - relevances) * _unusual(options, known)  # as far as trials leave it open
     chosen = quality.choose(charges, k, cost=costs)
     ranges = np.quantile(quality.draws(near.process, rows, measured=True), (0.1, 0.5, 0.9), axis=0)
     diverges = near.divergence(rows)
-    rule = rule_for(place.scenario)
+    rule = rule_for(known.scenario)
     alike = near.process.likeness(rows[chosen]) if learned else np.zeros((len(chosen), 0))
 
     def choice(number: int, at: int) -> Choice:
@@ -115,7 +119,7 @@ def recommend(
             trials=basis,
             reasons=reasons(candidate, rule, predictions, number, basis),
             risks=risks(candidate, rule, predictions, taken),
-            deployment=deployment(candidate, place.scenario, rule),
+            deployment=deployment(candidate, known.scenario, rule),
         )
 
     return answer.model_copy(
@@ -126,9 +130,9 @@ def recommend(
     )
 
 
-def _columns(place: Place, evidence: quality.Evidence) -> dict[str, float]:
+def _columns(known: ScenarioFacts, evidence: quality.Evidence) -> dict[str, float]:
     """The scenario's; what is not known of it, its samples' lengths say, its own trials tell."""
-    columns = place.columns()
+    columns = known.columns()
     group = evidence.groups.get(columns["group"])
     told = {} if group is None else dict(zip(COLUMNS.names, group.rows[0].tolist(), strict=True))
     return {
@@ -157,7 +161,7 @@ def _relevances(options: Sequence[Option], rows: Array, near: quality.Near) -> A
 
 
 def _tried(
-    options: Sequence[Option], rows: Array, near: quality.Near, place: Place
+    options: Sequence[Option], rows: Array, near: quality.Near, known: ScenarioFacts
 ) -> NDArray[np.intp]:
     """Places of those with about practice's learning rate, or with one among those of the trials.
 
@@ -170,14 +174,14 @@ def _tried(
     found = (rows[:, column] >= least - _SAME) & (rows[:, column] <= most + _SAME)
     for at, option in enumerate(options):
         rate = option.candidate.config.train.learning_rate
-        usual = practice.learning_rate(option.candidate.method, place.scenario.model_size_b)
+        usual = practice.learning_rate(option.candidate.method, known.scenario.model_size_b)
         found[at] |= abs(math.log10(rate / usual)) <= _USUAL
     return np.flatnonzero(found) if found.any() else np.arange(len(options))
 
 
-def _costs(options: Sequence[Option], place: Place) -> Array:
+def _costs(options: Sequence[Option], known: ScenarioFacts) -> Array:
     """What is added to the charges: for time, for what the rules prefer, for what may not fit."""
-    scenario, methods = place.scenario, rule_for(place.scenario).methods
+    scenario, methods = known.scenario, rule_for(known.scenario).methods
     seconds = np.array([option.estimate.seconds.expected for option in options])
     costs = _PER_DOUBLING[scenario.priority] * np.log2(seconds / seconds.min())
     for at, option in enumerate(options):
@@ -193,14 +197,14 @@ def _costs(options: Sequence[Option], place: Place) -> Array:
     return found
 
 
-def _unusual(options: Sequence[Option], place: Place) -> Array:
+def _unusual(options: Sequence[Option], known: ScenarioFacts) -> Array:
     """Charges for each octave away from practice's settings, and for methods named later."""
     found = [option.candidate for option in options]
     octaves, methods = np.zeros(len(found)), list(dict.fromkeys(one.method for one in found))
     counted = {"train.learning_rate", *(f"method.{name}" for name in capacities())}
     for at, option in enumerate(found):
         octaves[at] = _OCTAVES_OF_METHOD * methods.index(option.method)
-        for name, value in practice.settings(place.scenario, option.method).items():
+        for name, value in practice.settings(known.scenario, option.method).items():
             taken = option.settings.get(name)
             if name in counted and taken is not None:
                 octaves[at] += abs(math.log2(taken / value))

@@ -13,7 +13,7 @@ _PATIENCE = 1200.0
 """Seconds: a cloud may take so long to bring another machine."""
 
 
-class Stranded:
+class LostNodeWatch:
     """Asked at every turn of Tune's loop; says that it waits for a node, and ends a long wait."""
 
     def __init__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rayfin.recommend.scenario import Scenario
+from rayfin.advisor.scenario import Scenario
 
 Language = Literal["zh", "en"]
 

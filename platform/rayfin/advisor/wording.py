@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rayfin.advisor.answer import Basis, Predictions
+from rayfin.advisor.candidates import Candidate
+from rayfin.advisor.estimate import Estimate
+from rayfin.advisor.features import COLUMNS
+from rayfin.advisor.knowledge import Knowledge
+from rayfin.advisor.quality import informs, size_of
+from rayfin.advisor.reach import FACTOR, is_toy, shown_size
+from rayfin.advisor.rules import Rule
+from rayfin.advisor.scenario import Scenario
+from rayfin.advisor.table import ScenarioTrials
 from rayfin.methods import METHODS
-from rayfin.recommend.answer import Basis, Predictions
-from rayfin.recommend.candidates import Candidate
-from rayfin.recommend.estimate import Estimate
-from rayfin.recommend.features import COLUMNS
-from rayfin.recommend.knowledge import Knowledge
-from rayfin.recommend.quality import informs, size_of
-from rayfin.recommend.reach import FACTOR, is_toy, shown_size
-from rayfin.recommend.rules import Rule
-from rayfin.recommend.scenario import Scenario
-from rayfin.recommend.table import Group
 
 
 def explanation(
@@ -43,7 +43,9 @@ def explanation(
     return f"the rules: {trials} say nothing about a model of this size{far}"
 
 
-def _nearest(knowledge: Knowledge, groups: Sequence[Group], columns: Mapping[str, float]) -> str:
+def _nearest(
+    knowledge: Knowledge, groups: Sequence[ScenarioTrials], columns: Mapping[str, float]
+) -> str:
     """` (8 billion parameters): the nearest is …`, as far as that is known."""
     size = 10.0 ** columns["parameters"]
     here = f" ({shown_size(size)})" if size > 0 else ""
@@ -60,7 +62,7 @@ def _nearest(knowledge: Knowledge, groups: Sequence[Group], columns: Mapping[str
     )
 
 
-def _model(group: Group) -> tuple[float, ...]:
+def _model(group: ScenarioTrials) -> tuple[float, ...]:
     names = ("parameters", "brand", "generation")
     return tuple(float(group.rows[0, COLUMNS.names.index(name)]) for name in names)
 

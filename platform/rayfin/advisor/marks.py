@@ -54,4 +54,4 @@ def look_of(method: object) -> int | None:
     Its colour has that number, beginning anew after the last one.
     """
     found = METHODS.get(method) if isinstance(method, str) else None
-    return None if found is None else found.place % len(MARKS)
+    return None if found is None else found.order % len(MARKS)

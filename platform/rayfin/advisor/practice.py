@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from rayfin.advisor.rules import rule_for
+from rayfin.advisor.scenario import Scenario
 from rayfin.errors import ConfigError, did_you_mean
 from rayfin.methods import METHODS, MethodConfig
 from rayfin.methods.adapted import TARGET_MODULES
-from rayfin.recommend.rules import rule_for
-from rayfin.recommend.scenario import Scenario
 
 __all__ = [
     "CPU_CLASS",

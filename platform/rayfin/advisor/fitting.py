@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from rayfin.advisor.estimate import Estimate, estimate
+from rayfin.advisor.knowledge import measured_trials
+from rayfin.advisor.measured import Measured
 from rayfin.config import Config, with_values
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History
 from rayfin.models import describe_model
-from rayfin.recommend.estimate import Estimate, estimate
-from rayfin.recommend.knowledge import measured_trials
-from rayfin.recommend.measured import Measured
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.space import trial_config
 

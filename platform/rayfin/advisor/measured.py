@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
+from rayfin.advisor.memory import MemoryParts, memory_of
+from rayfin.advisor.seconds import step_seconds
 from rayfin.config.schema import Config
 from rayfin.errors import RayfinError
 from rayfin.history.record import finite
 from rayfin.models.facts import ModelFacts
-from rayfin.recommend.memory import MemoryParts, memory_of
-from rayfin.recommend.seconds import step_seconds
 from rayfin.training.sharding import Device
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _Count = Annotated[int, Field(gt=0, lt=10**15)]
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthFacts:
     """What of the data decides memory and time; named as in its profile."""
 
     tokens_per_sample_mean: Annotated[float, Field(gt=0, lt=1e15)]
@@ -40,7 +40,7 @@ class Lengths:
     completion_share: Annotated[float, Field(gt=0, le=1)]
 
     @classmethod
-    def of(cls, profile: DataProfile | Lengths) -> Lengths:
+    def of(cls, profile: DataProfile | LengthFacts) -> LengthFacts:
         return cls(*(getattr(profile, field.name) for field in fields(cls)))
 
     def longest_of(self, samples: int) -> int:
@@ -68,7 +68,7 @@ class _Scenario:
 
     model: ModelFacts
     hardware: Machine
-    data: Lengths
+    data: LengthFacts
 
 
 _SCENARIO = TypeAdapter(_Scenario)
@@ -81,7 +81,7 @@ class Measured:
     config: Config
     facts: ModelFacts
     machine: Machine
-    lengths: Lengths
+    lengths: LengthFacts
     peak_memory_bytes: float | None = None
     seconds_per_step: float | None = None
 

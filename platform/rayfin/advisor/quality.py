@@ -15,11 +15,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfin.advisor.features import COLUMNS
+from rayfin.advisor.process import Array, Observations, Parameters, Process, fit, kinship
+from rayfin.advisor.reach import is_toy, within_reach
+from rayfin.advisor.table import ScenarioTrials, TrialTable, groups_of
 from rayfin.methods.rates import lora_rate
-from rayfin.recommend.features import COLUMNS
-from rayfin.recommend.process import Array, Observations, Parameters, Process, fit, kinship
-from rayfin.recommend.reach import is_toy, within_reach
-from rayfin.recommend.table import Group, TrialTable, groups_of
 
 FITTED, PREDICTED = 400, 500
 """Settings that the parameters are learned from, and that a prediction rests on, at most.
@@ -54,7 +54,7 @@ def expected(rows: Array) -> Array:
 class Evidence:
     """The groups of a history, and the process' parameters learned from them."""
 
-    groups: Mapping[float, Group]
+    groups: Mapping[float, ScenarioTrials]
     parameters: Parameters
 
     @classmethod
@@ -65,7 +65,7 @@ class Evidence:
         groups = groups_of(table, metric)
         return cls(groups, learned(groups, start))
 
-    def near(self, scenario: Mapping[str, float], own: Group | None = None) -> Near:
+    def near(self, scenario: Mapping[str, float], own: ScenarioTrials | None = None) -> Near:
         """What is known for `scenario`, from the groups nearest to it; `own` is its own, if any.
 
         Groups whose models are out of reach (`informs`) are left out.
@@ -136,12 +136,12 @@ def _spread(covariance: Array) -> float:
     return float(covariance.diagonal().mean() - covariance.mean())
 
 
-def size_of(group: Group) -> float:
+def size_of(group: ScenarioTrials) -> float:
     """Parameters of the group's model; NaN where they are not known."""
     return float(10.0 ** group.rows[0, COLUMNS.names.index("parameters")])
 
 
-def informs(group: Group, scenario: Mapping[str, float]) -> bool:
+def informs(group: ScenarioTrials, scenario: Mapping[str, float]) -> bool:
     """Whether a group's trials say anything about `scenario`: models of about its size do.
 
     A toy's count for the same model alone, and those of a model of unknown size for its family.
@@ -154,7 +154,7 @@ def informs(group: Group, scenario: Mapping[str, float]) -> bool:
     return family and math.isclose(there, size) if is_toy(there) else within_reach(there, size)
 
 
-def learned(groups: Mapping[float, Group], start: Parameters | None = None) -> Parameters:
+def learned(groups: Mapping[float, ScenarioTrials], start: Parameters | None = None) -> Parameters:
     """The process' parameters; those of the priors where there is nothing to learn from.
 
     Toy models teach nothing here: what is learned is used for all others.
@@ -215,7 +215,7 @@ def choose(charges: Array, k: int, cost: Array | None = None) -> list[int]:
 
 
 def _nearest(
-    groups: Mapping[float, Group], scenario: Mapping[str, float], parameters: Parameters
+    groups: Mapping[float, ScenarioTrials], scenario: Mapping[str, float], parameters: Parameters
 ) -> list[float]:
     """Codes of the groups, those of the most similar scenarios first."""
     if not groups:
@@ -228,7 +228,7 @@ def _nearest(
 
 
 def _observations(
-    groups: Sequence[Group], most: int, most_of_group: int
+    groups: Sequence[ScenarioTrials], most: int, most_of_group: int
 ) -> tuple[Observations, NDArray[np.intp], Array]:
     """The first groups' settings, so many at most, thinned evenly over their charges.
 
@@ -258,7 +258,7 @@ def _observations(
     return Observations(*seen), places, diverged
 
 
-def _thinned(group: Group, most: int) -> NDArray[np.intp]:
+def _thinned(group: ScenarioTrials, most: int) -> NDArray[np.intp]:
     """Places of so many of its settings at most, from the best to the worst."""
     if len(group) <= most:
         return np.arange(len(group))
