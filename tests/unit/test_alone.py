@@ -28,26 +28,26 @@ from rayfin.tuning.sweep import run_sweep
 HOLD = """
 import os, sys, threading
 from rayfin.history import driver
-from rayfin.paths import Place
+from rayfin.paths import StoragePath
 from rayfin.tuning.alone import alone
-place, cache, host = sys.argv[1:]
+location, cache, host = sys.argv[1:]
 os.environ["RAYFIN_CACHE"] = cache
 if host:
     machine = driver._machine() | {"host": host}
     driver._machine = lambda: machine
-with alone(Place.at(place), "", ""):
+with alone(StoragePath.at(location), "", ""):
     print("holds", flush=True)
     threading.Event().wait()
 """
 
 
 @contextmanager
-def another_driver(place: StoragePath, cache: Path, host: str = "") -> Iterator[int]:
-    """A process that holds `place` until it is killed, at the end of the block; its id.
+def another_driver(location: StoragePath, cache: Path, host: str = "") -> Iterator[int]:
+    """A process that holds `location` until it is killed, at the end of the block; its id.
 
     `cache`: its copies of what is in a bucket. `host`: the machine that it takes itself to be on.
     """
-    command = [sys.executable, "-c", HOLD, str(place), str(cache), host]
+    command = [sys.executable, "-c", HOLD, str(location), str(cache), host]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -117,34 +117,34 @@ def test_what_another_driver_has_ended_by_the_time_it_leaves_is_not_run_again(
 def test_in_a_bucket_a_driver_on_another_machine_holds_it_until_it_is_silent_for_a_minute(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = StoragePath.at(bucket)
-    with another_driver(place, tmp_path / "there", "elsewhere") as pid:
-        with pytest.raises(ConfigError) as told, alone(place, "sweep x", "wait"):
+    location = StoragePath.at(bucket)
+    with another_driver(location, tmp_path / "there", "elsewhere") as pid:
+        with pytest.raises(ConfigError) as told, alone(location, "sweep x", "wait"):
             pass
         assert f"sweep x is running in another process (process {pid} on elsewhere, since 20" in (
             str(told.value)
         )
         assert "if it was killed, the file counts for nothing 60 s later" in str(told.value)
-    with pytest.raises(ConfigError, match="on elsewhere"), alone(place, "sweep x", "wait"):
+    with pytest.raises(ConfigError, match="on elsewhere"), alone(location, "sweep x", "wait"):
         pass
     monkeypatch.setattr(alone_module, "_FORGOTTEN_AFTER", -1.0)
-    with alone(place, "sweep x", "wait"):
+    with alone(location, "sweep x", "wait"):
         pass
-    assert place.objects is not None
-    assert (place.objects / "drivers").written() == {}
+    assert location.objects is not None
+    assert (location.objects / "drivers").written() == {}
 
 
 def test_in_a_bucket_a_driver_of_this_machine_that_was_killed_bars_nobody(
     bucket: str, tmp_path: Path
 ) -> None:
-    place = StoragePath.at(bucket)
+    location = StoragePath.at(bucket)
     with (
-        another_driver(place, tmp_path / "there"),
+        another_driver(location, tmp_path / "there"),
         pytest.raises(ConfigError, match=f" on {socket.gethostname()}, since"),
-        alone(place, "", ""),
+        alone(location, "", ""),
     ):
         pass
-    with alone(place, "", ""):
+    with alone(location, "", ""):
         pass
 
 
@@ -169,10 +169,10 @@ def test_in_a_bucket_who_comes_while_another_looks_gives_way(
 
 def test_in_a_bucket_a_driver_renews_its_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alone_module, "_RENEWED_EVERY", 0.01)
-    place = StoragePath.at(bucket)
-    assert place.objects is not None
-    drivers = place.objects / "drivers"
-    with alone(place, "", ""):
+    location = StoragePath.at(bucket)
+    assert location.objects is not None
+    drivers = location.objects / "drivers"
+    with alone(location, "", ""):
         (own,) = drivers.written()
         (drivers / own).remove()
         while own not in drivers.written():

@@ -123,7 +123,7 @@ class HalvedConfig(LowRankConfig):
     """LoRA with half the scale (Nobody et al. 2030, arXiv:3001.00001)."""
 
     title = "halved LoRA"
-    place = 19
+    order = 19
     engines = ("transformers",)
     rate = Rate(value=2.0, of_lora=True, source="made up")
     coordinates = (0.1, 0.3)
