@@ -1,8 +1,13 @@
-"""The base of every part of a configuration."""
+"""The base of every part of a configuration, and settings whose values are a registry's names."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Section(BaseModel):
@@ -11,3 +16,31 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+
+class OneOf:
+    """Annotation of a text that must be one of the names that a registry has when it is checked.
+
+    It is refused as a `Literal` of those names would be.
+    """
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self.names = names
+
+    def __get_pydantic_core_schema__(self, _: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._checked, handler(str))
+
+    def _checked(self, value: Any) -> str:
+        names = [*self.names()]
+        if isinstance(value, str) and value in names:
+            return value
+        *others, last = map(repr, names)
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise PydanticCustomError(
+            "literal_error", "Input should be {expected}", {"expected": expected}
+        )
+
+
+def registered_names(field: FieldInfo) -> tuple[str, ...]:
+    """The names that a setting annotated with `OneOf` may have; empty for other settings."""
+    return tuple(name for it in field.metadata if isinstance(it, OneOf) for name in it.names())

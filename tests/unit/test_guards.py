@@ -20,7 +20,7 @@ MODULES = sorted((SOURCE / "rayfin").rglob("*.py"))
 # The parts of rayfin, left to right: a part imports from its own group and from those before it.
 ORDER = (
     {"redaction"},
-    {"errors", "section", "sizes"},
+    {"errors", "section", "sizes", "metrics", "statuses"},
     {"methods"},
     {
         "config",

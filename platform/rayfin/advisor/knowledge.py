@@ -30,8 +30,8 @@ from rayfin.advisor.quality import Evidence, learned
 from rayfin.advisor.table import ScenarioTrials, TrialTable, groups_of
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
-from rayfin.history.record import QUALITY_METRICS
 from rayfin.methods import capacities
+from rayfin.metrics import score_names
 from rayfin.paths import cache_dir, write_text
 
 REFERENCE = "reference.jsonl.gz"
@@ -108,7 +108,7 @@ def _summary(record: TrialRecord) -> str:
     shown = " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
     scores = (
         f"{name} {value:.4g}"
-        for name in QUALITY_METRICS
+        for name in score_names()
         if isinstance(value := record.metrics.get(name), int | float)
     )
     what = f"{method.get('type') or 'a trial'} {shown}".rstrip()

@@ -18,6 +18,7 @@ from rayfin.config.schema import Config
 from rayfin.errors import RayfinError
 from rayfin.history.record import finite
 from rayfin.models.facts import ModelFacts
+from rayfin.statuses import SCORED
 from rayfin.training.sharding import Device
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def measured_from(records: Iterable[TrialRecord]) -> list[Measured]:
 
 
 def _measured(record: TrialRecord) -> Measured | None:
-    if record.status not in ("finished", "stopped") or "source" in record.scenario:
+    if record.status not in SCORED or "source" in record.scenario:
         return None
     steps = _positive(record.metrics, "steps")
     seconds = _positive(record.metrics, "train_seconds")

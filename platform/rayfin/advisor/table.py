@@ -13,17 +13,15 @@ from numpy.typing import NDArray
 
 from rayfin.advisor.features import COLUMNS, row_of
 from rayfin.advisor.process import Array
-from rayfin.config.schema import BETTER
 from rayfin.errors import HistoryError
 from rayfin.history import TrialRecord
-from rayfin.history.record import QUALITY_METRICS
+from rayfin.metrics import BASE, score_names, score_of
 from rayfin.paths import write_whole
+from rayfin.statuses import SCORED
 
 Flags = NDArray[np.bool_]
 
 _WORST_OF_MEDIAN = 4.0
-_FLOORS = {"eval_loss": 0.01, "perplexity": 0.01, "exact_match": 0.02, "token_accuracy": 0.02}
-"""The least spread of scores that is more than chance: of losses as a share of the best one."""
 _LARGEST = 1e6  # no loss, and no perplexity of a model that learned anything, is larger
 _WORTH = 4  # a setting measured more often than this is not known better: seeds are not all of it
 
@@ -39,7 +37,7 @@ class TrialTable:
     rows: Array
     """n x the columns of `features.COLUMNS`."""
     scores: Array
-    """n x QUALITY_METRICS, NaN where it was not measured; less is better, in all of them."""
+    """n x `metrics.score_names()`, less being better in all; NaN where it was not measured."""
     bases: Array
     """The same of the untrained model."""
     diverged: Flags
@@ -55,23 +53,23 @@ class TrialTable:
         for a reason that is not the setting's, or that hold no score.
         """
         ids, rows, scores, bases, diverged = [], [], [], [], []
-        names = COLUMNS.names
+        names, measured = COLUMNS.names, score_names()
         for record in records:
-            ended = record.status in ("finished", "stopped")
+            ended = record.status in SCORED
             if not ended and not has_diverged(record):
                 continue
             values = row_of(record)
             if values is None:
                 continue
-            here = _scores(record, "") if ended else [np.nan] * len(QUALITY_METRICS)
+            here = _scores(record, "") if ended else [np.nan] * len(measured)
             if ended and np.isnan(here).all():
                 continue
             ids.append(record.trial_id)
             rows.append([values[name] for name in names])
             scores.append(here)
-            bases.append(_scores(record, "base_"))
+            bases.append(_scores(record, BASE))
             diverged.append(not ended)
-        width = (len(rows), len(QUALITY_METRICS))
+        width = (len(rows), len(measured))
         return cls(
             np.array(ids, dtype=np.str_),
             np.array(rows, dtype=float).reshape(len(rows), len(names)),
@@ -175,12 +173,12 @@ def groups_of(table: TrialTable, metric: str | None = None) -> dict[float, Scena
 def _group(
     table: TrialTable, places: NDArray[np.intp], metric: str | None
 ) -> ScenarioTrials | None:
-    scores = table.scores[places]
+    names, scores = score_names(), table.scores[places]
     settings = _settings(table.rows[places])
     counts = [len(np.unique(settings[~np.isnan(values)])) for values in scores.T]
     chosen = int(np.argmax(counts))
-    if metric is not None and counts[QUALITY_METRICS.index(metric)]:
-        chosen = QUALITY_METRICS.index(metric)
+    if metric is not None and counts[names.index(metric)]:
+        chosen = names.index(metric)
     known = table.diverged[places] | ~np.isnan(scores[:, chosen])
     if not counts[chosen]:
         return None
@@ -192,9 +190,7 @@ def _group(
     scored = ~np.isnan(scores)
     # A setting that was run a thousand times is still one, and its score is not the usual one.
     usual = float(np.median(_means(scores[scored], settings[scored])))
-    charges, spread, best = _charges(
-        scores, table.bases[places, chosen], QUALITY_METRICS[chosen], usual
-    )
+    charges, spread, best = _charges(scores, table.bases[places, chosen], names[chosen], usual)
     return ScenarioTrials(
         table.rows[places[first]], _means(charges, settings),
         np.minimum(count, _WORTH).astype(float), places[first], 1.0 - _means(scored, settings),
@@ -220,7 +216,7 @@ def charges_of(values: Array, metric: str) -> Array | None:
     """Charges of one scenario's values of `metric`, NaN where a trial failed; None if all did."""
     if np.isnan(values).all():
         return None
-    sign = 1.0 if BETTER[metric] == "min" else -1.0
+    sign = score_of(metric).sign
     return _charges(sign * values, np.zeros(0), metric, float(np.nanmedian(sign * values)))[0]
 
 
@@ -233,8 +229,9 @@ def _charges(scores: Array, bases: Array, metric: str, usual: float) -> tuple[Ar
     base = bases[~np.isnan(bases)]
     if len(base) and best < float(np.median(base)):
         worst = min(worst, float(np.median(base)))
-    share = 1.0 if metric in ("exact_match", "token_accuracy") else abs(best)
-    spread = max(worst - best, _FLOORS[metric] * share, 1e-9)
+    measured = score_of(metric)
+    share = 1.0 if measured.kind == "share" else abs(best)
+    spread = max(worst - best, measured.least_spread * share, 1e-9)
     charges = np.clip((scores - best) / spread, 0.0, 1.0)
     return np.where(np.isnan(scores), 1.0, charges), spread, best
 
@@ -247,9 +244,9 @@ def has_diverged(record: TrialRecord) -> bool:
 def _scores(record: TrialRecord, prefix: str) -> list[float]:
     """The metrics with less better; what is no sensible number is NaN."""
     found = []
-    for name in QUALITY_METRICS:
+    for name in score_names():
         value = record.metrics.get(prefix + name)
-        sign = 1.0 if BETTER[name] == "min" else -1.0
+        sign = score_of(name).sign
         if isinstance(value, bool) or not isinstance(value, int | float):
             value = np.nan
         found.append(sign * float(value) if 0 <= value <= _LARGEST else np.nan)

@@ -240,8 +240,9 @@ def _brief(metrics: Any) -> str:
         return ""
 
     from rayfin.history.record import finite
+    from rayfin.metrics import METRICS, score_names
 
-    figures = ((name, metrics.get(name)) for name in ("eval_loss", "exact_match"))
+    figures = ((it, metrics.get(it)) for it in score_names() if METRICS[it].progress)
     return "\n".join(f"{name} {value:.4g}" for name, value in figures if finite(value) is not None)
 
 

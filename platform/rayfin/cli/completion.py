@@ -130,6 +130,9 @@ def _values(name: str, field: FieldInfo | None, begun: str) -> Iterator[str]:
     elif name in _DIRECTORIES:
         yield from _paths(begun, ())
     elif field is not None and name != "method.type":
+        from rayfin.section import registered_names
+
+        yield from registered_names(field)
         yield from _choices(field.annotation)
 
 

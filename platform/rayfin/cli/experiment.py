@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from rayfin.cli.places import history_url
 from rayfin.cli.settings import add_settings, split_settings
 from rayfin.errors import RayfinError
+from rayfin.metrics import BASE, score_names
 from rayfin.redaction import printable
 
 if TYPE_CHECKING:
@@ -175,11 +176,10 @@ def adapter_name(config: Config) -> str:
 
 def comparison(row: TrialRecord) -> list[tuple[str, float, float]]:
     """(metric, base model's, trained model's) for every metric that both have."""
-    names = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
     return [
-        (name, row.metrics[f"base_{name}"], row.metrics[name])
-        for name in names
-        if name in row.metrics and f"base_{name}" in row.metrics
+        (name, row.metrics[BASE + name], row.metrics[name])
+        for name in score_names()
+        if name in row.metrics and BASE + name in row.metrics
     ]
 
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.cli.parser import print_json
 from rayfin.cli.places import add_places, history_url, place_config
+from rayfin.statuses import STATUSES
 
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
 if TYPE_CHECKING:
     from rayfin.history import History, SweepSummary, TrialRecord
     from rayfin.tables import Rows
-
-_STATUSES = ("running", "interrupted", "finished", "stopped", "failed", "oom")
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,9 +27,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     listing.add_argument("--sweep", metavar="ID", help="only this sweep's trials")
     listing.add_argument(
         "--status",
-        choices=_STATUSES,
+        choices=STATUSES,
         metavar="STATUS",
-        help=f"only trials of this status: {', '.join(_STATUSES)}",
+        help=f"only trials of this status: {', '.join(STATUSES)}",
     )
     listing.add_argument("--limit", type=_count, metavar="N", help="show N trials (20; 0 is all)")
     listing.add_argument("--sweeps", action="store_true", help="one line a sweep")
@@ -159,17 +158,17 @@ def _trial_table(trials: list[TrialRecord]) -> Rows | str:
     if not trials:
         return "no trials"
     from rayfin.methods import capacities
+    from rayfin.metrics import METRICS
     from rayfin.tables import Column, Rows
 
+    measured = [(name, it.history) for name, it in METRICS.items() if it.history]
     columns = [
         Column("trial"),
         Column("sweep", folds=True, leaves=3),  # a trial's id begins with it
         Column("status"),
         Column("method"),
         Column("lr"),
-        Column("eval loss", right=True),
-        Column("match", right=True, leaves=1),
-        Column("train s", right=True, leaves=2),
+        *(Column(shown.header, right=True, leaves=shown.leaves) for _, shown in measured),
     ]
     rows = []
     for trial in trials:
@@ -182,9 +181,7 @@ def _trial_table(trials: list[TrialRecord]) -> Rows | str:
                 trial.status,
                 f"{method.get('type', '?')}{f' {rank}' if rank else ''}",
                 _figure((trial.spec.get("train") or {}).get("learning_rate"), "g"),
-                _figure(trial.metrics.get("eval_loss"), ".4f"),
-                _figure(trial.metrics.get("exact_match"), ".3f"),
-                _figure(trial.metrics.get("train_seconds"), ".1f"),
+                *(_figure(trial.metrics.get(key), f".{it.decimals}f") for key, it in measured),
             ]
         )
     return Rows(columns, rows)

@@ -130,9 +130,11 @@ def _section(name: str, model: type[BaseModel], title: str) -> Iterator[str]:
 
 
 def _setting(key: str, field: FieldInfo) -> Iterator[str]:
+    from rayfin.section import registered_names
+
     value = field.get_default(call_default_factory=True)
     default = "" if field.is_required() else f" = {_plain(value)}"
-    values = _values(field.annotation)
+    values = " | ".join(registered_names(field)) or _values(field.annotation)
     yield f"  {key}{default}{f'  ({values})' if values else ''}"
     if field.description:
         yield f"      {_folded(field.description)}"

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from rayfin.methods import MethodConfig
-from rayfin.section import Section
+from rayfin.metrics import score_names, score_of
+from rayfin.section import OneOf, Section
 
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -149,19 +150,10 @@ def _choices_or_space(value: Any) -> Any:
 Axis = Annotated[Space | tuple[Any, ...], BeforeValidator(_choices_or_space)]
 
 
-BETTER: dict[str, Literal["min", "max"]] = {
-    "eval_loss": "min",
-    "perplexity": "min",
-    "exact_match": "max",
-    "token_accuracy": "max",
-}
-"""Metric -> whether less or more of it is better."""
-
-
 class SweepConfig(Section):
     num_samples: int = Field(8, ge=1)
     """Trials to run; fewer where the space has no more settings that differ."""
-    metric: Literal["eval_loss", "exact_match", "token_accuracy", "perplexity"] = "eval_loss"
+    metric: Annotated[str, OneOf(score_names)] = "eval_loss"
     """What the sweep optimises."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of the metric is better; auto knows."""
@@ -190,7 +182,7 @@ class SweepConfig(Section):
     @property
     def direction(self) -> Literal["min", "max"]:
         """Where better values of the metric lie."""
-        return BETTER[self.metric]
+        return score_of(self.metric).direction
 
     @model_validator(mode="after")
     def _towards_better(self) -> SweepConfig:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
-from rayfin.evaluation.quantities import QUANTITIES
 from rayfin.history.record import finite
+from rayfin.metrics import BASE, ONLY_BASE, score_of
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
@@ -26,8 +26,8 @@ LEAST_SAMPLES = 20
 class Change:
     """A score of the base model and of a trial; what is better is a positive gain.
 
-    `gain`, `low` and `high` are in the score's own unit, except that those of perplexity are the
-    logarithm of the factor by which it fell.
+    `gain`, `low` and `high` are in the score's own unit, except that those of an exponential, such
+    as perplexity, are the logarithm of the factor by which it fell.
     """
 
     metric: str
@@ -45,16 +45,16 @@ class Change:
 
 def change_of(trial: TrialRecord, metric: str) -> Change | None:
     """The change of a score from the base model; None where either did not record it."""
-    base, best = finite(trial.metrics.get(f"base_{metric}")), finite(trial.metrics.get(metric))
+    base, best = finite(trial.metrics.get(BASE + metric)), finite(trial.metrics.get(metric))
     if base is None or best is None:
         return None
     samples = _samples(trial)
-    if metric == "perplexity":
+    if score_of(metric).exponential_of is not None:
         if min(base, best) <= 0:
             return None
         gain = math.log(base / best)
     else:
-        gain = best - base if QUANTITIES[metric].better == "more" else base - best
+        gain = best - base if score_of(metric).better == "more" else base - best
     low, high, missing = _interval(trial, metric, gain, samples)
     return Change(metric, base, best, gain, samples, low, high, missing)
 
@@ -72,18 +72,17 @@ def _interval(
     if samples is None:
         return None, None, "the trial did not record its number of held-out samples"
     not_recorded = "the trial was recorded without what one is made from"
-    if metric == "exact_match":
-        only_base = trial.metrics.get("exact_match_only_base")
+    if score_of(metric).of_samples:
+        only_base = trial.metrics.get(metric + ONLY_BASE)
         right, base_right = (
-            round(trial.metrics[name] * samples) for name in (metric, f"base_{metric}")
+            round(trial.metrics[name] * samples) for name in (metric, BASE + metric)
         )
         only_best = right - base_right + only_base if isinstance(only_base, int) else -1
         if not isinstance(only_base, int) or min(only_best, base_right - only_base) < 0:
             return None, None, not_recorded
         both, neither = base_right - only_base, samples - base_right - only_best
         return *paired_shares(both, only_best, only_base, neither), None
-    name = "eval_loss" if metric == "perplexity" else metric
-    error = finite(trial.metrics.get(f"{name}_change_se"))
+    error = finite(trial.metrics.get(score_of(metric).change_error))
     if error is None:
         return None, None, not_recorded
     if samples < LEAST_SAMPLES:

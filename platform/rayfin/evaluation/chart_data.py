@@ -8,14 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.advisor.marks import MARKS, look_of
 from rayfin.config import Config, Space
-from rayfin.evaluation.quantities import (
-    COSTS,
-    QUANTITIES,
-    setting,
-    show_setting,
-    unit_for,
-)
+from rayfin.evaluation.quantities import setting, show_setting, unit_for
 from rayfin.history.record import finite
+from rayfin.metrics import COSTS, METRICS
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
@@ -75,7 +70,7 @@ def _methods(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
 def _axis(name: str, trials: Sequence[TrialRecord]) -> tuple[dict[str, str], float]:
     values = [value for t in trials if (value := finite(t.metrics.get(name))) is not None]
     unit, divisor = unit_for(name, values)
-    return {"key": name, "label": QUANTITIES[name].label, "unit": unit}, divisor
+    return {"key": name, "label": METRICS[name].label, "unit": unit}, divisor
 
 
 def _scaled(value: Any, divisor: float) -> float | None:

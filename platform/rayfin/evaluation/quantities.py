@@ -1,48 +1,15 @@
-"""The names, units and directions of what a trial measures, and how numbers are shown to people."""
+"""How numbers are shown to people, each with its unit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rayfin.history.record import finite
+from rayfin.metrics import METRICS, Score
 
 MISSING = "–"
-
-STATUS_WORDS = {
-    "finished": "finished",
-    "stopped": "stopped early",
-    "failed": "failed",
-    "oom": "out of memory",
-    "running": "running",
-    "interrupted": "interrupted",
-}
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """How a metric is called, what kind of number it is and which direction is good."""
-
-    label: str
-    kind: Literal["number", "share", "seconds", "bytes", "count"]
-    better: Literal["less", "more"] | None = None
-
-
-QUANTITIES = {
-    "eval_loss": Quantity("Eval loss", "number", "less"),
-    "perplexity": Quantity("Perplexity", "number", "less"),
-    "exact_match": Quantity("Exact match", "share", "more"),
-    "token_accuracy": Quantity("Token accuracy", "share", "more"),
-    "train_seconds": Quantity("Training time", "seconds"),
-    "trainable_parameters": Quantity("Trainable parameters", "count"),
-    "peak_memory_bytes": Quantity("Peak memory", "bytes"),
-    "tokens_per_second": Quantity("Tokens per second", "number"),
-    "steps": Quantity("Steps", "count"),
-}
-SCORES = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
-COSTS = ("train_seconds", "trainable_parameters", "peak_memory_bytes")
 
 # Least largest value for which an axis uses the unit, unit, and what values are divided by.
 _UNITS: dict[str, tuple[tuple[float, str, float], ...]] = {
@@ -57,7 +24,7 @@ _UNITS: dict[str, tuple[tuple[float, str, float], ...]] = {
 def unit_for(name: str, values: Iterable[float]) -> tuple[str, float]:
     """Unit of an axis that shows `values` of the quantity, and what to divide them by."""
     largest = max((abs(value) for value in values), default=0.0)
-    for least, unit, divisor in _UNITS[QUANTITIES[name].kind]:
+    for least, unit, divisor in _UNITS[METRICS[name].kind]:
         if largest >= least:
             return unit, divisor
     return "", 1.0
@@ -68,9 +35,9 @@ def show_quantity(name: str, value: Any) -> str:
     number = finite(value)
     if number is None:
         return MISSING
-    if QUANTITIES[name].kind == "count" and number < 1e6:
+    if METRICS[name].kind == "count" and number < 1e6:
         return f"{number:,.0f}"
-    if QUANTITIES[name].kind == "share":
+    if METRICS[name].kind == "share":
         return f"{number * 100:.1f} %"
     unit, divisor = unit_for(name, [number])
     short = {"millions": "M", "billions": "B"}.get(unit, unit)
@@ -92,26 +59,32 @@ def show_number(value: float) -> str:
 def show_gain(name: str, gain: float, low: float | None, high: float | None) -> str:
     """How much better or worse: `63 points better`, `2.31 better`, `10 times lower`.
 
-    It has the digits that its interval from `low` to `high` allows. The gain of perplexity is the
-    logarithm of a factor, as are its ends.
+    It has the digits that its interval from `low` to `high` allows. The gain of an exponential,
+    such as perplexity, is the logarithm of a factor, as are its ends.
     """
-    if not gain or (name == "perplexity" and _factor(abs(gain)) == "1"):
+    if not gain or (is_factor(name) and _factor(abs(gain)) == "1"):
         return "no difference"
-    if name == "perplexity":
+    if is_factor(name):
         return f"{_factor(abs(gain))} times {'lower' if gain > 0 else 'higher'}"
-    unit = " points" if QUANTITIES[name].kind == "share" else ""
+    unit = " points" if METRICS[name].kind == "share" else ""
     amount = _rounded(abs(gain) * _scale(name), *_ends(name, low, high))
     return f"{amount}{unit} {'better' if gain > 0 else 'worse'}"
 
 
 def show_between(name: str, low: float, high: float) -> str:
-    """The gain's interval, `50 to 75`; of perplexity, `÷ 8.33 to ÷ 13.5`."""
-    if name == "perplexity":
+    """Return the gain's interval: `50 to 75`, or `÷ 8.33 to ÷ 13.5` for perplexity."""
+    if is_factor(name):
         first, last = (f"÷ {_factor(end)}" for end in (low, high))
     else:
         ends = _ends(name, low, high)
         first, last = (_rounded(end, *ends).replace("-", "−") for end in ends)
     return f"{first} to {last}"
+
+
+def is_factor(name: str) -> bool:
+    """Whether changes of the metric are factors: it is the exponential of another score."""
+    metric = METRICS[name]
+    return isinstance(metric, Score) and metric.exponential_of is not None
 
 
 def _factor(logarithm: float) -> str:
@@ -120,7 +93,7 @@ def _factor(logarithm: float) -> str:
 
 
 def _scale(name: str) -> float:
-    return 100.0 if QUANTITIES[name].kind == "share" else 1.0
+    return 100.0 if METRICS[name].kind == "share" else 1.0
 
 
 def _ends(name: str, *ends: float | None) -> list[float]:

@@ -30,9 +30,6 @@ from rayfin.evaluation.importance import LEAST_TRIALS, comparable_trials, parame
 from rayfin.evaluation.notes import sweep_notes
 from rayfin.evaluation.quantities import (
     MISSING,
-    QUANTITIES,
-    SCORES,
-    STATUS_WORDS,
     setting,
     show_between,
     show_gain,
@@ -43,15 +40,15 @@ from rayfin.evaluation.quantities import (
 )
 from rayfin.evaluation.verdict import sweep_verdict
 from rayfin.history.record import finite
+from rayfin.metrics import BASE, FIGURES, METRICS, score_names
 from rayfin.paths import Storage, write_text
 from rayfin.redaction import redact
+from rayfin.statuses import ENDED, STATUS_WORDS, UNFINISHED
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
 
 _SCRIPTS = ("plot.js", "charts.js", "parallel.js", "page.js")
-_TABLE = (*SCORES, "steps", "train_seconds", "tokens_per_second", "peak_memory_bytes",
-          "trainable_parameters")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,13 +142,15 @@ def _header(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:
         "sweep_id": trials[0].sweep_id if trials else None,
         "config": config,
         "methods": _methods(config),
-        "counts": [(key, counts[key], word) for key, word in STATUS_WORDS.items() if counts[key]],
+        "counts": [
+            (key, counts[key], STATUS_WORDS[key]) for key in (*ENDED, *UNFINISHED) if counts[key]
+        ],
         "when": _when(trials),
         "hardware": _distinct(_hardware(trial.scenario.get("hardware")) for trial in trials),
         "versions": _distinct(
             " · ".join(f"{k} {v}" for k, v in sorted(trial.versions.items())) for trial in trials
         ),
-        "metric_label": QUANTITIES[config.sweep.metric].label,
+        "metric_label": METRICS[config.sweep.metric].label,
         "written": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     }
 
@@ -195,7 +194,7 @@ def _best(
     return {
         "trial_id": best.trial_id,
         "number": next((i for i, t in enumerate(trials, 1) if t.trial_id == best.trial_id), None),
-        "scores": [row for key in SCORES if (row := _compare(key, best))],
+        "scores": [row for key in score_names() if (row := _compare(key, best))],
         "parameters": [
             (key, show_setting(value))
             for key in config.sweep.parameters
@@ -203,8 +202,8 @@ def _best(
             if has
         ],
         "costs": [
-            (QUANTITIES[key].label, show_quantity(key, best.metrics[key]))
-            for key in _TABLE[len(SCORES) :]
+            (METRICS[key].label, show_quantity(key, best.metrics[key]))
+            for key in FIGURES
             if finite(best.metrics.get(key)) is not None
         ],
         "adapter": adapter,
@@ -230,8 +229,8 @@ def _compare(key: str, trial: TrialRecord) -> dict[str, str] | None:
     if now is None:
         return None
     row = {
-        "label": QUANTITIES[key].label,
-        "base": show_quantity(key, trial.metrics.get(f"base_{key}")),
+        "label": METRICS[key].label,
+        "base": show_quantity(key, trial.metrics.get(BASE + key)),
         "best": show_quantity(key, now),
         "change": MISSING,
         "interval": "",
@@ -260,7 +259,9 @@ def _table(
 ) -> dict[str, Any]:
     """Columns that any trial has a value for, and a row a trial."""
     measured = [
-        key for key in _TABLE if any(finite(t.metrics.get(key)) is not None for t in trials)
+        key
+        for key in (*score_names(), *FIGURES)
+        if any(finite(t.metrics.get(key)) is not None for t in trials)
     ]
     names = list(config.sweep.parameters)
     rows = []
@@ -284,7 +285,7 @@ def _table(
                 "reason": _reason(trial),
             }
         )
-    return {"columns": names + [QUANTITIES[key].label for key in measured], "rows": rows}
+    return {"columns": names + [METRICS[key].label for key in measured], "rows": rows}
 
 
 def _reason(trial: TrialRecord) -> dict[str, str]:

@@ -18,7 +18,7 @@ from rayfin.config.serving import MAX_RANK, EngineConfig
 from rayfin.evaluation.change import Change, change_of
 from rayfin.evaluation.chart_data import ordered
 from rayfin.evaluation.quantities import (
-    STATUS_WORDS,
+    is_factor,
     setting,
     show_between,
     show_gain,
@@ -27,7 +27,9 @@ from rayfin.evaluation.quantities import (
 )
 from rayfin.history.record import finite
 from rayfin.methods import MethodConfig
+from rayfin.metrics import score_of
 from rayfin.paths import Storage
+from rayfin.statuses import ENDED, FAILED, STATUS_WORDS, UNFINISHED
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
@@ -105,9 +107,11 @@ def sweep_verdict(
 def _nothing(trials: Sequence[TrialRecord], interrupted: bool) -> Verdict:
     counts: Counter[str] = Counter(trial.status for trial in trials)
     told = ", ".join(
-        f"{counts[status]} {word}" for status, word in STATUS_WORDS.items() if counts[status]
+        f"{counts[status]} {STATUS_WORDS[status]}"
+        for status in (*ENDED, *UNFINISHED)
+        if counts[status]
     )
-    failed = next((t for t in trials if t.status in ("failed", "oom")), None)
+    failed = next((t for t in trials if t.status in FAILED), None)
     if interrupted:
         after = "The same command with --resume carries on."
     elif failed is not None:
@@ -151,21 +155,17 @@ def _who(trials: Sequence[TrialRecord], best: TrialRecord, config: Config, score
 def _scores(metric: str, value: float, samples: int | None) -> str:
     """The predicate of a model that scored `value`."""
     on = f"{samples} held-out samples" if samples else "the held-out samples"
-    if metric == "exact_match":
-        share = f"{round(value * samples)} of {on}" if samples else f"{value:.1%} of {on}"
-        return f"answers {share} exactly"
-    if metric == "token_accuracy":
-        return f"predicts {show_quantity(metric, value)} of the answer tokens of {on}"
+    score = score_of(metric)
     shown = show_quantity(metric, value)
-    if metric == "eval_loss":
-        return f"has a loss of {shown} nats a token on {on}"
-    return f"has a perplexity of {shown} on {on}"
+    if score.of_samples:
+        shown = f"{round(value * samples)} of {on}" if samples else f"{value:.1%} of {on}"
+    return score.says.format(value=shown, on=on)
 
 
 def _compared(change: Change) -> str:
     metric, samples = change.metric, change.samples
     base = show_quantity(metric, change.base)
-    if metric == "exact_match" and samples:
+    if score_of(metric).of_samples and samples:
         base = str(round(change.base * samples))
     start = f"{_scores(metric, change.best, samples)}, the base model {base}"
     gained = show_gain(metric, change.gain, change.low, change.high)
@@ -174,7 +174,7 @@ def _compared(change: Change) -> str:
     interval = f"95 % interval {show_between(metric, change.low, change.high)}"
     if change.low > 0 or change.high < 0 or not change.gain:
         return f"{start}: {gained} ({interval})"
-    nothing = "÷ 1" if metric == "perplexity" else "zero"
+    nothing = "÷ 1" if is_factor(metric) else "zero"
     return f"{start}: {gained}, but that may be chance ({interval} contains {nothing})"
 
 

@@ -27,8 +27,10 @@ from pydantic import ValidationError
 from rayfin.config import DataConfig, ModelConfig, Section, TrainConfig
 from rayfin.errors import HistoryError
 from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
-from rayfin.history.record import QUALITY_METRICS, Status, TrialRecord, finite
+from rayfin.history.record import TrialRecord, finite
 from rayfin.methods import METHODS
+from rayfin.metrics import METRICS, score_names
+from rayfin.statuses import FAILED, Status
 
 _SECTIONS: dict[str, type[Section]] = {
     "model": ModelConfig,
@@ -45,19 +47,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
     "train.learning_rate": ("lr",),
     "train.per_device_train_batch_size": ("batch_size",),
     "train.max_steps": ("steps", "num_steps"),
-    "metrics.eval_loss": (
-        *("test_loss", "val_loss", "valid_loss", "validation_loss"),
-        *("eval_nll", "test_nll", "val_nll", "valid_nll", "validation_nll", "nll"),
-    ),
-    "metrics.train_loss": ("train_nll", "training_loss"),
-    "metrics.perplexity": ("ppl", "eval_perplexity", "test_perplexity", "eval_ppl", "test_ppl"),
-    "metrics.exact_match": ("em", "accuracy", "acc", "test_accuracy", "eval_accuracy"),
-    "metrics.token_accuracy": ("mean_token_accuracy", "eval_mean_token_accuracy"),
-    "metrics.train_seconds": ("train_time", "train_runtime", "train_minutes", "train_hours"),
-    "metrics.wall_seconds": ("wall_time", "wall_minutes", "wall_hours", "total_time", "runtime"),
-    "metrics.tokens_per_second": ("tok_per_s", "tokens_per_sec", "throughput"),
-    "metrics.peak_memory_bytes": ("peak_memory_mb", "peak_memory_gb", "max_memory_gb", "memory_gb"),
-    "metrics.trainable_parameters": ("trainable_params", "num_trainable_params"),
+    **{f"metrics.{name}": it.synonyms for name, it in METRICS.items() if it.synonyms},
     "scenario.model.parameters": ("num_parameters", "model_parameters", "total_parameters"),
     "scenario.hardware.device_name": ("device_name", "gpu", "accelerator"),
     "status": ("state",),
@@ -116,9 +106,9 @@ def _columns(path: Path, header: list[str]) -> list[tuple[str, str]]:
     for name in sorted(names, key=lambda name: ranks.get(name, len(ranks))):
         if name in known and known[name] not in taken.values():
             taken[name] = known[name]
-    if not any(f"metrics.{metric}" in taken.values() for metric in QUALITY_METRICS):
+    if not any(f"metrics.{metric}" in taken.values() for metric in score_names()):
         raise HistoryError(
-            f"'{path}' has no column for {' or '.join(QUALITY_METRICS)}, its columns are "
+            f"'{path}' has no column for {' or '.join(score_names())}, its columns are "
             f"{', '.join(names) or 'none'}; rename one"
         )
     return [(name, taken.get(name, "extra")) for name in names]
@@ -179,14 +169,11 @@ def _metrics(given: Mapping[tuple[str, str], str]) -> tuple[dict[str, Any], str 
         metric = target.removeprefix("metrics.")
         value = _number(name, text)
         if not math.isfinite(value):
-            diverged = (
-                f"diverged: {name} is {text}" if metric in ("eval_loss", "train_loss") else diverged
-            )
+            diverged = f"diverged: {name} is {text}" if METRICS[metric].diverges else diverged
             continue
         unit = next((factor for suffix, factor in _UNITS.items() if name.endswith(suffix)), None)
         value = value if unit is None else value * unit
-        whole = metric in ("peak_memory_bytes", "trainable_parameters")
-        metrics[metric] = int(value) if whole else float(value)
+        metrics[metric] = int(value) if METRICS[metric].whole else float(value)
     if "wall_seconds" in metrics:
         metrics.setdefault("train_seconds", metrics["wall_seconds"])
     return metrics, diverged
@@ -239,7 +226,7 @@ def _status(values: Mapping[str, str], diverged: str | None) -> tuple[Status, st
         status, error = "failed", error or diverged
     if status == "failed" and error and ran_out_of_memory(error):
         status = "oom"
-    if status in ("failed", "oom"):
+    if status in FAILED:
         return status, error or diverged or word
     return status, error if status == "stopped" else None
 

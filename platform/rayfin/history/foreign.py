@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from rayfin.history.record import Status, TrialRecord
+from rayfin.history.record import TrialRecord
 from rayfin.methods import METHODS
+from rayfin.statuses import Status
 
 
 def method_name(name: str) -> str:

@@ -19,8 +19,9 @@ from typing import Any
 
 from rayfin.errors import HistoryError
 from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
-from rayfin.history.record import Status, TrialRecord, finite
+from rayfin.history.record import TrialRecord, finite
 from rayfin.methods import METHODS
+from rayfin.statuses import Status
 
 _TRAIN = {
     "batch_size": "per_device_train_batch_size",

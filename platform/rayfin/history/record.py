@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from pydantic import (
     AwareDatetime,
@@ -19,13 +19,9 @@ from pydantic import (
 )
 
 from rayfin.errors import HistoryError
+from rayfin.metrics import score_names
 from rayfin.redaction import redact
-
-Status = Literal["running", "interrupted", "finished", "stopped", "failed", "oom"]
-STATUSES: tuple[Status, ...] = get_args(Status)
-
-# Any of these says how good an imported trial was; rayfin's own trials always have eval_loss.
-QUALITY_METRICS = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
+from rayfin.statuses import FAILED, Status
 
 SERVING = "serving_"
 """Metrics that begin so were measured while the trial's adapter was served, and change."""
@@ -128,7 +124,7 @@ class TrialRecord(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         who = f"trial '{self.trial_id}'"
-        if self.status in ("failed", "oom") and not self.error:
+        if self.status in FAILED and not self.error:
             raise HistoryError(
                 f"{who}: status is '{self.status}' without an error; say what went wrong"
             )
@@ -138,7 +134,8 @@ class TrialRecord(BaseModel):
                 "set status to failed, oom or stopped, or leave the error out"
             )
         if self.status == "finished":
-            allowed = QUALITY_METRICS if self.scenario.get("source") else ("eval_loss",)
+            # Rayfin's own trials always have eval_loss.
+            allowed = score_names() if self.scenario.get("source") else ("eval_loss",)
             if not any(_is_number(self.metrics.get(name)) for name in allowed):
                 raise HistoryError(
                     f"{who}: status is 'finished' without a number for {' or '.join(allowed)}; "

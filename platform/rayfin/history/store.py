@@ -13,8 +13,9 @@ from sqlalchemy import URL, Connection, Engine, Row, Select, extract, func, sele
 
 from rayfin.errors import HistoryError, did_you_mean
 from rayfin.history.connect import connect, lock_writers, parse_url, shown, translated, writing
-from rayfin.history.record import STATUSES, Status, TrialRecord, finite
+from rayfin.history.record import TrialRecord, finite
 from rayfin.history.tables import TRIALS
+from rayfin.statuses import STATUSES, Status
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rayfin.collector import collector_paused
 from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.heartbeat import pause, watched
+from rayfin.statuses import FAILED
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, choose
 from rayfin.training.streams import read_on_ray
@@ -92,7 +93,7 @@ def _train(
             group=group,
             warned=lambda: ray.train.get_preemption_info() is not None,
         )
-    failed = result.status in ("failed", "oom")
+    failed = result.status in FAILED
     if rank == 0 or failed:
         hand_in(result)
     if failed:

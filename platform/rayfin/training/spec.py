@@ -7,12 +7,11 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
 from rayfin.paths import StoragePath
-
-Status = Literal["running", "finished", "stopped", "failed", "oom"]
+from rayfin.statuses import Status
 
 MEMORY_MONITOR = "running low on memory"
 """Words by which Ray says that it ended a process before its machine ran out of memory."""

@@ -21,6 +21,7 @@ from rayfin.methods import attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
 from rayfin.paths import StoragePath, left_unfinished, write_directory_whole, write_text
+from rayfin.statuses import Status
 from rayfin.training.checkpoint import (
     clear_checkpoints,
     latest_checkpoint,
@@ -29,7 +30,7 @@ from rayfin.training.checkpoint import (
     vouch,
 )
 from rayfin.training.memory import PeakMemory, release_memory
-from rayfin.training.spec import Report, Status, TrialResult, TrialSpec
+from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout
 from rayfin.training.trial_cache import TrialCache, pad_token_id
 

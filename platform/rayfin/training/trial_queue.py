@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rayfin.errors import StorageError
 from rayfin.paths import StoragePath, write_json
+from rayfin.statuses import FAILED
 from rayfin.training.spec import TrialResult, TrialSpec
 
 _WRITE_SECONDS = 60.0
@@ -83,7 +84,7 @@ class TrialQueue:
     async def hand_in(self, rank: int, result: TrialResult) -> bool:
         """The caller's word on `result`: whether to go on."""
         hopeless = False
-        if result.status in ("failed", "oom"):
+        if result.status in FAILED:
             self._failed.add(rank)
             # Where one was killed, the others fail for want of it: that is worth another attempt.
             hopeless = result.status == "oom" or len(self._failed) == self._workers

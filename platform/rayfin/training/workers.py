@@ -36,8 +36,9 @@ from rayfin.data import Corpus
 from rayfin.errors import StorageError, TrialError, TrialHung
 from rayfin.heartbeat import busy, last_words
 from rayfin.paths import StoragePath
+from rayfin.statuses import SCORED, Status
 from rayfin.training.member import trace_of, work
-from rayfin.training.spec import MEMORY_MONITOR, Report, Status, TrialResult, TrialSpec
+from rayfin.training.spec import MEMORY_MONITOR, Report, TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout
 from rayfin.training.trial_queue import GroupEnded, Job, TrialQueue, WorkerReport
 
@@ -166,7 +167,7 @@ class WorkerGroup:
                 self._queue.answer.remote(event.ticket, go_on)
             else:
                 self._queue.answer.remote(event.ticket, True)
-                if event.result.status in ("finished", "stopped"):
+                if event.result.status in SCORED:
                     return event.result
                 # What follows is its consequence, but for the memory that ran out beside it.
                 if result is None or "oom" == event.result.status != result.status:

@@ -9,6 +9,7 @@ from typing import Any
 from rayfin.config import Config, Space
 from rayfin.errors import RayfinError
 from rayfin.history import TrialRecord
+from rayfin.statuses import SCORED
 from rayfin.training.combination import check_combination
 from rayfin.tuning.space import trial_config, values_in
 
@@ -49,8 +50,7 @@ def _best(config: Config, rows: Sequence[TrialRecord]) -> list[TrialRecord]:
     scored = [
         row
         for row in rows
-        if row.status in ("finished", "stopped")
-        and isinstance(row.metrics.get(metric), int | float)
+        if row.status in SCORED and isinstance(row.metrics.get(metric), int | float)
     ]
     if len({row.metrics[metric] for row in scored}) < 2:
         return []  # none is better than another

@@ -11,27 +11,16 @@ from rich.text import Text
 
 from rayfin.config import Config
 from rayfin.history import TrialRecord
+from rayfin.metrics import METRICS, Score
+from rayfin.metrics import Column as MetricColumn
+from rayfin.statuses import STATUS_COLOURS, UNFINISHED
 from rayfin.tables import Cell, Column, Rows
 from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.space import values_in
 
-_COLOURS = {
-    "running": "cyan",
-    "interrupted": "yellow",
-    "finished": "green",
-    "stopped": "yellow",
-    "failed": "red",
-    "oom": "red",
-}
 MISSING = "–"
 """In place of a setting that a trial's method doesn't have."""
-_METRICS = {
-    "eval_loss": ("eval_loss", 1),
-    "exact_match": ("exact_match", 1),
-    "tokens_per_second": ("tokens/s", 3),
-}
-"""Metric -> its header, and how early its column leaves a narrow table."""
 
 
 class ProgressDisplay:
@@ -114,14 +103,12 @@ class ProgressDisplay:
 
     def _line(self, row: TrialRecord) -> str:
         cells = [self._head(row, row.status)]
-        cells += [f"{name} {_number(row, name)}" for name in _METRICS if name in row.metrics]
+        cells += [f"{name} {_number(row, name)}" for name, _ in _columns() if name in row.metrics]
         if row.error:
             cells.append(row.error)
         if "recalled_from" in row.scenario:
             cells.append(f"from the history ({row.scenario['recalled_from']})")
-        elif (
-            row.status not in ("running", "interrupted") and (eta := self.eta_seconds()) is not None
-        ):
+        elif row.status not in UNFINISHED and (eta := self.eta_seconds()) is not None:
             cells.append(f"ETA {_duration(eta)}")
         return "  ".join(cell for cell in cells if cell)
 
@@ -139,7 +126,8 @@ class ProgressDisplay:
 
 def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = "") -> Rows:
     """All trials of a sweep, one a line."""
-    axes = list(config.sweep.parameters)
+    sweep = config.sweep
+    axes = list(sweep.parameters)
     notes = [row.error or _origin(row) for row in rows]
     columns = [
         Column("#", right=True),
@@ -147,8 +135,8 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
         *(Column(axis.partition(".")[2], right=True, folds=True) for axis in axes),
         Column("step", right=True, leaves=2),
         *(
-            Column(name, right=True, leaves=0 if metric == config.sweep.metric else leaves)
-            for metric, (name, leaves) in _METRICS.items()
+            Column(shown.header, right=True, leaves=0 if metric == sweep.metric else shown.leaves)
+            for metric, shown in _columns()
         ),
         *([Column("note", folds=True, leaves=1)] if any(notes) else []),
     ]
@@ -158,10 +146,10 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
         cells.append(
             [
                 str(number),
-                Text(row.status, style=_COLOURS[row.status]),
+                Text(row.status, style=STATUS_COLOURS[row.status]),
                 *(_value(values[axis]) if axis in values else MISSING for axis in axes),
                 f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
-                *(_number(row, name) for name in _METRICS),
+                *(_number(row, name) for name, _ in _columns()),
                 *([note[:60]] if any(notes) else []),
             ]
         )
@@ -179,10 +167,13 @@ def few_settings(config: Config, distinct: int) -> str | None:
 def evaluation_line(result: TrialResult, max_steps: int) -> str:
     """How a trial stands: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`."""
     metrics = result.metrics
-    return (
-        f"step {metrics['steps']}/{max_steps}  eval_loss {metrics['eval_loss']:.4f}  "
-        f"exact_match {metrics['exact_match']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
-    )
+    told = [f"step {metrics['steps']}/{max_steps}"]
+    for name, column in _columns():
+        if name in metrics:
+            text = METRICS[name].in_line(metrics[name])
+            score = isinstance(METRICS[name], Score)
+            told.append(f"{column.header} {text}" if score else f"{text} {column.header}")
+    return "  ".join(told)
 
 
 def settings(config: Config, row: TrialRecord) -> str:
@@ -197,8 +188,13 @@ def _origin(row: TrialRecord) -> str:
     return "from the history" if "recalled_from" in row.scenario else ""
 
 
+def _columns() -> list[tuple[str, MetricColumn]]:
+    """The metrics that are shown while trials run, with how each is."""
+    return [(name, metric.progress) for name, metric in METRICS.items() if metric.progress]
+
+
 def _share(row: TrialRecord) -> float:
-    if row.status not in ("running", "interrupted"):
+    if row.status not in UNFINISHED:
         return 1.0
     return float(row.metrics.get("steps", 0)) / float(row.spec["train"]["max_steps"])
 
@@ -207,7 +203,7 @@ def _number(row: TrialRecord, name: str) -> str:
     value = row.metrics.get(name)
     if not isinstance(value, (int, float)):
         return ""
-    return f"{value:.0f}" if name == "tokens_per_second" else f"{value:.4f}"
+    return METRICS[name].in_line(value)
 
 
 def _value(value: object) -> str:

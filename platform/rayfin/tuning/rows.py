@@ -12,10 +12,11 @@ from typing import Any
 
 from rayfin.errors import StorageError, TrialHung
 from rayfin.heartbeat import last_words
-from rayfin.history import History, Status, TrialRecord, now
+from rayfin.history import History, TrialRecord, now
 from rayfin.history.driver import DRIVER, this_driver, undriven
 from rayfin.history.versions import package_versions
 from rayfin.paths import StoragePath
+from rayfin.statuses import Status
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import MEMORY_MONITOR
 from rayfin.tuning.plan import PlannedTrial

@@ -14,6 +14,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from rayfin.config import Config
 from rayfin.history import TrialRecord
+from rayfin.statuses import SCORED
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.space import (
     Choices,
@@ -272,7 +273,7 @@ class HistorySearch:
         self._seen.add(record.fingerprint)
         parameters = encode(self._plan.config, values_in(self._plan.config, record.spec))
         value = record.metrics.get(self.metric)
-        if record.status not in ("finished", "stopped"):
+        if record.status not in SCORED:
             value = None
         recalled = "recalled_from" in record.scenario
         number = None if value is None else float(value)

@@ -12,6 +12,7 @@ from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import note_lost
 from rayfin.paths import Storage, StoragePath
+from rayfin.statuses import ENDED, SCORED, UNFINISHED
 from rayfin.tuning.alone import alone
 from rayfin.tuning.edges import edge_notes
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
@@ -27,8 +28,6 @@ Advise = Callable[[SweepPlan], Advisor | None]
 
 Refuse = Callable[[SweepPlan, PlannedTrial], str | None]
 """Why a trial can't run on this machine; None where it may."""
-
-_ENDED = ("finished", "stopped", "failed", "oom")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _run(
 
 def _has_ended(row: TrialRecord) -> bool:
     """Whether a resumed sweep leaves it as it is; one that was refused is judged again."""
-    return row.status in _ENDED and not was_refused(row)
+    return row.status in ENDED and not was_refused(row)
 
 
 def best_trial(rows: Sequence[TrialRecord], metric: str, mode: str) -> TrialRecord | None:
@@ -185,8 +184,8 @@ def _tidy(plan: SweepPlan, history: History) -> None:
     Lets go of the checkpoints of trials that will not be carried on.
     """
     for row in history.trials(sweep_id=plan.sweep_id):
-        if row.status in ("running", "interrupted"):
+        if row.status in UNFINISHED:
             history.put(ended(row, "stopped", "interrupted, and not carried on"))
     for row in history.trials(sweep_id=plan.sweep_id):
-        if row.status in ("finished", "stopped"):
+        if row.status in SCORED:
             let_checkpoints_go(row)

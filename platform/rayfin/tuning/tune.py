@@ -17,6 +17,7 @@ from rayfin.config import Config
 from rayfin.errors import HardwareError, StorageError
 from rayfin.heartbeat import busy
 from rayfin.history import History, TrialRecord
+from rayfin.metrics import score_of
 from rayfin.training.strategies import WorkerLayout, needs_group
 from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
@@ -234,15 +235,12 @@ def scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:
         reduction_factor=sweep.reduction_factor,
         stop_last_trials=False,
     )
-    sign = -1.0 if sweep.direction == "min" else 1.0
+    metric = score_of(sweep.metric)
     for row in known:
         trial: Any = SimpleNamespace(trial_id=row.trial_id)
         for point in row.curve:
-            value = point.get(sweep.metric)
-            if sweep.metric == "perplexity" and "eval_loss" in point:
-                value = math.exp(min(point["eval_loss"], 700.0))  # curves hold the loss only
-            if value is not None:
-                asha._brackets[0].on_result(trial, point["step"], sign * value)
+            if (value := metric.at(point)) is not None:
+                asha._brackets[0].on_result(trial, point["step"], -metric.sign * value)
     return asha
 
 

@@ -17,6 +17,7 @@ from rayfin.data import Corpus
 from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import describe_hardware
 from rayfin.heartbeat import pause, watched
+from rayfin.statuses import FAILED
 from rayfin.training.spec import Report, TrialLeft, TrialResult
 from rayfin.training.strategies import WorkerLayout
 from rayfin.tuning.plan import PlannedTrial
@@ -241,6 +242,6 @@ class GroupTrainable(_TrialTrainable):
 
 def _numbers(result: TrialResult) -> dict[str, float]:
     """The metrics at the top level, where Tune's schedulers look; none for a failed trial."""
-    if result.status in ("failed", "oom"):
+    if result.status in FAILED:
         return {}
     return {k: v for k, v in result.metrics.items() if isinstance(v, (int, float))}
