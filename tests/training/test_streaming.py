@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from rayfin.config import DataConfig, ModelConfig
-from rayfin.data import chunks, load_corpus, survey_corpus, tokenize_corpus
+from rayfin.data import file_ranges, load_corpus, survey_corpus, tokenize_corpus
 from rayfin.data.examples import NO_LOSS, Example
-from rayfin.data.stream import Stream, pieces_of, read_here
+from rayfin.data.stream import Stream, plan_sample_ranges
+from rayfin.data.stream_reader import read_in_process
 from rayfin.errors import DataError
 from rayfin.models import load_tokenizer
 from rayfin.training import TrialSpec
@@ -41,8 +42,8 @@ def written(path: Path, content: list[Any]) -> str:
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DataConfig:
-    """In many chunks."""
-    monkeypatch.setattr(chunks, "_LEAST_BYTES", 1000)
+    """Data in many file ranges."""
+    monkeypatch.setattr(file_ranges, "_MIN_BYTES", 1000)
     return DataConfig(path=written(tmp_path / "a.jsonl", rows(500)), streaming=True)
 
 
@@ -60,14 +61,14 @@ def read(
     config: DataConfig, tokenizer: Any, lanes: list[int], first: int, last: int, of: int = 4
 ) -> list[tuple[int, str]]:
     stream = stream_of(config)
-    pieces = pieces_of(stream, lanes=lanes, of=of, seed=1, first=first, last=last)
-    samples = read_here(tokenizer)(stream, pieces, 1, config.max_length)
+    ranges = plan_sample_ranges(stream, lanes=lanes, of=of, seed=1, first=first, last=last)
+    samples = read_in_process(tokenizer)(stream, ranges, 1, config.max_length)
     return [(lane, tokenizer.decode(sample["input_ids"])) for lane, sample in samples]
 
 
 def test_an_epoch_has_every_training_sample_once(data: DataConfig, tokenizer: Any) -> None:
     corpus = load_corpus(data)
-    assert corpus.stream is not None and len(corpus.stream.chunks) > 12
+    assert corpus.stream is not None and len(corpus.stream.ranges) > 12
     trained = sum(corpus.stream.rows)
     assert trained + len(corpus.eval) == 500 and len(corpus.eval) == 50
     for lanes in (1, 4):
@@ -96,16 +97,16 @@ def test_a_lane_that_is_opened_anywhere_goes_on_as_it_would_have(
 
 def test_samples_come_as_they_are_needed(data: DataConfig) -> None:
     """So no lane's samples pile up while another's are waited for."""
-    pieces = pieces_of(stream_of(data), lanes=range(4), of=4, seed=0, first=5, last=400)
-    assert [piece.step for piece in pieces] == sorted(piece.step for piece in pieces)
+    ranges = plan_sample_ranges(stream_of(data), lanes=range(4), of=4, seed=0, first=5, last=400)
+    assert [each.step for each in ranges] == sorted(each.step for each in ranges)
     for lane in range(4):
-        own = [piece for piece in pieces if piece.lane == lane]
-        ends = [piece.step + piece.stop - piece.start for piece in own]
+        own = [each for each in ranges if each.lane == lane]
+        ends = [each.step + each.stop - each.start for each in own]
         assert own[0].step == 5 and ends[-1] == 400
-        assert [piece.step for piece in own[1:]] == ends[:-1], "without a gap"
+        assert [each.step for each in own[1:]] == ends[:-1], "without a gap"
 
 
-def test_fewer_chunks_than_lanes(tmp_path: Path, tokenizer: Any) -> None:
+def test_fewer_ranges_than_lanes(tmp_path: Path, tokenizer: Any) -> None:
     path = written(tmp_path / "few.jsonl", rows(8))
     seen = read(DataConfig(path=path, streaming=True), tokenizer, [0, 1, 2, 3], 0, 20)
     assert Counter(lane for lane, _ in seen) == dict.fromkeys(range(4), 20)
@@ -142,8 +143,8 @@ def test_weights_and_columns_are_streamed_as_they_are_held(tmp_path: Path, token
     stream = stream_of(config)
     assert load_corpus(config).notes == held.notes
     assert "not trained on: id; where" in held.notes[0]
-    pieces = pieces_of(stream, lanes=[0], of=1, seed=0, first=0, last=sum(stream.rows))
-    labels = [sample["labels"] for _, sample in read_here(tokenizer)(stream, pieces, 0, 256)]
+    ranges = plan_sample_ranges(stream, lanes=[0], of=1, seed=0, first=0, last=sum(stream.rows))
+    labels = [sample["labels"] for _, sample in read_in_process(tokenizer)(stream, ranges, 0, 256)]
     assert sorted(labels) == sorted(
         sample["labels"] for sample in tokenize_corpus(held, tokenizer, 256).train
     )
@@ -151,7 +152,7 @@ def test_weights_and_columns_are_streamed_as_they_are_held(tmp_path: Path, token
 
 
 def test_how_much_is_held_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rayfin.data.survey.MOST_HELD_OUT", 20)
+    monkeypatch.setattr("rayfin.data.survey.MAX_HELD_OUT", 20)
     path = written(tmp_path / "b.jsonl", rows(500))
     assert len(load_corpus(DataConfig(path=path, streaming=True, val_size=0.5)).eval) == 20
     same = [{"prompt": "tell me", "completion": f"story {n}"} for n in range(100)]
@@ -173,10 +174,10 @@ def test_parquet_and_directories(
         written(tmp_path / name / "b.ndjson", rows(100)[50:])
     else:
         pq.write_table(pa.Table.from_pylist(rows(100)), tmp_path / name, row_group_size=13)
-    monkeypatch.setattr(chunks, "_LEAST_BYTES", 1000)
+    monkeypatch.setattr(file_ranges, "_MIN_BYTES", 1000)
     config = DataConfig(path=str(tmp_path / name), streaming=True)
     stream = stream_of(config)
-    assert sum(stream.rows) == 90 and len(stream.chunks) > 3
+    assert sum(stream.rows) == 90 and len(stream.ranges) > 3
     texts = {text for _, text in read(config, tokenizer, [0], 0, 90, of=1)}
     assert len(texts) == 90
 
@@ -184,7 +185,7 @@ def test_parquet_and_directories(
 def test_of_a_data_set_with_splits_all_of_train_is_read_and_nothing_of_test(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "_LEAST_BYTES", 1000)
+    monkeypatch.setattr(file_ranges, "_MIN_BYTES", 1000)
     (tmp_path / "set").mkdir()
     written(tmp_path / "set" / "train.jsonl", rows(100))
     written(tmp_path / "set" / "test.jsonl", rows(120)[100:])
@@ -245,8 +246,8 @@ def test_a_sample_without_its_answer_takes_its_place_and_no_time(
         path=written(tmp_path / "a.jsonl", rows(40) + long), streaming=True, max_length=128
     )
     stream = stream_of(config)
-    pieces = pieces_of(stream, lanes=[0], of=1, seed=0, first=0, last=sum(stream.rows))
-    samples = [sample for _, sample in read_here(tokenizer)(stream, pieces, 0, 128)]
+    ranges = plan_sample_ranges(stream, lanes=[0], of=1, seed=0, first=0, last=sum(stream.rows))
+    samples = [sample for _, sample in read_in_process(tokenizer)(stream, ranges, 0, 128)]
     without = [sample for sample in samples if set(sample["labels"]) == {NO_LOSS}]
     assert len(samples) == sum(stream.rows) and 10 < len(without) <= 20
     assert {len(sample["input_ids"]) for sample in without} == {2}

@@ -14,7 +14,7 @@ import pytest
 
 from rayfin.config import DataConfig
 from rayfin.data import Corpus, Example, load_corpus
-from rayfin.data.corpus import hold_out
+from rayfin.data.load import hold_out
 from rayfin.errors import DataError
 
 QUESTIONS = [(f"question {i}", f"answer {i}") for i in range(6)]

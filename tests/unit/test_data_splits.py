@@ -229,7 +229,7 @@ def test_bad_rows_of_the_evaluated_split_are_named_and_counted(tmp_path: Path) -
 def test_of_streamed_data_a_sample_is_evaluated_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayfin.data.survey.MOST_HELD_OUT", 20)
+    monkeypatch.setattr("rayfin.data.survey.MAX_HELD_OUT", 20)
     write(tmp_path, "train.jsonl", rows("train", 300))
     write(tmp_path, "test.jsonl", rows("test", 100))
     corpus = load(tmp_path, streaming=True)

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from rayfin.data import Corpus, Example, TokenizedSample, render_prompt, tokenize_corpus
-from rayfin.data.tokens import tokenize_examples
+from rayfin.data.tokenization import tokenize_examples
 from rayfin.errors import DataError
 
 CHATML = (

@@ -13,8 +13,8 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.data import Corpus, Example, render_prompt, tokenize_corpus, turn_end
-from rayfin.data.ends import taught_ends
-from rayfin.data.tokens import tokenize_examples
+from rayfin.data.learned import learned_ends
+from rayfin.data.tokenization import tokenize_examples
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import END_OF_TURN, Ends, end_token_ids
 from rayfin.serving.api.own_files import OwnFiles
@@ -99,7 +99,7 @@ def test_the_end_is_the_first_token_that_is_learned_after_the_answer(
     learned = tokenizer.convert_ids_to_tokens([i for i in sample["labels"] if i != -100])
     after = learned[learned.index("o") + 1 :]
     assert next(token for token in after if token != "Ċ") == end
-    taught = taught_ends([Example(messages=(USER, ANSWER))], [sample], tokenizer)
+    taught = learned_ends([Example(messages=(USER, ANSWER))], [sample], tokenizer)
     assert ended(tokenizer, taught) == [end]
 
 

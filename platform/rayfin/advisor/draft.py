@@ -135,7 +135,7 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
 
 
 def _lengths(config: Config, corpus: Corpus) -> SampleLengths:
-    from rayfin.data.tokens import tokenize_examples
+    from rayfin.data.tokenization import tokenize_examples
 
     some = [*corpus.train[:_SAMPLED], *corpus.eval[: _SAMPLED // 4]]
     tokens = tokenize_examples(some, load_tokenizer(config.model))

@@ -1,11 +1,13 @@
-"""Rows in any common format -> examples -> tokens with a loss mask; and the data's profile."""
+"""Read rows of any common format, make examples and then tokens with a loss mask of them, and
+profile the data."""
 
-from rayfin.data.corpus import load_corpus
-from rayfin.data.examples import BadRow, ChatTurn, Corpus, Example, TokenizedSample
+from rayfin.data.corpus import Corpus
+from rayfin.data.examples import BadRow, ChatTurn, Example, TokenizedSample
+from rayfin.data.load import load_corpus
 from rayfin.data.profile import DataProfile
 from rayfin.data.render import render_prompt, turn_end
 from rayfin.data.survey import survey_corpus
-from rayfin.data.tokens import (
+from rayfin.data.tokenization import (
     TokenizedCorpus,
     check_lengths,
     needs_length_check,

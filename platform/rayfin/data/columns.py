@@ -1,6 +1,6 @@
-"""Which columns of a row, and which keys of a turn, are used, refused, or named as not used.
+"""Which columns of a row and which keys of a turn are used, refused, or reported as unused.
 
-This is the one place that says so. What is not in these tables is not used, and reported by name.
+The tables here are the only place that says so. What they don't list is unused, and reported.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""Shape -> the columns it needs, in the order in which a row is tried against them."""
+"""The columns that each format needs, in the order in which formats are tried on a row."""
 
 OPTIONAL: dict[str, tuple[str, ...]] = {
     "preference": ("prompt",),
@@ -31,7 +31,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("system", "history"),
     "text": (),
 }
-"""Shape -> the columns it uses where a row has them."""
+"""The columns that each format uses where a row has them."""
 
 OTHER_NAMES: dict[str, dict[str, str]] = {
     "messages": {"system_prompt": "system"},
@@ -45,13 +45,13 @@ OTHER_NAMES: dict[str, dict[str, str]] = {
         "system_prompt": "system",
     },
 }
-"""Shape -> another name of a column -> the column. It counts only where the column has no value."""
+"""For each format, other names of columns; one counts only where its column has no value."""
 
 TURN_KEYS = (("role", "content"), ("from", "value"))
-"""What tells who speaks in a turn, and what tells the words."""
+"""The pairs of keys that hold a turn's speaker and its text."""
 
 LEARN_KEYS = ("weight", "train", "loss", "loss_weight")
-"""Keys of a turn whose 0 (or false) says that it is not to be learned."""
+"""The keys of a turn whose value 0 (or false) excludes the turn from the loss."""
 
 SPEAKERS = {
     "system": "system",
@@ -80,62 +80,64 @@ _PARTIAL = "only whole turns can be left out of the learning (weight: 0)"
 _CHOICES = "is a part of the question that this format has no place for; put it into the question"
 
 
-def _each(reason: str, names: str) -> dict[str, str]:
+def _with_reason(reason: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), reason)
 
 
 _MEDIA_NAMES = "image images video videos audio audios"
-_REFUSED = {
-    **_each(_TOOLS, "tools functions tool_calls function_call"),
-    **_each(_MEDIA, _MEDIA_NAMES),
-    **_each(_LABELS, "label kto_tag"),
-    **_each(_PAIRS, "chosen rejected rejected_response rejected_messages rejected_completion"),
-    **_each(_WEIGHTS, "weight sample_weight loss_weight"),
-    **_each(_TEMPLATE, "chat_template chat_template_kwargs"),
+_UNSUPPORTED = {
+    **_with_reason(_TOOLS, "tools functions tool_calls function_call"),
+    **_with_reason(_MEDIA, _MEDIA_NAMES),
+    **_with_reason(_LABELS, "label kto_tag"),
+    **_with_reason(
+        _PAIRS, "chosen rejected rejected_response rejected_messages rejected_completion"
+    ),
+    **_with_reason(_WEIGHTS, "weight sample_weight loss_weight"),
+    **_with_reason(_TEMPLATE, "chat_template chat_template_kwargs"),
 }
-"""Column -> why a row that has it is refused: it would be learned as something else than it is."""
+"""Why a row with one of these columns is refused: it would be learned as what it is not."""
 
-_REFUSED_IN = {
-    "messages": _each("earlier turns belong into messages", "history"),
-    "conversations": _each("earlier turns belong into conversations", "history"),
+_UNSUPPORTED_IN = {
+    "messages": _with_reason("earlier turns belong into messages", "history"),
+    "conversations": _with_reason("earlier turns belong into conversations", "history"),
     "instruction": {
-        **_each(_CHOICES, "choices options"),
+        **_with_reason(_CHOICES, "choices options"),
         "context": "input has a value already; put the two together",
     },
-    "prompt_completion": _each(_CHOICES, "context choices options input"),
+    "prompt_completion": _with_reason(_CHOICES, "context choices options input"),
 }
-_REFUSED_TURN_KEYS = {
-    **_each(_TOOLS, "tool_calls function_call tool_call_id tool_responses"),
-    **_each(_MEDIA, _MEDIA_NAMES),
-    **_each(_REASONING, "reasoning_content reasoning thinking"),
-    **_each(_PARTIAL, "train_detail training_detail train_on_detail loss_mask"),
+_UNSUPPORTED_TURN_KEYS = {
+    **_with_reason(_TOOLS, "tool_calls function_call tool_call_id tool_responses"),
+    **_with_reason(_MEDIA, _MEDIA_NAMES),
+    **_with_reason(_REASONING, "reasoning_content reasoning thinking"),
+    **_with_reason(_PARTIAL, "train_detail training_detail train_on_detail loss_mask"),
 }
 
 TURN_COLUMNS = frozenset(
     {"messages", "conversations", "prompt", "completion", "history"}
     | OTHER_NAMES["prompt_completion"].keys() - {"system_prompt"}
 )
-"""Columns that may hold a list of turns, whose keys have names like `messages.name`."""
+"""The columns that may hold a list of turns, whose keys have names like `messages.name`."""
 
 USED = frozenset(
     {column for need in (*COLUMNS.values(), *OPTIONAL.values()) for column in need}
     | {name for names in OTHER_NAMES.values() for name in names}
 )
-"""Every column that some shape uses."""
+"""All columns that some format uses."""
 
 NAMED = frozenset(
-    USED | _REFUSED.keys() | {name for names in _REFUSED_IN.values() for name in names}
+    USED | _UNSUPPORTED.keys() | {name for names in _UNSUPPORTED_IN.values() for name in names}
 )
-"""Every column that these tables name: its values decide what becomes of a row."""
+"""All columns that these tables name; their values decide what becomes of a row."""
 
 NEEDED = frozenset(
     {column for need in COLUMNS.values() for column in need}
     | OTHER_NAMES["prompt_completion"].keys() - {"system_prompt"}
 )
-"""Columns without which a row has no shape."""
+"""All columns that some format needs."""
 
 NOT_NEEDED = frozenset(("input", "context", "system", "system_prompt", "history"))
-"""Columns that are used where a row has them, and that no shape needs."""
+"""The columns that are used where a row has them, but that no format needs."""
 
 
 _PLAIN = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
@@ -143,44 +145,52 @@ _YAML_WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 
 
 class RowProblem(ValueError):
-    """Why a row can't be used, in words that follow `FILE:LINE: `."""
+    """A row can't be used; the message follows `FILE:LINE: `."""
 
 
-class Refused(RowProblem):
-    """Why a row of a known shape is not learned: it holds what can't be trained on."""
+class UnsupportedContent(RowProblem):
+    """A row of a known format holds something that can't be trained on."""
 
 
 @dataclass
-class Reading:
-    """What reading a row is to ignore, and what of the row it did not use."""
+class RowReader:
+    """Picks the columns and keys of one row that a format uses, and records the others."""
 
     ignore: frozenset[str] = frozenset()
+    """The columns, and keys of turns, that are ignored."""
     unused: set[str] = field(default_factory=set)
-    refused: dict[str, str] = field(default_factory=dict)
-    """What of it can't be trained on, by name, and why."""
+    """The names that the row has and that are not used."""
+    unsupported: dict[str, str] = field(default_factory=dict)
+    """The names whose content can't be trained on, with the reasons."""
     other_names: dict[str, str] = field(default_factory=dict)
-    """Column -> the other name that it has in this row."""
+    """The columns that have another name in this row, with that name."""
 
-    def written(self, column: str) -> str:
-        """The name that a column has in this row, for what is told of it."""
+    def name_in_row(self, column: str) -> str:
+        """Return the name that a column has in this row, for messages."""
         return self.other_names.get(column, column)
 
-    def refusal(self, otherwise: RowProblem | None = None) -> Refused:
-        """All that is refused of the row, and what is left to do.
+    def unsupported_error(self, otherwise: RowProblem | None = None) -> UnsupportedContent:
+        """Return the error that lists all unsupported names of the row, with the remedy.
 
-        `otherwise`: what is wrong with the rest.
+        `otherwise` is what is wrong with the rest of the row.
         """
-        names, reasons = " and ".join(self.refused), "; ".join(dict.fromkeys(self.refused.values()))
+        names, reasons = (
+            " and ".join(self.unsupported),
+            "; ".join(dict.fromkeys(self.unsupported.values())),
+        )
         if otherwise is None:
-            return Refused(
-                f"{names}: {reasons}; {ignoring(self.refused)} trains on the rest of the row"
+            return UnsupportedContent(
+                f"{names}: {reasons}; {ignore_setting(self.unsupported)} trains on the rest of the "
+                "row"
             )
-        return Refused(f"{names}: {reasons}; nor can what remains be learned: {otherwise}")
+        return UnsupportedContent(
+            f"{names}: {reasons}; nor can what remains be learned: {otherwise}"
+        )
 
     def columns(self, row: Mapping[str, Any], shape: str) -> dict[str, Any]:
-        """The columns that `shape` uses and that hold something, by their proper names.
+        """Return the row's values for the columns that `shape` uses, without blank ones.
 
-        Notes what is not used, and what is refused. Raises RowProblem for a column that is missing.
+        Records what is unused or unsupported. Raises RowProblem for a missing column.
         """
         needed = COLUMNS[shape]
         known = {*needed, *OPTIONAL[shape]}
@@ -202,16 +212,18 @@ class Reading:
                 f"found {have}"
             )
         for name in [name for name in found if name not in known]:
-            if (why := _REFUSED_IN.get(shape, {}).get(name) or _REFUSED.get(name)) is not None:
-                self.refused[name] = why
+            if (
+                why := _UNSUPPORTED_IN.get(shape, {}).get(name) or _UNSUPPORTED.get(name)
+            ) is not None:
+                self.unsupported[name] = why
             self.unused.add(name)
             del found[name]
         return found
 
     def keys(self, turn: Mapping[str, Any], where: str, used: Container[str]) -> dict[str, Any]:
-        """The keys of a turn, or of a part of its content, that are used; as `columns` does it.
+        """Return the used keys of a turn, or of a part of its content, and record the others.
 
-        `where` is the column, so that keys are named alike in all rows.
+        `where` is the name of the column, so that keys have the same names in all rows.
         """
         found = {}
         for key, value in turn.items():
@@ -224,14 +236,14 @@ class Reading:
             if key in used:
                 found[key] = value
             elif not is_blank(value, text=True):
-                if key in _REFUSED_TURN_KEYS:
-                    self.refused[name] = _REFUSED_TURN_KEYS[key]
+                if key in _UNSUPPORTED_TURN_KEYS:
+                    self.unsupported[name] = _UNSUPPORTED_TURN_KEYS[key]
                 self.unused.add(name)
         return found
 
 
-def ignoring(names: Iterable[str]) -> str:
-    """The setting that ignores these columns and keys, as a shell takes it."""
+def ignore_setting(names: Iterable[str]) -> str:
+    """Return the setting that ignores these columns and keys, quoted for a shell."""
     listed = sorted(names)
     if all(_PLAIN.fullmatch(name) and name.lower() not in _YAML_WORDS for name in listed):
         return f"data.ignore_columns=[{','.join(listed)}]"
@@ -244,7 +256,7 @@ def ignoring(names: Iterable[str]) -> str:
 
 
 def _all_names(shape: str) -> str:
-    """`prompt (or question, query), completion`: the columns that a shape needs."""
+    """Return the columns that a format needs: `prompt (or question, query), completion`."""
     named = []
     for name in COLUMNS[shape]:
         others = [other for other, of in OTHER_NAMES.get(shape, {}).items() if of == name]
@@ -253,14 +265,14 @@ def _all_names(shape: str) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Whether there is no value: null, or the NaN that pandas writes in its place."""
+    """Whether a value is missing: null, or the NaN that pandas writes in its place."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def is_blank(value: object, *, text: bool = False) -> bool:
-    """Whether a value says nothing: a missing one, white space, or a container of only such.
+    """Whether a value is missing, white space, or a container of such values only.
 
-    `text`: also where it is text that stands for one of them, as cells of a CSV do.
+    With `text`, a string that spells such a value counts too, as in a cell of a CSV.
     """
     if isinstance(value, str):
         return not value.strip() or (text and value.strip() in ("[]", "{}", "null", "NaN"))
@@ -272,7 +284,7 @@ def is_blank(value: object, *, text: bool = False) -> bool:
 
 
 def names_in(row: object) -> Iterator[str]:
-    """All names that data.ignore_columns could have for something in this row."""
+    """Yield every name in this row that data.ignore_columns could list."""
     if not isinstance(row, Mapping):
         return
     for column, value in row.items():
@@ -287,7 +299,7 @@ def names_in(row: object) -> Iterator[str]:
 
 
 def parsed_list(value: object) -> list[Any]:
-    """A list as it is, or from its JSON text; anything else is empty."""
+    """Return a list as it is, or from its JSON text, and an empty list for anything else."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
             value = json.loads(value)

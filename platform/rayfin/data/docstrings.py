@@ -1,7 +1,7 @@
-"""First sentences of the standard library's docstrings: a program that prints them as JSON.
+"""Print the first sentences of the standard library's docstrings as JSON.
 
-It is run by a Python of its own (see `pydocs`), since libraries patch the standard library when
-they are imported, torch and ray among them. So it may import nothing but that library.
+This program is run by a Python of its own (see `pydocs`), since libraries such as torch and ray
+patch the standard library when they are imported. It must import nothing but that library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SIGNATURE = re.compile(r"^[\w.]+\([^\n]*\)( -+>? ?[^\n]*?)?\s*(\n|--|:|$)\s*")
 
 
 def first_sentences(name: str) -> dict[str, str]:
-    """Symbol -> first sentence of its docstring, the module's own name masked in both."""
+    """Return symbol -> first sentence of its docstring, the module's own name masked in both."""
     own_name = re.compile(rf"\b{re.escape(name)}\b", re.IGNORECASE)
     sentences: dict[str, str] = {}
     for symbol, doc in sorted(_documented(importlib.import_module(name))):
@@ -35,7 +35,7 @@ def first_sentences(name: str) -> dict[str, str]:
 
 
 def _documented(module: ModuleType) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of the module's own public classes, methods and functions."""
+    """Yield (qualified name, docstring) of the module's public classes, methods and functions."""
     # vars(), not getattr: looking a deprecated name up would warn.
     members = vars(module)
     for name in members.get("__all__", sorted(members)):

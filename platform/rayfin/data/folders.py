@@ -1,4 +1,4 @@
-"""The splits of a directory: by the names in it, by a hub repository's card, or as it was saved."""
+"""Find the splits of a directory: by names, by a hub repository's card, or as it was saved."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _OTHER_FORMATS = re.compile(
     r"pkl|pickle|db|sqlite|zip|tar|tgz|gz|bz2|xz|zst|7z)",
     re.IGNORECASE,
 )
-"""Names of files that are likely to hold rows, though they are not read."""
+"""Names of files that probably hold rows, but in a format that is not read."""
 
 
 def directory_splits(
     root: Path, *, together: bool = False
 ) -> tuple[list[Split], list[Split], list[str]]:
-    """Returns (the splits that have names, the files that have none, what is to be told).
+    """Return (the splits with names, the files without a split's name, notes).
 
-    Raises DataError where the directory lists files that are not there, and, unless all splits are
-    taken `together`, where a name tells more than one split.
+    Raises DataError where the directory lists missing files, and, unless all splits are joined
+    (`together`), where a name stands for more than one split.
     """
     files = data_below(root)
     saved = _object_of(root / "dataset_dict.json").get("splits")
@@ -60,7 +60,7 @@ def _rank(split: Split) -> int:
 
 
 def data_below(root: Path) -> list[Path]:
-    """Returns the data files below a directory, in order, without metadata and hidden files."""
+    """Return the data files below a directory, sorted, without metadata and hidden files."""
     found: list[Path] = []
     seen = set[str]()  # a link may lead back
     for folder, names, files in os.walk(root, onerror=_cannot_list, followlinks=True):
@@ -93,7 +93,7 @@ def _cannot_list(error: OSError) -> None:
 
 
 def _saved_files(folder: Path, names: set[str]) -> list[Path] | None:
-    """Returns the files of a directory that Dataset.save_to_disk wrote; None of any other."""
+    """Return the files of a directory that Dataset.save_to_disk wrote, or None for any other."""
     if "state.json" not in names:
         return None
     state = _object_of(folder / "state.json")
@@ -112,7 +112,7 @@ def _saved_files(folder: Path, names: set[str]) -> list[Path] | None:
 
 
 def _check_there(source: Path, listed: dict[str, list[Path]]) -> None:
-    """Raises DataError where a split has no file, or one that isn't there."""
+    """Raise DataError where a split has no file, or a missing one."""
     for name, files in listed.items():
         if not files or not all(file.is_file() for file in files):
             raise DataError(
@@ -122,7 +122,7 @@ def _check_there(source: Path, listed: dict[str, list[Path]]) -> None:
 
 
 def _is_metadata(file: Path) -> bool:
-    """Whether a file tells of the data instead of holding it: its content says, not its name."""
+    """Whether a file describes the data rather than holding it, judged by its content."""
     name = file.name
     if name.startswith("cache-") and name.endswith(".arrow"):
         return True  # what the datasets library made of the data
@@ -136,7 +136,7 @@ def _is_metadata(file: Path) -> bool:
 
 
 def _object_of(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; an empty one where there is none."""
+    """Return the object in a JSON file, or an empty one where it has none."""
     try:
         value = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -145,9 +145,9 @@ def _object_of(file: Path) -> dict[str, Any]:
 
 
 def _by_names(root: Path, files: Sequence[Path], together: bool) -> dict[str, list[Path]]:
-    """Returns the splits that names of directories tell, and where these tell none, of files.
+    """Return the splits by the names of directories, or of files where those name no split.
 
-    Where that finds no train split, names of files alone tell.
+    Where that finds no train split, only the names of files count.
     """
     found: dict[str, list[Path]] = {}
     for with_directories in (True, False):
@@ -162,7 +162,7 @@ def _by_names(root: Path, files: Sequence[Path], together: bool) -> dict[str, li
 
 
 def _split_of(file: Path, with_directories: bool, together: bool) -> str | None:
-    """The split of a file by the nearest directory, or else its own name, that tells just one."""
+    """Return the one split that the nearest directory, or else the file's own name, stands for."""
     shard = _SHARD.fullmatch(file.name)
     own = shard["split"] if shard else file.name
     folders = reversed(file.parts[:-1]) if with_directories else ()
@@ -182,7 +182,7 @@ def _split_of(file: Path, with_directories: bool, together: bool) -> str | None:
 
 
 def _by_card(root: Path, files: Sequence[Path], together: bool) -> dict[str, list[Path]]:
-    """Returns the splits that the README.md of a hub repository lists; empty where it has none."""
+    """Return the splits that a hub repository's README.md lists, if any."""
     try:
         card = _CARD.match((root / "README.md").read_text(encoding="utf-8"))
         metadata = yaml.safe_load(card["metadata"]) if card else None
@@ -222,7 +222,7 @@ def _by_card(root: Path, files: Sequence[Path], together: bool) -> dict[str, lis
 
 
 def _patterns(data_files: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Yields (split, patterns of its files) of a card's `data_files`, in any of its forms."""
+    """Yield (split, patterns of its files) of a card's `data_files`, in any of its forms."""
 
     def all_in(value: Any) -> list[Any]:
         return value if isinstance(value, list) else [value]
@@ -236,7 +236,7 @@ def _patterns(data_files: Any) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _matching(root: Path, folder: str, patterns: Sequence[Any]) -> set[Path]:
-    """Returns what the patterns of a card match; raises DataError for one that can't be used."""
+    """Return the files that a card's patterns match; raises DataError for an unusable pattern."""
     found: set[Path] = set()
     for pattern in patterns:
         try:
@@ -255,7 +255,7 @@ def _matching(root: Path, folder: str, patterns: Sequence[Any]) -> set[Path]:
 
 
 def _unread_settings(root: Path) -> list[str]:
-    """Returns what is to be told of LLaMA-Factory's list of data sets, which is not read."""
+    """Return a note on LLaMA-Factory's list of data sets, which is not read, if there is one."""
     sets = _object_of(root / "dataset_info.json")
     entries = [each for each in sets.values() if isinstance(each, dict)]
     if not any({"file_name", "hf_hub_url", "script_url"} & each.keys() for each in entries):
@@ -268,7 +268,7 @@ def _unread_settings(root: Path) -> list[str]:
 
 
 def _unread_formats(root: Path) -> list[str]:
-    """Returns what is to be told of files that look like data and are in no format that is read."""
+    """Return a note on files that look like data in a format that is not read, if there are any."""
     files = [
         file
         for file in sorted(root.rglob("*"))
@@ -282,7 +282,7 @@ def _unread_formats(root: Path) -> list[str]:
 
 
 def _shown(root: Path, files: Sequence[Path]) -> str:
-    """Returns what people call some files of a directory."""
+    """Return a short description of some files of a directory."""
     names = [_printable(file.relative_to(root).as_posix()) for file in files]
     if len(names) <= _MOST_NAMED:
         return listed(names)

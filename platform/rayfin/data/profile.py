@@ -1,4 +1,4 @@
-"""What a data set is like, in numbers that trials on different data can be compared by."""
+"""Describe a data set by numbers by which trials on different data can be compared."""
 
 from __future__ import annotations
 
@@ -6,54 +6,56 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rayfin.data.examples import NO_LOSS, Corpus, TokenizedSample
+from rayfin.data.corpus import Corpus
+from rayfin.data.examples import NO_LOSS, TokenizedSample
 
 
 @dataclass(frozen=True)
 class DataProfile:
-    """Facts about a tokenised corpus; token figures are of both splits, after the cut.
+    """Statistics of a tokenised corpus; token figures cover both splits, after the cut.
 
-    Of a streamed one only the rows are counted; all else is of a sample.
+    For streamed data only the rows are counted; all other figures are those of a sample.
     """
 
     rows_train: int
     rows_eval: int
     skipped_rows: int
-    """Bad rows that were left out."""
+    """The number of bad rows that were left out."""
     shape: str
-    """The format that the rows had."""
+    """The format of the rows, as `data.format` names it."""
     tokens_per_sample_mean: float
     tokens_per_sample_p50: int
     tokens_per_sample_p95: int
     tokens_per_sample_max: int
     completion_share: float
-    """Tokens with loss / tokens."""
+    """The share of tokens with loss."""
     truncated: int
-    """Samples that were cut to max_length."""
+    """The number of samples that were cut to max_length."""
     dropped: int
-    """Samples whose answer was cut off entirely; they are in neither split's rows."""
+    """The number of samples that lost their whole answer; no split counts them as rows."""
     vocabulary_size: int
-    """Distinct tokens."""
+    """The number of distinct tokens."""
     vocabulary_overlap: float
-    """Share of the eval split's distinct tokens that occur in train."""
+    """The share of the eval split's distinct tokens that occur in the train split."""
     type_token_ratio: float
-    """Distinct tokens / tokens."""
+    """Distinct tokens divided by tokens."""
     duplicate_share: float
-    """Share of the samples whose content came before."""
+    """The share of samples that repeat an earlier one."""
     mean_turns: float
-    """User and assistant turns per sample; a plain text is one."""
+    """The mean number of user and assistant turns in a sample; a plain text counts as one."""
     digest: str
-    """Of the corpus' content and split; neither tokenizer nor max_length enter it."""
+    """A hash of the corpus' content and split; neither tokenizer nor max_length enter it."""
     source: str
-    """The same for any subset and split of the data."""
+    """A hash that is the same for every subset and split of the data."""
     eval_split: str
-    """The name of the split that was evaluated on; held_out: rows held out of training."""
+    """The name of the evaluation split, or `held_out` for rows held out of training."""
     eval_rows_in_train: int
-    """Samples evaluated on that are in the training data, too."""
+    """The number of evaluation samples that also occur in the training data."""
     notes: tuple[str, ...]
-    """What whoever brought the data should know of how it was read, a line each."""
+    """What the user should know about how the data was read, one line each."""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the profile as JSON stores it."""
         return asdict(self) | {"notes": list(self.notes)}  # as JSON gives it back
 
 
@@ -65,9 +67,9 @@ def profile_of(
     truncated: int,
     notes: Sequence[str],
 ) -> DataProfile:
-    """The profile of `corpus`, tokenised and cut to `train` and `held_out`.
+    """Return the profile of a corpus that was tokenised and cut to `train` and `held_out`.
 
-    `truncated` samples were cut. `notes`: what is to be told of the tokenising.
+    `truncated` samples were cut; `notes` are the notes on the tokenisation.
     """
     examples = [*corpus.train, *corpus.eval]
     lengths = sorted(len(sample["input_ids"]) for sample in [*train, *held_out])
@@ -108,5 +110,5 @@ def profile_of(
 
 
 def _percentile(ordered: Sequence[int], share: float) -> int:
-    """Nearest rank: a length that a sample really has."""
+    """Return a percentile by the nearest-rank method, so that it is the length of some sample."""
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]

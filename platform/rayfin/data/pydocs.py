@@ -1,7 +1,7 @@
-"""The embedded demo data: which module of Python's standard library has this symbol?
+"""The built-in demonstration data: which module of Python's standard library has this symbol?
 
-Built from the docstrings of the running Python, so it needs no download, holds real text, and is
-the same for everyone with the same Python version.
+It is built from the docstrings of the running Python, so that it needs no download, consists of
+real text, and is the same for everyone with the same Python version.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MODULES = (
     "threading",
     "unittest",
 )
-"""In every build of Python, quick to import, free of side effects, told apart by their words."""
+"""Modules of every build of Python that import fast and are told apart by their words."""
 
 QUESTION = "Answer with the name of the Python module."
 _MOST_PER_MODULE = 48
@@ -42,7 +42,10 @@ _LEAST_PER_MODULE = 10
 
 @functools.cache
 def pydocs_examples() -> tuple[Example, ...]:
-    """At most 48 questions a module, in a fixed order; raises DataError without docstrings."""
+    """Return at most 48 questions per module, in a fixed order.
+
+    Raises DataError where Python was built without docstrings.
+    """
     sentences = _sentences()
     homes = Counter(symbol for symbols in sentences.values() for symbol in symbols)
     examples = tuple(
@@ -62,7 +65,7 @@ def pydocs_examples() -> tuple[Example, ...]:
 
 
 def _sentences() -> dict[str, dict[str, str]]:
-    """Module -> symbol -> sentence, as a Python sees them that has loaded nothing else."""
+    """Return module -> symbol -> sentence, as a Python that has loaded nothing else sees them."""
     program = Path(__file__).with_name("docstrings.py")
     # -I -S: neither the environment nor site-packages can change what is found.
     command = [sys.executable, "-I", "-S", "-W", "ignore", str(program), *MODULES]

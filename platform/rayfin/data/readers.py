@@ -1,4 +1,4 @@
-"""Files as rows; a row that can't be read says why instead of stopping."""
+"""Read files as rows; a row that can't be read holds the reason, and reading goes on."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rayfin.data.arrow import read_arrow
+from rayfin.data.columnar import read_arrow, read_parquet
 from rayfin.data.columns import NEEDED
+from rayfin.data.delimited import read_csv, read_tsv
 from rayfin.data.rows import LONGEST_LINE, Row, is_cut, lines_of, not_utf8, open_source
-from rayfin.data.separated import read_csv, read_tsv
-from rayfin.data.tables import read_parquet
 from rayfin.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -25,12 +24,12 @@ _NEXT_VALUE = re.compile(r"[\s,]*(?=[^\s,])")
 
 
 def read_file(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
-    """Yields the rows of a file; raises DataError where the system can't read it.
+    """Yield the rows of a file; raises DataError where the system can't read it.
 
-    The columns in `ignore` are not read where that saves anything.
+    The columns in `ignore` are not read where that saves work.
     """
     ending = _ending(path)
-    with reading(path):
+    with read_errors(path):
         if ending in _TABLES:
             yield from _TABLES[ending](path, ignore)
         else:
@@ -38,8 +37,8 @@ def read_file(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What the system says of a file that can't be read, as a DataError."""
+def read_errors(path: Path) -> Iterator[None]:
+    """Raise a DataError for what the system raises on a file that can't be read."""
     try:
         yield
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
@@ -67,7 +66,10 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
 
 
 def parse_lines(file: str, lines: Iterable[bytes], *, first: bool = True) -> Iterator[Row]:
-    """JSON Lines as rows, commas between them allowed; `first`: they begin where the file does."""
+    """Yield the rows of JSON Lines, which may end in commas.
+
+    `first` says that the lines are those at the start of the file.
+    """
     for number, line in enumerate(lines, 1):
         if is_cut(line):
             yield Row(file, number, problem=_too_long())
@@ -113,7 +115,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 
 
 def _whole(file: str, raw: bytes) -> Iterator[Row]:
-    """A list of objects, an object that has one list, objects one after another, or JSON Lines."""
+    """Yield the rows of a list, an object with one list, consecutive objects, or JSON Lines."""
     if not raw.strip():
         return
     try:
@@ -146,8 +148,10 @@ def _whole(file: str, raw: bytes) -> Iterator[Row]:
 
 
 def _listed(whole: dict[str, Any]) -> list[Any]:
-    """The only list of an object, each row of it with what stands beside the list; or the object
-    itself, where it is a row."""
+    """Return the rows of an object's only list, each with the values beside the list.
+
+    An object that is a row itself is returned as the only row.
+    """
     lists = [name for name, value in whole.items() if isinstance(value, list)]
     if len(lists) != 1 or NEEDED & whole.keys():
         return [whole]
@@ -156,7 +160,7 @@ def _listed(whole: dict[str, Any]) -> list[Any]:
 
 
 def _one_by_one(file: str, raw: bytes) -> list[Row]:
-    """Objects over several lines, with or without commas between; empty where that is not it."""
+    """Return objects that span several lines, with or without commas; empty if there are none."""
     text, at, rows = raw.decode(), 0, list[Row]()
     decoder = json.JSONDecoder(parse_constant=_CONSTANTS.get)
     while start := _NEXT_VALUE.match(text, at):
@@ -182,17 +186,17 @@ _TABLES: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
 
 
 def _ending(path: Path) -> str:
-    """What tells the format of a file; of a compressed text, what it is called without .gz."""
+    """Return the suffix that tells the format of a file, without a .gz after it."""
     ending = path.suffix.lower()
     inner = Path(path.stem).suffix.lower()
     return inner if ending == ".gz" and inner in _TEXTS else ending
 
 
 def is_readable(path: Path) -> bool:
-    """Whether the name of a file is that of a format that is read."""
+    """Whether the name of a file is that of a supported format."""
     return _ending(path) in _TEXTS.keys() | _TABLES.keys()
 
 
 def allowed_names() -> str:
-    """Returns the endings of the names of files that are read."""
+    """Return the suffixes of the supported files, separated by commas."""
     return ", ".join([*_TEXTS, *_TABLES])

@@ -1,4 +1,4 @@
-"""Conversations as the text that a model sees, and where in it the assistant speaks.
+"""Render conversations as the text that a model sees, with the spans that are learned.
 
 A tokenizer's chat template decides the text. Without one it is
 
@@ -26,23 +26,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A conversation's `text`; the last answer begins at `answer`; `spans` are learned."""
+class RenderedConversation:
+    """A conversation as text, with the character positions of what is learned."""
 
     text: str
     answer: int
+    """The position where the last answer begins."""
     spans: tuple[tuple[int, int], ...]
+    """The (start, end) of each learned span; the last one begins at `answer`."""
 
     @property
     def prompt(self) -> str:
-        """What generation is given."""
+        """The text that generation starts from."""
         return self.text[: self.answer]
 
 
 def render_prompt(messages: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFast) -> str:
-    """The text that generation starts from: all before the last assistant turn, and its opening.
+    """Return the text that generation starts from: all before the last answer, and its opening.
 
-    Tokenise it with `add_special_tokens=False`: what the model expects is in the text.
+    Tokenise it with `add_special_tokens=False`, as the text holds the special tokens already.
     """
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     return render_texts([before], tokenizer, opens=True)[0]
@@ -50,15 +52,14 @@ def render_prompt(messages: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFa
 
 def render_conversations(
     conversations: Sequence[Example], tokenizer: PreTrainedTokenizerFast
-) -> list[Rendered]:
-    """Each conversation as text with the spans of what is learned, end of turn included: of all
-    its assistant turns but those that the example says are not to be learned.
+) -> list[RenderedConversation]:
+    """Render conversations as text, with the spans of their learned assistant turns.
 
-    A turn's span is the difference between two renderings: up to the turn with the generation
-    prompt, and with the turn. What ends the last turn is added where the template writes nothing
-    there (`turn_end`): else no answer would be taught to end. Where a template rewrites earlier
-    turns (drops their reasoning, say) only the last turn is learned; where not even that begins
-    with what generation would be given, DataError is raised.
+    A span includes the end of the turn. It is the difference between two renderings: up to the turn
+    with the generation prompt, and with the turn. What ends the last turn (`turn_end`) is added
+    where the template writes nothing there, as no answer would be taught to end otherwise. Where a
+    template rewrites earlier turns (drops their reasoning, for example), only the last turn is
+    learned. Raises DataError where the text does not begin with what generation would be given.
     """
     turns = [learned_turns(example) for example in conversations]
     pairs = list(zip((example.messages for example in conversations), turns, strict=True))
@@ -67,23 +68,25 @@ def render_conversations(
     )
     wholes = iter(render_texts([m[: turn + 1] for m, of in pairs for turn in of], tokenizer))
     endings, added = _end_of_turn_tokens(tokenizer), _unwritten_end(tokenizer)
-    return [_spanned([(next(prompts), next(wholes)) for _ in of], endings, added) for of in turns]
+    return [
+        _with_spans([(next(prompts), next(wholes)) for _ in of], endings, added) for of in turns
+    ]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> Ends:
-    """Returns what ends an answer in a conversation as the tokenizer's own template writes it."""
+    """Return what ends an answer in a conversation, as the tokenizer's own template writes it."""
     return turn_ends((_probed(probe, tokenizer) for probe in PROBES), tokenizer)
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer itself puts its bos token before a text."""
+    """Whether the tokenizer puts its bos token before a text by itself."""
     return tokenizer.bos_token_id is not None and (
         tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     )
 
 
 def learned_turns(example: Example) -> list[int]:
-    """The assistant turns that answer something: a greeting before the first question does not."""
+    """Return the indices of the learned assistant turns: those after the first question."""
     roles = [message["role"] for message in example.messages]
     first = roles.index("user")
     return [
@@ -94,8 +97,7 @@ def learned_turns(example: Example) -> list[int]:
 
 
 def _unwritten_end(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What ends an answer where the chat template writes nothing after a conversation's last one;
-    nothing where it does."""
+    """Return what ends an answer where the template writes nothing after the last, else ''."""
     if not leaves_open(_probed(PROBES[0], tokenizer)):
         return ""
     return "".join(tokenizer.convert_ids_to_tokens(list(turn_end(tokenizer).token_ids)))
@@ -108,8 +110,13 @@ def _probed(probe: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFast) -> st
         return ""
 
 
-def _spanned(renderings: list[tuple[str, str]], endings: tuple[str, ...], added: str) -> Rendered:
-    """`added` goes after the last answer, and is learned after earlier ones where it stands."""
+def _with_spans(
+    renderings: list[tuple[str, str]], endings: tuple[str, ...], added: str
+) -> RenderedConversation:
+    """Return a conversation of (prompt, whole) renderings of each turn, with `added` at its end.
+
+    `added` is learned after earlier answers, too, where the text has it there.
+    """
     text = renderings[-1][1] + added
     renderings = [
         (of, whole + added if text.startswith(whole + added) else whole) for of, whole in renderings
@@ -124,11 +131,11 @@ def _spanned(renderings: list[tuple[str, str]], endings: tuple[str, ...], added:
     nested = all(text.startswith(whole) and whole.startswith(of) for of, whole in renderings)
     learned = renderings if nested else renderings[-1:]
     spans = tuple((len(of), _end_of_turn(whole, len(of), endings)) for of, whole in learned)
-    return Rendered(text, len(last_prompt), spans)
+    return RenderedConversation(text, len(last_prompt), spans)
 
 
 def _end_of_turn(whole: str, start: int, endings: tuple[str, ...]) -> int:
-    """Where the turn from `start` on ends: white space after its end token isn't learned."""
+    """Return where the turn from `start` on ends, without the white space after its end token."""
     trimmed = whole[start:].rstrip()
     return start + len(trimmed) if trimmed.endswith(endings) else len(whole)
 
@@ -144,7 +151,10 @@ def render_texts(
     *,
     opens: bool = False,
 ) -> list[str]:
-    """The conversations as text; `opens` adds the beginning of the assistant's next turn."""
+    """Render conversations as text; `opens` adds the beginning of the assistant's next turn.
+
+    Raises DataError where the chat template refuses a conversation.
+    """
     if not conversations:
         return []
     if not tokenizer.chat_template:

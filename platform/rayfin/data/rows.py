@@ -1,4 +1,4 @@
-"""One line of a source, and opening the source it came from."""
+"""One row of a file, and opening files of rows."""
 
 from __future__ import annotations
 
@@ -24,32 +24,33 @@ _MARKS = (
 )
 
 LONGEST_LINE = 64 * 2**20
-"""Bytes of a JSON line that are held in memory; a longer line is a row that can't be read."""
+"""The most bytes of a JSON line; a longer one is a bad row, as it is not held in memory."""
 
-_PIECE = 2**20
+_READ_SIZE = 2**20
 # Gzip makes at most about 1000 bytes of one; of text in a natural language it makes 3 to 10.
 _LEAST_UNPACKED, _MOST_TIMES = 64 * 2**20, 100
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one line of a source holds: a value, or the problem that kept it from being read."""
+    """One row of a file: its value, or the problem that kept it from being read."""
 
     file: str
     line: int
     value: Any = None
     problem: str | None = None
     rows: int = 1
-    """More than one where a problem made several rows one: an open quote, say."""
-    like_rows: int = 0
-    """Lines within its quoted cells that look like rows of their own."""
+    """More than one where a problem, such as an open quote, made several rows one."""
+    row_like_lines: int = 0
+    """The number of lines within quoted cells that look like rows of their own."""
 
 
 def open_source(path: Path) -> IO[bytes]:
-    """The bytes of a file, decompressed where its name ends in .gz; UTF-16 and UTF-32 become UTF-8.
+    """Open a file for reading; a .gz is decompressed, and UTF-16 and UTF-32 become UTF-8.
 
-    Raises UnicodeDecodeError where only the byte order mark is that of one of these. Reading raises
-    DataError where a small .gz unpacks to so much that it must be meant to fill the memory.
+    Raises UnicodeDecodeError where a file has the byte order mark of UTF-16 or UTF-32 but is not in
+    that encoding. Reading raises DataError where a small .gz unpacks to so much that it must be
+    meant to fill the memory.
     """
     packed = path.suffix.lower() == ".gz"
     source = cast("IO[bytes]", io.BufferedReader(_Unpacked(path)) if packed else path.open("rb"))
@@ -62,7 +63,7 @@ def open_source(path: Path) -> IO[bytes]:
 
 
 class _Unpacked(io.RawIOBase):
-    """A .gz file's content, up to a multiple of the file's own size."""
+    """The content of a .gz file, up to a multiple of the file's own size."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._file = path, gzip.GzipFile(path)
@@ -93,9 +94,9 @@ class _Unpacked(io.RawIOBase):
 
 
 def lines_of(source: IO[bytes], stop: int | None = None) -> Iterator[bytes]:
-    """The lines of `source` from where it stands, those that begin before byte `stop`; all.
+    """Yield the lines from the current position on; with `stop`, those that begin before that byte.
 
-    Of a line of more than LONGEST_LINE bytes only the first LONGEST_LINE + 1 are given.
+    Of a line of more than LONGEST_LINE bytes, only the first LONGEST_LINE + 1 are yielded.
     """
     while (stop is None or source.tell() < stop) and (line := source.readline(LONGEST_LINE + 1)):
         yield line
@@ -104,20 +105,20 @@ def lines_of(source: IO[bytes], stop: int | None = None) -> Iterator[bytes]:
 
 
 def skip_line(source: IO[bytes], stop: int | None = None) -> None:
-    """Reads on to the end of the line, or to byte `stop`, without holding the line."""
-    while (size := _PIECE if stop is None else min(_PIECE, stop - source.tell())) > 0:
+    """Read to the end of the line, or to byte `stop`, without holding the line."""
+    while (size := _READ_SIZE if stop is None else min(_READ_SIZE, stop - source.tell())) > 0:
         piece = source.readline(size)
         if not piece or piece.endswith(b"\n"):
             return
 
 
 def is_cut(line: bytes) -> bool:
-    """Whether `line`, of `lines_of`, is the beginning of one that is too long to be held."""
+    """Whether a line from `lines_of` is only the start of one that is too long to be held."""
     return len(line) > LONGEST_LINE
 
 
 def marked_encoding(start: bytes) -> str | None:
-    """The encoding other than UTF-8 that a byte order mark at the start of a file announces."""
+    """Return the encoding other than UTF-8 that a byte order mark at a file's start announces."""
     # The mark of UTF-32 begins with that of UTF-16.
     for mark, encoding in _MARKS:
         if start.startswith(mark):
@@ -126,7 +127,7 @@ def marked_encoding(start: bytes) -> str | None:
 
 
 def not_utf8(raw: bytes, byte: int) -> str:
-    """Why bytes are no text, with the command that most likely mends it."""
+    """Return why bytes are no UTF-8 text, with the command that most likely converts them."""
     high = re.findall(rb"[\x80-\xff]+", raw)
     # Chinese characters have two bytes, and stand together; of Western text most high bytes are
     # alone.

@@ -1,4 +1,4 @@
-"""The shapes that rows come in, and how each becomes an `Example`."""
+"""Recognise the format of a row, and convert it to an `Example`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from rayfin.data.columns import (
     COLUMNS,
     OTHER_NAMES,
     TURN_KEYS,
-    Reading,
-    Refused,
     RowProblem,
+    RowReader,
+    UnsupportedContent,
     parsed_list,
 )
 from rayfin.data.examples import Example
@@ -19,11 +19,14 @@ from rayfin.data.turns import Turn, as_list, conversation, kind, string, turns
 
 
 def fitting_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | None:
-    """The first shape that the row has, or None; a row that is refused has one, too."""
+    """Return the first format that fits the row, or None.
+
+    A row with unsupported content has a format, too.
+    """
     for shape in COLUMNS:
         try:
-            to_example(row, shape, Reading(ignore))
-        except Refused:
+            to_example(row, shape, RowReader(ignore))
+        except UnsupportedContent:
             return shape
         except RowProblem:
             continue
@@ -32,7 +35,7 @@ def fitting_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | No
 
 
 def nearest_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | None:
-    """The shape whose columns the row has most of, or None where it has not one of them."""
+    """Return the format whose columns the row has the largest share of, or None if it has none."""
     if not isinstance(row, Mapping):
         return None
     has = {name for name, value in row.items() if name not in ignore and value is not None}
@@ -45,63 +48,63 @@ def nearest_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | No
     return best if share(best) > 0 else None
 
 
-def to_example(row: object, shape: str, reading: Reading | None = None) -> Example:
-    """The row in normal form; raises RowProblem where it does not satisfy `shape`.
+def to_example(row: object, shape: str, reader: RowReader | None = None) -> Example:
+    """Convert a row to an example; raises RowProblem where it does not satisfy `shape`.
 
-    `reading` says what of the row to ignore, and is told what was not used.
+    `reader` knows what of the row to ignore, and records what is not used.
     """
     if not isinstance(row, Mapping):
         raise RowProblem(f"a row must be an object, not {kind(row)}")
-    reading = reading or Reading()
-    columns = reading.columns(row, shape)
+    reader = reader or RowReader()
+    columns = reader.columns(row, shape)
     try:
-        example = _READERS[shape](columns, reading)
+        example = _READERS[shape](columns, reader)
     except RowProblem as problem:
-        if reading.refused:
-            raise reading.refusal(problem) from None
+        if reader.unsupported:
+            raise reader.unsupported_error(problem) from None
         raise
-    if reading.refused:
-        raise reading.refusal()
+    if reader.unsupported:
+        raise reader.unsupported_error()
     return example
 
 
-def _from_messages(row: Mapping[str, Any], reading: Reading) -> Example:
-    return _with_system(row, turns(row["messages"], "messages", reading), "messages", reading)
+def _from_messages(row: Mapping[str, Any], reader: RowReader) -> Example:
+    return _with_system(row, turns(row["messages"], "messages", reader), "messages", reader)
 
 
-def _from_conversations(row: Mapping[str, Any], reading: Reading) -> Example:
-    said = turns(row["conversations"], "conversations", reading)
-    return _with_system(row, said, "conversations", reading)
+def _from_conversations(row: Mapping[str, Any], reader: RowReader) -> Example:
+    said = turns(row["conversations"], "conversations", reader)
+    return _with_system(row, said, "conversations", reader)
 
 
-def _from_instruction(row: Mapping[str, Any], reading: Reading) -> Example:
+def _from_instruction(row: Mapping[str, Any], reader: RowReader) -> Example:
     question = string(row["instruction"], "instruction")
     if "input" in row:
-        question = f"{question}\n\n{string(row['input'], reading.written('input'))}"
-    answer = Turn("assistant", string(row["output"], reading.written("output")))
-    said = [*_history(row, reading), Turn("user", question), answer]
-    return _with_system(row, said, "output", reading)
+        question = f"{question}\n\n{string(row['input'], reader.name_in_row('input'))}"
+    answer = Turn("assistant", string(row["output"], reader.name_in_row("output")))
+    said = [*_history(row, reader), Turn("user", question), answer]
+    return _with_system(row, said, "output", reader)
 
 
-def _from_prompt_completion(row: Mapping[str, Any], reading: Reading) -> Example:
-    asked = _said(row["prompt"], "prompt", "user", reading)
-    answer = _said(row["completion"], "completion", "assistant", reading)
-    return _with_system(row, [*_history(row, reading), *asked, *answer], "completion", reading)
+def _from_prompt_completion(row: Mapping[str, Any], reader: RowReader) -> Example:
+    asked = _said(row["prompt"], "prompt", "user", reader)
+    answer = _said(row["completion"], "completion", "assistant", reader)
+    return _with_system(row, [*_history(row, reader), *asked, *answer], "completion", reader)
 
 
-def _from_text(row: Mapping[str, Any], reading: Reading) -> Example:
+def _from_text(row: Mapping[str, Any], reader: RowReader) -> Example:
     return Example(text=string(row["text"], "text"))
 
 
-def _from_preference(row: Mapping[str, Any], reading: Reading) -> Example:
-    """The prompt with the chosen answer; recognises the shape, nothing trains on it yet."""
-    prompt = _said(row["prompt"], "prompt", "user", reading) if "prompt" in row else []
-    _said(row["rejected"], "rejected", "assistant", reading)
-    chosen = _said(row["chosen"], "chosen", "assistant", reading)
+def _from_preference(row: Mapping[str, Any], reader: RowReader) -> Example:
+    """Return the prompt with the chosen answer; nothing trains on preference pairs yet."""
+    prompt = _said(row["prompt"], "prompt", "user", reader) if "prompt" in row else []
+    _said(row["rejected"], "rejected", "assistant", reader)
+    chosen = _said(row["chosen"], "chosen", "assistant", reader)
     return Example(messages=tuple(turn.message() for turn in [*prompt, *chosen]))
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], Reading], Example]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any], RowReader], Example]] = {
     "messages": _from_messages,
     "conversations": _from_conversations,
     "instruction": _from_instruction,
@@ -112,12 +115,12 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Reading], Example]] = {
 
 
 def _with_system(
-    row: Mapping[str, Any], said: list[Turn], column: str, reading: Reading
+    row: Mapping[str, Any], said: list[Turn], column: str, reader: RowReader
 ) -> Example:
-    """The conversation, with the column `system` as its first turn."""
-    column = reading.written(column)
+    """Return the conversation, with the column `system` as its first turn."""
+    column = reader.name_in_row(column)
     if "system" in row:
-        name = reading.written("system")
+        name = reader.name_in_row("system")
         system = string(row["system"], name)
         if not said or said[0].role != "system":
             said = [Turn("system", system), *said]
@@ -129,12 +132,12 @@ def _with_system(
     return conversation(said, column)
 
 
-def _history(row: Mapping[str, Any], reading: Reading) -> list[Turn]:
-    """Earlier turns: pairs of a question and its answer, or a list of turns."""
+def _history(row: Mapping[str, Any], reader: RowReader) -> list[Turn]:
+    """Return the earlier turns, given as pairs of question and answer or as a list of turns."""
     earlier: list[Turn] = []
     for number, each in enumerate(as_list(row.get("history", []), "history")):
         if isinstance(each, Mapping):
-            return turns(row["history"], "history", reading)
+            return turns(row["history"], "history", reader)
         where = f"history[{number}]"
         if not isinstance(each, (list, tuple)) or len(each) != 2:
             raise RowProblem(f"{where} must be a pair [question, answer], not {kind(each)}")
@@ -142,16 +145,16 @@ def _history(row: Mapping[str, Any], reading: Reading) -> list[Turn]:
     return earlier
 
 
-def _said(value: object, column: str, role: str, reading: Reading) -> list[Turn]:
-    """A column that is either one turn's text or a list of messages, also as its JSON text."""
-    column = reading.written(column)
+def _said(value: object, column: str, role: str, reader: RowReader) -> list[Turn]:
+    """Return the turns of a column that holds one turn's text, or a list of turns or its JSON."""
+    column = reader.name_in_row(column)
     if isinstance(value, str) and not _is_turns(parsed_list(value)):
         return [Turn(role, string(value, column))]
-    return turns(value, column, reading)
+    return turns(value, column, reader)
 
 
 def _is_turns(value: list[Any]) -> bool:
-    """Whether each of a list says who speaks; another list may well be a question's text."""
+    """Whether all items of a list name a speaker; another list may be the text of a question."""
     speakers = {pair[0] for pair in TURN_KEYS}
     return bool(value) and all(
         isinstance(each, Mapping) and speakers & each.keys() for each in value

@@ -1,4 +1,4 @@
-"""What is behind `data.path`: a file, the splits of a directory, or those of a hub data set."""
+"""Find the splits behind `data.path`: a file, a directory, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from rayfin.config.schema import DataConfig
 from rayfin.data.folders import directory_splits
 from rayfin.data.readers import allowed_names, is_readable, read_file
 from rayfin.data.rows import Row
-from rayfin.data.splits import ALL, Sources, Split, choose
+from rayfin.data.splits import ALL, Split, SplitSelection, select_splits
 from rayfin.errors import DataError
 from rayfin.hub import REMEDY, HubUnreachable, dataset_access
 
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<split>[\w.-]+))?")
 
 
-def sources_of(config: DataConfig) -> Sources:
-    """Returns what is to be trained on and evaluated on; no file is read for it.
+def find_splits(config: DataConfig) -> SplitSelection:
+    """Return what to train and evaluate on, without reading any rows of files.
 
-    Raises DataError where there is nothing to read, or where names leave in doubt what it is for.
+    Raises DataError where there is nothing to read, or where names leave the choice ambiguous.
     """
     path, wanted = config.path, config.split
     if path == "pydocs":
         _check_no_split(path, wanted)
-        return Sources(Split("", ""))
+        return SplitSelection(Split("", ""))
     local = _existing(path)
     hub = _HUB_ID.fullmatch(path)
     if local is None and hub is not None and not is_readable(Path(path)):
@@ -49,14 +49,14 @@ def sources_of(config: DataConfig) -> Sources:
             f"data.path: directory '{path}' has no data file; give files ending in "
             f"{allowed_names()}"
         )
-    chosen = choose(path, splits, others, wanted)
-    return replace(chosen, also=tuple(notes))
+    chosen = select_splits(path, splits, others, wanted)
+    return replace(chosen, extra_notes=tuple(notes))
 
 
 def read_rows(split: Split, ignore: Collection[str] = ()) -> Iterator[Row]:
-    """Yields all rows of a split, in order; one that can't be read says why.
+    """Yield all rows of a split in order; a row that can't be read holds the reason.
 
-    The columns in `ignore` are not read where that saves anything.
+    The columns in `ignore` are not read where that saves work.
     """
     for file in split.files:
         yield from read_file(file, ignore)
@@ -65,14 +65,14 @@ def read_rows(split: Split, ignore: Collection[str] = ()) -> Iterator[Row]:
             yield Row(name, number, value)
 
 
-def _one_file(path: str, file: Path, wanted: str | None) -> Sources:
+def _one_file(path: str, file: Path, wanted: str | None) -> SplitSelection:
     if not is_readable(file):
         raise DataError(
             f"data.path: '{path}' has an unsupported extension '{file.suffix}'; "
             f"give a file ending in {allowed_names()}"
         )
     _check_no_split(path, wanted)
-    return Sources(Split("", "", (file,)))
+    return SplitSelection(Split("", "", (file,)))
 
 
 def _check_no_split(path: str, wanted: str | None) -> None:
@@ -84,7 +84,7 @@ def _check_no_split(path: str, wanted: str | None) -> None:
 
 
 def _existing(path: str) -> Path | None:
-    """The file or directory, if there is one: names that no file system takes are not there."""
+    """Return the file or directory if there is one; a name that no file system takes is not."""
     try:
         local = Path(path).expanduser()
         return local if local.exists() else None
@@ -92,7 +92,7 @@ def _existing(path: str) -> Path | None:
         return None
 
 
-def _hub_sources(path: str, name: str, wanted: str | None) -> Sources:
+def _hub_sources(path: str, name: str, wanted: str | None) -> SplitSelection:
     import datasets
 
     one = None if wanted == ALL else wanted
@@ -109,9 +109,9 @@ def _hub_sources(path: str, name: str, wanted: str | None) -> Sources:
             f"({reason:.200}); {remedy}"
         ) from error
     if one is not None:
-        return Sources(_hub_split(name, one, loaded))
+        return SplitSelection(_hub_split(name, one, loaded))
     splits = [_hub_split(name, str(split), table) for split, table in loaded.items()]
-    return choose(path, splits, (), wanted)
+    return select_splits(path, splits, (), wanted)
 
 
 def _hub_split(name: str, split: str, table: Any) -> Split:

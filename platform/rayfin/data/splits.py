@@ -1,4 +1,4 @@
-"""Which rows are trained on and which are evaluated on, by the names of files and splits."""
+"""Choose which rows to train and to evaluate on, by the names of files and splits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
     "eval": ("eval", "evaluation", "evalset"),
     "test": ("test", "testing", "testset"),
 }
-"""Kind of a split -> the words that name it, in the order in which kinds are evaluated on.
+"""The words that name each kind of split; the first kind after train that is there is evaluated on.
 
 These are the words of the datasets library (`datasets.data_files`), which counts eval as test and
-has none that ends in set.
+has no words that end in set.
 """
 
 ALL = "all"
-"""The value of data.split that takes all splits together as one."""
+"""The value of data.split that joins all splits into one."""
 
 # The datasets library's separators of words, and where a capital letter begins one.
 _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+|(?<=[a-z])(?=[A-Z])")
@@ -33,63 +33,64 @@ _BETWEEN_WORDS = re.compile(r"[-._ 0-9]+|(?<=[a-z])(?=[A-Z])")
 
 @dataclass(frozen=True)
 class Split:
-    """Rows that belong together: those of some files, or of a hub data set's split."""
+    """The rows of some files, or of a split of a hub data set."""
 
     name: str
-    """Empty where no name tells what the rows are for."""
-    shown: str
-    """What people call it: its files, or its name."""
+    """Empty where no name says what the rows are for."""
+    description: str
+    """The files or the name, as messages call the split."""
     files: tuple[Path, ...] = ()
     tables: tuple[tuple[str, Iterable[Any]], ...] = ()
-    """(name, rows) where they are not in files of the user's."""
+    """(name, rows) of those rows that are not in the user's files."""
 
     @property
     def kind(self) -> str | None:
-        """The kind that the name tells, or None where it tells none, or more than one."""
+        """The kind that the name stands for, or None where it stands for none or several."""
         found = kinds_in(self.name)
         return found[0] if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
-class Sources:
-    """What is trained on, what is evaluated on, and what is not read."""
+class SplitSelection:
+    """The splits to train and to evaluate on, and those that are not read."""
 
     train: Split
     eval: Split | None = None
     """None where rows are held out of `train`."""
-    left: tuple[Split, ...] = ()
-    also: tuple[str, ...] = ()
-    """Further notes: on files that are not read."""
+    unread: tuple[Split, ...] = ()
+    """The splits that are neither trained nor evaluated on."""
+    extra_notes: tuple[str, ...] = ()
+    """Notes on files that are in no split."""
 
     @property
     def eval_split(self) -> str:
-        """The name of the split that is evaluated on."""
+        """The name of the evaluation split."""
         return HELD_OUT if self.eval is None else self.eval.name
 
     def notes(self, train: int, evaluated: int, common: int, val_size: float) -> list[str]:
-        """Returns one line each on what became of the rows.
+        """Return a line on each use that is made of the rows.
 
-        `train` and `evaluated` are numbers of rows, `common` of rows evaluated on that are trained
-        on, too; `val_size` is the setting.
+        `train` and `evaluated` are numbers of rows; `common` of those evaluated on are trained on,
+        too; `val_size` is the setting.
         """
         return [
             *self._used(train, evaluated, val_size),
             *self._common(evaluated, common),
-            *map(_not_read, self.left),
-            *self.also,
+            *map(_not_read, self.unread),
+            *self.extra_notes,
         ]
 
     def _used(self, train: int, evaluated: int, val_size: float) -> list[str]:
         if self.eval is None:
-            if not self.train.shown:  # one file: there was nothing to choose
+            if not self.train.description:  # one file: there was nothing to choose
                 return []
             return [
-                f"data: trains on {_rows(train)} of {self.train.shown}, "
+                f"data: trains on {_rows(train)} of {self.train.description}, "
                 f"evaluates on {_rows(evaluated)} held out (data.val_size={val_size:g})"
             ]
         used = (
-            f"data: trains on {_rows(train)} of {self.train.shown}, "
-            f"evaluates on {_rows(evaluated)} of {self.eval.shown}"
+            f"data: trains on {_rows(train)} of {self.train.description}, "
+            f"evaluates on {_rows(evaluated)} of {self.eval.description}"
         )
         if val_size == DataConfig.model_fields["val_size"].default:
             return [used]
@@ -110,10 +111,10 @@ class Sources:
 def _not_read(split: Split) -> str:
     if not split.name:
         return (
-            f"data: not read: {split.shown}, whose names tell no split; "
+            f"data: not read: {split.description}, whose names tell no split; "
             "data.split=all takes all files together"
         )
-    return f"data: not read: {split.shown}{f' (split {split.name})' if split.files else ''}"
+    return f"data: not read: {split.description}{f' (split {split.name})' if split.files else ''}"
 
 
 def _rows(count: int) -> str:
@@ -121,14 +122,14 @@ def _rows(count: int) -> str:
 
 
 def kinds_in(name: str) -> list[str]:
-    """Returns the kinds of splits whose words are in a name."""
+    """Return the kinds of splits whose words are in a name."""
     words = set(map(str.lower, _BETWEEN_WORDS.split(name)))
     return [kind for kind, known in KEYWORDS.items() if not words.isdisjoint(known)]
 
 
 def joined(name: str, splits: Sequence[Split]) -> Split:
-    """Returns one split of the rows of several."""
-    shown = [split.shown for split in splits]
+    """Return one split with the rows of several."""
+    shown = [split.description for split in splits]
     return Split(
         name,
         listed(shown) + (" together" if len(shown) > 1 else ""),
@@ -137,23 +138,23 @@ def joined(name: str, splits: Sequence[Split]) -> Split:
     )
 
 
-def choose(
+def select_splits(
     path: str, splits: Sequence[Split], others: Sequence[Split], wanted: str | None
-) -> Sources:
-    """Returns what is trained and evaluated on of the named `splits` and of `others`, without name.
+) -> SplitSelection:
+    """Choose the splits to train and evaluate on from named `splits` and unnamed `others`.
 
     `wanted` is data.split. Without it, the train split is trained on, and the first of validation,
-    eval and test that is there is evaluated on. Raises DataError where that leaves a doubt.
+    eval and test that is there is evaluated on. Raises DataError where the choice is ambiguous.
     """
     everything = [*splits, *others]
     if wanted == ALL or (wanted is None and not splits):
-        return Sources(joined("", everything))
+        return SplitSelection(joined("", everything))
     if wanted is not None:
         return _only(path, splits, others, wanted)
     train = _of_kind(splits, "train")
     if not train:
         if len(everything) == 1 and splits[0].kind is None:
-            return Sources(splits[0])
+            return SplitSelection(splits[0])
         raise DataError(
             f"data.path: '{path}' has no train split, only {_names(everything)}; name what is to "
             f"be trained on train-..., or say with data.split={splits[0].name} which split is the "
@@ -170,11 +171,13 @@ def choose(
             break
     else:
         evaluated, one = [], None
-    left = [each for each in everything if each not in train and each not in evaluated]
-    return Sources(train[0], one, tuple(left))
+    unread = [each for each in everything if each not in train and each not in evaluated]
+    return SplitSelection(train[0], one, tuple(unread))
 
 
-def _only(path: str, splits: Sequence[Split], others: Sequence[Split], wanted: str) -> Sources:
+def _only(
+    path: str, splits: Sequence[Split], others: Sequence[Split], wanted: str
+) -> SplitSelection:
     found = [split for split in splits if split.name == wanted]
     if not found:
         names = [split.name for split in splits]
@@ -182,15 +185,15 @@ def _only(path: str, splits: Sequence[Split], others: Sequence[Split], wanted: s
         raise DataError(
             f"data.split: '{path}' has no split '{wanted}'{did_you_mean(wanted, names)}; {has}"
         )
-    left = [each for each in (*splits, *others) if each not in found]
-    return Sources(found[0], left=tuple(left))
+    unread = [each for each in (*splits, *others) if each not in found]
+    return SplitSelection(found[0], unread=tuple(unread))
 
 
 def _of_kind(splits: Sequence[Split], kind: str) -> list[Split]:
-    """Returns the split that has the kind's own name, or else all of the kind."""
+    """Return the split that has the kind's own name, or else all splits of the kind."""
     found = [split for split in splits if split.kind == kind]
     return [split for split in found if split.name == kind] or found
 
 
 def _names(splits: Sequence[Split]) -> str:
-    return ", ".join(split.name or split.shown for split in splits)
+    return ", ".join(split.name or split.description for split in splits)

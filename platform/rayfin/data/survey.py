@@ -1,4 +1,4 @@
-"""One look at all of a data set that is too large to hold: what is in it, and what is held out."""
+"""One pass over a data set that is too large to hold: what is in it, and what is held out."""
 
 from __future__ import annotations
 
@@ -9,303 +9,303 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 from rayfin.config.schema import DataConfig
-from rayfin.data.chunks import FileRange, chunks_of, line_before, read_chunk
-from rayfin.data.corpus import instead_of, is_empty, shape_of
-from rayfin.data.examples import BadRow, Corpus, Example
-from rayfin.data.normal import (
-    EVAL_SALT,
-    ORDER_SALT,
-    Census,
-    bad_rows,
-    content_hash,
-    is_preference,
-    no_valid_row,
+from rayfin.data.conversion import (
+    RowStatistics,
+    alternative_to,
+    bad_rows_error,
+    detect_shape,
+    empty_split_error,
+    no_valid_row_error,
+    preference_error,
 )
+from rayfin.data.corpus import Corpus
+from rayfin.data.examples import EVAL_SALT, ORDER_SALT, BadRow, Example, content_hash
+from rayfin.data.file_ranges import count_lines_before, file_ranges, read_range
 from rayfin.data.rows import Row
-from rayfin.data.sources import sources_of
-from rayfin.data.splits import Sources, Split
-from rayfin.data.stream import Stream
+from rayfin.data.sources import find_splits
+from rayfin.data.splits import Split, SplitSelection
+from rayfin.data.stream import FileRange, Stream
 from rayfin.errors import DataError
 
-MOST_HELD_OUT = 1000
-"""Samples held out of a streamed data set, at most: each evaluation scores them all."""
+MAX_HELD_OUT = 1000
+"""The most samples held out of a streamed data set: each evaluation scores them all."""
 
 _SAMPLED = 500
-"""Training samples that stand for all of them in the data's profile."""
+"""The number of training samples that stand for all of them in the data's profile."""
 
-_KEPT = MOST_HELD_OUT + _SAMPLED + 1
-_PART_BYTES = 2**25
-_ROWS_TO_KNOW_THE_SHAPE = 1000
+_HASHES_KEPT = MAX_HELD_OUT + _SAMPLED + 1
+_BATCH_BYTES = 2**25
+_ROWS_TO_DETECT_SHAPE = 1000
 
-# (hash, number of the chunk, canonical sample): the samples with the least hashes are kept.
-_Kept = tuple[str, int, str]
+
+class HashedExample(NamedTuple):
+    """A sample in canonical form, the range that it is in, and the hash it is ordered by."""
+
+    hash: str
+    number: int
+    content: str
 
 
 @dataclass
-class Part:
-    """What is in some chunks; of samples, those with the least hashes only."""
+class RangeSurvey:
+    """What some file ranges contain, by their numbers; of the samples, only a few are kept."""
 
-    valid: dict[int, int] = field(default_factory=dict)  # chunk -> samples
-    digests: dict[int, str] = field(default_factory=dict)  # chunk -> of its samples
-    by_prompt: list[_Kept] = field(default_factory=list)
-    by_content: list[_Kept] = field(default_factory=list)
-    source: str = "g"  # beyond every hash
-    known: set[str] = field(default_factory=set)  # hashes of samples that were looked for
+    counts: dict[int, int] = field(default_factory=dict)
+    """The number of valid samples in each range."""
+    digests: dict[int, str] = field(default_factory=dict)
+    """A hash of the samples in each range."""
+    by_prompt: list[HashedExample] = field(default_factory=list)
+    """The samples with the smallest hashes of their prompts."""
+    by_content: list[HashedExample] = field(default_factory=list)
+    """The samples with the smallest hashes of their contents."""
+    source: str = "g"  # greater than every hash
+    """The smallest hash of the samples' order."""
+    found: set[str] = field(default_factory=set)
+    """Those of the wanted hashes that samples here have."""
     bad: int = 0
-    first_bad: tuple[int, int, str] | None = None  # chunk, line in it, reason
-    first: BadRow | None = None  # the same, once all chunks are looked through
-    census: Census = field(default_factory=Census)
+    """The number of bad rows."""
+    first_bad: tuple[int, int, str] | None = None
+    """The first bad row: its range, its line in the range, and the reason."""
+    first: BadRow | None = None
+    """The first bad row with its line in the file; set once all ranges have been surveyed."""
+    statistics: RowStatistics = field(default_factory=RowStatistics)
 
-    def add(self, other: Part) -> None:
-        """Puts what a later part holds to this one."""
-        self.valid |= other.valid
+    def add(self, other: RangeSurvey) -> None:
+        """Add the survey of later ranges to this one."""
+        self.counts |= other.counts
         self.digests |= other.digests
-        self.by_prompt = heapq.nsmallest(_KEPT, self.by_prompt + other.by_prompt)
-        self.by_content = heapq.nsmallest(_KEPT, self.by_content + other.by_content)
+        self.by_prompt = heapq.nsmallest(_HASHES_KEPT, self.by_prompt + other.by_prompt)
+        self.by_content = heapq.nsmallest(_HASHES_KEPT, self.by_content + other.by_content)
         self.source = min(self.source, other.source)
-        self.known |= other.known
+        self.found |= other.found
         self.bad += other.bad
-        self.census.add(other.census)
+        self.statistics.add(other.statistics)
         self.first_bad = self.first_bad or other.first_bad
 
 
-Each = Callable[[Callable[[list[int]], Part], Sequence[list[int]]], Iterable[Part]]
-"""Calls a function with each of some lists of chunks; the results in their order."""
+SurveyBatch = Callable[[list[int]], RangeSurvey]
+MapBatches = Callable[[SurveyBatch, Sequence[list[int]]], Iterable[RangeSurvey]]
+"""Calls a function with each batch of range numbers; the results come in the batches' order."""
 
 
-def survey_corpus(config: DataConfig, each: Each = map) -> Corpus:
-    """The corpus of a streamed data set: `eval` whole, of `train` a sample, and its `stream`.
+def survey_corpus(config: DataConfig, map_batches: MapBatches = map) -> Corpus:
+    """Return the corpus of a streamed data set: `eval` complete, `train` a sample of `stream`.
 
-    Held out are the samples whose prompts have the least hashes: round(val_size * n), at most
-    `MOST_HELD_OUT`; samples with the same prompt stay together. Raises DataError, also for the
-    first bad row, before anything is trained.
+    The samples whose prompts have the smallest hashes are held out: round(val_size * n), at most
+    `MAX_HELD_OUT`; samples with the same prompt stay together. Raises DataError, also for the first
+    bad row, before anything is trained.
     """
     if config.path == "pydocs" or config.max_samples is not None:
         what = "data.path=pydocs" if config.path == "pydocs" else "data.max_samples"
         raise DataError(
             f"data.streaming=true: {what} makes a set that fits into memory; leave one of the two"
         )
-    sources = sources_of(config)
-    chunks = chunks_of(sources.train)
-    shape = shape_of(_first_rows(config, sources, sources.train, chunks), config)
+    selection = find_splits(config)
+    ranges = file_ranges(selection.train)
+    shape = detect_shape(_first_rows(config, selection, selection.train, ranges), config)
     if shape == "preference":
-        raise is_preference(config.path)
-    if sources.eval is not None:
-        own = chunks_of(sources.eval)
-        _first_rows(config, sources, sources.eval, own)
-        instead = instead_of(sources.eval, sources)
-        evaluated = _looked_through(config, own, shape, each, instead=instead)
-        held = evaluated.by_content[:MOST_HELD_OUT]
-        known = frozenset(key for key, _, _ in held)
-        whole = _looked_through(config, chunks, shape, each, known)
-        return _with_own_split(config, sources, chunks, shape, whole, evaluated, held)
-    whole = _looked_through(config, chunks, shape, each)
-    rows = sum(whole.valid.values())
-    if rows < 2 or len({content for _, _, content in whole.by_content}) == 1:
+        raise preference_error(config.path)
+    if selection.eval is None:
+        train = _survey_all(config, ranges, shape, map_batches)
+        stream, held_out = _hold_out(config, ranges, shape, train)
+        return _corpus(config, selection, stream, [train], held_out)
+    eval_ranges = file_ranges(selection.eval)
+    _first_rows(config, selection, selection.eval, eval_ranges)
+    alternative = alternative_to(selection.eval, selection)
+    evaluated = _survey_all(config, eval_ranges, shape, map_batches, alternative=alternative)
+    held_out = evaluated.by_content[:MAX_HELD_OUT]
+    wanted = frozenset(each.hash for each in held_out)
+    train = _survey_all(config, ranges, shape, map_batches, wanted)
+    stream = Stream(
+        shape=shape,
+        ranges=tuple(ranges),
+        rows=tuple(train.counts[n] for n in range(len(ranges))),
+        eval_hash_limit="",  # less than every hash: all of the train split is trained on
+        hashes_prompt=False,
+        bad_rows=train.bad + evaluated.bad,
+        ignore=train.statistics.ignore,
+    )
+    return _corpus(config, selection, stream, [train, evaluated], held_out)
+
+
+def _survey_all(
+    config: DataConfig,
+    ranges: Sequence[FileRange],
+    shape: str,
+    map_batches: MapBatches,
+    wanted: frozenset[str] = frozenset(),
+    alternative: str = "",
+) -> RangeSurvey:
+    """Survey all ranges; raises DataError for bad rows unless they are to be skipped."""
+    ignore = frozenset(config.ignore_columns)
+    total = RangeSurvey(statistics=RowStatistics(ignore))
+    survey_batch = partial(survey_ranges, ranges, shape, ignore, wanted=wanted)
+    for survey in map_batches(survey_batch, _batches(ranges)):
+        total.add(survey)
+    rows = sum(total.counts.values())
+    if total.first_bad is not None:
+        number, line, reason = total.first_bad
+        line += count_lines_before(ranges, ranges[number])
+        total.first = BadRow(ranges[number].file, line, reason)
+        if not rows:
+            raise no_valid_row_error(config, total.first, alternative)
+        if config.on_bad_row == "error":
+            raise bad_rows_error(total.first, total.bad, rows + total.bad)
+    return total
+
+
+def survey_ranges(
+    ranges: Sequence[FileRange],
+    shape: str,
+    ignore: frozenset[str],
+    numbers: Sequence[int],
+    wanted: frozenset[str] = frozenset(),
+) -> RangeSurvey:
+    """Survey the ranges of these numbers, looking for samples with the `wanted` content hashes."""
+    survey = RangeSurvey(statistics=RowStatistics(ignore))
+    by_prompt, by_content = _SmallestHashes(), _SmallestHashes()
+    for number in numbers:
+        digest, count = hashlib.sha256(), 0
+        for row in read_range(ranges[number], ignore):
+            example = survey.statistics.convert(row, shape)
+            if not isinstance(example, Example):
+                survey.bad += 1
+                survey.first_bad = survey.first_bad or (number, row.line, example)
+                continue
+            content = example.canonical()
+            count += 1
+            digest.update(f"{content}\n".encode())
+            survey.source = min(survey.source, content_hash(ORDER_SALT, content))
+            prompt_hash = content_hash(EVAL_SALT, example.canonical_prompt())
+            by_prompt.add(HashedExample(prompt_hash, number, content))
+            eval_hash = content_hash(EVAL_SALT, content)
+            by_content.add(HashedExample(eval_hash, number, content))
+            if eval_hash in wanted:
+                survey.found.add(eval_hash)
+        survey.counts[number], survey.digests[number] = count, digest.hexdigest()
+    survey.by_prompt, survey.by_content = by_prompt.smallest(), by_content.smallest()
+    return survey
+
+
+class _SmallestHashes:
+    """Collects the examples with the smallest hashes, holding a few times as many at most."""
+
+    def __init__(self) -> None:
+        self._held: list[HashedExample] = []
+        self._largest: HashedExample | None = None
+
+    def add(self, example: HashedExample) -> None:
+        if self._largest is None or example < self._largest:
+            self._held.append(example)
+            if len(self._held) > 4 * _HASHES_KEPT:
+                self._held = self.smallest()
+                self._largest = self._held[-1]
+
+    def smallest(self) -> list[HashedExample]:
+        return heapq.nsmallest(_HASHES_KEPT, self._held)
+
+
+def _hold_out(
+    config: DataConfig, ranges: Sequence[FileRange], shape: str, survey: RangeSurvey
+) -> tuple[Stream, Sequence[HashedExample]]:
+    """Return the stream of data without an evaluation split, and the samples held out of it."""
+    rows = sum(survey.counts.values())
+    if rows < 2 or len({each.content for each in survey.by_content}) == 1:
         raise DataError(
             f"data.path: '{config.path}' has {rows} usable rows, and not two different ones; "
             "training and evaluation need at least 2"
         )
-    return _held_out(config, sources, chunks, shape, whole)
-
-
-def _looked_through(
-    config: DataConfig,
-    chunks: Sequence[FileRange],
-    shape: str,
-    each: Each,
-    known: frozenset[str] = frozenset(),
-    instead: str = "",
-) -> Part:
-    """Returns what is in all chunks; raises DataError for bad rows that are not to be skipped."""
-    ignore = frozenset(config.ignore_columns)
-    whole = Part(census=Census(ignore))
-    for part in each(partial(survey_part, chunks, shape, ignore, known=known), _parts(chunks)):
-        whole.add(part)
-    rows = sum(whole.valid.values())
-    if whole.first_bad is not None:
-        number, line, reason = whole.first_bad
-        chunk = chunks[number]
-        whole.first = BadRow(chunk.file, line_before(chunks, chunk) + line, reason)
-        if not rows:
-            raise no_valid_row(config, whole.first, instead)
-        if config.on_bad_row == "error":
-            raise bad_rows(whole.first, whole.bad, rows + whole.bad)
-    return whole
-
-
-def survey_part(
-    chunks: Sequence[FileRange],
-    shape: str,
-    ignore: frozenset[str],
-    numbers: Sequence[int],
-    known: frozenset[str] = frozenset(),
-) -> Part:
-    """What is in the chunks of these numbers; `known`: hashes of samples to look for in them."""
-    part = Part(census=Census(ignore))
-    by_prompt, by_content = _Least(), _Least()
-    for number in numbers:
-        digest, valid = hashlib.sha256(), 0
-        for row in read_chunk(chunks[number], ignore):
-            example = part.census.example_or_reason(row, shape)
-            if not isinstance(example, Example):
-                part.bad += 1
-                part.first_bad = part.first_bad or (number, row.line, example)
-                continue
-            content = example.canonical()
-            valid += 1
-            digest.update(f"{content}\n".encode())
-            part.source = min(part.source, content_hash(ORDER_SALT, content))
-            prompt = content_hash(EVAL_SALT, example.canonical_prompt())
-            by_prompt.see((prompt, number, content))
-            key = content_hash(EVAL_SALT, content)
-            by_content.see((key, number, content))
-            if key in known:
-                part.known.add(key)
-        part.valid[number], part.digests[number] = valid, digest.hexdigest()
-    part.by_prompt, part.by_content = by_prompt.least(), by_content.least()
-    return part
-
-
-class _Least:
-    """The first `_KEPT` of what it sees; it holds a few times as many."""
-
-    def __init__(self) -> None:
-        self._held: list[_Kept] = []
-        self._bound: _Kept | None = None
-
-    def see(self, one: _Kept) -> None:
-        if self._bound is None or one < self._bound:
-            self._held.append(one)
-            if len(self._held) > 4 * _KEPT:
-                self._held = self.least()
-                self._bound = self._held[-1]
-
-    def least(self) -> list[_Kept]:
-        return heapq.nsmallest(_KEPT, self._held)
-
-
-def _held_out(
-    config: DataConfig, sources: Sources, chunks: Sequence[FileRange], shape: str, whole: Part
-) -> Corpus:
-    """The corpus of a data set without a split to evaluate on: some rows are held out."""
-    rows = sum(whole.valid.values())
-    wanted = min(max(round(config.val_size * rows), 1), rows - 1, MOST_HELD_OUT)
-    held = _least(whole.by_prompt, wanted)
-    by_prompt = bool(held)
-    # Where not even one prompt's samples fit, whole samples are kept together instead.
-    held = held or _least(whole.by_content, wanted) or _first_group(whole.by_content)
-    if len(held) == len(whole.by_content):
+    count = min(max(round(config.val_size * rows), 1), rows - 1, MAX_HELD_OUT)
+    held_out = _first_groups(survey.by_prompt, count)
+    hashes_prompt = bool(held_out)
+    # Where not even one prompt's samples fit, only equal samples are kept together instead.
+    held_out = held_out or _first_groups(survey.by_content, count)
+    held_out = held_out or [e for e in survey.by_content if e.hash == survey.by_content[0].hash]
+    if len(held_out) == len(survey.by_content):
         raise DataError(
             f"data.path: '{config.path}': almost all of its {rows} rows are the same; "
             "give different ones"
         )
-    taken = Counter(number for _, number, _ in held)
+    taken = Counter(each.number for each in held_out)
     stream = Stream(
         shape=shape,
-        chunks=tuple(chunks),
-        rows=tuple(whole.valid[n] - taken[n] for n in range(len(chunks))),
-        held_to=held[-1][0],
-        held_by_prompt=by_prompt,
-        bad_rows=whole.bad,
-        ignore=whole.census.ignore,
+        ranges=tuple(ranges),
+        rows=tuple(survey.counts[n] - taken[n] for n in range(len(ranges))),
+        eval_hash_limit=held_out[-1].hash,
+        hashes_prompt=hashes_prompt,
+        bad_rows=survey.bad,
+        ignore=survey.statistics.ignore,
     )
-    return _corpus(config, sources, stream, [whole], held)
-
-
-def _with_own_split(
-    config: DataConfig,
-    sources: Sources,
-    chunks: Sequence[FileRange],
-    shape: str,
-    whole: Part,
-    evaluated: Part,
-    held: Sequence[_Kept],
-) -> Corpus:
-    """The corpus of a data set with a split to evaluate on, of which `held` are the samples."""
-    stream = Stream(
-        shape=shape,
-        chunks=tuple(chunks),
-        rows=tuple(whole.valid[n] for n in range(len(chunks))),
-        held_to="",  # before every hash: all of the train split is trained on
-        held_by_prompt=False,
-        bad_rows=whole.bad + evaluated.bad,
-        ignore=whole.census.ignore,
-    )
-    return _corpus(config, sources, stream, [whole, evaluated], held)
+    return stream, held_out
 
 
 def _corpus(
     config: DataConfig,
-    sources: Sources,
+    selection: SplitSelection,
     stream: Stream,
-    parts: Sequence[Part],
-    held: Sequence[_Kept],
+    surveys: Sequence[RangeSurvey],
+    held_out: Sequence[HashedExample],
 ) -> Corpus:
-    """`parts`: what is in the split that is trained on, and in that which is evaluated on, if it is
-    another one."""
-    digest = hashlib.sha256(f"{stream.held_to} {stream.held_by_prompt}\n".encode())
-    census = Census(frozenset(config.ignore_columns))
-    for part in parts:
-        digest.update(b"eval\n" if part is not parts[0] else b"")
-        for number in sorted(part.digests):
-            digest.update(part.digests[number].encode())
-        census.add(part.census)
-    census.check_ignored()
-    examples = (Example.from_canonical(content) for _, _, content in parts[0].by_content)
-    sample = itertools.islice((e for e in examples if not stream.is_held(e)), _SAMPLED)
-    bad = tuple(part.first for part in parts if part.first is not None)
-    common = sum(key in parts[0].known for key, _, _ in held)
+    """Build the corpus from the surveys of the train split and of the eval split, if any."""
+    digest = hashlib.sha256(f"{stream.eval_hash_limit} {stream.hashes_prompt}\n".encode())
+    statistics = RowStatistics(frozenset(config.ignore_columns))
+    for survey in surveys:
+        digest.update(b"eval\n" if survey is not surveys[0] else b"")
+        for number in sorted(survey.digests):
+            digest.update(survey.digests[number].encode())
+        statistics.add(survey.statistics)
+    statistics.check_ignored()
+    examples = (Example.from_canonical(each.content) for each in surveys[0].by_content)
+    sample = itertools.islice((e for e in examples if not stream.is_held_out(e)), _SAMPLED)
+    bad = tuple(survey.first for survey in surveys if survey.first is not None)
+    common = sum(each.hash in surveys[0].found for each in held_out)
     return Corpus(
         train=tuple(sample),
-        eval=tuple(Example.from_canonical(content) for _, _, content in held),
+        eval=tuple(Example.from_canonical(each.content) for each in held_out),
         shape=stream.shape,
         digest=digest.hexdigest()[:32],
-        source=min(part.source for part in parts)[:32],
+        source=min(survey.source for survey in surveys)[:32],
         skipped=bad,
-        eval_split=sources.eval_split,
+        eval_split=selection.eval_split,
         eval_rows_in_train=common,
         notes=(
-            *sources.notes(sum(stream.rows), len(held), common, config.val_size),
-            *census.notes(stream.bad_rows, bad[0] if bad else None),
+            *selection.notes(sum(stream.rows), len(held_out), common, config.val_size),
+            *statistics.notes(stream.bad_rows, bad[0] if bad else None),
         ),
         stream=stream,
     )
 
 
-def _least(kept: Sequence[_Kept], wanted: int) -> Sequence[_Kept]:
-    """The first ones, at most `wanted`, of each hash all or none."""
-    count = min(wanted, len(kept))
-    while 0 < count < len(kept) and kept[count - 1][0] == kept[count][0]:
+def _first_groups(ordered: Sequence[HashedExample], most: int) -> Sequence[HashedExample]:
+    """Return the first examples, at most `most`; of those with the same hash, all or none."""
+    count = min(most, len(ordered))
+    while 0 < count < len(ordered) and ordered[count - 1].hash == ordered[count].hash:
         count -= 1
-    return kept[:count]
+    return ordered[:count]
 
 
-def _first_group(kept: Sequence[_Kept]) -> Sequence[_Kept]:
-    return [each for each in kept if each[0] == kept[0][0]]
-
-
-def _parts(chunks: Sequence[FileRange]) -> list[list[int]]:
-    """The numbers of the chunks, in lists of some 32 MB of lines, or of one row group, each."""
-    parts: list[list[int]] = []
-    filled = _PART_BYTES
-    for number, chunk in enumerate(chunks):
-        if filled >= _PART_BYTES or chunk.is_parquet:
-            parts.append([])
-            filled = 0
-        parts[-1].append(number)
-        filled += chunk.stop - chunk.start
-    return parts
+def _batches(ranges: Sequence[FileRange]) -> list[list[int]]:
+    """Return the ranges' numbers in batches of about 32 MB of lines, or of one row group, each."""
+    batches: list[list[int]] = []
+    size = _BATCH_BYTES
+    for number, file_range in enumerate(ranges):
+        if size >= _BATCH_BYTES or file_range.is_parquet:
+            batches.append([])
+            size = 0
+        batches[-1].append(number)
+        size += file_range.stop - file_range.start
+    return batches
 
 
 def _first_rows(
-    config: DataConfig, sources: Sources, split: Split, chunks: Sequence[FileRange]
+    config: DataConfig, selection: SplitSelection, split: Split, ranges: Sequence[FileRange]
 ) -> list[Row]:
     ignore = frozenset(config.ignore_columns)
-    rows = itertools.chain.from_iterable(read_chunk(chunk, ignore) for chunk in chunks)
-    found = list(itertools.islice(rows, _ROWS_TO_KNOW_THE_SHAPE))
+    rows = itertools.chain.from_iterable(read_range(each, ignore) for each in ranges)
+    found = list(itertools.islice(rows, _ROWS_TO_DETECT_SHAPE))
     if not found:
-        raise is_empty(config, split, instead_of(split, sources))
+        raise empty_split_error(config, split, alternative_to(split, selection))
     return found

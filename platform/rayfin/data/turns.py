@@ -1,4 +1,4 @@
-"""The turns of a conversation, as data sets write them, and what of them is learned."""
+"""Read the turns of a conversation as data sets write them, and which of them are learned."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rayfin.data.columns import (
     SPEAKERS,
     TOOL_SPEAKERS,
     TURN_KEYS,
-    Reading,
-    Refused,
     RowProblem,
+    RowReader,
+    UnsupportedContent,
     is_missing,
 )
 from rayfin.data.examples import ChatTurn, Example
@@ -24,27 +24,31 @@ _KINDS = {str: "a string", bool: "a boolean", list: "a list", dict: "an object",
 
 
 class Turn(NamedTuple):
-    """What one side says; `learned` is of an assistant's turn."""
+    """One turn; `learned` says whether an assistant's turn has loss."""
 
     role: str
     content: str
     learned: bool = True
 
     def message(self) -> ChatTurn:
+        """Return the turn as a chat message."""
         return {"role": self.role, "content": self.content}
 
 
-def turns(value: object, column: str, reading: Reading) -> list[Turn]:
-    """The turns of a column, without empty system turns: exports often hold one."""
+def turns(value: object, column: str, reader: RowReader) -> list[Turn]:
+    """Return the turns of a column, without the empty system turn that exports often have."""
     found = [
-        _turn(turn, column, f"{column}[{number}]", reading)
+        _turn(turn, column, f"{column}[{number}]", reader)
         for number, turn in enumerate(as_list(value, column))
     ]
     return [turn for turn in found if turn.content.strip()]
 
 
 def conversation(said: Sequence[Turn], column: str) -> Example:
-    """The example that ends with the last answer that is learned: after it, nothing is."""
+    """Return the example that ends with the last learned answer, as nothing after it is learned.
+
+    Raises RowProblem where the turns are no conversation with an answer to learn.
+    """
     if not said:
         raise RowProblem(f"{column} is empty")
     if any(turn.role == "system" for turn in said[1:]):
@@ -71,7 +75,7 @@ def conversation(said: Sequence[Turn], column: str) -> Example:
 
 
 def as_list(value: object, column: str) -> Sequence[Any]:
-    """A list of turns, or its JSON text: a cell of a CSV holds no other."""
+    """Return a list of turns, also from its JSON text, which is all that a CSV cell can hold."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -82,18 +86,18 @@ def as_list(value: object, column: str) -> Sequence[Any]:
     return value
 
 
-def _turn(turn: object, column: str, where: str, reading: Reading) -> Turn:
+def _turn(turn: object, column: str, where: str, reader: RowReader) -> Turn:
     if not isinstance(turn, Mapping):
         raise RowProblem(f"{where} must be an object, not {kind(turn)}")
     pair = TURN_KEYS[1] if column == "conversations" else TURN_KEYS[0]
     pair = next((keys for keys in TURN_KEYS if turn.get(keys[0]) is not None), pair)
-    given = reading.keys(turn, column, _USED[pair])
+    given = reader.keys(turn, column, _USED[pair])
     speaker = given.get(pair[0])
     for key in pair[:1] if speaker in TOOL_SPEAKERS else pair:
         if is_missing(given.get(key)):
             raise RowProblem(f"{where}.{key} is missing")
     if speaker in TOOL_SPEAKERS:
-        raise Refused(
+        raise UnsupportedContent(
             f"{where}.{pair[0]} is {speaker!r}: tool calls can't be trained on yet; take such "
             "conversations out"
         )
@@ -101,14 +105,14 @@ def _turn(turn: object, column: str, where: str, reading: Reading) -> Turn:
         allowed = ", ".join(SPEAKERS)
         raise RowProblem(f"{where}.{pair[0]} is {speaker!r:.40}; allowed are {allowed}")
     role, place = SPEAKERS[speaker], f"{where}.{pair[1]}"
-    content = _text(given[pair[1]], f"{column}.{pair[1]}", place, reading)
+    content = _text(given[pair[1]], f"{column}.{pair[1]}", place, reader)
     content = string(content, place, may_be_empty=role == "system")
     says = len(given) > len(pair)  # whether it is learned
     return Turn(role, content, _is_learned(given, role, where) if says else True)
 
 
-def _text(content: object, name: str, where: str, reading: Reading) -> object:
-    """Parts of text joined by line breaks, as the server joins them; other content as it is."""
+def _text(content: object, name: str, where: str, reader: RowReader) -> object:
+    """Join parts of text by line breaks, as the server does; return other content as it is."""
     if not isinstance(content, list):
         return content
     texts = []
@@ -116,17 +120,17 @@ def _text(content: object, name: str, where: str, reading: Reading) -> object:
         if not isinstance(part, Mapping):
             raise RowProblem(f"{where}[{number}] must be an object, not {kind(part)}")
         if part.get("type") != "text":
-            raise Refused(
+            raise UnsupportedContent(
                 f"{where}[{number}].type is {part.get('type')!r:.40}: of the parts of a content "
                 "only text can be trained on yet; take such conversations out"
             )
-        text = reading.keys(part, name, _PART_KEYS).get("text")
+        text = reader.keys(part, name, _PART_KEYS).get("text")
         texts.append(string(text, f"{where}[{number}].text"))
     return "\n".join(texts)
 
 
 def _is_learned(given: Mapping[str, Any], role: str, where: str) -> bool:
-    """What the turn says of itself; an assistant's is learned unless it says otherwise."""
+    """Whether a turn is learned: an assistant's is unless one of its keys says otherwise."""
     said = {key: given[key] for key in LEARN_KEYS if not is_missing(given.get(key))}
     for key, value in said.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -142,7 +146,7 @@ def _is_learned(given: Mapping[str, Any], role: str, where: str) -> bool:
 
 
 def string(value: object, where: str, *, may_be_empty: bool = False) -> str:
-    """The value if it is text that can be learned; raises RowProblem otherwise."""
+    """Return a value that is text and can be learned; raises RowProblem for any other."""
     if not isinstance(value, str):
         raise RowProblem(f"{where} must be a string, not {kind(value)}")
     if not may_be_empty and not value.strip():
@@ -157,5 +161,5 @@ def string(value: object, where: str, *, may_be_empty: bool = False) -> str:
 
 
 def kind(value: object) -> str:
-    """What a value is, in JSON's words."""
+    """Return the kind of a value in the terms of JSON."""
     return _KINDS.get(type(value), "a number" if isinstance(value, (int, float)) else "an object")

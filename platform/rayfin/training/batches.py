@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from rayfin.data import TokenizedCorpus, TokenizedSample
-from rayfin.data.stream import Reader, pieces_of
+from rayfin.data.stream import plan_sample_ranges
+from rayfin.data.stream_reader import StreamReader
 from rayfin.heartbeat import beat
 from rayfin.training.spec import TrialSpec
 from rayfin.training.strategies import Share
@@ -49,7 +50,7 @@ def plan_samples(
 
 
 def samples_of(
-    spec: TrialSpec, data: TokenizedCorpus, share: Share, reader: Reader
+    spec: TrialSpec, data: TokenizedCorpus, share: Share, reader: StreamReader
 ) -> PlannedSamples | StreamedSamples:
     """The training samples of a trial, position by position; `reader` reads what is streamed."""
     train, stream = spec.train, data.stream
@@ -65,7 +66,7 @@ def samples_of(
         return PlannedSamples(data.train, plan)
 
     def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, TokenizedSample]]:
-        pieces = pieces_of(
+        ranges = plan_sample_ranges(
             stream,
             lanes=lanes,
             of=samples_per_step,
@@ -73,7 +74,7 @@ def samples_of(
             first=first,
             last=train.max_steps,
         )
-        return reader(stream, pieces, train.seed, spec.data.max_length)
+        return reader(stream, ranges, train.seed, spec.data.max_length)
 
     return StreamedSamples(
         read,

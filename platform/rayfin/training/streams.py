@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,64 +13,66 @@ import ray.exceptions
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedSample, survey_corpus
-from rayfin.data.chunks import FileRange
-from rayfin.data.stream import Reader, SampleRange, Stream, tokenized_piece
-from rayfin.data.survey import Part
+from rayfin.data.stream import FileRange, SampleRange, Stream
+from rayfin.data.stream_reader import StreamReader, tokenize_range
+from rayfin.data.survey import RangeSurvey, SurveyBatch
 from rayfin.models import load_tokenizer
 
-# Of tokens that are made and not yet trained on; a task gives some hundred samples.
+# Tokens that are made and not yet trained on; a task yields some hundred samples.
 _OBJECT_STORE_BYTES = 2**28
-_PIECES_A_TASK = 4
-# Each task is an object that waits from the beginning.
-_PIECES_AT_A_TIME = 4096
-_PARTS_AT_A_TIME = 32
+_RANGES_PER_TASK = 4
+# Each task is an object that waits from the start.
+_MAX_RANGES_QUEUED = 4096
+_MAX_BATCHES_QUEUED = 32
 
 
 def survey_on_ray(config: DataConfig) -> Corpus:
-    """`survey_corpus`, its parts on all CPUs of the connected cluster."""
-    return survey_corpus(config, _each)
+    """Survey a streamed data set as `survey_corpus` does, on all CPUs of the connected cluster."""
+    return survey_corpus(config, _map_batches)
 
 
-def _each(look: Callable[[list[int]], Part], parts: Sequence[list[int]]) -> Iterable[Part]:
+def _map_batches(survey: SurveyBatch, batches: Sequence[list[int]]) -> Iterable[RangeSurvey]:
     task: Any = ray.remote(_call)
-    function = ray.put(look)
-    begun: list[Any] = []
-    for part in parts:
-        begun.append(task.remote(function, part))
-        if len(begun) >= _PARTS_AT_A_TIME:
-            yield _result(begun.pop(0))
-    yield from map(_result, begun)
+    function = ray.put(survey)
+    queued: list[Any] = []
+    for batch in batches:
+        queued.append(task.remote(function, batch))
+        if len(queued) >= _MAX_BATCHES_QUEUED:
+            yield _result(queued.pop(0))
+    yield from map(_result, queued)
 
 
-def _result(task: Any) -> Part:
-    """Of a task; what it raised comes without Ray's words around it."""
+def _result(task: Any) -> RangeSurvey:
+    """Return a task's result, or raise its error without what Ray wraps around it."""
     try:
-        part: Part = ray.get(task)
+        survey: RangeSurvey = ray.get(task)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
-    return part
+    return survey
 
 
-def _call(look: Callable[[list[int]], Part], part: list[int]) -> Part:
-    return look(part)
+def _call(survey: SurveyBatch, batch: list[int]) -> RangeSurvey:
+    return survey(batch)
 
 
-def read_on_ray(model: ModelConfig) -> Reader:
-    """A reader whose pieces are read and tokenised by Ray Data, some ahead of the training.
+def read_on_ray(model: ModelConfig) -> StreamReader:
+    """Return a reader whose ranges are read and tokenised by Ray Data, ahead of the training.
 
-    Its one process takes none of the cluster's CPUs: the training may hold all of them.
+    Its one process takes none of the cluster's CPUs, as the training may hold all of them.
     """
 
     def read(
-        stream: Stream, pieces: Sequence[SampleRange], seed: int, max_length: int
+        stream: Stream, ranges: Sequence[SampleRange], seed: int, max_length: int
     ) -> Iterator[tuple[int, TokenizedSample]]:
         import ray.data  # here, as few trials stream
 
         _prepare()
-        rules = replace(stream, chunks=(), rows=())
-        for first in range(0, len(pieces), _PIECES_AT_A_TIME):
-            some = [asdict(piece) for piece in pieces[first : first + _PIECES_AT_A_TIME]]
-            waiting = ray.data.from_items(some, override_num_blocks=-(-len(some) // _PIECES_A_TASK))
+        rules = replace(stream, ranges=(), rows=())
+        for first in range(0, len(ranges), _MAX_RANGES_QUEUED):
+            some = [asdict(each) for each in ranges[first : first + _MAX_RANGES_QUEUED]]
+            waiting = ray.data.from_items(
+                some, override_num_blocks=-(-len(some) // _RANGES_PER_TASK)
+            )
             samples = waiting.map_batches(
                 lambda batch: _tokenize(batch, rules, model, seed, max_length),
                 batch_size=None,
@@ -91,17 +93,15 @@ _tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
 def _tokenize(batch: Any, stream: Stream, model: ModelConfig, seed: int, max_length: int) -> Any:
-    """Pieces -> their samples."""
+    """Turn a table of sample ranges into a table of their tokenised samples."""
     import pyarrow as pa
 
     lanes: list[int] = []
     samples: list[TokenizedSample] = []
     for row in batch.to_pylist():
-        piece = SampleRange(**row | {"chunk": FileRange(**row["chunk"])})
-        samples += tokenized_piece(
-            stream, piece, _tokenizer(model), seed=seed, max_length=max_length
-        )
-        lanes += [piece.lane] * (len(samples) - len(lanes))
+        each = SampleRange(**row | {"file_range": FileRange(**row["file_range"])})
+        samples += tokenize_range(stream, each, _tokenizer(model), seed=seed, max_length=max_length)
+        lanes += [each.lane] * (len(samples) - len(lanes))
     tokens = pa.list_(pa.int32())
     return pa.table(
         {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
-from rayfin.data.stream import Reader, read_here
+from rayfin.data.stream_reader import StreamReader, read_in_process
 from rayfin.hardware import Hardware
 from rayfin.heartbeat import beat
 from rayfin.models import Base, ModelFacts, base_of, describe_model, load_base, load_tokenizer
@@ -36,7 +36,7 @@ class TrialCache:
     def __init__(
         self,
         corpora: dict[DataConfig, Corpus] | None = None,
-        reader: Callable[[ModelConfig], Reader] | None = None,
+        reader: Callable[[ModelConfig], StreamReader] | None = None,
     ) -> None:
         """`reader`: makes what reads streamed data, other than in this process."""
         self._reader = reader
@@ -81,9 +81,9 @@ class TrialCache:
             )
         return self._tokenized[key]
 
-    def reader(self, model: ModelConfig) -> Reader:
+    def reader(self, model: ModelConfig) -> StreamReader:
         """What reads streamed data for `model`."""
-        return self._reader(model) if self._reader else read_here(self.tokenizer(model))
+        return self._reader(model) if self._reader else read_in_process(self.tokenizer(model))
 
     def base(
         self, spec: TrialSpec, hardware: Hardware, *, on_host: bool = False

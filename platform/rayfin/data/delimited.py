@@ -1,4 +1,4 @@
-"""CSV and TSV as rows: which delimiter, which quotes, and what an open quote takes along."""
+"""Read the rows of CSV and TSV files: find the delimiter and the quotes, and report open ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from rayfin.data.rows import Row, not_utf8, open_source
 
 _LARGEST_CELL = 2**27
 _NO_VALUE = ("null", "NaN")
-"""What databases and pandas write into a cell without a value."""
+"""The texts that databases and pandas write into a cell without a value."""
 
 
 def read_csv(path: Path) -> Iterator[Row]:
-    text = _text_of(path)
+    """Return the rows of a CSV file, delimited by commas, semicolons or tabs."""
+    text = _read_text(path)
     first = text.partition("\n")[0]
     if "\t" in first and "," not in first:  # what spreadsheets write as "Unicode text"
         return iter(_tab_separated(str(path), text))
@@ -25,10 +26,11 @@ def read_csv(path: Path) -> Iterator[Row]:
 
 
 def read_tsv(path: Path) -> Iterator[Row]:
-    return iter(_tab_separated(str(path), _text_of(path)))
+    """Return the rows of a TSV file."""
+    return iter(_tab_separated(str(path), _read_text(path)))
 
 
-def _text_of(path: Path) -> str:
+def _read_text(path: Path) -> str:
     csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_CELL))
     # surrogateescape: a byte that is not UTF-8 spoils its own row, not the rest of the file.
     with open_source(path) as raw:
@@ -36,7 +38,7 @@ def _text_of(path: Path) -> str:
 
 
 def _tab_separated(file: str, text: str) -> list[Row]:
-    """A quote is a character, unless the file shows that quotes enclose its cells."""
+    """Read quotes as characters, unless the file shows that they enclose its cells."""
     plain = list(_rows(file, text, "\t", quotes=False))
     if '"' not in text:
         return plain
@@ -48,7 +50,7 @@ def _tab_separated(file: str, text: str) -> list[Row]:
 
 
 def _shows_quotes(plain: list[Row]) -> bool:
-    """Whether cells are enclosed in quotes: all of a column, or one that doubles those within."""
+    """Whether all cells of a column are quoted, or a quoted cell doubles the quotes within it."""
     cells = [row.value for row in plain if row.problem is None]
     columns = [[row[name] for row in cells if row[name]] for name in (cells[0] if cells else ())]
     enclosed = [[len(c) > 1 and c[0] == c[-1] == '"' for c in column] for column in columns]
@@ -93,14 +95,14 @@ def _rows(file: str, text: str, delimiter: str, quotes: bool = True) -> Iterator
                 name: None if name in NOT_NEEDED and cell in _NO_VALUE else cell
                 for name, cell in zip(header, cells, strict=True)
             }
-            yield Row(file, line, value, like_rows=_like_rows(cells, header, delimiter))
+            yield Row(file, line, value, row_like_lines=_row_like_lines(cells, header, delimiter))
 
 
-def _like_rows(cells: list[str], header: list[str], delimiter: str) -> int:
-    """The lines within cells, after each one's first, that look like rows of their own.
+def _row_like_lines(cells: list[str], header: list[str], delimiter: str) -> int:
+    """Count the lines within cells, after each cell's first, that look like rows of their own.
 
-    They have the header's number of cells, at least two of them filled, and none that begins with
-    a space, as prose does after a comma.
+    Such a line has the header's number of cells, at least two of them filled, and none that
+    begins with a space, as prose does after a comma.
     """
     lines = [line for cell in cells for line in cell.splitlines()[1:]]
     found = (line.split(delimiter) for line in lines)
@@ -113,7 +115,7 @@ def _like_rows(cells: list[str], header: list[str], delimiter: str) -> int:
 
 
 def _broken(file: str, line: int, lost: list[str], delimiter: str, reason: str) -> Row:
-    """The lines that a quote made one row, which is none."""
+    """Return the bad row for the lines that an open or stray quote joins into one."""
     rows = sum(1 for each in lost if each.strip())
     if "end of data" in reason:
         loose = list(csv.reader(lost, delimiter=delimiter))

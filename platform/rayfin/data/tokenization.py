@@ -1,4 +1,4 @@
-"""Samples as token ids with a loss mask, and what they are like."""
+"""Turn samples into token ids with a loss mask."""
 
 from __future__ import annotations
 
@@ -6,44 +6,43 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rayfin.data.ends import no_end, taught_ends
-from rayfin.data.examples import NO_LOSS, Corpus, Example, TokenizedSample
-from rayfin.data.losses import losses
+from rayfin.data.corpus import Corpus
+from rayfin.data.examples import NO_LOSS, Example, TokenizedSample
+from rayfin.data.learned import learned_ends, missing_end_note, unlearned_notes
 from rayfin.data.profile import DataProfile, profile_of
-from rayfin.data.render import Rendered, begins_with_bos, render_conversations
+from rayfin.data.render import RenderedConversation, begins_with_bos, render_conversations
+from rayfin.data.stream import Stream
 from rayfin.errors import DataError, ModelError
 from rayfin.models.ends import Ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from rayfin.data.stream import Stream
-
-
-# What a chat template puts around a prompt; a system message of its own may take more.
+# The tokens that a chat template puts around a prompt; its own system message may take more.
 _TEMPLATE_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class TokenizedCorpus:
-    """Both splits, cut to max_length, without the samples that were cut before their answer."""
+    """Both splits cut to max_length, without the samples that lost their whole answer."""
 
     train: list[TokenizedSample]
     eval: list[TokenizedSample]
     profile: DataProfile
     stream: Stream | None = None
-    """Where the training samples come from, if `train` is a sample of them."""
+    """Where training reads its samples from, if `train` is only a sample of them."""
     ends: Ends = field(default_factory=Ends)
-    """Ends of an answer that are learned."""
+    """The ends of answers that are learned."""
 
 
 def tokenize_corpus(
     corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int
 ) -> TokenizedCorpus:
-    """Token ids and labels of a corpus; loss on the assistant's turns only, on all of a plain text.
+    """Tokenise a corpus, with loss on the assistant's turns only, or on all of a plain text.
 
     The tokens before the last answer are exactly those that generation sees for the prompt alone.
-    Cut at the right to `max_length`. Raises DataError where that leaves a split without loss.
+    Samples are cut at the right to `max_length` tokens. Raises DataError where that leaves a split
+    without labels, and ModelError for a tokenizer without character offsets.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -52,12 +51,12 @@ def tokenize_corpus(
         )
     whole = tokenize_examples([*corpus.train, *corpus.eval], tokenizer)
     train, held_out = whole[: len(corpus.train)], whole[len(corpus.train) :]
-    kept_train = _cut(train, max_length, "train")
-    kept_eval = _cut(held_out, max_length, "eval")
-    ends = taught_ends(corpus.train, kept_train, tokenizer)
-    notes = losses(corpus, whole, len(kept_train) + len(kept_eval), max_length)
+    kept_train = _truncate_split(train, max_length, "train")
+    kept_eval = _truncate_split(held_out, max_length, "eval")
+    ends = learned_ends(corpus.train, kept_train, tokenizer)
+    notes = unlearned_notes(corpus, whole, len(kept_train) + len(kept_eval), max_length)
     if ends == Ends():
-        notes += (no_end(corpus, train, tokenizer),)
+        notes += (missing_end_note(corpus, train, tokenizer),)
     profile = profile_of(
         corpus,
         train=kept_train,
@@ -69,9 +68,9 @@ def tokenize_corpus(
 
 
 def needs_length_check(corpus: Corpus, max_length: int) -> bool:
-    """Whether `check_lengths` could find anything: its tokenizer takes seconds to import.
+    """Whether `check_lengths`, whose tokenizer takes seconds to import, could find a problem.
 
-    A token is a byte at least, and a chat template adds a few dozen.
+    A token has at least one byte, and a chat template adds a few dozen tokens.
     """
     return any(
         min(map(_prompt_bytes, split)) + _TEMPLATE_TOKENS > max_length
@@ -80,11 +79,11 @@ def needs_length_check(corpus: Corpus, max_length: int) -> bool:
 
 
 def check_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
-    """Raises the DataError that `tokenize_corpus` would, mostly without tokenizing it all."""
+    """Raise the DataError that `tokenize_corpus` would, mostly without tokenising the corpus."""
     for split, examples in (("train", corpus.train), ("eval", corpus.eval)):
         shortest = sorted(examples, key=_prompt_bytes)[:16]
-        if not fitting(tokenize_examples(shortest, tokenizer), max_length):
-            _cut(tokenize_examples(examples, tokenizer), max_length, split)
+        if not truncate(tokenize_examples(shortest, tokenizer), max_length):
+            _truncate_split(tokenize_examples(examples, tokenizer), max_length, split)
 
 
 def _prompt_bytes(example: Example) -> int:
@@ -94,7 +93,7 @@ def _prompt_bytes(example: Example) -> int:
 def tokenize_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast
 ) -> list[TokenizedSample]:
-    """Each sample at its full length, in order."""
+    """Return the samples at their full length, in order."""
     texts = [example.text for example in examples if example.text is not None]
     plain = iter(_plain_texts(texts, tokenizer))
     talks = [example for example in examples if example.text is None]
@@ -116,7 +115,7 @@ def _plain_texts(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[T
 
 
 def _conversations(
-    rendered: list[Rendered], tokenizer: PreTrainedTokenizerFast
+    rendered: list[RenderedConversation], tokenizer: PreTrainedTokenizerFast
 ) -> list[TokenizedSample]:
     wholes = _encode([each.text for each in rendered], tokenizer)
     prompts = [ids for ids, _ in _encode([each.prompt for each in rendered], tokenizer)]
@@ -139,9 +138,12 @@ def _conversations(
 
 
 def _masked(
-    ids: list[int], starts: list[int], rendered: Rendered, prompt_length: int
+    ids: list[int], starts: list[int], rendered: RenderedConversation, prompt_length: int
 ) -> TokenizedSample:
-    """Labels for the tokens that begin in a span; the last span begins at `prompt_length`."""
+    """Return a sample whose labels are the tokens that begin in a span.
+
+    The last span begins at token `prompt_length`.
+    """
     labels = [NO_LOSS] * prompt_length
     for first, end in rendered.spans[:-1]:
         for index in range(prompt_length):
@@ -158,7 +160,7 @@ def _masked(
 def _encode(
     texts: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> list[tuple[list[int], list[int]]]:
-    """(token ids, the character where each token begins) of every text, in one batch."""
+    """Return (token ids, the character where each token begins) of every text."""
     if not texts:
         return []
     batch = tokenizer(
@@ -175,8 +177,8 @@ def _encode(
     ]
 
 
-def fitting(samples: list[TokenizedSample], max_length: int) -> list[TokenizedSample]:
-    """The samples cut to `max_length`, without those whose answer was cut off."""
+def truncate(samples: list[TokenizedSample], max_length: int) -> list[TokenizedSample]:
+    """Return the samples cut to `max_length` tokens, without those left without labels."""
     kept: list[TokenizedSample] = []
     for sample in samples:
         ids, labels = sample["input_ids"][:max_length], sample["labels"][:max_length]
@@ -186,8 +188,10 @@ def fitting(samples: list[TokenizedSample], max_length: int) -> list[TokenizedSa
     return kept
 
 
-def _cut(samples: list[TokenizedSample], max_length: int, split: str) -> list[TokenizedSample]:
-    kept = fitting(samples, max_length)
+def _truncate_split(
+    samples: list[TokenizedSample], max_length: int, split: str
+) -> list[TokenizedSample]:
+    kept = truncate(samples, max_length)
     if not kept:
         shortest = min(_first_label(sample) + 1 for sample in samples)
         longest = max(len(sample["input_ids"]) for sample in samples)

@@ -1,4 +1,4 @@
-"""Parquet, and other tables, as rows."""
+"""Read the rows of Parquet files, and of Arrow files as the datasets library saves them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from rayfin.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_FILE_FORMAT = b"ARROW1"
 _SOMETHING = "..."
-"""Stands for a value that nobody asks for: of a column that is not used it matters only whether a
-row has one."""
+"""Stands for a value of a column that is not used: only whether there is one matters."""
 
 
-def row_groups(path: Path) -> int:
-    """Returns a Parquet file's number of row groups.
+def count_row_groups(path: Path) -> int:
+    """Return the number of row groups of a Parquet file.
 
-    Raises DataError where it is no Parquet, or has a column twice.
+    Raises DataError for a broken file, or one that has a column twice.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         parquet = pq.ParquetFile(path)
-        check_names(path, parquet.schema_arrow.names)
+        _check_column_names(path, parquet.schema_arrow.names)
         return int(parquet.num_row_groups)
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
@@ -38,7 +38,10 @@ def row_groups(path: Path) -> int:
 def read_parquet(
     path: Path, ignore: Collection[str] = (), groups: Sequence[int] | None = None
 ) -> Iterator[Row]:
-    """`groups`: of the file's row groups; all. The columns in `ignore` are not read."""
+    """Yield the rows of a Parquet file, or of these row `groups` of it.
+
+    The columns in `ignore` are not read.
+    """
 
     def batches() -> Iterator[pa.RecordBatch]:
         import pyarrow as pa
@@ -46,18 +49,39 @@ def read_parquet(
 
         parquet = pq.ParquetFile(path)
         names = parquet.schema_arrow.names
-        check_names(path, names)
+        _check_column_names(path, names)
         wanted = [name for name in names if name not in ignore]
         for batch in parquet.iter_batches(row_groups=groups, columns=wanted):
             nothing = pa.nulls(batch.num_rows)
             columns = [batch.column(n) if n in wanted else nothing for n in names]
             yield pa.RecordBatch.from_arrays(columns, names=names)
 
-    yield from table_rows(path, "Parquet", batches(), ignore)
+    yield from _table_rows(path, "Parquet", batches(), ignore)
 
 
-def check_names(path: Path, names: Sequence[str]) -> None:
-    """Raises DataError where two columns have the same name: a row has a place for one of them."""
+def read_arrow(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
+    """Yield the rows of a file in Arrow's stream format or its file format.
+
+    The columns in `ignore` hold None.
+    """
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        import pyarrow as pa
+
+        with pa.memory_map(str(path)) as source:
+            magic = source.read(len(_FILE_FORMAT))
+            source.seek(0)
+            if magic == _FILE_FORMAT:
+                file = pa.ipc.open_file(source)
+                yield from (file.get_batch(number) for number in range(file.num_record_batches))
+            elif magic:
+                yield from pa.ipc.open_stream(source)
+
+    yield from _table_rows(path, "Arrow", batches(), ignore)
+
+
+def _check_column_names(path: Path, names: Sequence[str]) -> None:
+    """Raise DataError where two columns have the same name: a row can hold only one of them."""
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise DataError(
@@ -65,12 +89,12 @@ def check_names(path: Path, names: Sequence[str]) -> None:
         )
 
 
-def table_rows(
+def _table_rows(
     path: Path, kind: str, batches: Iterable[pa.RecordBatch], ignore: Collection[str]
 ) -> Iterator[Row]:
-    """Yields the rows of a table of some `kind`; the columns in `ignore` hold None.
+    """Yield the rows of a table; the columns in `ignore` hold None.
 
-    Values that nothing is made of are not made Python's: they may be large. Raises DataError where
+    Unused values are not converted to Python objects, as they may be large. Raises DataError where
     a column is there twice.
     """
     import pyarrow as pa
@@ -78,9 +102,9 @@ def table_rows(
     number = 0
     try:
         for batch in batches:
-            check_names(path, batch.schema.names)
+            _check_column_names(path, batch.schema.names)
             light = pa.RecordBatch.from_arrays(
-                [_light(name, batch.column(name), ignore) for name in batch.schema.names],
+                [_without_unused(name, batch.column(name), ignore) for name in batch.schema.names],
                 names=batch.schema.names,
             )
             for index in range(batch.num_rows):
@@ -94,8 +118,8 @@ def table_rows(
         yield Row(str(path), number + 1, problem=f"broken {kind}: {reason}")
 
 
-def _light(name: str, column: pa.Array, ignore: Collection[str]) -> pa.Array:
-    """The column if its values matter; else whether a row has something in it."""
+def _without_unused(name: str, column: pa.Array, ignore: Collection[str]) -> pa.Array:
+    """Return a column whose values are used as it is, and else only whether rows have a value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

@@ -1,0 +1,95 @@
+"""Large files divided into ranges that any machine can read on its own, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from rayfin.data.columnar import count_row_groups, read_parquet
+from rayfin.data.readers import parse_lines, read_errors
+from rayfin.data.rows import Row, lines_of, marked_encoding, skip_line
+from rayfin.data.splits import Split
+from rayfin.data.stream import FileRange
+from rayfin.errors import DataError
+
+# Ranges are small, as each sample of an optimizer step comes from a range of its own, which is held
+# in memory meanwhile; and there are many, so that a step's samples come from all over the data.
+_MAX_BYTES, _MIN_BYTES, _RANGES = 2**20, 2**14, 4096
+_STREAMABLE = (".jsonl", ".ndjson", ".parquet")
+
+
+def file_ranges(split: Split) -> list[FileRange]:
+    """Return the ranges that hold the rows of a split, in order.
+
+    They depend on the names and sizes of the files only. Raises DataError where a file can't be
+    read in parts.
+    """
+    if split.tables:
+        raise DataError(
+            f"data.streaming=true: '{split.tables[0][0]}' is a hub data set; fetch its Parquet "
+            "files and give their directory as data.path, or set data.streaming=false"
+        )
+    files = [file.absolute() for file in split.files]  # other processes read them, too
+    for file in files:
+        if file.suffix.lower() not in _STREAMABLE:
+            raise DataError(
+                f"data.streaming=true: '{file}' can't be read in parts; give "
+                f"{', '.join(_STREAMABLE)} (unpack .gz, and bring others into one of these), or "
+                "set data.streaming=false"
+            )
+        with read_errors(file), file.open("rb") as start:
+            encoding = marked_encoding(start.read(4))
+        if encoding is not None and file.suffix.lower() != ".parquet":
+            raise DataError(
+                f"data.streaming=true: '{file}' is {encoding.upper()}, which can't be read in "
+                f"parts; convert it with iconv -f {encoding} -t utf-8, or set data.streaming=false"
+            )
+    total = sum(f.stat().st_size for f in files if f.suffix.lower() != ".parquet")
+    size = min(max(total // _RANGES, _MIN_BYTES), _MAX_BYTES)
+    found: list[FileRange] = []
+    for file in files:
+        if file.suffix.lower() == ".parquet":
+            with read_errors(file):
+                groups = count_row_groups(file)
+            found += [FileRange(str(file), group, group + 1) for group in range(groups)]
+        else:
+            end = file.stat().st_size
+            found += [
+                FileRange(str(file), start, min(start + size, end)) for start in range(0, end, size)
+            ]
+    return found
+
+
+def read_range(file_range: FileRange, ignore: Collection[str] = ()) -> Iterator[Row]:
+    """Yield the rows of a range; their lines are counted from 1 at its start.
+
+    The columns in `ignore` are not read where that saves work. See `count_lines_before`.
+    """
+    path = Path(file_range.file)
+    with read_errors(path):
+        if file_range.is_parquet:
+            yield from read_parquet(path, ignore, range(file_range.start, file_range.stop))
+        else:
+            starts_file = file_range.start == 0
+            yield from parse_lines(file_range.file, _lines(file_range), first=starts_file)
+
+
+def count_lines_before(ranges: Sequence[FileRange], file_range: FileRange) -> int:
+    """Return how many lines (in Parquet, rows) of its file come before a range."""
+    if file_range.is_parquet:
+        earlier = [
+            each
+            for each in ranges
+            if each.file == file_range.file and each.start < file_range.start
+        ]
+        return sum(sum(1 for _ in read_range(each)) for each in earlier)
+    # A line that crosses into a range belongs to the range before it.
+    return sum(1 for _ in _lines(FileRange(file_range.file, 0, file_range.start)))
+
+
+def _lines(file_range: FileRange) -> Iterator[bytes]:
+    with Path(file_range.file).open("rb") as file:
+        if file_range.start:
+            file.seek(file_range.start - 1)
+            skip_line(file, file_range.stop)
+        yield from lines_of(file, file_range.stop)

@@ -1,0 +1,65 @@
+"""Read and tokenise the samples of a streamed data set, a range at a time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rayfin.data.conversion import RowStatistics
+from rayfin.data.examples import NO_LOSS, Example, TokenizedSample
+from rayfin.data.file_ranges import read_range
+from rayfin.data.stream import SampleRange, Stream
+from rayfin.data.tokenization import tokenize_examples, truncate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+StreamReader = Callable[
+    [Stream, Sequence[SampleRange], int, int], Iterator[tuple[int, TokenizedSample]]
+]
+"""Called with a stream, sample ranges, the seed and max_length; yields (lane, sample) in order."""
+
+
+def tokenize_range(
+    stream: Stream,
+    samples: SampleRange,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    seed: int,
+    max_length: int,
+) -> list[TokenizedSample]:
+    """Return the samples of a range, cut to `max_length` tokens.
+
+    A sample whose answer lies beyond `max_length` keeps two tokens and no loss, so that it still
+    occupies its place in the plan.
+    """
+    statistics = RowStatistics(stream.ignore)
+    examples = [
+        example
+        for row in read_range(samples.file_range, stream.ignore)
+        if isinstance(example := statistics.convert(row, stream.shape), Example)
+        and not stream.is_held_out(example)
+    ]
+    random.Random(f"{seed}/{samples.epoch}/{samples.number}").shuffle(examples)
+    tokenized = tokenize_examples(examples[samples.start : samples.stop], tokenizer)
+    return [(truncate([sample], max_length) or [_without_loss(sample)])[0] for sample in tokenized]
+
+
+def _without_loss(sample: TokenizedSample) -> TokenizedSample:
+    ids = sample["input_ids"][:2]
+    return {"input_ids": ids, "labels": [NO_LOSS] * len(ids)}
+
+
+def read_in_process(tokenizer: PreTrainedTokenizerFast) -> StreamReader:
+    """Return a reader that reads and tokenises in this process, each range when it is needed."""
+
+    def read(
+        stream: Stream, ranges: Sequence[SampleRange], seed: int, max_length: int
+    ) -> Iterator[tuple[int, TokenizedSample]]:
+        for each in ranges:
+            tokenized = tokenize_range(stream, each, tokenizer, seed=seed, max_length=max_length)
+            for sample in tokenized:
+                yield each.lane, sample
+
+    return read
