@@ -50,6 +50,10 @@ class AdapterError(UsageError):
     """An adapter, version or alias that is missing, malformed or not allowed."""
 
 
+class DependencyError(UsageError):
+    """An installed package that lacks something which rayfin needs of it."""
+
+
 class RequestError(UsageError):
     """A request to the served model that can't be answered as it stands (HTTP 400)."""
 

@@ -17,7 +17,7 @@ from rayfin.methods import METHODS
 from rayfin.paths import StoragePath
 from rayfin.training import TrialSpec
 from rayfin.training.strategies import STRATEGIES, WorkerLayout, refusal
-from rayfin.training.zero import Zero
+from rayfin.training.zero import ZeroStrategy
 
 pytestmark = pytest.mark.slow
 
@@ -199,7 +199,7 @@ def test_deepspeed_s_buffer_is_no_larger_than_what_is_trained(
 ) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.Linear(3, 4, bias=False))
     model[0].requires_grad_(False)
-    zero = Zero(
+    zero = ZeroStrategy(
         WorkerLayout(2, "deepspeed-zero2", own=own), describe_hardware(False), TrainConfig()
     )
     assert zero.settings_for(model)["zero_optimization"]["reduce_bucket_size"] == bucket

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
@@ -21,6 +22,7 @@ MODULES = sorted((SOURCE / "rayfin").rglob("*.py"))
 ORDER = (
     {"redaction"},
     {"errors", "section", "sizes", "metrics", "statuses"},
+    {"compat"},
     {"methods"},
     {
         "config",
@@ -45,7 +47,7 @@ ORDER = (
 RANK = {part: rank for rank, group in enumerate(ORDER) for part in group}
 
 # Parts whose modules still have import cycles.
-CYCLIC = {"training", "serving"}
+CYCLIC = {"serving"}
 
 # These also run where only torch, transformers and peft are installed.
 RAY_FREE = ("rayfin.training", "rayfin.serving.engine")
@@ -83,11 +85,16 @@ def part_of(module: str) -> str | None:
     return rest.partition(".")[0] or None if top == "rayfin" else None
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Line and full name of all that a file imports, inside functions and `if`s too."""
     name = module_name(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -1,7 +1,7 @@
 """Base models: bundled, local or from the hub; tokenizer, weights, quantisation, facts."""
 
+from rayfin.compat.bitsandbytes import import_bitsandbytes
 from rayfin.models.bases import BASE_IDENTITY, Base, base_of, hub_id
-from rayfin.models.bnb import import_bitsandbytes
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.facts import (
     ModelFacts,

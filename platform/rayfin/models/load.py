@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from rayfin.compat.bitsandbytes import (
+    import_bitsandbytes,
+    no_cast_warnings,
+    without_packing,
+)
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import HardwareError, ModelError
-from rayfin.models.bnb import import_bitsandbytes, without_packing
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.checkpoint import REPLACE, check_causal, check_loadable, read_config
-from rayfin.models.quiet import no_cast_warnings, no_progress_bars
+from rayfin.models.quiet import no_progress_bars
 from rayfin.models.source import is_hub, model_directory
 
 if TYPE_CHECKING:

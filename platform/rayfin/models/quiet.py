@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,8 +18,3 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def no_cast_warnings() -> None:
-    """8-bit layers of bitsandbytes would warn at every call that they cast, which is their job."""
-    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from rayfin.training.parallel import Parallel
+from rayfin.training.parallel import ParallelStrategy
 
 
 def training_arguments(
-    parallel: Parallel, model: torch.nn.Module, directory: Path
+    parallel: ParallelStrategy, model: torch.nn.Module, directory: Path
 ) -> TrainingArguments:
     """Evaluation, saving and the order of samples are ours; all else is Transformers'."""
     train, cuda = parallel.train, parallel.hardware.device == "cuda"

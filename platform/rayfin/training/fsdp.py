@@ -1,4 +1,4 @@
-"""PyTorch's FSDP2: the frozen base, or for full fine-tuning all, in parts on the workers.
+"""PyTorch's FSDP2, which keeps the frozen base (or all, if all is trained) in parts on workers.
 
 An adapter is a percent of the base: it stays whole on every worker, as in DDP, and its gradients
 are averaged in one message. Its products are plain ones then, and so every method can run here.
@@ -14,17 +14,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rayfin.compat.transformers import layer_classes, mark_sharded
 from rayfin.errors import ConfigError
-from rayfin.training.parallel import Parallel, Tensors
+from rayfin.training.parallel import ParallelStrategy, Tensors
 
 
-class FullySharded(Parallel):
-    """See `Parallel`."""
+class FullyShardedStrategy(ParallelStrategy):
+    """PyTorch's FSDP2; see the base class."""
 
     together = gathers = on_host = True
 
     def shard(self, model: torch.nn.Module) -> None:
-        """Layer by layer, so that no device ever holds the whole model."""
+        """Shards the model layer by layer, so that no device ever holds it whole."""
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         adapter = set() if base is model else {p for p in model.parameters() if p.requires_grad}
         own = self.group.own or {}
@@ -47,12 +48,10 @@ class FullySharded(Parallel):
         for parameter in adapter:
             parameter.data = parameter.data.to(device)
         _move_scales(model, device)
-        # Transformers' Trainer knows models that were sharded as they were loaded: it neither moves
-        # nor wraps them.
-        base._is_distributed_loading_by_transformers = True
+        mark_sharded(base)
 
     def _layers(self, base: Any, own: Any) -> list[torch.nn.Module]:
-        names = own.get("transformer_layer_cls_to_wrap") or base._no_split_modules or ()
+        names = own.get("transformer_layer_cls_to_wrap") or layer_classes(base)
         names = {names} if isinstance(names, str) else set(names)
         layers = [m for m in base.modules() if type(m).__name__ in names]
         if not layers:
@@ -108,7 +107,7 @@ class FullySharded(Parallel):
 
 
 def _move_scales(model: torch.nn.Module, device: torch.device) -> None:
-    """4-bit weights keep their scales beside the parameter, where FSDP does not look."""
+    """Moves the scales of 4-bit weights, which lie beside the parameter: FSDP leaves them."""
     for module in model.modules():
         state = getattr(module, "quant_state", None)
         if state is not None and device.type != "cpu":

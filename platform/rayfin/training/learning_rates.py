@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from rayfin.compat.torch import set_schedule
 from rayfin.training.checkpoint import TrainingProgress
 from rayfin.training.parallel import trained
 
@@ -32,15 +33,12 @@ def divide_groups(
 
 def resume_schedule(scheduler: Any, progress: TrainingProgress) -> None:
     """Sets where learning rates stand: their schedule is a function of the steps alone."""
-    scheduler.last_epoch = progress.schedule_steps
-    scheduler._step_count = progress.schedule_steps + 1
     groups = scheduler.optimizer.param_groups
     first = groups[0]["initial_lr"]
-    scheduler._last_lr = [
+    rates = [
         progress.learning_rate
         if group["initial_lr"] == first
         else group["initial_lr"] * scheduler.lr_lambdas[number](progress.schedule_steps)
         for number, group in enumerate(groups)
     ]
-    for group, rate in zip(groups, scheduler._last_lr, strict=True):
-        group["lr"] = rate
+    set_schedule(scheduler, progress.schedule_steps, rates)

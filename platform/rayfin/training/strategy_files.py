@@ -7,11 +7,11 @@ place only: in the user's file it may be left out, be "auto", or be the same.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rayfin.compat.deepspeed import zero_settings
 from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError, did_you_mean
 
@@ -97,14 +97,7 @@ def _check_names(own: Settings, strategy: Strategy) -> None:
     if not isinstance(zero, dict):
         raise ConfigError("scaling.strategy_config: zero_optimization is no object of settings")
     # An unknown one would be dropped by DeepSpeed without a word.
-    logging.disable(logging.WARNING)  # that this machine has no GPU, where only a file is read
-    try:
-        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    finally:
-        logging.disable(logging.NOTSET)
-
-    fields = DeepSpeedZeroConfig.model_fields
-    names = {*fields, *(str(field.alias) for field in fields.values() if field.alias)}
+    names = zero_settings()
     for key in zero:
         if key not in names:
             raise ConfigError(

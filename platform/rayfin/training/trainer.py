@@ -1,4 +1,4 @@
-"""Transformers' Trainer, taught three things: our loss, our scores, and whole checkpoints."""
+"""Transformers' Trainer with a loss, scores and checkpoints of our own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback
 
+from rayfin.compat.deepspeed import element_count
+from rayfin.compat.transformers import SteppedTrainer
 from rayfin.config import MethodConfig
 from rayfin.data import TokenizedSample
 from rayfin.errors import TrialDiverged, TrialError
@@ -34,7 +37,7 @@ from rayfin.training.checkpoint import (
 from rayfin.training.clock import Clock
 from rayfin.training.flow import Flow
 from rayfin.training.learning_rates import divide_groups, resume_schedule
-from rayfin.training.parallel import Parallel
+from rayfin.training.parallel import ParallelStrategy
 from rayfin.training.scoring import Scores, completion_logits, score
 
 _WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
@@ -43,7 +46,7 @@ _STEPS_TO_TIME = 3
 _SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
-class TrialTrainer(Trainer):
+class TrialTrainer(SteppedTrainer):
     """Trains one trial; `curve` and `train_seconds` survive a resume with the checkpoint.
 
     `base_scores`: of the untrained model; None has the workers find them out together.
@@ -56,7 +59,7 @@ class TrialTrainer(Trainer):
         model: torch.nn.Module,
         *,
         method: MethodConfig,
-        parallel: Parallel,
+        parallel: ParallelStrategy,
         planned: PlannedSamples | StreamedSamples,
         held_out: list[TokenizedSample],
         pad_token_id: int,
@@ -67,15 +70,18 @@ class TrialTrainer(Trainer):
     ) -> None:
         train = parallel.train
         self.trainable_parameters = sum(
-            getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad
+            element_count(p) for p in model.parameters() if p.requires_grad
         )
         parallel.shard(model)
+        self._clock = Clock()
+        stepped = partial(method.after_optimizer_step, model)
+        flow = Flow(train, self._clock, self._score_base, stepped, self._to_be_saved_now)
         super().__init__(
             model=model,
             args=training_arguments(parallel, model, checkpoints.path),
             train_dataset=planned,
             data_collator=Collator(pad_token_id, train.packing),
-            callbacks=[Flow(self)],
+            callbacks=[flow],
         )
         self.remove_callback(PrinterCallback)
         # The loss below is a sum over tokens divided by the tokens of the whole step.
@@ -91,7 +97,6 @@ class TrialTrainer(Trainer):
         self.scores: Scores | None = None
         self.resumed_weights: dict[str, torch.Tensor] = {}
         self.stopped = False
-        self._clock = Clock()
 
     # --- the loss -------------------------------------------------------------------------
 
@@ -126,15 +131,15 @@ class TrialTrainer(Trainer):
             self.parallel.average_gradients(self.trained)
         return loss
 
-    def _sync_replicated_trainable_parameters(self, model: torch.nn.Module) -> None:
-        """Of FSDP's adapters: they were drawn from one seed, and `training_step` keeps them equal.
+    def average_adapter_gradients(self, model: torch.nn.Module) -> None:
+        """Does nothing: adapters were drawn from one seed, and `training_step` keeps them equal.
 
         Transformers would send each of their gradients in a message of its own.
         """
 
     @contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Gradients are summed on each worker until the last batch of a step."""
+    def without_gradient_reduction(self) -> Iterator[None]:
+        """Sums gradients on each worker, until the last batch of a step."""
         sharded: Any = self.trained
         sharded.set_requires_gradient_sync(False)
         try:
@@ -254,7 +259,7 @@ class TrialTrainer(Trainer):
 
     # --- checkpoints ----------------------------------------------------------------------
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+    def write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         self._clock.stop()
         staged = staging(self.checkpoints)
         pause()  # the others wait for the one that writes
@@ -262,7 +267,7 @@ class TrialTrainer(Trainer):
             beat("writing a checkpoint", bulk=True)
             shutil.rmtree(staged, ignore_errors=True)
         self.accelerator.wait_for_everyone()  # or it would take another worker's files with it
-        super()._save_checkpoint(model, trial)
+        super().write_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.checkpoints.objects is not None:
             self._gather_random_states(staged / f"checkpoint-{self.state.global_step}")
@@ -283,60 +288,58 @@ class TrialTrainer(Trainer):
             for rank, state in enumerate(states):
                 (checkpoint / name.format(rank)).write_bytes(state)
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def checkpoints_directory(self) -> str:
         return os.fspath(staging(self.checkpoints))
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        writes = self.args.should_save and output_dir is not None
+    def write_weights(self, directory: str | None) -> None:
+        writes = self.args.should_save and directory is not None
         if writes or self.parallel.gathers:
             weights = self.parallel.weights(self.trained)
-        if writes and output_dir is not None:
-            save_tensors(weights, Path(output_dir), _WEIGHTS)
+        if writes and directory is not None:
+            save_tensors(weights, Path(directory), _WEIGHTS)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def write_optimizer_state(self, directory: str) -> None:
         if self.args.should_save or self.parallel.gathers:
-            moments = self.parallel.moments(self)
+            moments = self.parallel.moments(self.trained, self.optimizer)
         if self.args.should_save:
-            save_tensors(moments, Path(output_dir), _MOMENTS)
+            save_tensors(moments, Path(directory), _MOMENTS)
             scheduler: Any = self.lr_scheduler
             progress = TrainingProgress(
                 train_seconds=self.train_seconds,
                 schedule_steps=scheduler.last_epoch,
                 learning_rate=scheduler.get_last_lr()[0],
             )
-            save_progress(progress, Path(output_dir))
+            save_progress(progress, Path(directory))
             if self.base_scores is not None:
-                save_tensors({"table": self.base_scores.table}, Path(output_dir), _BASE_SCORES)
+                save_tensors({"table": self.base_scores.table}, Path(directory), _BASE_SCORES)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.resumed_weights = load_tensors(Path(resume_from_checkpoint), _WEIGHTS)
+    def read_weights(self, checkpoint: str) -> None:
+        self.resumed_weights = load_tensors(Path(checkpoint), _WEIGHTS)
         self.parallel.load_weights(self.trained, self.resumed_weights)
 
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> Any:
-        if resume_from_checkpoint is not None and self.is_deepspeed_enabled:
-            self._load_from_checkpoint(resume_from_checkpoint)
+    def prepare_training(self, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            self.read_weights(checkpoint)
         # Not told of the checkpoint: each strategy has a format of its own there, rayfin has one.
-        whole: Any = super()
-        prepared = whole._prepare_for_training(max_steps, train_dataloader, None)
-        self.parallel.prepared(self)
-        if resume_from_checkpoint is not None:
-            checkpoint = Path(resume_from_checkpoint)
-            self.parallel.load_moments(self, load_tensors(checkpoint, _MOMENTS))
+        prepared = super().prepare_training(max_steps, loader, None)
+        self.parallel.prepared(self.optimizer)
+        if checkpoint is not None:
+            directory = Path(checkpoint)
+            moments = load_tensors(directory, _MOMENTS)
+            self.parallel.load_moments(self.trained, self.optimizer, moments, self.resumed_weights)
             if self.accelerator.scaler is not None:  # of fp16 only
-                self._load_scaler(resume_from_checkpoint)
-            progress = load_progress(checkpoint)
+                self.read_scaler(checkpoint)
+            progress = load_progress(directory)
             resume_schedule(self.lr_scheduler, progress)
             self._clock.before = progress.train_seconds
-            if self.base_scores is None and (checkpoint / f"{_BASE_SCORES}.safetensors").exists():
-                self.base_scores = Scores(load_tensors(checkpoint, _BASE_SCORES)["table"])
+            if self.base_scores is None and (directory / f"{_BASE_SCORES}.safetensors").exists():
+                self.base_scores = Scores(load_tensors(directory, _BASE_SCORES)["table"])
         self.resumed_weights = {}
         return prepared
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def read_random_states(self, checkpoint: str | None) -> None:
         try:
-            super()._load_rng_state(checkpoint)
+            super().read_random_states(checkpoint)
         except UnpicklingError as error:
             raise TrialError(
                 f"'{checkpoint}': its random states are no plain values, so that they are not read "

@@ -130,7 +130,7 @@ def _train(
         from transformers import set_seed
 
         from rayfin.training.batches import samples_of
-        from rayfin.training.parallel import parallel
+        from rayfin.training.parallel_strategies import parallel_strategy
         from rayfin.training.scoring import all_metrics
         from rayfin.training.trainer import TrialTrainer
 
@@ -140,7 +140,7 @@ def _train(
     peak = PeakMemory(hardware.device)
     with collector_paused():
         data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
-        strategy = parallel(group, hardware, spec.train)
+        strategy = parallel_strategy(group, hardware, spec.train)
         # Alone, the scores are kept from trial to trial; several workers share the work of them,
         # and a base that is to be sharded is not loaded whole for them.
         alone = group.size == 1 and not strategy.on_host

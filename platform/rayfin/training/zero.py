@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from rayfin.compat.accelerate import start_deepspeed_state
+from rayfin.compat.deepspeed import (
+    element_count,
+    leave_out_shared_memory_operator,
+    make_optimizer_state,
+    part_size,
+)
 from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
-from rayfin.training.parallel import MOMENTS, Parallel, Tensors, trained
+from rayfin.training.parallel import MOMENTS, ParallelStrategy, Tensors, trained
 from rayfin.training.strategies import WorkerLayout
 from rayfin.training.strategy_files import LARGEST_BUCKET, deepspeed_settings
 
-if TYPE_CHECKING:
-    from rayfin.training.trainer import TrialTrainer
 
-
-class Zero(Parallel):
-    """See `Parallel`."""
+class ZeroStrategy(ParallelStrategy):
+    """DeepSpeed's ZeRO; see the base class."""
 
     def __init__(self, group: WorkerLayout, hardware: Hardware, train: TrainConfig) -> None:
         super().__init__(group, hardware, train)
@@ -32,10 +36,11 @@ class Zero(Parallel):
         if hardware.device == "cpu":
             # Else DeepSpeed warns of what it did not find.
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
-            _without_shared_memory_op()
+            leave_out_shared_memory_operator()
 
     @cached_property
     def settings(self) -> dict[str, Any]:
+        """What DeepSpeed is started with."""
         return deepspeed_settings(
             self.group.strategy,
             self.group.own,
@@ -48,25 +53,17 @@ class Zero(Parallel):
         )
 
     def settings_for(self, model: torch.nn.Module) -> dict[str, Any]:
-        """`settings`, with a buffer for gradients that is no larger than `model` has use for.
+        """Returns `settings`, with a buffer for gradients that is no larger than `model` can use.
 
         DeepSpeed allocates it whole, by default two gigabytes for the few megabytes of an adapter.
         """
-        numbers = sum(getattr(p, "ds_numel", p.numel()) for _, p in trained(model))
+        numbers = sum(element_count(p) for _, p in trained(model))
         bucket = {"reduce_bucket_size": min(LARGEST_BUCKET, numbers)}
         own = self.settings["zero_optimization"]
         return self.settings | {"zero_optimization": bucket | own}
 
     def arguments(self, model: torch.nn.Module) -> dict[str, Any]:
-        from accelerate.state import AcceleratorState, PartialState
-
-        # Accelerate takes DeepSpeed for a thing of GPUs, unless the state is made by hand.
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        try:
-            AcceleratorState._reset_state(reset_partial_state=True)
-            PartialState(backend="nccl" if self.hardware.device == "cuda" else "gloo")
-        finally:
-            del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        start_deepspeed_state("nccl" if self.hardware.device == "cuda" else "gloo")
         return {
             "deepspeed": self.settings_for(model),
             "accelerator_config": {"use_configured_state": True},
@@ -118,38 +115,34 @@ class Zero(Parallel):
             with self._gathered([parameter], write=True), torch.no_grad():
                 parameter.copy_(weights[name])
 
-    def moments(self, trainer: TrialTrainer) -> Tensors:
+    def moments(self, model: torch.nn.Module, optimizer: Any) -> Tensors:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         found: Tensors = {}
-        for name, parameter in trained(trainer.trained):
+        for name, parameter in trained(model):
             for moment in MOMENTS:
                 whole = safe_get_full_optimizer_state(parameter, moment)
                 if dist.get_rank() == 0:
                     found[f"{moment}/{name}"] = whole.float().cpu().contiguous()
-        (step, *_) = [state["step"] for state in _flat(trainer).state.values()]
+        (step, *_) = [state["step"] for state in _flat(optimizer).state.values()]
         found["step"] = torch.tensor(float(step))
         return found
 
-    def prepared(self, trainer: TrialTrainer) -> None:
-        # DeepSpeed (0.19) notes where the moments are after the first group's first step, when the
-        # second group has none yet, and never again: they are made here, as AdamW would make them.
-        zero: Any = trainer.optimizer
-        zero = zero.optimizer
-        if self.stage < 3:
-            _make_state(zero.optimizer, zero.single_partition_of_fp32_groups)
-            zero._lazy_init_hp_params_optimizer_state()
-        else:
-            _make_state(zero.optimizer, zero.fp32_partitioned_groups_flat)
+    def prepared(self, optimizer: Any) -> None:
+        make_optimizer_state(optimizer.optimizer, self.stage, MOMENTS)
 
-    def load_moments(self, trainer: TrialTrainer, moments: Tensors) -> None:
-        optimizer = _flat(trainer)
-        weights = trainer.resumed_weights
-        for name, parameter in trained(trainer.trained):
+    def load_moments(
+        self,
+        model: torch.nn.Module,
+        optimizer: Any,
+        moments: Mapping[str, torch.Tensor],
+        weights: Mapping[str, torch.Tensor],
+    ) -> None:
+        for name, parameter in trained(model):
             self._put(parameter, weights[name], None)
             for moment in MOMENTS:
                 self._put(parameter, moments[f"{moment}/{name}"], moment)
-        for state in optimizer.state.values():
+        for state in _flat(optimizer).state.values():
             step = state["step"]
             kept = isinstance(step, torch.Tensor)
             taken = float(moments["step"])
@@ -171,8 +164,7 @@ class Zero(Parallel):
                 safe_set_full_optimizer_state(parameter, whole, moment)
             return
         # DeepSpeed's own function for the whole reads past the end of the last, padded part.
-        part: Any = parameter
-        size = part.ds_tensor.ds_numel
+        size = part_size(parameter)
         padded = torch.zeros(size * self.group.size)
         padded[: whole.numel()] = whole.flatten()
         local = padded.narrow(0, size * dist.get_rank(), size)
@@ -182,24 +174,7 @@ class Zero(Parallel):
             safe_set_local_optimizer_state(parameter, local, moment)
 
 
-def _flat(trainer: TrialTrainer) -> torch.optim.Optimizer:
-    """The AdamW over this worker's flat parts."""
-    outer: Any = trainer.optimizer  # Accelerate's wrapper of DeepSpeed's
-    found: torch.optim.Optimizer = outer.optimizer.optimizer
+def _flat(optimizer: Any) -> torch.optim.Optimizer:
+    """Returns the AdamW over this worker's flat parts, without its two wrappers."""
+    found: torch.optim.Optimizer = optimizer.optimizer.optimizer
     return found
-
-
-def _make_state(optimizer: torch.optim.Optimizer, parts: list[torch.Tensor]) -> None:
-    for part in parts:
-        if not optimizer.state[part]:
-            optimizer.state[part] = {
-                "step": torch.tensor(0.0, device=part.device),
-                **{moment: torch.zeros_like(part) for moment in MOMENTS},
-            }
-
-
-def _without_shared_memory_op() -> None:
-    """DeepSpeed would compile a C++ operator, half a minute, that only inference calls."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from rayfin.compat.bitsandbytes import unpacked
 from rayfin.config.serving import MAX_RANK
 from rayfin.errors import AdapterError, ModelError
 from rayfin.models import Base
@@ -147,15 +147,7 @@ def _dequantize_8bit(linear: Any) -> torch.Tensor:
 def _dequantize_4bit(weight: Any) -> torch.Tensor:
     from bitsandbytes import functional
 
-    state, data = weight.quant_state, weight.data
-    if getattr(state, "packing_format_for_cpu", False):
-        # On CPUs with AVX512-BF16 the first call shuffles the weight, and flattens its scales.
-        # The library's way back changes the state that it is given, and its nested branch rounds.
-        state = copy.copy(state)
-        scales = state.absmax.T.reshape(-1).float()
-        state.original_nested = False
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
-        state.absmax = scales
+    data, state = unpacked(weight.data, weight.quant_state)
     dequantised: torch.Tensor = functional.dequantize_4bit(data, state)
     return dequantised.float()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rayfin.compat.torch import pack_linear_weight, packed_product
 from rayfin.serving.engine.family import is_plain
 
 
@@ -20,15 +21,12 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.out_features, self.in_features = linear.weight.shape
         self.bias = linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.packed = pack_linear_weight(linear.weight.detach())
         # What asks for the device and type of a layer looks at its weight.
         self.weight = torch.empty(0)
 
     def forward(self, flat: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            flat, self.packed, self.bias, "none", [], ""
-        )
-        return result
+        return packed_product(flat, self.packed, self.bias)
 
 
 def can_pack(linear: Any) -> bool:
