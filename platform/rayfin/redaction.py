@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import unquote, unquote_plus
 
@@ -22,14 +22,17 @@ _ONE_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\n]*\Z")
 # Greedy: a password that nobody encoded may hold an @, a / or a ?.
 _USER = re.compile(r"(?P<user>[^:@/?#]*)(?P<password>:.*)?@(?P<host>[^@]*)", re.DOTALL)
 _OPTION = re.compile(r"(?P<mark>[?&;])(?P<name>[^=&;?#]+)=(?P<value>[^&#]*)", re.DOTALL)
+# What names a secret, as a key and in the midst of a message alike, …
+_NAMES = r"password|passwd|passphrase|pwd|secret|credential|api_?key|access_?key"
+# … and what does so as a key or an option alone: in a message it is an ordinary word.
 _SECRET = re.compile(
-    r"pass(?!file$|_file$|es$)|pwd|secret|token(?!s$|s_|ize|_acc|.*length)|credential|signature"
-    r"|^sig$|^auth|api_?key|access_?key|(^|[._-])keys?$",
+    rf"{_NAMES}|pass(?!file$|_file$|es$)|token(?!s$|s_|ize|_acc|.*length)"
+    r"|signature|^sig$|^auth|(^|[._-])keys?$",
     re.IGNORECASE,
 )
 # As in `password=hush host=db`, which a driver's message may repeat.
 _SETTING = re.compile(
-    r"(?P<name>\b\w*(?:password|passwd|secret|api_?key|access_key|(?:admin|auth|access)_token)\w*)"
+    rf"(?P<name>\b\w*(?:{_NAMES}|(?:admin|auth|access)_token)\w*)"
     r"(?P<equals>\s*=\s*|[\"']\s*:\s*(?=[\"']))(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;&)}\]'\"]+)",
     re.IGNORECASE,
 )
@@ -43,12 +46,14 @@ _MARKED = re.compile(
 )
 
 
-def redact(text: str) -> str:
-    """A message without what is secret in it.
+def redact(text: str, known: Iterable[str] = ()) -> str:
+    """Return a message without what is secret in it: what looks so, and the `known` secrets.
 
     A URL in it ends at the first space, quotation mark or angle bracket. One that came from outside
     may have those in its password: give it to `redact_url` before it is put into a message.
     """
+    for secret in filter(None, known):
+        text = text.replace(secret, HIDDEN)
     text = _SETTING.sub(_hidden_setting, _redact_urls(text))
     return _MARKED.sub(HIDDEN, _HEADER.sub(rf"\g<kind> {HIDDEN}", text))
 

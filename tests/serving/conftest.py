@@ -85,6 +85,7 @@ def make_adapter(
 class Answer:
     """What came of one request."""
 
+    request_id: str
     chunks: list[Chunk] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -125,10 +126,10 @@ def ask(
     **more: Any,
 ) -> Answer:
     """`more`: of the Request."""
-    answer = Answer()
-    name = f"request-{next(_NUMBER)}"
+    answer = Answer(f"request-{next(_NUMBER)}")
     params = params or greedy(16)
-    engine.submit(Request(name, tuple(prompt), params, adapter, **more), answer.take)
+    request = Request(answer.request_id, tuple(prompt), params, adapter, **more)
+    engine.submit(request, answer.take)
     return answer
 
 

@@ -15,9 +15,11 @@ from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError, ModelError
 from rayfin.models import Base, base_of, load_base
-from rayfin.serving.engine.adapter import BaseLayout, HostAdapter, read_adapter
+from rayfin.serving.engine.adapter import read_adapter
+from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
 from rayfin.serving.engine.layers import Mixture, SlotLinear
+from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.request import AdapterSource
 
 pytestmark = pytest.mark.numeric

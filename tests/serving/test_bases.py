@@ -21,7 +21,7 @@ from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vllm_backend import check_lora
-from rayfin.serving.names import ModelNames
+from rayfin.serving.fit import served_names
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_what_the_base_refuses_is_counted_and_not_listed(
     registry.publish("whole", served)
     settings = [f"model.name={served}", f"storage={tmp_path}"]
     config = load_serve_config(None, settings)
-    names = ModelNames.of(config, registry)
+    names = served_names(config, registry)
     listing = names.list()
     assert [named.answer_name for named in listing.served] == ["mine@1"]
     for name in ("a", "hada", "large", "whole"):
@@ -161,7 +161,7 @@ def test_what_the_base_refuses_is_counted_and_not_listed(
     }
     # The base itself may lie in the registry.
     config = load_serve_config(None, [f"model.name={registry.root}/whole/1", *settings[1:]])
-    refused_then = ModelNames.of(config, registry).list().refused
+    refused_then = served_names(config, registry).list().refused
     assert "whole@1" not in {version.ref for version in refused_then}
     # What was found to fit is not read again.
     monkeypatch.setattr(fit, "read_settings", lambda source: pytest.fail(f"{source.ref} was read"))

@@ -193,7 +193,7 @@ def test_cancelling_ends_a_request(
     answer = lab.ask(engine, prompt, None, lab.greedy(LONG))
     until(lambda: answer.chunks)
     engine.cancel("unknown")
-    engine.cancel(next(iter(engine._open)))
+    engine.cancel(answer.request_id)
     assert answer.wait().last.finish_reason == "cancelled"
     until(lambda: backend.engine.stats().running == 0)
     assert (engine.stats().waiting, engine.stats().running) == (0, 0)
@@ -205,9 +205,10 @@ def test_too_much_is_refused_and_the_same_id_twice(
     answers = [lab.ask(engine, prompt, None, lab.greedy(LONG)) for _ in range(8)]
     with pytest.raises(Overloaded):
         lab.ask(engine, prompt)
-    taken = next(iter(engine._open))
     with pytest.raises(RequestError, match="in use"):
-        engine.submit(Request(taken, tuple(prompt), SamplingParams()), lambda _: None)
+        engine.submit(
+            Request(answers[0].request_id, tuple(prompt), SamplingParams()), lambda _: None
+        )
     assert (engine.stats().running, engine.stats().waiting) == (4, 4)
     engine.close()
     assert {answer.wait().last.finish_reason for answer in answers} == {"cancelled"}

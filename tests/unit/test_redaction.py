@@ -83,6 +83,7 @@ def test_settings_headers_and_marked_tokens(text: str) -> None:
         "check that the server runs, and the host, user, password and database of the URL",
         "api.api_keys: is missing; give it a value",
         "method.num_virtual_tokens=20, data.max_length=64 tokens, tokens/s=3",
+        "its signature = f(x), key=value, token: a word, 3 passes=3",
         "mail ann@example.org about https://example.org/a?b=c",
         "https://hub.example can't be reached: name: lookup of mail@x.org failed",
         *LIKE_TOKENS,
@@ -97,6 +98,20 @@ def test_a_tree_is_redacted_by_its_keys() -> None:
     assert redacted(tree) == {
         "api": {"admin_token": "***", "api_keys": [{"key": "***"}], "max_tokens": 4}
     }
+
+
+@pytest.mark.parametrize(
+    "name", ["password", "pgpassword", "pwd", "passphrase", "client_secret", "aws_credential",
+             "api_key", "APIKEY", "access_key", "accessKey", "admin_token"],
+)  # fmt: skip
+def test_a_message_and_a_tree_hide_the_same_names(name: str) -> None:
+    assert redacted({name: SECRET}) == {name: "***"}
+    assert redact(f"it has {name}={SECRET}, here") == f"it has {name}=***, here"
+
+
+def test_a_secret_that_is_known_is_in_no_message() -> None:
+    told = redact("FATAL: 'gYZ 7' is not ann's, nor 'other'", ["gYZ 7", ""])
+    assert told == "FATAL: '***' is not ann's, nor 'other'"
 
 
 def test_an_error_holds_none_wherever_it_goes(caplog: pytest.LogCaptureFixture) -> None:

@@ -51,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
     config = load_settings(args, elsewhere=address is not None)
 
     from rayfin.serving.deployment import serving, watch
-    from rayfin.serving.names import ModelNames
 
     with serving(config, address) as deployed:
+        from rayfin.serving.fit import served_names  # torch, which only the listing needs
+
         catalog = Catalog(Storage.open(config.storage).adapters)
-        listing = ModelNames.of(deployed.config, catalog).list()
+        listing = served_names(deployed.config, catalog).list()
         _print(deployed, listing, len(catalog.scan()[1]), as_json=args.json)
         with _signals() as stop:
             watch(stop, address)

@@ -23,7 +23,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from rayfin.errors import HistoryError
 from rayfin.history.tables import META, SCHEMA_VERSION, TRIALS, metadata
-from rayfin.redaction import HIDDEN, is_secret, redact_url
+from rayfin.redaction import is_secret, redact, redact_url
 
 BUSY_SECONDS = 30
 # psycopg applies it to each address of a host; an unreachable one should be known within 5 s.
@@ -67,7 +67,7 @@ def shown(url: URL) -> str:
     """The URL without its password."""
     if url.get_backend_name() == "sqlite":
         return f"sqlite:///{url.database}"
-    return redact_url(url.render_as_string(hide_password=True))
+    return redact_url(url.render_as_string(hide_password=False))
 
 
 def without_password(url: str) -> str:
@@ -107,10 +107,9 @@ def translated(url: URL) -> Iterator[None]:
         yield
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None) or error
-        message = " ".join(str(cause).split())
         options = (str(v) for name, v in url.query.items() if is_secret(name, str(v)))
-        for secret in filter(None, (str(url.password or ""), *options)):
-            message = message.replace(secret, HIDDEN)
+        secrets = (str(url.password or ""), *options)
+        message = redact(" ".join(str(cause).split()), secrets)
         raise HistoryError(
             f"history: '{shown(url)}' can't be used: {message}; {_remedy(url, message)}"
         ) from None

@@ -83,11 +83,14 @@ class ApiReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Serve calls this on the event loop that requests come on."""
+        # It imports torch, which the process that starts a deployment can do without.
+        from rayfin.serving.fit import served_names
+
         config = self._config
         engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
         # Not opened: a replica that starts while the disk is away must not make the directory anew.
         storage = Storage.at(config.storage)
-        names = ModelNames.of(config, ServedCatalog(storage.adapters))
+        names = served_names(config, ServedCatalog(storage.adapters))
         figures = Figures(config.history or storage.history_url, engine)
         proxy.publish_limits(config.api)
         return create_app(

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from rayfin.adapters import AdapterVersion
+from rayfin.adapters import AdapterVersion, Catalog
 from rayfin.adapters.files import read_json, storage_errors
 from rayfin.adapters.metadata import claimed_base, trusted_metadata
 from rayfin.config.schema import ModelConfig
@@ -35,7 +35,7 @@ from rayfin.serving.engine.peft_files import AdapterSettings, read_settings
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vllm_backend import check_lora, check_lora_type
 from rayfin.serving.engine.vocabulary import Vocabulary
-from rayfin.serving.names import Refusal
+from rayfin.serving.names import ModelNames, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,17 @@ def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping
         )
         read_adapter(source, layout.unloaded(), told).check_range(dtype)
     _vocabulary(config.model).check(source)
+
+
+def served_names(config: ServeConfig, catalog: Catalog) -> ModelNames:
+    """Return the names that a deployment of `config` answers to; looks at no file of `catalog` yet.
+
+    Versions that its engine would refuse, as far as their settings tell, are refused there.
+    """
+    base = Path(config.model.name).expanduser()
+    places = {str(base.resolve()): config.served_name} if base.is_dir() else {}
+    refusal = Refusals(config.model, config.engine)
+    return ModelNames(catalog, config.served_name, places=places, refusal=refusal)
 
 
 class Refusals:

@@ -35,14 +35,14 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
     from rayfin.paths import Storage
     from rayfin.serving.api.app import create_app
     from rayfin.serving.engine.open import open_engine
-    from rayfin.serving.names import ModelNames
+    from rayfin.serving.fit import served_names
 
     engine = open_engine(config.model, config.engine)
     try:
         key = secrets.token_urlsafe()
         catalog = ServedCatalog(Storage.open(config.storage).adapters)
         catalog.make()
-        names = ModelNames.of(config, catalog)
+        names = served_names(config, catalog)
         names.check()
         own = config.model_copy(update={"api": ApiConfig(api_keys=(ApiKey(key=key),))})
         app = create_app(engine, names, own)

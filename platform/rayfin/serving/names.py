@@ -9,12 +9,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from rayfin.adapters import LATEST, AdapterRef, AdapterVersion, Catalog
 from rayfin.adapters.files import FULL
 from rayfin.adapters.ref import is_name
-from rayfin.config.serving import ServeConfig
 from rayfin.errors import AdapterError, AdapterNotFound, ConfigError, did_you_mean
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.public import PublicTexts
@@ -98,16 +96,6 @@ class ModelNames:
         self._walking = threading.Lock()
         self._listed: tuple[float, RegistryListing] | None = None
         self._known: tuple[float, tuple[str, ...]] | None = None
-
-    @classmethod
-    def of(cls, config: ServeConfig, catalog: Catalog) -> ModelNames:
-        """Returns those of a deployment; looks at no file of its registry yet."""
-        from rayfin.serving.fit import Refusals
-
-        base = Path(config.model.name).expanduser()
-        places = {str(base.resolve()): config.served_name} if base.is_dir() else {}
-        refusal = Refusals(config.model, config.engine)
-        return cls(catalog, config.served_name, places=places, refusal=refusal)
 
     def check(self) -> None:
         """Raises ConfigError where an adapter has the base's name: no request could tell them

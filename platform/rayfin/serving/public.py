@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import PurePath
 
-from rayfin.redaction import printable
+from rayfin.redaction import printable, redact
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Outage:
         if first:
             cause = why.__cause__
             told = f" ({type(cause).__name__}: {cause})" if isinstance(cause, OSError) else ""
-            log.warning("%s is away: %s%s", self._what, printable(str(why)), printable(told))
+            log.warning("%s is away: %s", self._what, printable(redact(f"{why}{told}")))
 
     def over(self) -> None:
         with self._lock:

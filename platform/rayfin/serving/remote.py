@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import logging
 from dataclasses import make_dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 
 from rayfin.config.serving import ServeConfig
-from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError, Unavailable
+from rayfin.errors import Overloaded, Unavailable
 from rayfin.serving.engine.request import Chunk, Request, Sink, check_prompt
+from rayfin.serving.engine.request_tasks import RequestTasks
 from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, told
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
     from transformers import PreTrainedTokenizerFast
-
-log = logging.getLogger(__name__)
 
 _GONE = "the engine that worked on this request is gone; send it again"
 # Waits before a request is sent again that found a queue full.
@@ -40,8 +36,7 @@ class RemoteEngine:
         self._room = config.engine.max_rows + config.engine.max_queue
         self._loop = asyncio.get_running_loop()
         self._me = ray.get_runtime_context().get_actor_name()
-        self._open: dict[str, asyncio.Task[bool] | None] = {}
-        """Request id -> what waits for its chunks; None until the event loop has begun it."""
+        self._requests = RequestTasks(self._loop, self._answer, lambda _: Unavailable(_GONE))
         # Serve's router learns of the replicas with the first call.
         self._first_call = self._loop.create_task(self._find_replicas())
 
@@ -61,15 +56,10 @@ class RemoteEngine:
             raise Unavailable(
                 "no engine replica is ready: it starts or is replaced; try again soon"
             )
-        if len(self._open) >= self._room * replicas:
-            raise Overloaded(f"{len(self._open)} requests are at work or wait; try again soon")
-        if request.request_id in self._open:
-            raise RequestError(f"request id '{request.request_id}' is in use; give another")
-        self._open[request.request_id] = None
-        self._loop.call_soon_threadsafe(self._begin, request, sink)
+        self._requests.submit(request, sink, most=self._room * replicas)
 
     def cancel(self, request_id: str) -> None:
-        self._loop.call_soon_threadsafe(self._cancel, request_id)
+        self._requests.cancel(request_id)
 
     def resident(self) -> dict[str, int]:
         """Adapters in a slot of any replica."""
@@ -96,19 +86,8 @@ class RemoteEngine:
     async def _find_replicas(self) -> None:
         await self._handle.ping.remote()
 
-    def _begin(self, request: Request, sink: Sink) -> None:
-        # A context of its own: the calls of one HTTP request would share Serve's id for it, and
-        # its router could take one for another.
-        task = self._loop.create_task(self._follow(request, sink), context=contextvars.Context())
-        self._open[request.request_id] = task
-        task.add_done_callback(partial(self._ended, request.request_id, sink))
-
-    def _cancel(self, request_id: str) -> None:
-        if (task := self._open.get(request_id)) is not None:
-            task.cancel()
-
-    async def _follow(self, request: Request, sink: Sink) -> bool:
-        """Hands on what a replica sends; whether the last chunk was among it."""
+    async def _answer(self, request: Request, sink: Sink) -> None:
+        """Hand on what a replica sends."""
         last = await self._ask(request, sink)
         for seconds in _AGAIN:
             # This replica's queue was filled by others; there is room somewhere, or was just now.
@@ -118,7 +97,6 @@ class RemoteEngine:
             last = await self._ask(request, sink)
         if last is not None and _is_refused(last):
             sink(last)
-        return last is not None and last.finish_reason is not None
 
     async def _ask(self, request: Request, sink: Sink) -> Chunk | None:
         """The last chunk that a replica sends; the sink gets all but a refusal for a full queue."""
@@ -142,21 +120,6 @@ class RemoteEngine:
                 raise
         return last
 
-    def _ended(self, request_id: str, sink: Sink, task: asyncio.Task[bool]) -> None:
-        """Gives the sink its last chunk where the replica did not."""
-        self._open.pop(request_id, None)
-        if task.cancelled():
-            sink(Chunk("", (), finish_reason="cancelled"))
-        elif (error := task.exception()) is not None:
-            log.warning("request %s was lost: %s", request_id, error)
-            sink(_lost(Unavailable(_GONE)))
-        elif not task.result():
-            sink(_lost(EngineFailed("the answer broke off; send the request again")))
-
 
 def _is_refused(chunk: Chunk | None) -> bool:
     return chunk is not None and isinstance(chunk.error, Overloaded)
-
-
-def _lost(why: RayfinError) -> Chunk:
-    return Chunk("", (), finish_reason="error", error=why)

@@ -26,7 +26,7 @@ from rayfin.serving.api.app import create_app
 from rayfin.serving.api.figures import Figures
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.names import ModelNames
+from rayfin.serving.fit import served_names
 
 BASE = "tiny"
 PATIENCE = 60.0
@@ -84,7 +84,7 @@ def serving(
         api=config,
         deployment=ReplicaConfig(served_model_name=BASE),
     )
-    app = create_app(engine, ModelNames.of(deployment, registry), deployment, figures)
+    app = create_app(engine, served_names(deployment, registry), deployment, figures)
     settings = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_level="error", ws="none", timeout_graceful_shutdown=5
     )

@@ -6,20 +6,19 @@ Arithmetic is that of PEFT 0.21; nothing of PEFT is loaded, and no pickle is eve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from rayfin.config.serving import MAX_RANK
-from rayfin.errors import AdapterError
 from rayfin.serving.engine.checks import (
     check_base,
     check_low_rank,
     check_rank,
     modules_of,
 )
+from rayfin.serving.engine.host_adapter import HostAdapter, LowRank
 from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.peft_files import (
     COMMON,
@@ -58,84 +57,6 @@ _CONVERT = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """An update B A of one layer: a [r, in], b [r, out] (B transposed, as slots hold it), float32,
-    the scaling folded into b."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-
-    @property
-    def rank(self) -> int:
-        return len(self.a)
-
-
-@dataclass(frozen=True, eq=False)
-class HostAdapter:
-    """One adapter version in host memory; all tensors are float32, contiguous and finite.
-
-    A layer that appears in none of the mappings computes what the base does. The others, with each
-    part that they lack left out, compute
-
-        y = output_scale * (W (input_scale * x)) + bias + output_shift + B A x
-
-    The scale stands before the base's bias, as DoRA's does. IA3's multiplies the bias too, and
-    `output_shift` makes up for that where the layer has one.
-    """
-
-    ref: str
-    method: str
-    """PEFT's type in lower case, or `dora` or `rslora` where that is switched on."""
-    lora: Mapping[str, LowRank] = field(default_factory=dict)
-    """Module name in the base -> its update."""
-    output_scale: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Module name -> [out]."""
-    output_shift: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Module name -> [out]; for layers with an output_scale only."""
-    input_scale: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Module name -> [in]."""
-    tables: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Module name of the embeddings or the output head -> its own weights [tokens, hidden]."""
-    prompt: torch.Tensor | None = None
-    """Embeddings [virtual tokens, hidden] before the prompt's own."""
-    prefix: torch.Tensor | None = None
-    """Keys and values [layers, 2, key/value heads, virtual tokens, head_dim] before the row's."""
-
-    @property
-    def rank(self) -> int:
-        """The largest among its layers; 0 where it has no low-rank update."""
-        return max((one.rank for one in self.lora.values()), default=0)
-
-    @property
-    def virtual_tokens(self) -> int:
-        if self.prompt is not None:
-            return len(self.prompt)
-        return 0 if self.prefix is None else self.prefix.shape[3]
-
-    def check_range(self, dtype: torch.dtype) -> None:
-        """Raises AdapterError where one of its values is infinite in `dtype`, the base's."""
-        most = torch.finfo(dtype).max
-        if most < torch.finfo(torch.bfloat16).max and any(
-            tensor.abs().max().item() > most for tensor in self._tensors() if tensor.numel()
-        ):
-            raise AdapterError(
-                f"adapter '{self.ref}' has values beyond {dtype}, which the served base computes "
-                "in; serve the base with model.dtype=bfloat16 or float32"
-            )
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors())
-
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        for low_rank in self.lora.values():
-            yield from (low_rank.a, low_rank.b)
-        for mapping in (self.output_scale, self.output_shift, self.input_scale, self.tables):
-            yield from mapping.values()
-        yield from (tensor for tensor in (self.prompt, self.prefix) if tensor is not None)
-
-
 @torch.no_grad()
 def read_adapter(
     source: AdapterSource, base: BaseLayout, told: Mapping[str, Any] | None = None
@@ -154,7 +75,7 @@ def read_adapter(
     with AdapterWeights(source) as weights:
         fields = _READERS[peft_type](settings, weights, base)
     adapter = HostAdapter(source.ref, **{"method": peft_type.lower(), **fields})
-    for tensor in adapter._tensors():
+    for tensor in adapter.tensors():
         if not is_finite(tensor):
             raise settings.error(
                 "its weights and scaling together leave the range of float32; train it again with "
@@ -329,5 +250,3 @@ _READERS: Mapping[str, _Reader] = {
     "PREFIX_TUNING": read_prefix,
     "VERA": _vera,
 }
-
-__all__ = ["BaseLayout", "HostAdapter", "LowRank", "read_adapter"]

@@ -15,7 +15,8 @@ from rayfin.hardware import describe_hardware
 from rayfin.heartbeat import beat, pause, silence, whereabouts
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import end_token_ids
-from rayfin.serving.engine.adapter import HostAdapter, read_adapter
+from rayfin.serving.engine.adapter import read_adapter
+from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.model import BatchedModel

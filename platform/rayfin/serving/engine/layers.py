@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from rayfin.serving.engine.batch import Batch, SlotSpan
 from rayfin.serving.engine.family import Family, product
+from rayfin.serving.engine.host_adapter import HostAdapter, LowRank
 from rayfin.serving.engine.low_rank import LowRankKernel, blocks_of
-
-if TYPE_CHECKING:
-    from rayfin.serving.engine.adapter import HostAdapter, LowRank
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AttentionInterface
@@ -14,14 +14,12 @@ from rayfin.serving.engine import attention
 from rayfin.serving.engine.batch import Batch, RowSpan
 from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
 from rayfin.serving.engine.family import TOGETHER, join, product
+from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
 from rayfin.serving.engine.layers import Mixture, SlotLinear
 from rayfin.serving.engine.low_rank import kernel_for
 from rayfin.serving.engine.packed import PackedLinear, can_pack
 from rayfin.serving.engine.tables import OwnTables
-
-if TYPE_CHECKING:
-    from rayfin.serving.engine.adapter import HostAdapter
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from rayfin.errors import (
     RayfinError,
     Unavailable,
 )
-from rayfin.serving.engine.adapter import HostAdapter
 from rayfin.serving.engine.batch import RowSpan
+from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.model import BatchedModel
 from rayfin.serving.engine.request import AdapterSource, FinishReason, TokenLogprob
 from rayfin.serving.engine.sampler import INVALID, sample

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rayfin.serving.engine.batch import RowSpan
 from rayfin.serving.engine.detokenize import Detokenizer
+from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.request import Chunk, FinishReason, Request, Sink, TokenLogprob
 from rayfin.serving.engine.sampler import RowSampler
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from rayfin.errors import RayfinError
-    from rayfin.serving.engine.adapter import HostAdapter
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from rayfin.serving.engine.reads import adapter_reads, reading
 from rayfin.serving.engine.request import AdapterSource
 
 if TYPE_CHECKING:
-    from rayfin.serving.engine.adapter import HostAdapter
+    from rayfin.serving.engine.host_adapter import HostAdapter
     from rayfin.serving.engine.model import BatchedModel
 
 

@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
-import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
-from rayfin.errors import EngineFailed, Overloaded, RayfinError, RequestError
+from rayfin.errors import EngineFailed, RayfinError
 from rayfin.heartbeat import silence
 from rayfin.models import base_of, load_tokenizer, skeleton
 from rayfin.models.ends import end_token_ids
 from rayfin.serving.engine.detokenize import special_tokens
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.limits import check_length
-from rayfin.serving.engine.request import AdapterSource, Chunk, Request, Sink, check_prompt
+from rayfin.serving.engine.request import AdapterSource, Request, Sink, check_prompt
+from rayfin.serving.engine.request_tasks import RequestTasks, no_more_requests
 from rayfin.serving.engine.vllm_adapters import VllmAdapters, VllmHeartbeat
 from rayfin.serving.engine.vllm_backend import (
     Backend,
@@ -38,8 +36,6 @@ from rayfin.serving.engine.vllm_backend import (
     vllm_arguments,
 )
 from rayfin.serving.engine.vocabulary import Vocabulary
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,15 +76,12 @@ class VllmEngine:
         self._vocabulary: int = bare.config.get_text_config().vocab_size
         self._arguments = vllm_arguments(model, config)
         self._open_backend = open_backend or Vllm
-        self._changed = threading.Condition()
-        self._open: dict[str, asyncio.Task[None] | None] = {}
-        """Request id -> what follows it; None until the event loop has begun it."""
-        self._draining = False
         self._progress = VllmHeartbeat()
         self._adapters = VllmAdapters(self._size, config, self._progress)
-        self._finished = self._prompt_tokens = self._generated_tokens = 0
+        self._prompt_tokens = self._generated_tokens = 0
         self._backend: Backend | None = None
         self._loop = asyncio.new_event_loop()
+        self._requests = RequestTasks(self._loop, self._answer, _failure)
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
 
     def start(self) -> None:
@@ -118,11 +111,7 @@ class VllmEngine:
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets those at work end for so long, and cancels the rest."""
-        deadline = time.monotonic() + drain_seconds
-        with self._changed:
-            self._draining = True
-            while self._open and (left := deadline - time.monotonic()) > 0:
-                self._changed.wait(left)
+        self._requests.drain(drain_seconds)
         if not self._thread.is_alive():
             return
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
@@ -134,20 +123,12 @@ class VllmEngine:
         """As `Engine.submit`."""
         check_prompt(request, self.max_length, len(self.tokenizer))
         request = as_vllm_stops(request, self._ends, self._special_tokens, self._vocabulary)
-        with self._changed:
-            if self.failure is not None or self._draining or self._backend is None:
-                raise Overloaded("the engine takes no requests any more", retry_after=5)
-            if request.request_id in self._open:
-                raise RequestError(f"request id '{request.request_id}' is in use; give another")
-            if len(self._open) >= self.config.max_rows + self.config.max_queue:
-                raise Overloaded(f"{len(self._open)} requests are at work or wait; try again soon")
-            self._open[request.request_id] = None
-            # Before `close` can end the loop: then it is among those that are cancelled.
-            self._loop.call_soon_threadsafe(self._begin, request, sink)
+        if self.failure is not None or self._backend is None:
+            raise no_more_requests()
+        self._requests.submit(request, sink, most=self.config.max_rows + self.config.max_queue)
 
     def cancel(self, request_id: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, and nothing is left
-            self._loop.call_soon_threadsafe(self._cancel, request_id)
+        self._requests.cancel(request_id)
 
     def check(self, source: AdapterSource) -> None:
         """Reads an adapter; raises AdapterError where vLLM can't serve it, or not exactly, and
@@ -171,42 +152,27 @@ class VllmEngine:
         return self._adapters.resident()
 
     def stats(self) -> VllmStats:
-        with self._changed:
-            known = len(self._open)
-            running = min(known, self.config.max_rows)
-            return VllmStats(
-                known - running,
-                running,
-                self._finished,
-                self._prompt_tokens,
-                self._generated_tokens,
-            )
+        known = len(self._requests)
+        running = min(known, self.config.max_rows)
+        return VllmStats(
+            known - running,
+            running,
+            self._requests.finished,
+            self._prompt_tokens,
+            self._generated_tokens,
+        )
 
     # --- in the event loop --------------------------------------------------------------------
 
-    def _begin(self, request: Request, sink: Sink) -> None:
-        task = self._loop.create_task(self._follow(request, sink))
-        with self._changed:
-            self._open[request.request_id] = task
-        task.add_done_callback(partial(self._ended, request.request_id, sink))
-
-    def _cancel(self, request_id: str) -> None:
-        if (task := self._open.get(request_id)) is not None:
-            task.cancel()
-
     async def _end(self) -> None:
-        tasks = [task for task in self._open.values() if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._requests.cancel_all()
         await self._adapters.close()
         if self._backend is not None:
             self._backend.close()
 
-    async def _follow(self, request: Request, sink: Sink) -> None:
-        """Hands on what vLLM sends; raises what went wrong, if it was before the last chunk."""
+    async def _answer(self, request: Request, sink: Sink) -> None:
+        """Hand on what vLLM sends."""
         assert self._backend is not None
-        ended = False
         async with self._adapters.held(request.adapter) as lora:
             self._prompt_tokens += len(request.prompt_ids)
             outputs = self._backend.generate(request, lora)
@@ -214,39 +180,12 @@ class VllmEngine:
                 async with aclosing(outputs):
                     async for output in outputs:
                         self._progress.made()
-                        ended = self._hand_on(request, sink, output.outputs[0])
-        if not ended:
-            raise EngineFailed("vLLM's answer broke off; send the request again")
+                        chunk = as_chunk(output.outputs[0], request.params.logprobs)
+                        self._generated_tokens += len(chunk.token_ids)
+                        sink(chunk)
 
-    def _hand_on(self, request: Request, sink: Sink, output: Any) -> bool:
-        """Gives the sink a chunk; returns whether it was the last one."""
-        chunk = as_chunk(output, request.params.logprobs)
-        self._generated_tokens += len(chunk.token_ids)
-        ended = chunk.finish_reason is not None
-        try:
-            sink(chunk)
-        except Exception:
-            if not ended:
-                raise
-            log.exception("request %s: its sink failed", request.request_id)
-        return ended
 
-    def _ended(self, request_id: str, sink: Sink, task: asyncio.Task[None]) -> None:
-        """Gives the sink its last chunk where vLLM did not."""
-        with self._changed:
-            self._open.pop(request_id, None)
-            self._finished += 1
-            self._changed.notify_all()
-        if task.cancelled():
-            last = Chunk("", (), finish_reason="cancelled")
-        elif (error := task.exception()) is None:
-            return
-        else:
-            if not isinstance(error, RayfinError):
-                log.warning("request %s failed: %s", request_id, error)
-                error = EngineFailed(f"vLLM failed at this request ({type(error).__name__})")
-            last = Chunk("", (), finish_reason="error", error=error)
-        try:
-            sink(last)
-        except Exception:
-            log.exception("request %s: its sink failed", request_id)
+def _failure(error: BaseException) -> RayfinError:
+    if isinstance(error, RayfinError):
+        return error
+    return EngineFailed(f"vLLM failed at this request ({type(error).__name__})")
