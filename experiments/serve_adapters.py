@@ -13,46 +13,57 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rayfin.cli import guarded, main
+import rayfin
+from rayfin.cli import guarded
+from rayfin.cli import train as training
 from rayfin.cli.parser import Parser
-from rayfin.cli.service import load_settings
-from rayfin.cli.settings import ShowServeSettings, add_settings
+from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
 
 # As in the demonstration data: which module of Python has it?
 QUESTION = "Path.symlink_to: Make this path a symlink pointing to the target path."
-TRAINED = {
-    "pydocs-lora": ("method.type=lora", "train.learning_rate=1.5e-3", "train.max_steps=20"),
-    "pydocs-p-tuning": ("method.type=p_tuning", "train.learning_rate=2e-3", "train.max_steps=60"),
+TRAINED: Mapping[str, Mapping[str, dict[str, Any]]] = {
+    "pydocs-lora": {
+        "method": {"type": "lora"},
+        "train": {"learning_rate": 1.5e-3, "max_steps": 20},
+    },
+    "pydocs-p-tuning": {
+        "method": {"type": "p_tuning"},
+        "train": {"learning_rate": 2e-3, "max_steps": 60},
+    },
 }
-TRAINING = (
-    "data.max_samples=320",
-    "data.max_length=128",
-    "train.per_device_train_batch_size=8",
-    "train.eval_steps=20",
-)
+DATA = {"max_samples": 320, "max_length": 128}
+TRAINING = {"per_device_train_batch_size": 8, "eval_steps": 20}
 
 
 def run(args: argparse.Namespace) -> int:
-    from rayfin.serving.client import Client
-    from rayfin.serving.deployment import serving
-    from rayfin.serving.local import Endpoint
+    from rayfin.library.deployments import serve_configuration
 
-    config = load_settings(args)
+    config = serve_configuration(*split_settings(args.settings))
     names = _published(config)
     if len(names) < 2:
         for name, settings in TRAINED.items():
             print(f"\nTraining {name}", flush=True)
-            model = (f"model.name={config.model.name}", f"storage={config.storage}")
-            if code := main(["train", f"publish.name={name}", *model, *TRAINING, *settings]):
+            result = rayfin.train(
+                {
+                    "model": {"name": config.model.name},
+                    "data": DATA,
+                    "method": settings["method"],
+                    "train": TRAINING | settings["train"],
+                    "publish": {"name": name},
+                    "storage": config.storage,
+                }
+            )
+            if code := training.show(result, as_json=False):
                 return code
         names = _published(config)
     first, second = names[:2]
     print(f"\nServing {config.model.name} with {first} and {second} ...", flush=True)
-    with serving(config, None) as deployed, Client(Endpoint(deployed.url)) as client:
+    with rayfin.serve(config, address="local") as server:
+        client = server.client
         print(f"\n{QUESTION}")
         print("\nEverybody at once, in one batch:")
         models = [config.model.name, first, second]
@@ -61,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             _show(pool.map(lambda model: _ask(client, [model])[0], models))
         print("\nOne after the other, switched with every request:")
         _show(_ask(client, [first, second] * 3))
-        print(f"\n  rayfin chat --url {deployed.url} --use {first}")
+        print(f"\n  rayfin chat --url {server.url} --use {first}")
         if args.stay:
             print("Ctrl-C stops it.", flush=True)
             try:

@@ -7,26 +7,31 @@ A P-Tuning adapter is a few virtual tokens: the smallest of all, trained, swept 
 any other. It needs higher learning rates and more steps than LoRA.
 """
 
-from rayfin.cli import script
+import rayfin
 
-DEFAULTS = """
-model:  {name: smollm2-135m}
-data:   {path: pydocs, max_samples: 320, max_length: 128, val_size: 0.2}
-method: {type: p_tuning, num_virtual_tokens: 16, encoder_hidden_size: 256}
-train:
-  learning_rate: 5.0e-3
-  per_device_train_batch_size: 8
-  max_steps: 40
-  eval_steps: 10
-sweep:
-  num_samples: 5
-  parameters:
-    method.num_virtual_tokens: [8, 16, 32]
-    method.encoder_hidden_size: [128, 256, 576]
-    train.learning_rate: {space: loguniform, lower: 1.0e-3, upper: 2.0e-2}
-publish: {name: pydocs-p-tuning}
-storage: ./runs
-"""
+CONFIG = {
+    "model": {"name": "smollm2-135m"},
+    "data": {"path": "pydocs", "max_samples": 320, "max_length": 128, "val_size": 0.2},
+    "method": {"type": "p_tuning", "num_virtual_tokens": 16, "encoder_hidden_size": 256},
+    "train": {
+        "learning_rate": 5e-3,
+        "per_device_train_batch_size": 8,
+        "max_steps": 40,
+        "eval_steps": 10,
+    },
+    "sweep": {
+        "num_samples": 5,
+        "parameters": {
+            "method.num_virtual_tokens": [8, 16, 32],
+            "method.encoder_hidden_size": [128, 256, 576],
+            "train.learning_rate": {"space": "loguniform", "lower": 1e-3, "upper": 2e-2},
+        },
+    },
+    "publish": {"name": "pydocs-p-tuning"},
+    "storage": "./runs",
+}
 
 if __name__ == "__main__":
-    raise SystemExit(script("sweep", DEFAULTS, __doc__ or ""))
+    with rayfin.script("sweep", CONFIG, __doc__) as script:
+        result = rayfin.sweep(script.config, **script.options)
+        script.show(result)

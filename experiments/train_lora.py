@@ -8,20 +8,23 @@ The same command carries on a run that was interrupted. `rayfin train` does the 
 configuration file.
 """
 
-from rayfin.cli import script
+import rayfin
 
-DEFAULTS = """
-model:  {name: smollm2-135m}
-data:   {path: pydocs, max_samples: 320, max_length: 128, val_size: 0.2}
-method: {type: lora, r: 8, lora_alpha: 16}
-train:
-  learning_rate: 1.5e-3
-  per_device_train_batch_size: 8
-  max_steps: 24
-  eval_steps: 8
-publish: {name: pydocs-lora}
-storage: ./runs
-"""
+CONFIG = {
+    "model": {"name": "smollm2-135m"},
+    "data": {"path": "pydocs", "max_samples": 320, "max_length": 128, "val_size": 0.2},
+    "method": {"type": "lora", "r": 8, "lora_alpha": 16},
+    "train": {
+        "learning_rate": 1.5e-3,
+        "per_device_train_batch_size": 8,
+        "max_steps": 24,
+        "eval_steps": 8,
+    },
+    "publish": {"name": "pydocs-lora"},
+    "storage": "./runs",
+}
 
 if __name__ == "__main__":
-    raise SystemExit(script("train", DEFAULTS, __doc__ or ""))
+    with rayfin.script("train", CONFIG, __doc__) as script:
+        result = rayfin.train(script.config, **script.options)
+        script.show(result)

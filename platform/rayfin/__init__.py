@@ -1,6 +1,66 @@
 """rayfin: a Ray-based distributed experiment platform for parameter-efficient fine-tuning.
 
-Importing it loads neither torch nor ray: each part loads what it needs when it is used.
+Importing it loads neither torch nor ray, nor any part of rayfin: what is named here is loaded when
+it is first used. The guide to it is docs/library.md.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayfin.advisor.answer import Recommendation as Recommendation
+    from rayfin.advisor.estimate import Estimate as Estimate
+    from rayfin.cli.script import script as script
+    from rayfin.config import Config as Config
+    from rayfin.config import ServeConfig as ServeConfig
+    from rayfin.config import Space as Space
+    from rayfin.config import load_config as load_config
+    from rayfin.errors import RayfinError as RayfinError
+    from rayfin.errors import UsageError as UsageError
+    from rayfin.library.advice import estimate as estimate
+    from rayfin.library.advice import recommend as recommend
+    from rayfin.library.deployments import Server as Server
+    from rayfin.library.deployments import serve as serve
+    from rayfin.library.places import open_history as open_history
+    from rayfin.library.places import open_registry as open_registry
+    from rayfin.library.results import SweepResult as SweepResult
+    from rayfin.library.results import TrainResult as TrainResult
+    from rayfin.library.trials import sweep as sweep
+    from rayfin.library.trials import train as train
+
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Config": "rayfin.config",
+    "Estimate": "rayfin.advisor.estimate",
+    "RayfinError": "rayfin.errors",
+    "Recommendation": "rayfin.advisor.answer",
+    "ServeConfig": "rayfin.config",
+    "Server": "rayfin.library.deployments",
+    "Space": "rayfin.config",
+    "SweepResult": "rayfin.library.results",
+    "TrainResult": "rayfin.library.results",
+    "UsageError": "rayfin.errors",
+    "estimate": "rayfin.library.advice",
+    "load_config": "rayfin.config",
+    "open_history": "rayfin.library.places",
+    "open_registry": "rayfin.library.places",
+    "recommend": "rayfin.library.advice",
+    "script": "rayfin.cli.script",
+    "serve": "rayfin.library.deployments",
+    "sweep": "rayfin.library.trials",
+    "train": "rayfin.library.trials",
+}
+"""Public name -> the module that defines it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rayfin' has no attribute '{name}'")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value  # the next use finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -20,7 +20,7 @@ from rayfin.methods import METHODS
 from rayfin.paths import Storage
 from rayfin.tuning.plan import new_plan
 from rayfin.tuning.progress import ProgressDisplay, settings, trials_table
-from rayfin.tuning.sweep import SweepResult, best_trial
+from rayfin.tuning.sweep import EndedSweep, best_trial
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PARAMETERS = "sweep.parameters={method.r: [4, 8]}"
@@ -65,12 +65,12 @@ class Sweep:
         self.interrupted = False
         self.make = lambda config: [row(config, 4), row(config, 8)]
 
-    def __call__(self, config: Config, **options: Any) -> SweepResult:
+    def __call__(self, config: Config, **options: Any) -> EndedSweep:
         self.asked.append({"config": config, **options})
         rows = self.make(config)
         plan = new_plan(config, options["storage"])
         best = best_trial(rows, config.sweep.metric, config.sweep.direction)
-        return SweepResult(plan, rows, best, self.interrupted)
+        return EndedSweep(plan, rows, best, self.interrupted)
 
 
 @pytest.fixture

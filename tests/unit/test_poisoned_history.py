@@ -2,16 +2,16 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from rayfin.adapters import Registry
 from rayfin.cli import main
-from rayfin.cli.experiment import Workplace
+from rayfin.config import load_config
 from rayfin.errors import StorageError
 from rayfin.history import History, TrialRecord
+from rayfin.library.experiment import Experiment
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -65,16 +65,16 @@ def test_a_row_that_names_anothers_adapter(
     assert only(ours).directory == row.directory
 
     # Published: refused, whatever brought the row.
-    place = Workplace.open(Namespace(settings=settings(ours, data, 1), defaults=None))
+    ours_again = Experiment.open(load_config(None, settings(ours, data, 1)))
     other = {"metrics": row.metrics | {"eval_loss": 0.5}}  # else it is published already
     with pytest.raises(StorageError, match="not that trial's directory"):
-        place.publish(poisoned.updated(**other))
+        ours_again.publish(poisoned.updated(**other), print)
     link = tmp_path / "sweeps" / "train" / "trials" / row.fingerprint[:8]
     link.mkdir(parents=True)
     (link / "adapter").symlink_to(stolen.parent)
     with pytest.raises(StorageError, match="is a link, and might be another's"):
-        place.publish(row.updated(directory=str(link), **other))
-    place.history.close()
+        ours_again.publish(row.updated(directory=str(link), **other), print)
+    ours_again.history.close()
     assert [version.ref for version in published.list()] == ["mine@1"]
     after = {path: path.stat().st_mtime_ns for path in theirs.rglob("*") if path.is_file()}
     assert after == before

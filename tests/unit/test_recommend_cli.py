@@ -398,7 +398,7 @@ def test_the_scaffold_is_read_back(
 def test_the_scaffold_holds_no_password(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayfin.cli.recommend.begun_history", lambda _: None)
+    monkeypatch.setattr("rayfin.library.advice.begun_history", lambda _: None)
     url = "history=postgresql://me:geheim@db.example:5433/trials?sslmode=require&sslpassword=geheim"
     answered(capfd, url, "--scaffold", "mine")
     for path in Path("mine").iterdir():

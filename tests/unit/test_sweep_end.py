@@ -19,11 +19,11 @@ import pytest
 from rayfin import hardware
 from rayfin.adapters import Registry
 from rayfin.cli import main
-from rayfin.cli.experiment import Workplace
 from rayfin.cli.serve import _signals
 from rayfin.config import ModelConfig
 from rayfin.evaluation import samples
 from rayfin.history import History
+from rayfin.library.experiment import Experiment
 from rayfin.models import load_base, load_tokenizer
 from rayfin.training import TrialResult, trial
 
@@ -154,14 +154,14 @@ def test_a_driver_killed_between_the_last_trial_and_its_adapter_publishes_later(
 def test_a_model_that_is_gone_costs_the_samples_only(
     lab: Lab, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    publish = Workplace.publish
+    publish = Experiment.publish
 
-    def then_it_goes(place: Workplace, row: Any) -> Any:
-        adapter = publish(place, row)
+    def then_it_goes(experiment: Experiment, *trial: Any) -> Any:
+        adapter = publish(experiment, *trial)
         shutil.rmtree(model)
         return adapter
 
-    monkeypatch.setattr(Workplace, "publish", then_it_goes)
+    monkeypatch.setattr(Experiment, "publish", then_it_goes)
     assert lab.sweep("publish.name=kept") == 3
     out, err = capsys.readouterr()
     one_line(err, "the report goes without sample answers: ", str(model), "--resume")

@@ -5,58 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rayfin.cli import main
-from rayfin.hardware import describe_hardware
 from rayfin.history import History
-from rayfin.training.spec import TrialResult
-from rayfin.training.trial import run_trial
-from rayfin.training.trial_cache import TrialCache
-from rayfin.tuning import tune
-from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.record import Recorder
-from rayfin.tuning.search import HistorySearch
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "sweeps.md").read_text(encoding="utf-8")
 QUICK = ("model.name=tiny", "train.max_steps=2", "storage=runs", "scaling.use_gpu=false")
 
 
-def train_here(
-    plan: SweepPlan,
-    search: HistorySearch,
-    scheduler: object,
-    recorder: Recorder,
-    say: Callable[[str], None],
-) -> None:
-    """As Tune's workers do it, one trial after the other in this process."""
-    hardware, warm = describe_hardware(False), TrialCache(plan.corpora)
-    while (config := search.suggest("it")) is not None:
-        trial, here = PlannedTrial.from_tune_config(config), config
-
-        def report(result: TrialResult, config: dict[str, Any] = here) -> None:
-            recorder.reports(config, result.as_dict())
-
-        recorder.starts(config)
-        result = run_trial(
-            trial.spec, report, location=trial.location, hardware=hardware, warm=warm
-        )
-        recorder.reports(config, result.as_dict())
-        search.tell("it", result.metrics.get("eval_loss"))
-
-
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_ray: None) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(tune, "_cluster_and_tune", lambda cluster: nullcontext())
-    monkeypatch.setattr(tune, "scheduler", lambda config, known: None)
-    monkeypatch.setattr(tune, "_fit", train_here)
     rows = [{"prompt": f"what is {n}", "completion": f"{n}"} for n in range(12)]
     Path("support.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (file,) = re.findall(r"```yaml\n# (my-sweep\.yaml)\n", GUIDE)

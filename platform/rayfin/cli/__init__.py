@@ -5,9 +5,6 @@ Nothing heavy is imported before a verb runs, so that `rayfin --help` answers at
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Callable, Sequence
 
 from rayfin import __version__
@@ -24,13 +21,9 @@ from rayfin.cli import (
     sweep,
     train,
 )
-from rayfin.cli.parser import Parser, print_error
-from rayfin.cli.quiet import quiet_libraries
+from rayfin.cli.ending import errors_as_lines, exit_code
+from rayfin.cli.parser import Parser
 from rayfin.cli.signals import ends_as_by_ctrl_c
-from rayfin.errors import RayfinError, UsageError
-
-INTERRUPTED = 130
-"""The shell's exit code for Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,38 +51,11 @@ def build_parser() -> Parser:
     return parser
 
 
-def script(verb: str, defaults: str, description: str) -> int:
-    """Runs a script in experiments/: `verb` on the script's own configuration, with overrides."""
-    module = {"sweep": sweep, "train": train}[verb]
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    module.add_arguments(parser)
-    parser.set_defaults(defaults=defaults)
-    return _run(parser)
-
-
 def guarded(command: Callable[[], int]) -> int:
-    """Runs `command`, which parses its arguments first; rayfin's errors are one line on stderr."""
-    # Before torch is loaded, here or in a Ray worker: threads that spin while they wait slow each
-    # other down several times over when something else runs on the machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # numpy's own threads spin whatever that says, and the advisor's matrices are small.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    quiet_libraries()
-    try:
-        return command()
-    except UsageError as error:
-        print_error(error)
-        return 2
-    except RayfinError as error:
-        print_error(error)
-        return 1
-    except KeyboardInterrupt:
-        print_error("interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has gone (`rayfin history list | head`): not an error.
-        sys.stdout = None
-        return 0
+    """Run `command`, which parses its arguments first; rayfin's errors are one line on stderr."""
+    with errors_as_lines() as ended:
+        ended.code = command()
+    return ended.code
 
 
 def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
@@ -100,4 +66,4 @@ def _run(parser: Parser, argv: Sequence[str] | None = None) -> int:
 
     with ends_as_by_ctrl_c() as received:
         code = guarded(command)
-    return 128 + received[0] if received and code == INTERRUPTED else code
+    return exit_code(code, received)

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rayfin.cli.parser import print_error
-from rayfin.cli.service import load_settings
-from rayfin.cli.settings import ShowServeSettings, add_settings
+from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
 from rayfin.errors import RayfinError, RequestError, UsageError, did_you_mean
 from rayfin.redaction import printable
 
@@ -87,12 +86,14 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _endpoint(args: argparse.Namespace) -> Iterator[Endpoint]:
+    from rayfin.library.deployments import serve_configuration
     from rayfin.serving.local import Endpoint, local_api
 
     if args.url is not None:
         yield Endpoint(args.url, os.environ.get(API_KEY))
         return
-    config = load_settings(args, use=args.use, own=False)
+    source, settings = split_settings(args.settings)
+    config = serve_configuration(source, settings, use=args.use, own=False)
     print(f"Loading {config.model.name} ...", file=sys.stderr, flush=True)
     with local_api(config) as endpoint:
         yield endpoint

@@ -8,13 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rayfin.cli.experiment import read_data
-from rayfin.cli.places import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
     from rayfin.advisor.estimate import Estimate, Interval
-    from rayfin.advisor.measured import Measured
     from rayfin.config import Config
     from rayfin.hardware import Hardware
 
@@ -36,43 +33,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0, whether the configuration fits or not; nothing is written anywhere."""
-    from rayfin.advisor.estimate import estimate
-    from rayfin.advisor.fitting import sampled_profile
     from rayfin.config import load_config
     from rayfin.hardware import describe_hardware
-    from rayfin.models import describe_model
-    from rayfin.training.combination import check_combination
+    from rayfin.library.advice import estimate
 
-    file, settings = split_settings(args.settings)
-    config = load_config(file, settings)
-    check_combination(config)
-    measured = _measured(config)
-    profile = sampled_profile(config, read_data(config))
+    config = load_config(*split_settings(args.settings))
+    found = estimate(config, price_per_hour=args.price_per_hour)
     hardware = describe_hardware(config.scaling.use_gpu)
-    found = estimate(
-        config,
-        describe_model(config.model),
-        hardware,
-        measured=measured,
-        price_per_hour=args.price_per_hour,
-        profile=profile,
-    )
     if args.json:
         print(json.dumps({**found.as_dict(), "hardware": hardware.as_dict()}))
     else:
         _print(config, found, hardware)
     return 0
-
-
-def _measured(config: Config) -> list[Measured]:
-    """The trials of the configuration's history, and those that come with rayfin."""
-    from rayfin.advisor.knowledge import measured_trials
-
-    history = begun_history(config)
-    if history is None:
-        return measured_trials(None)
-    with history:
-        return measured_trials(history)
 
 
 def _print(config: Config, found: Estimate, hardware: Hardware) -> None:

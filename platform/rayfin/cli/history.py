@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rayfin.cli.parser import print_json
-from rayfin.cli.places import add_places, history_url, place_config
+from rayfin.cli.places import add_places, place_config
 from rayfin.statuses import STATUSES
 
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
@@ -134,6 +134,7 @@ def import_trials(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     from rayfin.history import History
     from rayfin.history.driver import note_lost
+    from rayfin.library.places import history_url
     from rayfin.paths import Storage
 
     config = place_config(args)

@@ -7,7 +7,6 @@ import json
 import shlex
 from pathlib import Path
 
-from rayfin.cli.experiment import adapter_name, read_data
 from rayfin.cli.settings import add_settings, split_settings
 from rayfin.errors import StorageError, UsageError
 
@@ -33,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0: the file is written. Nothing is trained."""
     from rayfin.advisor.draft import draft
     from rayfin.config import load_config
+    from rayfin.library.experiment import adapter_name, read_data
+    from rayfin.library.messages import notes_to
     from rayfin.paths import write_text
 
     file, settings = split_settings(args.settings)
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("init looks at your data; name them with data.path=FILE")
     if args.output.exists():
         raise StorageError(f"'{args.output}' exists; give another with --output FILE")
-    text = draft(config, read_data(config), name=adapter_name(config))
+    text = draft(config, read_data(config, notes_to(True)), name=adapter_name(config))
     try:
         write_text(args.output, text)
     except OSError as error:

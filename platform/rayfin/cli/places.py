@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rayfin.cli.completion import Kind, SettingsCompleter
@@ -12,7 +11,6 @@ from rayfin.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from rayfin.config import Config
-    from rayfin.history import History
 
 
 def add_places(parser: argparse.ArgumentParser, kind: Kind) -> None:
@@ -44,23 +42,3 @@ def place_config(args: argparse.Namespace) -> Config:
                 f"{did_you_mean(key, args.places)}; it takes {' and '.join(args.places)}"
             )
     return load_config(file, settings)
-
-
-def history_url(config: Config) -> str:
-    """URL of the configuration's history; nothing is made."""
-    from rayfin.paths import Storage
-
-    # Not Storage.open, which makes the directory.
-    return config.history or Storage.at(config.storage).history_url
-
-
-def begun_history(config: Config) -> History | None:
-    """The configuration's history, to be closed; None where none has been begun: none is made."""
-    from rayfin.history import History
-    from rayfin.history.connect import parse_url
-
-    url = history_url(config)
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(str(parsed.database)).exists():
-        return None
-    return History.open(url, create=False)

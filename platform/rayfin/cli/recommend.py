@@ -6,15 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.experiment import adapter_name, read_data
 from rayfin.cli.parser import print_json
-from rayfin.cli.places import begun_history
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
     from rayfin.advisor.answer import Choice, Recommendation
-    from rayfin.advisor.knowledge import Knowledge
-    from rayfin.advisor.recommendation import ScenarioFacts
     from rayfin.config import Config
     from rayfin.hardware import Hardware
 
@@ -62,14 +58,14 @@ def run(args: argparse.Namespace) -> int:
     With --json the answer is printed either way, its `nothing_fits` the same line. Nothing is
     trained, and nothing is written where nothing fits.
     """
-    from rayfin.advisor.recommendation import recommend
     from rayfin.config import load_config
     from rayfin.errors import NothingFits
+    from rayfin.library import advice
 
-    file, settings = split_settings(args.settings)
-    config = load_config(file, settings)
-    place = _place(config, args)
-    answer = recommend(place, _knowledge(config), args.k, config=config)
+    config = load_config(*split_settings(args.settings))
+    known = {field: getattr(args, field) for field in map(_field, _SCENARIO)}
+    facts = advice.scenario_facts(config, known)
+    answer = advice.answer(config, facts, args.k)
     if answer.nothing_fits is not None:
         if not args.json:
             raise NothingFits(answer.nothing_fits)
@@ -80,79 +76,19 @@ def run(args: argparse.Namespace) -> int:
     written: dict[str, Path] = {}
     if args.scaffold is not None:
         from rayfin.advisor.scaffold import scaffold
+        from rayfin.library.experiment import adapter_name
 
         written = scaffold(answer, args.scaffold, name=adapter_name(config))
     if args.json:
         print_json(answer.model_dump(mode="json"))
     else:
-        _print(config, place, answer, written)
+        _print(config, facts.hardware, answer, written)
     return 0
 
 
-def _place(config: Config, args: argparse.Namespace) -> ScenarioFacts:
-    from rayfin.advisor.recommendation import ScenarioFacts
-    from rayfin.advisor.scenario import Scenario
-    from rayfin.hardware import describe_hardware
-    from rayfin.models import describe_model
-
-    known: dict[str, Any] = {
-        field: value
-        for name in _SCENARIO
-        if (value := getattr(args, field := name.replace("-", "_"))) is not None
-    }
-    if _names_length(config):
-        known["sequence_length"] = config.data.max_length
-    hardware = describe_hardware(config.scaling.use_gpu)
-    if "gpu_memory_gb" in known and "hardware" not in known:
-        known.setdefault("num_gpus", max(1, hardware.device_count))
-    facts = describe_model(config.model)
-    corpus = read_data(config)
-    scenario = Scenario.detect(
-        use_gpu=config.scaling.use_gpu,
-        model_name=config.model.name,
-        model_size_b=facts.parameters / 1e9,
-        dataset_rows=len(corpus.train),
-        **known,
-    )
-    profile = {
-        "rows_train": len(corpus.train),
-        "digest": corpus.digest,
-        "source": corpus.source,
-    }
-    return ScenarioFacts(scenario, facts, _as_told(hardware, scenario), profile)
-
-
-def _names_length(config: Config) -> bool:
-    from rayfin.advisor.candidates import given
-
-    return "data.max_length" in given(config)
-
-
-def _as_told(machine: Hardware, scenario: Any) -> Hardware:
-    """This machine, or the one that the scenario describes."""
-    from dataclasses import replace
-
-    if scenario.hardware == "cpu":
-        return replace(machine, device="cpu", device_memory=machine.host_memory, device_count=0)
-    if machine.device == "cuda" and scenario.gpu_memory_gb is None:
-        return machine
-    memory = int((scenario.gpu_memory_gb or 12.0) * 2**30)
-    name = machine.device_name if machine.device == "cuda" else "a GPU"
-    count = scenario.num_gpus or 1
-    return replace(
-        machine, device="cuda", device_name=name, device_count=count, device_memory=memory
-    )
-
-
-def _knowledge(config: Config) -> Knowledge:
-    """What the history holds; only the reference where it has not been begun yet."""
-    from rayfin.advisor.knowledge import Knowledge, knowledge_of
-
-    history = begun_history(config)
-    if history is None:
-        return Knowledge.of([])
-    with history:
-        return knowledge_of(history)
+def _field(option: str) -> str:
+    """Return the name of an option's field of a scenario, which is that of its value too."""
+    return option.replace("-", "_")
 
 
 def _write_picture(answer: Recommendation, path: Path) -> None:
@@ -167,13 +103,13 @@ def _write_picture(answer: Recommendation, path: Path) -> None:
 
 
 def _print(
-    config: Config, place: ScenarioFacts, answer: Recommendation, written: dict[str, Path]
+    config: Config, hardware: Hardware, answer: Recommendation, written: dict[str, Path]
 ) -> None:
     from rich.console import Console
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
-    what = f"{config.model.name} on {config.data.path}, {place.hardware.device_name}"
+    what = f"{config.model.name} on {config.data.path}, {hardware.device_name}"
     console.print(Text(what, style="bold"))
     console.print(Text(answer.explanation))
     for choice in answer.choices:

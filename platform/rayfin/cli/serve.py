@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.service import load_settings
-from rayfin.cli.settings import ShowServeSettings, add_settings
+from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
 
 if TYPE_CHECKING:
     from rayfin.serving.deployment import Deployed
@@ -43,23 +42,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: served until it was stopped, and ended all requests that it had."""
-    from rayfin.adapters import Catalog
-    from rayfin.hardware import cluster_address
-    from rayfin.paths import Storage
+    from rayfin.config import load_serve_config
+    from rayfin.library.deployments import serve
 
-    address = cluster_address(args.address)
-    config = load_settings(args, elsewhere=address is not None)
-
-    from rayfin.serving.deployment import serving, watch
-
-    with serving(config, address) as deployed:
+    with serve(load_serve_config(*split_settings(args.settings)), address=args.address) as server:
+        from rayfin.adapters import Catalog
+        from rayfin.paths import Storage
         from rayfin.serving.fit import served_names  # torch, which only the listing needs
 
-        catalog = Catalog(Storage.open(config.storage).adapters)
+        deployed = server.deployed
+        catalog = Catalog(Storage.open(deployed.config.storage).adapters)
         listing = served_names(deployed.config, catalog).list()
         _print(deployed, listing, len(catalog.scan()[1]), as_json=args.json)
         with _signals() as stop:
-            watch(stop, address)
+            server.watch(stop)
         if not args.json:
             print("Stopping: requests that are at work may end.", flush=True)
     return 0

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rayfin.cli import experiment
-from rayfin.cli.parser import print_error
-from rayfin.redaction import printable
 
 if TYPE_CHECKING:
-    from rayfin.adapters import AdapterVersion
-    from rayfin.cli.experiment import Workplace
-    from rayfin.history import TrialRecord
+    from rayfin.config import Config
+    from rayfin.library.results import TrainResult
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,42 +27,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0: trained, or already in the history; 1: failed; 3: trained, and not published."""
-    from rayfin.tuning.single import train_once
+    from rayfin.library.trials import train
 
-    place = experiment.Workplace.open(args)
-    with place.history:
-        row = train_once(
-            place.config,
-            history=place.history,
-            storage=place.storage,
-            rerun=args.rerun,
-            address=args.address,
-            # Standard output is the result's, which machines read with --json.
-            show=lambda line: print(printable(line), file=sys.stderr, flush=True),
-        )
-    failed = experiment.Failures()
-    adapter: AdapterVersion | None = None
-    if row.status == "finished":
-        with failed.noting(*experiment.unpublished(place.config, row, "")):
-            adapter = place.publish(row)
-    if args.json:
-        published = adapter.as_dict() if adapter else None
-        told = {"trial": row.model_dump(mode="json"), "adapter": published, "failed": failed.lines}
-        print(json.dumps(told))
+    config = experiment.configuration(args)
+    return show(train(config, **options(args, config)), as_json=args.json)
+
+
+def options(args: argparse.Namespace, _: Config) -> Mapping[str, Any]:
+    """Return the arguments of `rayfin.train` that stand for a command's options."""
+    return {"rerun": args.rerun, "address": args.address}
+
+
+def show(result: TrainResult, *, as_json: bool) -> int:
+    """Print a training's result, for people or machines; returns the command's exit code."""
+    if as_json:
+        print(json.dumps(result.as_dict()))
     else:
-        _print(place, row, adapter)
-    for line in failed.lines:
-        print_error(line)
-    if row.status != "finished":
+        _print(result)
+    experiment.print_failed(result)
+    if result.trial.status != "finished":
         return 1
-    return experiment.INCOMPLETE if failed.lines else 0
+    return experiment.INCOMPLETE if result.failed else 0
 
 
-def _print(place: Workplace, row: TrialRecord, adapter: AdapterVersion | None) -> None:
+def _print(result: TrainResult) -> None:
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(highlight=False, soft_wrap=True)
+    row, adapter = result.trial, result.published
     if row.status != "finished":
         console.print(f"[red]{row.status}[/red]: {escape(row.error or '')}")
     else:
@@ -74,6 +64,6 @@ def _print(place: Workplace, row: TrialRecord, adapter: AdapterVersion | None) -
             console.print(line)
     # A path may have brackets, which would be taken for markup.
     console.print(f"  trial    {row.trial_id}  {row.directory}", markup=False)
-    console.print(f"  history  {place.history.shown_url}", markup=False)
+    console.print(f"  history  {result.history}", markup=False)
     if adapter is not None:
         console.print(f"  adapter  {adapter.ref}  {adapter.path}", markup=False)

@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 
 
 def load_config(
-    source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
+    source: Config | str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
 ) -> Config:
-    """The configuration in `source` (a YAML file, or a mapping) with `overrides` applied over it.
+    """The configuration in `source` (a YAML file, a mapping, or one that was made before) with
+    `overrides` applied over it.
 
     Raises ConfigError, naming key, value, what is allowed and the nearest known key. Settings of
     `source` that an override leaves out, by another method or a whole section, are named in a
@@ -119,10 +120,14 @@ def saved(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json") | {"method": method}
 
 
-def _tree(source: str | Path | Mapping[str, Any] | None, kind: type[BaseModel]) -> dict[str, Any]:
+def _tree(
+    source: BaseModel | str | Path | Mapping[str, Any] | None, kind: type[BaseModel]
+) -> dict[str, Any]:
     """What was written, each value as the settings of `kind` take it."""
     if source is None:
         return {}
+    if isinstance(source, BaseModel):
+        return source.model_dump(mode="json", exclude_unset=True)
     written = source if isinstance(source, Mapping) else _read_yaml(Path(source))
     return dict(typed(written, kind))
 

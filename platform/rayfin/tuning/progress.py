@@ -33,6 +33,11 @@ class ProgressDisplay:
         self._before: set[str] = set()
         self._told: set[str] = set()
 
+    @classmethod
+    def silent(cls) -> ProgressDisplay:
+        """Return a display that shows nothing."""
+        return cls(Console(quiet=True))
+
     def begin(
         self, plan: SweepPlan, known: Sequence[TrialRecord], distinct: int | None = None
     ) -> None:

@@ -31,8 +31,11 @@ Refuse = Callable[[SweepPlan, PlannedTrial], str | None]
 
 
 @dataclass(frozen=True)
-class SweepResult:
-    """What a sweep leaves: its rows in the order of their creation, and the best of them."""
+class EndedSweep:
+    """What a sweep leaves: its rows in the order of their creation, and the best of them.
+
+    `rayfin.library.results.SweepResult` is this with what followed: the report, the adapter.
+    """
 
     plan: SweepPlan
     trials: list[TrialRecord]
@@ -59,7 +62,7 @@ def run_sweep(
     refuse: Refuse | None = None,
     notes: Sequence[str] = (),
     progress: ProgressDisplay | None = None,
-) -> SweepResult:
+) -> EndedSweep:
     """Runs the sweep that `config` describes; every trial becomes a row of `history`.
 
     - `resume`: carry on with the newest sweep that the same configuration started, if there is one.
@@ -123,7 +126,7 @@ def _run(
     rerun: bool,
     cluster: str | None,
     progress: ProgressDisplay,
-) -> SweepResult:
+) -> EndedSweep:
     config = plan.config
     known = [row for row in rows if _has_ended(row)]
     completed, distinct = True, distinct_settings(plan)
@@ -152,7 +155,7 @@ def _run(
     best = best_trial(rows, config.sweep.metric, config.sweep.direction)
     few = few_settings(config, distinct)
     notes = ([few] if few else []) + edge_notes(config, rows)
-    return SweepResult(plan, rows, best, not completed, tuple(notes))
+    return EndedSweep(plan, rows, best, not completed, tuple(notes))
 
 
 def _has_ended(row: TrialRecord) -> bool:
