@@ -167,13 +167,11 @@ def s3_server(*enter: str, address: str = "127.0.0.1") -> Iterator[dict[str, str
     """
     command = [*enter, sys.executable, str(Path(__file__).with_name("s3.py")), address]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
+    processes = helper("processes")
     try:
-        port = int(server.stdout.readline())
+        port = int(processes.Lines(server).next())
         keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
         place = {"AWS_ENDPOINT_URL": f"http://{address}:{port}", "AWS_REGION": "us-east-1"}
         yield keys | place
     finally:
-        server.kill()
-        server.wait()
-        server.stdout.close()
+        processes.end_family(server)

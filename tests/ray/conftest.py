@@ -30,6 +30,18 @@ COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
 PATIENCE = 120.0
 
 
+def load(path: Path) -> Any:
+    """Import a module by its path: pytest imports test files only."""
+    spec = importlib.util.spec_from_file_location(f"rayfin_tests_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+processes = load(ROOT / "tests" / "processes.py")
+
+
 def until(true: Callable[[], Any], runs: Callable[[], None]) -> Any:
     """Returns the first true answer, asked again and again.
 
@@ -95,17 +107,28 @@ class Driver:
         self.out = self.err = ""
 
     def end(self) -> int:
-        """Waits until it ends of itself."""
+        """Wait until it ends of itself, and return its exit code."""
         self.out, self.err = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode
+
+    def close(self) -> None:
+        """End it with all that descends from it, Ray's processes too."""
+        processes.end_family(self.process)
 
     def until(self, true: Callable[[], Any]) -> Any:
         """The first true answer, asked again and again while the driver runs."""
 
         def runs() -> None:
-            assert self.process.poll() is None, f"ended too early:\n{self.process.communicate()[1]}"
+            assert self.process.poll() is None, f"ended too early:\n{self._errors()}"
 
         return until(true, runs)
+
+    def _errors(self) -> str:
+        """What it has said; not all of it where something that it started still has the pipe."""
+        try:
+            return self.process.communicate(timeout=PATIENCE)[1]
+        except subprocess.TimeoutExpired as error:
+            return (error.stderr or b"").decode(errors="replace")
 
     def amid(self, *, finished: int, step: int = 1) -> TrialRecord:
         """Waits for so many finished trials and one that runs and has saved `step`; the latter."""
@@ -122,9 +145,10 @@ class Driver:
 
     def kill(self) -> None:
         """SIGKILL, and waits until all of Ray's processes have noticed and ended by themselves."""
+        assert not self.lab.enter, "it would be `nsenter` that is killed, and not the driver"
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
-        self.out, self.err = self.process.communicate()
+        self.out, self.err = self.process.communicate(timeout=PATIENCE)
         left = psutil.wait_procs(family, timeout=60)[1]
         assert left == [], "processes outlive their driver"
 
@@ -215,6 +239,22 @@ class Lab:
         return self.here(command)
 
     @staticmethod
+    def lines(process: subprocess.Popen[str]) -> Any:
+        """The lines that a process writes, each waited for within a bound: see processes.py."""
+        return processes.Lines(process)
+
+    @staticmethod
+    def end_family(process: subprocess.Popen[str]) -> None:
+        """Kill a process with all that descends from it: see processes.py."""
+        processes.end_family(process)
+
+    @staticmethod
+    def runs(process: psutil.Process) -> bool:
+        """Whether a process has not ended."""
+        answer: bool = processes.runs(process)
+        return answer
+
+    @staticmethod
     def meanwhile(act: Callable[[Meanwhile], None]) -> Meanwhile:
         """A block in which a thread does `act`."""
         return Meanwhile(act)
@@ -301,11 +341,10 @@ class Lab:
         return [point["loss"] for point in row.curve if "loss" in point]
 
     def close(self) -> None:
-        """Ends what a failed test left; Ray's processes follow their driver."""
+        """End what a failed test left running."""
         for driver in self._drivers:
             if driver.process.poll() is None:
-                driver.process.kill()
-                driver.process.communicate()
+                driver.close()
 
 
 @pytest.fixture
@@ -315,20 +354,10 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
     lab.close()
 
 
-def load_nodes() -> Any:
-    """nodes.py: pytest imports test files only."""
-    path = Path(__file__).with_name("nodes.py")
-    spec = importlib.util.spec_from_file_location("rayfin_nodes", path)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Cables, and machines to plug in; Ray on them asks for a token."""
-    nodes = load_nodes()
+    nodes = load(Path(__file__).with_name("nodes.py"))
     if (lacking := nodes.missing()) is not None:
         pytest.skip(f"machines can't be played here, for want of {lacking}")
     lab = Lab(tmp_path_factory.mktemp("network"))

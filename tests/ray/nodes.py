@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ import psutil
 
 _NEEDED = ("ip", "unshare", "nsenter", "mount", "hostname")
 _SUBNET = "10.77.0"  # every network has it for itself
-_PATIENCE = 60.0
+_PATIENCE = 120.0
+_MACHINES = 4  # in a row, before a node's start is given up
 
 # `ray` without two processes that a head starts for its users: the dashboard's, which is there with
 # --include-dashboard=false, too, and the one that answers ray://.
@@ -63,7 +65,7 @@ class Space:
         )
         assert self._holder.stdout is not None
         if self._holder.stdout.readline() != "ready\n":
-            raise RuntimeError(self._holder.communicate()[1])
+            raise RuntimeError(self._holder.communicate(timeout=_PATIENCE)[1])
         (first,) = psutil.Process(self._holder.pid).children()
         self._first = first
         self._started: list[subprocess.Popen[str]] = []
@@ -99,7 +101,11 @@ class Space:
         if self.lives:
             self._first.kill()
         for process in (*self._started, self._holder):
-            process.communicate()
+            process.wait(_PATIENCE)
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    with suppress(OSError):  # of a line that nobody reads any more
+                        pipe.close()
 
 
 class Node(Space):
@@ -114,9 +120,9 @@ class Node(Space):
         environment: Mapping[str, str],
     ) -> None:
         """`environment`: of what is started in here."""
-        self.name, self.address = name, f"{_SUBNET}.{number}"
+        self.name, self.number, self.address = name, number, f"{_SUBNET}.{number}"
         self.environment = dict(environment)
-        self._switch, self._port = switch, f"port{number}"
+        self._switch = switch
         # As Debian has it: the machine's own name is not its address on the network.
         (directory / f"{name}-hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
         script = (
@@ -125,6 +131,8 @@ class Node(Space):
         )
         Path("/tmp/ray").mkdir(mode=0o777, exist_ok=True)
         super().__init__(("net", "uts"), script, directory)
+        # Not by its number: the port of a machine that has ended is gone a moment later only.
+        self._port = f"port{self.first}"
 
     def plug_in(self) -> None:
         self._switch.ip(f"link add {self._port} type veth peer name eth0 netns {self.first}")
@@ -135,9 +143,13 @@ class Node(Space):
         self.ip(f"route add default via {_SUBNET}.254")
 
     def python(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts a Python in here, whose input and output are the caller's."""
+        """Start a Python in here, whose input and output are the caller's."""
+        return self.run(sys.executable, "-u", *arguments)
+
+    def run(self, *command: str) -> subprocess.Popen[str]:
+        """Start a command in here, whose input and output are the caller's."""
         process = subprocess.Popen(
-            [*self.enter, sys.executable, "-u", *arguments],
+            [*self.enter, *command],
             env=self.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -151,16 +163,21 @@ class Node(Space):
         """From now on this machine has nothing there."""
         _run([*self.enter, _tool("mount"), "-t", "tmpfs", "tmpfs", str(directory)])
 
-    def start_ray(self, head: Node | None = None, **settings: str) -> str:
-        """Ray with one CPU, as the head or as a node of `head`'s cluster; the cluster's address.
+    @property
+    def ray_address(self) -> str:
+        """The address of the Ray cluster whose head this machine is."""
+        return f"{self.address}:6379"
 
-        `settings`: Ray's own, by the names that they have in the environment.
+    def start_ray(self, head: Node | None = None, **settings: str) -> None:
+        """Start Ray with one CPU, as the head or as a node of `head`'s cluster.
+
+        `settings` are Ray's own, by the names that they have in the environment. Raises
+        RuntimeError when it does not start; `Network.start_ray` tries again on another machine.
         """
-        address = f"{(head or self).address}:6379"
         role = ["--head", "--port=6379", "--no-monitor"]
         command = [
             *(*self.enter, sys.executable, "-c", _RAY, "start"),
-            *(role if head is None else [f"--address={address}"]),
+            *(role if head is None else [f"--address={head.ray_address}"]),
             f"--node-ip-address={self.address}",
             "--num-cpus=1",
             "--object-store-memory=100000000",
@@ -168,7 +185,6 @@ class Node(Space):
             "--disable-usage-stats",
         ]
         _run(command, self.environment | settings)
-        return address
 
     def cut(self) -> None:
         """Pulls the cable: what is sent is lost, and no one is told."""
@@ -188,12 +204,33 @@ class Network:
     def add(self, name: str) -> Node:
         """A machine, with a disk of its own beside what all see."""
         environment = self.lab.environment | self.lab.disk(name)
-        return self._plug_in(name, len(self.nodes) + 1, environment)
+        return self._plug_in(name, self._next_number, environment)
 
     def start_again(self, node: Node) -> Node:
         """A machine that has ended, with its name, its address and its disk."""
-        number = int(node.address.rpartition(".")[2])
-        return self._plug_in(node.name, number, node.environment)
+        return self._plug_in(node.name, node.number, node.environment)
+
+    def start_ray(self, node: Node, head: Node | None = None, **settings: str) -> Node:
+        """Start Ray on a machine; return it, or the one that has taken its place and name.
+
+        A node of Ray gives its own agents 15 s to start, which nothing can set (its log then says
+        "Timed out waiting for file .../metrics_agent_port_..."), and `ray start` waits another 15 s
+        for the node that has ended. On a busy machine that happens. Such a machine is ended, lest
+        it join the cluster later, and another is plugged in, at an address of its own unless it is
+        to be the head. Raises RuntimeError when that has failed as often as it may.
+        """
+        failed = []
+        while True:
+            try:
+                node.start_ray(head, **settings)
+                return node
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                node.end()
+                failed.append(f"{error}")
+                if len(failed) == _MACHINES:
+                    raise RuntimeError("\n".join(failed)) from None
+            number = node.number if head is None else self._next_number
+            node = self._plug_in(node.name, number, node.environment)
 
     def _plug_in(self, name: str, number: int, environment: Mapping[str, str]) -> Node:
         node = Node(name, number, self._switch, self.lab.root, environment)
@@ -203,6 +240,10 @@ class Network:
         self.nodes.append(node)
         node.plug_in()
         return node
+
+    @property
+    def _next_number(self) -> int:
+        return len(self.nodes) + 1
 
     @property
     def living(self) -> list[Node]:

@@ -85,39 +85,57 @@ raise SystemExit(main())
 
 
 class Cluster:
-    """A head, an S3 server on it, and further machines; each has one CPU."""
+    """A head and further machines; each has one CPU."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        self.head = network.add("head")
-        self._further = 0
-        self.address = ""
-
-    def start(self, server: dict[str, str]) -> None:
-        for environment in (self.network.lab.environment, self.head.environment):
-            environment.update(server)
-        self.address = self.head.start_ray(**HEAD)
+        self.head = network.start_ray(network.add("head"), **HEAD)
+        self.address = self.head.ray_address
+        self._further: list[Any] = []
 
     def plug_in(self) -> Any:
-        """One machine more."""
-        self._further += 1
-        node = self.network.add(f"machine{self._further}")
-        node.start_ray(self.head)
-        return node
+        """Add a machine."""
+        name = f"machine{len(self.network.nodes)}"
+        self._further.append(self.network.start_ray(self.network.add(name), self.head))
+        return self._further[-1]
 
     @property
     def further(self) -> Any:
         """A machine beside the head; a new one where the others were lost."""
-        found = [node for node in self.network.living if node is not self.head]
+        found = [node for node in self._further if node.lives]
         return found[0] if found else self.plug_in()
+
+
+class Clusters:
+    """The module's cluster, and another in its place when it is not whole any more."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self._others = network.living  # which belong to no cluster
+        self._now: Cluster | None = None
+
+    def whole(self) -> Cluster:
+        """Return a cluster whose head lives, and which no failed test has left behind."""
+        if self._now is None or not self._now.head.lives:
+            self.end()
+            self._now = Cluster(self._network)
+        return self._now
+
+    def end(self) -> None:
+        """End its machines, and those that a failure left half-made."""
+        self._now = None
+        for node in reversed(self._network.living):
+            if node not in self._others:
+                node.end()
 
 
 class OnHead:
     """A process on the head: it reaches the bucket and Ray, which only the machines do."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, lab: Any) -> None:
         arguments = (str(Path(__file__).with_name("conftest.py")), cluster.address)
-        self._process = cluster.head.python("-c", ANSWER, *arguments)
+        self.process = cluster.head.python("-c", ANSWER, *arguments)
+        self._lines = lab.lines(self.process)
         assert self._answer() == "ready"
 
     def saved(self, row: TrialRecord) -> int:
@@ -138,13 +156,13 @@ class OnHead:
         self._ask("let_go it")
 
     def _ask(self, question: str) -> str:
-        self._process.stdin.write(f"{question}\n")
-        self._process.stdin.flush()
+        self.process.stdin.write(f"{question}\n")
+        self.process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> str:
         said = ""
-        for line in self._process.stdout:
+        while line := self._lines.next():
             if line.startswith("answer: "):
                 return str(line).removeprefix("answer: ").strip()
             said += line
@@ -152,18 +170,33 @@ class OnHead:
 
 
 @pytest.fixture(scope="module")
-def machines(network: Any, s3_elsewhere: Any) -> Iterator[Cluster]:
-    found = Cluster(network)
-    with s3_elsewhere(*found.head.enter, address=found.head.address) as server:
-        found.start(server)
-        yield found
+def clusters(network: Any, s3_elsewhere: Any) -> Iterator[Clusters]:
+    """The bucket is on a machine of its own, which outlives any cluster."""
+    store = network.add("store")
+    with s3_elsewhere(*store.enter, address=store.address) as server:
+        network.lab.environment.update(server)
+        yield Clusters(network)
 
 
 @pytest.fixture
-def cluster(machines: Cluster, lab: Any) -> Cluster:
-    """The laboratory's commands are typed on the head."""
-    type_on(machines.head, lab)
-    return machines
+def cluster(clusters: Clusters, lab: Any, request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The laboratory's commands are typed on the head.
+
+    Nobody knows what a failed test has left: its cluster is not the next one's.
+    """
+    failed = request.session.testsfailed
+    cluster = clusters.whole()
+    type_on(cluster.head, lab)
+    yield cluster
+    if request.session.testsfailed > failed:
+        clusters.end()
+
+
+@pytest.fixture
+def on_head(cluster: Cluster, lab: Any) -> Iterator[OnHead]:
+    found = OnHead(cluster, lab)
+    yield found
+    lab.end_family(found.process)
 
 
 def type_on(node: Any, lab: Any) -> None:
@@ -177,12 +210,12 @@ def test_the_clouds_notice_drains_the_machine_that_it_is_for(cluster: Cluster, l
     page.parent.mkdir(parents=True)
     page.write_text("FALSE")
     web = ("-m", "http.server", "8000", "--bind", "127.0.0.1", "--directory")
-    server = lost.python(*web, str(lab.root / "cloud"))
-    assert "Serving HTTP" in server.stdout.readline()
+    served = lab.lines(lost.python(*web, str(lab.root / "cloud")))
+    assert "Serving HTTP" in served.next()
     service = ("--service", "http://127.0.0.1:8000", "--pause", "0.1")
     watcher = lost.python(str(SPOT_NOTICE), "gcp", "--address", cluster.address, *service)
     for _ in range(2):
-        assert "preempted" in server.stdout.readline()
+        assert "preempted" in served.next()
     assert watcher.poll() is None
 
     (notice := page.with_name("notice")).write_text("TRUE")
@@ -257,9 +290,9 @@ def test_two_workers_on_two_nodes_compute_what_one_process_does_though_one_node_
 
 @pytest.mark.patient
 def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
-    cluster: Cluster, lab: Any
+    cluster: Cluster, on_head: OnHead, lab: Any
 ) -> None:
-    ours, on_head = [cluster.further, cluster.plug_in()], OnHead(cluster)
+    ours = [cluster.further, cluster.plug_in()]
     # No checkpoint but the one that the warning asks for.
     settings = ("train.max_steps=1200", "train.eval_steps=60", "train.save_steps=1200")
     training = lab.rayfin("train", *settings, "scaling.num_workers=2", "--address", cluster.address)
@@ -279,7 +312,7 @@ def test_a_group_that_is_warned_of_losing_a_node_saves_and_goes_on_elsewhere(
 
 
 def test_a_sweep_outlives_a_node_that_is_taken_away_and_one_that_falls_silent(
-    cluster: Cluster, lab: Any, moment: random.Random
+    cluster: Cluster, on_head: OnHead, lab: Any, moment: random.Random
 ) -> None:
     """Two trials at a time on three nodes, which write into a bucket."""
     last, regular = 500, 211
@@ -290,7 +323,6 @@ def test_a_sweep_outlives_a_node_that_is_taken_away_and_one_that_falls_silent(
         *lab.in_bucket(f"{BUCKET}/sweep"),
         *("publish.name=best", f"publish.storage={lab.root}"),
     )
-    on_head = OnHead(cluster)
     on_head.hold(cluster.head)  # at first, trials are on the others
     sweep = lab.script("sweep_qlora.py", *settings, "--address", cluster.address)
 
