@@ -45,7 +45,7 @@ def api_alone(engine: Any, adapters: Sequence[Any]) -> Iterator[str]:
     from rayfin.adapters import Registry
     from rayfin.config.serving import ServeConfig
     from rayfin.serving.api.app import create_app
-    from rayfin.serving.names import ModelNames
+    from rayfin.serving.model_names import ModelNames
 
     with tempfile.TemporaryDirectory() as folder:
         _publish(adapters, Path(folder))

@@ -29,7 +29,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         from rayfin.adapters import Registry
         from rayfin.config import load_serve_config
-        from rayfin.serving.deployment import serving
+        from rayfin.serving.deployment_lifecycle import serving
 
         adapter = make_adapters(Path(folder) / "made", 1, 8)[0]
         Registry(Path(folder) / "adapters").publish("one", adapter.path)

@@ -53,7 +53,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         from rayfin.adapters import Registry
         from rayfin.config import load_serve_config
-        from rayfin.serving.deployment import serving
+        from rayfin.serving.deployment_lifecycle import serving
 
         made = make_adapters(Path(folder) / "made", NAMES * VERSIONS + SPARE)
         registry = Registry(Path(folder) / "adapters")

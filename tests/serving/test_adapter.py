@@ -18,9 +18,9 @@ from rayfin.models import Base, base_of, load_base
 from rayfin.serving.engine.adapter import read_adapter
 from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
-from rayfin.serving.engine.layers import Mixture, SlotLinear
 from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.engine.slot_linear import SlotAssignment, SlotLinear
 
 pytestmark = pytest.mark.numeric
 
@@ -311,7 +311,9 @@ def test_layout_of_a_base_that_the_engine_has_changed() -> None:
         inner = base.get_submodule(name)
         inner = Int8Linear(inner, Int8Kernel()) if child == "q_proj" else inner
         setattr(
-            base.get_submodule(parent), child, SlotLinear(inner, Mixture(None), 2, torch.float32)
+            base.get_submodule(parent),
+            child,
+            SlotLinear(inner, SlotAssignment(None), 2, torch.float32),
         )
     after = BaseLayout.of(base, before.base)
     assert after.linears == before.linears

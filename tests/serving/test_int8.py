@@ -16,8 +16,8 @@ from rayfin.config.serving import EngineConfig
 from rayfin.errors import ConfigError
 from rayfin.serving.engine import native
 from rayfin.serving.engine.engine import Engine
-from rayfin.serving.engine.family import join, product
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear, Int8Weight
+from rayfin.serving.engine.joint_product import join_layers, product
 from rayfin.serving.engine.model import BatchedModel
 
 pytestmark = pytest.mark.numeric
@@ -126,13 +126,13 @@ def test_layers_with_the_same_input_are_one_product() -> None:
     kernel, hidden = Int8Kernel(), tokens(5, 64)[None]
     rounded = [Int8Linear(layer, kernel) for layer in layers]
     expected = [one(hidden[0]) for one in rounded]
-    family = join(rounded)
-    assert family is not None
+    joint = join_layers(rounded)
+    assert joint is not None
     for one, alone in zip(rounded, expected, strict=True):
-        assert torch.equal(family.product(one, hidden), alone)
+        assert torch.equal(joint.product(one, hidden), alone)
         assert torch.equal(product(one, hidden[0]), alone)
     assert len({one.rounded.values.untyped_storage().data_ptr() for one in rounded}) == 1
-    assert join([rounded[0], layers[1]]) is None
+    assert join_layers([rounded[0], layers[1]]) is None
 
 
 @pytest.mark.parametrize("tied", [True, False])

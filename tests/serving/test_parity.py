@@ -95,7 +95,7 @@ def test_every_method_on_the_tiny_model(
     )
     sources: dict[str, AdapterSource | None] = {**tiny_adapters, "base": None}
     got = mixed(lab, engine, sources, prompts, TOKENS)
-    assert (engine.model.mixture.kernel is not None) == kernel
+    assert (engine.model.assignment.kernel is not None) == kernel
     assert (engine.model.cache.kernel is not None) == kernel
     assert engine.stats().running == 0
     tie = float_tie(rounding, layers=2, terms=128)

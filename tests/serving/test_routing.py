@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayfin.serving.routing import Recent, ReplicaState, rank
+from rayfin.serving.routing import RecentAdapters, ReplicaState, rank
 
 LOADING, CAPACITY = 4.0, 40
 
@@ -38,7 +38,7 @@ def test_the_base_model_is_everywhere() -> None:
 
 
 def test_a_hot_adapter_comes_to_use_all_replicas() -> None:
-    loads, recent = Counter({"a": 0, "b": 0, "c": 0}), Recent(slots=2)
+    loads, recent = Counter({"a": 0, "b": 0, "c": 0}), RecentAdapters(slots=2)
     for _ in range(60):
         places = [
             ReplicaState(name, load, recent.has(name, "hot@1")) for name, load in loads.items()
@@ -67,7 +67,7 @@ def test_no_replica_is_chosen_that_is_much_busier_than_another(
 
 
 def test_what_was_asked_for_long_ago_is_forgotten() -> None:
-    recent = Recent(slots=2)
+    recent = RecentAdapters(slots=2)
     for adapter in ("one@1", "two@1", "one@1", "three@1"):
         recent.note("a", adapter)
     held = [name for name in ("one@1", "two@1", "three@1") if recent.has("a", name)]

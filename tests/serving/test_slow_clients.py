@@ -23,7 +23,7 @@ from rayfin.config.serving import ApiConfig
 from rayfin.serving import connections
 from rayfin.serving import proxy as proxy_module
 from rayfin.serving.connections import BoundedProtocol, FairLimiter, client_of
-from rayfin.serving.proxy import Limits, ProxyMiddleware
+from rayfin.serving.proxy import ClientLimits, ProxyMiddleware
 
 PATIENCE = 30.0
 SHORT = 0.3
@@ -104,7 +104,7 @@ class Proxy:
 
 @contextmanager
 def proxy(**limits: Any) -> Iterator[Proxy]:
-    found = vars(Limits.of(ApiConfig(**limits)))
+    found = vars(ClientLimits.of(ApiConfig(**limits)))
     behind = Behind()
     app = ProxyMiddleware(behind, lambda: found)
     settings = uvicorn.Config(
@@ -182,7 +182,9 @@ def test_an_upload_whose_time_is_up_gives_way_to_no_one_elses_harm() -> None:
         return statuses[0]
 
     async def race() -> list[int]:
-        app = ProxyMiddleware(Behind(), lambda: vars(Limits.of(ApiConfig(max_client_uploads=1))))
+        app = ProxyMiddleware(
+            Behind(), lambda: vars(ClientLimits.of(ApiConfig(max_client_uploads=1)))
+        )
         await ask(app, b"first")  # the limits are known
         app._uploads._grace = 0.0
         stalled = asyncio.create_task(ask(app, None))
@@ -455,6 +457,6 @@ def test_the_oldest_of_the_greediest_gives_way_and_what_is_new_stays() -> None:
 @pytest.fixture(autouse=True)
 def _defaults() -> Iterator[None]:
     yield
-    limits = Limits.of(ApiConfig())
-    connections.SECONDS.request = limits.body_seconds
-    connections.SECONDS.answer = limits.write_seconds
+    limits = ClientLimits.of(ApiConfig())
+    connections.TIMEOUTS.request = limits.body_seconds
+    connections.TIMEOUTS.answer = limits.write_seconds

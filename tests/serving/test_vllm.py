@@ -231,10 +231,10 @@ def test_what_fails_in_vllm_fails_alone_and_says_why(
     last = lab.ask(engine, prompt).wait().last
     assert isinstance(last.error, EngineFailed) and "ValueError" in str(last.error)
     backend.broken = False
-    assert engine.ailment is None
+    assert engine.health_problem is None
     assert lab.ask(engine, prompt).wait().last.finish_reason == "length"
     backend.failure = RuntimeError("the GPU is gone")
-    assert engine.ailment is not None
+    assert engine.health_problem is not None
     with pytest.raises(Overloaded):
         lab.ask(engine, prompt)
 
@@ -308,15 +308,17 @@ def test_what_does_not_end_in_vllm_is_a_reason_to_replace_it(
     lab.ask(engine, prompt, tiny_adapters["lora"]).wait()
     ended = time.monotonic()
     until(lambda: time.monotonic() > ended + 0.3)
-    assert engine.ailment is None, "it has nothing to do"
+    assert engine.health_problem is None, "it has nothing to do"
     for stalled, source in (("generate", None), ("add", tiny_adapters["rslora"])):
         backend.stalled = stalled
         answer = lab.ask(engine, prompt, source)
-        until(lambda: engine.ailment is not None)
-        assert re.match(r"a step of vLLM has taken \d+ s \(engine.step_seconds\)", engine.ailment)
+        until(lambda: engine.health_problem is not None)
+        assert re.match(
+            r"a step of vLLM has taken \d+ s \(engine.step_seconds\)", engine.health_problem
+        )
         backend.stalled = None
         assert len(answer.wait().token_ids) == 16
-        until(lambda: engine.ailment is None)
+        until(lambda: engine.health_problem is None)
 
 
 def test_an_adapter_that_vllm_does_not_load_in_time_fails_its_requests_alone(

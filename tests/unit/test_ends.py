@@ -17,9 +17,9 @@ from rayfin.data.learned import learned_ends
 from rayfin.data.tokenization import tokenize_examples
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import END_OF_TURN, Ends, end_token_ids
-from rayfin.serving.api.own_files import OwnFiles
+from rayfin.serving.api.adapter_tokenizers import AdapterTokenizers
 from rayfin.serving.api.templates import Templates
-from rayfin.serving.bounded import BoundedCalls
+from rayfin.serving.timed_executor import TimedExecutor
 from rayfin.training.checkpoint import save_adapter, vouch
 
 OPENS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -151,8 +151,8 @@ def test_serving_ends_an_answer_where_training_does(
     chatml: ModuleType, template: str | None
 ) -> None:
     tokenizer = chatml.tokenizer_of(template, *ROLES)
-    calls = BoundedCalls("looks", threads=1, seconds=60.0, most_stuck=1)
-    served = Templates(tokenizer, 1.0, OwnFiles(calls))
+    calls = TimedExecutor("looks", threads=1, seconds=60.0, most_stuck=1)
+    served = Templates(tokenizer, 1.0, AdapterTokenizers(calls))
     assert asyncio.run(served.ends(None)) == turn_end(tokenizer)
 
 

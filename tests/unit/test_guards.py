@@ -112,7 +112,8 @@ def rayfin_imports(path: Path) -> Iterator[tuple[int, str]]:
 
 def runs_without_ray(path: Path) -> bool:
     name = module_name(path)
-    return name.startswith(RAY_FREE) and not name.startswith(RAY_USERS)
+    within = tuple(f"{one}." for one in RAY_FREE)
+    return f"{name}.".startswith(within) and not name.startswith(RAY_USERS)
 
 
 def test_platform_does_not_shadow_the_standard_library() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from rayfin.config import ServeConfig
 from rayfin.config.serving import ApiConfig, ApiKey
-from rayfin.serving.local import local_api
+from rayfin.serving.local_api import local_api
 
 # Serve's own models, when they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
@@ -25,19 +25,21 @@ SECTIONS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", GUIDE, r
 @contextmanager
 def served_here(config: ServeConfig, address: str | None) -> Iterator[Any]:
     """The API and its engine in this process, in place of Ray Serve's replicas."""
-    from rayfin.serving.deployment import Deployed
+    from rayfin.serving.deployment_lifecycle import RunningDeployment
     from rayfin.serving.placement import Placement
 
     with local_api(config) as endpoint:
         assert endpoint.key is not None
         api = ApiConfig(api_keys=(ApiKey(key=endpoint.key),))
-        yield Deployed(endpoint.url, config.model_copy(update={"api": api}), Placement(1, 0))
+        yield RunningDeployment(
+            endpoint.url, config.model_copy(update={"api": api}), Placement(1, 0)
+        )
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_ray: None) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("rayfin.serving.deployment.serving", served_here)
+    monkeypatch.setattr("rayfin.serving.deployment_lifecycle.serving", served_here)
     rows = [{"prompt": f"what is {n}", "completion": f"{n}"} for n in range(12)]
     Path("support.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path

@@ -138,8 +138,8 @@ def test_a_storage_that_was_not_there_is_named(
 
     missing = tmp_path / "mistyped"
     config = load_serve_config({}, ["model.name=tiny", f"storage={missing}"])
-    deployment._planned(config)
+    deployment.planned(config)
     assert f"storage={missing} was not there" in caplog.text
     caplog.clear()
-    deployment._planned(config)
+    deployment.planned(config)
     assert caplog.text == ""

@@ -10,7 +10,7 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.config import load_serve_config
 from rayfin.errors import AdapterError, ConfigError
-from rayfin.serving.bases import with_own_base
+from rayfin.serving.base_model import with_adapters_base
 
 SNAPSHOT = "/home/ray/hub/models--acme--small/snapshots/0f1e2d3c"
 
@@ -32,7 +32,7 @@ def publish(registry: Registry, name: str, **told: Any) -> None:
 
 def chosen(registry: Registry, *settings: str, use: str | None = None) -> tuple[str, str | None]:
     config = load_serve_config(None, [f"storage={registry.root.parent}", *settings])
-    model = with_own_base(config, use).model
+    model = with_adapters_base(config, use).model
     return model.name, model.revision
 
 

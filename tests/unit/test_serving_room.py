@@ -140,13 +140,13 @@ def test_what_others_just_let_go_of_is_waited_for(monkeypatch: pytest.MonkeyPatc
 
 def test_it_says_what_the_engines_run_on() -> None:
     from rayfin.cli.serve import _engines, _where
-    from rayfin.serving.deployment import Deployed
+    from rayfin.serving.deployment_lifecycle import RunningDeployment
 
     def told(settings: str, nodes: list[dict[str, float]]) -> tuple[str, dict[str, Any]]:
         named = [s if "engine." in s else f"deployment.{s}" for s in settings.split()]
         config, where = load_serve_config({}, named), place(settings, nodes)
         engine = config.engine.fitted(where.gpus, 4096)
-        deployed = Deployed("", config.model_copy(update={"engine": engine}), where)
+        deployed = RunningDeployment("", config.model_copy(update={"engine": engine}), where)
         return _where(deployed), _engines(deployed)
 
     line, one = told("replicas=1", [{"CPU": 2.0}])

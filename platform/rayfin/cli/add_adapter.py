@@ -16,7 +16,7 @@ from rayfin.redaction import printable
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
     from rayfin.config import ServeConfig
-    from rayfin.serving.adding import Added
+    from rayfin.serving.add_adapter import AddedAdapter
 
 
 def register(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from rayfin.adapters import Registry
     from rayfin.config import load_serve_config
     from rayfin.paths import Storage
-    from rayfin.serving.adding import add_adapter
+    from rayfin.serving.add_adapter import add_adapter
 
     config = load_serve_config(*split_settings(args.settings)).anchored(Path.cwd())
     added = add_adapter(
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print(added: Added) -> None:
+def _print(added: AddedAdapter) -> None:
     version = added.version
     aliases = ", ".join(version.aliases)
     state = "is published" if added.is_new else "was published before"

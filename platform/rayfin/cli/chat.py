@@ -19,7 +19,7 @@ from rayfin.redaction import printable
 
 if TYPE_CHECKING:
     from rayfin.serving.client import Client
-    from rayfin.serving.local import Endpoint
+    from rayfin.serving.local_api import Endpoint
 
 API_KEY = "RAYFIN_API_KEY"
 """Environment variable with the key of the deployment at --url."""
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 @contextmanager
 def _endpoint(args: argparse.Namespace) -> Iterator[Endpoint]:
     from rayfin.library.deployments import serve_configuration
-    from rayfin.serving.local import Endpoint, local_api
+    from rayfin.serving.local_api import Endpoint, local_api
 
     if args.url is not None:
         yield Endpoint(args.url, os.environ.get(API_KEY))

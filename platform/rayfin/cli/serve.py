@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rayfin.cli.settings import ShowServeSettings, add_settings, split_settings
 
 if TYPE_CHECKING:
-    from rayfin.serving.deployment import Deployed
-    from rayfin.serving.names import RegistryListing
+    from rayfin.serving.deployment_lifecycle import RunningDeployment
+    from rayfin.serving.model_names import RegistryListing
 
 _SHOWN = 3
 """Versions that a line names."""
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     with serve(load_serve_config(*split_settings(args.settings)), address=args.address) as server:
         from rayfin.adapters import Catalog
         from rayfin.paths import Storage
-        from rayfin.serving.fit import served_names  # torch, which only the listing needs
+        from rayfin.serving.compatibility import served_names  # torch, which only the listing needs
 
         deployed = server.deployed
         catalog = Catalog(Storage.open(deployed.config.storage).adapters)
@@ -78,7 +78,9 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _print(deployed: Deployed, listing: RegistryListing, unreadable: int, *, as_json: bool) -> None:
+def _print(
+    deployed: RunningDeployment, listing: RegistryListing, unreadable: int, *, as_json: bool
+) -> None:
     config, url = deployed.config, deployed.url
     named = [each.version for each in listing.served if each.version is not None]
     newest = max(named, key=lambda v: str(v.metadata.get("created_at")), default=None)
@@ -110,7 +112,7 @@ def _print(deployed: Deployed, listing: RegistryListing, unreadable: int, *, as_
     print(f"  {curl}\nCtrl-C stops it.", flush=True)
 
 
-def _engines(deployed: Deployed) -> dict[str, Any]:
+def _engines(deployed: RunningDeployment) -> dict[str, Any]:
     config, placement = deployed.config, deployed.placement
     limits = ("max_rows", "max_length", "prefill_chunk", "max_queue", "slots")
     return {
@@ -125,7 +127,7 @@ def _engines(deployed: Deployed) -> dict[str, Any]:
     }
 
 
-def _where(deployed: Deployed) -> str:
+def _where(deployed: RunningDeployment) -> str:
     """What the engines run on, and how much each of them takes."""
     engine, placement = deployed.config.engine, deployed.placement
     least, most = deployed.config.deployment.replicas, deployed.config.deployment.most_replicas

@@ -14,7 +14,7 @@ from rayfin.library.process import prepare_process
 if TYPE_CHECKING:
     from rayfin.config import ServeConfig
     from rayfin.serving.client import Client
-    from rayfin.serving.deployment import Deployed
+    from rayfin.serving.deployment_lifecycle import RunningDeployment
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Server:
     """Where it answers: OpenAI's API is under `url` + "/v1"."""
     client: Client
     """Asks it, with the first of api.api_keys where there are any."""
-    deployed: Deployed
+    deployed: RunningDeployment
     """Its configuration as the replicas have it, and what they run on."""
     address: str | None
     """The Ray cluster that it was put on; None for one of its own."""
 
     def watch(self, stop: threading.Event) -> None:
         """Wait until `stop` is set; raises RayfinError when the Ray cluster is lost before."""
-        from rayfin.serving.deployment import watch
+        from rayfin.serving.deployment_lifecycle import watch
 
         watch(stop, self.address)
 
@@ -60,8 +60,8 @@ def serve(
     config = serve_configuration(config, elsewhere=address is not None)
 
     from rayfin.serving.client import Client
-    from rayfin.serving.deployment import serving
-    from rayfin.serving.local import Endpoint
+    from rayfin.serving.deployment_lifecycle import serving
+    from rayfin.serving.local_api import Endpoint
 
     with serving(config, address) as deployed:
         keys = deployed.config.api.api_keys
@@ -88,8 +88,8 @@ def serve_configuration(
     from rayfin.history.connect import parse_url
     from rayfin.models import check_model
     from rayfin.paths import Storage
-    from rayfin.serving.bases import with_own_base
-    from rayfin.serving.engine.limits import check_length, require_vllm
+    from rayfin.serving.base_model import with_adapters_base
+    from rayfin.serving.engine.config_checks import check_length, require_vllm
 
     if not isinstance(source, ServeConfig):
         source = load_serve_config(source, overrides)
@@ -97,7 +97,7 @@ def serve_configuration(
     _ = Storage.at(config.storage).adapters  # refuses a bucket before anything is asked of it
     Storage.open(config.storage)
     if use is not None or own:
-        config = with_own_base(config, use)
+        config = with_adapters_base(config, use)
     if config.history is not None:
         parse_url(config.history)
     if config.engine.type == "vllm" and not elsewhere:

@@ -13,17 +13,15 @@ import httpx
 
 from rayfin.errors import AdapterNotFound, RayfinError, RequestError
 from rayfin.redaction import redact_url
-from rayfin.serving.local import Endpoint
+from rayfin.serving.local_api import Endpoint
 
 # Between two events of an answer; the first one may wait for a queue and a cold adapter.
 _READ_SECONDS = 300.0
 _CONNECT_SECONDS = 10.0
 
-Message = dict[str, str]
-
 
 @dataclass
-class Reply:
+class ChatStream:
     """An answer on its way: iterate for its text, once; the rest is known as it comes.
 
     Leaving the iteration early, by `close`, ends the request on the server.
@@ -93,7 +91,9 @@ class Client:
         except (KeyError, TypeError) as error:
             raise self._stranger() from error
 
-    def chat(self, model: str, messages: Sequence[Message], options: Mapping[str, Any]) -> Reply:
+    def chat(
+        self, model: str, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]
+    ) -> ChatStream:
         """Asks for an answer, streamed; errors come with the first piece."""
         body = {
             "model": model,
@@ -102,11 +102,11 @@ class Client:
             "stream_options": {"include_usage": True},
             **options,
         }
-        reply = Reply(iter(()))
-        reply.pieces = self._stream(body, reply)
-        return reply
+        stream = ChatStream(iter(()))
+        stream.pieces = self._stream(body, stream)
+        return stream
 
-    def _stream(self, body: Mapping[str, Any], reply: Reply) -> Iterator[str]:
+    def _stream(self, body: Mapping[str, Any], stream: ChatStream) -> Iterator[str]:
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
                 if response.status_code != 200:
@@ -118,12 +118,12 @@ class Client:
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         raise RayfinError(str(event["error"].get("message", event["error"])))
-                    reply.model = event.get("model") or reply.model
-                    reply.usage = event.get("usage") or reply.usage
+                    stream.model = event.get("model") or stream.model
+                    stream.usage = event.get("usage") or stream.usage
                     for choice in event.get("choices", ()):
-                        reply.finish_reason = choice.get("finish_reason") or reply.finish_reason
+                        stream.finish_reason = choice.get("finish_reason") or stream.finish_reason
                         if text := choice["delta"].get("content"):
-                            reply.text += text
+                            stream.text += text
                             yield text
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error

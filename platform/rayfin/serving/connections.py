@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from rayfin.serving.api.record import new_request_id
+from rayfin.serving.api.request_log import new_request_id
 
 MAX_HEAD_BYTES = 64 * 2**10
 """The most bytes that a request line and its headers may have."""
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 
 @dataclass
-class Seconds:
+class ClientTimeouts:
     """Times, in seconds, that this process waits for a client."""
 
     request: float = 30.0
@@ -38,7 +38,7 @@ class Seconds:
     """Time for a client to take what is ready of its answer: api.write_seconds."""
 
 
-SECONDS = Seconds()
+TIMEOUTS = ClientTimeouts()
 """The times that hold in this process. The proxy sets them to the deployment's settings."""
 
 
@@ -119,9 +119,9 @@ def _most_connections() -> int:
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's HTTP protocol for one connection, with limits that hold for all clients alike.
 
-    A head that has not come whole within `SECONDS.request`, or is larger than `MAX_HEAD_BYTES`, is
+    A head that has not come whole within `TIMEOUTS.request`, or is larger than `MAX_HEAD_BYTES`, is
     refused (408, 431). A client that does not take what is ready of its answer within
-    `SECONDS.answer` is disconnected. Where connections that wait for their clients use up the
+    `TIMEOUTS.answer` is disconnected. Where connections that wait for their clients use up the
     process's files, the oldest of the client with the most of them is closed for a new one.
     """
 
@@ -198,7 +198,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _expect_head(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(SECONDS.request, self._no_head)
+            self._head_timer = self.loop.call_later(TIMEOUTS.request, self._no_head)
 
     def _no_head(self) -> None:
         self._head_timer = None
@@ -206,7 +206,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()  # nothing was asked, so nothing is answered
             return
         self.refuse(
-            408, f"the request did not come in within {SECONDS.request:g} s; send it faster"
+            408, f"the request did not come in within {TIMEOUTS.request:g} s; send it faster"
         )
 
     def _end_head(self) -> None:
@@ -217,7 +217,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _start_write_timer(self) -> None:
         if self._write_timer is None:
-            self._write_timer = self.loop.call_later(SECONDS.answer, self._not_taken)
+            self._write_timer = self.loop.call_later(TIMEOUTS.answer, self._not_taken)
 
     def _not_taken(self) -> None:
         self._write_timer = None

@@ -20,7 +20,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rayfin.config.serving import ApiConfig
-from rayfin.serving import shared
+from rayfin.serving import kv_store
 from rayfin.serving.api.errors import (
     CLOSE,
     ApiError,
@@ -28,8 +28,8 @@ from rayfin.serving.api.errors import (
     body_too_slow,
     server_failed,
 )
-from rayfin.serving.api.record import request_id_of
-from rayfin.serving.connections import MAX_HEAD_BYTES, SECONDS, FairLimiter, client_of
+from rayfin.serving.api.request_log import request_id_of
+from rayfin.serving.connections import MAX_HEAD_BYTES, TIMEOUTS, FairLimiter, client_of
 
 log = logging.getLogger(__name__)
 
@@ -74,11 +74,11 @@ def middlewares() -> list[Middleware]:
 
     # Serve hands no protocol on to uvicorn, which looks the default's up here.
     HTTP_PROTOCOLS["auto"] = "rayfin.serving.connections:BoundedProtocol"
-    return [Middleware(ProxyMiddleware, look=lambda: shared.get(LIMITS))]
+    return [Middleware(ProxyMiddleware, look=lambda: kv_store.get(LIMITS))]
 
 
 @dataclass(frozen=True)
-class Limits:
+class ClientLimits:
     """The deployment's settings that a proxy needs to know."""
 
     max_body_bytes: int
@@ -87,7 +87,7 @@ class Limits:
     max_client_uploads: int
 
     @classmethod
-    def of(cls, config: ApiConfig) -> Limits:
+    def of(cls, config: ApiConfig) -> ClientLimits:
         return cls(
             config.max_body_bytes,
             config.body_seconds,
@@ -98,7 +98,7 @@ class Limits:
 
 def publish_limits(config: ApiConfig) -> None:
     """Writes the deployment's limits to where all proxies of this Ray cluster read them."""
-    shared.put(LIMITS, asdict(Limits.of(config)))
+    kv_store.put(LIMITS, asdict(ClientLimits.of(config)))
 
 
 @dataclass(eq=False)
@@ -119,13 +119,13 @@ class _Upload:
 class ProxyMiddleware:
     """ASGI middleware in front of Serve's proxy, or of the API itself.
 
-    `look` returns the limits (the fields of `Limits`; None where nobody has written them yet). It
-    may take its time or raise.
+    `look` returns the limits (the fields of `ClientLimits`; None where nobody has written them
+    yet). It may take its time or raise.
     """
 
     def __init__(self, app: ASGIApp, look: Callable[[], Mapping[str, Any] | None]) -> None:
         self._app, self._look = app, look
-        self._limits = Limits.of(ApiConfig())
+        self._limits = ClientLimits.of(ApiConfig())
         self._looked_at = 0.0
         self._looking: asyncio.Task[None] | None = None
         self._uploads: FairLimiter[_Upload] = FairLimiter(0, 0, _GRACE_SECONDS)
@@ -135,7 +135,7 @@ class ProxyMiddleware:
         if scope["type"] != "http" or scope["path"] in _SERVES_PAGES:
             await self._app(scope, receive, send)
             return
-        answer = _Answer(send, request_id_of(scope))
+        answer = _ResponseSender(send, request_id_of(scope))
         try:
             await self._pass_on(scope, receive, answer)
             await answer.end(_LOST)
@@ -145,7 +145,7 @@ class ProxyMiddleware:
             log.exception("request %s failed", answer.request_id)
             await answer.end(server_failed())
 
-    async def _pass_on(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _pass_on(self, scope: Scope, receive: Receive, answer: _ResponseSender) -> None:
         """Has the application answer; raises ApiError for a request that it is not to see."""
         await self._refresh()
         headers = scope["headers"]
@@ -230,19 +230,21 @@ class ProxyMiddleware:
         try:
             found = await asyncio.to_thread(self._look) or {}
             # Another version of rayfin, whose replicas are being replaced, may say more or less.
-            known = {each.name: found[each.name] for each in fields(Limits) if each.name in found}
+            known = {
+                each.name: found[each.name] for each in fields(ClientLimits) if each.name in found
+            }
             self._apply(replace(self._limits, **known))
         except Exception as error:  # noqa: BLE001  # the head is away; what was known holds
             log.warning("the deployment's limits can't be read now: %s", error)
 
-    def _apply(self, limits: Limits) -> None:
+    def _apply(self, limits: ClientLimits) -> None:
         self._limits = limits
-        SECONDS.request, SECONDS.answer = limits.body_seconds, limits.write_seconds
+        TIMEOUTS.request, TIMEOUTS.answer = limits.body_seconds, limits.write_seconds
         self._uploads.most = max(_FEWEST_UPLOADS, _UPLOAD_BYTES // limits.max_body_bytes)
         self._uploads.most_of_one = limits.max_client_uploads
 
 
-class _Answer:
+class _ResponseSender:
     """One answer on its way to the client; an error in Serve's own words gets the envelope."""
 
     def __init__(self, send: Send, request_id: str) -> None:

@@ -12,7 +12,14 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from rayfin.serving.routing import ADAPTER, RESIDENT, Recent, ReplicaState, learn_from, rank
+from rayfin.serving.routing import (
+    ADAPTER,
+    RESIDENT,
+    RecentAdapters,
+    ReplicaState,
+    rank,
+    register_router,
+)
 
 _EARLY = 1024
 
@@ -29,11 +36,11 @@ class AdapterRouter(RequestRouter):
     ) -> None:
         """`slots` of each engine; `loading` and `capacity` as in `rank`."""
         self._rank = partial(rank, loading=loading, capacity=capacity)
-        self._recent = Recent(slots)
+        self._recent = RecentAdapters(slots)
         self._sent: dict[ReplicaID, set[str]] = {}
         self._early: OrderedDict[str, bool] = OrderedDict()
         """Requests that have ended, and of whose beginning nothing is known yet."""
-        learn_from(self)
+        register_router(self)
 
     async def choose_replicas(
         self,

@@ -50,7 +50,7 @@ def rank(
     return sorted(replicas, key=cost)
 
 
-class Recent:
+class RecentAdapters:
     """The adapters that each replica was asked for last, as many as it has slots for.
 
     A replica tells which ones it holds every second or so; this knows in between.
@@ -79,12 +79,12 @@ class Recent:
 _routers: weakref.WeakSet[RequestRouter] = weakref.WeakSet()
 
 
-def learn_from(router: RequestRouter) -> None:
-    """`told` knows from now on what this router of the process knows."""
+def register_router(router: RequestRouter) -> None:
+    """`replica_reports` knows from now on what this router of the process knows."""
     _routers.add(router)
 
 
-def told() -> dict[str, Mapping[str, Any]]:
+def replica_reports() -> dict[str, Mapping[str, Any]]:
     """What each replica that the process can reach last told of itself, by its name."""
     return {
         replica.replica_id.unique_id: replica.routing_stats or {}

@@ -23,10 +23,10 @@ from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import ApiConfig, EngineConfig, ReplicaConfig, ServeConfig
 from rayfin.serving.api.app import create_app
-from rayfin.serving.api.figures import Figures
+from rayfin.serving.api.history_metrics import HistoryMetrics
+from rayfin.serving.compatibility import served_names
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.fit import served_names
 
 BASE = "tiny"
 PATIENCE = 60.0
@@ -76,7 +76,7 @@ class Server:
 
 @contextmanager
 def serving(
-    engine: Engine, registry: Registry, config: ApiConfig, figures: Figures | None = None
+    engine: Engine, registry: Registry, config: ApiConfig, figures: HistoryMetrics | None = None
 ) -> Iterator[Server]:
     deployment = ServeConfig(
         model=ModelConfig(name=engine.model_name),

@@ -12,11 +12,11 @@ from rayfin.adapters import Registry
 from rayfin.config.serving import ServeConfig
 from rayfin.serving.api import service
 from rayfin.serving.api.app import create_app
-from rayfin.serving.names import ModelNames
+from rayfin.serving.model_names import ModelNames
 
 
 class Hanging:
-    """A pool whose calls to the head don't return while it hangs."""
+    """An aggregator whose calls to the head don't return while it hangs."""
 
     def __init__(self) -> None:
         self.answers = threading.Event()
@@ -43,7 +43,7 @@ def test_figures_that_cannot_be_collected_are_refused_in_time(
     monkeypatch.setattr(service, "_COLLECT_SECONDS", 0.2)
     pool = Hanging()
     names = ModelNames(shared_registry, "tiny")
-    app = create_app(engine, names, ServeConfig(), pool=lambda _: pool)
+    app = create_app(engine, names, ServeConfig(), aggregator=lambda _: pool)
 
     async def scrape() -> None:
         transport = httpx.ASGITransport(app=app)

@@ -19,8 +19,8 @@ from rayfin.adapters import Registry
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import StorageError
 from rayfin.serving.api.app import create_app
-from rayfin.serving.api.record import Record, RequestLog
-from rayfin.serving.names import ModelNames
+from rayfin.serving.api.request_log import RequestLog, RequestRecord
+from rayfin.serving.model_names import ModelNames
 
 
 def samples(server: Any) -> dict[tuple[str, ...], float]:
@@ -236,7 +236,7 @@ def lines_of(reader: int, count: int) -> list[Any]:
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [text for name, _, text in caplog.record_tuples if name.endswith("api.record")]
+    return [text for name, _, text in caplog.record_tuples if name.endswith("api.request_log")]
 
 
 def test_no_request_waits_for_the_logs_disk(
@@ -259,7 +259,7 @@ def test_what_a_slow_disk_does_not_take_is_counted(
     with stalled(path) as reader:
         log = RequestLog(str(path), text=False, most_waiting=2000)
         for number in range(100):
-            log.write(Record(f"/{number}"))
+            log.write(RequestRecord(f"/{number}"))
         (warning,) = warnings_of(caplog)
         assert "takes no more now" in warning
         written = os.read(reader, 2**16)  # the disk goes on
@@ -289,11 +289,11 @@ def test_a_line_cut_off_by_a_full_disk_takes_no_other_along(tools: Any, tmp_path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        log.write(Record("/cut"))
+        log.write(RequestRecord("/cut"))
         tools.wait_until(lambda: path.stat().st_size == 100, "the disk is full")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    log.write(Record("/whole"))
+    log.write(RequestRecord("/whole"))
     log.close()
     cut, whole = path.read_text().splitlines()
     assert len(cut) == 100
@@ -305,7 +305,7 @@ def test_logs_that_share_a_file_tear_no_line(tmp_path: Path) -> None:
     logs = [RequestLog(str(path), text=False) for _ in range(4)]
     for number in range(200):
         for log in logs:
-            log.write(Record(f"/{number}" + "x" * 5000))
+            log.write(RequestRecord(f"/{number}" + "x" * 5000))
     for log in logs:
         log.close()
     assert len([json.loads(line) for line in path.read_text().splitlines()]) == 800

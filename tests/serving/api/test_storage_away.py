@@ -22,14 +22,14 @@ from rayfin.adapters import Registry
 from rayfin.adapters.served import ServedCatalog
 from rayfin.errors import AdapterError, StorageError, Unavailable
 from rayfin.serving.api import service
-from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine import engine as engine_module
 from rayfin.serving.engine import vllm
+from rayfin.serving.engine.adapter_reads import MOST_STUCK, reading
 from rayfin.serving.engine.batch import RowSpan
 from rayfin.serving.engine.engine import Engine
-from rayfin.serving.engine.reads import MOST_STUCK, reading
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.follower import Follower
+from rayfin.serving.replica_cleanup import ReplicaCleanup
+from rayfin.serving.timed_executor import TimedExecutor
 
 PATIENCE = 60.0
 NEVER = 3600.0
@@ -68,7 +68,7 @@ class Disk:
             self._changed.notify_all()
 
 
-def time_is_over(calls: BoundedCalls, *names: str) -> None:
+def time_is_over(calls: TimedExecutor, *names: str) -> None:
     """Of the calls that are about `names`."""
     with calls._changed:
         for call in {*calls._awaited, *calls._running}:
@@ -78,9 +78,9 @@ def time_is_over(calls: BoundedCalls, *names: str) -> None:
         calls._changed.notify_all()
 
 
-def reads(engine: Any) -> BoundedCalls:
+def reads(engine: Any) -> TimedExecutor:
     """Of an engine of either type."""
-    calls: BoundedCalls = (engine._host if isinstance(engine, Engine) else engine._adapters)._calls
+    calls: TimedExecutor = (engine._host if isinstance(engine, Engine) else engine._adapters)._calls
     return calls
 
 
@@ -147,7 +147,7 @@ def test_reads_that_stall_are_given_up_and_others_go_on(server: Any, disk: Disk)
     # No second thread is left to an adapter that one is stuck with.
     refused(server.complete(model="red"), "has not ended")
     assert sorted(disk.reads) == ["green@1", "other@1", "red@1"]
-    assert server.engine.ailment is None and server.http.get("/health").status_code == 200
+    assert server.engine.health_problem is None and server.http.get("/health").status_code == 200
 
     disk.recover()
     wait_until(lambda: not reads(server.engine).stuck)
@@ -217,15 +217,15 @@ def test_an_engine_with_too_many_stuck_reads_is_to_be_replaced(
         for one, other in zip(sources[::2], sources[1::2], strict=True):
             asked = [pool.submit(engine.check, source) for source in (one, other)]
             disk.wait_for(lambda: {one.ref, other.ref} <= set(disk.reads))  # noqa: B023
-            assert engine.ailment is None
+            assert engine.health_problem is None
             time_is_over(reads(engine), one.ref, other.ref)
             assert all("did not end" in str(each.exception()) for each in asked)
     ailing = r"16 reads of the storage hang, the first for \d+ s \(.*'a0@1'.*\), in .* \("
-    assert re.match(ailing, engine.ailment or "")
+    assert re.match(ailing, engine.health_problem or "")
     with pytest.raises(Unavailable, match=r"^adapter 'next@1' .* 16 other reads .* try again$"):
         engine.check(AdapterSource("next@1", tmp_path))
     disk.recover()
-    wait_until(lambda: engine.ailment is None)
+    wait_until(lambda: engine.health_problem is None)
 
 
 def test_a_step_that_does_not_end_is_a_reason_to_replace_the_engine(
@@ -242,11 +242,13 @@ def test_a_step_that_does_not_end_is_a_reason_to_replace_the_engine(
 
     monkeypatch.setattr(engine._scheduler, "step", stuck)
     assert entered.wait(PATIENCE)
-    wait_until(lambda: engine.ailment is not None)
-    assert re.match(r"a step of the engine has taken .* in wait \(.*_work \(", engine.ailment)
+    wait_until(lambda: engine.health_problem is not None)
+    assert re.match(
+        r"a step of the engine has taken .* in wait \(.*_work \(", engine.health_problem
+    )
     leave.set()
     monkeypatch.undo()
-    wait_until(lambda: engine.ailment is None)
+    wait_until(lambda: engine.health_problem is None)
 
 
 def test_a_client_that_leaves_during_a_cold_load_leaves_nothing_behind(
@@ -315,7 +317,9 @@ def test_a_registry_that_is_gone_is_no_empty_one(
         assert server.complete(model="never").status_code == 404
     assert server.engine.stats().host_loads == loads, "what was loaded had gone"
     # Once each time, however many requests there were, with what whoever mends it needs.
-    told = [one.getMessage() for one in caplog.records if one.name == "rayfin.serving.public"]
+    told = [
+        one.getMessage() for one in caplog.records if one.name == "rayfin.serving.public_messages"
+    ]
     first, back, second, again = told
     assert f"registry '{registry.root}' is not there (No such file or directory)" in first
     assert f"registry '{registry.root}' has no .lock" in second
@@ -343,7 +347,9 @@ def test_what_the_system_says_of_a_registry_is_in_the_log(
             refused(server.http.get("/health"), "can't be reached now")
         monkeypatch.undo()
         assert server.http.get("/health").status_code == 200
-    away, _ = [one.getMessage() for one in caplog.records if one.name == "rayfin.serving.public"]
+    away, _ = [
+        one.getMessage() for one in caplog.records if one.name == "rayfin.serving.public_messages"
+    ]
     assert f"can't be used (Stale file handle, {registry.root})" in away
     assert f"OSError: [Errno {errno.ESTALE}] Stale file handle: '{registry.root}'" in away
 
@@ -366,15 +372,15 @@ def test_a_registry_that_was_copied_without_its_lock_is_protected(
 ) -> None:
     (registry.root / ".lock").unlink()
     catalog, engine = ServedCatalog(registry.root), Forgetful()
-    follower: Any = Follower(engine, catalog)  # type: ignore[arg-type]
+    cleanup: Any = ReplicaCleanup(engine, catalog)  # type: ignore[arg-type]
     try:
-        follower.know(AdapterSource("red@1", registry.root / "red" / "1"))
+        cleanup.know(AdapterSource("red@1", registry.root / "red" / "1"))
         assert catalog.versions("red") == (1,)
         registry.root.rename(tmp_path / "elsewhere")
         registry.root.mkdir()
         for _ in range(2):  # the first may have begun before
-            follower.look()
-            follower._reading.result(PATIENCE)
+            cleanup.look()
+            cleanup._reading.result(PATIENCE)
         assert engine.forgotten == [], "an empty mount point took loaded adapters along"
         registry.root.rmdir()
         (tmp_path / "elsewhere").rename(registry.root)
@@ -387,7 +393,7 @@ def test_a_registry_that_was_copied_without_its_lock_is_protected(
         wait_until(lambda: engine.forgotten)
         assert engine.forgotten == ["red@1"]
     finally:
-        follower.close()
+        cleanup.close()
 
 
 class Forgetful:
@@ -412,12 +418,12 @@ def test_looks_at_a_registry_that_stalls_are_given_up(
             leave.wait(PATIENCE)
         return versions(self, name)
 
-    def made(name: str, **settings: Any) -> BoundedCalls:
-        pools[name] = BoundedCalls(name, **settings)
+    def made(name: str, **settings: Any) -> TimedExecutor:
+        pools[name] = TimedExecutor(name, **settings)
         return pools[name]
 
     monkeypatch.setattr(ServedCatalog, "versions", stalls)
-    monkeypatch.setattr(service, "BoundedCalls", made)
+    monkeypatch.setattr(service, "TimedExecutor", made)
     monkeypatch.setattr(service, "_LOOK_SECONDS", NEVER)
     engine = engines(tiny, max_rows=4, max_length=512)
     catalog: Any = ServedCatalog(registry.root)

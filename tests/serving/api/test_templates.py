@@ -20,11 +20,16 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError, Overloaded, RequestError, Unavailable
-from rayfin.serving.api import own_files
-from rayfin.serving.api.own_files import MAX_TEMPLATE, OwnFiles, OwnTokenizer, read_template
-from rayfin.serving.api.templates import ApartRenderer
-from rayfin.serving.bounded import BoundedCalls
+from rayfin.serving.api import adapter_tokenizers
+from rayfin.serving.api.adapter_tokenizers import (
+    MAX_TEMPLATE,
+    AdapterTokenizer,
+    AdapterTokenizers,
+    read_template,
+)
+from rayfin.serving.api.templates import SubprocessRenderer
 from rayfin.serving.engine.request import AdapterSource
+from rayfin.serving.timed_executor import TimedExecutor
 
 OWN = "{% for m in messages %}[{{ m['role'] }}|{{ m['content'] }}]{% endfor %}>"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -207,7 +212,7 @@ def test_a_broken_tokenizer_config_is_an_adapter_error(tmp_path: Path, config: s
 
 def test_a_renderer_outlives_its_process() -> None:
     async def render() -> list[str]:
-        renderer = ApartRenderer(seconds=5)
+        renderer = SubprocessRenderer(seconds=5)
         try:
             texts = [await renderer.render("a@1", OWN, HELLO, {})]
             assert renderer._process is not None
@@ -223,7 +228,7 @@ def test_a_renderer_outlives_its_process() -> None:
 
 def test_a_renderer_that_dies_idle_mixes_up_no_conversations() -> None:
     async def render() -> list[str]:
-        renderer = ApartRenderer(seconds=5)
+        renderer = SubprocessRenderer(seconds=5)
         try:
             texts = [await renderer.render("a@1", OWN, HELLO, {})]
             assert renderer._process is not None
@@ -241,7 +246,7 @@ def test_a_renderer_that_dies_idle_mixes_up_no_conversations() -> None:
 
 def test_no_renderer_that_dies_idle_takes_a_job_along() -> None:
     async def render() -> None:
-        renderer = ApartRenderer(seconds=5, patience=2)
+        renderer = SubprocessRenderer(seconds=5, patience=2)
         try:
             for number in range(100):
                 said = [{"role": "user", "content": str(number)}]
@@ -258,7 +263,7 @@ def test_no_renderer_that_dies_idle_takes_a_job_along() -> None:
 
 def test_a_renderer_that_dies_amid_reading_a_job_is_started_anew() -> None:
     async def render() -> str:
-        renderer = ApartRenderer(seconds=5)
+        renderer = SubprocessRenderer(seconds=5)
         try:
             await renderer.render("a@1", OWN, HELLO, {})
             process = renderer._process
@@ -283,7 +288,7 @@ def test_a_renderer_that_dies_amid_reading_a_job_is_started_anew() -> None:
 @pytest.mark.parametrize("happens", ["kill", "suspend"])
 def test_what_the_machine_does_to_a_renderer_is_no_template_refused_for(happens: str) -> None:
     async def render() -> str:
-        renderer = ApartRenderer(seconds=30, patience=0.1)
+        renderer = SubprocessRenderer(seconds=30, patience=0.1)
         try:
             await renderer.render("a@1", OWN, HELLO, {})
             assert renderer._process is not None
@@ -309,7 +314,7 @@ def test_a_slow_start_is_not_the_templates_time(
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
     async def render() -> str:
-        renderer = ApartRenderer(seconds=20, patience=0.1)
+        renderer = SubprocessRenderer(seconds=20, patience=0.1)
         try:
             return await renderer.render("a@1", OWN, HELLO, {})
         finally:
@@ -323,7 +328,7 @@ def test_a_refused_template_is_tried_again_later() -> None:
 
     async def render() -> None:
         nonlocal now
-        renderer = ApartRenderer(seconds=0.2, clock=lambda: now)
+        renderer = SubprocessRenderer(seconds=0.2, clock=lambda: now)
         try:
             for _ in range(2):
                 with pytest.raises(AdapterError, match="too much time"):
@@ -342,7 +347,7 @@ def test_a_refused_template_is_tried_again_later() -> None:
 
 def test_too_many_at_once_are_refused() -> None:
     async def render() -> list[Any]:
-        renderer = ApartRenderer(seconds=5)
+        renderer = SubprocessRenderer(seconds=5)
         try:
             jobs = [renderer.render(f"a@{i}", OWN, HELLO, {}) for i in range(100)]
             return await asyncio.gather(*jobs, return_exceptions=True)
@@ -380,8 +385,8 @@ def test_what_the_base_template_refuses_is_the_requests_fault() -> None:
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
 
     async def render() -> None:
-        looks = BoundedCalls("files", threads=1, seconds=60, most_stuck=1)
-        templates = Templates(tokenizer, 1.0, OwnFiles(looks))
+        looks = TimedExecutor("files", threads=1, seconds=60, most_stuck=1)
+        templates = Templates(tokenizer, 1.0, AdapterTokenizers(looks))
         try:
             await templates.render(None, HELLO)
         finally:
@@ -396,9 +401,9 @@ def test_what_is_away_is_read_when_it_is_back(tmp_path: Path) -> None:
     """A disk that was not mounted would else leave an adapter without its template for ever."""
     source = AdapterSource("away@1", tmp_path / "away")
 
-    async def read() -> list[OwnTokenizer]:
-        looks = BoundedCalls("files", threads=1, seconds=60, most_stuck=1)
-        own = OwnFiles(looks)
+    async def read() -> list[AdapterTokenizer]:
+        looks = TimedExecutor("files", threads=1, seconds=60, most_stuck=1)
+        own = AdapterTokenizers(looks)
         found = [await own.of(source)]
         source.path.mkdir()
         (source.path / "chat_template.jinja").write_text(OWN)
@@ -409,8 +414,8 @@ def test_what_is_away_is_read_when_it_is_back(tmp_path: Path) -> None:
         looks.close()
         return found
 
-    brought = OwnTokenizer(OWN, "<x>")
-    assert asyncio.run(read()) == [OwnTokenizer(), brought, brought]
+    brought = AdapterTokenizer(OWN, "<x>")
+    assert asyncio.run(read()) == [AdapterTokenizer(), brought, brought]
 
 
 def test_files_that_stall_hold_up_nobody_else(
@@ -423,12 +428,12 @@ def test_files_that_stall_hold_up_nobody_else(
             leave.wait(60)
         return read_template(source)
 
-    monkeypatch.setattr(own_files, "read_template", stalls)
+    monkeypatch.setattr(adapter_tokenizers, "read_template", stalls)
     (tmp_path / "chat_template.jinja").write_text(OWN)
 
-    async def read() -> OwnTokenizer:
-        looks = BoundedCalls("files", threads=1, seconds=0.2, most_stuck=2)
-        own = OwnFiles(looks)
+    async def read() -> AdapterTokenizer:
+        looks = TimedExecutor("files", threads=1, seconds=0.2, most_stuck=2)
+        own = AdapterTokenizers(looks)
         with pytest.raises(Unavailable, match="the tokenizer of adapter 'stuck@1' is being read"):
             await own.of(AdapterSource("stuck@1", tmp_path))
         found = await own.of(AdapterSource("other@1", tmp_path))

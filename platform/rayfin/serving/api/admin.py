@@ -13,10 +13,10 @@ from rayfin.adapters import LATEST, AdapterRef, Registry, check_name
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import AdapterError, AdapterNotFound, StorageError, Unavailable
 from rayfin.models import hub_id
-from rayfin.serving.adding import Added, add_adapter
-from rayfin.serving.api.bodies import read_body
+from rayfin.serving.add_adapter import AddedAdapter, add_adapter
 from rayfin.serving.api.documents import LoadedAdapter, UnloadedAdapter, failures, takes
 from rayfin.serving.api.errors import ApiError, as_api_error
+from rayfin.serving.api.request_body import read_body
 from rayfin.serving.api.schema import LoadAdapterBody, UnloadAdapterBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.engine.checks import BASE_IS_RIGHT
@@ -93,7 +93,9 @@ def admin_routes(service: Service, config: ServeConfig) -> APIRouter:
     return router
 
 
-def _add(service: Service, registry: Registry, config: ServeConfig, body: LoadAdapterBody) -> Added:
+def _add(
+    service: Service, registry: Registry, config: ServeConfig, body: LoadAdapterBody
+) -> AddedAdapter:
     """Raises AdapterError or ApiError 400 for what can't be served, Unavailable where the registry
     is away.
     """

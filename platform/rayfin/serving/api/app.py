@@ -17,11 +17,11 @@ from rayfin.serving.api.admin import admin_routes
 from rayfin.serving.api.completions import completion_routes
 from rayfin.serving.api.documents import describe_bodies
 from rayfin.serving.api.errors import CLIENT_GONE, as_api_error, handle_errors
-from rayfin.serving.api.figures import Figures
-from rayfin.serving.api.metrics import Metrics, Pool
+from rayfin.serving.api.history_metrics import HistoryMetrics
+from rayfin.serving.api.metrics import MetricsAggregator, PrometheusMetrics
 from rayfin.serving.api.models import metrics_routes, model_routes, open_routes
 from rayfin.serving.api.protocol import ServedEngine
-from rayfin.serving.api.record import Record, request_id_of
+from rayfin.serving.api.request_log import RequestRecord, request_id_of
 from rayfin.serving.api.schema import (
     Body,
     ChatBody,
@@ -31,27 +31,27 @@ from rayfin.serving.api.schema import (
     UnloadAdapterBody,
 )
 from rayfin.serving.api.service import Service
-from rayfin.serving.names import ModelNames
+from rayfin.serving.model_names import ModelNames
 
 
 def create_app(
     engine: ServedEngine,
     names: ModelNames,
     config: ServeConfig,
-    figures: Figures | None = None,
+    history_metrics: HistoryMetrics | None = None,
     *,
-    pool: Callable[[Metrics], Pool] | None = None,
+    aggregator: Callable[[PrometheusMetrics], MetricsAggregator] | None = None,
     max_requests: int | None = None,
 ) -> FastAPI:
     """The API in front of an engine that has started; closing the engine is the caller's.
 
-    `figures` take what is measured back to the history, and are closed with the app. `pool` adds
-    this replica's metrics to the deployment's. More than `max_requests` requests at a time,
-    but for /health and /metrics, are refused with 429; None: no bound.
+    `history_metrics` writes what is measured to the history, and is closed with the app.
+    `aggregator` adds this replica's metrics to the deployment's. More than `max_requests` requests
+    at a time, but for /health and /metrics, are refused with 429; None is no bound.
     Raises StorageError for a request log that can't be written.
     """
-    service = Service.of(engine, names, config.api, figures)
-    service.metrics.pool = None if pool is None else pool(service.metrics)
+    service = Service.of(engine, names, config.api, history_metrics)
+    service.metrics.aggregator = None if aggregator is None else aggregator(service.metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -82,14 +82,14 @@ def create_app(
         bodies += [LoadAdapterBody, UnloadAdapterBody]
     describe_bodies(app, bodies)
     handle_errors(app, names)
-    app.add_middleware(_Gate, service=service, max_requests=max_requests)
+    app.add_middleware(_RequestMiddleware, service=service, max_requests=max_requests)
     return app
 
 
 _ALWAYS_ADMITTED = ("/health", "/metrics")
 
 
-class _Gate:
+class _RequestMiddleware:
     """Gives every request its record, and counts and logs those for completions as they end.
 
     HEAD is answered as GET: the server in front, uvicorn, leaves out the body (RFC 9110, 9.3.2).
@@ -103,7 +103,7 @@ class _Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = Record(scope["path"], request_id_of(scope))
+        record = RequestRecord(scope["path"], request_id_of(scope))
         scope.setdefault("state", {})["record"] = record
         is_post = scope["method"] == "POST"
         if scope["method"] == "HEAD":

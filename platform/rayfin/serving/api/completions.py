@@ -6,8 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from rayfin.errors import RequestError
-from rayfin.serving.api.answers import ChatAnswers, CompletionAnswers
-from rayfin.serving.api.bodies import read_body
+from rayfin.serving.api.choice_writers import ChatChoiceWriter, CompletionChoiceWriter
 from rayfin.serving.api.documents import (
     ChatCompletion,
     Completion,
@@ -16,12 +15,14 @@ from rayfin.serving.api.documents import (
     takes,
 )
 from rayfin.serving.api.errors import ApiError
-from rayfin.serving.api.generate import Asked, TokenIds, respond, sampling
-from rayfin.serving.api.record import record_of
+from rayfin.serving.api.generate import GenerationRequest, respond, sampling
+from rayfin.serving.api.prompts import TokenIds
+from rayfin.serving.api.request_body import read_body
+from rayfin.serving.api.request_log import record_of
 from rayfin.serving.api.schema import ChatBody, CompletionBody, GenerationBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.engine.request import check_stop_tokens
-from rayfin.serving.names import ResolvedModel
+from rayfin.serving.model_names import ResolvedModel
 
 _FAILURES = (400, 401, 403, 404, 408, 413, 429, 503)
 # OpenAI's, for completions that don't say.
@@ -51,14 +52,14 @@ def completion_routes(service: Service) -> APIRouter:
         async def prompts(named: ResolvedModel) -> list[TokenIds]:
             return [await service.prompts.of_chat(named.source, body.messages)]
 
-        asked = Asked(
+        asked = GenerationRequest(
             body,
             key,
             body.max_completion_tokens or body.max_tokens,
             sampling(body, logprobs),
             prompts,
             service.ends.of_chat,
-            lambda: ChatAnswers(service.tokens, logprobs=logprobs is not None),
+            lambda: ChatChoiceWriter(service.tokens, logprobs=logprobs is not None),
         )
         return await respond(request, service, asked)
 
@@ -78,14 +79,14 @@ def completion_routes(service: Service) -> APIRouter:
         async def prompts(_: ResolvedModel) -> list[TokenIds]:
             return await service.prompts.of_completion(body.prompt, config.max_n // (body.n or 1))
 
-        asked = Asked(
+        asked = GenerationRequest(
             body,
             key,
             body.max_tokens or _MAX_TOKENS,
             sampling(body, body.logprobs),
             prompts,
             service.ends.of_text,
-            lambda: CompletionAnswers(service.tokens, logprobs=body.logprobs is not None),
+            lambda: CompletionChoiceWriter(service.tokens, logprobs=body.logprobs is not None),
         )
         return await respond(request, service, asked)
 

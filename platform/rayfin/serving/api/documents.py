@@ -19,36 +19,36 @@ _EVENT = {
 }
 
 
-class Answer(BaseModel):
+class ResponseDocument(BaseModel):
     """Documentation only: answers are written as they are."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class ErrorDetail(Answer):
+class ErrorDetail(ResponseDocument):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorAnswer(Answer):
+class ErrorAnswer(ResponseDocument):
     error: ErrorDetail
 
 
-class Usage(Answer):
+class Usage(ResponseDocument):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class ChatMessage(Answer):
+class ChatMessage(ResponseDocument):
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
-class ChatTopLogprob(Answer):
+class ChatTopLogprob(ResponseDocument):
     token: str
     logprob: float
     bytes: list[int]
@@ -58,19 +58,19 @@ class ChatTokenLogprob(ChatTopLogprob):
     top_logprobs: list[ChatTopLogprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(ResponseDocument):
     content: list[ChatTokenLogprob]
     refusal: None
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseDocument):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(Answer):
+class ChatCompletion(ResponseDocument):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -80,21 +80,21 @@ class ChatCompletion(Answer):
     usage: Usage
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(ResponseDocument):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     text_offset: list[int]
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(ResponseDocument):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(Answer):
+class Completion(ResponseDocument):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -104,7 +104,7 @@ class Completion(Answer):
     usage: Usage
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseDocument):
     id: str
     """What a request's `model` may be."""
     object: Literal["model"]
@@ -117,7 +117,7 @@ class ModelCard(Answer):
     """Of an adapter, the base's name."""
 
 
-class ModelList(Answer):
+class ModelList(ResponseDocument):
     object: Literal["list"]
     data: list[ModelCard]
     not_served: list[str]
@@ -125,7 +125,7 @@ class ModelList(Answer):
     for one is told why."""
 
 
-class Health(Answer):
+class Health(ResponseDocument):
     status: Literal["ok"]
     waiting: int
     """Requests that have no row yet."""
@@ -136,13 +136,13 @@ class Health(Answer):
     and the request has none that may use all adapters."""
 
 
-class TokenizeAnswer(Answer):
+class TokenizeAnswer(ResponseDocument):
     count: int
     max_model_len: int
     tokens: list[int]
 
 
-class LoadedAdapter(Answer):
+class LoadedAdapter(ResponseDocument):
     lora_name: str
     """The version that answers now: `support@4`."""
     is_new: bool
@@ -151,7 +151,7 @@ class LoadedAdapter(Answer):
     """What whoever added it should know, a sentence each."""
 
 
-class UnloadedAdapter(Answer):
+class UnloadedAdapter(ResponseDocument):
     removed: list[str]
     """The versions that are gone."""
 
@@ -162,7 +162,7 @@ def takes(kind: type[Body]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
-def streams(kind: type[Answer]) -> dict[str, Any]:
+def streams(kind: type[ResponseDocument]) -> dict[str, Any]:
     """A 200 that is either `kind` or server-sent events."""
     return {
         "description": "The whole answer; with `stream`, its pieces as server-sent events.",

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from rayfin.errors import AdapterError
 from rayfin.models.ends import END_OF_TURN, Ends
-from rayfin.serving.api.own_files import OwnFiles
+from rayfin.serving.api.adapter_tokenizers import AdapterTokenizers
 from rayfin.serving.api.templates import Templates
-from rayfin.serving.names import ResolvedModel
+from rayfin.serving.model_names import ResolvedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -18,7 +18,7 @@ class AnswerEnds:
     """The ends that a version was taught, and those that a conversation's template writes."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, templates: Templates, own: OwnFiles
+        self, tokenizer: PreTrainedTokenizerFast, templates: Templates, own: AdapterTokenizers
     ) -> None:
         self._tokenizer, self._templates, self._own = tokenizer, templates, own
 

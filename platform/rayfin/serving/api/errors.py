@@ -30,7 +30,7 @@ from rayfin.errors import (
 from rayfin.redaction import printable
 
 if TYPE_CHECKING:
-    from rayfin.serving.names import ModelNames
+    from rayfin.serving.model_names import ModelNames
 
 log = logging.getLogger(__name__)
 

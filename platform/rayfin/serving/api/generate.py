@@ -15,24 +15,23 @@ from starlette.requests import ClientDisconnect
 from rayfin.config.serving import ApiKey
 from rayfin.errors import AdapterError, EngineFailed, Overloaded, RayfinError, Unavailable
 from rayfin.models.ends import Ends
-from rayfin.serving.api.answers import Answers, usage
+from rayfin.serving.api.choice_writers import ChoiceWriter, usage
 from rayfin.serving.api.errors import CLIENT_GONE, CONTEXT_LENGTH, ApiError, as_api_error
+from rayfin.serving.api.prompts import TokenIds
 from rayfin.serving.api.protocol import failure_of
-from rayfin.serving.api.record import Record, record_of
+from rayfin.serving.api.request_log import RequestRecord, record_of
 from rayfin.serving.api.schema import ChatBody, GenerationBody
 from rayfin.serving.api.service import Service
 from rayfin.serving.api.stream import EventStream, Generation
 from rayfin.serving.engine.request import Chunk, Request, SamplingParams
-from rayfin.serving.names import ResolvedModel
-
-TokenIds = tuple[int, ...]
+from rayfin.serving.model_names import ResolvedModel
 
 # How often a version may be removed between the look at the registry and its loading.
 _ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenerationRequest:
     """What one body asks for, whichever endpoint it came to."""
 
     body: GenerationBody
@@ -42,7 +41,7 @@ class Asked:
     params: SamplingParams
     prompts: Callable[[ResolvedModel], Awaitable[list[TokenIds]]]
     ends: Callable[[ResolvedModel], Awaitable[Ends]]
-    answers: Callable[[], Answers]
+    answers: Callable[[], ChoiceWriter]
 
     @property
     def n(self) -> int:
@@ -50,7 +49,7 @@ class Asked:
 
 
 @dataclass
-class _Begun:
+class _StartedGeneration:
     named: ResolvedModel
     prompts: list[TokenIds]
     generation: Generation
@@ -90,7 +89,7 @@ def sampling(body: GenerationBody, logprobs: int | None) -> SamplingParams:
     )
 
 
-async def respond(request: HttpRequest, service: Service, asked: Asked) -> Response:
+async def respond(request: HttpRequest, service: Service, asked: GenerationRequest) -> Response:
     """The whole answer, or the stream of its pieces; raises what makes it an error."""
     record = record_of(request)
     record.model = asked.body.model
@@ -123,7 +122,9 @@ async def respond(request: HttpRequest, service: Service, asked: Asked) -> Respo
         begun.generation.close()
 
 
-async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun:
+async def _begin(
+    request: HttpRequest, service: Service, asked: GenerationRequest
+) -> _StartedGeneration:
     """Submits all sequences and waits for the first chunk: until then an error is a status."""
     record = record_of(request)
     named = await service.resolve(asked.body.model, asked.key)
@@ -144,7 +145,7 @@ async def _begin(request: HttpRequest, service: Service, asked: Asked) -> _Begun
             generation.close()
             raise
         if chunk.finish_reason not in ("error", "cancelled"):
-            return _Begun(named, prompts, generation, (index, chunk))
+            return _StartedGeneration(named, prompts, generation, (index, chunk))
         generation.close()
         if not isinstance(chunk.error, AdapterError) or named.source is None:
             break
@@ -161,7 +162,7 @@ def _requests(
     named: ResolvedModel,
     prompts: Sequence[TokenIds],
     ends: Ends,
-    asked: Asked,
+    asked: GenerationRequest,
     max_length: int,
 ) -> list[Request]:
     """A sequence for each prompt and each of its n answers, in the order of their indexes."""
@@ -180,7 +181,11 @@ def _requests(
 
 
 async def _whole(
-    service: Service, record: Record, begun: _Begun, answers: Answers, frame: dict[str, Any]
+    service: Service,
+    record: RequestRecord,
+    begun: _StartedGeneration,
+    answers: ChoiceWriter,
+    frame: dict[str, Any],
 ) -> Response:
     chunks: list[list[Chunk]] = [[] for _ in range(record.choices)]
     async for index, chunk in begun.chunks():
@@ -200,9 +205,9 @@ async def _whole(
 
 async def _events(
     service: Service,
-    record: Record,
-    begun: _Begun,
-    answers: Answers,
+    record: RequestRecord,
+    begun: _StartedGeneration,
+    answers: ChoiceWriter,
     frame: dict[str, Any],
     *,
     with_usage: bool,

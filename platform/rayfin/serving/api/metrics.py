@@ -13,7 +13,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from rayfin.serving.api.protocol import ServedEngine
-from rayfin.serving.api.record import Record
+from rayfin.serving.api.request_log import RequestRecord
 
 OTHER = "other"
 """The label of adapters that have none of their own, and of names that aren't adapters."""
@@ -25,7 +25,7 @@ _FIRST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 _EACH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
-class Pool(Protocol):
+class MetricsAggregator(Protocol):
     """What the replicas of a deployment have counted together, those that died included.
 
     From any thread but the event loop's; raises where it can't be reached.
@@ -35,7 +35,7 @@ class Pool(Protocol):
         """The adapters with a label of their own in all replicas: the first `most` wanted."""
 
     def total(self) -> Mapping[str, float]:
-        """What `Metrics.counted` gives, over all API replicas, this one's as they are now."""
+        """Return `PrometheusMetrics.counted` over all API replicas, with this one's latest."""
 
     def engine_total(self) -> Mapping[str, float]:
         """The engine's counts over all engine replicas."""
@@ -44,15 +44,15 @@ class Pool(Protocol):
         """Leaves what this replica has counted to the others."""
 
 
-class Metrics:
+class PrometheusMetrics:
     """Figures by adapter: of at most `max_labels` adapters, the first that were asked for.
 
-    With a `pool` they are those of the whole deployment, whichever replica is asked.
+    With an `aggregator` they are those of the whole deployment, whichever replica is asked.
     """
 
     def __init__(self, engine: ServedEngine, base_name: str, max_labels: int) -> None:
         self._engine, self._max_labels = engine, max_labels
-        self.pool: Pool | None = None
+        self.aggregator: MetricsAggregator | None = None
         self._labels = {base_name}
         """Names that have a label of their own; the base's is there beside the adapters'."""
         self._registry = registry = CollectorRegistry()
@@ -83,7 +83,7 @@ class Metrics:
             registry=registry,
         )
 
-    def count(self, record: Record) -> None:
+    def count(self, record: RequestRecord) -> None:
         """Adds a request for completions that has ended."""
         label = self._label(record.adapter)
         self._requests.labels(label, str(record.status)).inc()
@@ -97,7 +97,7 @@ class Metrics:
     def counted(self) -> dict[str, float]:
         """Every series of this process, as JSON [family, sample, labels] -> value.
 
-        Adapters for which the pool has no label are `other`, here as in every other replica.
+        Adapters for which the aggregator has no label are `other`, here as in every other replica.
         """
         samples = [
             (family.name, sample)
@@ -116,8 +116,8 @@ class Metrics:
         return sums
 
     def close(self) -> None:
-        if self.pool is not None:
-            self.pool.close()
+        if self.aggregator is not None:
+            self.aggregator.close()
 
     def text(self) -> bytes:
         """Returns all figures in Prometheus's text format; may wait, so not for the event loop."""
@@ -126,7 +126,7 @@ class Metrics:
         return generate_latest(shown)
 
     def _families(self) -> Iterator[Metric]:
-        counts = self.counted() if self.pool is None else self.pool.total()
+        counts = self.counted() if self.aggregator is None else self.aggregator.total()
         families = {
             family.name: Metric(family.name, family.documentation, family.type)
             for family in self._registry.collect()
@@ -137,7 +137,7 @@ class Metrics:
                 families[family].add_sample(sample, labels, value)
         yield from families.values()
         now = dataclasses.asdict(self._engine.stats())
-        counted = now if self.pool is None else self.pool.engine_total()
+        counted = now if self.aggregator is None else self.aggregator.engine_total()
         for name in GAUGES:
             if name in now:
                 words = f"The engine's {name.replace('_', ' ')} now."
@@ -152,7 +152,7 @@ class Metrics:
         """`adapter` is one that was found, or None."""
         if adapter is None:
             return OTHER
-        if self.pool is None:
+        if self.aggregator is None:
             self._agree({adapter})
         elif not self._full:
             return adapter  # the replicas agree when it is shown: asking takes a while
@@ -167,10 +167,10 @@ class Metrics:
         wanted = sorted(adapters - self._labels - {OTHER})
         if not wanted or self._full:
             return
-        if self.pool is None:
+        if self.aggregator is None:
             self._labels.update(wanted[: self._max_labels + 1 - len(self._labels)])
         else:
-            self._labels |= self.pool.labels(wanted, self._max_labels)
+            self._labels |= self.aggregator.labels(wanted, self._max_labels)
 
 
 class _Shown(Collector):

@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from rayfin.adapters import LATEST
-from rayfin.serving.api.answers import Json
-from rayfin.serving.api.bodies import read_body
+from rayfin.serving.api.api_keys import may_use
+from rayfin.serving.api.choice_writers import Json
 from rayfin.serving.api.documents import (
     Health,
     ModelCard,
@@ -23,11 +23,11 @@ from rayfin.serving.api.documents import (
     takes,
 )
 from rayfin.serving.api.errors import ApiError
-from rayfin.serving.api.keys import may_use
 from rayfin.serving.api.protocol import failure_of
+from rayfin.serving.api.request_body import read_body
 from rayfin.serving.api.schema import TokenizeBody
 from rayfin.serving.api.service import Service
-from rayfin.serving.names import RegistryListing, ResolvedModel
+from rayfin.serving.model_names import RegistryListing, ResolvedModel
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,9 @@ def model_routes(service: Service) -> APIRouter:
     async def list_models(request: Request) -> Response:
         """The base, and of every adapter that fits it the latest version and the aliases."""
         key = service.admit(request)
-        listing: RegistryListing = await service.look("the registry is being listed", names.list)
+        listing: RegistryListing = await service.read_registry(
+            "the registry is being listed", names.list
+        )
         cards = [
             _card(model, who, names.base_name)
             for who in (ResolvedModel(names.base_name), *listing.served)
@@ -103,7 +105,7 @@ def open_routes(service: Service) -> APIRouter:
             )
         check = service.names.catalog.check
         # Not among the looks for requests, which may be many: this tells who restarts servers.
-        await service.look("the registry is being looked at", check, service.checks)
+        await service.read_registry("the registry is being looked at", check, service.health_checks)
         stats = engine.stats()
         answer: Json = {"status": "ok", "waiting": stats.waiting, "running": stats.running}
         if service.keys.may_see_all(request):
@@ -136,7 +138,9 @@ def metrics_routes(service: Service) -> APIRouter:
             )
         what = "the figures of all replicas are being collected"
         try:
-            text = await asyncio.wrap_future(service.figures_now.submit(what, service.metrics.text))
+            text = await asyncio.wrap_future(
+                service.metric_reads.submit(what, service.metrics.text)
+            )
         except Exception as error:  # whatever the deployment's store raises, or it takes too long
             log.warning("metrics can't be collected now: %s", error)
             raise ApiError(

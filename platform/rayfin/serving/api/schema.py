@@ -12,7 +12,7 @@ from rayfin.serving.engine.request import MAX_STOP_TOKENS, MAX_STOPS, MAX_TOP_LO
 MAX_MESSAGES = 2048
 _INT = 2**31 - 1
 
-TokenIds = Annotated[
+TokenIdList = Annotated[
     list[Annotated[int, Field(ge=0, le=_INT)]], Field(min_length=1, fail_fast=True)
 ]
 
@@ -138,8 +138,8 @@ class CompletionBody(GenerationBody):
     prompt: (
         str
         | Annotated[list[str], Field(min_length=1, fail_fast=True)]
-        | TokenIds
-        | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
+        | TokenIdList
+        | Annotated[list[TokenIdList], Field(min_length=1, fail_fast=True)]
     )
     """One text or several, or the token ids of one or several."""
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)

@@ -12,24 +12,24 @@ from fastapi import Request
 
 from rayfin.config.serving import ApiConfig, ApiKey
 from rayfin.errors import AdapterError, AdapterNotFound, StorageError, Unavailable
-from rayfin.serving.api.answers import TokenTexts
+from rayfin.serving.api.adapter_tokenizers import AdapterTokenizers
+from rayfin.serving.api.api_keys import ApiKeys, check_use
+from rayfin.serving.api.choice_writers import TokenTexts
 from rayfin.serving.api.ends import AnswerEnds
-from rayfin.serving.api.figures import Figures
-from rayfin.serving.api.keys import Keys, check_use
-from rayfin.serving.api.metrics import Metrics
-from rayfin.serving.api.own_files import OwnFiles
+from rayfin.serving.api.history_metrics import HistoryMetrics
+from rayfin.serving.api.metrics import PrometheusMetrics
 from rayfin.serving.api.prompts import Prompts
 from rayfin.serving.api.protocol import ServedEngine
-from rayfin.serving.api.record import Record, RequestLog, record_of
+from rayfin.serving.api.request_log import RequestLog, RequestRecord, record_of
 from rayfin.serving.api.templates import Templates
-from rayfin.serving.bounded import BoundedCalls
-from rayfin.serving.names import ModelNames, ResolvedModel
-from rayfin.serving.public import Outage
+from rayfin.serving.model_names import ModelNames, ResolvedModel
+from rayfin.serving.public_messages import AvailabilityLog
+from rayfin.serving.timed_executor import TimedExecutor
 
 _LOOK_SECONDS = 10.0
 """Time for a look at the registry; a disk that takes longer is as good as away."""
 _COLLECT_SECONDS = 3.0
-"""Time for the figures of all replicas; whoever scrapes them waits for 10 s by default."""
+"""Time for the history_metrics of all replicas; whoever scrapes them waits for 10 s by default."""
 
 
 @dataclass(frozen=True)
@@ -37,65 +37,71 @@ class Service:
     engine: ServedEngine
     names: ModelNames
     config: ApiConfig
-    keys: Keys
+    keys: ApiKeys
     templates: Templates
     prompts: Prompts
     ends: AnswerEnds
     tokens: TokenTexts
-    metrics: Metrics
+    metrics: PrometheusMetrics
     log: RequestLog | None
-    figures: Figures | None
-    looks: BoundedCalls
+    history_metrics: HistoryMetrics | None
+    registry_reads: TimedExecutor
     """Looks at the registry for requests."""
-    checks: BoundedCalls
+    health_checks: TimedExecutor
     """Looks at the registry for /health, which wait behind no request's."""
-    figures_now: BoundedCalls
-    """Collects the figures for /metrics, from Ray's head where there is one."""
-    outage: Outage = field(default_factory=lambda: Outage("the registry of adapters"))
+    metric_reads: TimedExecutor
+    """Collects the history_metrics for /metrics, from Ray's head where there is one."""
+    availability: AvailabilityLog = field(
+        default_factory=lambda: AvailabilityLog("the registry of adapters")
+    )
 
     @classmethod
     def of(
-        cls, engine: ServedEngine, names: ModelNames, config: ApiConfig, figures: Figures | None
+        cls,
+        engine: ServedEngine,
+        names: ModelNames,
+        config: ApiConfig,
+        history_metrics: HistoryMetrics | None,
     ) -> Service:
         """Raises StorageError for a request log that can't be written."""
-        looks = BoundedCalls("registry", threads=8, seconds=_LOOK_SECONDS, most_stuck=32)
-        own = OwnFiles(looks)
+        registry_reads = TimedExecutor("registry", threads=8, seconds=_LOOK_SECONDS, most_stuck=32)
+        own = AdapterTokenizers(registry_reads)
         templates = Templates(engine.tokenizer, config.template_seconds, own)
         return cls(
             engine,
             names,
             config,
-            Keys(config),
+            ApiKeys(config),
             templates,
             Prompts(engine.tokenizer, templates),
             AnswerEnds(engine.tokenizer, templates, own),
             TokenTexts(engine.tokenizer),
-            Metrics(engine, names.base_name, config.max_adapter_labels),
+            PrometheusMetrics(engine, names.base_name, config.max_adapter_labels),
             RequestLog(config.request_log, text=config.request_log_text)
             if config.request_log is not None
             else None,
-            figures,
-            looks,
-            BoundedCalls("health", threads=2, seconds=_LOOK_SECONDS, most_stuck=8),
-            BoundedCalls("metrics", threads=1, seconds=_COLLECT_SECONDS, most_stuck=4),
+            history_metrics,
+            registry_reads,
+            TimedExecutor("health", threads=2, seconds=_LOOK_SECONDS, most_stuck=8),
+            TimedExecutor("metrics", threads=1, seconds=_COLLECT_SECONDS, most_stuck=4),
         )
 
     def close(self) -> None:
         if self.log is not None:
             self.log.close()
         self.metrics.close()
-        if self.figures is not None:
-            self.figures.close()
+        if self.history_metrics is not None:
+            self.history_metrics.close()
         self.templates.close()
-        self.looks.close()
-        self.checks.close()
-        self.figures_now.close()
+        self.registry_reads.close()
+        self.health_checks.close()
+        self.metric_reads.close()
 
-    def count(self, record: Record) -> None:
+    def count(self, record: RequestRecord) -> None:
         """Takes down a request for completions that has ended."""
         self.metrics.count(record)
-        if self.figures is not None:
-            self.figures.count(record)
+        if self.history_metrics is not None:
+            self.history_metrics.count(record)
         if self.log is not None:
             self.log.write(record)
 
@@ -112,7 +118,9 @@ class Service:
             return held
         try:
             look = partial(self.names.resolve, model, anew=anew)
-            named: ResolvedModel = await self.look(f"'{model[:80]}' is being looked up", look)
+            named: ResolvedModel = await self.read_registry(
+                f"'{model[:80]}' is being looked up", look
+            )
             return named
         except AdapterNotFound as error:
             if key is None or key.adapters is None:
@@ -120,26 +128,26 @@ class Service:
             # The hints in the message may name adapters that are none of this key's business.
             raise AdapterNotFound(f"there is no '{model}' here") from error
 
-    async def look(
-        self, what: str, call: Callable[[], Any], calls: BoundedCalls | None = None
+    async def read_registry(
+        self, what: str, call: Callable[[], Any], calls: TimedExecutor | None = None
     ) -> Any:
         """What `call` says of the registry; raises Unavailable where that is away, or stalls.
 
-        The event loop waits for no disk. `calls` runs it; None is `looks`.
+        The event loop waits for no disk. `calls` runs it; None is `registry_reads`.
         """
         try:
-            found = await asyncio.wrap_future((calls or self.looks).submit(what, call))
+            found = await asyncio.wrap_future((calls or self.registry_reads).submit(what, call))
         except StorageError as error:
             raise self.away(error) from error
         except AdapterError:
-            self.outage.over()
+            self.availability.over()
             raise
-        self.outage.over()
+        self.availability.over()
         return found
 
     def away(self, error: StorageError) -> Unavailable:
         """What clients are told while the registry is away; the log gets `error`, once."""
-        self.outage.away(error)
+        self.availability.away(error)
         return Unavailable(
             "the registry of adapters can't be reached now, so that no adapter can be looked up; "
             f"'{self.names.base_name}' itself answers: try again later"

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import AdapterError, Overloaded, RequestError
 from rayfin.models.ends import PROBES, Ends, turn_ends
-from rayfin.serving.api.own_files import OwnFiles
+from rayfin.serving.api.adapter_tokenizers import AdapterTokenizers
 from rayfin.serving.api.template_worker import KILLED, LOST, render
 from rayfin.serving.engine.request import AdapterSource
 
@@ -51,7 +51,9 @@ Conversation = list[dict[str, Any]]
 class Templates:
     """Which template writes a request's conversation, and what it writes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seconds: float, own: OwnFiles) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, seconds: float, own: AdapterTokenizers
+    ) -> None:
         self._base = _base_template(tokenizer)
         self._special_tokens = {
             name: str(token) for name, token in tokenizer.special_tokens_map.items()
@@ -59,7 +61,7 @@ class Templates:
         self._tokenizer = tokenizer
         self._own = own
         self._ends: OrderedDict[str | None, Ends] = OrderedDict()
-        self._apart = ApartRenderer(seconds)
+        self._apart = SubprocessRenderer(seconds)
 
     async def render(self, source: AdapterSource | None, messages: Conversation) -> str:
         """The text of a conversation, with the opening of the next answer.
@@ -111,7 +113,7 @@ class Templates:
             raise _refusal("the base model", f"{type(error).__name__}: {error}") from error
 
 
-class ApartRenderer:
+class SubprocessRenderer:
     """Renders in another process, one template at a time, each in `seconds` of processor time.
 
     A template that ran into a limit is refused for a while without being tried. One whose renderer

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rayfin.config.serving import MAX_RANK
+from rayfin.serving.engine.adapter_tables import SETTING, saved_tables
 from rayfin.serving.engine.checks import (
     check_base,
     check_low_rank,
@@ -30,9 +31,8 @@ from rayfin.serving.engine.peft_files import (
     shown,
     words,
 )
-from rayfin.serving.engine.prompts import read_prefix, read_prompt
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.engine.tables import SETTING, saved_tables
+from rayfin.serving.engine.virtual_tokens import read_prefix, read_prompt
 
 LORA_SETTINGS = COMMON | words(
     "r lora_alpha lora_dropout bias layers_to_transform layers_pattern megatron_core rank_pattern",

@@ -16,14 +16,14 @@ from rayfin.heartbeat import beat, pause, silence, whereabouts
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import end_token_ids
 from rayfin.serving.engine.adapter import read_adapter
+from rayfin.serving.engine.adapter_cache import HostCache
+from rayfin.serving.engine.config_checks import check_length
 from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.layout import BaseLayout
-from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.model import BatchedModel
 from rayfin.serving.engine.request import AdapterSource, Request, Sink, check_prompt
 from rayfin.serving.engine.scheduler import Scheduler
 from rayfin.serving.engine.sequence import Sequence
-from rayfin.serving.engine.store import HostCache
 from rayfin.serving.engine.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ class Engine:
         self._thread.start()
 
     @property
-    def ailment(self) -> str | None:
+    def health_problem(self) -> str | None:
         """Why the engine is to be replaced; None while it is well."""
         if self.failure is not None:
             return f"the engine has failed ({type(self.failure).__name__})"
@@ -111,7 +111,7 @@ class Engine:
         if seconds > self.config.step_seconds:
             where = whereabouts(self._thread.ident or 0)
             return f"{doing} has taken {seconds:.0f} s (engine.step_seconds), in {where}"
-        return self._host.ailment
+        return self._host.health_problem
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets those at work end for so long, and cancels the rest."""

@@ -15,7 +15,7 @@ from rayfin.config.serving import MAX_RANK
 from rayfin.errors import AdapterError, ModelError
 from rayfin.models import Base
 from rayfin.serving.engine.int8 import Int8Linear
-from rayfin.serving.engine.layers import SlotLinear
+from rayfin.serving.engine.slot_linear import SlotLinear
 
 MAX_VIRTUAL_TOKENS = 4096
 

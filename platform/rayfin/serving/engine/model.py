@@ -11,15 +11,15 @@ from transformers import AttentionInterface
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import ConfigError, ModelError
 from rayfin.serving.engine import attention
+from rayfin.serving.engine.adapter_tables import AdapterTables
 from rayfin.serving.engine.batch import Batch, RowSpan
 from rayfin.serving.engine.cache import ATTENTION, KVCache, attend
-from rayfin.serving.engine.family import TOGETHER, join, product
 from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.int8 import Int8Kernel, Int8Linear
-from rayfin.serving.engine.layers import Mixture, SlotLinear
+from rayfin.serving.engine.joint_product import TOGETHER, join_layers, product
 from rayfin.serving.engine.low_rank import kernel_for
-from rayfin.serving.engine.packed import PackedLinear, can_pack
-from rayfin.serving.engine.tables import OwnTables
+from rayfin.serving.engine.packed_linear import PackedLinear, can_pack
+from rayfin.serving.engine.slot_linear import SlotAssignment, SlotLinear
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,13 @@ class BatchedModel:
         self.decoder = base.get_decoder()
         self.device, self.dtype = self.embedding.weight.device, self.embedding.weight.dtype
         int8 = self._int8_kernel(name) if config.weights == "int8" else None
-        self.mixture = Mixture(kernel_for(self.device, self.dtype))
+        self.assignment = SlotAssignment(kernel_for(self.device, self.dtype))
         self.linears: dict[str, SlotLinear] = {}
         self._prompts: dict[int, torch.Tensor] = {}
         self._prefixes: dict[int, torch.Tensor] = {}
         self._ranks: dict[int, int] = {}
         self._scaled: set[int] = set()
-        self._tables = OwnTables(*(_name_of(base, one) for one in (self.embedding, self.head)))
+        self._tables = AdapterTables(*(_name_of(base, one) for one in (self.embedding, self.head)))
         self._insert_slots(int8)
         self._insert_cache()
 
@@ -57,7 +57,7 @@ class BatchedModel:
     def forward(self, pieces: list[RowSpan]) -> tuple[list[RowSpan], torch.Tensor]:
         """The pieces that want logits, and their last tokens' logits [pieces, vocabulary]."""
         batch = Batch(pieces, self.device, self._prompts)
-        self.mixture.begin(batch, self._ranks, self._scaled)
+        self.assignment.begin(batch, self._ranks, self._scaled)
         self.cache.begin(batch)
         embedded = self.embedding(batch.token_ids)
         self._tables.embed(batch, embedded)
@@ -183,7 +183,7 @@ class BatchedModel:
             module = self.base.get_submodule(name)
             parent, _, child = name.rpartition(".")
             inner = module if int8 is None else Int8Linear(module, int8)
-            wrapped = SlotLinear(inner, self.mixture, self.slots, self.dtype)
+            wrapped = SlotLinear(inner, self.assignment, self.slots, self.dtype)
             setattr(self.base.get_submodule(parent), child, wrapped)
             self.linears[name] = wrapped
         self._join_families()
@@ -203,9 +203,9 @@ class BatchedModel:
                 linears = [one for one in members if one]
                 if child != children[0] or len(linears) < len(children):
                     continue
-                family = join([one.base for one in linears])
+                product_of_all = join_layers([one.base for one in linears])
                 for one in linears:
-                    one.family = family
+                    one.joint = product_of_all
 
     def _insert_cache(self) -> None:
         text = self.base.config.get_text_config()

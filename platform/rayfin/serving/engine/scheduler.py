@@ -16,13 +16,13 @@ from rayfin.errors import (
     RayfinError,
     Unavailable,
 )
+from rayfin.serving.engine.adapter_cache import HostCache, SlotCache
 from rayfin.serving.engine.batch import RowSpan
 from rayfin.serving.engine.host_adapter import HostAdapter
 from rayfin.serving.engine.model import BatchedModel
 from rayfin.serving.engine.request import AdapterSource, FinishReason, TokenLogprob
 from rayfin.serving.engine.sampler import INVALID, sample
 from rayfin.serving.engine.sequence import Sequence
-from rayfin.serving.engine.store import HostCache, Slots
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Scheduler:
         """`ends`: the base's tokens that end an answer."""
         self._model, self._host, self._config, self._ends = model, host, config, ends
         self._changed = changed
-        self.slots = Slots(config.slots, model, config.tables_mb * 2**20)
+        self.slots = SlotCache(config.slots, model, config.tables_mb * 2**20)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.known: set[str] = set()

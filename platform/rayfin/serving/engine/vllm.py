@@ -21,15 +21,15 @@ from rayfin.errors import EngineFailed, RayfinError
 from rayfin.heartbeat import silence
 from rayfin.models import base_of, load_tokenizer, skeleton
 from rayfin.models.ends import end_token_ids
+from rayfin.serving.engine.config_checks import check_length
 from rayfin.serving.engine.detokenize import special_tokens
 from rayfin.serving.engine.layout import linears_of
-from rayfin.serving.engine.limits import check_length
 from rayfin.serving.engine.request import AdapterSource, Request, Sink, check_prompt
 from rayfin.serving.engine.request_tasks import RequestTasks, no_more_requests
 from rayfin.serving.engine.vllm_adapters import VllmAdapters, VllmHeartbeat
 from rayfin.serving.engine.vllm_backend import (
-    Backend,
     Vllm,
+    VllmBackend,
     as_chunk,
     as_vllm_stops,
     check_lora,
@@ -61,7 +61,7 @@ class VllmEngine:
         self,
         model: ModelConfig,
         config: EngineConfig,
-        open_backend: Callable[[Mapping[str, Any]], Backend] | None = None,
+        open_backend: Callable[[Mapping[str, Any]], VllmBackend] | None = None,
     ) -> None:
         """`open_backend` is given vLLM's arguments, on the event loop that is to be used."""
         check_length(model, config)
@@ -79,7 +79,7 @@ class VllmEngine:
         self._progress = VllmHeartbeat()
         self._adapters = VllmAdapters(self._size, config, self._progress)
         self._prompt_tokens = self._generated_tokens = 0
-        self._backend: Backend | None = None
+        self._backend: VllmBackend | None = None
         self._loop = asyncio.new_event_loop()
         self._requests = RequestTasks(self._loop, self._answer, _failure)
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
@@ -98,7 +98,7 @@ class VllmEngine:
         return None if self._backend is None else self._backend.failure
 
     @property
-    def ailment(self) -> str | None:
+    def health_problem(self) -> str | None:
         """Why the engine is to be replaced; None while it is well."""
         if self.failure is not None:
             return f"vLLM has failed ({type(self.failure).__name__})"
@@ -107,7 +107,7 @@ class VllmEngine:
         seconds, doing = silence(self._thread.ident or 0)
         if seconds > self.config.step_seconds:
             return f"{doing} has taken {seconds:.0f} s (engine.step_seconds)"
-        return self._adapters.ailment
+        return self._adapters.health_problem
 
     def close(self, drain_seconds: float = 0.0) -> None:
         """Refuses new requests, lets those at work end for so long, and cancels the rest."""

@@ -15,9 +15,9 @@ from functools import partial
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import AdapterError, Unavailable
 from rayfin.heartbeat import beat, pause
-from rayfin.serving.engine.reads import adapter_reads, reading
+from rayfin.serving.engine.adapter_reads import adapter_reads, reading
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.engine.vllm_backend import Backend, Lora
+from rayfin.serving.engine.vllm_backend import Lora, VllmBackend
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,8 @@ class VllmHeartbeat:
 class VllmAdapters:
     """The adapters that vLLM holds.
 
-    Every version gets a number and a name that no other ever had. `check`, `resident` and `ailment`
-    may be called from any thread, the other methods from the event loop only.
+    Every version gets a number and a name that no other ever had. `check`, `resident` and
+    `health_problem` may be called from any thread, the other methods from the event loop only.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class VllmAdapters:
     ) -> None:
         """`size` checks an adapter and returns its size in bytes; it raises AdapterError."""
         self._size, self._config, self._progress = size, config, progress
-        self.backend: Backend | None = None
+        self.backend: VllmBackend | None = None
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._known: OrderedDict[str, Lora] = OrderedDict()
@@ -83,9 +83,9 @@ class VllmAdapters:
         return {lora.source.ref: lora.nbytes for lora in reversed(last)}
 
     @property
-    def ailment(self) -> str | None:
+    def health_problem(self) -> str | None:
         """Why no more adapters can be read; None while they can."""
-        return self._calls.ailment
+        return self._calls.health_problem
 
     # --- in the event loop --------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from rayfin.models import Base, locate
 from rayfin.models.ends import Ends
 from rayfin.serving.engine.adapter import LORA_SETTINGS, PLAIN_INITS
 from rayfin.serving.engine.checks import check_base, check_rank, modules_of
-from rayfin.serving.engine.limits import require_vllm
+from rayfin.serving.engine.config_checks import require_vllm
 from rayfin.serving.engine.peft_files import AdapterSettings, AdapterWeights, read_settings, shown
 from rayfin.serving.engine.request import (
     AdapterSource,
@@ -44,7 +44,7 @@ class Lora:
         return f"{self.source.ref}#{self.number}"
 
 
-class Backend(Protocol):
+class VllmBackend(Protocol):
     """What is used of vLLM, on one event loop."""
 
     @property

@@ -11,8 +11,8 @@ from ray.util import list_named_actors
 
 from rayfin.adapters import AdapterRef, Catalog
 from rayfin.errors import AdapterError, StorageError
-from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource, Request
+from rayfin.serving.timed_executor import TimedExecutor
 
 if TYPE_CHECKING:
     from rayfin.serving.engine.engine import Engine
@@ -26,13 +26,13 @@ _READ_SECONDS = 10.0
 """Time for a look at the registry; a disk that takes longer is as good as away."""
 
 
-class Follower:
+class ReplicaCleanup:
     """Looks at the registry and at the callers every second, on a thread of its own."""
 
     def __init__(self, engine: Engine | VllmEngine, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
         self._away = False
-        self._reads = BoundedCalls("follower", threads=1, seconds=_READ_SECONDS, most_stuck=4)
+        self._reads = TimedExecutor("follower", threads=1, seconds=_READ_SECONDS, most_stuck=4)
         self._reading: Future[None] | None = None
         self._known: set[str] = set()
         self._callers: dict[str, str] = {}

@@ -17,7 +17,7 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.config import load_serve_config
 from rayfin.errors import Overloaded, RequestError
-from rayfin.serving import follower
+from rayfin.serving import replica_cleanup
 from rayfin.serving.engine.request import (
     AdapterSource,
     Chunk,
@@ -25,7 +25,7 @@ from rayfin.serving.engine.request import (
     SamplingParams,
     check_prompt,
 )
-from rayfin.serving.replica import EngineReplica, Outbox, join
+from rayfin.serving.engine_replica import ChunkQueue, EngineReplica, merge_chunks
 from rayfin.serving.routing import RESIDENT, STATS
 
 
@@ -131,12 +131,12 @@ def test_it_is_unhealthy_without_its_engine(replica: EngineReplica) -> None:
 
 def test_pieces_join_to_what_they_were() -> None:
     pieces = [Chunk("a", (1,)), Chunk("", ()), Chunk("bc", (2, 3), (), "stop")]
-    assert join(pieces) == Chunk("abc", (1, 2, 3), (), "stop")
+    assert merge_chunks(pieces) == Chunk("abc", (1, 2, 3), (), "stop")
 
 
 def test_what_has_come_meanwhile_is_taken_together() -> None:
     async def take() -> list[Chunk]:
-        outbox = Outbox(asyncio.get_running_loop())
+        outbox = ChunkQueue(asyncio.get_running_loop())
         for token in range(3):
             outbox.put(Chunk("a", (token,)))
         return await outbox.take()
@@ -146,7 +146,7 @@ def test_what_has_come_meanwhile_is_taken_together() -> None:
 
 def test_the_last_piece_does_not_wait() -> None:
     async def last_while_gathering() -> list[Chunk]:
-        outbox = Outbox(asyncio.get_running_loop())
+        outbox = ChunkQueue(asyncio.get_running_loop())
         outbox.put(Chunk("a", (1,)))
         await outbox.take()
         waiting = asyncio.create_task(outbox.gather(3600))
@@ -174,11 +174,11 @@ def test_a_registry_that_stalls_keeps_no_dead_callers_request(
         leave.wait(20.0)
         return (1,)
 
-    monkeypatch.setattr(follower, "_PERIOD", 0.01)
-    monkeypatch.setattr(follower, "list_named_actors", lambda **_: [])
+    monkeypatch.setattr(replica_cleanup, "_PERIOD", 0.01)
+    monkeypatch.setattr(replica_cleanup, "list_named_actors", lambda **_: [])
     engine: Any = SimpleNamespace(cancel=lambda _: cancelled.set())
     catalog: Any = SimpleNamespace(versions=stalls)
-    one = follower.Follower(engine, catalog)
+    one = replica_cleanup.ReplicaCleanup(engine, catalog)
     one.know(AdapterSource("red@1", Path("red")))
     assert entered.wait(20.0)
     one.begun(asked("orphan", 4), "a caller that has died")
@@ -199,8 +199,8 @@ def test_what_goes_wrong_in_a_look_at_the_registry_is_in_the_log(
         looked.release()
         raise RuntimeError("nobody thought of it")
 
-    monkeypatch.setattr(follower, "_PERIOD", 0.01)
-    one = follower.Follower(SimpleNamespace(), SimpleNamespace(versions=fails))  # type: ignore[arg-type]
+    monkeypatch.setattr(replica_cleanup, "_PERIOD", 0.01)
+    one = replica_cleanup.ReplicaCleanup(SimpleNamespace(), SimpleNamespace(versions=fails))  # type: ignore[arg-type]
     one.know(AdapterSource("red@1", Path("red")))
     for _ in range(2):  # the second comes after the first was told
         assert looked.acquire(timeout=20.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rayfin.serving.engine.reads import adapter_reads, reading
+from rayfin.serving.engine.adapter_reads import adapter_reads, reading
 from rayfin.serving.engine.request import AdapterSource
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ class HostCache:
         self._calls.close()
 
     @property
-    def ailment(self) -> str | None:
+    def health_problem(self) -> str | None:
         """Why nothing more can be read; None where it can."""
-        return self._calls.ailment
+        return self._calls.health_problem
 
     @property
     def stuck(self) -> int:
@@ -124,7 +124,7 @@ class _Slot:
     pins: int = 0
 
 
-class Slots:
+class SlotCache:
     """Which adapter is in which slot, and how many rows use it; one thread's only.
 
     A slot is taken from the least recently used adapter that no row uses. Output heads and

@@ -15,7 +15,7 @@ from rayfin.adapters.files import FULL
 from rayfin.adapters.ref import is_name
 from rayfin.errors import AdapterError, AdapterNotFound, ConfigError, did_you_mean
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.public import PublicTexts
+from rayfin.serving.public_messages import PublicMessages
 
 MAX_AGE = 1.0
 """Seconds that a name's version is remembered."""
@@ -83,11 +83,11 @@ class ModelNames:
         places: Mapping[str, str] | None = None,
         refusal: Callable[[AdapterVersion], Refusal | None] = lambda _: None,
     ) -> None:
-        """`places` are as in `PublicTexts`, beside the registry's. `refusal` says why the engine
+        """`places` are as in `PublicMessages`, beside the registry's. `refusal` says why the engine
         would refuse a version, as far as its settings tell.
         """
         self.catalog, self.base_name = catalog, base_name
-        self.public = PublicTexts({str(catalog.root): "", **(places or {})})
+        self.public = PublicMessages({str(catalog.root): "", **(places or {})})
         self._refusal, self._base_places = refusal, frozenset(places or {})
         self._clock = clock
         self._base = ResolvedModel(base_name)

@@ -10,11 +10,16 @@ from typing import Any
 
 import pytest
 
-from rayfin.serving import counts, shared
-from rayfin.serving.api.metrics import OTHER, Metrics
-from rayfin.serving.api.record import Record
-from rayfin.serving.counts import Counts, first_names, total
-from rayfin.serving.pool import API, SharedPool
+from rayfin.serving import kv_store, replica_metrics
+from rayfin.serving.api.metrics import OTHER, PrometheusMetrics
+from rayfin.serving.api.request_log import RequestRecord
+from rayfin.serving.replica_metrics import (
+    API,
+    RayMetricsAggregator,
+    ReplicaCounters,
+    first_names,
+    total,
+)
 
 
 class Cluster:
@@ -42,24 +47,24 @@ class Cluster:
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster()
     for name in ("put", "get", "keys"):
-        monkeypatch.setattr(shared, name, getattr(cluster, name))
-    monkeypatch.setattr(counts, "_PERIOD", 3600.0)  # they are told when to write
+        monkeypatch.setattr(kv_store, name, getattr(cluster, name))
+    monkeypatch.setattr(replica_metrics, "_PERIOD", 3600.0)  # they are told when to write
     actors = lambda **_: [{"name": name} for name in cluster.alive]  # noqa: E731
-    monkeypatch.setattr(counts, "list_named_actors", actors)
+    monkeypatch.setattr(replica_metrics, "list_named_actors", actors)
     context = SimpleNamespace(get_actor_name=lambda: cluster.me)
-    monkeypatch.setattr(counts.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(replica_metrics.ray, "get_runtime_context", lambda: context)
     return cluster
 
 
 @pytest.fixture
-def start(cluster: Cluster) -> Iterator[Callable[[str, dict[str, float]], Counts]]:
+def start(cluster: Cluster) -> Iterator[Callable[[str, dict[str, float]], ReplicaCounters]]:
     """Starts a replica that has counted so much."""
-    made: list[Counts] = []
+    made: list[ReplicaCounters] = []
 
-    def begin(name: str, counted: dict[str, float]) -> Counts:
+    def begin(name: str, counted: dict[str, float]) -> ReplicaCounters:
         cluster.alive.add(name)
         cluster.me = name
-        made.append(Counts("engine", lambda: counted))
+        made.append(ReplicaCounters("engine", lambda: counted))
         made[-1].write()
         return made[-1]
 
@@ -69,7 +74,7 @@ def start(cluster: Cluster) -> Iterator[Callable[[str, dict[str, float]], Counts
 
 
 def test_the_sum_never_falls_whoever_dies_and_takes_no_more_room(
-    cluster: Cluster, start: Callable[[str, dict[str, float]], Counts]
+    cluster: Cluster, start: Callable[[str, dict[str, float]], ReplicaCounters]
 ) -> None:
     first: dict[str, float] = {"finished": 5}
     one = start("a", first)
@@ -87,7 +92,7 @@ def test_the_sum_never_falls_whoever_dies_and_takes_no_more_room(
 
 def test_of_two_that_want_a_dead_ones_place_one_gets_it(
     cluster: Cluster,
-    start: Callable[[str, dict[str, float]], Counts],
+    start: Callable[[str, dict[str, float]], ReplicaCounters],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     start("a", {"finished": 5})
@@ -100,7 +105,7 @@ def test_of_two_that_want_a_dead_ones_place_one_gets_it(
             put(key, "rival", overwrite=False)
         return put(key, value, overwrite=overwrite)
 
-    monkeypatch.setattr(shared, "put", overtaken)
+    monkeypatch.setattr(kv_store, "put", overtaken)
     start("b", {"finished": 3})
     assert cluster.get("owner/engine/0/1") == "rival"
     assert cluster.get("counts/engine/1") == {"finished": 3}
@@ -109,13 +114,13 @@ def test_of_two_that_want_a_dead_ones_place_one_gets_it(
 
 def test_what_can_not_be_written_is_kept(
     cluster: Cluster,
-    start: Callable[[str, dict[str, float]], Counts],
+    start: Callable[[str, dict[str, float]], ReplicaCounters],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counted: dict[str, float] = {"finished": 5}
     one = start("a", counted)
     with monkeypatch.context() as away:
-        away.setattr(shared, "put", lambda *_, **__: 1 / 0)
+        away.setattr(kv_store, "put", lambda *_, **__: 1 / 0)
         counted["finished"] = 6
         with pytest.raises(ZeroDivisionError):
             one.write()
@@ -130,13 +135,13 @@ def test_all_replicas_name_the_same_adapters(cluster: Cluster) -> None:
     assert first_names("adapters", ["grey"], 3) == {"red", "blue", "green"}
 
 
-def replica(cluster: Cluster, name: str) -> Metrics:
+def replica(cluster: Cluster, name: str) -> PrometheusMetrics:
     cluster.alive.add(name)
     cluster.me = name
     engine: Any = SimpleNamespace(stats=stats, resident=dict)
-    metrics = Metrics(engine, "tiny", 1)
-    metrics.pool = SharedPool(metrics)
-    metrics.pool.total()
+    metrics = PrometheusMetrics(engine, "tiny", 1)
+    metrics.aggregator = RayMetricsAggregator(metrics)
+    metrics.aggregator.total()
     return metrics
 
 
@@ -150,7 +155,7 @@ def test_every_api_replica_shows_the_sum_and_no_adapter_in_two_ways(cluster: Clu
     one, other = replica(cluster, "one"), replica(cluster, "other")
     for metrics, adapters in ((one, ["red", "blue"]), (other, ["blue", "red", "red", None])):
         for adapter in adapters:
-            metrics.count(Record("/v1/completions", adapter=adapter, status=200))
+            metrics.count(RequestRecord("/v1/completions", adapter=adapter, status=200))
     cluster.me = "one"
     shown = [metrics.text().decode() for metrics in (one, other, one)]
     for text in shown[1:]:
@@ -161,7 +166,7 @@ def test_every_api_replica_shows_the_sum_and_no_adapter_in_two_ways(cluster: Clu
             f'rayfin_requests_total{{adapter="{OTHER}",status="200"}} 4.0',
         }
     assert shown[1] == shown[2]
-    assert set(total(API)) == set(one.pool.total()) if one.pool else False
+    assert set(total(API)) == set(one.aggregator.total()) if one.aggregator else False
     one.close()
     other.close()
 
@@ -170,7 +175,7 @@ def test_counts_of_another_version_are_left_out_of_the_metrics(cluster: Cluster)
     metrics = replica(cluster, "one")
     labels = {"adapter": "tiny"}
     cluster.put("counts/api/9", {json.dumps(["rayfin_gone", "rayfin_gone_total", labels]): 1})
-    metrics.count(Record("/v1/completions", adapter="tiny", status=200))
+    metrics.count(RequestRecord("/v1/completions", adapter="tiny", status=200))
     text = metrics.text().decode()
     assert 'rayfin_requests_total{adapter="tiny",status="200"} 1.0' in text
     assert "rayfin_gone" not in text and "since its start" not in text
@@ -187,8 +192,8 @@ def test_a_head_that_hangs_keeps_no_replica_from_ending(
         leave.wait(30.0)
         return {}
 
-    monkeypatch.setattr(counts, "_CLOSING_SECONDS", 0.01)
-    one = Counts("engine", hang)
+    monkeypatch.setattr(replica_metrics, "_CLOSING_SECONDS", 0.01)
+    one = ReplicaCounters("engine", hang)
     one.close()
     assert entered.wait(30.0) and not leave.is_set() and one._thread.is_alive()
     leave.set()

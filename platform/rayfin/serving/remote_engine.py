@@ -12,7 +12,7 @@ from rayfin.config.serving import ServeConfig
 from rayfin.errors import Overloaded, Unavailable
 from rayfin.serving.engine.request import Chunk, Request, Sink, check_prompt
 from rayfin.serving.engine.request_tasks import RequestTasks
-from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, told
+from rayfin.serving.routing import ADAPTER, RESIDENT, STATS, replica_reports
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -43,7 +43,7 @@ class RemoteEngine:
     @property
     def failure(self) -> BaseException | None:
         """None while there is a replica."""
-        return None if told() else Unavailable("no engine replica is there")
+        return None if replica_reports() else Unavailable("no engine replica is there")
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Raises RequestError, Unavailable where there is no replica, or Overloaded where all have
@@ -52,7 +52,7 @@ class RemoteEngine:
         A replica may still refuse: then the one chunk that comes says so.
         """
         check_prompt(request, self.max_length, len(self.tokenizer))
-        if not (replicas := len(told())):
+        if not (replicas := len(replica_reports())):
             raise Unavailable(
                 "no engine replica is ready: it starts or is replaced; try again soon"
             )
@@ -65,13 +65,13 @@ class RemoteEngine:
         """Adapters in a slot of any replica."""
         return {
             ref: nbytes
-            for replica in told().values()
+            for replica in replica_reports().values()
             for ref, nbytes in replica.get(RESIDENT, {}).items()
         }
 
     def stats(self) -> Any:
         """The replicas' counts added up, a second old."""
-        replicas = told().values()
+        replicas = replica_reports().values()
         total = {"replicas": len(replicas), "waiting": 0, "running": 0}
         for replica in replicas:
             for name, count in replica.get(STATS, {}).items():

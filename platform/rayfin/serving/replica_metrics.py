@@ -10,19 +10,25 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 import ray
 from ray.util import list_named_actors
 
-from rayfin.serving import shared
+from rayfin.serving import kv_store
+from rayfin.serving.api.metrics import GAUGES, PrometheusMetrics
 
 log = logging.getLogger(__name__)
+
+API, ENGINE = "api", "engine"
+"""The kinds of replicas that write counts."""
 
 _PERIOD = 1.0
 _CLOSING_SECONDS = 5.0
 
 
-class Counts:
+class ReplicaCounters:
     """The counts of this replica among those of its kind, written every second by a thread."""
 
     def __init__(self, kind: str, read: Callable[[], Mapping[str, float]]) -> None:
@@ -42,7 +48,7 @@ class Counts:
         with self._lock:
             if self._key is None:
                 self._key, self._before = _take_key(self._kind)
-            shared.put(self._key, added([self._before, self._read()]))
+            kv_store.put(self._key, sum_by_name([self._before, self._read()]))
 
     def close(self) -> None:
         """Writes what has been counted; gives up after a while where Ray's head hangs."""
@@ -68,10 +74,10 @@ class Counts:
 
 def total(kind: str) -> dict[str, float]:
     """Returns the sums over all replicas of a kind, those that have died included."""
-    return added([shared.get(key) or {} for key in shared.keys(f"counts/{kind}/")])
+    return sum_by_name([kv_store.get(key) or {} for key in kv_store.keys(f"counts/{kind}/")])
 
 
-def added(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def sum_by_name(counts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Returns the sum of the values of each name."""
     sums: dict[str, float] = {}
     for one in counts:
@@ -87,12 +93,39 @@ def first_names(kind: str, wanted: Iterable[str], most: int) -> set[str]:
     Each is a key that is written once, so that all replicas see the same.
     """
     prefix = f"names/{kind}/"
-    names = [str(shared.get(key)) for key in shared.keys(prefix)]
+    names = [str(kv_store.get(key)) for key in kv_store.keys(prefix)]
     for name in wanted:
         while name not in names and len(names) < most:
             key = f"{prefix}{len(names):08}"
-            names.append(str(shared.get(key)) if shared.put(key, name, overwrite=False) else name)
+            names.append(
+                str(kv_store.get(key)) if kv_store.put(key, name, overwrite=False) else name
+            )
     return set(names)
+
+
+def engine_counters(stats: Any) -> dict[str, float]:
+    """Returns what an engine has counted: the fields of its `stats` that are no gauges."""
+    return {name: value for name, value in asdict(stats).items() if name not in GAUGES}
+
+
+class RayMetricsAggregator:
+    """`rayfin.serving.api.metrics.MetricsAggregator` over Ray's key-value store."""
+
+    def __init__(self, metrics: PrometheusMetrics) -> None:
+        self._counts = ReplicaCounters(API, metrics.counted)
+
+    def labels(self, wanted: Iterable[str], most: int) -> set[str]:
+        return first_names("adapters", wanted, most)
+
+    def total(self) -> Mapping[str, float]:
+        self._counts.write()
+        return total(API)
+
+    def engine_total(self) -> Mapping[str, float]:
+        return total(ENGINE)
+
+    def close(self) -> None:
+        self._counts.close()
 
 
 def _take_key(kind: str) -> tuple[str, Mapping[str, float]]:
@@ -106,10 +139,10 @@ def _take_key(kind: str) -> tuple[str, Mapping[str, float]]:
     index = 0
     while True:
         prefix = f"owner/{kind}/{index}/"
-        owners = sorted(int(key.removeprefix(prefix)) for key in shared.keys(prefix))
+        owners = sorted(int(key.removeprefix(prefix)) for key in kv_store.keys(prefix))
         last = owners[-1] if owners else -1
-        free = last < 0 or shared.get(f"{prefix}{last}") not in alive
-        if free and not shared.put(f"{prefix}{last + 1}", me, overwrite=False):
+        free = last < 0 or kv_store.get(f"{prefix}{last}") not in alive
+        if free and not kv_store.put(f"{prefix}{last + 1}", me, overwrite=False):
             key = f"counts/{kind}/{index}"
-            return key, shared.get(key) or {}
+            return key, kv_store.get(key) or {}
         index += 1

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 
 from rayfin.serving.engine.batch import Batch, SlotSpan
-from rayfin.serving.engine.family import Family, product
 from rayfin.serving.engine.host_adapter import HostAdapter, LowRank
+from rayfin.serving.engine.joint_product import JointProduct, product
 from rayfin.serving.engine.low_rank import LowRankKernel, blocks_of
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackedGroups:
     """Groups of a few tokens each, computed by one product over the slots [first, last]."""
 
     first: int
@@ -32,7 +32,7 @@ class Stack:
         return self.places.shape
 
 
-class Mixture:
+class SlotAssignment:
     """Which tokens of the batch belong to which slots: what every layer's adapters look up.
 
     Set once a step by the model; shared by all layers.
@@ -49,7 +49,7 @@ class Mixture:
         """The largest rank among the batch's low-rank adapters; 0 where there is none."""
         self.scaled = False
         """Some adapter of the batch scales inputs or outputs."""
-        self.stack: Stack | None = None
+        self.stack: StackedGroups | None = None
         self.groups: tuple[SlotSpan, ...] = ()
         """Low-rank groups outside the stack, computed one by one."""
 
@@ -68,7 +68,7 @@ class Mixture:
         self.groups = tuple(low_rank[stacked:])
 
 
-def _stack(groups: list[SlotSpan], device: torch.device) -> Stack | None:
+def _stack(groups: list[SlotSpan], device: torch.device) -> StackedGroups | None:
     """One product for all `groups` (in the order of their slots), where that is the less work.
 
     It also reads the slots in between, and pads short groups to the longest.
@@ -89,7 +89,7 @@ def _stack(groups: list[SlotSpan], device: torch.device) -> Stack | None:
         real += range(at, at + count)
         targets += range(group.start, group.stop)
     direct = targets == list(range(places.numel()))
-    return Stack(
+    return StackedGroups(
         first,
         last,
         places.to(device),
@@ -108,13 +108,13 @@ class SlotLinear(torch.nn.Module):
     """
 
     def __init__(
-        self, base: torch.nn.Module, mixture: Mixture, slots: int, dtype: torch.dtype
+        self, base: torch.nn.Module, assignment: SlotAssignment, slots: int, dtype: torch.dtype
     ) -> None:
         """`dtype`: of the values that the layer is given."""
         super().__init__()
         self._dtype = dtype
-        self.base, self.mixture, self.slots = base, mixture, slots
-        self.family: Family | None = None
+        self.base, self.assignment, self.slots = base, assignment, slots
+        self.joint: JointProduct | None = None
         """The layers that are given the same input, if it is computed with them."""
         # Ours, and nobody's submodules: the layer underneath keeps its place in the model.
         self.a: torch.Tensor | None = None
@@ -138,40 +138,40 @@ class SlotLinear(torch.nn.Module):
         return int(self.base.out_features)  # type: ignore[arg-type]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        mixture = self.mixture
+        assignment = self.assignment
         flat = hidden.reshape(-1, hidden.shape[-1])
-        scaled = mixture.scaled
+        scaled = assignment.scaled
         given = flat
         if scaled and self.in_scale is not None:
-            given = flat * self.in_scale[mixture.slots]
-        if self.family is not None and given is flat:
-            out = self.family.product(self.base, hidden)
+            given = flat * self.in_scale[assignment.slots]
+        if self.joint is not None and given is flat:
+            out = self.joint.product(self.base, hidden)
         else:
             out = product(self.base, given)
         if scaled and self.out_scale is not None:
-            scale = self.out_scale[mixture.slots]
+            scale = self.out_scale[assignment.slots]
             bias = getattr(self.base, "bias", None)
             out = out * scale if bias is None else (out - bias) * scale + bias
         if scaled and self.shift is not None:
-            out = out + self.shift[mixture.slots]
-        if mixture.rank and self.a is not None:
+            out = out + self.shift[assignment.slots]
+        if assignment.rank and self.a is not None:
             self._add_low_rank(flat, out)
         return out.view(*hidden.shape[:-1], out.shape[-1])
 
     def _add_low_rank(self, flat: torch.Tensor, out: torch.Tensor) -> None:
-        mixture, a, b = self.mixture, self.a, self.b
+        assignment, a, b = self.assignment, self.a, self.b
         assert a is not None
         assert b is not None
-        if mixture.kernel is not None:
-            mixture.kernel.add(flat, out, a, b, self.ranks, mixture.blocks)
+        if assignment.kernel is not None:
+            assignment.kernel.add(flat, out, a, b, self.ranks, assignment.blocks)
             return
-        rank = min(mixture.rank, a.shape[1])
-        if (stack := mixture.stack) is not None:
+        rank = min(assignment.rank, a.shape[1])
+        if (stack := assignment.stack) is not None:
             a_all = a[stack.first - 1 : stack.last, :rank]
             b_all = b[stack.first - 1 : stack.last, :rank]
             count = stack.places.numel()
             tokens = flat[:count].view(*stack.shape, -1) if stack.direct else flat[stack.places]
-            # A x^T and not x A^T: the faster way round for a few tokens, as in `family`.
+            # A x^T and not x A^T: the faster way round for a few tokens, as in `joint_product`.
             low = torch.bmm(a_all, tokens.transpose(1, 2)).transpose(1, 2)
             if stack.direct:
                 into = out[:count].view(*stack.shape, -1)
@@ -179,7 +179,7 @@ class SlotLinear(torch.nn.Module):
             else:
                 update = torch.bmm(low, b_all).flatten(0, 1)
                 out.index_add_(0, stack.targets, update[stack.real])
-        for group in mixture.groups:
+        for group in assignment.groups:
             if group.slot in self.filled:
                 low = flat[group.start : group.stop] @ a[group.slot - 1, :rank].t()
                 out[group.start : group.stop].addmm_(low, b[group.slot - 1, :rank])

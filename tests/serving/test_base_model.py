@@ -16,12 +16,12 @@ from rayfin.config import load_serve_config
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError
 from rayfin.models import base_of, locate, skeleton
-from rayfin.serving import fit
+from rayfin.serving import compatibility
+from rayfin.serving.compatibility import served_names
 from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.layout import linears_of
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vllm_backend import check_lora
-from rayfin.serving.fit import served_names
 
 
 @pytest.fixture(scope="module")
@@ -164,5 +164,7 @@ def test_what_the_base_refuses_is_counted_and_not_listed(
     refused_then = served_names(config, registry).list().refused
     assert "whole@1" not in {version.ref for version in refused_then}
     # What was found to fit is not read again.
-    monkeypatch.setattr(fit, "read_settings", lambda source: pytest.fail(f"{source.ref} was read"))
+    monkeypatch.setattr(
+        compatibility, "read_settings", lambda source: pytest.fail(f"{source.ref} was read")
+    )
     assert names.resolve("mine").answer_name == "mine@1"

@@ -19,7 +19,7 @@ from rayfin.serving.api.errors import ApiError
 _MINUTE = 60.0
 
 
-class _Allowance:
+class _TokenBucket:
     """A token bucket: `per_minute` requests at once, and as many again over a minute."""
 
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
@@ -37,13 +37,13 @@ class _Allowance:
         return (1 - self._left) * _MINUTE / self._per_minute
 
 
-class Keys:
+class ApiKeys:
     """The configured keys. Used by the event loop only; limits count in this process alone."""
 
     def __init__(self, config: ApiConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._entries = [(_digest(entry.key), entry) for entry in config.api_keys]
         self._allowances = {
-            entry.key: _Allowance(entry.requests_per_minute, clock)
+            entry.key: _TokenBucket(entry.requests_per_minute, clock)
             for entry in config.api_keys
             if entry.requests_per_minute is not None
         }

@@ -20,7 +20,7 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Children of a module that transformers' models call one after the other with one tensor."""
 
 
-class Family:
+class JointProduct:
     """Layers whose products with one input are computed when the first of them is called.
 
     A layer that is called with another tensor than the first one was computes its own product.
@@ -50,12 +50,12 @@ class Family:
         return _finished(out, linear.bias)  # type: ignore[arg-type]
 
 
-def join(linears: Sequence[torch.nn.Module]) -> Family | None:
+def join_layers(linears: Sequence[torch.nn.Module]) -> JointProduct | None:
     """Their weights become views of one, for no more memory; None for layers of other kinds."""
     if all(isinstance(one, Int8Linear) for one in linears):
         rounded, starts = int8.join(linears)  # type: ignore[arg-type]
         kernel: int8.Int8Kernel = linears[0].kernel  # type: ignore[assignment]
-        return Family(linears, starts, lambda flat: kernel.times(flat, rounded))
+        return JointProduct(linears, starts, lambda flat: kernel.times(flat, rounded))
     if not all(is_plain(one) for one in linears):
         return None
     weight = torch.cat([one.weight.detach() for one in linears])  # type: ignore[operator]
@@ -65,7 +65,7 @@ def join(linears: Sequence[torch.nn.Module]) -> Family | None:
         one.weight = torch.nn.Parameter(weight[start:stop], requires_grad=False)
         starts.append(start)
         start = stop
-    return Family(linears, starts, lambda flat: _times(weight, flat))
+    return JointProduct(linears, starts, lambda flat: _times(weight, flat))
 
 
 def product(linear: Any, flat: torch.Tensor) -> torch.Tensor:

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any, cast
 
 from rayfin.errors import AdapterError
-from rayfin.serving.bounded import BoundedCalls
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vocabulary import SETTINGS, named_token
+from rayfin.serving.timed_executor import TimedExecutor
 
 MAX_TEMPLATE = 64 * 2**10
 """The most characters of a chat template; the longest in use have about 20,000."""
@@ -24,21 +24,21 @@ _REMEMBERED = 1024
 
 
 @dataclass(frozen=True)
-class OwnTokenizer:
+class AdapterTokenizer:
     """The chat template and the end-of-sequence token that an adapter brings, if it does."""
 
     template: str | None = None
     eos_token: str | None = None
 
 
-class OwnFiles:
+class AdapterTokenizers:
     """Reads the tokenizers that adapters bring, once for each version."""
 
-    def __init__(self, looks: BoundedCalls) -> None:
+    def __init__(self, looks: TimedExecutor) -> None:
         self._looks = looks
-        self._known: OrderedDict[str, OwnTokenizer] = OrderedDict()
+        self._known: OrderedDict[str, AdapterTokenizer] = OrderedDict()
 
-    async def of(self, source: AdapterSource) -> OwnTokenizer:
+    async def of(self, source: AdapterSource) -> AdapterTokenizer:
         """Returns what the version brings.
 
         Raises AdapterError for files that can't be used, Unavailable where the disk stalls.
@@ -54,11 +54,11 @@ class OwnFiles:
             self._known[source.ref] = own
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
-        return cast("OwnTokenizer", own)
+        return cast("AdapterTokenizer", own)
 
 
-def _read_own(source: AdapterSource) -> tuple[OwnTokenizer, bool]:
-    own = OwnTokenizer(read_template(source), read_eos_token(source))
+def _read_own(source: AdapterSource) -> tuple[AdapterTokenizer, bool]:
+    own = AdapterTokenizer(read_template(source), read_eos_token(source))
     return own, source.path.is_dir()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rayfin.errors import Unavailable
-from rayfin.serving.bounded import BoundedCalls
+from rayfin.serving.timed_executor import TimedExecutor
 
 PATIENCE = 60.0
 NEVER = 3600.0
@@ -28,7 +28,7 @@ def leave() -> Iterator[threading.Event]:
 def test_a_call_behind_those_that_hang_is_given_up_from_when_it_was_asked_for(
     leave: threading.Event,
 ) -> None:
-    calls, begun = BoundedCalls("disk", threads=1, seconds=NEVER, most_stuck=9), threading.Event()
+    calls, begun = TimedExecutor("disk", threads=1, seconds=NEVER, most_stuck=9), threading.Event()
     ran: list[str] = []
 
     def hang() -> None:
@@ -50,7 +50,7 @@ def test_a_call_behind_those_that_hang_is_given_up_from_when_it_was_asked_for(
 
 
 def test_what_comes_too_late_is_kept_for_the_next(leave: threading.Event) -> None:
-    calls, kept = BoundedCalls("disk", threads=1, seconds=NEVER, most_stuck=1), []
+    calls, kept = TimedExecutor("disk", threads=1, seconds=NEVER, most_stuck=1), []
     begun = threading.Event()
 
     def slow() -> str:
@@ -65,7 +65,7 @@ def test_what_comes_too_late_is_kept_for_the_next(leave: threading.Event) -> Non
         asked.result(PATIENCE)
     with pytest.raises(Unavailable, match=r"'a' is being read, and that has not ended for \d+ s"):
         calls.submit("'a' is being read", slow).result(PATIENCE)
-    assert calls.stuck == 0 and calls.ailment is None, "it has run for a moment only"
+    assert calls.stuck == 0 and calls.health_problem is None, "it has run for a moment only"
     leave.set()
     wait_until(lambda: kept)
     assert kept == ["red"]
@@ -73,7 +73,7 @@ def test_what_comes_too_late_is_kept_for_the_next(leave: threading.Event) -> Non
 
 
 def test_what_is_refused_while_too_many_hang_says_what_and_why(leave: threading.Event) -> None:
-    calls = BoundedCalls("disk", threads=1, seconds=SOON, most_stuck=2)
+    calls = TimedExecutor("disk", threads=1, seconds=SOON, most_stuck=2)
     for number, name in enumerate("ab", start=1):
         calls.submit(f"adapter '{name}@1' is being read", lambda: leave.wait(PATIENCE))
         wait_until(lambda: calls.stuck == number)  # noqa: B023
@@ -83,14 +83,14 @@ def test_what_is_refused_while_too_many_hang_says_what_and_why(leave: threading.
         "adapter 'c@1' is being read, and that can't be begun: 2 other reads of the server's "
         "storage hang; the disk or network that it lies on has to be mended, then try again"
     )
-    assert "'a@1'" in (calls.ailment or ""), "the log says which"
+    assert "'a@1'" in (calls.health_problem or ""), "the log says which"
     leave.set()
-    wait_until(lambda: calls.ailment is None)
+    wait_until(lambda: calls.health_problem is None)
     assert calls.submit("adapter 'c@1' is being read", lambda: 3).result(PATIENCE) == 3
 
 
 def test_errors_and_cancelled_calls(leave: threading.Event) -> None:
-    calls = BoundedCalls("disk", threads=1, seconds=NEVER, most_stuck=1)
+    calls = TimedExecutor("disk", threads=1, seconds=NEVER, most_stuck=1)
     with pytest.raises(KeyError):
         calls.submit("'a' is being read", lambda: {}["a"]).result(PATIENCE)
     hangs = calls.submit("'a' is being read", lambda: leave.wait(PATIENCE))
@@ -103,7 +103,7 @@ def test_errors_and_cancelled_calls(leave: threading.Event) -> None:
     calls.close()
 
 
-def make_late(calls: BoundedCalls, since: str, *late: Any) -> None:
+def make_late(calls: TimedExecutor, since: str, *late: Any) -> None:
     """As if they had been asked for, or had begun, too long ago."""
     with calls._changed:
         for call in late:

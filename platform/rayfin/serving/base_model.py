@@ -20,7 +20,7 @@ _SHOWN = 3
 """The most adapters, and the most bases, that an error names."""
 
 
-def with_own_base(config: ServeConfig, use: str | None = None) -> ServeConfig:
+def with_adapters_base(config: ServeConfig, use: str | None = None) -> ServeConfig:
     """Returns `config` with the base of adapter `use`, or of all adapters of its registry.
 
     It stays as it is where model.name was given, and where there is no adapter. Raises ConfigError
@@ -48,11 +48,11 @@ def with_own_base(config: ServeConfig, use: str | None = None) -> ServeConfig:
     # Of a base and its quantised twin the plain one, which can be quantised here.
     first = min(groups[0], key=lambda one: len(str(one.base_model)))
     assert first.base is not None
-    model = here(first.base, config.model, f"adapter '{first.ref}'", _revision(first))
+    model = find_base(first.base, config.model, f"adapter '{first.ref}'", _revision(first))
     return config.model_copy(update={"model": model})
 
 
-def here(
+def find_base(
     base: Base, model: ModelConfig, who: str, revision: str | None = None, more: str = ""
 ) -> ModelConfig:
     """Returns `model` with the name by which `base`, which `who` names, is found on this machine.

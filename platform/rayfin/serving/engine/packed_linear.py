@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rayfin.compat.torch import pack_linear_weight, packed_product
-from rayfin.serving.engine.family import is_plain
+from rayfin.serving.engine.joint_product import is_plain
 
 
 class PackedLinear(torch.nn.Module):

@@ -44,7 +44,7 @@ class TokenTexts:
         return list(self.look(token_id)[1])
 
 
-class ChatAnswers:
+class ChatChoiceWriter:
     """The choices of /v1/chat/completions."""
 
     prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -92,7 +92,7 @@ class ChatAnswers:
         }
 
 
-class CompletionAnswers:
+class CompletionChoiceWriter:
     """The choices of /v1/completions."""
 
     prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
@@ -140,7 +140,7 @@ class CompletionAnswers:
         }
 
 
-Answers = ChatAnswers | CompletionAnswers
+ChoiceWriter = ChatChoiceWriter | CompletionChoiceWriter
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:

@@ -27,7 +27,7 @@ from rayfin.models import (
     load_tokenizer,
     skeleton,
 )
-from rayfin.serving.bases import here
+from rayfin.serving.base_model import find_base
 from rayfin.serving.engine.adapter import check_type, read_adapter
 from rayfin.serving.engine.checks import BASE_IS_RIGHT, check_base, check_rank
 from rayfin.serving.engine.layout import MAX_VIRTUAL_TOKENS, BaseLayout, linears_of
@@ -35,7 +35,7 @@ from rayfin.serving.engine.peft_files import AdapterSettings, read_settings
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vllm_backend import check_lora, check_lora_type
 from rayfin.serving.engine.vocabulary import Vocabulary
-from rayfin.serving.names import ModelNames, Refusal
+from rayfin.serving.model_names import ModelNames, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,9 @@ def base_to_record(
                 f"{BASE_IS_RIGHT}"
             )
         config = config.model_copy(
-            update={"model": here(claim, config.model, "the adapter", more=f" {BASE_IS_RIGHT}")}
+            update={
+                "model": find_base(claim, config.model, "the adapter", more=f" {BASE_IS_RIGHT}")
+            }
         )
     try:
         check_model(config.model, config.engine.quantization_bit)
@@ -113,11 +115,11 @@ def served_names(config: ServeConfig, catalog: Catalog) -> ModelNames:
     """
     base = Path(config.model.name).expanduser()
     places = {str(base.resolve()): config.served_name} if base.is_dir() else {}
-    refusal = Refusals(config.model, config.engine)
+    refusal = RefusalCheck(config.model, config.engine)
     return ModelNames(catalog, config.served_name, places=places, refusal=refusal)
 
 
-class Refusals:
+class RefusalCheck:
     """Why an engine would refuse versions of the registry, by their settings and facts alone.
 
     What only the tensors tell is found when they are read. May be called by several threads.

@@ -14,7 +14,7 @@ from rayfin.history import SERVING
 if TYPE_CHECKING:
     from rayfin.history import History
     from rayfin.serving.api.protocol import ServedEngine
-    from rayfin.serving.api.record import Record
+    from rayfin.serving.api.request_log import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ ADAPTER_BYTES = f"{SERVING}adapter_bytes"
 
 
 @dataclass
-class Sums:
+class ServingTotals:
     """What was measured of one trial's adapter and is not written yet."""
 
     requests: int = 0
@@ -44,14 +44,14 @@ class Sums:
     token_seconds: float = 0.0
     nbytes: int | None = None
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RequestRecord) -> None:
         self.requests += 1
         self.first_seconds += record.seconds_to_first_token or 0.0
         self.tokens += record.later_tokens
         self.token_seconds += record.seconds_of_later_tokens
 
-    def merged(self, other: Sums) -> Sums:
-        return Sums(
+    def merged(self, other: ServingTotals) -> ServingTotals:
+        return ServingTotals(
             self.requests + other.requests,
             self.first_seconds + other.first_seconds,
             self.tokens + other.tokens,
@@ -60,7 +60,7 @@ class Sums:
         )
 
     @classmethod
-    def of(cls, metrics: Mapping[str, Any]) -> Sums:
+    def of(cls, metrics: Mapping[str, Any]) -> ServingTotals:
         """What `as_metrics` wrote; nothing where others left what can't be read."""
         try:
             requests, tokens = int(metrics[REQUESTS]), int(metrics.get(TOKENS, 0))
@@ -84,7 +84,7 @@ class Sums:
         return metrics
 
 
-class Figures:
+class HistoryMetrics:
     """Adds up what is measured, and writes it to the history every so often, on its own thread.
 
     Several processes may do so for the same trial: each adds its own. While the history can't be
@@ -93,7 +93,7 @@ class Figures:
 
     def __init__(self, history_url: str, engine: ServedEngine, period: float = PERIOD) -> None:
         self._url, self._engine, self._period = history_url, engine, period
-        self._sums: dict[tuple[str, str], Sums] = {}
+        self._sums: dict[tuple[str, str], ServingTotals] = {}
         """(trial id, adapter version) -> what is to be written."""
         self._lock = threading.Lock()
         self._history: History | None = None
@@ -102,7 +102,7 @@ class Figures:
         self._thread = threading.Thread(target=self._run, name="figures", daemon=True)
         self._thread.start()
 
-    def count(self, record: Record) -> None:
+    def count(self, record: RequestRecord) -> None:
         """Takes down a request that has ended; those of adapters without a trial don't count."""
         if record.trial_id is None or record.answered_by is None or record.status != 200:
             return
@@ -110,7 +110,7 @@ class Figures:
             return
         with self._lock:
             key = (record.trial_id, record.answered_by)
-            sums = self._sums.setdefault(key, Sums())
+            sums = self._sums.setdefault(key, ServingTotals())
             sums.add(record)
             if sums.nbytes is None:  # at the end, when all is written, the engine may be gone
                 sums.nbytes = self._engine.resident().get(record.answered_by)
@@ -136,12 +136,12 @@ class Figures:
             except Exception as error:  # noqa: BLE001  # this trial's, perhaps; others have theirs
                 failure = error
                 with self._lock:
-                    self._sums[key] = sums.merged(self._sums.get(key, Sums()))
+                    self._sums[key] = sums.merged(self._sums.get(key, ServingTotals()))
         if failure is not None and not self._complained:
             log.warning("serving figures can't be written now, and are kept: %s", failure)
         self._complained = failure is not None
 
-    def _write_one(self, trial_id: str, ref: str, sums: Sums) -> None:
+    def _write_one(self, trial_id: str, ref: str, sums: ServingTotals) -> None:
         sums.nbytes = self._engine.resident().get(ref, sums.nbytes)
         if self._history is None:
             self._history = self._open()
@@ -159,5 +159,5 @@ class Figures:
         self.write()
 
 
-def _added(sums: Sums, metrics: Mapping[str, Any]) -> dict[str, float]:
-    return Sums.of(metrics).merged(sums).as_metrics()
+def _added(sums: ServingTotals, metrics: Mapping[str, Any]) -> dict[str, float]:
+    return ServingTotals.of(metrics).merged(sums).as_metrics()

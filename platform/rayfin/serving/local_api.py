@@ -34,8 +34,8 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
     from rayfin.adapters.served import ServedCatalog
     from rayfin.paths import Storage
     from rayfin.serving.api.app import create_app
+    from rayfin.serving.compatibility import served_names
     from rayfin.serving.engine.open import open_engine
-    from rayfin.serving.fit import served_names
 
     engine = open_engine(config.model, config.engine)
     try:

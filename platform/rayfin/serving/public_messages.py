@@ -22,7 +22,7 @@ _REMEDY = "whoever runs the server finds the remedy in its log"
 _MOST = 1024
 
 
-class PublicTexts:
+class PublicMessages:
     """Rewords errors for clients, and logs each once as it was; thread-safe.
 
     What is withheld is for whoever runs the server, who can use a path and run a command.
@@ -64,7 +64,7 @@ class PublicTexts:
         log.warning("in full, for whoever runs this server: %s", printable(text))
 
 
-class Outage:
+class AvailabilityLog:
     """Whether something that requests need is there; logs when it goes and when it is back."""
 
     def __init__(self, what: str) -> None:

@@ -17,14 +17,14 @@ from rayfin.heartbeat import whereabouts
 log = logging.getLogger(__name__)
 
 
-class BoundedCalls:
+class TimedExecutor:
     """Runs calls on threads of its own, a few at a time; thread-safe.
 
     Whoever asks for one waits no longer than `seconds`, also where others are before it: then its
     future raises Unavailable, and a call that has not begun is not made. One that runs for longer
     than `seconds` is stuck: its place is given to the next. Python can't end its thread, which
     stays where it is. When `most_stuck` of them are stuck, nothing is begun until one comes back,
-    and `ailment` says so.
+    and `health_problem` says so.
     """
 
     def __init__(self, name: str, *, threads: int, seconds: float, most_stuck: int) -> None:
@@ -66,7 +66,7 @@ class BoundedCalls:
         return call_.future
 
     @property
-    def ailment(self) -> str | None:
+    def health_problem(self) -> str | None:
         """The calls that are stuck, in words, once no more are begun for them; None before.
 
         For logs: it may name what is no business of a client.

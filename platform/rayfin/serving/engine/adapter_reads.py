@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rayfin.errors import AdapterError, RayfinError, Unavailable
-from rayfin.serving.bounded import BoundedCalls
+from rayfin.serving.timed_executor import TimedExecutor
 
 MOST_STUCK = 16
 """Adapters whose reading may hang before the engine is to be replaced: a thread for each."""
@@ -20,9 +20,9 @@ _AWAY = (
 )
 
 
-def adapter_reads(load_seconds: float) -> BoundedCalls:
+def adapter_reads(load_seconds: float) -> TimedExecutor:
     """Returns threads for reads of adapters, each of which may take `load_seconds`."""
-    return BoundedCalls(
+    return TimedExecutor(
         "adapter-load", threads=_THREADS, seconds=load_seconds, most_stuck=MOST_STUCK
     )
 

@@ -54,7 +54,7 @@ def saved_tables(
     return tensors
 
 
-class OwnTables:
+class AdapterTables:
     """The tables of the adapters that are in slots now.
 
     A token is embedded and scored by those of its own adapter.

@@ -14,11 +14,10 @@ from rayfin.adapters.served import ServedCatalog
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import RayfinError
 from rayfin.paths import Storage
-from rayfin.serving.counts import Counts
 from rayfin.serving.engine.open import open_engine
 from rayfin.serving.engine.request import Chunk, FinishReason, Request
-from rayfin.serving.follower import Follower
-from rayfin.serving.pool import ENGINE, counts_of
+from rayfin.serving.replica_cleanup import ReplicaCleanup
+from rayfin.serving.replica_metrics import ENGINE, ReplicaCounters, engine_counters
 from rayfin.serving.routing import RESIDENT, STATS
 
 # A message between two replicas costs about a millisecond of each one's processor: so many a
@@ -32,10 +31,12 @@ class EngineReplica:
 
     def __init__(self, config: ServeConfig, use_gpu: bool) -> None:
         self._engine = open_engine(config.model, config.engine, use_gpu=use_gpu)
-        self._follower = Follower(self._engine, ServedCatalog(Storage.at(config.storage).adapters))
+        self._cleanup = ReplicaCleanup(
+            self._engine, ServedCatalog(Storage.at(config.storage).adapters)
+        )
         self._streams = 0
         self._counts = (
-            Counts(ENGINE, lambda: counts_of(self._engine.stats()))
+            ReplicaCounters(ENGINE, lambda: engine_counters(self._engine.stats()))
             if ray.is_initialized()
             else None  # there are no others
         )
@@ -48,19 +49,19 @@ class EngineReplica:
         `caller` is the name of the actor that asks, and `adapter` is for the router. A request
         that the engine refuses gets one chunk, whose error says why.
         """
-        outbox = Outbox(asyncio.get_running_loop())
-        self._follower.begun(request, caller)
+        outbox = ChunkQueue(asyncio.get_running_loop())
+        self._cleanup.begun(request, caller)
         try:
             self._engine.submit(request, outbox.put)
         except RayfinError as error:
-            self._follower.ended(request)
+            self._cleanup.ended(request)
             yield Chunk("", (), finish_reason="error", error=error)
             return
         self._streams += 1
         try:
             ended = False
             while not ended:
-                chunk = join(await outbox.take())
+                chunk = merge_chunks(await outbox.take())
                 yield chunk
                 ended = chunk.finish_reason is not None
                 if not ended:
@@ -69,7 +70,7 @@ class EngineReplica:
         finally:
             self._streams -= 1
             self._engine.cancel(request.request_id)
-            self._follower.ended(request)
+            self._cleanup.ended(request)
 
     async def ping(self) -> None:
         """Answers."""
@@ -83,8 +84,8 @@ class EngineReplica:
         """Raises where the engine has given up: Serve replaces the replica."""
         if self._engine.failure is not None:
             raise RuntimeError("the engine has failed") from self._engine.failure
-        if (ailment := self._engine.ailment) is not None:
-            raise RuntimeError(ailment)
+        if (health_problem := self._engine.health_problem) is not None:
+            raise RuntimeError(health_problem)
 
     def __del__(self) -> None:
         # Serve calls this when the replica is to stop, and has waited for its requests to end.
@@ -92,13 +93,13 @@ class EngineReplica:
             self.close()
 
     def close(self) -> None:
-        self._follower.close()
+        self._cleanup.close()
         self._engine.close()
         if self._counts is not None:
             self._counts.close()
 
 
-class Outbox:
+class ChunkQueue:
     """Chunks on their way from the engine's thread to one coroutine, which is woken rarely."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -135,7 +136,7 @@ class Outbox:
             pass
 
 
-def join(chunks: Sequence[Chunk]) -> Chunk:
+def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
     """What several steps brought, as if it were one."""
     if len(chunks) == 1:
         return chunks[0]

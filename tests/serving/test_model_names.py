@@ -16,8 +16,8 @@ import pytest
 from rayfin.adapters import AdapterRef, Registry
 from rayfin.errors import AdapterError, AdapterNotFound, ConfigError
 from rayfin.serving.engine.request import AdapterSource
-from rayfin.serving.names import MAX_AGE, ModelNames
-from rayfin.serving.public import PublicTexts
+from rayfin.serving.model_names import MAX_AGE, ModelNames
+from rayfin.serving.public_messages import PublicMessages
 
 BASE = "HuggingFaceTB/SmolLM2-135M"
 
@@ -330,7 +330,7 @@ def test_an_alias_whose_version_is_gone_is_said_as_such(
 def test_a_flood_of_unknown_names_is_not_remembered(
     registry: Registry, names: ModelNames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayfin.serving.names._MAX_REMEMBERED", 2)
+    monkeypatch.setattr("rayfin.serving.model_names._MAX_REMEMBERED", 2)
     for number in range(500):
         with pytest.raises(AdapterNotFound):
             names.resolve(f"unknown-{number}")
@@ -375,7 +375,7 @@ def test_clients_are_told_names_and_the_log_the_rest(
     tmp_path: Path, text: str, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     base, root = tmp_path / "bases" / "base", tmp_path / "adapters"
-    public = PublicTexts({str(base): "public", str(root): ""})
+    public = PublicMessages({str(base): "public", str(root): ""})
     full = text.replace("BASE", str(base)).replace("ROOT", str(root))
     remedy = "whoever runs the server finds the remedy in its log"
     for _ in range(2):
@@ -387,8 +387,8 @@ def test_clients_are_told_names_and_the_log_the_rest(
 def test_the_log_of_refusals_is_bounded_and_steers_no_terminal(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rayfin.serving.public._MOST", 4)
-    public = PublicTexts({})
+    monkeypatch.setattr("rayfin.serving.public_messages._MOST", 4)
+    public = PublicMessages({})
     for number in range(100):
         public(f"'/x/{number}a\x1b[31m' is damaged")
         assert len(public._logged) <= 4

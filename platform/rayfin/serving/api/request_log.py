@@ -34,7 +34,7 @@ def new_request_id() -> str:
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """Filled in while a request is answered; times in seconds of a clock that only counts."""
 
     path: str
@@ -109,9 +109,9 @@ def request_id_of(scope: Scope) -> str:
     return new_request_id()
 
 
-def record_of(request: Request) -> Record:
+def record_of(request: Request) -> RequestRecord:
     """The record that the gate has put beside the request."""
-    record: Record = request.state.record
+    record: RequestRecord = request.state.record
     return record
 
 
@@ -147,7 +147,7 @@ class RequestLog:
         self._thread = threading.Thread(target=self._run, name="request-log", daemon=True)
         self._thread.start()
 
-    def write(self, record: Record) -> None:
+    def write(self, record: RequestRecord) -> None:
         """Hands the line to the thread; never waits."""
         entry: dict[str, Any] = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),

@@ -12,9 +12,9 @@ import pytest
 from pydantic import ValidationError
 
 from rayfin.config.serving import ApiConfig
-from rayfin.serving.api import keys as keys_module
+from rayfin.serving.api import api_keys
+from rayfin.serving.api.api_keys import ApiKeys
 from rayfin.serving.api.errors import ApiError
-from rayfin.serving.api.keys import Keys
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_what_names_all_adapters_is_for_the_operator_and_for_keys_to_all(
 
 def test_looking_at_the_metrics_takes_nothing_of_an_allowance() -> None:
     config = ApiConfig.model_validate({"api_keys": [{"key": "k", "requests_per_minute": 1}]})
-    keys = Keys(config, lambda: 0.0)
+    keys = ApiKeys(config, lambda: 0.0)
     request: Any = SimpleNamespace(headers={"authorization": "Bearer k"})
     assert keys.may_see_all(request) and keys.may_see_all(request)
     assert keys.admit(request) is not None
@@ -169,7 +169,7 @@ def test_every_secret_is_compared_whole_and_in_constant_time(
 
     compare_digest = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    keys = Keys(config)
+    keys = ApiKeys(config)
     request: Any = SimpleNamespace(headers={"authorization": f"Bearer {given}"})
     with contextlib.suppress(ApiError):
         keys.admit(request)
@@ -179,7 +179,7 @@ def test_every_secret_is_compared_whole_and_in_constant_time(
     assert len(compared) == (4 if given else 3)
     assert {len(secret) for pair in compared for secret in pair} == {32}
     # Nothing else looks at a secret.
-    source = ast.parse(inspect.getsource(keys_module))
+    source = ast.parse(inspect.getsource(api_keys))
     for node in ast.walk(source):
         if isinstance(node, ast.Compare) and any(isinstance(o, ast.Eq) for o in node.ops):
             assert "scheme" in ast.unparse(node), ast.unparse(node)
@@ -243,7 +243,7 @@ def test_a_key_has_so_many_requests_at_a_time(
 def test_an_allowance_comes_back_with_time() -> None:
     now = 0.0
     config = ApiConfig.model_validate({"api_keys": [{"key": "k", "requests_per_minute": 30}]})
-    keys = Keys(config, lambda: now)
+    keys = ApiKeys(config, lambda: now)
     request: Any = SimpleNamespace(headers={"authorization": "Bearer k"})
 
     def admitted(times: int) -> int:

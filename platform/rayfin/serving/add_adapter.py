@@ -18,7 +18,7 @@ _SHOWN = 6
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedAdapter:
     version: AdapterVersion
     config: ServeConfig
     """The deployment, with the base that the adapter was held against."""
@@ -36,7 +36,7 @@ def add_adapter(
     *,
     alias: str | None = None,
     base_is_right: bool = False,
-) -> Added:
+) -> AddedAdapter:
     """Checks the adapter at `source` and makes it the next version of `name`, or nothing at all.
 
     `source` is a directory, a ZIP file or a hub id. `config` is the deployment that is to serve it.
@@ -53,7 +53,7 @@ def add_adapter(
         check = None
         if (found.directory / "adapter_config.json").exists():
             # Here: a full fine-tune is copied without any of what these import.
-            from rayfin.serving.fit import base_to_record, check_adapter
+            from rayfin.serving.compatibility import base_to_record, check_adapter
 
             select_files(found.directory)  # what is no adapter is told before its base is asked
             config, base = base_to_record(found.directory, config, is_right=base_is_right)
@@ -77,4 +77,4 @@ def add_adapter(
         notes.append(f"already there as {version.ref} (same content); no version was made")
     elif (other := registry.other_base(version)) is not None:
         notes.append(other)
-    return Added(version, config, is_new, tuple(notes))
+    return AddedAdapter(version, config, is_new, tuple(notes))

@@ -11,16 +11,16 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord, now
-from rayfin.serving.api.figures import (
+from rayfin.serving.api.history_metrics import (
     ADAPTER_BYTES,
     FIRST_TOKEN,
     REQUESTS,
     TOKENS,
     TOKENS_PER_SECOND,
-    Figures,
-    Sums,
+    HistoryMetrics,
+    ServingTotals,
 )
-from rayfin.serving.api.record import Record
+from rayfin.serving.api.request_log import RequestRecord
 from rayfin.serving.engine.request import AdapterSource
 
 
@@ -37,9 +37,9 @@ class Resident:
         return {"a@1": 100}
 
 
-def record(trial_id: str | None = "t", status: int = 200, ref: str = "a@1") -> Record:
+def record(trial_id: str | None = "t", status: int = 200, ref: str = "a@1") -> RequestRecord:
     """A request that took 0.5 s to its first token and 2 s for the 8 tokens after it."""
-    return Record(
+    return RequestRecord(
         "/v1/completions",
         started=10.0,
         first_token=10.5,
@@ -61,8 +61,8 @@ def url(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def figures(url: str) -> Iterator[Figures]:
-    figures = Figures(url, Resident(), period=3600)  # type: ignore[arg-type]
+def figures(url: str) -> Iterator[HistoryMetrics]:
+    figures = HistoryMetrics(url, Resident(), period=3600)  # type: ignore[arg-type]
     yield figures
     figures.close()
 
@@ -72,7 +72,9 @@ def metrics(url: str, trial_id: str = "t") -> dict[str, Any]:
         return dict(history.get(trial_id).metrics)
 
 
-def test_figures_are_added_to_those_of_before_and_of_others(url: str, figures: Figures) -> None:
+def test_figures_are_added_to_those_of_before_and_of_others(
+    url: str, figures: HistoryMetrics
+) -> None:
     figures.count(record())
     figures.write()
     assert metrics(url) == {
@@ -83,7 +85,7 @@ def test_figures_are_added_to_those_of_before_and_of_others(url: str, figures: F
         TOKENS_PER_SECOND: 4.0,
         ADAPTER_BYTES: 100,
     }
-    other = Figures(url, Resident(), period=3600)  # type: ignore[arg-type]
+    other = HistoryMetrics(url, Resident(), period=3600)  # type: ignore[arg-type]
     slow = record()
     slow.first_token = 12.5
     slow.last_token = 28.5
@@ -96,7 +98,7 @@ def test_figures_are_added_to_those_of_before_and_of_others(url: str, figures: F
     assert (merged["eval_loss"], merged[ADAPTER_BYTES]) == (1.5, 100)
 
 
-def test_only_whole_answers_of_trials_count(url: str, figures: Figures) -> None:
+def test_only_whole_answers_of_trials_count(url: str, figures: HistoryMetrics) -> None:
     figures.count(record(None))
     figures.count(record(status=499))
     figures.count(record("unknown"))
@@ -109,7 +111,7 @@ def test_only_whole_answers_of_trials_count(url: str, figures: Figures) -> None:
 
 def test_nothing_is_lost_while_the_history_is_away(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'later.sqlite'}"
-    figures = Figures(url, Resident(), period=3600)  # type: ignore[arg-type]
+    figures = HistoryMetrics(url, Resident(), period=3600)  # type: ignore[arg-type]
     figures.count(record())
     figures.write()
     assert not (tmp_path / "later.sqlite").exists()
@@ -121,9 +123,9 @@ def test_nothing_is_lost_while_the_history_is_away(tmp_path: Path) -> None:
 
 
 def test_what_others_wrote_into_the_metrics_is_no_reason_to_fail() -> None:
-    assert Sums.of({REQUESTS: "many", FIRST_TOKEN: 1.0}) == Sums()
-    assert Sums.of({REQUESTS: 2}) == Sums()
-    assert Sums.of({}) == Sums()
+    assert ServingTotals.of({REQUESTS: "many", FIRST_TOKEN: 1.0}) == ServingTotals()
+    assert ServingTotals.of({REQUESTS: 2}) == ServingTotals()
+    assert ServingTotals.of({}) == ServingTotals()
 
 
 def test_served_requests_reach_the_history(
@@ -132,7 +134,7 @@ def test_served_requests_reach_the_history(
     registry = Registry(tmp_path / "adapters")
     registry.publish("ours", tiny_adapters["lora"].path, {"trial_id": "t"})
     registry.publish("theirs", tiny_adapters["ia3"].path)
-    figures = Figures(url, engine, period=3600)
+    figures = HistoryMetrics(url, engine, period=3600)
     with tools.serving(engine, registry, tools.ApiConfig(), figures) as server:
         for _ in range(3):
             assert server.complete(model="ours", max_tokens=6, ignore_eos=True).status_code == 200
@@ -146,7 +148,9 @@ def test_served_requests_reach_the_history(
     assert found[ADAPTER_BYTES] == engine.resident()["ours@1"] > 0
 
 
-def test_serving_figures_are_no_part_of_what_a_trial_measured(url: str, figures: Figures) -> None:
+def test_serving_figures_are_no_part_of_what_a_trial_measured(
+    url: str, figures: HistoryMetrics
+) -> None:
     figures.count(record())
     figures.write()
     with History.open(url) as history:
@@ -168,7 +172,7 @@ def test_updates_of_metrics_lose_none_of_each_other(url: str) -> None:
 
 
 def test_a_row_that_cannot_be_read_holds_up_no_other(
-    url: str, figures: Figures, monkeypatch: pytest.MonkeyPatch
+    url: str, figures: HistoryMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with History.open(url) as history:
         history.put(trial("unreadable"))
