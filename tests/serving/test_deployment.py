@@ -330,7 +330,7 @@ def body(tokens: int, **more: Any) -> dict[str, Any]:
 
 
 def async_client(service: Any) -> httpx.AsyncClient:
-    limits = httpx.ClientLimits(max_connections=None)
+    limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(base_url=service.told["url"], timeout=120, limits=limits)
 
 
