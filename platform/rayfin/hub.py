@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rayfin.compat.huggingface_hub import cache_only
+
 SECONDS = 5.0
 """What the hub has to answer a question, the look-up of its address included."""
 _REMEMBERED = 60.0
@@ -76,25 +78,11 @@ def dataset_access(name: str) -> Iterator[None]:
         with _without_retry_messages():
             yield
         return
-    with _cache_only():
+    with cache_only():
         try:
             yield
         except Exception as error:
             raise failure from error
-
-
-@contextmanager
-def _cache_only() -> Iterator[None]:
-    """Within, neither the hub's client nor `datasets` asks the hub."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
 @contextmanager

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module, metadata
@@ -52,14 +54,27 @@ class PrivateName:
         except AttributeError as error:
             raise self.moved("has no") from error
 
-    def owner(self) -> tuple[Any, str]:
-        """Returns the module or class that has it, and its name there, for a replacement.
+    @contextmanager
+    def replaced(self, value: Any) -> Iterator[None]:
+        """Has `value` in its place within the block, for all threads of the process.
 
         Raises DependencyError where nothing has this name.
         """
-        self.get()
+        before = self.replace(value)
+        try:
+            yield
+        finally:
+            self.replace(before)
+
+    def replace(self, value: Any) -> Any:
+        """Puts `value` in its place and returns what was there.
+
+        Raises DependencyError where nothing has this name.
+        """
         *path, last = self.name.split(".")
-        return self._at(path), last
+        before = self.get()
+        setattr(self._at(path), last, value)
+        return before
 
     def check(self) -> None:
         """Raises DependencyError unless it is there with the parameters that rayfin gives it."""

@@ -15,7 +15,7 @@ from rayfin.compat.private import PrivateName
 _name = partial(PrivateName, __name__)
 _step = partial(_name, "transformers", instead="a documented method of Trainer to override")
 
-_STEPS = (
+STEPS = (
     _step(
         "Trainer._save_checkpoint",
         needed_to="write a checkpoint beside the others before it counts",
@@ -67,6 +67,7 @@ _STEPS = (
         parameters=("output_dir", "_internal_call"),
     ),
 )
+"""What `SteppedTrainer` overrides."""
 _SHARDED = _name(
     "transformers",
     "PreTrainedModel._is_distributed_loading_by_transformers",
@@ -81,7 +82,7 @@ _WHOLE_LAYERS = _name(
 )
 
 # A step that was renamed would no longer be called, and nothing would say so.
-for _one in _STEPS:
+for _one in STEPS:
     _one.check()
 
 

@@ -16,8 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-
+from rayfin.compat.uvicorn import HttpProtocol
 from rayfin.serving.api.request_log import new_request_id
 
 MAX_HEAD_BYTES = 64 * 2**10
@@ -116,7 +115,7 @@ def _most_connections() -> int:
     return max(_FEWEST_FILES, int(0.7 * files)) if files > 0 else 2**16
 
 
-class BoundedProtocol(HttpToolsProtocol):
+class BoundedProtocol(HttpProtocol):
     """uvicorn's HTTP protocol for one connection, with limits that hold for all clients alike.
 
     A head that has not come whole within `TIMEOUTS.request`, or is larger than `MAX_HEAD_BYTES`, is

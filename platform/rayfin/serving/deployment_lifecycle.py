@@ -17,6 +17,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 
+from rayfin.compat.ray_serve import delete_application
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError, RayfinError
 from rayfin.serving import kv_store, proxy
@@ -96,7 +97,7 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[RunningDeploym
             serve.run(application(config, placement), name=APP, route_prefix="/")
         except BaseException as error:
             if address is not None:  # a cluster of our own takes it along
-                serve.delete(APP, _blocking=False)
+                delete_application(APP)
             if isinstance(error, RuntimeError):
                 raise RayfinError(_reason(error)) from error
             raise
@@ -149,7 +150,7 @@ def watch(stop: threading.Event, address: str | None) -> None:
 
 def _drain(seconds: float) -> None:
     """Takes the application down while Serve's proxies still hand its answers on."""
-    serve.delete(APP, _blocking=False)
+    delete_application(APP)
     deadline = time.monotonic() + seconds + 2 * CLOSING_SECONDS
     while APP in serve.status().applications and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)

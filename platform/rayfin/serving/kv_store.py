@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ray.experimental import internal_kv
+from rayfin.compat.ray import delete_key, get_value, list_keys, put_value
 
 _NAMESPACE = "rayfin_serve"
 
@@ -18,23 +18,21 @@ def put(key: str, value: Any, *, overwrite: bool = True) -> bool:
 
     Raises what Ray does where the head is away.
     """
-    data = json.dumps(value).encode()
-    return bool(internal_kv._internal_kv_put(key, data, overwrite, namespace=_NAMESPACE))
+    return put_value(key, json.dumps(value).encode(), _NAMESPACE, overwrite=overwrite)
 
 
 def get(key: str) -> Any:
     """Returns the value of a key; None where there is none."""
-    data = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    data = get_value(key, _NAMESPACE)
     return None if data is None else json.loads(data)
 
 
 def keys(prefix: str) -> list[str]:
     """Returns all keys that begin with `prefix`, sorted."""
-    found = internal_kv._internal_kv_list(prefix, namespace=_NAMESPACE)
-    return sorted(key.decode() for key in found)
+    return list_keys(prefix, _NAMESPACE)
 
 
 def clear() -> None:
     """Forgets what an earlier deployment on this cluster has left."""
     for key in keys(""):
-        internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
+        delete_key(key, _NAMESPACE)

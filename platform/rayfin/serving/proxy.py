@@ -19,6 +19,7 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rayfin.compat.uvicorn import use_protocol
 from rayfin.config.serving import ApiConfig
 from rayfin.serving import kv_store
 from rayfin.serving.api.errors import (
@@ -70,10 +71,8 @@ def middlewares() -> list[Middleware]:
 
     Calling it also makes uvicorn use `BoundedProtocol` for every connection of this process.
     """
-    from uvicorn.config import HTTP_PROTOCOLS
-
-    # Serve hands no protocol on to uvicorn, which looks the default's up here.
-    HTTP_PROTOCOLS["auto"] = "rayfin.serving.connections:BoundedProtocol"
+    # Serve names no protocol to uvicorn, which takes its default.
+    use_protocol("rayfin.serving.connections:BoundedProtocol")
     return [Middleware(ProxyMiddleware, look=lambda: kv_store.get(LIMITS))]
 
 

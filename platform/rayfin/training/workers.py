@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import socket
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 import ray
 import ray.train
 from ray.exceptions import RayError
-from ray.train._internal.base_worker_group import BaseWorkerGroup
-from ray.train.backend import BackendConfig
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2.api.callback import RayTrainCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayfin.compat.ray_train import (
+    LeanTorchTrainer,
+    TorchOnRaysNetwork,
+    found_no_room,
+    set_group_timeouts,
+)
 from rayfin.config import DataConfig
 from rayfin.config import ScalingConfig as ScalingSettings
 from rayfin.data import Corpus
@@ -47,13 +40,10 @@ log = logging.getLogger(__name__)
 _PREEMPTIONS = 20
 """Times that a trial starts again because its machines were taken away; Ray Train has no limit."""
 
-_SETTINGS = {
-    # Without an answer after which a worker counts as hanging; Ray's own are 600.
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
-    # Until it is said that there is no room; also how long Ctrl-C may wait for an answer then.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-}
-"""Seconds. Ray Train hands the driver's settings on to its controller."""
+_ANSWER_SECONDS = 120
+"""Without an answer after which a worker counts as hanging; Ray's own are 600."""
+_START_SECONDS = 30
+"""Until it is said that there is no room; also how long Ctrl-C may wait for an answer then."""
 
 
 class WorkerGroup:
@@ -78,8 +68,7 @@ class WorkerGroup:
         `waiting` is called twice a minute while the cluster has no room for all of them, and raises
         where that has lasted for too long.
         """
-        for name, seconds in _SETTINGS.items():
-            os.environ.setdefault(name, seconds)
+        set_group_timeouts(answer=_ANSWER_SECONDS, start=_START_SECONDS)
         self._group, self._resources, self._waiting = group, resources, waiting
         self._hang_minutes = hang_minutes
         # Where the caller is: on any other node it could be lost alone.
@@ -199,14 +188,13 @@ class WorkerGroup:
             self._trainer(directory).fit()
         except Exception as failed:  # noqa: BLE001  # whatever it is, who waits must hear of it
             error = _one_line(failed)
-            cause = getattr(failed, "controller_failure", None)
-            how["no_room"] = isinstance(cause, WorkerGroupStartupTimeoutError)
+            how["no_room"] = found_no_room(failed)
             how["out_of_memory"] = MEMORY_MONITOR in str(failed)
         with suppress(RayError):  # who waits has heard of its death
             ray.get(self._queue.ended.remote(error, **how))
 
-    def _trainer(self, directory: Path) -> TorchTrainer:
-        return _FewerProcesses(
+    def _trainer(self, directory: Path) -> LeanTorchTrainer:
+        return LeanTorchTrainer(
             work,
             train_loop_config={
                 "hang_minutes": self._hang_minutes,
@@ -214,7 +202,7 @@ class WorkerGroup:
                 "corpora": self._corpora,
                 "queue": self._queue,
             },
-            torch_config=MeetOnRaysNetwork(),
+            torch_config=TorchOnRaysNetwork(),
             scaling_config=ScalingConfig(
                 num_workers=self._group.size,
                 use_gpu=self._resources.get("GPU", 0.0) > 0,
@@ -231,67 +219,6 @@ class WorkerGroup:
                 ),
             ),
         )
-
-
-class _FewerProcesses(TorchTrainer):
-    """Without three of Ray Train's processes, which cost seconds of a start and then wake often.
-
-    One hands out Ray datasets, of which there are none. One gives back what a killed controller
-    held, as `give_back` does, but asks the dashboard for it: where there is none, it stays and
-    holds what the next group is to have. One tells an autoscaler what the group needs: on loopback,
-    where no other node can join, there is none.
-    """
-
-    def _create_default_callbacks(self) -> list[RayTrainCallback]:
-        dispensable = (DatasetsCallback, PlacementGroupCleanerCallback)
-        every = super()._create_default_callbacks()
-        return [callback for callback in every if not isinstance(callback, dispensable)]
-
-    def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        if ray.util.get_node_ip_address() == "127.0.0.1":
-            wanted: Any = self.scaling_config
-            settings["scaling_policy"] = _NoAutoscaler(wanted)
-        return super()._initialize_and_run_controller(**settings)
-
-
-class _NoAutoscaler(FixedScalingPolicy):
-    """A group of a fixed size whose needs no autoscaler is told of."""
-
-    def _send_resource_request(self) -> None:
-        """Does nothing."""
-
-    def _maybe_send_resource_request(self) -> None:
-        """Does nothing."""
-
-    def _cancel_resource_request(self) -> None:
-        """Does nothing."""
-
-
-class MeetOnRaysNetwork(TorchConfig):
-    """PyTorch's process group on the network on which Ray's nodes reach each other.
-
-    Gloo, left alone, waits at the address that the machine's own name stands for. On Debian and its
-    kin that is 127.0.1.1, where no other machine can be.
-    """
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _Backend
-
-
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: BackendConfig) -> None:
-        assert isinstance(backend_config, TorchConfig)
-        worker_group.execute(_choose_interface)
-        super().on_start(worker_group, backend_config)
-
-
-def _choose_interface() -> None:
-    """On each worker; what the user has set stays."""
-    address = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _give_back(held: StoragePath) -> None:

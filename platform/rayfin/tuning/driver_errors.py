@@ -8,8 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ray._private import worker
-
+from rayfin.compat.ray import messages_to
 from rayfin.redaction import printable
 
 log = logging.getLogger(__name__)
@@ -26,12 +25,8 @@ def logged_errors() -> Iterator[None]:
     Ray itself prints them on standard output, which is for results, in colour and over several
     lines. `log_to_driver=False` turns off what workers print, and no setting turns off this.
     """
-    printing = worker.print_to_stdstream
-    worker.print_to_stdstream = _log
-    try:
+    with messages_to(_log):
         yield
-    finally:
-        worker.print_to_stdstream = printing
 
 
 def _log(data: Mapping[str, Any], ignore_prefix: bool) -> None:

@@ -7,30 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
-from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.exceptions import RayActorError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from rayfin.compat.ray_tune import count_deaths_as_failures
 from rayfin.tuning.lost_nodes import LostNodeWatch
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.search import HistorySearch
 
 _FAILURE = re.compile(r"^Failure # \d+ \(occurred at .*\)$", re.MULTILINE)
 
-_task_failed = RayActorManager._actor_task_failed
-
-
-def _any_task_failed(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
-    """Tune ends the whole sweep for a kind of death that it has no case for, such as that of a
-    process which Ray's memory monitor ended. It is one trial's, as any other.
-    """
-    if not isinstance(exception, RayActorError | RayTaskError):
-        exception = RayActorError(error_msg=f"{type(exception).__name__}: {exception}")
-    _task_failed(self, tracked_actor_task, exception)
-
-
-RayActorManager._actor_task_failed = _any_task_failed  # type: ignore[method-assign]
+count_deaths_as_failures()
 
 
 def _reason(trial: Trial) -> str | None:

@@ -11,16 +11,18 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray._private import parameter, ray_constants, services
-from ray._private.node import Node
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+from rayfin.compat.ray import (
+    clusters_allowed,
+    clusters_variable,
+    few_processes,
+    read_settings_again,
+)
 from rayfin.errors import RayfinError
 from rayfin.tuning import end_with_driver
 from rayfin.tuning.no_start import certain_reasons, why_no_start
@@ -28,15 +30,14 @@ from rayfin.tuning.no_start import certain_reasons, why_no_start
 _END_SECONDS = 10.0
 _STARTS = 3
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-_CLUSTERS = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+_CLUSTERS = clusters_variable()
 _SETTINGS = {
     # Tune's workers need an environment of their own: those that Ray would start at once never fit,
     # and cost a second of both cores.
     "RAY_prestart_worker_first_driver": "0",
     # Nobody warns a Ray of our own that its machine is taken away: a process less for each group.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # "No cluster": the setting by which Ray binds to loopback on macOS and Windows, where a
-    # firewall would ask otherwise. Its node then is 127.0.0.1, which no other can join.
+    # Ray then binds to loopback, see `clusters_variable`.
     _CLUSTERS: "0",
 }
 
@@ -53,32 +54,24 @@ def local_ray(num_cpus: int) -> Iterator[None]:
         settings |= {_MODE: "token", _TOKEN: secrets.token_hex(32)}
     settings = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ |= settings
-    clusters = ray_constants.ENABLE_RAY_CLUSTER  # it was read when Ray was imported
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ[_CLUSTERS] == "1"
-    _read_settings_again()
-    try:
-        _start(num_cpus)
-        with _agents_end_with_us():
-            yield
-    finally:
-        ray.shutdown()
-        for name in settings:
-            os.environ.pop(name, None)
-        ray_constants.ENABLE_RAY_CLUSTER = clusters
-        _read_settings_again()
-
-
-def _read_settings_again() -> None:
-    """Ray's compiled part keeps what it read of the environment, and the token."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
+    with clusters_allowed(os.environ[_CLUSTERS] == "1"):
+        read_settings_again()
+        try:
+            _start(num_cpus)
+            with _agents_end_with_us():
+                yield
+        finally:
+            ray.shutdown()
+            for name in settings:
+                os.environ.pop(name, None)
+            read_settings_again()
 
 
 def _start(num_cpus: int) -> None:
     for left in reversed(range(_STARTS)):
         before = set(psutil.Process().children())
         try:
-            with sigterm_as_it_was(), _few_processes_of_their_own():
+            with sigterm_as_it_was(), few_processes():
                 # "local", not None: None would join a cluster that somebody else started here.
                 ray.init(
                     address="local",
@@ -96,38 +89,6 @@ def _start(num_cpus: int) -> None:
             slow = "timed out during startup" in str(error) and not any(certain_reasons())
             if not left or not slow:
                 raise RayfinError(why_no_start(error)) from error
-
-
-@contextmanager
-def _few_processes_of_their_own() -> Iterator[None]:
-    """Has Ray start fewer processes within the block, and each in a session of its own.
-
-    Nobody reads what its dashboard, autoscaler and log monitor offer here, and each is a Python
-    process: of the 4.2 seconds of processor time that such a Ray takes to start they are 1.6.
-    `ray.init` has no argument for the last two, and starts the dashboard's process with
-    `include_dashboard=False`, too.
-
-    A terminal that closes, and `timeout`, send their signal to the whole process group of a
-    command. In that group, Ray would be gone before the command could end in order.
-    """
-
-    def no_dashboard(node: Any, **options: Any) -> None:
-        node._webui_url = ""
-
-    extras: dict[str, Any] = {"no_monitor": True, "include_log_monitor": False}
-    changes: list[tuple[Any, str, Any]] = [
-        (parameter, "RayParams", partial(parameter.RayParams, **extras)),
-        (Node, "start_api_server", no_dashboard),
-        (services, "ConsolePopen", partial(services.ConsolePopen, start_new_session=True)),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    for change in changes:
-        setattr(*change)
-    try:
-        yield
-    finally:
-        for change in before:
-            setattr(*change)
 
 
 @contextmanager

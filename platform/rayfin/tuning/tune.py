@@ -9,10 +9,10 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 from rayfin.collector import collector_paused
+from rayfin.compat.ray_tune import record_rung
 from rayfin.config import Config
 from rayfin.errors import HardwareError, StorageError
 from rayfin.heartbeat import busy
@@ -237,10 +237,9 @@ def scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:
     )
     metric = score_of(sweep.metric)
     for row in known:
-        trial: Any = SimpleNamespace(trial_id=row.trial_id)
         for point in row.curve:
             if (value := metric.at(point)) is not None:
-                asha._brackets[0].on_result(trial, point["step"], -metric.sign * value)
+                record_rung(asha, row.trial_id, point["step"], -metric.sign * value)
     return asha
 
 

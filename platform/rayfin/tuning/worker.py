@@ -12,6 +12,7 @@ import ray
 import ray.tune
 
 from rayfin.collector import collector_paused
+from rayfin.compat.ray import draining_nodes
 from rayfin.config import DataConfig, ScalingConfig
 from rayfin.data import Corpus
 from rayfin.errors import TrialError, TrialHung
@@ -183,7 +184,7 @@ class LocalTrainable(_TrialTrainable):
 def _draining() -> bool:
     """Whether this machine is about to be taken away, as somebody told Ray; one question to Ray."""
     here = ray.get_runtime_context().get_node_id()
-    return here in ray._private.state.state.get_draining_nodes()
+    return here in draining_nodes()
 
 
 class GroupTrainable(_TrialTrainable):
