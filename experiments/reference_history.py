@@ -25,7 +25,7 @@ from rayfin.advisor.table import TrialTable
 from rayfin.config import load_config
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage, write_json, write_whole
-from rayfin.tuning.sweep import run_sweep
+from rayfin.tuning.sweep import SweepOptions, run_sweep
 
 MODELS = {
     "tiny": {"train.max_steps": 160, "data.max_samples": 400, "data.max_length": 192},
@@ -114,7 +114,7 @@ def sweep(model: str, path: str, method: str, history: History, storage: Storage
         "storage": storage.location.path,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
-    result = run_sweep(load_config(None, overrides), history=history, storage=storage, resume=True)
+    result = run_sweep(load_config(None, overrides), history, storage, SweepOptions(resume=True))
     if result.interrupted:
         raise SystemExit(130)
 

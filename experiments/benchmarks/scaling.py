@@ -117,12 +117,12 @@ def trials_side(args: Namespace, concurrent: int) -> dict[str, Any]:
     """A sweep: its tokens, its seconds, and how many trials ran at a time."""
     from rayfin.history import History
     from rayfin.paths import Storage
-    from rayfin.tuning.sweep import run_sweep
+    from rayfin.tuning.sweep import SweepOptions, run_sweep
 
     config = configuration(args.work, args.quick, concurrent=concurrent)
     storage = Storage.open(config.storage)
     with History.open(storage.history_url) as history:
-        rows = run_sweep(config, history=history, storage=storage, rerun=True).trials
+        rows = run_sweep(config, history, storage, SweepOptions(rerun=True)).trials
     if failed := [row.error for row in rows if row.status != "finished"]:
         raise SystemExit(f"trials failed: {failed}")
     begun = [row.created_at for row in rows]

@@ -57,12 +57,12 @@ def configuration(work: Path, quick: bool) -> Any:
 def rayfin_side(args: Namespace) -> list[dict[str, Any]]:
     from rayfin.history import History
     from rayfin.paths import Storage
-    from rayfin.tuning.sweep import run_sweep
+    from rayfin.tuning.sweep import SweepOptions, run_sweep
 
     config = configuration(args.work, args.quick)
     storage = Storage.open(config.storage)
     with History.open(storage.history_url) as history:
-        result = run_sweep(config, history=history, storage=storage, rerun=True)
+        result = run_sweep(config, history, storage, SweepOptions(rerun=True))
     return [
         {
             "learning_rate": row.spec["train"]["learning_rate"],

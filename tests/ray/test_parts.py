@@ -32,12 +32,12 @@ from rayfin.tuning import cluster, end_with_driver, tune, worker
 from rayfin.tuning.cluster import even_share
 from rayfin.tuning.hooks import TuneRecorder
 from rayfin.tuning.lost_nodes import LostNodeWatch
-from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
+from rayfin.tuning.plan import TRIAL, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import started, usable
 from rayfin.tuning.search import HistorySearch
-from rayfin.tuning.sweep import run_sweep
+from rayfin.tuning.sweep import SweepOptions, run_sweep
 from rayfin.tuning.tune import scheduler, trial_resources
 
 AXES = {"method.r": [2, 4, 8, 16], "train.seed": [0, 1, 2]}
@@ -80,8 +80,8 @@ def test_a_small_space_is_used_up_to_its_last_point(plan: SweepPlan, search: str
     searcher = HistorySearch(with_sweep(plan, num_samples=50, search=search))
     suggested = []
     while (point := searcher.suggest(f"trial-{len(suggested)}")) is not None:
-        suggested.append(point["fingerprint"])
-        searcher.tell(f"trial-{len(suggested) - 1}", float(point["values"]["method.r"]))
+        suggested.append(point.fingerprint)
+        searcher.tell(f"trial-{len(suggested) - 1}", float(point.values["method.r"]))
     assert len(suggested) == len(set(suggested)) == 12
     assert searcher.done
 
@@ -105,7 +105,7 @@ def test_an_interrupted_trial_comes_first_whatever_its_method(config: Config, la
     interrupted = plan.trial({"method.type": "ia3"})
     searcher = HistorySearch(plan, first=[interrupted.values])
     point = searcher.suggest("trial")
-    assert isinstance(point, dict) and point["trial_id"] == interrupted.trial_id
+    assert point is not None and point.trial_id == interrupted.trial_id
 
 
 # --- ASHA -------------------------------------------------------------------------------------
@@ -271,9 +271,7 @@ def test_a_worker_that_dies_before_its_trial_starts_leaves_a_row_with_the_reason
     )
     planned = plan.trial({"method.r": 2, "train.seed": 0})
     notes = tmp_path / "error.txt"
-    tune_trial: Any = SimpleNamespace(
-        trial_id="t", config=planned.as_tune_config(), error_file=str(notes)
-    )
+    tune_trial: Any = SimpleNamespace(trial_id="t", config={TRIAL: planned}, error_file=str(notes))
     hooks = TuneRecorder(recorder, LostNodeWatch({}, print))
     hooks.on_trial_recover(0, [], tune_trial)
     assert [row.status for row in shown] == ["running"], "who shows it must know it"
@@ -306,7 +304,7 @@ def test_resume_refuses_other_data_under_the_same_name(plan: SweepPlan, lab: Any
         history.put(ended(plan, 2))
         lab.data.write_text(lab.data.read_text().replace("say", "tell"))
         with pytest.raises(ConfigError, match="or an earlier version of rayfin began it"):
-            run_sweep(plan.config, history=history, storage=plan.storage, resume=True)
+            run_sweep(plan.config, history, plan.storage, SweepOptions(resume=True))
 
 
 def test_resume_for_fewer_trials_ends_the_interrupted_ones(plan: SweepPlan) -> None:
@@ -319,9 +317,8 @@ def test_resume_for_fewer_trials_ends_the_interrupted_ones(plan: SweepPlan) -> N
         history.put(ended(plan, 2))
         history.put(interrupted)
         quiet = ProgressDisplay(Console(file=io.StringIO()))
-        result = run_sweep(
-            fewer, history=history, storage=plan.storage, resume=True, progress=quiet
-        )
+        options = SweepOptions(resume=True, progress=quiet)
+        result = run_sweep(fewer, history, plan.storage, options)
     assert not result.interrupted
     assert sorted(row.status for row in result.trials) == ["finished", "stopped"]
     assert not checkpoint.exists()
@@ -338,7 +335,7 @@ def test_the_next_sweep_notices_the_rows_of_a_driver_that_is_gone(plan: SweepPla
         history.put(ended(plan, 2))
         history.put(lost)
         quiet, one = ProgressDisplay(Console(file=io.StringIO())), swept(plan.config, num_samples=1)
-        run_sweep(one, history=history, storage=plan.storage, resume=True, progress=quiet)
+        run_sweep(one, history, plan.storage, SweepOptions(resume=True, progress=quiet))
         assert history.get("other-1").status == "interrupted"
 
 
@@ -355,7 +352,7 @@ def test_a_sweep_that_is_done_ends_well_whatever_becomes_of_checkpoints(plan: Sw
         Recorder(history, lambda _: None).put(recalled)
         quiet = ProgressDisplay(Console(file=io.StringIO()))
         both = swept(plan.config, num_samples=2)
-        result = run_sweep(both, history=history, storage=plan.storage, resume=True, progress=quiet)
+        result = run_sweep(both, history, plan.storage, SweepOptions(resume=True, progress=quiet))
     assert result.best is not None and not result.interrupted
     assert kept.exists()
 
@@ -373,7 +370,7 @@ def test_what_the_history_holds_is_trained_again_when_asked(
     with History.open(plan.storage.history_url) as history:
         history.put(row)
         quiet = ProgressDisplay(Console(file=io.StringIO()))
-        result = run_sweep(one, history=history, storage=plan.storage, rerun=rerun, progress=quiet)
+        result = run_sweep(one, history, plan.storage, SweepOptions(rerun=rerun, progress=quiet))
     assert trained == [True] * rerun
     assert [r.scenario["recalled_from"] for r in result.trials] == [row.trial_id] * (not rerun)
 
@@ -509,7 +506,7 @@ def test_a_worker_ends_its_thread_whenever_tune_ends_the_trial(
     ends: list[str] = []
     monkeypatch.setattr(trial, "run_trial", evaluations(saved=ends))
     monkeypatch.setattr(worker, "_WARM", None)
-    one, two = (plan.trial({"method.r": r, "train.seed": 0}).as_tune_config() for r in (2, 4))
+    one, two = ({TRIAL: plan.trial({"method.r": r, "train.seed": 0})} for r in (2, 4))
     before = threading.active_count()
     trainable: Any = worker.LocalTrainable.__new__(worker.LocalTrainable)
     trainable.setup(one)

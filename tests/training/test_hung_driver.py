@@ -18,7 +18,7 @@ from rayfin.paths import StoragePath
 from rayfin.training import trial_queue, workers
 from rayfin.tuning import driver_watch
 from rayfin.tuning.driver_watch import watched_driver
-from rayfin.tuning.plan import PlannedTrial
+from rayfin.tuning.plan import TRIAL, PlannedTrial
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import started
 from rayfin.tuning.worker import GroupTrainable
@@ -71,7 +71,7 @@ def test_the_process_between_says_what_it_is_stuck_in(
     trial: Any = GroupTrainable.__new__(GroupTrainable)
     trial._workers, trial._max_failures, trial._hang_minutes = Group(), 0, SOON
     planned = PlannedTrial("sweep-1-f", "f", {}, lab.spec(), StoragePath(tmp_path))
-    trial._start(planned.as_tune_config())
+    trial._start({TRIAL: planned})
     hung = trial._results.get(timeout=PATIENCE)
     assert isinstance(hung, TrialHung)
     assert "in reading what the workers held: " in str(hung)

@@ -21,7 +21,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage, StoragePath
 from rayfin.training import trial as running
 from rayfin.tuning import single, worker
-from rayfin.tuning.plan import PlannedTrial
+from rayfin.tuning.plan import TRIAL, PlannedTrial
 from rayfin.tuning.rows import died, started
 from rayfin.tuning.single import train_once
 
@@ -83,7 +83,7 @@ def test_a_trial_that_is_stuck_reading_its_checkpoint_fails_and_takes_its_proces
     torn.mkdir(parents=True)
     os.mkfifo(torn / "sums.json")  # whoever reads it waits, as on a disk that stalls
     planned = PlannedTrial("s-f", "f", {}, lab.spec(), StoragePath(tmp_path / "trial"))
-    trial = OnCpu(planned.as_tune_config())
+    trial = OnCpu({TRIAL: planned})
     writer = -1
 
     def is_read() -> bool:
@@ -126,10 +126,10 @@ def test_a_trial_that_hangs_while_it_is_stopped_is_named_by_the_next_one(
         PlannedTrial(name, name, {}, lab.spec(), StoragePath(tmp_path / name))
         for name in ("s-a", "s-b")
     )
-    trial = OnCpu(first.as_tune_config())
+    trial = OnCpu({TRIAL: first})
     assert trial.train()["outcome"]["status"] == "running"
     until(lambda: watch.thread not in heartbeat._beats)  # the sweep's word may take its time
-    config = second.as_tune_config()
+    config = {TRIAL: second}
     reset = threading.Thread(target=trial.reset_config, args=(config,), daemon=True)
     reset.start()
     reset.join(PATIENCE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import pytest
 
@@ -35,15 +34,14 @@ def train_here(
     from rayfin.training.trial_cache import TrialCache
 
     hardware, warm = describe_hardware(False), TrialCache(plan.corpora)
-    while (config := search.suggest("it")) is not None:
-        trial, here = PlannedTrial.from_tune_config(config), config
+    while (trial := search.suggest("it")) is not None:
 
-        def report(result: TrialResult, config: dict[str, Any] = here) -> None:
-            recorder.reports(config, result.as_dict())
+        def report(result: TrialResult, trial: PlannedTrial = trial) -> None:
+            recorder.reports(trial, result.as_dict())
 
-        recorder.starts(config)
+        recorder.starts(trial)
         result = run_trial(
             trial.spec, report, location=trial.location, hardware=hardware, warm=warm
         )
-        recorder.reports(config, result.as_dict())
+        recorder.reports(trial, result.as_dict())
         search.tell("it", result.metrics.get("eval_loss"))

@@ -23,7 +23,7 @@ from rayfin.tuning import sweep, tune
 from rayfin.tuning.alone import alone
 from rayfin.tuning.plan import SweepPlan, new_plan
 from rayfin.tuning.rows import started
-from rayfin.tuning.sweep import run_sweep
+from rayfin.tuning.sweep import SweepOptions, run_sweep
 
 HOLD = """
 import os, sys, threading
@@ -82,7 +82,7 @@ def test_a_second_driver_of_a_sweep_is_told_who_holds_it_and_a_killed_one_bars_n
         another_driver(plan.location, tmp_path) as pid,
         pytest.raises(ConfigError) as told,
     ):
-        run_sweep(more, history=history, storage=plan.storage, resume=True)
+        run_sweep(more, history, plan.storage, SweepOptions(resume=True))
     said = str(told.value)
     assert f"sweep {plan.sweep_id} is running in another process (process {pid} on " in said
     assert f" on {socket.gethostname()}, since 20" in said
@@ -110,7 +110,7 @@ def test_what_another_driver_has_ended_by_the_time_it_leaves_is_not_run_again(
 
         monkeypatch.setattr(sweep, "alone", just_in_time)
         monkeypatch.setattr(tune, "run_trials", lambda *_, **__: pytest.fail("it trains"))
-        result = run_sweep(plan.config, history=history, storage=plan.storage, resume=True)
+        result = run_sweep(plan.config, history, plan.storage, SweepOptions(resume=True))
     assert [row.status for row in result.trials] == ["finished"]
 
 

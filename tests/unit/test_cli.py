@@ -20,7 +20,7 @@ from rayfin.methods import METHODS
 from rayfin.paths import Storage
 from rayfin.tuning.plan import new_plan
 from rayfin.tuning.progress import ProgressDisplay, settings, trials_table
-from rayfin.tuning.sweep import EndedSweep, best_trial
+from rayfin.tuning.sweep import EndedSweep, SweepOptions, best_trial
 
 AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 PARAMETERS = "sweep.parameters={method.r: [4, 8]}"
@@ -65,10 +65,12 @@ class Sweep:
         self.interrupted = False
         self.make = lambda config: [row(config, 4), row(config, 8)]
 
-    def __call__(self, config: Config, **options: Any) -> EndedSweep:
-        self.asked.append({"config": config, **options})
+    def __call__(
+        self, config: Config, history: Any, storage: Storage, options: SweepOptions
+    ) -> EndedSweep:
+        self.asked.append({"config": config, "storage": storage, **vars(options)})
         rows = self.make(config)
-        plan = new_plan(config, options["storage"])
+        plan = new_plan(config, storage)
         best = best_trial(rows, config.sweep.metric, config.sweep.direction)
         return EndedSweep(plan, rows, best, self.interrupted)
 
@@ -122,7 +124,7 @@ def test_a_setting_that_the_sweep_has_values_for_is_named(sweep: Sweep) -> None:
     assert main(["sweep", "my.yaml", "model.name=tiny"]) == 0
     assert main(["sweep", "my.yaml", "model.name=tiny", "method.r=32"]) == 0
     before, after = (asked["notes"] for asked in sweep.asked)
-    assert before == []
+    assert before == ()
     (line,) = after
     assert line.startswith("method.r=32 is no trial's")
     assert line.endswith("sweep.parameters.method.r=[32] is this one alone")

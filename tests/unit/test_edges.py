@@ -9,6 +9,7 @@ import pytest
 from rayfin.config import load_config
 from rayfin.history import TrialRecord
 from rayfin.tuning.edges import edge_notes
+from rayfin.tuning.space import SearchSpace
 
 RATES = "{space: loguniform, lower: 1.0e-5, upper: 3.0e-3}"
 
@@ -38,7 +39,7 @@ def notes(axis: str, choices: str, values: list[Any], *settings: str, **row: Any
             "versions": {},
         }
         rows.append(TrialRecord(**(fields | row)))
-    return edge_notes(config, rows[::-1])  # their order in the history is another
+    return edge_notes(SearchSpace(config), rows[::-1])  # their order in the history is another
 
 
 def test_three_of_the_four_best_at_the_upper_edge() -> None:

@@ -12,6 +12,7 @@ from rayfin.advisor.draft import SampleLengths
 from rayfin.cli import main
 from rayfin.config import load_config
 from rayfin.methods import METHODS
+from rayfin.tuning.space import SearchSpace
 from rayfin.tuning.space_check import check_space
 
 
@@ -53,7 +54,7 @@ def test_a_sweep_with_every_method_can_be_checked(data: str, method: str) -> Non
     written(data, f"method.type={method}")
     config = load_config("my-sweep.yaml")
     assert config.method.type == method
-    check_space(config)
+    check_space(SearchSpace(config))
 
 
 def test_what_was_named_is_kept(data: str) -> None:
@@ -86,4 +87,4 @@ def test_long_samples_give_way_to_the_memory() -> None:
 def test_what_it_writes_can_be_swept_over_methods(data: str) -> None:
     written(data)
     axes = "{method.type: [lora, ia3, p_tuning], method.r: [4, 8], method.num_virtual_tokens: [5]}"
-    check_space(load_config("my-sweep.yaml", [f"sweep.parameters={axes}"]))
+    check_space(SearchSpace(load_config("my-sweep.yaml", [f"sweep.parameters={axes}"])))

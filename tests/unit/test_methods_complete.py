@@ -37,7 +37,7 @@ from rayfin.training import TrialSpec
 from rayfin.training.combination import check_combination
 from rayfin.training.trial import run_trial
 from rayfin.training.trial_cache import TrialCache
-from rayfin.tuning.space import size
+from rayfin.tuning.space import SearchSpace
 
 TINY = ModelConfig(name="tiny")
 GUIDE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -162,7 +162,7 @@ def test_a_file_makes_a_method_that_is_configured_completed_and_advised(halved: 
     assert "method.type=halved" in SettingsCompleter("experiment")("method.type=h")
     assert method_name("Half-LoRA") == halved
     swept = {"method.type": ["lora", "halved"], "method.r": [4, 8]}
-    assert size(build_config({"sweep": {"parameters": swept}}, {})) == 4
+    assert SearchSpace(build_config({"sweep": {"parameters": swept}}, {})).size == 4
 
     row = setting_row(config.model_dump(mode="json"))
     assert row is not None and (row["method_x"], row["method_y"]) == (0.1, 0.3)

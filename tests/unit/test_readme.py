@@ -116,10 +116,11 @@ def test_nothing_is_used_before_it_is_there() -> None:
 
 
 def test_the_configuration_that_is_shown_can_be_swept() -> None:
+    from rayfin.tuning.space import SearchSpace
     from rayfin.tuning.space_check import check_space
 
     [shown] = [content for kind, content in blocks(ENGLISH) if kind == "yaml"]
-    check_space(build_config(yaml.safe_load(shown)))
+    check_space(SearchSpace(build_config(yaml.safe_load(shown))))
 
 
 @pytest.mark.parametrize("target", ["setup", "demo"])

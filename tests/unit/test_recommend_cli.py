@@ -18,6 +18,7 @@ from rayfin.config import load_config, load_serve_config
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage
 from rayfin.training.combination import check_combination
+from rayfin.tuning.space import SearchSpace
 from rayfin.tuning.space_check import check_space
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "recommendation.schema.json"
@@ -378,7 +379,7 @@ def test_the_scaffold_is_read_back(
     for method in ("full", "qlora", "ia3"):
         assert load_config(folder / "train.yaml", [f"method.type={method}"]).method.type == method
     sweep = load_config(folder / "sweep.yaml", [])
-    check_space(sweep)
+    check_space(SearchSpace(sweep))
     assert "train.learning_rate" in sweep.sweep.parameters
     assert sweep.method.type == train.method.type
     if "sweep.metric=perplexity" in arguments:

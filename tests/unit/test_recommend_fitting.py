@@ -21,6 +21,7 @@ from rayfin.tuning import tune
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.rows import refused, started, was_refused
+from rayfin.tuning.run import SweepRun
 from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.tune import trial_resources
 
@@ -185,9 +186,8 @@ def test_what_trials_measured_overrules_the_formula(tmp_path: Path, history: His
     from rayfin.advisor.estimate import estimate
     from rayfin.advisor.fitting import sampled_profile
     from rayfin.models import describe_model
-    from rayfin.tuning.space import trial_config
 
-    config = trial_config(plan.config, trial.values)
+    config = plan.space.config_of(trial.values)
     profile = sampled_profile(config, plan.corpus(config.data))
     facts = describe_model(config.model)
     expected = estimate(config, facts, room, profile=profile).parts.total
@@ -222,8 +222,8 @@ def test_a_refused_trial_is_a_row_and_a_failure_to_the_search(
 
     search = HistorySearch(plan, recall=recall)
     asked = []
-    while (config := search.suggest(str(len(asked)))) is not None:
-        asked.append(config["values"]["train.per_device_train_batch_size"])
+    while (trial := search.suggest(str(len(asked)))) is not None:
+        asked.append(trial.spec.train.per_device_train_batch_size)
         search.tell(str(len(asked) - 1), 1.0, 5)
     assert asked == [1]
     assert [(row.status, row.metrics, row.directory) for row in rows] == [("oom", {}, None)]
@@ -255,8 +255,6 @@ def test_a_resumed_sweep_judges_anew_what_was_refused(tmp_path: Path, history: H
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tune, "_cluster_and_tune", lambda _: nullcontext())
             patch.setattr(tune, "_fit", lambda *_: None)
-            tune.run_trials(
-                plan, history, known=[small], unfinished=[unfinished], first=(), advisor=None,
-                refuse=refuse, rerun=False, cluster=None, progress=progress,
-            )  # fmt: skip
+            known, left = (small,), (unfinished,)
+            tune.run_trials(SweepRun(plan, history, known, left, refuse=refuse, progress=progress))
         assert verdicts == asked

@@ -103,12 +103,10 @@ def swept(
     search = HistorySearch(plan, known=known, advisor=advisor)
     rows = list(known)
     for number in range(trials):
-        config = search.suggest(str(number))
-        if config is None:
+        trial = search.suggest(str(number))
+        if trial is None:
             break
-        trial = plan.trial(config["values"])
-        train, method = config["spec"]["train"], config["spec"]["method"]
-        value = objective(train["learning_rate"], method["r"])
+        value = objective(trial.spec.train.learning_rate, trial.spec.method.rank)
         search.tell(str(number), value)
         row = started(trial)
         rows.append(
@@ -228,15 +226,15 @@ def test_it_chooses_among_points_of_which_each_has_the_axes_of_its_method(tmp_pa
         "sweep.parameters.method.num_virtual_tokens=[5,10,20]",
     )
     advisor = advisor_of(plan, past(BEST))
-    assert 0 <= advisor.relevance(plan.config) <= 1
+    assert 0 <= advisor.relevance(plan.space) <= 1
     search = HistorySearch(plan, advisor=advisor)
     for number in range(6):
-        config = search.suggest(str(number))
-        assert config is not None
-        kind = config["spec"]["method"]["type"]
+        trial = search.suggest(str(number))
+        assert trial is not None
+        kind = trial.spec.method.type
         own = {"lora": {"method.r"}, "p_tuning": {"method.num_virtual_tokens"}}.get(kind, set())
-        assert config["values"].keys() == own | {"method.type", "train.learning_rate"}
-        search.tell(str(number), ours(config["spec"]["train"]["learning_rate"], 8))
+        assert trial.values.keys() == own | {"method.type", "train.learning_rate"}
+        search.tell(str(number), ours(trial.spec.train.learning_rate, 8))
 
 
 def test_interrupted_points_come_before_the_advisors(plan: SweepPlan) -> None:
@@ -245,14 +243,14 @@ def test_interrupted_points_come_before_the_advisors(plan: SweepPlan) -> None:
     first, second = search.suggest("a"), search.suggest("b")
     assert first is not None
     assert second is not None
-    assert first["values"] == values
-    assert second["values"]["train.learning_rate"] > 1e-4
+    assert first.values == values
+    assert second.values["train.learning_rate"] > 1e-4
 
 
 def test_two_at_a_time_are_not_the_same_point(plan: SweepPlan) -> None:
     search = HistorySearch(plan, advisor=advisor_of(plan, past(BEST)))
     asked = [search.suggest(str(number)) for number in range(4)]
-    assert len({trial["fingerprint"] for trial in asked if trial}) == 4
+    assert len({trial.fingerprint for trial in asked if trial}) == 4
 
 
 def test_a_small_list_is_tried_whole(tmp_path: Path) -> None:
@@ -291,4 +289,4 @@ def test_a_sweep_that_was_given_no_advisor_says_so(plan: SweepPlan) -> None:
         History.open(plan.storage.history_url) as history,
         pytest.raises(ConfigError, match="use tpe, random or grid"),
     ):
-        run_sweep(plan.config, history=history, storage=plan.storage)
+        run_sweep(plan.config, history, plan.storage)

@@ -20,8 +20,8 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import ProgressDisplay, trials_table
 from rayfin.tuning.rows import recalled, started
 from rayfin.tuning.search import HistorySearch, distinct_settings
-from rayfin.tuning.space import grid, size, values_in
-from rayfin.tuning.sweep import run_sweep
+from rayfin.tuning.space import SearchSpace
+from rayfin.tuning.sweep import SweepOptions, run_sweep
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def test_a_grid_is_tried_whole_although_many_of_its_points_compute_the_same(data
     )
     search = HistorySearch(plan)
     proposed = []
-    while isinstance(config := search.suggest(str(len(proposed))), dict):
-        proposed.append(config)
+    while (trial := search.suggest(str(len(proposed)))) is not None:
+        proposed.append(trial)
         search.tell(str(len(proposed) - 1), 1.0)
-    kinds = [config["spec"]["method"]["type"] for config in proposed]
+    kinds = [trial.spec.method.type for trial in proposed]
     assert (kinds.count("ia3"), kinds.count("lora")) == (8, 56)
-    assert len({config["fingerprint"] for config in proposed}) == 64
+    assert len({trial.fingerprint for trial in proposed}) == 64
 
 
 CONDITIONAL = (
@@ -75,13 +75,13 @@ CONDITIONAL = (
 RATES = "sweep.parameters.train.learning_rate={space: loguniform, lower: 1e-5, upper: 1e-1}"
 
 
-def proposed_by(search: HistorySearch) -> list[dict[str, Any]]:
+def proposed_by(search: HistorySearch) -> list[PlannedTrial]:
     """All that a search proposes, each told to be as good as its learning rate is near 1e-3."""
-    proposed: list[dict[str, Any]] = []
-    while (config := search.suggest(str(len(proposed)))) is not None:
-        rate = config["spec"]["train"]["learning_rate"]
+    proposed: list[PlannedTrial] = []
+    while (trial := search.suggest(str(len(proposed)))) is not None:
+        rate = trial.spec.train.learning_rate
         search.tell(str(len(proposed)), abs(math.log10(rate / 1e-3)))
-        proposed.append(config)
+        proposed.append(trial)
     return proposed
 
 
@@ -89,12 +89,12 @@ def proposed_by(search: HistorySearch) -> list[dict[str, Any]]:
 def test_each_trial_takes_the_axes_of_its_method(data: Path, search: str) -> None:
     plan = plan_of(data, *CONDITIONAL, RATES, f"sweep.search={search}", "sweep.num_samples=30")
     rates: dict[str, list[float]] = {}
-    for config in proposed_by(HistorySearch(plan)):
-        values, spec = config["values"], config["spec"]
+    for trial in proposed_by(HistorySearch(plan)):
+        values, spec = trial.values, trial.spec.model_dump(mode="json")
         kind = spec["method"]["type"]
         own = {"lora": {"method.r"}, "p_tuning": {"method.num_virtual_tokens"}, "ia3": set()}[kind]
         assert values.keys() == own | {"method.type", "train.learning_rate"}
-        assert values_in(plan.config, spec) == values
+        assert plan.space.values_in(spec) == values
         rates.setdefault(kind, []).append(values["train.learning_rate"])
     assert sum(map(len, rates.values())) == 30
     assert rates.keys() == {"lora", "ia3", "p_tuning"}
@@ -115,7 +115,7 @@ def test_settings_that_compute_the_same_are_one_trial(data: Path, search: str) -
         "sweep.parameters.train.eval_steps=[5,10]",
         f"sweep.search={search}",
     )
-    assert size(plan.config) == 20
+    assert plan.space.size == 20
     assert distinct_settings(plan) == 2
     assert len(proposed_by(HistorySearch(plan))) == 2
 
@@ -131,11 +131,11 @@ def test_a_resumed_sweep_tells_the_sampler_what_each_row_says(data: Path) -> Non
     assert learned == [set(point) for point in points]
     proposed = proposed_by(resumed)
     assert len(proposed) == 30 - len(points)
-    assert {trial["fingerprint"] for trial in proposed}.isdisjoint(row.fingerprint for row in rows)
+    assert {trial.fingerprint for trial in proposed}.isdisjoint(row.fingerprint for row in rows)
     # What was interrupted comes first, as it was.
-    interrupted = [values_in(plan.config, row.spec) for row in rows]
+    interrupted = [plan.space.values_in(row.spec) for row in rows]
     again = proposed_by(HistorySearch(plan, first=interrupted))
-    assert [trial["values"] for trial in again[: len(points)]] == points
+    assert [trial.values for trial in again[: len(points)]] == points
 
 
 class First:
@@ -151,10 +151,11 @@ def test_whoever_chooses_a_resumed_sweep_goes_on_with_what_it_began(
 ) -> None:
     plan = plan_of(data, RATES, "sweep.num_samples=4", f"sweep.search={search}")
     before = HistorySearch(plan, advisor=advisor)
-    ended, interrupted = (plan.trial(before.suggest(name)["values"]) for name in ("one", "two"))
+    ended, interrupted = before.suggest("one"), before.suggest("two")
+    assert ended is not None and interrupted is not None
     rows = [finished(ended, plan.config)]
     resumed = HistorySearch(plan, known=rows, first=[interrupted.values], advisor=advisor)
-    proposed = [trial["fingerprint"] for trial in proposed_by(resumed)]
+    proposed = [trial.fingerprint for trial in proposed_by(resumed)]
     assert proposed[0] == interrupted.fingerprint
     assert len({ended.fingerprint, *proposed}) == 1 + len(proposed) == 4
 
@@ -162,7 +163,7 @@ def test_whoever_chooses_a_resumed_sweep_goes_on_with_what_it_began(
 def grid_without_rates(plan: SweepPlan) -> Iterator[dict[str, Any]]:
     axes = {k: v for k, v in plan.config.sweep.parameters.items() if k != "train.learning_rate"}
     sweep = plan.config.sweep.model_copy(update={"parameters": axes})
-    return grid(plan.config.model_copy(update={"sweep": sweep}))
+    return SearchSpace(plan.config.model_copy(update={"sweep": sweep})).grid()
 
 
 def test_what_was_written_of_the_method_is_part_of_the_sweep(data: Path) -> None:
@@ -190,7 +191,7 @@ def test_fewer_settings_than_trials_are_said_and_not_every_method_s_settings(dat
         "sweep.num_samples=5",
         "sweep.search=grid",
     )
-    trials = [plan.trial(values) for values in grid(plan.config)]
+    trials = [plan.trial(values) for values in plan.space.grid()]
     with History.open(plan.storage.history_url) as history:
         for trial in trials:
             row = finished(trial, plan.config).updated(sweep_id="before")
@@ -199,7 +200,7 @@ def test_fewer_settings_than_trials_are_said_and_not_every_method_s_settings(dat
             history.put(row)
         out = io.StringIO()
         progress = ProgressDisplay(Console(file=out, width=80))
-        result = run_sweep(plan.config, history=history, storage=plan.storage, progress=progress)
+        result = run_sweep(plan.config, history, plan.storage, SweepOptions(progress=progress))
     assert "4 distinct settings of 5 trials; each is trained once\n" in out.getvalue()
     assert "method.r is for lora; ia3 has no such setting\n" in out.getvalue()
     assert "method.lora_alpha is for lora; ia3 has no such setting\n" in out.getvalue()
@@ -216,13 +217,13 @@ def test_a_sweep_ends_with_the_axes_whose_best_trials_lie_at_an_edge(data: Path)
     axes = "sweep.parameters={method.r: [2, 4, 8], train.seed: [1, 2, 3]}"
     plan = plan_of(data, axes, "sweep.search=grid", "sweep.num_samples=9")
     with History.open(plan.storage.history_url) as history:
-        for values in grid(plan.config):
+        for values in plan.space.grid():
             trial = plan.trial(values)
             (trial.location.path / "adapter").mkdir(parents=True)
             metrics = {"eval_loss": 1.0 / values["method.r"]}
             row = finished(trial, plan.config)
             history.put(row.updated(sweep_id="before", metrics={**row.metrics, **metrics}))
-        result = run_sweep(plan.config, history=history, storage=plan.storage)
+        result = run_sweep(plan.config, history, plan.storage)
     assert result.notes == (
         "3 of the 4 best trials have method.r at the upper edge of its list of values (8): "
         "widen it",
@@ -238,7 +239,7 @@ def test_trials_that_the_history_holds_are_recalled_and_count(data: Path) -> Non
         return recalled(trial, finished(trial, plan.config)) if len(seen) <= 3 else None
 
     search = HistorySearch(plan, recall=recall)
-    assert isinstance(search.suggest("a"), dict)
+    assert search.suggest("a") is not None
     assert search.suggest("b") is None
     assert len(set(seen)) == 4
 

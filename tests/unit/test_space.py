@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -16,25 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from rayfin.config import Config, dump_yaml, load_config, parse_yaml
+from rayfin.config import Config, dump_yaml, load_config, parse_yaml, saved, with_values
 from rayfin.errors import ConfigError, MethodError
 from rayfin.methods import METHODS
 from rayfin.paths import Storage
+from rayfin.training import TrialSpec
 from rayfin.training.combination import check_combination
-from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
-from rayfin.tuning.space import (
-    Values,
-    decode,
-    distributions,
-    drawn,
-    encode,
-    grid,
-    moved,
-    size,
-    trial_config,
-    values_in,
-)
+from rayfin.tuning.plan import SweepPlan, find_resumable, new_plan
+from rayfin.tuning.space import SearchSpace, Values, decode
 from rayfin.tuning.space_check import check_space, space_notes, variants
+
+
+def space_with(parameters: dict[str, Any], *overrides: str) -> SearchSpace:
+    return SearchSpace(config_with(parameters, *overrides))
 
 
 def config_with(parameters: dict[str, Any], *overrides: str) -> Config:
@@ -51,54 +46,54 @@ AXES = {
 
 
 def test_lists_of_numbers_are_ordinal_and_other_lists_are_not() -> None:
-    found = distributions(config_with(AXES))
+    found = space_with(AXES).distributions
     assert found["method.r"] == IntDistribution(0, 2)
     assert found["method.target_modules"] == CategoricalDistribution([0, 1])
     assert found["train.learning_rate"] == FloatDistribution(1e-5, 1e-2, log=True)
     assert found["train.max_steps"] == IntDistribution(2, 5)
-    mixed = config_with({"method.r": [8, 4], "train.packing": [False, True]})
-    assert all(isinstance(d, CategoricalDistribution) for d in distributions(mixed).values())
+    mixed = space_with({"method.r": [8, 4], "train.packing": [False, True]})
+    assert all(isinstance(d, CategoricalDistribution) for d in mixed.distributions.values())
 
 
-def decoded(config: Config, drawn: dict[str, Any]) -> Values:
-    return {axis: decode(config.sweep.parameters[axis], value) for axis, value in drawn.items()}
+def decoded(space: SearchSpace, drawn: dict[str, Any]) -> Values:
+    return {axis: decode(space.axes[axis], value) for axis, value in drawn.items()}
 
 
 def test_decode_and_encode_are_each_others_inverse() -> None:
-    config = config_with(AXES)
+    space = space_with(AXES)
     drawn = {
         "method.r": 1,
         "method.target_modules": 1,
         "train.learning_rate": 3e-4,
         "train.max_steps": 4,
     }
-    values = decoded(config, drawn)
+    values = decoded(space, drawn)
     assert values == {
         "method.r": 8,
         "method.target_modules": ["q_proj", "v_proj"],
         "train.learning_rate": 3e-4,
         "train.max_steps": 4,
     }
-    assert encode(config, values) == drawn
-    saved = trial_config(config, values).model_dump(mode="json")
-    assert values_in(config, saved) == values
+    assert space.encode(values) == drawn
+    saved = space.config_of(values).model_dump(mode="json")
+    assert space.values_in(saved) == values
 
 
 @pytest.mark.parametrize(
     "change", [{"method.r": 5}, {"train.learning_rate": 1.0}, {"train.max_steps": "4"}]
 )
 def test_what_lies_outside_the_space_has_no_code(change: dict[str, Any]) -> None:
-    config = config_with(AXES)
-    inside = decoded(config, dict.fromkeys(AXES, 1) | {"train.learning_rate": 1e-4})
+    space = space_with(AXES)
+    inside = decoded(space, dict.fromkeys(AXES, 1) | {"train.learning_rate": 1e-4})
     inside["train.max_steps"] = 4
-    assert encode(config, inside) is not None
-    assert encode(config, inside | change) is None
-    assert encode(config, {"method.r": 4}) is None
+    assert space.encode(inside) is not None
+    assert space.encode(inside | change) is None
+    assert space.encode({"method.r": 4}) is None
 
 
 def test_size_counts_points() -> None:
-    assert size(config_with({"method.r": [4, 8], "train.max_steps": AXES["train.max_steps"]})) == 8
-    assert math.isinf(size(config_with(AXES)))
+    assert space_with({"method.r": [4, 8], "train.max_steps": AXES["train.max_steps"]}).size == 8
+    assert math.isinf(space_with(AXES).size)
 
 
 CONDITIONAL = {
@@ -110,19 +105,18 @@ CONDITIONAL = {
 
 
 def test_a_trial_takes_the_axes_that_its_method_has() -> None:
-    config = config_with(CONDITIONAL, "method.type=lora")
-    check_space(config)
-    points = list(grid(config))
-    assert len(points) == size(config) == 3 + 1 + 2
+    space = space_with(CONDITIONAL, "method.type=lora")
+    check_space(space)
+    points = list(space.grid())
+    assert len(points) == space.size == 3 + 1 + 2
     assert {len(point) for point in points if point["method.type"] == "ia3"} == {2}
     for point in points:
-        config_of = trial_config(config, point)
-        saved = config_of.model_dump(mode="json")
-        assert values_in(config, saved) == point
-        assert encode(config, point) is not None
-    assert {one.method.type for one in variants(config)} == {"lora", "ia3", "p_tuning"}
+        saved = space.config_of(point).model_dump(mode="json")
+        assert space.values_in(saved) == point
+        assert space.encode(point) is not None
+    assert {one.method.type for one in variants(space)} == {"lora", "ia3", "p_tuning"}
     # An infinite range of one method makes the space infinite.
-    assert math.isinf(size(config_with(CONDITIONAL | {"method.lora_alpha": RANGE})))
+    assert math.isinf(space_with(CONDITIONAL | {"method.lora_alpha": RANGE}).size)
 
 
 AXES_OF_ALL = {
@@ -168,14 +162,20 @@ def test_every_drawn_trial_is_valid_and_holds_all_that_was_written(
     written = {f"method.{k}": getattr(config.method, k) for k in config.method.model_fields_set}
     del written["method.type"]
     axes = config.sweep.parameters
-    if (said := refusal(config)) is not None:
+    space = SearchSpace(config)
+    if (said := refusal(space)) is not None:
         # By name: an axis, or what was written.
         assert any(name in said for name in (*axes, *written))
         return
     used: set[str] = set()
-    first = drawn(config, random)
-    for value in [first, moved(config, first, random), *itertools.islice(grid_of(config), 40)]:
-        trial = trial_config(config, value)  # valid
+    first = space.drawn(random)
+    for value in [first, space.moved(first, random), *itertools.islice(grid_of(space), 40)]:
+        trial = space.config_of(value)  # valid
+        # As if the whole configuration were validated again, which takes a hundred times as long.
+        whole = with_values(config, value)
+        assert (trial, saved(trial)) == (whole, saved(whole))
+        assert trial.method.model_fields_set == whole.method.model_fields_set
+        assert space.spec_of(value) == TrialSpec.of(whole)
         check_combination(trial)
         has = {f"method.{name}" for name in type(trial.method).model_fields}
         assert trial.method.type in axes["method.type"]  # type: ignore[operator]
@@ -183,36 +183,36 @@ def test_every_drawn_trial_is_valid_and_holds_all_that_was_written(
         for name in has & written.keys() - axes.keys():
             assert getattr(trial.method, name.partition(".")[2]) == written[name]
             used.add(name)
-        parameters = encode(config, values_in(config, trial.model_dump(mode="json")))
+        parameters = space.encode(space.values_in(trial.model_dump(mode="json")))
         assert parameters is not None
-        assert trial_config(config, decoded(config, parameters)) == trial
-    saved = load_config(parse_yaml(dump_yaml(config), "saved"))
-    assert trial_config(saved, first) == trial_config(config, first)
-    if size(config) <= 40:
+        assert space.config_of(decoded(space, parameters)) == trial
+    again = SearchSpace(load_config(parse_yaml(dump_yaml(config), "saved")))
+    assert again.config_of(first) == space.config_of(first)
+    if space.size <= 40:
         assert used == written.keys() - axes.keys()
 
 
-def refusal(config: Config) -> str | None:
+def refusal(space: SearchSpace) -> str | None:
     try:
-        check_space(config)
+        check_space(space)
     except (ConfigError, MethodError) as error:
         return str(error)
     return None
 
 
-def grid_of(config: Config) -> Iterator[Values]:
-    return grid(config) if math.isfinite(size(config)) else iter(())
+def grid_of(space: SearchSpace) -> Iterator[Values]:
+    return space.grid() if math.isfinite(space.size) else iter(())
 
 
 def test_what_not_every_method_has_is_named_once() -> None:
     written = {"type": "lora", "lora_alpha": 32}
-    config = load_config({"method": written, "sweep": {"parameters": CONDITIONAL}})
-    assert space_notes(config) == [
+    space = SearchSpace(load_config({"method": written, "sweep": {"parameters": CONDITIONAL}}))
+    assert space_notes(space) == [
         "method.lora_alpha is for lora; ia3 and p_tuning have no such setting",
         "method.r is for lora; ia3 and p_tuning have no such setting",
         "method.num_virtual_tokens is for p_tuning; lora and ia3 have no such setting",
     ]
-    assert space_notes(config_with({"method.r": [4]}, "method.lora_alpha=2")) == []
+    assert space_notes(space_with({"method.r": [4]}, "method.lora_alpha=2")) == []
 
 
 @pytest.mark.parametrize(
@@ -272,15 +272,15 @@ def test_what_no_trial_could_use_is_refused(
     method: dict[str, Any], axes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises((ConfigError, MethodError), match=said):
-        check_space(load_config({"method": method, "sweep": {"parameters": axes}}))
+        check_space(SearchSpace(load_config({"method": method, "sweep": {"parameters": axes}})))
 
 
 def test_values_that_fail_only_together_are_found() -> None:
-    config = config_with(
+    space = space_with(
         {"train.packing": [False, True], "method.type": ["lora", "prompt_tuning"]},
     )
     with pytest.raises(MethodError, match=r"train\.packing with method\.type=prompt_tuning: "):
-        check_space(config)
+        check_space(space)
 
 
 def test_a_point_is_known_again_by_what_its_spec_says(tmp_path: Path, data: str) -> None:
@@ -288,15 +288,15 @@ def test_a_point_is_known_again_by_what_its_spec_says(tmp_path: Path, data: str)
     relative = os.path.relpath(data.partition("=")[2])
     config = config_with({"data.path": [relative, "pydocs"], "method.r": ["8", 16]})
     plan = new_plan(config, Storage.open(tmp_path))
-    for point in grid(config):
+    for point in plan.space.grid():
         spec = plan.trial(point).spec.model_dump(mode="json")
-        assert encode(config, values_in(config, spec)) == encode(config, point)
+        assert plan.space.encode(plan.space.values_in(spec)) == plan.space.encode(point)
 
 
 def test_a_range_of_fractions_over_whole_numbers_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"method\.r: .* whole number.*randint"):
-        check_space(config_with({"method.r": {"space": "uniform", "lower": 2, "upper": 8}}))
-    check_space(config_with({"method.r": {"space": "randint", "lower": 2, "upper": 8}}))
+        check_space(space_with({"method.r": {"space": "uniform", "lower": 2, "upper": 8}}))
+    check_space(space_with({"method.r": {"space": "randint", "lower": 2, "upper": 8}}))
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_the_same_point_is_the_same_trial(tmp_path: Path, data: str) -> None:
     assert again.trial({"method.r": 4}) == four
     assert four.trial_id != eight.trial_id
     assert four.location.path.is_relative_to(plan.location.path)
-    assert PlannedTrial.from_tune_config(four.as_tune_config()) == four
+    assert pickle.loads(pickle.dumps(four)) == four  # as Tune sends it to a worker
 
 
 def test_where_and_how_often_one_looks_is_no_part_of_the_fingerprint(
@@ -338,7 +338,7 @@ def test_where_and_how_often_one_looks_is_no_part_of_the_fingerprint(
 def test_data_is_read_once_for_a_sweep_of_its_length(tmp_path: Path, data: str) -> None:
     config = config_with({"data.max_length": [64, 128]}, data)
     plan = new_plan(config, Storage.open(tmp_path))
-    short, long = (plan.corpus(one.data) for one in variants(config))
+    short, long = (plan.corpus(one.data) for one in variants(plan.space))
     assert short is long
     assert len(plan.corpora) == 2
 
@@ -372,9 +372,36 @@ def test_two_sweeps_that_start_together_have_names_of_their_own(tmp_path: Path, 
 
 
 def test_a_drawn_method_brings_its_own_defaults_and_keeps_what_was_written() -> None:
-    config = load_config({"method": {"type": "lora", "r": 4, "quantization_bit": 4}})
-    ia3 = trial_config(config, {"method.type": "ia3"}).method
+    space = SearchSpace(load_config({"method": {"type": "lora", "r": 4, "quantization_bit": 4}}))
+    ia3 = space.config_of({"method.type": "ia3"}).method
     assert (ia3.target_modules, ia3.quantization_bit) == (None, 4)
-    dora = trial_config(config, {"method.type": "dora"}).method
+    dora = space.config_of({"method.type": "dora"}).method
     assert (dora.r, dora.target_modules, dora.quantization_bit) == (4, "all-linear", 4)
-    assert trial_config(load_config(), {"method.type": "dora"}).method.quantization_bit is None
+    assert (
+        SearchSpace(load_config()).config_of({"method.type": "dora"}).method.quantization_bit
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "settings", "said"),
+    [
+        ({"method.r": [4, 8, 16]}, (), "method.r is 4 to 16 here, which suits lora; vera usually"),
+        ({"method.r": {"space": "randint", "lower": 2, "upper": 32}}, (), "method.r is 2 to 32"),
+        ({}, ("method.r=8",), "method.r is 8 here, which suits lora; vera usually has 64 to 1024"),
+        ({"method.r": [8, 64]}, (), None),
+        ({"train.seed": [1, 2]}, (), None),
+    ],
+)
+def test_a_method_that_shares_a_rank_it_usually_does_not_have_is_named(
+    axes: dict[str, Any], settings: tuple[str, ...], said: str | None
+) -> None:
+    """VeRA's are larger than LoRA's; nothing but the note changes."""
+    space = space_with({"method.type": ["lora", "vera"], **axes}, *settings)
+    check_space(space)
+    notes = [note for note in space_notes(space) if " suits " in note]
+    assert [note.startswith(str(said)) for note in notes] == [True] * (said is not None)
+    if notes:
+        assert "with method.type=vera sweep.parameters.method.r=[64,256,1024]" in notes[0]
+        alone = space_with({"method.r": [4, 8]}, "method.type=vera")
+        assert space_notes(alone) == [], "who sweeps one method chose its ranks for it"

@@ -16,7 +16,6 @@ from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History
 from rayfin.models import describe_model
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.space import trial_config
 
 if TYPE_CHECKING:
     from rayfin.data import Corpus, DataProfile
@@ -40,7 +39,7 @@ class MemoryCheck:
         self._facts = functools.cache(describe_model)
 
     def __call__(self, plan: SweepPlan, trial: PlannedTrial) -> str | None:
-        config = trial_config(plan.config, trial.values)
+        config = plan.space.config_of(trial.values)
         corpus = plan.corpus(config.data)
         # No batch is larger than the data; of a step's samples each worker has as many.
         workers = config.scaling.num_workers

@@ -29,14 +29,13 @@ from rayfin.advisor.knowledge import Knowledge, knowledge_of
 from rayfin.advisor.process import Array, Observations, Parameters, Process
 from rayfin.advisor.recommendation import LEARNED
 from rayfin.advisor.table import charges_of
-from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.history import History
 from rayfin.methods import capacities
 from rayfin.models import describe_model
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.search import EndedTrial
-from rayfin.tuning.space import drawn, trial_config
+from rayfin.tuning.space import SearchSpace
 
 _PAST_ODDS, _HALVED_AFTER = 6.0, 2.0
 """How much likelier the past is taken to hold than not, before the sweep's first trial, and own
@@ -66,7 +65,7 @@ def sweep_advisor(plan: SweepPlan, history: History) -> SweepAdvisor | None:
     if unknown:
         return None
     advisor = SweepAdvisor(_past(plan, history), scenario_of(plan), sweep.metric, seed=sweep.seed)
-    if sweep.search == "auto" and advisor.relevance(plan.config) < LEARNED:
+    if sweep.search == "auto" and advisor.relevance(plan.space) < LEARNED:
         return None
     return advisor
 
@@ -113,15 +112,12 @@ class SweepAdvisor:
         self._past = evidence.near(scenario).process
         self._seed = seed
 
-    def relevance(self, config: Config) -> float:
+    def relevance(self, space: SearchSpace) -> float:
         """How much the past says about the sweep's own points; see `Near.relevance`."""
         from random import Random
 
         random = Random(0)
-        specs = [
-            trial_config(config, drawn(config, random)).model_dump(mode="json")
-            for _ in range(_ASKED)
-        ]
+        specs = [space.spec_of(space.drawn(random)).model_dump(mode="json") for _ in range(_ASKED)]
         return float(quality.relevance(self._past, self._rows(specs)).mean())
 
     def choose(

@@ -44,23 +44,21 @@ def sweep(
     from rayfin.advisor.fitting import MemoryCheck
     from rayfin.advisor.loop import sweep_advisor
     from rayfin.tuning.progress import ProgressDisplay
-    from rayfin.tuning.sweep import run_sweep
+    from rayfin.tuning.sweep import SweepOptions, run_sweep
 
     prepare_process()
     experiment = Experiment.open(configuration(config))
     with experiment.history as history:
-        ended = run_sweep(
-            experiment.config,
-            history=history,
-            storage=experiment.storage,
+        options = SweepOptions(
             resume=resume,
             rerun=rerun,
             address=address,
+            notes=tuple(notes),
             advise=lambda plan: sweep_advisor(plan, history),
             refuse=MemoryCheck(history),
-            notes=notes,
             progress=ProgressDisplay() if progress else ProgressDisplay.silent(),
         )
+        ended = run_sweep(experiment.config, history, experiment.storage, options)
     # What follows a sweep may fail in more ways than training did: first what the trials are worth.
     report = _write_report(experiment, ended)
     failures = Failures()

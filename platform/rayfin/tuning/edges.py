@@ -11,7 +11,7 @@ from rayfin.errors import RayfinError
 from rayfin.history import TrialRecord
 from rayfin.statuses import SCORED
 from rayfin.training.combination import check_combination
-from rayfin.tuning.space import trial_config, values_in
+from rayfin.tuning.space import SearchSpace
 
 _NEAR = 0.1
 """The share of a range, on its own scale, that counts as its edge."""
@@ -19,21 +19,21 @@ _MOST = 4
 """Best trials that are looked at."""
 
 
-def edge_notes(config: Config, rows: Sequence[TrialRecord]) -> list[str]:
+def edge_notes(space: SearchSpace, rows: Sequence[TrialRecord]) -> list[str]:
     """Returns a sentence for each axis of which the best trials lie at the same edge.
 
     Looked at are the better half of the trials that have the metric, at most four and at least two,
     those that ran to the end before those that were stopped. An axis is named where the best trial
     is at an edge, and more than half of them with it; not where the setting can't go further.
     """
-    best = _best(config, rows)
+    best = _best(space.config, rows)
     if len(best) < 2:
         return []
     found = []
-    for axis, choices in config.sweep.parameters.items():
-        sides = [_side(choices, values_in(config, row.spec).get(axis)) for row in best]
+    for axis, choices in space.axes.items():
+        sides = [_side(choices, space.values_in(row.spec).get(axis)) for row in best]
         side, count = sides[0], sides.count(sides[0])
-        if side is None or 2 * count <= len(best) or not _goes_on(config, best[0], axis, side):
+        if side is None or 2 * count <= len(best) or not _goes_on(space, best[0], axis, side):
             continue
         who = "both of the 2" if count == len(best) == 2 else f"{count} of the {len(best)}"
         edge = f"{_end(choices, side):.3g}"
@@ -79,9 +79,9 @@ def _end(choices: Any, side: str) -> float:
     return float(max(choices) if side == "upper" else min(choices))
 
 
-def _goes_on(config: Config, best: TrialRecord, axis: str, side: str) -> bool:
+def _goes_on(space: SearchSpace, best: TrialRecord, axis: str, side: str) -> bool:
     """Whether the configuration takes a value a little beyond the edge."""
-    choices = config.sweep.parameters[axis]
+    choices = space.axes[axis]
     end = _end(choices, side)
     if isinstance(choices, Space):
         whole, even = choices.space == "randint", choices.space == "uniform"
@@ -96,7 +96,7 @@ def _goes_on(config: Config, best: TrialRecord, axis: str, side: str) -> bool:
     if value == end:  # 0, of which there is no half and no double
         return False
     try:
-        check_combination(trial_config(config, values_in(config, best.spec) | {axis: value}))
+        check_combination(space.config_of(space.values_in(best.spec) | {axis: value}))
     except RayfinError:
         return False
     return True

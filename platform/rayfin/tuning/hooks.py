@@ -12,6 +12,7 @@ from ray.tune.search import Searcher
 
 from rayfin.compat.ray_tune import count_deaths_as_failures
 from rayfin.tuning.lost_nodes import LostNodeWatch
+from rayfin.tuning.plan import TRIAL
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.search import HistorySearch
 
@@ -51,7 +52,8 @@ class TuneSearcher(_Unpickled, Searcher):
     def suggest(  # type: ignore[override]  # Searcher.FINISHED is a str
         self, trial_id: str
     ) -> dict[str, Any] | str | None:
-        return self._search.suggest(trial_id) or Searcher.FINISHED
+        trial = self._search.suggest(trial_id)
+        return Searcher.FINISHED if trial is None else {TRIAL: trial}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """The search learns from ended trials only."""
@@ -94,7 +96,7 @@ class TuneRecorder(_Unpickled, ray.tune.Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.starts(trial.config)
+        self._recorder.starts(trial.config[TRIAL])
 
     def on_trial_result(
         self,
@@ -104,19 +106,19 @@ class TuneRecorder(_Unpickled, ray.tune.Callback):
         result: dict[str, Any],
         **info: Any,
     ) -> None:
-        self._recorder.reports(trial.config, result["outcome"])
+        self._recorder.reports(trial.config[TRIAL], result["outcome"])
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.completes(trial.config)
+        self._recorder.completes(trial.config[TRIAL])
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.restarts(trial.config, _reason(trial))
+        self._recorder.restarts(trial.config[TRIAL], _reason(trial))
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        self._recorder.dies(trial.config, _reason(trial))
+        self._recorder.dies(trial.config[TRIAL], _reason(trial))

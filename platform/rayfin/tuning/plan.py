@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import secrets
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ from rayfin.models import identity
 from rayfin.paths import Storage, StoragePath, write_text
 from rayfin.training import TrialSpec
 from rayfin.training.spec import absolute
-from rayfin.tuning.space import Values, trial_config
+from rayfin.tuning.space import SearchSpace, Values
 
 _CONFIG = "config.yaml"
+
+TRIAL = "trial"
+"""The one key of a Tune trial's configuration, which holds the PlannedTrial."""
 
 
 @dataclass(frozen=True)
 class PlannedTrial:
-    """One point of the space, ready to run."""
+    """One point of the space, ready to run: what the search proposes, Tune carries and a worker
+    trains."""
 
     trial_id: str
     fingerprint: str
@@ -33,35 +37,20 @@ class PlannedTrial:
     spec: TrialSpec
     location: StoragePath
 
-    def as_tune_config(self) -> dict[str, Any]:
-        """What a worker is sent; plain values only, so that Tune can write it down."""
-        return {
-            "trial_id": self.trial_id,
-            "fingerprint": self.fingerprint,
-            "values": self.values,
-            "spec": self.spec.model_dump(mode="json"),
-            "location": str(self.location),
-        }
-
-    @classmethod
-    def from_tune_config(cls, config: Mapping[str, Any]) -> PlannedTrial:
-        return cls(
-            trial_id=config["trial_id"],
-            fingerprint=config["fingerprint"],
-            values=dict(config["values"]),
-            spec=TrialSpec.model_validate(config["spec"]),
-            location=StoragePath.at(config["location"]),
-        )
-
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep's configuration, name and place."""
+    """A sweep's name, configuration and storage, and the data that its trials read."""
 
     sweep_id: str
     config: Config
     storage: Storage
     corpora: dict[DataConfig, Corpus] = field(default_factory=dict)
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The points that its trials may be, read from the configuration once."""
+        return SearchSpace(self.config)
 
     @property
     def location(self) -> StoragePath:
@@ -75,7 +64,7 @@ class SweepPlan:
 
     def trial(self, values: Values) -> PlannedTrial:
         """The trial at one point; the same point is the same trial, in this process or the next."""
-        spec = TrialSpec.of(trial_config(self.config, values))
+        spec = self.space.spec_of(values)
         fingerprint = spec.fingerprint(
             model_identity=self.identity(spec.model),
             data_digest=self.corpus(spec.data).digest,

@@ -17,7 +17,7 @@ from rayfin.statuses import STATUS_COLOURS, UNFINISHED
 from rayfin.tables import Cell, Column, Rows
 from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import SweepPlan
-from rayfin.tuning.space import values_in
+from rayfin.tuning.space import SearchSpace
 
 MISSING = "–"
 """In place of a setting that a trial's method doesn't have."""
@@ -132,7 +132,8 @@ class ProgressDisplay:
 def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = "") -> Rows:
     """All trials of a sweep, one a line."""
     sweep = config.sweep
-    axes = list(sweep.parameters)
+    space = SearchSpace(config)
+    axes = list(space.axes)
     notes = [row.error or _origin(row) for row in rows]
     columns = [
         Column("#", right=True),
@@ -147,7 +148,7 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
     ]
     cells: list[list[Cell]] = []
     for number, (row, note) in enumerate(zip(rows, notes, strict=True), 1):
-        values = values_in(config, row.spec)
+        values = space.values_in(row.spec)
         cells.append(
             [
                 str(number),
@@ -185,7 +186,7 @@ def settings(config: Config, row: TrialRecord) -> str:
     """`r=8 learning_rate=0.0002`: the swept settings of a trial."""
     return " ".join(
         f"{axis.partition('.')[2]}={_value(value)}"
-        for axis, value in values_in(config, row.spec).items()
+        for axis, value in SearchSpace(config).values_in(row.spec).items()
     )
 
 

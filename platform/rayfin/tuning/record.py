@@ -24,8 +24,7 @@ class Recorder:
 
     Only the driver writes, so that workers on other machines need no way to the database. A row
     that can't be written now (Tune would fail the trial for it) is written with the next one;
-    `flush` raises for what is still unwritten at the end. Trials are named by what
-    `PlannedTrial.as_tune_config` gave.
+    `flush` raises for what is still unwritten at the end.
     """
 
     def __init__(
@@ -43,29 +42,29 @@ class Recorder:
         self.storage_error: str | None = None
         """What ended the sweep early: its storage can't be written, and no trial could end well."""
 
-    def starts(self, trial: Mapping[str, Any]) -> None:
-        if trial["trial_id"] not in self._rows:  # else it goes on after its process died
+    def starts(self, trial: PlannedTrial) -> None:
+        if trial.trial_id not in self._rows:  # else it goes on after its process died
             self._put(self._row(trial))
 
-    def reports(self, trial: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
+    def reports(self, trial: PlannedTrial, outcome: Mapping[str, Any]) -> None:
         """`outcome`: a TrialResult as a dictionary."""
         if outcome["storage_failed"]:  # its row stays as it is: the trial goes on with a resume
             self.storage_error = outcome["error"]
             return
         self._put(with_outcome(self._row(trial), outcome))
 
-    def completes(self, trial: Mapping[str, Any]) -> None:
+    def completes(self, trial: PlannedTrial) -> None:
         row = self._row(trial)
         ended_by_itself = row.status != "running" or self.storage_error is not None
         if not ended_by_itself:  # the scheduler ended it
             self._put(ended(row, "stopped"))
 
-    def restarts(self, trial: Mapping[str, Any], reason: str | None) -> None:
+    def restarts(self, trial: PlannedTrial, reason: str | None) -> None:
         self.starts(trial)  # its process may have died before it came to that
         row = self._row(trial)
         self._on_restart(row, died(row, reason).error or "")
 
-    def dies(self, trial: Mapping[str, Any], reason: str | None) -> None:
+    def dies(self, trial: PlannedTrial, reason: str | None) -> None:
         row = self._row(trial)
         if row.status == "running":  # what has ended well stays so, whatever befalls its process
             self._put(died(row, reason))
@@ -95,12 +94,11 @@ class Recorder:
                 with busy(f"removing checkpoints of trial {trial_id}"):
                     let_checkpoints_go(row)
 
-    def _row(self, trial: Mapping[str, Any]) -> TrialRecord:
+    def _row(self, trial: PlannedTrial) -> TrialRecord:
         """The trial's row; a new one too for a worker that died before it could start."""
-        trial_id = trial["trial_id"]
+        trial_id = trial.trial_id
         if trial_id not in self._rows:
-            planned = PlannedTrial.from_tune_config(trial)
-            self._rows[trial_id] = started(planned, self._created.get(trial_id))
+            self._rows[trial_id] = started(trial, self._created.get(trial_id))
         return self._rows[trial_id]
 
     def _put(self, row: TrialRecord) -> None:

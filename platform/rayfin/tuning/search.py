@@ -16,19 +16,7 @@ from rayfin.config import Config
 from rayfin.history import TrialRecord
 from rayfin.statuses import SCORED
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.space import (
-    Choices,
-    Values,
-    decode,
-    distributions,
-    drawn,
-    encode,
-    grid,
-    moved,
-    point,
-    size,
-    values_in,
-)
+from rayfin.tuning.space import Choices, Values, decode
 
 # So many draws in a row that were all tried before: the sampler has nothing new in a small space.
 _PATIENCE = 50
@@ -73,10 +61,10 @@ def distinct_settings(plan: SweepPlan) -> int:
     walked through is taken to have enough.
     """
     wanted = plan.config.sweep.num_samples
-    if size(plan.config) > _WALKED:
+    if plan.space.size > _WALKED:
         return wanted
     seen: set[str] = set()
-    for values in grid(plan.config):
+    for values in plan.space.grid():
         if len(seen) == wanted:
             break
         seen.add(plan.trial(values).fingerprint)
@@ -113,11 +101,11 @@ class HistorySearch:
         self.metric, self.direction = sweep.metric, sweep.direction
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._plan, self._recall, self._advisor = plan, recall, advisor
+        self._space = plan.space
         self._random = random.Random(sweep.seed)
         self._ended: list[EndedTrial] = []
         self._running: dict[str, Mapping[str, Any]] = {}
         self._queued = 0
-        self._space = distributions(plan.config)
         self._study = optuna.create_study(
             sampler=_sampler(plan.config),
             direction="minimize" if sweep.direction == "min" else "maximize",
@@ -131,7 +119,7 @@ class HistorySearch:
         for values in first:
             self._queued += self._enqueue(values)
         if sweep.search == "grid":
-            for values in grid(plan.config):
+            for values in self._space.grid():
                 self._enqueue(values)
 
     def look_ahead(self) -> bool:
@@ -140,14 +128,14 @@ class HistorySearch:
         self.done = self._next is None
         return not self.done
 
-    def suggest(self, name: str) -> dict[str, Any] | None:
-        """The next trial's configuration, to be told about by `name`; None when none is left."""
+    def suggest(self, name: str) -> PlannedTrial | None:
+        """Return the next trial, to be told about by `name`; None when none is left."""
         if not self.look_ahead() or self._next is None:
             return None
         self._asked[name], trial = self._next
         self._next = None
         self._running[name] = trial.spec.model_dump(mode="json")
-        return trial.as_tune_config()
+        return trial
 
     def tell(self, name: str, value: float | None, steps: int | None = None) -> None:
         """What a suggested trial came to, and after how many steps; None for one that failed."""
@@ -161,7 +149,7 @@ class HistorySearch:
 
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The next trial that must be trained; those that needn't be are recalled on the way."""
-        while self._left > 0 and len(self._seen) < size(self._plan.config):
+        while self._left > 0 and len(self._seen) < self._space.size:
             proposal = self._advised() or self._draw(_PATIENCE) or self._walk()
             if proposal is None:
                 break
@@ -212,16 +200,16 @@ class HistorySearch:
 
     def _points(self) -> Iterator[Values]:
         """What an advisor may choose from."""
-        config = self._plan.config
-        if size(config) <= _OPTIONS:
-            yield from grid(config)
+        space = self._space
+        if space.size <= _OPTIONS:
+            yield from space.grid()
             return
-        yield from (drawn(config, self._random) for _ in range(_OPTIONS))
+        yield from (space.drawn(self._random) for _ in range(_OPTIONS))
         good = [one for one in self._ended if one.value is not None]
         good.sort(key=lambda one: one.value or 0.0, reverse=self.direction == "max")
         for one in good[:_BEST]:
-            values = values_in(config, one.spec)
-            yield from (moved(config, values, self._random) for _ in range(_BESIDE))
+            values = space.values_in(one.spec)
+            yield from (space.moved(values, self._random) for _ in range(_BESIDE))
 
     def _draw(self, times: int) -> tuple[optuna.Trial, PlannedTrial] | None:
         """The sampler's first point of so many that was not tried."""
@@ -237,7 +225,7 @@ class HistorySearch:
         """The sampler's point, which is asked for the axes that the drawn method has."""
 
         def ask(axis: str, choices: Choices) -> Any:
-            match self._space[axis]:
+            match self._space.distributions[axis]:
                 case FloatDistribution(low=low, high=high, log=log):
                     drawn: Any = asked.suggest_float(axis, low, high, log=log)
                 case IntDistribution(low=low, high=high):
@@ -246,13 +234,13 @@ class HistorySearch:
                     drawn = asked.suggest_categorical(axis, indices)
             return decode(choices, drawn)
 
-        return point(self._plan.config, ask)
+        return self._space.point(ask)
 
     def _walk(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """Any point of a small space that was not tried."""
-        if size(self._plan.config) > _WALKED:
+        if self._space.size > _WALKED:
             return None
-        points = list(grid(self._plan.config))
+        points = list(self._space.grid())
         random.Random(self._plan.config.sweep.seed).shuffle(points)
         for values in points:
             if self._plan.trial(values).fingerprint not in self._seen:
@@ -263,7 +251,7 @@ class HistorySearch:
 
     def _enqueue(self, values: Values) -> bool:
         """Makes it the next point but those before it; False where it lies outside the space."""
-        if (parameters := encode(self._plan.config, values)) is None:
+        if (parameters := self._space.encode(values)) is None:
             return False
         self._study.enqueue_trial(parameters)
         return True
@@ -271,7 +259,7 @@ class HistorySearch:
     def _learn(self, record: TrialRecord) -> None:
         """Adds an ended trial of this sweep to the study."""
         self._seen.add(record.fingerprint)
-        parameters = encode(self._plan.config, values_in(self._plan.config, record.spec))
+        parameters = self._space.encode(self._space.values_in(record.spec))
         value = record.metrics.get(self.metric)
         if record.status not in SCORED:
             value = None
@@ -281,7 +269,7 @@ class HistorySearch:
         self._ended.append(EndedTrial(record.spec, number, steps, recalled=recalled))
         if parameters is None or value is None:
             return
-        axes = {axis: self._space[axis] for axis in parameters}
+        axes = {axis: self._space.distributions[axis] for axis in parameters}
         self._study.add_trial(
             optuna.trial.create_trial(params=parameters, distributions=axes, value=float(value))
         )

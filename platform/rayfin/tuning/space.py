@@ -9,10 +9,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rayfin.config import Config, Space, with_values
+from pydantic import ValidationError
+
+from rayfin.config import Config, MethodConfig, Space, with_values
 from rayfin.methods import METHODS
 from rayfin.training import TrialSpec
 
@@ -23,14 +26,204 @@ Values = dict[str, Any]
 """Dotted setting -> value: one point of the space."""
 
 Choices = Space | tuple[Any, ...]
+"""The values that an axis may take: a range, or a list."""
 
 METHOD = "method.type"
+SWEPT_SECTIONS = ("model", "data", "method", "train")
+"""Sections of a configuration whose settings can be axes."""
 
 
-def methods_of(config: Config) -> tuple[str, ...]:
-    """The methods that the sweep's trials have, each once."""
-    swept = config.sweep.parameters.get(METHOD)
-    return tuple(dict.fromkeys(swept)) if isinstance(swept, tuple) else (config.method.type,)
+class SearchSpace:
+    """The points that a sweep may try, read once from its configuration.
+
+    It checks nothing itself: `rayfin.tuning.space_check.check_space` does, before anything else is
+    asked of it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.axes: Mapping[str, Choices] = config.sweep.parameters
+        """Every axis of sweep.parameters, by its dotted setting."""
+        self._axes_of: dict[str, dict[str, Choices]] = {}
+
+    @property
+    def sweeps_methods(self) -> bool:
+        """Whether the method is an axis itself."""
+        return METHOD in self.axes
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """The methods that the trials have, each once."""
+        swept = self.axes.get(METHOD)
+        return tuple(dict.fromkeys(swept)) if isinstance(swept, tuple) else (self._method,)
+
+    @property
+    def _method(self) -> str:
+        return self.config.method.type
+
+    def axes_of(self, method: str) -> dict[str, Choices]:
+        """Return the axes that a trial of the method has, but for that of the method itself."""
+        if method not in self._axes_of:
+            self._axes_of[method] = {
+                axis: choices
+                for axis, choices in self.axes.items()
+                if axis != METHOD and has_setting(method, axis)
+            }
+        return self._axes_of[method]
+
+    # --- points ------------------------------------------------------------------------------
+
+    @cached_property
+    def size(self) -> float:
+        """The number of points; infinite where an axis is a range of real numbers.
+
+        Several may compute the same: see `rayfin.tuning.search.distinct_settings`.
+        """
+        return sum(
+            math.prod(map(_length, self.axes_of(method).values())) for method in self.methods
+        )
+
+    def grid(self) -> Iterator[Values]:
+        """Yield every point of a space of finite `size`, one method after the other."""
+        for method in self.methods:
+            axes = self.axes_of(method)
+            values = map(_values, axes.values())
+            for one in itertools.product(*values):
+                yield self._of_method(method) | dict(zip(axes, one, strict=True))
+
+    def point(self, choose: Callable[[str, Choices], Any]) -> Values:
+        """Return the point whose axes have the values that `choose(axis, choices)` returns.
+
+        It is asked for the method first, and then for the axes that this method has.
+        """
+        values = {METHOD: choose(METHOD, self.axes[METHOD])} if self.sweeps_methods else {}
+        axes = self.axes_of(values.get(METHOD, self._method))
+        return values | {axis: choose(axis, choices) for axis, choices in axes.items()}
+
+    def drawn(self, random: Random) -> Values:
+        """Return a random point, every axis on its own and even over its list or range."""
+        return self.point(lambda _, choices: _at(choices, random.random()))
+
+    def moved(self, values: Mapping[str, Any], random: Random) -> Values:
+        """Return a point near `values`: each axis a little further, or a few entries along."""
+
+        def near(axis: str, choices: Choices) -> Any:
+            if axis not in values:
+                return _at(choices, random.random())
+            here = _share(choices, values[axis])
+            step = _STEP if isinstance(choices, Space) else max(_STEP, 0.7 / len(choices))
+            return _at(choices, min(max(random.gauss(here, step), 0.0), 1.0))
+
+        return self.point(near)
+
+    def values_in(self, spec: Mapping[str, Any]) -> Values:
+        """Return the swept settings that a trial's saved `spec` has, as it has them."""
+        found: Values = {}
+        for axis in self.axes:
+            section, _, name = axis.partition(".")
+            if name in spec.get(section, {}):
+                found[axis] = spec[section][name]
+        return found
+
+    def _of_method(self, method: str) -> Values:
+        return {METHOD: method} if self.sweeps_methods else {}
+
+    # --- what a point is a setting of ---------------------------------------------------------
+
+    def config_of(self, values: Mapping[str, Any]) -> Config:
+        """Return the configuration with one point put in.
+
+        What was written of the method holds for each method that has it; all else follows the
+        defaults of the point's own. Raises ConfigError for values that no trial can have. Equals
+        `with_values`, but only the sections that have axes are validated again: an advisor asks
+        for hundreds of points before each trial.
+        """
+        changed: dict[str, Values] = {}
+        for axis, value in values.items():
+            section, _, name = axis.partition(".")
+            changed.setdefault(section, {})[name] = value
+        try:
+            sections = {name: self._section(name, given) for name, given in changed.items()}
+        except ValidationError:
+            return with_values(self.config, values)  # raises, with all that is wrong
+        return self.config.model_copy(update=sections)
+
+    def spec_of(self, values: Mapping[str, Any]) -> TrialSpec:
+        """Return the specification of the trial at one point; raises ConfigError as `config_of`."""
+        config = self.config_of(values)
+        if any(axis.startswith(("model.", "data.")) for axis in values):
+            return TrialSpec.of(config)
+        # Their paths are absolute already: nothing is asked of the file system.
+        base = self._base
+        return TrialSpec(model=base.model, data=base.data, method=config.method, train=config.train)
+
+    @cached_property
+    def _base(self) -> TrialSpec:
+        return TrialSpec.of(self.config)
+
+    @cached_property
+    def _written(self) -> Mapping[str, Values]:
+        """Section -> what was written of it; all else is left to the defaults of each trial."""
+        written = self.config.model_dump(
+            mode="json", include=set(SWEPT_SECTIONS), exclude_unset=True
+        )
+        return {name: written.get(name, {}) for name in SWEPT_SECTIONS}
+
+    def _section(self, name: str, given: Values) -> Any:
+        """Return a section with some of its settings given; raises ValidationError."""
+        written = self._written[name]
+        if name != "method":
+            return type(getattr(self.config, name)).model_validate(written | given)
+        kind = given.get("type", self._method)
+        if kind != self._method and kind in METHODS:
+            written = {k: v for k, v in written.items() if k in METHODS[kind].model_fields}
+        return MethodConfig.model_validate(written | {"type": kind} | given)
+
+    # --- as Optuna has it ---------------------------------------------------------------------
+
+    @cached_property
+    def distributions(self) -> Mapping[str, BaseDistribution]:
+        """Each axis as Optuna draws it.
+
+        A list is drawn by its index: ordinal where it is a list of numbers in order, so that the
+        sampler knows that 8 lies between 4 and 16.
+        """
+        return {axis: _distribution(choices) for axis, choices in self.axes.items()}
+
+    def encode(self, values: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return a point as Optuna's parameters; None where it lies outside the space.
+
+        `values` may be as a trial's spec has them (see `values_in`): 8 for '8', an absolute path
+        for a relative one.
+        """
+        method = values.get(METHOD) if self.sweeps_methods else self._method
+        if method not in self.methods:
+            return None
+        axes = self.axes_of(method)
+        if self.sweeps_methods:
+            axes = {METHOD: self.axes[METHOD], **axes}
+        drawn: dict[str, Any] = {}
+        for axis, choices in axes.items():
+            value = values.get(axis)
+            if isinstance(choices, Space):
+                inside = isinstance(value, int | float) and choices.lower <= value <= choices.upper
+                drawn[axis] = value if inside else None
+            elif axis in values:
+                drawn[axis] = self._index(method, axis, choices, value)
+            if drawn.get(axis) is None:
+                return None
+        return drawn
+
+    def _index(self, method: str, axis: str, choices: tuple[Any, ...], value: Any) -> int | None:
+        """Return the index of a value in its axis' list; None where it isn't there."""
+        value = list(value) if isinstance(value, tuple) else value
+        if value in (plain := _plain(choices)):
+            return plain.index(value)
+        for index, choice in enumerate(plain):
+            spec = self.spec_of(self._of_method(method) | {axis: choice}).model_dump(mode="json")
+            if self.values_in(spec).get(axis) == value:
+                return index
+        return None
 
 
 def has_setting(method: str, setting: str) -> bool:
@@ -39,141 +232,28 @@ def has_setting(method: str, setting: str) -> bool:
     return section != "method" or name in METHODS[method].model_fields
 
 
-def axes_of(config: Config, method: str) -> dict[str, Choices]:
-    """The axes that a trial of the method has, but for that of the method itself."""
-    return {
-        axis: choices
-        for axis, choices in config.sweep.parameters.items()
-        if axis != METHOD and has_setting(method, axis)
-    }
-
-
-def point(config: Config, choose: Callable[[str, Choices], Any]) -> Values:
-    """The point whose axes have the values that `choose(axis, choices)` returns.
-
-    It is asked for the method first, and then for the axes that this method has.
-    """
-    swept = config.sweep.parameters.get(METHOD)
-    values = {} if swept is None else {METHOD: choose(METHOD, swept)}
-    axes = axes_of(config, values.get(METHOD, config.method.type))
-    return values | {axis: choose(axis, choices) for axis, choices in axes.items()}
-
-
-def trial_config(config: Config, values: Mapping[str, Any]) -> Config:
-    """`config` with one point of the space put in.
-
-    What was written of the method holds for each method that has it; all else follows the
-    defaults of the point's own.
-    """
-    return with_values(config, values)
-
-
-def distributions(config: Config) -> dict[str, BaseDistribution]:
-    """Optuna's view of the axes.
-
-    A list is drawn by its index: ordinal where it is a list of numbers in order, so that the
-    sampler knows that 8 lies between 4 and 16.
-    """
-    from optuna import distributions as optuna
-
-    def one(choices: Choices) -> BaseDistribution:
-        if not isinstance(choices, Space):
-            indices = range(len(choices))
-            if _ordered_numbers(choices):
-                return optuna.IntDistribution(0, len(choices) - 1)
-            return optuna.CategoricalDistribution(list(indices))
-        if choices.space == "randint":
-            return optuna.IntDistribution(int(choices.lower), int(choices.upper))
-        return optuna.FloatDistribution(
-            choices.lower, choices.upper, log=choices.space == "loguniform"
-        )
-
-    return {axis: one(choices) for axis, choices in config.sweep.parameters.items()}
-
-
 def decode(choices: Choices, drawn: Any) -> Any:
-    """Optuna's parameter -> a setting's value."""
+    """Return the value of an axis for Optuna's parameter."""
     if not isinstance(choices, Space):
         chosen = choices[int(drawn)]
         return list(chosen) if isinstance(chosen, tuple) else chosen
     return int(drawn) if choices.space == "randint" else float(drawn)
 
 
-def encode(config: Config, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A point -> Optuna's parameters; None where it lies outside the space.
-
-    `values` may be as a trial's spec has them (see `values_in`): 8 for '8', an absolute path for a
-    relative one.
-    """
-    swept = config.sweep.parameters.get(METHOD)
-    method = config.method.type if swept is None else values.get(METHOD)
-    if method not in methods_of(config):
-        return None
-    axes = axes_of(config, method) if swept is None else {METHOD: swept, **axes_of(config, method)}
-    drawn: dict[str, Any] = {}
-    for axis, choices in axes.items():
-        value = values.get(axis)
-        if isinstance(choices, Space):
-            inside = isinstance(value, int | float) and choices.lower <= value <= choices.upper
-            drawn[axis] = value if inside else None
-        elif axis in values:
-            drawn[axis] = _index(config, method, axis, choices, value)
-        if drawn.get(axis) is None:
-            return None
-    return drawn
-
-
-def values_in(config: Config, spec: Mapping[str, Any]) -> Values:
-    """The swept settings as a trial's saved `spec` has them; those that it doesn't have are left
-    out."""
-    found: Values = {}
-    for axis in config.sweep.parameters:
-        section, _, name = axis.partition(".")
-        if name in spec.get(section, {}):
-            found[axis] = spec[section][name]
-    return found
-
-
-def size(config: Config) -> float:
-    """Points of the space; infinite where a method has an axis that is a range of real numbers.
-
-    Several may compute the same: see `rayfin.tuning.search.distinct_settings`.
-    """
-    return sum(
-        math.prod(map(_length, axes_of(config, method).values())) for method in methods_of(config)
-    )
-
-
-def grid(config: Config) -> Iterator[Values]:
-    """Every point of a space of finite `size`, a method after the other."""
-    swept = METHOD in config.sweep.parameters
-    for method in methods_of(config):
-        axes = axes_of(config, method)
-        values = map(_values, axes.values())
-        for one in itertools.product(*values):
-            yield ({METHOD: method} if swept else {}) | dict(zip(axes, one, strict=True))
-
-
-def drawn(config: Config, random: Random) -> Values:
-    """A point of the space, every axis on its own and even over its list or range."""
-    return point(config, lambda _, choices: _at(choices, random.random()))
-
-
-def moved(config: Config, values: Mapping[str, Any], random: Random) -> Values:
-    """A point beside `values`: each axis a little further, or an entry up or down its list."""
-
-    def beside(axis: str, choices: Choices) -> Any:
-        if axis not in values:
-            return _at(choices, random.random())
-        here = _place(choices, values[axis])
-        step = _STEP if isinstance(choices, Space) else max(_STEP, 0.7 / len(choices))
-        return _at(choices, min(max(random.gauss(here, step), 0.0), 1.0))
-
-    return point(config, beside)
-
-
 _STEP = 0.1
-"""Of an axis' whole length: the standard deviation of a move."""
+"""Standard deviation of a move, as a share of the axis' whole length."""
+
+
+def _distribution(choices: Choices) -> BaseDistribution:
+    from optuna import distributions as optuna
+
+    if not isinstance(choices, Space):
+        if _ordered_numbers(choices):
+            return optuna.IntDistribution(0, len(choices) - 1)
+        return optuna.CategoricalDistribution(list(range(len(choices))))
+    if choices.space == "randint":
+        return optuna.IntDistribution(int(choices.lower), int(choices.upper))
+    return optuna.FloatDistribution(choices.lower, choices.upper, log=choices.space == "loguniform")
 
 
 def _values(choices: Choices) -> Sequence[Any]:
@@ -189,7 +269,7 @@ def _length(choices: Choices) -> float:
 
 
 def _at(choices: Choices, share: float) -> Any:
-    """The value at a share of the axis, from 0 to 1."""
+    """Return the value at a share of the axis, from 0 to 1."""
     if not isinstance(choices, Space):
         return decode(choices, min(int(share * len(choices)), len(choices) - 1))
     if choices.space == "loguniform":
@@ -200,29 +280,14 @@ def _at(choices: Choices, share: float) -> Any:
     return min(int(value), int(choices.upper)) if whole else value
 
 
-def _place(choices: Choices, value: Any) -> float:
-    """The share of the axis at which a value of it lies."""
+def _share(choices: Choices, value: Any) -> float:
+    """Return the share of the axis at which a value of it lies."""
     if not isinstance(choices, Space):
         plain = _plain(choices)
         return (plain.index(value) + 0.5) / len(choices) if value in plain else 0.5
     if choices.space == "loguniform":
         return math.log(value / choices.lower) / math.log(choices.upper / choices.lower)
     return float((value - choices.lower) / (choices.upper - choices.lower))
-
-
-def _index(
-    config: Config, method: str, axis: str, choices: tuple[Any, ...], value: Any
-) -> int | None:
-    """The place of a value in its axis' list."""
-    value = list(value) if isinstance(value, tuple) else value
-    if value in (plain := _plain(choices)):
-        return plain.index(value)
-    swept = {METHOD: method} if METHOD in config.sweep.parameters else {}
-    for index, choice in enumerate(plain):
-        spec = TrialSpec.of(trial_config(config, swept | {axis: choice})).model_dump(mode="json")
-        if values_in(config, spec).get(axis) == value:
-            return index
-    return None
 
 
 def _plain(choices: tuple[Any, ...]) -> list[Any]:

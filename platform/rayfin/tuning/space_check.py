@@ -14,54 +14,52 @@ from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
 from rayfin.tuning.space import (
     METHOD,
+    SWEPT_SECTIONS,
     Choices,
+    SearchSpace,
     Values,
-    axes_of,
     has_setting,
-    methods_of,
-    trial_config,
 )
 
-_SWEPT_SECTIONS = ("model", "data", "method", "train")
 
-
-def check_space(config: Config) -> None:
-    """Raises ConfigError or MethodError for an axis or value that can't be tried.
+def check_space(space: SearchSpace) -> None:
+    """Raise ConfigError or MethodError for an axis or value that can't be tried.
 
     Every value of a list is tried, and of a range both ends and a point between: for every method
     that is swept, each with each value of every other axis.
     """
-    axes = config.sweep.parameters
+    config, axes = space.config, space.axes
     if not axes:
         raise ConfigError(
             "sweep.parameters: is empty, there is nothing to sweep; give an axis, such as "
             "sweep.parameters.method.r=[4,8,16], or run one trial with rayfin train"
         )
-    _check_methods(config)
-    known = _sweepable(config)
+    _check_methods(space)
+    known = _sweepable(space)
     for axis, choices in axes.items():
         if axis not in known:
-            raise ConfigError(f"sweep.parameters.{axis}: {_unknown(config, axis, known)}")
+            raise ConfigError(f"sweep.parameters.{axis}: {_unknown(space, axis, known)}")
         if config.sweep.search == "grid" and isinstance(choices, Space):
             raise ConfigError(
                 f"sweep.parameters.{axis}: a range has no grid; give a list of values, "
                 "or use sweep.search=tpe or random"
             )
-    for values in _probed(config):
-        _check_point(config, values)
+    for values in _probed(space):
+        _check_point(space, values)
 
 
-def variants(config: Config) -> list[Config]:
-    """Trials in which every method, model, data set and setting of them comes with every other."""
-    return [trial_config(config, values) for values in _probed(config, ("model", "data", "method"))]
+def variants(space: SearchSpace) -> list[Config]:
+    """Return trials in which every method, model, data set and setting of them comes with every
+    other."""
+    return [space.config_of(values) for values in _probed(space, ("model", "data", "method"))]
 
 
-def space_notes(config: Config) -> list[str]:
-    """What not every method of a sweep takes, a line for each such setting."""
-    methods = methods_of(config)
+def space_notes(space: SearchSpace) -> list[str]:
+    """Return a line for each setting that not every method takes, or that suits only some."""
+    methods, config = space.methods, space.config
     written = [f"method.{name}" for name in config.method.model_fields_set if name != "type"]
     lines = []
-    for setting in dict.fromkeys([*sorted(written), *config.sweep.parameters]):
+    for setting in dict.fromkeys([*sorted(written), *space.axes]):
         having = [method for method in methods if has_setting(method, setting)]
         lacking = [method for method in methods if method not in having]
         if having and lacking:
@@ -69,12 +67,65 @@ def space_notes(config: Config) -> list[str]:
             lines.append(
                 f"{setting} is for {listed(having)}; {listed(lacking)} {verb} no such setting"
             )
+    return lines + _unusual_capacities(space)
+
+
+def _unusual_capacities(space: SearchSpace) -> list[str]:
+    """Return a line for each method that shares a rank, or a number of tokens, with methods that
+    usually have others."""
+    lines = []
+    for method in space.methods:
+        setting = f"method.{METHODS[method].capacity}"
+        low, high = _usual_capacity(method)
+        given = _given_numbers(space, setting)
+        if not given or (min(given) <= high and max(given) >= low):
+            continue
+        suited = [
+            other
+            for other in space.methods
+            if METHODS[other].capacity == METHODS[method].capacity
+            and min(given) <= _usual_capacity(other)[1]
+            and max(given) >= _usual_capacity(other)[0]
+        ]
+        if suited:
+            least, most = min(given), max(given)
+            has = f"{least:g} to {most:g}" if least < most else f"{least:g}"
+            middle = round((low * high) ** 0.5)
+            lines.append(
+                f"{setting} is {has} here, which suits {listed(suited)}; {method} usually has "
+                f"{low} to {high}: sweep it by itself, with method.type={method} "
+                f"sweep.parameters.{setting}=[{low},{middle},{high}]"
+            )
     return lines
 
 
-def _check_methods(config: Config) -> None:
-    """The axis over methods, and that all that was written of the method is for one of them."""
-    swept = config.sweep.parameters.get(METHOD)
+def _usual_capacity(method: str) -> tuple[int, int]:
+    """Return the least and the greatest capacity that trials of a method usually have: a quarter
+    of what its practice starts from, to four times as much."""
+    kind = METHODS[method]
+    starts = [kind.usual(rank, _LENGTH).get(str(kind.capacity), 1) for rank in _RANKS]
+    return max(1, min(starts) // 4), max(starts) * 4
+
+
+_RANKS, _LENGTH = (8, 64), 512
+"""Ranks from which practice starts on small and large devices, and tokens of a sample."""
+
+
+def _given_numbers(space: SearchSpace, setting: str) -> list[float]:
+    """Return the numbers that the sweep gives a setting; of a range its ends."""
+    choices = space.axes.get(setting)
+    if isinstance(choices, Space):
+        return [choices.lower, choices.upper]
+    if choices is None:
+        name = setting.partition(".")[2]
+        written = name in space.config.method.model_fields_set
+        choices = (getattr(space.config.method, name),) if written else ()
+    return [choice for choice in choices if isinstance(choice, int | float)]
+
+
+def _check_methods(space: SearchSpace) -> None:
+    """Check the axis over methods, and that all that was written is for one of them."""
+    config, swept = space.config, space.axes.get(METHOD)
     if swept is None:
         return
     if isinstance(swept, Space):
@@ -93,9 +144,9 @@ def _check_methods(config: Config) -> None:
             )
 
 
-def _check_point(config: Config, values: Values) -> None:
+def _check_point(space: SearchSpace, values: Values) -> None:
     try:
-        trial = trial_config(config, values)
+        trial = space.config_of(values)
         check_combination(trial)
         check_scaling(trial)
     except (ConfigError, MethodError) as error:
@@ -108,7 +159,7 @@ def _check_point(config: Config, values: Values) -> None:
         if METHOD in values:
             parts.append(f"{'' if axes else 'sweep.parameters.'}{METHOD}={values[METHOD]}")
         where = f"{' with '.join(parts)}: " if parts else ""
-        ranges = any(isinstance(config.sweep.parameters[axis], Space) for axis in axes)
+        ranges = any(isinstance(space.axes[axis], Space) for axis in axes)
         hint = ""
         if ranges and "whole number" in said:
             hint = "; a range of whole numbers is {space: randint, …}"
@@ -117,13 +168,13 @@ def _check_point(config: Config, values: Values) -> None:
         raise type(error)(f"{where}{said}{hint}") from None
 
 
-def _probed(config: Config, sections: Sequence[str] = _SWEPT_SECTIONS) -> Iterator[Values]:
-    """Points of every method in which each two values of two axes of `sections` come together."""
-    swept = METHOD in config.sweep.parameters
-    for method in methods_of(config):
-        probes = {axis: _probes(choices) for axis, choices in axes_of(config, method).items()}
+def _probed(space: SearchSpace, sections: Sequence[str] = SWEPT_SECTIONS) -> Iterator[Values]:
+    """Yield points of every method in which each two values of two axes of `sections` come
+    together."""
+    for method in space.methods:
+        probes = {axis: _probes(choices) for axis, choices in space.axes_of(method).items()}
         first = {axis: values[0] for axis, values in probes.items()}
-        first |= {METHOD: method} if swept else {}
+        first |= {METHOD: method} if space.sweeps_methods else {}
         yield first
         varied = [name for name in probes if name.partition(".")[0] in sections]
         for count in (1, 2):
@@ -141,25 +192,25 @@ def _probes(choices: Choices) -> Sequence[Any]:
     return [choices.lower, choices.lower + (choices.upper - choices.lower) / math.pi, choices.upper]
 
 
-def _sweepable(config: Config) -> list[str]:
-    names = [name for name in leaf_names(config) if not name.startswith("method.")]
-    for method in methods_of(config):
+def _sweepable(space: SearchSpace) -> list[str]:
+    names = [name for name in leaf_names(space.config) if not name.startswith("method.")]
+    for method in space.methods:
         names += [f"method.{name}" for name in METHODS[method].model_fields]
-    return [name for name in dict.fromkeys(names) if name.partition(".")[0] in _SWEPT_SECTIONS]
+    return [name for name in dict.fromkeys(names) if name.partition(".")[0] in SWEPT_SECTIONS]
 
 
-def _unknown(config: Config, axis: str, known: list[str]) -> str:
+def _unknown(space: SearchSpace, axis: str, known: list[str]) -> str:
     near = did_you_mean(axis, known)
     if having := _having(axis):
         return (
-            f"no setting of {listed(methods_of(config))}{near}; {listed(having)} "
+            f"no setting of {listed(space.methods)}{near}; {listed(having)} "
             f"{'has' if len(having) == 1 else 'have'} it"
         )
-    return f"unknown setting{near}; any setting of {', '.join(_SWEPT_SECTIONS)} can be swept"
+    return f"unknown setting{near}; any setting of {', '.join(SWEPT_SECTIONS)} can be swept"
 
 
 def _having(axis: str) -> list[str]:
-    """The methods that have a setting of section `method`."""
+    """Return the methods that have a setting of section `method`."""
     if not axis.startswith("method."):
         return []
     return [method for method in METHODS if has_setting(method, axis)]

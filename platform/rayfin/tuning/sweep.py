@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from rayfin.config import Config
 from rayfin.errors import ConfigError
@@ -19,8 +19,9 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import ProgressDisplay, few_settings
 from rayfin.tuning.rows import ended, let_checkpoints_go, was_refused
+from rayfin.tuning.run import SweepRun
 from rayfin.tuning.search import Advisor, distinct_settings
-from rayfin.tuning.space import Values, values_in
+from rayfin.tuning.space import Values
 from rayfin.tuning.space_check import check_space, space_notes, variants
 
 Advise = Callable[[SweepPlan], Advisor | None]
@@ -49,42 +50,44 @@ class EndedSweep:
         return self.plan.location
 
 
-def run_sweep(
-    config: Config,
-    *,
-    history: History,
-    storage: Storage,
-    resume: bool = False,
-    rerun: bool = False,
-    address: str | None = None,
-    first: Sequence[Values] = (),
-    advise: Advise | None = None,
-    refuse: Refuse | None = None,
-    notes: Sequence[str] = (),
-    progress: ProgressDisplay | None = None,
-) -> EndedSweep:
-    """Runs the sweep that `config` describes; every trial becomes a row of `history`.
+@dataclass(frozen=True)
+class SweepOptions:
+    """How a sweep is run; none of it changes what a trial computes."""
 
-    - `resume`: carry on with the newest sweep that the same configuration started, if there is one.
-    - `rerun`: train also what the history already holds as finished; else the same command's
-      trials come first, and are not trained again.
-    - `address`: of a running Ray cluster; None starts Ray on this machine.
-    - `first`: points to try before the sampler's own.
-    - `advise`: makes the advisor that sweep.search=advisor needs, and auto takes if there is one.
-    - `refuse`: asked before a trial starts on this machine; what it refuses becomes a row that ran
-      out of memory, with the reason. A cluster's machines may be others, and are not judged.
-    - `notes`: what else is to be told when it starts, and in its result.
+    resume: bool = False
+    """Carry on with the newest sweep that the same configuration started, if there is one."""
+    rerun: bool = False
+    """Train also what the history already holds as finished; else the same command's trials come
+    first, and are not trained again."""
+    address: str | None = None
+    """Address of a running Ray cluster; None starts Ray on this machine."""
+    notes: tuple[str, ...] = ()
+    """What is to be told when it starts, and in its result, beside the space's own notes."""
+    advise: Advise | None = None
+    """Makes the advisor that sweep.search=advisor needs, and auto takes if there is one."""
+    refuse: Refuse | None = None
+    """Asked before a trial starts on this machine; what it refuses becomes a row that ran out of
+    memory, with the reason. A cluster's machines may be others, and are not judged."""
+    progress: ProgressDisplay = field(default_factory=ProgressDisplay)
+
+
+def run_sweep(
+    config: Config, history: History, storage: Storage, options: SweepOptions | None = None
+) -> EndedSweep:
+    """Run the sweep that `config` describes; every trial becomes a row of `history`.
 
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
-    check_space(config)
-    cluster = cluster_address(address)
+    options = options or SweepOptions()
+    plan = new_plan(config, storage)
+    check_space(plan.space)
+    cluster = cluster_address(options.address)
     earlier = find_resumable(config, storage)
-    plan = (earlier if resume else None) or new_plan(config, storage)
-    progress = progress or ProgressDisplay()
-    check_run(plan, variants(config), cluster)
-    notes = (*notes, *space_notes(config))
-    progress.tell((*plan.notes, *notes))
+    if options.resume and earlier is not None:
+        plan = earlier
+    check_run(plan, variants(plan.space), cluster)
+    notes = (*options.notes, *space_notes(plan.space))
+    options.progress.tell((*plan.notes, *notes))
     otherwise = "wait for its end, or leave --resume out to start another"
     with alone(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
         # Not before: another driver may have gone on with this sweep until now.
@@ -92,11 +95,21 @@ def run_sweep(
         rows = history.trials(sweep_id=plan.sweep_id)
         _check_unchanged(plan, rows)
         plan.save()
-        if earlier is not None and not (resume or rerun):
-            first = [*first, *_finished_points(earlier, history)]
-        advisor = _advisor(plan, advise)
-        refuse = refuse if cluster is None else None
-        result = _run(plan, history, rows, first, advisor, refuse, rerun, cluster, progress)
+        again = earlier is not None and not (options.resume or options.rerun)
+        refuse = options.refuse
+        run = SweepRun(
+            plan=plan,
+            history=history,
+            known=tuple(row for row in rows if _has_ended(row)),
+            unfinished=tuple(row for row in rows if not _has_ended(row)),
+            first=tuple(_finished_points(earlier, history)) if earlier and again else (),
+            advisor=_advisor(plan, options.advise),
+            refuse=partial(refuse, plan) if refuse is not None and cluster is None else None,
+            rerun=options.rerun,
+            cluster=cluster,
+            progress=options.progress,
+        )
+        result = _run(run)
         return replace(result, notes=(*notes, *result.notes))
 
 
@@ -108,53 +121,31 @@ def _advisor(plan: SweepPlan, advise: Advise | None) -> Advisor | None:
 
 
 def _finished_points(earlier: SweepPlan, history: History) -> list[Values]:
-    """What the same command finished before: first, so that the history answers it again.
+    """Return what the same command finished before: first, so that the history answers it again.
 
     A search that has learned from those trials would ask for others.
     """
     rows = history.trials(sweep_id=earlier.sweep_id, status="finished")
-    return [values_in(earlier.config, row.spec) for row in rows]
+    return [earlier.space.values_in(row.spec) for row in rows]
 
 
-def _run(
-    plan: SweepPlan,
-    history: History,
-    rows: Sequence[TrialRecord],
-    first: Sequence[Values],
-    advisor: Advisor | None,
-    refuse: Refuse | None,
-    rerun: bool,
-    cluster: str | None,
-    progress: ProgressDisplay,
-) -> EndedSweep:
-    config = plan.config
-    known = [row for row in rows if _has_ended(row)]
+def _run(run: SweepRun) -> EndedSweep:
+    plan, history = run.plan, run.history
     completed, distinct = True, distinct_settings(plan)
-    progress.begin(plan, known, distinct)
+    run.progress.begin(plan, run.known, distinct)
     try:
-        if len(known) < distinct:
+        if len(run.known) < distinct:
             from rayfin.tuning.tune import run_trials
 
-            completed = run_trials(
-                plan,
-                history,
-                known=known,
-                unfinished=[row for row in rows if not _has_ended(row)],
-                first=first,
-                advisor=advisor,
-                refuse=None if refuse is None else functools.partial(refuse, plan),
-                rerun=rerun,
-                cluster=cluster,
-                progress=progress,
-            )
+            completed = run_trials(run)
     finally:
-        progress.end()
+        run.progress.end()
     if completed:
         _tidy(plan, history)
     rows = history.trials(sweep_id=plan.sweep_id)
-    best = best_trial(rows, config.sweep.metric, config.sweep.direction)
-    few = few_settings(config, distinct)
-    notes = ([few] if few else []) + edge_notes(config, rows)
+    best = best_trial(rows, plan.config.sweep.metric, plan.config.sweep.direction)
+    few = few_settings(plan.config, distinct)
+    notes = ([few] if few else []) + edge_notes(plan.space, rows)
     return EndedSweep(plan, rows, best, not completed, tuple(notes))
 
 
@@ -173,7 +164,7 @@ def best_trial(rows: Sequence[TrialRecord], metric: str, mode: str) -> TrialReco
 def _check_unchanged(plan: SweepPlan, rows: Sequence[TrialRecord]) -> None:
     """Raises ConfigError where a resumed sweep's trials computed something else than now."""
     for row in rows:
-        if plan.trial(values_in(plan.config, row.spec)).fingerprint != row.fingerprint:
+        if plan.trial(plan.space.values_in(row.spec)).fingerprint != row.fingerprint:
             raise ConfigError(
                 f"--resume: the data or the model changed since sweep {plan.sweep_id} began, or an "
                 "earlier version of rayfin began it, and its trials can't be compared with new "

@@ -16,68 +16,56 @@ from rayfin.compat.ray_tune import record_rung
 from rayfin.config import Config
 from rayfin.errors import HardwareError, StorageError
 from rayfin.heartbeat import busy
-from rayfin.history import History, TrialRecord
+from rayfin.history import TrialRecord
 from rayfin.metrics import score_of
 from rayfin.training.strategies import WorkerLayout, needs_group
 from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
-from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import recalled, refused, usable, was_refused
-from rayfin.tuning.search import Advisor, HistorySearch
-from rayfin.tuning.space import Values, values_in
+from rayfin.tuning.run import SweepRun
+from rayfin.tuning.search import HistorySearch
 
 
-def run_trials(
-    plan: SweepPlan,
-    history: History,
-    *,
-    known: Sequence[TrialRecord],
-    unfinished: Sequence[TrialRecord],
-    first: Sequence[Values],
-    advisor: Advisor | None,
-    refuse: Callable[[PlannedTrial], str | None] | None,
-    rerun: bool,
-    cluster: str | None,
-    progress: ProgressDisplay,
-) -> bool:
-    """Runs what `known` lacks of the sweep, the interrupted trials first; False after Ctrl-C.
-
-    `unfinished`: the rows of trials that were interrupted, and of those that were refused.
-    """
+def run_trials(run: SweepRun) -> bool:
+    """Run what a sweep still lacks, the interrupted trials first; returns False after Ctrl-C."""
     _quiet_tune()
-    config = plan.config
-    before = {row.trial_id: row for row in unfinished}
-    interrupted = [row for row in unfinished if not was_refused(row)]
+    plan, config, progress = run.plan, run.plan.config, run.progress
+    before = {row.trial_id: row for row in run.unfinished}
+    interrupted = [row for row in run.unfinished if not was_refused(row)]
     begun = {row.trial_id: row.created_at for row in interrupted}
-    recorder = Recorder(history, progress.update, begun, progress.restart)
+    recorder = Recorder(run.history, progress.update, begun, progress.restart)
 
     def without_training(trial: PlannedTrial) -> TrialRecord | None:
-        """The row of a trial that the history answers, or that can't run here."""
+        """Return the row of a trial that the history answers, or that can't run here."""
         with busy(f"looking trial {trial.trial_id} up in the history"):
-            earlier = None if rerun else usable(history, trial, config.sweep.metric)
+            earlier = None if run.rerun else usable(run.history, trial, config.sweep.metric)
         if earlier is not None:
             row = recalled(trial, earlier)
         elif trial.trial_id in begun:  # and so it fits
             return None
-        elif refuse is not None and (reason := refuse(trial)) is not None:
+        elif run.refuse is not None and (reason := run.refuse(trial)) is not None:
             row = refused(trial, reason, before.get(trial.trial_id))
         else:
             return None
         recorder.put(row)
         return row
 
-    again = [values_in(config, row.spec) for row in interrupted]
+    again = [plan.space.values_in(row.spec) for row in interrupted]
     search = HistorySearch(
-        plan, known=known, first=[*again, *first], recall=without_training, advisor=advisor
+        plan,
+        known=run.known,
+        first=[*again, *run.first],
+        recall=without_training,
+        advisor=run.advisor,
     )
     left = False
     minutes = config.scaling.hang_timeout_minutes
     with watched_driver(minutes, progress.say, "the same command with --resume goes on"):
         if search.look_ahead():  # a sweep that the history answers needs no Ray
-            with _cluster_and_tune(cluster):
+            with _cluster_and_tune(run.cluster):
                 try:
-                    _fit(plan, search, scheduler(config, known), recorder, progress.say)
+                    _fit(plan, search, scheduler(config, run.known), recorder, progress.say)
                 finally:  # before Ray ends, which takes a moment in which we may be killed
                     left = recorder.interrupt()
         if recorder.storage_error is not None:

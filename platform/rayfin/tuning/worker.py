@@ -21,7 +21,7 @@ from rayfin.heartbeat import pause, watched
 from rayfin.statuses import FAILED
 from rayfin.training.spec import Report, TrialLeft, TrialResult
 from rayfin.training.strategies import WorkerLayout
-from rayfin.tuning.plan import PlannedTrial
+from rayfin.tuning.plan import TRIAL, PlannedTrial
 
 if TYPE_CHECKING:
     from rayfin.training.trial_cache import TrialCache
@@ -89,7 +89,7 @@ class _TrialTrainable(ray.tune.Trainable):
         self._orders: queue.Queue[_Order] = queue.Queue()
         self._waiting = False
         self._over = threading.Event()
-        trial = PlannedTrial.from_tune_config(config)
+        trial: PlannedTrial = config[TRIAL]
         self._trial_id = trial.trial_id
         self._thread = threading.Thread(target=self._run, args=(trial,), daemon=True)
         self._thread.start()
