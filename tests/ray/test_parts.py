@@ -505,7 +505,7 @@ def test_a_worker_ends_its_thread_whenever_tune_ends_the_trial(
 ) -> None:
     ends: list[str] = []
     monkeypatch.setattr(trial, "run_trial", evaluations(saved=ends))
-    monkeypatch.setattr(worker, "_WARM", None)
+    monkeypatch.setattr(worker, "_CACHE", None)
     one, two = ({TRIAL: plan.trial({"method.r": r, "train.seed": 0})} for r in (2, 4))
     before = threading.active_count()
     trainable: Any = worker.LocalTrainable.__new__(worker.LocalTrainable)

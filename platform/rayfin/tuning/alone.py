@@ -19,7 +19,7 @@ from rayfin.paths import StoragePath, write_json
 
 _RENEWED_EVERY = 20.0
 _FORGOTTEN_AFTER = 60.0
-"""Seconds in which a driver on another machine that was killed still holds what is in a bucket."""
+"""A driver on another machine that was killed holds its sweep in a bucket for so many seconds."""
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def _parsed(told: bytes) -> dict[str, Any]:
 
 
 def _named(holder: object) -> str:
-    """Names the process that holds a lock; nothing where that can't be read."""
+    """Return words that name the process that holds a lock; none where that can't be read."""
     if not isinstance(holder, dict) or not {"pid", "host", "since"} <= holder.keys():
         return ""
     return f" (process {holder['pid']} on {holder['host']}, since {holder['since']})"

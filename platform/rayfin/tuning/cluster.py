@@ -16,12 +16,12 @@ from rayfin.tuning.driver_errors import logged_errors
 from rayfin.tuning.local_ray import local_ray, sigterm_as_it_was
 
 Resources = Mapping[str, float]
-"""Ray's names (CPU, GPU) -> how many."""
+"""Amounts of what a node has or a process holds, by Ray's names (CPU, GPU, …)."""
 
 
 @contextmanager
 def ray_cluster(address: str | None, *, num_cpus: int | None = None) -> Iterator[None]:
-    """Ray for the time of the block: the cluster at `address`, else one of our own.
+    """Connects to Ray for the time of the block: to the cluster at `address`, else to our own.
 
     A Ray that was connected before stays as it is; one started here is shut down at the end, and
     what it has to tell meanwhile is logged.
@@ -86,7 +86,7 @@ def fits(nodes: Sequence[Resources], need: Resources) -> int:
 def even_share(
     nodes: Sequence[Resources], processes: int, *, gpu: float = 0.0
 ) -> dict[str, float] | None:
-    """The most whole CPUs that each of `processes` can have beside `gpu` GPUs (or part of one).
+    """Returns the most whole CPUs for each of `processes` beside `gpu` GPUs (or part of one).
 
     None where so many don't fit: Ray would wait for the missing ones for ever. A process on a GPU
     goes without a CPU of its own where the nodes have too few.
@@ -100,8 +100,9 @@ def even_share(
 
 
 def worker_resources(scaling: ScalingConfig, have: Sequence[Resources]) -> dict[str, float]:
-    """For each worker of a group on nodes that `have` so much: a GPU where there are any, else an
-    even share of the CPUs.
+    """Returns what each worker of a group holds on nodes that `have` so much.
+
+    That is a GPU where there are any, else an even share of the CPUs.
 
     Raises HardwareError where the cluster is too small.
     """

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from rayfin.heartbeat import pause, watched
 
 EXIT_CODE = 2
-"""That of a storage that can't be written."""
+"""The exit code is that of a storage that can't be written."""
 
 _LAST_WORDS_SECONDS = 10.0
 

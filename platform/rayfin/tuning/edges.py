@@ -16,7 +16,7 @@ from rayfin.tuning.space import SearchSpace
 _NEAR = 0.1
 """The share of a range, on its own scale, that counts as its edge."""
 _MOST = 4
-"""Best trials that are looked at."""
+"""The number of best trials that are looked at."""
 
 
 def edge_notes(space: SearchSpace, rows: Sequence[TrialRecord]) -> list[str]:
@@ -59,7 +59,7 @@ def _best(config: Config, rows: Sequence[TrialRecord]) -> list[TrialRecord]:
 
 
 def _side(choices: Any, value: Any) -> str | None:
-    """`upper`, `lower`, or None for what lies between, or has no order."""
+    """Return `upper` or `lower`; None for what lies between, or has no order."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if not isinstance(choices, Space):

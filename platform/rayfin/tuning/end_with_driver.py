@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def start_of(pid: int) -> str:
-    """When the process started, in the kernel's ticks since the machine's; empty for none.
+    """Returns when a process started, in the kernel's ticks since the machine did; or ''.
 
     Format: proc(5), field 22 of /proc/PID/stat; the second one, a name, may hold anything.
     """

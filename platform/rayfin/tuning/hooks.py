@@ -22,7 +22,7 @@ count_deaths_as_failures()
 
 
 def _reason(trial: Trial) -> str | None:
-    """What Tune noted of the trial's newest failure.
+    """Return what Tune noted of the trial's newest failure.
 
     It also pickles it, but into a file that comes to the storage, where it would look for it, much
     later, and that others may have put there.
@@ -35,15 +35,15 @@ def _reason(trial: Trial) -> str | None:
 
 
 class _Unpickled:
-    """Tune pickles its parts for a restore that rayfin never makes: a sweep resumes from the
-    history."""
+    """A part of Tune that is pickled as nothing: a sweep resumes from the history, and never by
+    Tune's restore."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
 class TuneSearcher(_Unpickled, Searcher):
-    """Hands Tune what the search proposes, and the search what Tune's trials came to."""
+    """A searcher that hands Tune what the search proposes, and the search how trials ended."""
 
     def __init__(self, search: HistorySearch) -> None:
         super().__init__(metric=search.metric, mode=search.direction)
@@ -56,7 +56,7 @@ class TuneSearcher(_Unpickled, Searcher):
         return Searcher.FINISHED if trial is None else {TRIAL: trial}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """The search learns from ended trials only."""
+        """Do nothing: the search learns from ended trials only."""
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -65,14 +65,14 @@ class TuneSearcher(_Unpickled, Searcher):
         self._search.tell(trial_id, last.get(self._search.metric), last.get("step"))
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: a sweep is resumed from the history, never from Tune's pickles."""
+        """Do nothing: a sweep is resumed from the history, never from Tune's pickles."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing; see `save`."""
+        """Do nothing; see `save`."""
 
 
 class StorageStopper(_Unpickled, ray.tune.Stopper):
-    """Ends the sweep once its storage can't be written: every further trial would fail of it."""
+    """A stopper that ends the sweep once its storage can't be written: no further trial could."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -85,13 +85,13 @@ class StorageStopper(_Unpickled, ray.tune.Stopper):
 
 
 class TuneRecorder(_Unpickled, ray.tune.Callback):
-    """Tells the recorder what becomes of Tune's trials, and looks for nodes where none runs."""
+    """A callback that tells the recorder how trials do, and looks for nodes where none runs."""
 
-    def __init__(self, recorder: Recorder, stranded: LostNodeWatch) -> None:
-        self._recorder, self._stranded = recorder, stranded
+    def __init__(self, recorder: Recorder, lost_nodes: LostNodeWatch) -> None:
+        self._recorder, self._lost_nodes = recorder, lost_nodes
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        self._stranded.look(running=any(trial.status == Trial.RUNNING for trial in trials))
+        self._lost_nodes.look(running=any(trial.status == Trial.RUNNING for trial in trials))
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

@@ -44,9 +44,9 @@ _SETTINGS = {
 
 @contextmanager
 def local_ray(num_cpus: int) -> Iterator[None]:
-    """Ray with so many CPUs for the time of the block; raises RayfinError where it doesn't start.
+    """Starts Ray with so many CPUs for the time of the block.
 
-    What the environment sets of Ray's own settings stays as it is.
+    Raises RayfinError where it doesn't start. Ray's own settings in the environment stay.
     """
     settings = dict(_SETTINGS)
     if not {_MODE, _TOKEN, _TOKEN_PATH} & os.environ.keys():
@@ -93,7 +93,7 @@ def _start(num_cpus: int) -> None:
 
 @contextmanager
 def _agents_end_with_us() -> Iterator[None]:
-    """What the raylet has started by now ends when this process does, also when it is killed."""
+    """Has what the raylet has started by now end when this process does, also when it is killed."""
     program = Path(end_with_driver.__file__)
     found = [
         f"{process.pid}:{end_with_driver.start_of(process.pid)}"
@@ -117,7 +117,7 @@ def _agents_end_with_us() -> Iterator[None]:
 
 @contextmanager
 def sigterm_as_it_was() -> Iterator[None]:
-    """Ray puts a handler of its own in the place of a command's, which ends it in order."""
+    """Keeps a command's handlers, which end it in order, where Ray would put its own."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -128,7 +128,8 @@ def sigterm_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def ctrl_c_as_it_was() -> Iterator[None]:
-    """Tune leaves a handler that swallows the next Ctrl-C, which is for what follows the trials."""
+    """Puts the handler of Ctrl-C back: Tune leaves one that swallows the next, which is for what
+    follows the trials."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield

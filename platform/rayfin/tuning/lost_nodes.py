@@ -10,11 +10,11 @@ from rayfin.tuning.cluster import Resources, fits, nodes
 
 _EVERY = 10.0
 _PATIENCE = 1200.0
-"""Seconds: a cloud may take so long to bring another machine."""
+"""A cloud may take so many seconds to bring another machine."""
 
 
 class LostNodeWatch:
-    """Asked at every turn of Tune's loop; says that it waits for a node, and ends a long wait."""
+    """A watch that tells of a wait for nodes and ends a long one; Tune's loop asks it each turn."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class LostNodeWatch:
         living: Callable[[], Sequence[Resources]] = nodes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`need`: what each of a trial's `processes` holds."""
+        """Watches for nodes that have room for `processes`, each of which holds `need`."""
         self._processes = processes
         self._need = {name: amount for name, amount in need.items() if amount > 0}
         self._say, self._living, self._clock = say, living, clock
@@ -33,7 +33,7 @@ class LostNodeWatch:
         self._since: float | None = None
 
     def look(self, *, running: bool = False) -> None:
-        """`running`: whether any trial is. Raises HardwareError when nothing came for too long."""
+        """Looks for room where no trial is `running`; raises HardwareError after too long."""
         now = self._clock()
         if now - self._asked < _EVERY:
             return

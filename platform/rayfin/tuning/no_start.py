@@ -23,12 +23,12 @@ _LEAST_DISK = _LEAST_MEMORY = 10**9
 _LEAST_FILES = 1024
 _OTHER = "set RAY_TMPDIR to another directory, with a short name and 1 GB free"
 _SOCKET = 107
-"""The bytes of a socket's path on Linux."""
+"""The most bytes of a socket's path on Linux."""
 _RAYS_SOCKET = f"/ray/session_2026-11-30_04-55-04_537709_{os.getpid()}/sockets/plasma_store"
 
 
 def why_no_start(error: BaseException) -> str:
-    """The line: what Ray raised, where the rest is, and the likeliest reasons with their remedies.
+    """Returns a line: what Ray raised, where the rest is, the likeliest reasons and remedies.
 
     The pages of C++ stacks that Ray's programs leave go to the file.
     """
@@ -45,7 +45,7 @@ def _temporary() -> Path:
 
 
 def certain_reasons() -> Iterator[str]:
-    """What is wrong with this machine or shell, and would be another time."""
+    """Returns what is wrong with this machine or shell, and would be another time."""
     directory = _temporary()
     if len(os.fsencode(directory)) + len(_RAYS_SOCKET) > _SOCKET:
         yield f"the name of '{directory}' is too long for Ray's sockets: {_OTHER}"
@@ -69,7 +69,7 @@ def certain_reasons() -> Iterator[str]:
 
 
 def _reasons() -> Iterator[str]:
-    """What is wrong for certain comes first, then what Ray is known to stop at."""
+    """Returns what is wrong for certain first, then what Ray is known to stop at."""
     yield from certain_reasons()
     memory = psutil.virtual_memory().available
     load, cores = os.getloadavg()[0], os.cpu_count() or 1
@@ -86,7 +86,7 @@ def _reasons() -> Iterator[str]:
 
 
 def _log(error: BaseException) -> str:
-    """Writes what Ray raised and logged; the file's path, or why there is none."""
+    """Writes what Ray raised and logged; returns the file's path, or why there is none."""
     at = datetime.now(UTC)
     parts = ["".join(traceback.format_exception(error))]
     root = _temporary() / "ray"

@@ -57,13 +57,13 @@ class SweepPlan:
         return self.storage.sweep(self.sweep_id)
 
     def save(self) -> None:
-        """Writes the resolved configuration, by which `find_resumable` knows the sweep again."""
+        """Write the resolved configuration, by which `find_resumable` knows the sweep again."""
         file = self.location / _CONFIG
         write_text(file.path, dump_yaml(self.config))
         file.publish_file()
 
     def trial(self, values: Values) -> PlannedTrial:
-        """The trial at one point; the same point is the same trial, in this process or the next."""
+        """Return the trial at one point: the same one for the same point, in any process."""
         spec = self.space.spec_of(values)
         fingerprint = spec.fingerprint(
             model_identity=self.identity(spec.model),
@@ -82,7 +82,7 @@ class SweepPlan:
 
     @property
     def notes(self) -> list[str]:
-        """Returns what the data read so far asks to be told, each line once."""
+        """Return what the data read so far asks to be told, each line once."""
         return list(dict.fromkeys(note for c in self.corpora.values() for note in c.notes))
 
     def identity(self, model: ModelConfig) -> str:
@@ -90,20 +90,20 @@ class SweepPlan:
 
 
 def new_plan(config: Config, storage: Storage) -> SweepPlan:
-    """A plan with a name of its own: what it tunes, on what, and when."""
+    """Return a plan with a name of its own: what it tunes, on what, and when."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     # Two sweeps may start in the same second.
     return SweepPlan(f"{_subject(config)}-{stamp}-{secrets.token_hex(3)}", config, storage)
 
 
 def _subject(config: Config) -> str:
-    """What a sweep's name begins with."""
+    """Return what a sweep's name begins with."""
     stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data.path).stem).strip("-") or "sweep"
     return f"{stem}-{config.method.type}".replace("_", "-")
 
 
 def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
-    """The newest sweep in `storage` that the same command started; None where there is none.
+    """Return the newest sweep in `storage` that the same command started; None if there is none.
 
     Where it runs, how many trials it runs and what is done with the result may differ.
     """

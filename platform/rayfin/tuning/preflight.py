@@ -66,7 +66,7 @@ def _check_modules(config: Config) -> None:
 
 
 def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:
-    """Targets that PEFT would not find: a module's whole name, or its last parts."""
+    """Returns the targets that PEFT would not find, by a module's whole name or its last parts."""
     return [
         target
         for target in targets

@@ -20,7 +20,7 @@ from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.space import SearchSpace
 
 MISSING = "–"
-"""In place of a setting that a trial's method doesn't have."""
+"""What stands in place of a setting that a trial's method doesn't have."""
 
 
 class ProgressDisplay:
@@ -41,7 +41,7 @@ class ProgressDisplay:
     def begin(
         self, plan: SweepPlan, known: Sequence[TrialRecord], distinct: int | None = None
     ) -> None:
-        """Says what a sweep is about to do; `known` are its trials that have ended.
+        """Say what a sweep is about to do; `known` are its trials that have ended.
 
         `distinct`: how many there are to run in all; sweep.num_samples if it isn't given.
         """
@@ -61,7 +61,7 @@ class ProgressDisplay:
             self._live.start()
 
     def tell(self, notes: Iterable[str]) -> None:
-        """Each line once, however many trials have it."""
+        """Say each line once, however many trials have it."""
         for note in notes:
             if note not in self._told:
                 self._told.add(note)
@@ -75,7 +75,7 @@ class ProgressDisplay:
             self.say(self._line(row))
 
     def restart(self, row: TrialRecord, error: str) -> None:
-        """One line for a trial that goes on after its process died."""
+        """Say that a trial goes on after its process died."""
         self.say(
             f"{self._head(row, 'again')}  it goes on from its checkpoint, if it has one: {error}"
         )
@@ -89,7 +89,7 @@ class ProgressDisplay:
             self._live = None
 
     def eta_seconds(self) -> float | None:
-        """Seconds left at the pace so far; None before anything is done."""
+        """Return the seconds left at the pace so far; None before anything is done."""
         # What was done before, or never trained, sets no pace.
         timed = [
             _share(row)
@@ -102,7 +102,7 @@ class ProgressDisplay:
         return pace * max(0.0, self._total - self._done())
 
     def _done(self) -> float:
-        """Trials done, those that run by the share of their steps."""
+        """Return the number of trials done, those that run by the share of their steps."""
         # A copy: the table is drawn in a thread of its own.
         return sum(_share(row) for row in list(self._rows.values()))
 
@@ -130,7 +130,7 @@ class ProgressDisplay:
 
 
 def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = "") -> Rows:
-    """All trials of a sweep, one a line."""
+    """Return a table of all trials of a sweep, one a line."""
     sweep = config.sweep
     space = SearchSpace(config)
     axes = list(space.axes)
@@ -163,7 +163,7 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
 
 
 def few_settings(config: Config, distinct: int) -> str | None:
-    """`4 distinct settings of 5 trials`, where the space has fewer than sweep.num_samples."""
+    """Return `4 distinct settings of 5 trials`; None where there are sweep.num_samples."""
     wanted = config.sweep.num_samples
     if distinct >= wanted:
         return None
@@ -171,7 +171,7 @@ def few_settings(config: Config, distinct: int) -> str | None:
 
 
 def evaluation_line(result: TrialResult, max_steps: int) -> str:
-    """How a trial stands: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`."""
+    """Return how a trial does: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`."""
     metrics = result.metrics
     told = [f"step {metrics['steps']}/{max_steps}"]
     for name, column in _columns():
@@ -183,7 +183,7 @@ def evaluation_line(result: TrialResult, max_steps: int) -> str:
 
 
 def settings(config: Config, row: TrialRecord) -> str:
-    """`r=8 learning_rate=0.0002`: the swept settings of a trial."""
+    """Return the swept settings of a trial, as `r=8 learning_rate=0.0002`."""
     return " ".join(
         f"{axis.partition('.')[2]}={_value(value)}"
         for axis, value in SearchSpace(config).values_in(row.spec).items()
@@ -195,7 +195,7 @@ def _origin(row: TrialRecord) -> str:
 
 
 def _columns() -> list[tuple[str, MetricColumn]]:
-    """The metrics that are shown while trials run, with how each is."""
+    """Return the metrics that are shown while trials run, with how each is."""
     return [(name, metric.progress) for name, metric in METRICS.items() if metric.progress]
 
 

@@ -16,11 +16,11 @@ from rayfin.tuning.rows import died, ended, let_checkpoints_go, started, with_ou
 
 OnRecord = Callable[[TrialRecord], None]
 OnRestart = Callable[[TrialRecord, str], None]
-"""Told of a trial that goes on after its process died, and of what."""
+"""Takes the row of a trial that goes on after its process died, and what it died of."""
 
 
 class Recorder:
-    """One row a trial: written when it starts, at each evaluation, and when it ends.
+    """The writer of a trial's row: when it starts, at each evaluation, and when it ends.
 
     Only the driver writes, so that workers on other machines need no way to the database. A row
     that can't be written now (Tune would fail the trial for it) is written with the next one;
@@ -34,7 +34,10 @@ class Recorder:
         created: Mapping[str, datetime] | None = None,
         on_restart: OnRestart = lambda row, error: None,
     ) -> None:
-        """`created`: trial id -> when an interrupted trial was started first."""
+        """Write to `history`, and hand each row to `on_record`.
+
+        `created` has the times at which interrupted trials were started first, by their ids.
+        """
         self._history, self._on_record, self._on_restart = history, on_record, on_restart
         self._created = created or {}
         self._rows: dict[str, TrialRecord] = {}
@@ -47,7 +50,7 @@ class Recorder:
             self._put(self._row(trial))
 
     def reports(self, trial: PlannedTrial, outcome: Mapping[str, Any]) -> None:
-        """`outcome`: a TrialResult as a dictionary."""
+        """Record how a trial stands; `outcome` is a TrialResult as a dictionary."""
         if outcome["storage_failed"]:  # its row stays as it is: the trial goes on with a resume
             self.storage_error = outcome["error"]
             return
@@ -70,14 +73,17 @@ class Recorder:
             self._put(died(row, reason))
 
     def interrupt(self) -> bool:
-        """The sweep ends here: trials that still run are `interrupted`. Whether there were any."""
+        """Record that the sweep ends here: trials that still run are `interrupted`.
+
+        Returns whether there were any.
+        """
         left = [row for row in self._rows.values() if row.status == "running"]
         for row in left:
             self._put(interrupted(row))
         return bool(left)
 
     def put(self, row: TrialRecord) -> None:
-        """Writes a row now or, where the history can't take it, with a later one."""
+        """Write a row now or, where the history can't take it, with a later one."""
         self._unwritten[row.trial_id] = row
         with contextlib.suppress(HistoryError):
             self.flush()
@@ -85,7 +91,7 @@ class Recorder:
             self._on_record(row)
 
     def flush(self) -> None:
-        """Writes what could not be written before; raises HistoryError where that fails again."""
+        """Write what could not be written before; raises HistoryError where that fails again."""
         for trial_id, row in list(self._unwritten.items()):
             with busy(f"recording trial {trial_id} in the history"):
                 self._history.put(row)
@@ -95,7 +101,7 @@ class Recorder:
                     let_checkpoints_go(row)
 
     def _row(self, trial: PlannedTrial) -> TrialRecord:
-        """The trial's row; a new one too for a worker that died before it could start."""
+        """Return the trial's row; a new one too for a worker that died before it could start."""
         trial_id = trial.trial_id
         if trial_id not in self._rows:
             self._rows[trial_id] = started(trial, self._created.get(trial_id))

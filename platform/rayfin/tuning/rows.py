@@ -27,7 +27,7 @@ _HUNG = re.compile(rf"{TrialHung.__name__}: (.+)$", re.MULTILINE)
 
 
 def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialRecord:
-    """The row of a trial that starts; one that was interrupted keeps the time of its creation."""
+    """Return the row of a trial that starts; an interrupted one keeps the time of its creation."""
     return TrialRecord(
         trial_id=planned.trial_id,
         sweep_id=sweep_of(planned),
@@ -46,7 +46,10 @@ def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialR
 
 
 def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> TrialRecord | None:
-    """The finished trial of the history that makes training `trial` needless, adapter and all."""
+    """Return the finished trial of the history that makes training `trial` needless, or None.
+
+    Its adapter is there, too.
+    """
     earlier = history.finished(trial.fingerprint)
     if earlier is None or earlier.directory is None or metric not in earlier.metrics:
         return None
@@ -58,7 +61,7 @@ def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> 
 
 
 def adapter_place(row: TrialRecord) -> StoragePath:
-    """Where the adapter of a trial lies; raises StorageError where the row names another's.
+    """Return where the adapter of a trial lies; raises StorageError where the row names another's.
 
     Whoever may write to a shared history could have a row point to any adapter. A trial's own
     directory ends in its fingerprint, wherever the storage lies and whichever sweep it was of.
@@ -80,7 +83,7 @@ def adapter_place(row: TrialRecord) -> StoragePath:
 
 
 def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
-    """An earlier sweep's finished trial as a row of this one; nothing was trained for it."""
+    """Return an earlier sweep's finished trial as a row of this one; nothing was trained for it."""
     return earlier.updated(
         trial_id=planned.trial_id,
         sweep_id=sweep_of(planned),
@@ -93,9 +96,9 @@ def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
 
 
 def refused(planned: PlannedTrial, reason: str, before: TrialRecord | None = None) -> TrialRecord:
-    """The row of a trial that was not started, as it would run out of memory.
+    """Return the row of a trial that was not started, as it would run out of memory.
 
-    `before`: its row in the sweep that is resumed.
+    `before` is its row in the sweep that is resumed.
     """
     if before is not None and before.error == reason:
         return before
@@ -105,12 +108,15 @@ def refused(planned: PlannedTrial, reason: str, before: TrialRecord | None = Non
 
 
 def was_refused(row: TrialRecord) -> bool:
-    """Whether it was never started; another machine, or a longer history, may judge it anew."""
+    """Return whether a trial was never started.
+
+    Another machine, or a longer history, may judge it anew.
+    """
     return row.status == "oom" and row.directory is None and not row.metrics
 
 
 def let_checkpoints_go(row: TrialRecord) -> None:
-    """Of a trial whose end the history has: no resume needs them.
+    """Remove the checkpoints of a trial whose end the history has: no resume needs them.
 
     Those of a trial that the row was only recalled from are not its own.
     """
@@ -120,12 +126,15 @@ def let_checkpoints_go(row: TrialRecord) -> None:
 
 
 def sweep_of(planned: PlannedTrial) -> str:
-    """`<sweep_id>-<fingerprint>` without its end."""
+    """Return the id of a trial's sweep: `<sweep_id>-<fingerprint>` without its end."""
     return planned.trial_id.rpartition("-")[0]
 
 
 def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
-    """`row` with a TrialResult (as a dictionary) in it; a finished one without a loss is failed."""
+    """Return `row` with a TrialResult (as a dictionary) in it.
+
+    A finished one without a loss is failed.
+    """
     status, error = outcome["status"], outcome["error"]
     metrics = {k: v for k, v in outcome["metrics"].items() if _sound(v)}
     if status == "finished" and "eval_loss" not in metrics:
@@ -141,7 +150,7 @@ def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
 
 
 def died(row: TrialRecord, reason: str | None) -> TrialRecord:
-    """The row of a trial whose process died; `reason`: a message of Ray's, or a whole trace."""
+    """Return the row of a trial whose process died; `reason` is Ray's message, or a whole trace."""
     text = _COLOUR.sub("", reason or "its process ended")
     if (hung := _HUNG.search(text)) is not None:
         return ended(row, "failed", hung.group(1))
@@ -154,7 +163,7 @@ def died(row: TrialRecord, reason: str | None) -> TrialRecord:
 
 
 def ended(row: TrialRecord, status: Status, error: str | None = None) -> TrialRecord:
-    """The row of a trial that ended without an outcome of its own."""
+    """Return the row of a trial that ended without an outcome of its own."""
     return row.updated(status=status, error=error, scenario=undriven(row))
 
 
@@ -163,7 +172,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def _gist(text: str) -> str:
-    """Of a trace the error, of a message of Ray's what is not about which process it was."""
+    """Return the error of a trace, or of a message of Ray's what is not about the process."""
     lines = [line for line in text.splitlines() if line.strip()]
     if any(line.startswith(("Traceback", "ray::")) for line in lines):
         lines = lines[-1:]

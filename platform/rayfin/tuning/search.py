@@ -34,15 +34,15 @@ class EndedTrial:
 
     spec: Mapping[str, Any]
     value: float | None
-    """Of the sweep's metric, as last measured; None for one that failed."""
+    """The sweep's metric as last measured; None for a trial that failed."""
     steps: int | None = None
-    """How far it went, which is less than its spec says where the scheduler stopped it."""
+    """The steps that it went, which are less than its spec says where the scheduler stopped it."""
     recalled: bool = False
     """Whether another sweep trained it: its result was known before."""
 
 
 class Advisor(Protocol):
-    """Chooses the next trial."""
+    """What chooses the next trial in the sampler's place."""
 
     def choose(
         self,
@@ -50,12 +50,12 @@ class Advisor(Protocol):
         ended: Sequence[EndedTrial],
         running: Sequence[Mapping[str, Any]],
     ) -> int:
-        """The place in `options` of the next one; `options` and `running` are trials' specs."""
+        """Return the index in `options` of the next one; `options` and `running` are specs."""
         ...
 
 
 def distinct_settings(plan: SweepPlan) -> int:
-    """How many of sweep.num_samples trials have something of their own to compute.
+    """Return how many of sweep.num_samples trials have something of their own to compute.
 
     As many as the space has points that differ in what they compute; a space too large to be
     walked through is taken to have enough.
@@ -76,7 +76,7 @@ Recall = Callable[[PlannedTrial], TrialRecord | None]
 
 
 class HistorySearch:
-    """Suggests trials that were not tried yet, learning from those that were.
+    """A search that suggests trials that were not tried yet, and learns from those that were.
 
     - `known`: this sweep's trials that have ended (after a resume); never suggested again.
     - `first`: points to try before the sampler's own, such as interrupted trials.
@@ -86,7 +86,7 @@ class HistorySearch:
     """
 
     done = False
-    """Nothing is left to suggest; what was suggested may still run."""
+    """Whether nothing is left to suggest; what was suggested may still run."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class HistorySearch:
                 self._enqueue(values)
 
     def look_ahead(self) -> bool:
-        """Whether there is anything to train; what the history knows before that is recalled."""
+        """Return whether anything is left to train; what the history knows is recalled first."""
         self._next = self._next or self._propose()
         self.done = self._next is None
         return not self.done
@@ -138,7 +138,7 @@ class HistorySearch:
         return trial
 
     def tell(self, name: str, value: float | None, steps: int | None = None) -> None:
-        """What a suggested trial came to, and after how many steps; None for one that failed."""
+        """Take what a suggested trial came to after how many steps; None for one that failed."""
         asked = self._asked.pop(name, None)
         if asked is None:
             return
@@ -148,7 +148,7 @@ class HistorySearch:
         self._end(asked, EndedTrial(self._running.pop(name), value, steps))
 
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
-        """The next trial that must be trained; those that needn't be are recalled on the way."""
+        """Return the next trial that must be trained; others are recalled on the way."""
         while self._left > 0 and len(self._seen) < self._space.size:
             proposal = self._advised() or self._draw(_PATIENCE) or self._walk()
             if proposal is None:
@@ -168,7 +168,7 @@ class HistorySearch:
         return None
 
     def _end(self, asked: optuna.Trial, tried: EndedTrial) -> None:
-        """Tells the sampler, and keeps for the advisor, what a trial came to."""
+        """Tell the sampler, and keep for the advisor, what a trial came to."""
         self._ended.append(tried)
         if tried.value is None:
             # A failed trial has no value; told as such, the sampler neither waits for it nor learns
@@ -178,7 +178,7 @@ class HistorySearch:
             self._study.tell(asked, float(tried.value))
 
     def _advised(self) -> tuple[optuna.Trial, PlannedTrial] | None:
-        """The advisor's choice among points that were not tried."""
+        """Return the advisor's choice among points that were not tried."""
         if self._advisor is None:
             return None
         while self._queued:  # what was to come first
@@ -199,7 +199,7 @@ class HistorySearch:
         return self._draw(1)
 
     def _points(self) -> Iterator[Values]:
-        """What an advisor may choose from."""
+        """Yield the points that an advisor may choose from."""
         space = self._space
         if space.size <= _OPTIONS:
             yield from space.grid()
@@ -212,7 +212,7 @@ class HistorySearch:
             yield from (space.moved(values, self._random) for _ in range(_BESIDE))
 
     def _draw(self, times: int) -> tuple[optuna.Trial, PlannedTrial] | None:
-        """The sampler's first point of so many that was not tried."""
+        """Return the sampler's first point of so many that was not tried."""
         for _ in range(times):
             asked = self._study.ask()
             trial = self._plan.trial(self._drawn_for(asked))
@@ -222,7 +222,7 @@ class HistorySearch:
         return None
 
     def _drawn_for(self, asked: optuna.Trial) -> Values:
-        """The sampler's point, which is asked for the axes that the drawn method has."""
+        """Return the sampler's point, which is asked for the axes that the drawn method has."""
 
         def ask(axis: str, choices: Choices) -> Any:
             match self._space.distributions[axis]:
@@ -237,7 +237,7 @@ class HistorySearch:
         return self._space.point(ask)
 
     def _walk(self) -> tuple[optuna.Trial, PlannedTrial] | None:
-        """Any point of a small space that was not tried."""
+        """Return any point of a small space that was not tried."""
         if self._space.size > _WALKED:
             return None
         points = list(self._space.grid())
@@ -250,14 +250,14 @@ class HistorySearch:
         return None
 
     def _enqueue(self, values: Values) -> bool:
-        """Makes it the next point but those before it; False where it lies outside the space."""
+        """Make it the next point but those before it; returns False where it lies outside."""
         if (parameters := self._space.encode(values)) is None:
             return False
         self._study.enqueue_trial(parameters)
         return True
 
     def _learn(self, record: TrialRecord) -> None:
-        """Adds an ended trial of this sweep to the study."""
+        """Add an ended trial of this sweep to the study."""
         self._seen.add(record.fingerprint)
         parameters = self._space.encode(self._space.values_in(record.spec))
         value = record.metrics.get(self.metric)

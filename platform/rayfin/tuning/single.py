@@ -30,7 +30,7 @@ RUNS = "train"
 """The sweep that all single runs belong to."""
 
 _LAST_WORDS_SECONDS = 10.0
-"""For the row and the message of a trial that hangs."""
+"""The row and the message of a trial that hangs may take so long."""
 
 
 def train_once(
@@ -42,7 +42,7 @@ def train_once(
     address: str | None = None,
     show: Callable[[str], None] = print,
 ) -> TrialRecord:
-    """Trains `config` as it stands and records it; the same run is carried on where it was killed.
+    """Train `config` as it stands and record it; the same run is carried on where it was killed.
 
     A run that the history holds as finished is returned as it is, unless `rerun`.
     """
@@ -126,7 +126,7 @@ def _train_row(
     told = set(plan.notes)
 
     def tell() -> None:
-        """What only the tokenised data has to say."""
+        """Show the notes that only the tokenised data has."""
         for note in row.notes:
             if note not in told:
                 told.add(note)
@@ -163,11 +163,11 @@ def _train_row(
             with ray_cluster(cluster):
                 each = worker_resources(config.scaling, nodes())
                 group = WorkerLayout.of(config.scaling)
-                stranded = LostNodeWatch(each, show, processes=group.size)
+                lost_nodes = LostNodeWatch(each, show, processes=group.size)
 
                 def waiting() -> None:
                     show(f"no room for {group.size} workers on the cluster; waiting")
-                    stranded.look()
+                    lost_nodes.look()
 
                 again = "the same command goes on"
                 with (
@@ -201,7 +201,7 @@ def _train_row(
             warm = TrialCache(plan.corpora, read_on_ray)
 
         def hang(where: str) -> None:
-            """Records and says why the trial failed, and ends the process.
+            """Record and say why the trial failed, and end the process.
 
             It runs on another thread: the one that is stuck can only be ended with its process.
             """

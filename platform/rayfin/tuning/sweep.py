@@ -28,7 +28,7 @@ Advise = Callable[[SweepPlan], Advisor | None]
 """Makes the advisor of a sweep; None where it has nothing to say, and the search is auto."""
 
 Refuse = Callable[[SweepPlan, PlannedTrial], str | None]
-"""Why a trial can't run on this machine; None where it may."""
+"""Returns why a trial can't run on this machine; None where it may."""
 
 
 @dataclass(frozen=True)
@@ -150,19 +150,19 @@ def _run(run: SweepRun) -> EndedSweep:
 
 
 def _has_ended(row: TrialRecord) -> bool:
-    """Whether a resumed sweep leaves it as it is; one that was refused is judged again."""
+    """Return whether a resumed sweep leaves a row as it is; a refused one is judged again."""
     return row.status in ENDED and not was_refused(row)
 
 
 def best_trial(rows: Sequence[TrialRecord], metric: str, mode: str) -> TrialRecord | None:
-    """The finished trial with the best metric; the earlier one where two are equal."""
+    """Return the finished trial with the best metric; the earlier one where two are equal."""
     finished = [row for row in rows if row.status == "finished" and metric in row.metrics]
     sign = 1.0 if mode == "min" else -1.0
     return min(finished, key=lambda row: sign * float(row.metrics[metric]), default=None)
 
 
 def _check_unchanged(plan: SweepPlan, rows: Sequence[TrialRecord]) -> None:
-    """Raises ConfigError where a resumed sweep's trials computed something else than now."""
+    """Raise ConfigError where a resumed sweep's trials computed something else than now."""
     for row in rows:
         if plan.trial(plan.space.values_in(row.spec)).fingerprint != row.fingerprint:
             raise ConfigError(
@@ -173,9 +173,8 @@ def _check_unchanged(plan: SweepPlan, rows: Sequence[TrialRecord]) -> None:
 
 
 def _tidy(plan: SweepPlan, history: History) -> None:
-    """Ends the rows that a resumed sweep, asked for fewer trials, had no place for any more.
-
-    Lets go of the checkpoints of trials that will not be carried on.
+    """End the rows for which a resumed sweep, asked for fewer trials, had no use any more, and
+    remove the checkpoints of trials that will not be carried on.
     """
     for row in history.trials(sweep_id=plan.sweep_id):
         if row.status in UNFINISHED:

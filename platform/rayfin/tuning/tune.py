@@ -76,7 +76,7 @@ def run_trials(run: SweepRun) -> bool:
 
 @contextmanager
 def _cluster_and_tune(cluster: str | None) -> Iterator[None]:
-    """The Ray cluster, and Tune imported: a second of work that is done while Ray starts."""
+    """Connect to Ray, and import Tune meanwhile, which is a second of work."""
     from rayfin.tuning.cluster import ray_cluster
 
     with ThreadPoolExecutor(1) as pool:
@@ -108,7 +108,7 @@ def _fit(
 
     scaling = plan.config.scaling
     each, concurrent = trial_resources(plan.config, nodes())
-    stranded = LostNodeWatch(each, say, processes=scaling.num_workers)
+    lost_nodes = LostNodeWatch(each, say, processes=scaling.num_workers)
     if needs_group(scaling):
         trainable = ray.tune.with_parameters(
             GroupTrainable,
@@ -140,7 +140,7 @@ def _fit(
         run_config=ray.tune.RunConfig(
             name=plan.sweep_id,
             storage_path=str(plan.storage.ray),
-            callbacks=[TuneRecorder(recorder, stranded)],
+            callbacks=[TuneRecorder(recorder, lost_nodes)],
             stop=StorageStopper(recorder),
             checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=ray.tune.FailureConfig(max_failures=plan.config.sweep.max_failures),
@@ -161,8 +161,7 @@ A CPU would be one too few for the workers, on the machine that has just enough 
 def trial_resources(
     config: Config, nodes: Sequence[Mapping[str, float]]
 ) -> tuple[dict[str, float], int]:
-    """What each process of a trial holds, and how many trials run at a time, on nodes that have so
-    much.
+    """Return what each process of a trial holds, and how many trials run at a time, on `nodes`.
 
     On CPU one process takes a whole machine: two halves train no faster than one whole, and hold
     two base models. Raises HardwareError where not one trial fits: Ray would wait for ever.
@@ -204,7 +203,7 @@ def trial_resources(
 
 
 def scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:
-    """ASHA with its rungs as `known` trials left them, or no early stopping at all."""
+    """Return ASHA with its rungs as `known` trials left them, or no early stopping at all."""
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
     sweep, train = config.sweep, config.train
@@ -232,7 +231,7 @@ def scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:
 
 
 def _quiet_tune() -> None:
-    """rayfin shows its own table and keeps its own records: Tune's are left out."""
+    """Leave out Tune's table and records: rayfin has its own."""
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial has no metric

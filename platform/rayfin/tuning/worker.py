@@ -1,4 +1,4 @@
-"""Tune's side of trials, one after another: in a warm process, or in a warm group of them."""
+"""Tune's side of trials, one after another in a process, or a group of them, that lives on."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 _Order = Literal["go on", "stop", "leave"]
 
 # Lives as long as the process: Tune resets the trainable for each trial, this stays.
-_WARM: TrialCache | None = None
+_CACHE: TrialCache | None = None
 
 
 class _TrialTrainable(ray.tune.Trainable):
-    """Trains in a thread and hands Tune one evaluation at each `step`.
+    """A trainable that trains in a thread and hands Tune one evaluation at each `step`.
 
     The trial waits at each evaluation for Tune's word, so that nothing is computed for a trial
     that the scheduler has already stopped.
@@ -42,7 +42,7 @@ class _TrialTrainable(ray.tune.Trainable):
     _waiting: bool
     _results: queue.Queue[TrialResult | BaseException]
     _hung: TrialHung | None = None
-    """What the thread is stuck in; it ends with its process alone."""
+    """The error that says what the thread is stuck in; it ends with its process alone."""
 
     def step(self) -> dict[str, Any]:
         if self._waiting:
@@ -77,11 +77,11 @@ class _TrialTrainable(ray.tune.Trainable):
             os._exit(1)
 
     def facts(self) -> dict[str, Any]:
-        """Which process had the trial."""
+        """Return which process had the trial."""
         return {"host": socket.gethostname(), "pid": os.getpid()}
 
     def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
-        """Runs in the thread; `report` raises TrialLeft where the trial is to be left as it is."""
+        """Train, in the thread; `report` raises TrialLeft where the trial is left as it is."""
         raise NotImplementedError
 
     def _start(self, config: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class _TrialTrainable(ray.tune.Trainable):
         self._thread.start()
 
     def _end(self, order: _Order) -> bool:
-        """Ends the trial at its next evaluation, and waits until what it used is free again.
+        """End the trial at its next evaluation, and waits until what it used is free again.
 
         Returns False where the trial hangs, before or meanwhile.
         """
@@ -107,7 +107,7 @@ class _TrialTrainable(ray.tune.Trainable):
         return True
 
     def _hangs(self, error: TrialHung) -> None:
-        """Tells whoever waits for the trial's result, or its end; runs on a thread of its own."""
+        """Tell whoever waits for the trial's result or end; runs on a thread of its own."""
         self._hung = error
         self._results.put(error)
         self._over.set()
@@ -135,7 +135,7 @@ class _TrialTrainable(ray.tune.Trainable):
 
 
 class LocalTrainable(_TrialTrainable):
-    """Trials in this process, on one base model."""
+    """A trainable whose trials share this process and one base model."""
 
     def setup(
         self,
@@ -145,7 +145,7 @@ class LocalTrainable(_TrialTrainable):
         num_threads: int = 1,
         hang_minutes: float = ScalingConfig().hang_timeout_minutes,
     ) -> None:
-        global _WARM  # noqa: PLW0603
+        global _CACHE  # noqa: PLW0603
         # Here, and not above: the driver, which only names this class, needs no torch.
         with collector_paused():
             import torch
@@ -155,14 +155,14 @@ class LocalTrainable(_TrialTrainable):
 
         # Ray sets OMP_NUM_THREADS from the actor's CPUs before torch is loaded; tell torch too.
         torch.set_num_threads(num_threads)
-        if _WARM is None:
-            _WARM = TrialCache(corpora, read_on_ray)
+        if _CACHE is None:
+            _CACHE = TrialCache(corpora, read_on_ray)
         self._use_gpu, self._hang_minutes = use_gpu, hang_minutes
         self._start(config)
 
     def facts(self) -> dict[str, Any]:
-        """Also how often the process has loaded a base model so far."""
-        return super().facts() | {"base_loads": _WARM.loads if _WARM is not None else 0}
+        """Return which process had the trial, and how often it has loaded a base model so far."""
+        return super().facts() | {"base_loads": _CACHE.loads if _CACHE is not None else 0}
 
     def train_trial(self, trial: PlannedTrial, report: Report) -> TrialResult:
         from rayfin.training.trial import run_trial
@@ -176,19 +176,19 @@ class LocalTrainable(_TrialTrainable):
                 report,
                 location=trial.location,
                 hardware=describe_hardware(self._use_gpu),
-                warm=_WARM,
+                warm=_CACHE,
                 warned=_draining,
             )
 
 
 def _draining() -> bool:
-    """Whether this machine is about to be taken away, as somebody told Ray; one question to Ray."""
+    """Return whether somebody told Ray that this machine is about to be taken away."""
     here = ray.get_runtime_context().get_node_id()
     return here in draining_nodes()
 
 
 class GroupTrainable(_TrialTrainable):
-    """Trials of several workers, in a Ray Train group of its own; this process only listens.
+    """A trainable whose trials have several workers, in a Ray Train group; this process listens.
 
     It holds no CPU, and what its group holds Tune does not see: as many trials run at a time as
     have room for their groups.
@@ -221,7 +221,7 @@ class GroupTrainable(_TrialTrainable):
         self._start(config)
 
     def _leave_if_asked(self) -> None:
-        """How long a group waits for room is the driver's to say, who ends the sweep then."""
+        """Leave where the driver ends the sweep: it alone says how long a group waits."""
         if self._leaving.is_set():
             raise TrialLeft
 
@@ -242,7 +242,7 @@ class GroupTrainable(_TrialTrainable):
 
 
 def _numbers(result: TrialResult) -> dict[str, float]:
-    """The metrics at the top level, where Tune's schedulers look; none for a failed trial."""
+    """Return the metrics that Tune's schedulers look at; none for a failed trial."""
     if result.status in FAILED:
         return {}
     return {k: v for k, v in result.metrics.items() if isinstance(v, (int, float))}
