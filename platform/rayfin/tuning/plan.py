@@ -37,6 +37,10 @@ class PlannedTrial:
     spec: TrialSpec
     location: StoragePath
 
+    def __str__(self) -> str:
+        """Return its id, by which Tune names the trial."""
+        return self.trial_id
+
 
 @dataclass(frozen=True)
 class SweepPlan:
