@@ -17,6 +17,10 @@ KINDS = {
     "both": peft.LoraConfig(modules_to_save=["lm_head", "embed_tokens"], **LM),
     "head": peft.LoraConfig(modules_to_save=["lm_head"], **LM),
     "embeddings": peft.LoraConfig(modules_to_save=["model.embed_tokens"], use_dora=True, **LM),
+    "vera": peft.VeraConfig(modules_to_save=["lm_head"], **LM),
+    "adalora": peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, total_step=9, modules_to_save=["embed_tokens"]
+    ),
     "plain": peft.LoraConfig(**LM),
 }
 PROMPTS = ([7, 40, 12, 90, 3], [5, 60])

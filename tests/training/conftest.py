@@ -39,6 +39,39 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix_tuning": {"num_virtual_tokens": 4},
     "prompt_tuning": {"num_virtual_tokens": 4},
 }
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora with patterns": (
+        "lora",
+        {
+            "rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 5},
+            "alpha_pattern": {"v_proj": 7},
+            "exclude_modules": ["k_proj", "layers.0.mlp.down_proj"],
+        },
+    ),
+    "lora of layers": (
+        "lora",
+        {
+            "target_modules": ["q_proj", "gate_proj", "down_proj"],
+            "layers_to_transform": [1],
+            "loraplus_lr_ratio": 4,
+            "lora_dropout": 0.2,
+        },
+    ),
+    "lora with tables": ("lora", {"modules_to_save": ["lm_head", "embed_tokens"]}),
+    "rslora with norms": ("rslora", {"modules_to_save": ["model.norm", "k_proj"]}),
+    "qlora with a head": ("qlora", {"modules_to_save": ["lm_head"], "lora_dropout": 0.2}),
+    "vera with a head": ("vera", {"r": 24, "modules_to_save": ["lm_head"]}),
+    "pissa": (
+        "lora",
+        {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "lora_dropout": 0.1},
+    ),
+    "pissa_niter_16": ("rslora", {"init_lora_weights": "pissa_niter_16", "r": 4}),
+    "olora": ("rslora", {"init_lora_weights": "olora", "alpha_pattern": {"o_proj": 4}}),
+    "loftq": ("qlora", {"init_lora_weights": "loftq", "rank_pattern": {"q_proj": 2}}),
+    "eva": ("lora", {"init_lora_weights": "eva", "r": 4, "lora_dropout": 0.2}),
+    "eva over 4 bits": ("dora", {"init_lora_weights": "eva", "quantization_bit": 4, "r": 2}),
+}
+"""Settings that change how a method is trained or saved: name -> method, settings."""
 LONGEST_SUM = {"tiny": 128, "smollm2-135m": 1536}
 """Terms: the inner width of their feed-forward layers."""
 LEARNING_RATES = {
@@ -48,6 +81,12 @@ LEARNING_RATES = {
     "ia3": 1e-1,
     "prefix_tuning": 2e-1,
     "prompt_tuning": 2e-1,
+    "eva over 4 bits": 1e-2,
+    "pissa": 2e-3,
+    "pissa_niter_16": 2e-3,
+    "olora": 2e-3,
+    "lora with tables": 5e-3,
+    "rslora with norms": 5e-3,
 }
 
 
@@ -66,6 +105,8 @@ class Finished:
 
 
 class Lab:
+    every_method = (*METHODS, *VARIANTS)
+
     def __init__(self, root: Path, loss_error: Callable[[float, int], float]) -> None:
         """`loss_error`: of rounding.py."""
         self.root, self._loss_error = root, loss_error
@@ -89,16 +130,21 @@ class Lab:
         model: str = "tiny",
         **train: Any,
     ) -> TrialSpec:
-        """A trial of 8 steps, evaluated in the middle and at the end."""
+        """A trial of 8 steps, evaluated in the middle and at the end.
+
+        `method` may be the name of one of the VARIANTS, too.
+        """
+        rate = LEARNING_RATES.get(method, 2e-2)
+        method, own = VARIANTS.get(method, (method, SETTINGS.get(method, {})))
         return TrialSpec.model_validate(
             {
                 "model": {"name": model},
                 "data": {"path": str(self.data), "max_length": 64, **(data or {})},
-                "method": {"type": method, **(SETTINGS.get(method, {}) | (settings or {}))},
+                "method": {"type": method, **(own | (settings or {}))},
                 "train": {
                     "max_steps": 8,
                     "eval_steps": 4,
-                    "learning_rate": LEARNING_RATES.get(method, 2e-2),
+                    "learning_rate": rate,
                     **train,
                 },
             }
@@ -284,4 +330,4 @@ def _one_thread() -> Iterator[None]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "every_method" in metafunc.fixturenames:
-        metafunc.parametrize("every_method", METHODS)
+        metafunc.parametrize("every_method", Lab.every_method)

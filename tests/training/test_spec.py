@@ -31,6 +31,7 @@ OTHER: dict[str, Any] = {
     "alpha_pattern": {"q_proj": 4.0},
     "init_lora_weights": "gaussian",
     "loraplus_lr_ratio": 4.0,
+    "modules_to_save": ["lm_head"],
 }
 
 
@@ -139,8 +140,30 @@ def test_where_it_runs_does_not_enter(sections: dict[str, Any]) -> None:
             {"train": {"lr_scheduler_type": "constant", "warmup_ratio": 0.2}},
             {"train": {"lr_scheduler_type": "constant"}},
         ),
+        (
+            {
+                "method": {
+                    "type": "lora",
+                    "loraplus_lr_ratio": 1,
+                    "exclude_modules": ["k_proj", "q_proj"],
+                    "modules_to_save": ["lm_head", "embed_tokens"],
+                    "layers_to_transform": [1, 0],
+                    "rank_pattern": {"v_proj": 8},
+                    "alpha_pattern": {"v_proj": 16, "o_proj": 4},
+                }
+            },
+            {
+                "method": {
+                    "type": "lora",
+                    "exclude_modules": ["q_proj", "k_proj", "q_proj"],
+                    "modules_to_save": ["embed_tokens", "lm_head"],
+                    "layers_to_transform": [0, 1],
+                    "alpha_pattern": {"o_proj": 4},
+                }
+            },
+        ),
     ],
-    ids=["lora over 4 bit", "MLP encoder", "no projection", "no text", "constant rate"],
+    ids=["lora over 4 bit", "MLP encoder", "no projection", "no text", "constant rate", "orders"],
 )
 def test_what_others_leave_without_effect_does_not_enter(
     sections: dict[str, Any], same: dict[str, Any]

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from rayfin.methods import METHODS
-from rayfin.models import describe_model, load_tokenizer
+from rayfin.config import ModelConfig
+from rayfin.errors import AdapterError
+from rayfin.hardware import describe_hardware
+from rayfin.models import base_of, describe_model, load_tokenizer
+from rayfin.serving.engine.adapter import BaseLayout, read_adapter
+from rayfin.serving.engine.request import AdapterSource
+
+TINY = ModelConfig(name="tiny")
 
 METRICS = {
     *("eval_loss", "perplexity", "exact_match", "token_accuracy"),
@@ -39,10 +46,13 @@ def test_it_learns_and_says_so(every_method: str, lab: Any) -> None:
     assert metrics["wall_seconds"] > metrics["train_seconds"] > 0
     assert metrics["peak_memory_bytes"] > 50e6
     assert metrics["tokens_per_second"] > 0
+    facts = describe_model(finished.spec.model)
+    assert metrics["trainable_parameters"] == finished.spec.method.trained_parameters(facts)
     assert set(result.scenario) == {"model", "data", "hardware"}
 
 
 @pytest.mark.numeric
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # plain PEFT's
 def test_the_adapter_reloads_to_the_same_model(every_method: str, lab: Any) -> None:
     finished = lab.finish(lab.spec(every_method))
     model = lab.reload(finished)
@@ -55,7 +65,7 @@ def test_what_lies_beside_the_adapter(every_method: str, lab: Any) -> None:
     finished = lab.finish(lab.spec(every_method))
     directory = finished.adapter.parent
     assert {path.name for path in directory.iterdir()} == {"adapter", "checkpoints"}
-    weights = "model" if METHODS[every_method].changes_base else "adapter_model"
+    weights = "model" if finished.spec.method.changes_base else "adapter_model"
     assert (finished.adapter / f"{weights}.safetensors").is_file()
     assert not list(finished.adapter.glob("*.bin"))
     tokenizer = load_tokenizer(finished.spec.model.model_copy(update={"name": "tiny"}))
@@ -98,41 +108,28 @@ def test_other_settings_reload_too(kind: str, lab: Any) -> None:
     assert loss == lab.rounded(finished.result.metrics["eval_loss"])
 
 
-LORA: dict[str, dict[str, Any]] = {
-    "patterns": {
-        "rank_pattern": {"q_proj": 3, "layers.1.mlp.up_proj": 5},
-        "alpha_pattern": {"v_proj": 7},
-        "exclude_modules": ["k_proj", "layers.0.mlp.down_proj"],
-    },
-    "layers": {"target_modules": ["q_proj", "gate_proj"], "layers_to_transform": [1]},
-    "gaussian": {"init_lora_weights": "gaussian"},
-    "pissa": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 2}, "lora_dropout": 0.1},
-    "pissa_niter_16": {"init_lora_weights": "pissa_niter_16"},
-    "olora": {"init_lora_weights": "olora", "alpha_pattern": {"o_proj": 4}},
-    "LoRA+": {"loraplus_lr_ratio": 8},
-}
-
-
-@pytest.mark.numeric
-@pytest.mark.parametrize("method", ["lora", "rslora"])
-@pytest.mark.parametrize("kind", LORA)
-def test_lora_s_other_settings_reload_too(method: str, kind: str, lab: Any) -> None:
-    rate = 2e-3 if "init_lora_weights" in LORA[kind] else 2e-2
-    finished = lab.finish(lab.spec(method, {"r": 4, **LORA[kind]}, learning_rate=rate))
-    metrics = finished.result.metrics
-    assert finished.result.status == "finished", finished.result.error
-    assert metrics["eval_loss"] < metrics["base_eval_loss"]
-    facts = describe_model(finished.spec.model)
-    assert metrics["trainable_parameters"] == finished.spec.method.trained_parameters(facts)
-    model = lab.reload(finished)
-    assert lab.plain_loss(model, finished.spec) == lab.rounded(metrics["eval_loss"])
-    assert lab.answers(model, finished.spec) == finished.answers
-    # Whatever it began with, the adapter is one for the base as it was, and so is the next trial's.
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_16", "olora"])
+def test_an_adapter_that_took_from_the_base_is_one_for_the_base_as_it_was(
+    kind: str, lab: Any
+) -> None:
+    finished = lab.finish(lab.spec(kind))
     saved = json.loads((finished.adapter / "adapter_config.json").read_text())
-    assert saved["init_lora_weights"] in (True, "gaussian")
+    assert saved["init_lora_weights"] is True
     assert max([saved["r"], *saved["rank_pattern"].values()]) == finished.spec.method.served_rank
+    assert finished.spec.method.served_rank == 2 * finished.spec.method.r
+    # And so is the next trial's base.
     base = lab.run(lab.spec("ia3", max_steps=1, eval_steps=1)).metrics["base_eval_loss"]
-    assert metrics["base_eval_loss"] == base
+    assert finished.result.metrics["base_eval_loss"] == base
+
+
+def test_an_adapter_by_loftq_is_served_over_four_bits_alone(lab: Any) -> None:
+    finished = lab.finish(lab.spec("loftq"))
+    source = AdapterSource("mine@1", finished.adapter)
+    layout = BaseLayout.of(lab.warm.base(finished.spec, describe_hardware()), base_of(TINY))
+    for bits in (None, 8):
+        with pytest.raises(AdapterError, match=r"lost to 4 bits .* engine.quantization_bit=4$"):
+            read_adapter(source, replace(layout, quantization_bit=bits))
+    assert read_adapter(source, replace(layout, quantization_bit=4)).rank == finished.spec.method.r
 
 
 @pytest.mark.smollm2

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pytest
 import torch
 from peft import PeftModel
 from pydantic import TypeAdapter
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from rayfin.config import Config, MethodConfig, ModelConfig, build_config
 from rayfin.errors import ConfigError, MethodError
@@ -133,6 +136,22 @@ REFUSED = [
     ("qlora", {"init_lora_weights": "pissa"}, {}, "pissa", "quantization_bit=null"),
     ("lora", {"init_lora_weights": "olora", "quantization_bit": 8}, {}, "olora", "leave it out"),
     ("dora", {"init_lora_weights": "olora"}, {}, "no part of a DoRA", "use lora or rslora"),
+    ("lora", {"init_lora_weights": "loftq"}, {}, "lost to 4 bits", "quantization_bit=4"),
+    ("qlora", {"init_lora_weights": "loftq", "quantization_bit": 8}, {}, "to 4 bits", "bit=4, or"),
+    (
+        "dora",
+        {"init_lora_weights": "loftq", "quantization_bit": 4},
+        {},
+        "DoRA's magnitudes",
+        "use qlora or rslora",
+    ),
+    (
+        "lora",
+        {"init_lora_weights": "eva", "rank_pattern": {"q_proj": 4}},
+        {},
+        "one rank",
+        "use method.r alone",
+    ),
     ("lora", {"layers_to_transform": [0]}, {}, "beside names only", "target_modules=[q_proj,"),
     (
         "p_tuning",
@@ -193,9 +212,9 @@ def test_a_head_that_is_named_may_have_a_rank_of_its_own() -> None:
     assert model.get_submodule("base_model.model.lm_head").r == {"default": 4}
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("init", ["pissa", "olora", "eva"])
 def test_a_rank_that_a_layer_has_no_room_for_is_refused(init: str) -> None:
-    with pytest.raises(MethodError, match=r"rank 512 is more than the .*; use a smaller method\.r"):
+    with pytest.raises(MethodError, match=r"rank 512 is more than .*; use a smaller method\.r"):
         attached(load_base(TINY, None, "cpu"), method("lora", r=512, init_lora_weights=init))
 
 
@@ -211,6 +230,18 @@ def test_a_rank_that_a_layer_has_no_room_for_is_refused(init: str) -> None:
         ({"target_modules": ["q_proj"], "exclude_modules": ["up_proj"]}, "exclude_modules: 'up"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [0, 2]}, "to_transform: 2 is none"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "leave none of the 2"),
+        (
+            {
+                "target_modules": ["model.layers.0.self_attn.q_proj", "k_proj"],
+                "layers_to_transform": [0],
+            },
+            "to_transform has no effect on 'model.layers.0.*; write its last part, q_proj, in",
+        ),
+        ({"modules_to_save": ["head"]}, "modules_to_save: 'head' is no module of this model"),
+        (
+            {"modules_to_save": ["norm"]},
+            "would take 'norm' for 'model.layers.0.input_layernorm', too; write .* model.norm$",
+        ),
     ],
 )
 def test_what_would_change_nothing_is_refused(settings: dict[str, Any], said: str) -> None:
@@ -218,8 +249,74 @@ def test_what_would_change_nothing_is_refused(settings: dict[str, Any], said: st
     before = base.state_dict()
     with pytest.raises(MethodError, match=said) as raised:
         attached(base, method("lora", **settings))
-    assert "\n" not in str(raised.value) and "leave" in str(raised.value)
+    assert "\n" not in str(raised.value) and re.search("leave|write", str(raised.value))
     assert base.state_dict().keys() == before.keys()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_module_is_not_trained_whole(bits: Bits) -> None:
+    settings = method("lora", quantization_bit=bits, modules_to_save=["v_proj"])
+    with pytest.raises(MethodError, match=rf"layers.0.self_attn.v_proj' is in {bits} bits, and"):
+        attached(load_base(TINY, bits, "cpu"), settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"type": "loha"}, "type=loha can't adapt 'transformer.h.0.attn.c_attn', a Conv1D"),
+        ({"type": "oft"}, "type=oft can't adapt 'transformer.h.0.attn.c_attn', a Conv1D"),
+        ({"type": "lora", "init_lora_weights": "olora"}, "can't decompose .*; use pissa"),
+    ],
+)
+def test_what_cannot_adapt_conv1d_says_so_of_a_model_without_weights(
+    settings: dict[str, Any], said: str
+) -> None:
+    small = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8)
+    with torch.device("meta"):
+        base = GPT2LMHeadModel(small)
+    assert method(**settings).depends_on_base
+    with pytest.raises(MethodError, match=said):
+        method(**settings).check_base(base)
+    method("lora", init_lora_weights="pissa", modules_to_save=["ln_f"]).check_base(base)
+
+
+def test_loftq_makes_up_for_most_of_what_four_bits_lost() -> None:
+    whole, settings = load_base(TINY, None, "cpu"), method("qlora", r=32, init_lora_weights="loftq")
+    quantised = load_base(TINY, 4, "cpu")
+
+    def error(of: torch.nn.Module) -> float:
+        with torch.no_grad():
+            return float((of(input_ids=IDS).logits - whole(input_ids=IDS).logits).square().mean())
+
+    lost = error(quantised)
+    model = attached(quantised, settings)
+    settings.initialize(model, lambda: Path(locate(TINY)), lambda _: iter(()))
+    assert error(model) < lost / 4
+    with pytest.raises(MethodError, match="no safetensors file in '/nowhere' has the whole weight"):
+        settings.initialize(model, lambda: Path("/nowhere"), lambda _: iter(()))
+
+
+def test_eva_gives_up_on_directions_that_never_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rayfin.methods.initialization._MOST_BATCHES", 3)
+    settings = method("lora", r=4, init_lora_weights="eva")
+    model = attached(load_base(TINY, None, "cpu"), settings)
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
+    with pytest.raises(MethodError, match=r"eva: .* not settled after 3 batches; use a smaller"):
+        settings.initialize(model, Path, lambda _: repeat(batch))
+
+
+@pytest.mark.parametrize("names", [["lm_head", "embed_tokens"], ["model.norm"]])
+def test_a_module_that_is_trained_whole_stands_in_a_base_of_another_type(names: list[str]) -> None:
+    base = load_base(ModelConfig(name="tiny", dtype="bfloat16"), None, "cpu")
+    before = snapshot(base)
+    settings = method("lora", modules_to_save=names)
+    model = attached(base, settings)
+    own = [p for n, p in model.named_parameters() if "modules_to_save" in n]
+    assert {p.dtype for p in own} == {torch.float32}
+    assert torch.equal(model(input_ids=IDS).logits, before["answer"])
+    train(model, settings, 0, 2)
+    detach(model)
+    assert_same(before, snapshot(base))
 
 
 @pytest.mark.parametrize("pattern", ["q_proj|k_proj", ".*", ""])

@@ -57,3 +57,12 @@ def test_what_no_engine_reads_is_published_refused_and_merged(here: Path, method
     changed = merged.get_submodule("model.layers.0.self_attn.q_proj").weight
     assert not changed.equal(load_base(TINY, None, "cpu").model.layers[0].self_attn.q_proj.weight)
     assert Path("merged/tokenizer.json").is_file()
+
+
+def test_a_trial_of_a_sweep_that_cannot_fit_its_model_is_refused_before_the_sweep_begins(
+    here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["method.type=lora", "method.init_lora_weights=pissa"]
+    assert main(["sweep", *QUICK, *settings, "sweep.parameters.method.r=[8,512]"]) == 2
+    assert "rank 512 is more than the " in capfd.readouterr().err
+    assert not Path("runs/sweeps").exists()

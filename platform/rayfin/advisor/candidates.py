@@ -116,12 +116,12 @@ def tighter(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, A
     """
     method, train = option.config.method, option.config.train
     bits: list[dict[str, Any]] = [{}]
-    if (
-        method.quantized_base
-        and not method.quantization_bit
-        and "method.quantization_bit" not in fixed
-    ):
-        bits.append({"method.quantization_bit": 4})
+    four = {"method.quantization_bit": 4}
+    free = not method.quantization_bit and not four.keys() & fixed.keys()
+    if method.quantized_base and free:
+        quantized = changed(option, four).config.method
+        if not any(quantized.refusals(train.max_steps)):  # as of PiSSA, which needs whole weights
+            bits.append(four)
     recomputed: list[dict[str, Any]] = [{}]
     name = "train.gradient_checkpointing"
     if method.gradient_checkpointing and not train.gradient_checkpointing and name not in fixed:

@@ -90,6 +90,7 @@ def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
     samples = _number(train.get("per_device_train_batch_size")) * _number(
         train.get("gradient_accumulation_steps", 1)
     )
+    method_x, method_y = own.coordinates_of(method)
     return {
         "learning_rate": _log(10, rate / own.rate.at()),
         "capacity": _log(2, capacity),
@@ -98,8 +99,8 @@ def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
         "targets": _targets(method.get("target_modules")),
         "samples_per_step": _log(2, samples),
         "steps": _log(2, _number(train.get("max_steps"))),
-        "method_x": own.coordinates[0],
-        "method_y": own.coordinates[1],
+        "method_x": method_x,
+        "method_y": method_y,
     }
 
 

@@ -44,7 +44,7 @@ _MEASURED = 600
 _NEWEST = 2000
 """Trials that an estimate looks at."""
 _GROWN = 1.25
-_FORMAT = 4
+_FORMAT = 5
 """The version of what is kept: one more whenever the same trials would make other columns or
 parameters."""
 

@@ -117,7 +117,15 @@ def _sweep(base: Config, answer: Recommendation) -> Config:
 
 def _serve(base: Config, sweep: Config, name: str) -> str:
     longest = base.data.max_length
-    ranks = [base.method.served_rank, *sweep.sweep.parameters.get("method.r", ())]
+    method = base.method
+    swept = sweep.sweep.parameters.get(f"method.{method.capacity}", ())
+    # Each as PiSSA, say, saves it: with twice its rank.
+    others = [
+        method.model_copy(update=type(method).of_capacity(value))
+        for value in swept
+        if isinstance(value, int)
+    ]
+    ranks = [one.served_rank for one in (method, *others)]
     model = base.model.model_dump(mode="json")
     if base.method.changes_base:  # a model of its own, which lies there once it is trained
         model["name"] = str(_next_version(base, name))

@@ -158,7 +158,7 @@ def _print(args: argparse.Namespace, value: Any, human: Rows | str) -> None:
 def _trial_table(trials: list[TrialRecord]) -> Rows | str:
     if not trials:
         return "no trials"
-    from rayfin.methods import capacities
+    from rayfin.methods import METHODS, capacities
     from rayfin.metrics import METRICS
     from rayfin.tables import Column, Rows
 
@@ -174,13 +174,15 @@ def _trial_table(trials: list[TrialRecord]) -> Rows | str:
     rows = []
     for trial in trials:
         method = trial.spec.get("method") or {}
-        rank = next((value for name in capacities() if (value := method.get(name))), None)
+        kind = method.get("type", "?")
+        capacity = next((value for name in capacities() if (value := method.get(name))), None)
+        label = METHODS[kind].capacity_label if kind in METHODS else ""
         rows.append(
             [
                 trial.trial_id,
                 trial.sweep_id,
                 trial.status,
-                f"{method.get('type', '?')}{f' {rank}' if rank else ''}",
+                f"{kind}{f' {label}{capacity}' if capacity else ''}",
                 _figure((trial.spec.get("train") or {}).get("learning_rate"), "g"),
                 *(_figure(trial.metrics.get(key), f".{it.decimals}f") for key, it in measured),
             ]

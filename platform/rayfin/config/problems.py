@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,12 @@ def describe(
     sentences: list[str] = []
     for problem in error.errors():
         key, value = _key(problem["loc"], tree), problem.get("input")
+        if (part := key.rpartition(".")[2]).count(":") == 1:
+            sentences.append(
+                f"{key}: YAML takes {part!r} for a name without a value; put a space after the "
+                f"colon, as in {{{part.replace(':', ': ')}}}"
+            )
+            continue
         match problem["type"]:
             case "extra_forbidden":
                 sentences.append(
@@ -57,6 +64,8 @@ def describe(
                 sentences.append(f"{key}: is missing; give it a value")
             case other:
                 words = _WANTED.get(other, problem["msg"].removeprefix("Input should be "))
+                if other == "literal_error":
+                    words = re.sub(r"\b(True|False)\b", lambda found: found[0].lower(), words)
                 # Every member of a union has its say: they are one problem.
                 given = "what is given" if is_secret(key) else shown(value)
                 wanted.setdefault((key, given), []).append(words)

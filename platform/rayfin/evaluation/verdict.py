@@ -229,6 +229,8 @@ def _try(adapter: str, config: Config, best: TrialRecord) -> str:
     # What the engine's defaults would refuse.
     defaults = EngineConfig()
     engine = [f"engine.max_rank={rank}"] if rank > defaults.max_rank else []
+    if method is not None and method.served_bits is not None:
+        engine.append(f"engine.quantization_bit={method.served_bits}")
     positions = setting(best.scenario, "model.max_position_embeddings")[1]
     if isinstance(positions, int) and positions < defaults.max_length:
         engine.append(f"engine.max_length={positions}")

@@ -190,8 +190,13 @@ def _spec(values: Mapping[str, str]) -> dict[str, Any]:
         section, _, leaf = target.partition(".")
         if target == "method.type" or section not in (*_SECTIONS, "method"):
             continue
+        if text.lower() in ("none", "null"):  # as other programs write what is switched off
+            continue
         config = METHODS.get(method or "") if section == "method" else _SECTIONS[section]
         fixed = {"type": method} if section == "method" else {}
+        if config is not None and leaf not in config.model_fields:
+            # Another name of one method's setting may be this method's own: LoHa's alpha.
+            leaf = next((n for n in SYNONYMS.get(target, ()) if n in config.model_fields), leaf)
         spec.setdefault(section, {})[leaf] = _setting(config, leaf, text, fixed)
     return spec
 

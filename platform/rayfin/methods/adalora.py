@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, Names, listed, whole
+from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, whole
 from rayfin.methods.attach import ADAPTER
 from rayfin.methods.base import Incompatibility, register
 from rayfin.methods.layers import Linear
+from rayfin.methods.module_names import Names, listed
 from rayfin.methods.rates import Rate
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class AdaloraConfig(LowRankMethod):
             lora_alpha=whole(self.lora_alpha),  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
             target_modules=listed(self.target_modules),
+            modules_to_save=listed(self.modules_to_save),  # type: ignore[arg-type]
             orth_reg_weight=self.orth_reg_weight,
             total_step=max_steps,
             tinit=max_steps // 10,

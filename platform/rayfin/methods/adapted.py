@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
+from rayfin.errors import MethodError
+from rayfin.methods.attach import linear_modules
 from rayfin.methods.base import MethodConfig, Trained
-from rayfin.methods.layers import Linear, targets
+from rayfin.methods.layers import Linear, targets, whole_module
+from rayfin.methods.module_names import Names, is_named, listed
 from rayfin.sizes import Sizes
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
-
-Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
-"""One module name at least."""
 
 TARGET_MODULES = "all-linear"
 """What low-rank methods adapt: every linear layer but the output head.
@@ -38,7 +37,15 @@ class LowRankMethod(MethodConfig):
     # other convention, alpha = 2 r (PEFT's comparison), is the same at rank 16 and takes larger
     # steps above it.
     usual_alpha: ClassVar[float | None] = 32.0
-    module_settings: ClassVar[tuple[str, ...]] = ("target_modules",)
+    module_settings: ClassVar[tuple[str, ...]] = ("target_modules", "modules_to_save")
+    later: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    """Settings that came later: fingerprints of trials without them are those of before."""
+    conv1d: ClassVar[bool] = True
+    """Whether it adapts transformers' Conv1D, the linear layers of GPT-2 and its like."""
+
+    modules_to_save: Names | None = None
+    """Modules that are trained whole beside the update, such as the output head (lm_head) and the
+    embeddings (embed_tokens), and saved with the adapter."""
 
     if TYPE_CHECKING:
         target_modules: Literal["all-linear"] | Names
@@ -47,10 +54,76 @@ class LowRankMethod(MethodConfig):
     def rank(self) -> int:
         return int(getattr(self, str(self.capacity)))
 
+    def computed(self) -> dict[str, Any]:
+        """Names in any order are the same computation."""
+        found = super().computed()
+        for name in self.later:
+            if isinstance(found[name], list):
+                found[name] = sorted(set(found[name]))
+            if found[name] == type(self).model_fields[name].default:
+                del found[name]
+        return found
+
+    # --- what fits a base ---------------------------------------------------------------------
+
+    @property
+    def depends_on_base(self) -> bool:
+        return self.modules_to_save is not None or not self.conv1d
+
+    def check_base(self, base: torch.nn.Module) -> None:
+        linears = linear_modules(base, self.target_modules)
+        if not self.conv1d:
+            self._check_conv1d(linears)
+        if self.modules_to_save is not None:
+            weights = {name for name, module in base.named_modules() if hasattr(module, "weight")}
+            self._check_saved(weights, linear_modules(base))
+
+    def _targeted(self, names: Iterable[str]) -> list[str]:
+        """Those of `names`, of linear modules, that get an update."""
+        named, saved = self.target_modules, self.modules_to_save or ()
+        return [
+            name
+            for name in names
+            if (named == "all-linear" or any(is_named(name, target) for target in named))
+            and not any(is_named(name, one) for one in saved)
+        ]
+
+    def _check_conv1d(self, linears: dict[str, torch.nn.Module]) -> None:
+        for name in self._targeted(linears):
+            if type(linears[name]).__name__ == "Conv1D":
+                raise MethodError(
+                    f"method.type={self.type} can't adapt {name!r}, a Conv1D as models like GPT-2 "
+                    "have them; use lora, or name other modules by method.target_modules"
+                )
+
+    def _check_saved(self, weights: set[str], linears: Iterable[str]) -> None:
+        for one in self.modules_to_save or ():
+            named = [name for name in weights if is_named(name, one)]
+            if not named:
+                raise MethodError(
+                    f"method.modules_to_save: {one!r} is no module of this model; name one, such "
+                    f"as {', '.join(sorted(weights)[:3])}, or leave it out"
+                )
+            # PEFT compares ends of names, whether or not a part begins there.
+            if other := min((n for n in weights if n.endswith(one) and n not in named), default=""):
+                raise MethodError(
+                    f"method.modules_to_save: PEFT would take {one!r} for {other!r}, too; write "
+                    f"the whole name, such as {min(named)}"
+                )
+            if self.quantization_bit and (lost := sorted(set(named) & set(linears))):
+                raise MethodError(
+                    f"method.modules_to_save: {lost[0]!r} is in {self.quantization_bit} bits, and "
+                    "those have no gradient; use method.quantization_bit=null, or name the "
+                    "output head, the embeddings or norms"
+                )
+
+    # --- sizes --------------------------------------------------------------------------------
+
     def adapted(self, sizes: Sizes) -> Iterator[tuple[str, Linear, dict[int, float]]]:
         """Each kind of adapted layer: its name, and for each rank how many blocks have it."""
         for name, linear, blocks in targets(self.target_modules, sizes):
-            yield name, linear, {self.rank: blocks}
+            if not any(is_named(name, one) for one in self.modules_to_save or ()):
+                yield name, linear, {self.rank: blocks}
 
     def extra_parameters(self, linear: Linear) -> int:
         """Trained parameters of one layer beside A and B."""
@@ -61,12 +134,19 @@ class LowRankMethod(MethodConfig):
         return 0
 
     def trained_parameters(self, sizes: Sizes) -> int:
+        return round(self.update_parameters(sizes) + self._saved_parameters(sizes))
+
+    def update_parameters(self, sizes: Sizes) -> float:
+        """Trained parameters without those of modules_to_save."""
         total = 0.0
         for _, linear, ranks in self.adapted(sizes):
             for rank, blocks in ranks.items():
                 total += blocks * rank * (linear.inputs + linear.outputs)
                 total += blocks * self.extra_parameters(linear)
-        return round(total)
+        return total
+
+    def _saved_parameters(self, sizes: Sizes) -> float:
+        return sum(whole_module(name, sizes) for name in self.modules_to_save or ())
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
         numbers = 0.0
@@ -83,7 +163,7 @@ class LowRankMethod(MethodConfig):
 
     def flops_per_token(self, sizes: Sizes) -> float:
         """Products with A and B forward, to their inputs, and to their weights."""
-        return 6 * self.trained_parameters(sizes)
+        return 6 * self.update_parameters(sizes)
 
 
 class PeftNamedMethod(LowRankMethod):
@@ -100,7 +180,8 @@ class PeftNamedMethod(LowRankMethod):
         import peft
 
         settings = self.model_dump(exclude={"type", "quantization_bit"})
-        settings["target_modules"] = listed(self.target_modules)
+        for name in self.module_settings:
+            settings[name] = listed(settings[name])
         config: PeftConfig = getattr(peft, self.pefts)(task_type="CAUSAL_LM", **settings)
         return config
 
@@ -110,11 +191,6 @@ class PeftNamedMethod(LowRankMethod):
         capacity = str(cls.capacity)
         default = cls.model_fields[capacity].default
         return {capacity: default, "target_modules": TARGET_MODULES}
-
-
-def listed(names: str | tuple[str, ...] | None) -> str | list[str] | None:
-    """Module names as PEFT takes them."""
-    return list(names) if isinstance(names, tuple) else names
 
 
 def whole(value: float) -> float | int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,17 @@ def attach(
     import peft
     import torch
 
-    settings.check_modules(linear_modules(base, getattr(settings, "target_modules", ())))
+    settings.check_base(base)
     config = settings.peft_config(max_steps, tokenizer_path)
     if config is None:
         (base if keep_dtype else base.float()).requires_grad_(True)
         return base
     try:
-        model: torch.nn.Module = peft.get_peft_model(base, config, adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            if getattr(settings, "modules_to_save", None):
+                # Tied embeddings and head are trained, saved, served and merged apart.
+                warnings.filterwarnings("ignore", ".*tie_word_embeddings=True")
+            model: torch.nn.Module = peft.get_peft_model(base, config, adapter_name=ADAPTER)
     except ValueError as error:
         if (
             "target_modules" not in str(error).lower()
@@ -62,11 +67,17 @@ def attach(
     for _, layer in _adapted_layers(model):
         # The hook goes with the layer when the adapter is taken off.
         layer.register_forward_pre_hook(_keep_scales)
+    for _, wrapper in _saved_modules(model):
+        _compute_in_float32(wrapper)
     return model
 
 
 def detach(model: torch.nn.Module) -> None:
-    """Takes the adapter off again; the base is as it was before `attach`, bit for bit."""
+    """Take the adapter off again.
+
+    The base is as it was before `attach`, bit for bit, but for a method that `alters_base`: what
+    was taken out of its weights is not put back.
+    """
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
@@ -77,6 +88,9 @@ def detach(model: torch.nn.Module) -> None:
         _keep_scales(layer)
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, layer.get_base_layer())
+    for name, wrapper in _saved_modules(base):
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, wrapper.original_module)
     base.requires_grad_(False).eval()
     # Recomputation is a switch on the base, with a hook on its embedding.
     base.activation_checkpointing_disable()
@@ -93,6 +107,25 @@ def _adapted_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
 
 
+def _saved_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """Return names and modules of what PEFT put around modules that are trained whole."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+
+
+def _compute_in_float32(wrapper: Any) -> None:
+    """Let a trained copy of a module stand in a base of any type: its weights are float32."""
+    own, dtype = wrapper.modules_to_save[ADAPTER], wrapper.original_module.weight.dtype
+
+    def widen(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(arg.float() if arg.is_floating_point() else arg for arg in args)
+
+    if dtype.itemsize < own.weight.dtype.itemsize:
+        own.register_forward_pre_hook(widen)
+        own.register_forward_hook(lambda _, __, output: output.to(dtype))
+
+
 def _keep_scales(layer: Any, *_: Any) -> None:
     """Gives the 8-bit weight under `layer` its scales back, if it lost them.
 
@@ -105,12 +138,14 @@ def _keep_scales(layer: Any, *_: Any) -> None:
 
 
 def linear_names(base: torch.nn.Module) -> list[str]:
-    """Last parts of the names of the linear modules that an adapter may target."""
+    """Return the last parts of the names of the linear modules that an adapter may target."""
     return sorted({name.rpartition(".")[2] for name in linear_modules(base)})
 
 
-def linear_modules(base: torch.nn.Module, named: str | Sequence[str] = ()) -> list[str]:
-    """Returns the names of the modules that an adapter may target.
+def linear_modules(
+    base: torch.nn.Module, named: str | Sequence[str] = ()
+) -> dict[str, torch.nn.Module]:
+    """Return the modules that an adapter may target, by their names.
 
     They are the linear ones, transformers' Conv1D among them, but the output head, and those that
     `named` names itself (all-linear names none).
@@ -120,9 +155,9 @@ def linear_modules(base: torch.nn.Module, named: str | Sequence[str] = ()) -> li
 
     head = getattr(base, "lm_head", None)
     ends = () if isinstance(named, str) else tuple(named or ())
-    return [
-        name
+    return {
+        name: module
         for name, module in base.named_modules()
         if (isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head)
         or (any(f".{name}".endswith(f".{end}") for end in ends) and hasattr(module, "weight"))
-    ]
+    }

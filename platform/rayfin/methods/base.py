@@ -7,7 +7,7 @@ configuration, training, the advisor and the reports find it. Nothing here loads
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 Engine = Literal["transformers", "vllm"]
+Batches = Callable[[int], "Iterator[dict[str, torch.Tensor]]"]
+"""Takes a number of labelled tokens, and returns endless padded batches of the training's samples
+from the first on, each with as many such tokens at least."""
 Trained = Literal[
     "weights", "low rank", "scaling", "rotations", "virtual tokens", "virtual keys and values"
 ]
@@ -82,6 +85,8 @@ class MethodConfig(Section):
     """It learns tokens, or their keys and values, that stand before every sequence."""
     capacity: ClassVar[str | None] = None
     """The setting that says how much it can learn: a rank, or a number of virtual tokens."""
+    capacity_label: ClassVar[str] = ""
+    """Stands before the capacity in lists, where that is no rank and no number of tokens."""
     capacity_is_free: ClassVar[bool] = True
     """The capacity may change while all other settings stay."""
     usual_alpha: ClassVar[float | None] = None
@@ -126,12 +131,15 @@ class MethodConfig(Section):
         return None
 
     @property
-    def names_modules(self) -> bool:
-        """Whether any setting beside target_modules names modules, for `check_modules` to find."""
+    def depends_on_base(self) -> bool:
+        """Whether `check_base` has anything to look for."""
         return False
 
-    def check_modules(self, names: Sequence[str]) -> None:
-        """Raises MethodError for settings that would change nothing on these linear modules."""
+    def check_base(self, base: torch.nn.Module) -> None:
+        """Raise MethodError for settings that don't fit a base, or would change nothing of it.
+
+        `base` may be a skeleton, whose parameters have shapes and no values.
+        """
 
     def computed(self) -> dict[str, Any]:
         """The settings that a trial's fingerprint is made of: equal for equal computations.
@@ -147,6 +155,14 @@ class MethodConfig(Section):
 
     def attached(self, model: torch.nn.Module) -> None:
         """Called once PEFT has made `model` of the base."""
+
+    def initialize(
+        self, model: torch.nn.Module, weights: Callable[[], Path], batches: Batches
+    ) -> None:
+        """Set the weights that training starts from, where PEFT has not; not called on a resume.
+
+        `weights` returns the directory of the base's own files.
+        """
 
     def regularizer(self, model: torch.nn.Module) -> torch.Tensor | None:
         """What is added to the loss; None where nothing is."""
@@ -205,6 +221,11 @@ class MethodConfig(Section):
         return self.rank
 
     @property
+    def served_bits(self) -> int | None:
+        """Bits of the base's weights without which the adapter is not exact; None where any are."""
+        return None
+
+    @property
     def row_tokens(self) -> int:
         """Tokens that stand in every row of a batch beside the data's."""
         return 0
@@ -213,6 +234,16 @@ class MethodConfig(Section):
     def positions(self) -> int:
         """Positions of the base model that it takes from the data."""
         return 0
+
+    # --- what the learned model sees ------------------------------------------------------------
+
+    @classmethod
+    def coordinates_of(cls, settings: Mapping[str, Any]) -> tuple[float, float]:
+        """Return `coordinates`, moved by settings that the learned model has no column for.
+
+        `settings` are a record's, which may hold anything.
+        """
+        return cls.coordinates
 
     # --- where to start -----------------------------------------------------------------------
 

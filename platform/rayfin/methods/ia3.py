@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import field_validator, model_validator
 
-from rayfin.methods.adapted import Names, listed
 from rayfin.methods.base import MethodConfig, register
 from rayfin.methods.layers import Linear, block_linears, targets
+from rayfin.methods.module_names import Names, listed
 from rayfin.methods.rates import Rate
 from rayfin.sizes import Sizes
 

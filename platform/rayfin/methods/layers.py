@@ -22,6 +22,10 @@ _FUSED = {
     "GPTNeoX": ("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),
 }
 
+_TABLES = ("lm_head", "embed_out", "embed_tokens", "embed_in", "wte")
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
+"""Modules that a model has once: output heads and embeddings, and the norm before the head."""
+
 
 def block_linears(sizes: Sizes) -> dict[str, Linear]:
     """The linear layers of one block by the end of their names; Llama's, where none other fits."""
@@ -66,3 +70,17 @@ def targets(names: str | Iterable[str], sizes: Sizes) -> Iterator[tuple[str, Lin
         ]
         for linear in ends or [Linear(name, sizes.hidden_size, sizes.hidden_size)]:
             yield name, linear, blocks
+
+
+def whole_module(name: str, sizes: Sizes) -> float:
+    """Return the number of weights in all modules that `name` names: linear layers, tables, norms.
+
+    Biases are not counted, which are a thousandth of them.
+    """
+    end = name.rpartition(".")[2]
+    if end in _TABLES:
+        return sizes.vocab_size * sizes.hidden_size
+    if any(end == linear.rpartition(".")[2] for linear in block_linears(sizes)):
+        return sum(n * it.inputs * it.outputs for _, it, n in targets((name,), sizes))
+    once = end in _FINAL_NORMS or any(part.isdigit() for part in name.split("."))
+    return sizes.hidden_size * (1 if once else sizes.num_layers)

@@ -23,6 +23,7 @@ class LohaConfig(PeftNamedMethod):
     engines = ()
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
     coordinates = (0.4, -0.4)
+    conv1d = False
     capacity = "r"
     pefts = "LoHaConfig"
 
@@ -42,8 +43,8 @@ class LohaConfig(PeftNamedMethod):
             "ZeRO-3 has a part; use deepspeed-zero2, fsdp or ddp"
         )
 
-    def trained_parameters(self, sizes: Sizes) -> int:
-        return 2 * super().trained_parameters(sizes)
+    def update_parameters(self, sizes: Sizes) -> float:
+        return 2 * super().update_parameters(sizes)
 
     def kept_weights(self, sizes: Sizes) -> float:
         """The product of each layer, made anew in each step."""

@@ -1,53 +1,62 @@
-"""LoRA and its variants: an update B A beside the weight of every adapted linear layer."""
+"""What LoRA and its variants share: an update B A beside the weights of adapted linear layers."""
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from rayfin.errors import MethodError
-from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, Names, listed, whole
-from rayfin.methods.attach import ADAPTER
-from rayfin.methods.base import Incompatibility, register
-from rayfin.methods.conversion import convert, lora_pairs
-from rayfin.methods.layers import Linear, targets
-from rayfin.methods.rates import Rate
+from rayfin.methods import initialization
+from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, whole
+from rayfin.methods.attach import linear_modules
+from rayfin.methods.base import Batches, Incompatibility, name_of
+from rayfin.methods.layers import Linear
+from rayfin.methods.module_names import (
+    Name,
+    Names,
+    is_named,
+    layer_of,
+    listed,
+    may_be_named,
+    own_value,
+)
 from rayfin.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
 
-
-def _no_expression(name: str) -> str:
-    """PEFT takes names in patterns for regular expressions, whose engine others may not share."""
-    if not re.fullmatch(r"[\w.]+", name):
-        raise ValueError(
-            f"{name!r} is no module's name; write one, such as q_proj or layers.0.self_attn.q_proj"
-        )
-    return name
-
-
-Name = Annotated[str, AfterValidator(_no_expression)]
 Index = Annotated[int, Field(ge=0)]
-Number = TypeVar("Number", int, float)
 
-_LATER = (
-    *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
-    *("init_lora_weights", "loraplus_lr_ratio"),
-)
-"""Settings that came later: fingerprints of trials without them are those of before."""
+_MOVES: dict[str, tuple[float, float]] = {
+    "pissa": (-0.2, 0.0),
+    "pissa_niter_16": (-0.2, 0.0),
+    "olora": (-0.2, 0.05),
+    "loftq": (-0.1, -0.05),
+    "eva": (-0.1, 0.05),
+    "loraplus_lr_ratio": (-0.05, -0.1),
+    "modules_to_save": (0.15, 0.1),
+    "exclude_modules": (0.05, -0.05),
+    "layers_to_transform": (0.05, -0.1),
+    "rank_pattern": (0.05, 0.05),
+    "alpha_pattern": (0.05, 0.1),
+}
+"""How far a trial with such a setting lies from one without: a convention. Methods of LoRA's family
+are 0.2 apart, and the learned model takes a distance of 1 for a difference."""
 
 
 class LowRankConfig(LowRankMethod):
     capacity = "r"
-    module_settings = ("target_modules", "exclude_modules")
+    module_settings = (*LowRankMethod.module_settings, "exclude_modules")
+    later: ClassVar[tuple[str, ...]] = (
+        *LowRankMethod.later,
+        *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
+        *("init_lora_weights", "loraplus_lr_ratio"),
+    )
     synonyms = {  # noqa: RUF012
         "r": ("lora_rank", "rank", "lora_r"),
         "lora_alpha": ("alpha",),
@@ -70,9 +79,12 @@ class LowRankConfig(LowRankMethod):
     """Module name -> its own rank instead of r."""
     alpha_pattern: dict[Name, Annotated[float, Field(gt=0)]] = Field({})
     """Module name -> its own lora_alpha."""
-    init_lora_weights: Literal[True, "gaussian", "pissa", "pissa_niter_16", "olora"] = True
-    """How the matrices begin; true adds nothing at first, pissa and olora take the largest part of
-    the base's weights (pissa_niter_16 finds it faster, and nearly)."""
+    init_lora_weights: Literal[
+        True, "gaussian", "pissa", "pissa_niter_16", "olora", "loftq", "eva"
+    ] = True
+    """The matrices' first values: true and gaussian add nothing at first, pissa and olora take the
+    largest part of the base's weights (pissa_niter_16 finds it faster, and nearly), loftq takes
+    what the base's 4 bits have lost, eva the directions of the training data's activations."""
     loraplus_lr_ratio: float | None = Field(None, ge=1)
     """LoRA+: the learning rate of B is this many times that of A (Hayou et al. 2024,
     arXiv:2402.12354)."""
@@ -84,30 +96,52 @@ class LowRankConfig(LowRankMethod):
 
     @property
     def alters_base(self) -> bool:
-        """PiSSA and OLoRA take out of the base's weights what their matrices begin with."""
+        """PiSSA and OLoRA take the first values of their matrices out of the base's weights."""
+        return self.init_lora_weights in ("pissa", "pissa_niter_16", "olora")
+
+    @property
+    def served_bits(self) -> int | None:
+        """LoftQ's adapter makes up for what the base lost to 4 bits, and no other base has lost."""
+        return 4 if self.init_lora_weights == "loftq" else None
+
+    @property
+    def _initialized(self) -> bool:
+        """Whether `initialize` sets the first weights."""
         return self.init_lora_weights not in (True, "gaussian")
 
     def adapted(self, sizes: Sizes) -> Iterator[tuple[str, Linear, dict[int, float]]]:
-        for name, linear, blocks in targets(self.target_modules, sizes):
-            only = _layer(name)
+        for name, linear, ranks in super().adapted(sizes):
+            only = layer_of(name)
             layers = range(sizes.num_layers) if only is None else [only]
-            ranks: dict[int, float] = {}
+            blocks, found = sum(ranks.values()), dict[int, float]()
             for layer in layers:
-                meant = partial(_may_name, name, layer)
+                meant = partial(may_be_named, name, layer)
                 if not self._left_out(meant, layer):
-                    rank = _own(self.rank_pattern, meant) or self.r
-                    ranks[rank] = ranks.get(rank, 0.0) + blocks / len(layers)
-            yield name, linear, ranks
+                    rank = own_value(self.rank_pattern, meant) or self.r
+                    found[rank] = found.get(rank, 0.0) + blocks / len(layers)
+            yield name, linear, found
 
     @property
-    def names_modules(self) -> bool:
+    def depends_on_base(self) -> bool:
+        named = self.exclude_modules or self.layers_to_transform
         patterns = self.rank_pattern or self.alpha_pattern
-        return bool(self.exclude_modules or self.layers_to_transform or patterns)
+        return bool(named or patterns or self._initialized or super().depends_on_base)
 
-    def check_modules(self, names: Sequence[str]) -> None:
-        named = self.target_modules
-        targeted = [n for n in names if named == "all-linear" or any(_names(n, t) for t in named)]
-        adapted = [n for n in targeted if not self._left_out(partial(_names, n), _layer(n))]
+    def check_base(self, base: torch.nn.Module) -> None:
+        super().check_base(base)
+        linears = linear_modules(base, self.target_modules)
+        self._check_names(linears)
+        if self._initialized:
+            adapted = (n for n in self._targeted(linears) if not self._excluded(n))
+            initialization.check_rooms(
+                str(self.init_lora_weights),
+                {name: linears[name] for name in adapted},
+                lambda name: own_value(self.rank_pattern, partial(is_named, name)) or self.r,
+            )
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        targeted = self._targeted(names)
+        adapted = [name for name in targeted if not self._excluded(name)]
         for setting, keys, among in (
             ("exclude_modules", self.exclude_modules or (), targeted),
             ("layers_to_transform", self.layers_to_transform or (), targeted),
@@ -115,7 +149,7 @@ class LowRankConfig(LowRankMethod):
             ("alpha_pattern", self.alpha_pattern, adapted),
         ):
             for key in keys:
-                if not any(key == _layer(name) or _names(name, str(key)) for name in among):
+                if not any(key == layer_of(name) or is_named(name, str(key)) for name in among):
                     raise MethodError(
                         f"method.{setting}: {key!r} is none of the {len(among)} modules that are "
                         f"adapted{f', such as {among[0]!r}' if among else ''}; leave it out, or "
@@ -127,7 +161,7 @@ class LowRankConfig(LowRankMethod):
         ):
             for name in adapted:
                 # PEFT takes the first, and saves them in another order.
-                if len(both := [key for key in pattern if _names(name, key)]) > 1:
+                if len(both := [key for key in pattern if is_named(name, key)]) > 1:
                     raise MethodError(
                         f"method.{setting}: {both[0]!r} and {both[1]!r} both name {name!r}; write "
                         "names of which no two name the same module"
@@ -137,6 +171,18 @@ class LowRankConfig(LowRankMethod):
                 f"method.exclude_modules and layers_to_transform leave none of the {len(targeted)} "
                 "modules of method.target_modules; leave fewer out"
             )
+        # PEFT looks at numbers of layers only where a name is the last parts of a module's.
+        if self.layers_to_transform and (
+            exact := [n for n in targeted if n in self.target_modules]
+        ):
+            raise MethodError(
+                f"method.layers_to_transform has no effect on {exact[0]!r}, which is a module's "
+                f"whole name; write its last part, {exact[0].rpartition('.')[2]}, in "
+                "method.target_modules"
+            )
+
+    def _excluded(self, name: str) -> bool:
+        return self._left_out(partial(is_named, name), layer_of(name))
 
     def _left_out(self, meant: Callable[[str], bool], layer: int | None) -> bool:
         """Whether a targeted module, which `meant` says the names of, gets no update."""
@@ -152,25 +198,54 @@ class LowRankConfig(LowRankMethod):
                 "PEFT takes numbers of layers beside names only",
                 "name the modules, such as method.target_modules=[q_proj,v_proj]",
             )
+        init = f"method.init_lora_weights={self.init_lora_weights}"
         if self.alters_base and (self.quantization_bit or self.type == "dora"):
             yield Incompatibility(
-                f"method.init_lora_weights={self.init_lora_weights}",
+                init,
                 "it changes the base's weights, which have to be whole, and no part of a DoRA",
                 "use lora or rslora with method.quantization_bit=null, or leave it out",
             )
+        if self.init_lora_weights == "loftq":
+            if self.quantization_bit != 4:
+                yield Incompatibility(
+                    init,
+                    "it makes up for what a base has lost to 4 bits",
+                    "use method.quantization_bit=4, or leave it out",
+                )
+            if self.type == "dora":
+                yield Incompatibility(
+                    init,
+                    "DoRA's magnitudes are those of the base without an update",
+                    "use qlora or rslora, or leave it out",
+                )
+        if self.init_lora_weights == "eva" and self.rank_pattern:
+            yield Incompatibility(
+                f"{init} with method.rank_pattern",
+                "EVA gives layers that read the same input one rank",
+                "use method.r alone, or leave it out",
+            )
 
     def strategy_refusal(self, strategy: str) -> str | None:
-        if strategy not in ("auto", "ddp") and self.alters_base:
-            return f"{self.init_lora_weights} changes weights that {strategy} shards; use ddp"
+        if strategy not in ("auto", "ddp") and self._initialized:
+            return (
+                f"{self.init_lora_weights} computes its first matrices from weights that "
+                f"{strategy} shards; use ddp"
+            )
         if strategy.startswith("deepspeed") and self.loraplus_lr_ratio not in (None, 1):
             return "LoRA+ has two learning rates, and DeepSpeed is given one; use ddp or fsdp"
         return None
 
     def computed(self) -> dict[str, Any]:
-        """Without later settings that are at their defaults: fingerprints are those of before."""
-        found = super().computed()
-        idle = [name for name in _LATER if found[name] == type(self).model_fields[name].default]
-        return {name: value for name, value in found.items() if name not in idle}
+        """Settings that say what others say already don't count."""
+        same: dict[str, Any] = {
+            "rank_pattern": {n: r for n, r in self.rank_pattern.items() if r != self.r},
+            "alpha_pattern": {n: a for n, a in self.alpha_pattern.items() if a != self.lora_alpha},
+        }
+        if self.loraplus_lr_ratio == 1:
+            same["loraplus_lr_ratio"] = None
+        if any(getattr(self, name) != value for name, value in same.items()):
+            return self.model_copy(update=same).computed()
+        return super().computed()
 
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
         import peft
@@ -185,28 +260,37 @@ class LowRankConfig(LowRankMethod):
             "layers_to_transform": None if layers is None else list(layers),
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": {name: whole(alpha) for name, alpha in self.alpha_pattern.items()},
-            "init_lora_weights": self.init_lora_weights,
+            "modules_to_save": listed(self.modules_to_save),
+            # The others are `initialize`'s, once a trial starts, and not when it is resumed.
+            "init_lora_weights": "gaussian" if self.init_lora_weights == "gaussian" else True,
         }
-        with warnings.catch_warnings():
-            # PEFT's conversion to plain LoRA can't do what `convert` can.
-            warnings.filterwarnings("ignore", ".*post-training conversion of modified base weights")
-            return peft.LoraConfig(task_type="CAUSAL_LM", **settings, **self._variant())
+        return peft.LoraConfig(task_type="CAUSAL_LM", **settings, **self._variant())
 
     def attached(self, model: torch.nn.Module) -> None:
         if self.alters_base:
-            for name, layer in model.named_modules():
-                ranks = getattr(layer, "r", None) if hasattr(layer, "lora_A") else None
-                if ranks and (most := len(layer.lora_A[ADAPTER].weight)) < ranks[ADAPTER]:
-                    raise MethodError(
-                        f"method.init_lora_weights={self.init_lora_weights}: rank {ranks[ADAPTER]} "
-                        f"is more than the {most} rows or columns of {name!r}; use a smaller "
-                        "method.r, or a method.rank_pattern for it"
-                    )
-            model.rayfin_began = lora_pairs(model, ADAPTER)  # type: ignore[assignment]
+            initialization.expect(model)
+
+    def initialize(
+        self, model: torch.nn.Module, weights: Callable[[], Path], batches: Batches
+    ) -> None:
+        if self.alters_base:
+            initialization.take_out_of_base(model, str(self.init_lora_weights))
+        elif self.init_lora_weights == "loftq":
+            initialization.lost_by_quantization(model, weights())
+        elif self.init_lora_weights == "eva":
+            initialization.explain_variance(model, self.r, batches)
+
+    @classmethod
+    def state_beside(cls, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return initialization.initial_state(model)
+
+    @classmethod
+    def load_state_beside(cls, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+        initialization.load_initial_state(model, state)
 
     def finish_saving(self, model: torch.nn.Module, directory: Path) -> None:
         if self.alters_base:
-            convert(directory, model.rayfin_began)  # type: ignore[arg-type]
+            initialization.plain_lora(directory, model)
 
     def rate_factor(self, parameter: str) -> float:
         return (self.loraplus_lr_ratio or 1.0) if ".lora_B." in parameter else 1.0
@@ -214,6 +298,17 @@ class LowRankConfig(LowRankMethod):
     def _variant(self) -> dict[str, Any]:
         """What switches the variant on in PEFT."""
         return {}
+
+    @classmethod
+    def coordinates_of(cls, settings: Mapping[str, Any]) -> tuple[float, float]:
+        x, y = cls.coordinates
+        written = {name for name in cls.later if settings.get(name)}
+        if settings.get("loraplus_lr_ratio") == 1:
+            written.discard("loraplus_lr_ratio")
+        for name in (*sorted(written), settings.get("init_lora_weights")):
+            move = _MOVES.get(name, (0.0, 0.0)) if isinstance(name, str) else (0.0, 0.0)
+            x, y = x + move[0], y + move[1]
+        return x, y
 
     @classmethod
     def usual(cls, rank: int, length: int) -> dict[str, Any]:
@@ -225,115 +320,6 @@ class LowRankConfig(LowRankMethod):
 
     @classmethod
     def is_pefts(cls, name: str, config: Mapping[str, Any], bits: int | None) -> bool:
-        return name == "lora" and cls is _variant_of(config, bits)
-
-
-@register
-class LoraConfig(LowRankConfig):
-    """Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685)."""
-
-    title = "LoRA"
-    order = 1
-    engines = ("transformers", "vllm")
-    rate = Rate(
-        of_lora=True, source="by size: QLoRA's README, TRL's guide and PEFT's quicktour (rates.py)"
-    )
-    coordinates = (0.0, 0.0)
-
-    type: Literal["lora"]
-
-    def computed(self) -> dict[str, Any]:
-        """LoRA over a quantised base is QLoRA, by whichever name it was asked for."""
-        found = super().computed()
-        return found | {"type": "qlora"} if self.quantization_bit else found
-
-
-@register
-class QloraConfig(LowRankConfig):
-    """LoRA over a quantised base (Dettmers et al. 2023, arXiv:2305.14314)."""
-
-    title = "QLoRA"
-    order = 2
-    engines = ("transformers", "vllm")
-    rate = Rate(of_lora=True, source="QLoRA's README")
-    coordinates = (0.2, 0.0)
-
-    type: Literal["qlora"]
-    quantization_bit: Literal[4, 8] = 4
-    """Load the base model in 4-bit NF4 (double quantisation) or 8-bit."""
-
-
-@register
-class DoraConfig(LowRankConfig):
-    """LoRA on the direction, magnitude apart (Liu et al. 2024, arXiv:2402.09353)."""
-
-    title = "DoRA"
-    order = 3
-    engines = ("transformers",)
-    rate = Rate(
-        value=0.75,
-        of_lora=True,
-        source="'slightly lower than that of LoRA' (github.com/NVlabs/DoRA); by how much is a "
-        "convention",
-    )
-    coordinates = (0.0, -0.2)
-
-    type: Literal["dora"]
-
-    def _variant(self) -> dict[str, Any]:
-        return {"use_dora": True}
-
-    def extra_parameters(self, linear: Linear) -> int:
-        """A magnitude for each output."""
-        return linear.outputs
-
-    def extra_activations(self, linear: Linear) -> int:
-        """A magnitude's gradient needs both products."""
-        return 2 * linear.outputs
-
-
-@register
-class RsloraConfig(LowRankConfig):
-    """LoRA scaled by 1/sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732)."""
-
-    title = "rank-stabilised LoRA"
-    order = 4
-    engines = ("transformers", "vllm")
-    rate = Rate(of_lora=True, source="PEFT's comparison has one rate for it and LoRA")
-    coordinates = (0.0, 0.2)
-    usual_alpha = 8.0  # LoRA's scale, 2, at rank 16: a convention
-    scale_exponent = 0.5
-
-    type: Literal["rslora"]
-
-    def _variant(self) -> dict[str, Any]:
-        return {"use_rslora": True}
-
-
-def _variant_of(config: Mapping[str, Any], bits: int | None) -> type[LowRankConfig]:
-    """The method whose adapter_config.json of PEFT's type LORA `config` is."""
-    if config.get("use_dora"):
-        return DoraConfig
-    if config.get("use_rslora"):
-        return RsloraConfig
-    return QloraConfig if bits == 4 else LoraConfig
-
-
-def _names(module: str, name: str) -> bool:
-    """Whether `name` is a module's whole name or its last parts."""
-    return module == name or module.endswith(f".{name}")
-
-
-def _may_name(end: str, layer: int, name: str) -> bool:
-    """Whether `name` may be that of the module in a layer whose name has this end."""
-    same = name == end or name.endswith(f".{end}") or end.endswith(f".{name}")
-    return same and _layer(name) in (None, layer)
-
-
-def _layer(module: str) -> int | None:
-    """The number of the layer that a module is in."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
-
-
-def _own(pattern: Mapping[str, Number], meant: Callable[[str], bool]) -> Number | None:
-    return next((value for name, value in pattern.items() if meant(name)), None)
+        plain = "qlora" if bits == 4 else "lora"
+        kind = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else plain
+        return name == "lora" and name_of(cls) == kind

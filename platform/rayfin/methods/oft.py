@@ -23,7 +23,9 @@ class OftConfig(PeftNamedMethod):
     engines = ()
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
     coordinates = (0.6, 0.6)
+    conv1d = False
     capacity = "oft_block_size"
+    capacity_label = "block "
     pefts = "OFTConfig"
 
     type: Literal["oft"]
@@ -32,9 +34,9 @@ class OftConfig(PeftNamedMethod):
     module_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the blocks that a training step leaves unrotated."""
 
-    def trained_parameters(self, sizes: Sizes) -> int:
+    def update_parameters(self, sizes: Sizes) -> float:
         found = targets(self.target_modules, sizes)
-        return round(sum(n * it.inputs * (self._block(it) - 1) / 2 for _, it, n in found))
+        return sum(n * it.inputs * (self._block(it) - 1) / 2 for _, it, n in found)
 
     def kept_weights(self, sizes: Sizes) -> float:
         """A rotation is a series in a matrix of each block: three of its powers, and the sum."""

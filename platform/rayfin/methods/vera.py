@@ -33,12 +33,12 @@ class VeraConfig(PeftNamedMethod):
     d_initial: float = Field(0.1, gt=0)
     """What the factors of the ranks begin with."""
 
-    def trained_parameters(self, sizes: Sizes) -> int:
+    def update_parameters(self, sizes: Sizes) -> float:
         found = targets(self.target_modules, sizes)
-        return round(sum(blocks * (it.outputs + self.r) for _, it, blocks in found))
+        return sum(blocks * (it.outputs + self.r) for _, it, blocks in found)
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
-        return self.trained_parameters(sizes) / sizes.num_layers  # what each factor multiplies
+        return self.update_parameters(sizes) / sizes.num_layers  # what each factor multiplies
 
     def flops_per_token(self, sizes: Sizes) -> float:
         """Products with both matrices forward, and to their inputs."""

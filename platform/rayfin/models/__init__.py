@@ -1,7 +1,7 @@
 """Base models: bundled, local or from the hub; tokenizer, weights, quantisation, facts."""
 
 from rayfin.compat.bitsandbytes import import_bitsandbytes
-from rayfin.models.bases import BASE_IDENTITY, Base, base_of, hub_id
+from rayfin.models.bases import BASE_BITS, BASE_IDENTITY, Base, base_of, hub_id
 from rayfin.models.bundled import BUNDLED
 from rayfin.models.facts import (
     ModelFacts,
@@ -16,6 +16,7 @@ from rayfin.models.source import locate
 from rayfin.models.tiny import write_tiny
 
 __all__ = [
+    "BASE_BITS",
     "BASE_IDENTITY",
     "BUNDLED",
     "Base",

@@ -13,6 +13,8 @@ from rayfin.models.source import is_hub, model_directory
 
 BASE_IDENTITY = "base_identity"
 """The key of rayfin.json under which `Base.identities` of an adapter's base are written."""
+BASE_BITS = "base_quantization_bit"
+"""The key of rayfin.json that an adapter has which is exact over a base in so many bits alone."""
 
 _CONTENT = "local@"
 # Where the hub's client keeps what it downloaded: models--OWNER--NAME/snapshots/COMMIT.

@@ -18,6 +18,7 @@ from rayfin.config.serving import EngineConfig, ServeConfig
 from rayfin.errors import AdapterError, ModelError, UsageError
 from rayfin.hardware import describe_hardware
 from rayfin.models import (
+    BASE_BITS,
     BASE_IDENTITY,
     Base,
     base_of,
@@ -53,8 +54,11 @@ def base_to_record(
     the user answers for it, whatever the adapter says. Raises AdapterError where the base can't be
     told or isn't here, before anything of the weights is read.
     """
-    peft = read_json(directory / "adapter_config.json")
-    claim = claimed_base(peft, trusted_metadata(directory, whole=True))
+    peft, metadata = (
+        read_json(directory / "adapter_config.json"),
+        trusted_metadata(directory, whole=True),
+    )
+    claim = claimed_base(peft, metadata)
     given = "name" in config.model.model_fields_set
     if not given:
         if claim is None:
@@ -83,6 +87,8 @@ def base_to_record(
     known = claim is not None and (claim.identities or hub_id(claim.name) is None)
     if is_right or (known and claim is not None and claim.is_same(base)):
         told[BASE_IDENTITY] = list(base.identities)
+    if BASE_BITS in metadata:
+        told[BASE_BITS] = metadata[BASE_BITS]
     return config, told
 
 
@@ -103,6 +109,7 @@ def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping
             max_virtual_tokens=min(MAX_VIRTUAL_TOKENS, engine.max_length - 2),
             max_table_bytes=engine.tables_mb * 2**20,
             itemsize=dtype.itemsize,
+            quantization_bit=engine.quantization_bit,
         )
         read_adapter(source, layout.unloaded(), told).check_range(dtype)
     _vocabulary(config.model).check(source)
@@ -144,7 +151,7 @@ class RefusalCheck:
         except AdapterError as error:
             return Refusal("damaged", error) if version.path.is_dir() else None
         checks: dict[str, Callable[[], None]] = {
-            "of another base": partial(check_base, settings, metadata, base),
+            "of another base": partial(check_base, settings, metadata, base, self._bits),
             "of a type that the engine does not serve": partial(self._check_type, settings),
             "of a rank above engine.max_rank": partial(self._check_rank, settings),
         }
@@ -157,6 +164,10 @@ class RefusalCheck:
             self._fitting.clear()
         self._fitting.add(key)
         return None
+
+    @property
+    def _bits(self) -> int | None:
+        return None if self._engine.type == "vllm" else self._engine.quantization_bit
 
     def _of_base(self) -> Base | None:
         """The served base; None where its files aren't on this machine."""

@@ -193,6 +193,25 @@ def collate_packed(samples: Sequence[TokenizedSample]) -> dict[str, torch.Tensor
     return {key: torch.tensor([values]) for key, values in row.items()}
 
 
+def batches_from_start(
+    samples: PlannedSamples | StreamedSamples, pad_token_id: int, labelled: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield padded batches of `samples` in their order, over and over, until nobody asks.
+
+    Each has as few samples as have `labelled` tokens with a loss, or all that there are.
+    """
+    batch: list[TokenizedSample] = []
+    while True:
+        for position in range(len(samples)):
+            batch.append(samples[position])
+            tokens = sum(label != IGNORE for sample in batch for label in sample["labels"])
+            if tokens >= labelled:
+                beat("initializing the method")
+                yield collate_padded(batch, pad_token_id)
+                batch = []
+        samples.close()
+
+
 class Collator:
     """Picklable collate function for a data loader."""
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.models import BASE_IDENTITY, Base
+from rayfin.models import BASE_BITS, BASE_IDENTITY, Base
 from rayfin.models.ends import END_OF_TURN, Ends
 from rayfin.models.quiet import no_progress_bars
 from rayfin.objects import sum_of, sums_of
@@ -185,13 +185,17 @@ def _add_ends(generation: Any, ends: Ends) -> None:
         generation.eos_token_id = [*listed, *added]
 
 
-def vouch(directory: Path, base: Base) -> None:
-    """Adds to an adapter's rayfin.json which base it was trained on, and digests of its files.
+def vouch(directory: Path, base: Base, bits: int | None = None) -> None:
+    """Add to an adapter's rayfin.json which base it was trained on, and digests of its files.
 
-    Without digests anybody could have written it, and nobody believes it (`adapters.metadata`).
+    `bits` are those of the base's weights without which the adapter is not exact, where there are
+    such. Without digests anybody could have written it, and nobody believes it
+    (`adapters.metadata`).
     """
     path = directory / METADATA
     told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     files = {file.name: file for file in sorted(directory.iterdir()) if file.name != METADATA}
     told |= {"base_model": base.name, BASE_IDENTITY: list(base.identities)}
+    if bits is not None:
+        told[BASE_BITS] = bits
     write_json(path, told | {"files": digest_files(files)})

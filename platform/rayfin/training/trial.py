@@ -130,6 +130,7 @@ def _train(
         from transformers import set_seed
 
         from rayfin.training.batches import samples_of
+        from rayfin.training.initialization import initialize
         from rayfin.training.parallel_strategies import parallel_strategy
         from rayfin.training.scoring import all_metrics
         from rayfin.training.trainer import TrialTrainer
@@ -192,6 +193,9 @@ def _train(
             for left in (staging(checkpoints), *left_unfinished(location.path / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
         resumed = _resumed(checkpoints, trainer)
+        if resumed is None:
+            beat("initializing the method", bulk=True)
+            initialize(model, spec, data, warm)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         adapter = _finish(trainer, model, tokenizer, data.ends, location, warm.origin(spec.model))
         checkpoints.forget()
@@ -245,7 +249,7 @@ def _finish(
                 with write_directory_whole(adapter.path) as temporary:
                     save_adapter(model, tokenizer, temporary, ends, weights)
                     trainer.method.finish_saving(model, temporary)
-                    vouch(temporary, origin)
+                    vouch(temporary, origin, trainer.method.served_bits)
                 adapter.publish()
                 adapter.forget()
     elif trainer.args.should_save:

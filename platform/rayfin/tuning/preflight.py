@@ -12,7 +12,7 @@ from rayfin.config import Config
 from rayfin.data import Corpus, check_lengths, needs_length_check
 from rayfin.errors import MethodError
 from rayfin.hardware import describe_hardware
-from rayfin.methods import linear_modules, linear_names
+from rayfin.methods import linear_names
 from rayfin.models import check_model, load_tokenizer, max_positions, skeleton, weight_names
 from rayfin.tuning.plan import SweepPlan
 
@@ -60,9 +60,8 @@ def _check_modules(config: Config) -> None:
                 f"method.{setting}: '{unknown[0]}' is no module of '{config.model.name}'; "
                 f"its linear modules are {', '.join(linear_names(base))}, or use all-linear"
             )
-    if config.method.names_modules:
-        named = getattr(config.method, "target_modules", ())
-        config.method.check_modules(linear_modules(skeleton(config.model), named))
+    if config.method.depends_on_base:
+        config.method.check_base(skeleton(config.model))
 
 
 def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:

@@ -70,11 +70,15 @@ def read_adapter(
     """
     settings, metadata = read_settings(source)
     peft_type = check_type(settings)
-    check_base(settings, metadata if told is None else told, base.base)
+    told = metadata if told is None else told
+    check_base(settings, told, base.base, base.quantization_bit)
     settings.expect("task_type", None, "CAUSAL_LM")
     with AdapterWeights(source) as weights:
-        fields = _READERS[peft_type](settings, weights, base)
-    adapter = HostAdapter(source.ref, **{"method": peft_type.lower(), **fields})
+        tables = saved_tables(settings, weights, base)
+        weights.aside |= set(tables.values())
+        fields = {"method": peft_type.lower(), **_READERS[peft_type](settings, weights, base)}
+        fields["tables"] = {module: weights.read(tensor) for module, tensor in tables.items()}
+    adapter = HostAdapter(source.ref, **fields)
     for tensor in adapter.tensors():
         if not is_finite(tensor):
             raise settings.error(
@@ -110,8 +114,7 @@ def _lora(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) 
     suffixes = {".lora_A.weight": "A", ".lora_B.weight": "B"}
     if dora:
         suffixes[".lora_magnitude_vector"] = "magnitude"
-    tables = saved_tables(settings, weights, base)
-    modules = modules_of(weights, suffixes, base.linears, tables.values())
+    modules = modules_of(weights, suffixes, base.linears)
     if settings.values.get("bias") == "lora_only":
         _expect_no_bias(settings, base, modules)
     ranks = {module: rank_of(module) or rank for module in modules}
@@ -130,8 +133,7 @@ def _lora(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) 
             b = scale[:, None] * b
         lora[module] = _low_rank(a, b)
     method = "dora" if dora else "rslora" if rslora else "lora"
-    own = {module: weights.read(tensor) for module, tensor in tables.items()}
-    return {"method": method, "lora": lora, "output_scale": output_scale, "tables": own}
+    return {"method": method, "lora": lora, "output_scale": output_scale}
 
 
 def _expect_no_bias(settings: AdapterSettings, base: BaseLayout, modules: Collection[str]) -> None:
@@ -151,7 +153,7 @@ def _adalora(
 
     The number of singular values is init_r there even after some were dropped.
     """
-    settings.expect_nothing_else(LORA_SETTINGS | _ADALORA_ONLY)
+    settings.expect_nothing_else(LORA_SETTINGS | _ADALORA_ONLY | {SETTING})
     settings.expect("bias", None, "none")
     init_r, alpha = settings.integer("init_r", 1, MAX_RANK), settings.number("lora_alpha")
     kept = settings.mapping("rank_pattern")
@@ -178,12 +180,13 @@ def _adalora(
 def _vera(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
     """VeRA (arXiv:2310.11454): b * (B (d * (A x))), where A and B are the first columns and rows of
     a pair that all layers share."""
-    settings.expect_nothing_else(_VERA)
+    settings.expect_nothing_else(_VERA | {SETTING})
     settings.expect("bias", None, "none")
     settings.expect("save_projection", True)
     check_rank(settings, r := settings.integer("r", 1, MAX_RANK), base.max_rank)
     suffixes = {".vera_lambda_d": "d", ".vera_lambda_b": "b"}
-    modules = modules_of(weights, suffixes, base.linears, _VERA_PAIR)
+    weights.aside |= set(_VERA_PAIR)
+    modules = modules_of(weights, suffixes, base.linears)
     most_in = max((base.linears[module][0] for module in modules), default=0)
     most_out = max((base.linears[module][1] for module in modules), default=0)
     weights.check(dict(zip(_VERA_PAIR, ((r, most_in), (most_out, r)), strict=True)))

@@ -5,11 +5,11 @@ They run before any tensor is read: what does not fit takes no memory.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rayfin.adapters.metadata import claimed_base
-from rayfin.models import Base
+from rayfin.models import BASE_BITS, Base
 from rayfin.serving.engine.layout import BaseLayout
 from rayfin.serving.engine.peft_files import CONFIG, AdapterSettings, AdapterWeights, shown
 
@@ -18,10 +18,16 @@ BASE_IS_RIGHT = "--base-is-right"
 """The option by which a user answers for an adapter's base."""
 
 
-def check_base(settings: AdapterSettings, metadata: Mapping[str, Any], served: Base) -> None:
+def check_base(
+    settings: AdapterSettings,
+    metadata: Mapping[str, Any],
+    served: Base,
+    quantization_bit: int | None = None,
+) -> None:
     """Raises AdapterError unless the adapter was trained on `served`.
 
-    The bases' content is compared where the adapter's rayfin.json tells of it (`metadata`, which
+    An adapter that is exact over a base in 4 or 8 bits alone has to find it in these. The bases'
+    content is compared where the adapter's rayfin.json tells of it (`metadata`, which
     must be trusted), else the name that PEFT wrote.
     """
     claim = claimed_base(settings.values, metadata)
@@ -36,6 +42,13 @@ def check_base(settings: AdapterSettings, metadata: Mapping[str, Any], served: B
             f"it was trained on {_short(claim)}, and the served base is {served}; {OWN_BASE} "
             f"(model.name=BASE), or, if that is the served one by another name, publish it with: "
             f"{mend}"
+        )
+    bits = metadata.get(BASE_BITS)
+    if bits is not None and bits != quantization_bit:
+        raise settings.error(
+            f"it makes up for what its base has lost to {shown(bits)} bits (LoftQ), and the served "
+            "base has other weights; serve it with engine.type=transformers "
+            f"engine.quantization_bit={shown(bits)}"
         )
 
 
@@ -75,13 +88,12 @@ def modules_of(
     weights: AdapterWeights,
     suffixes: Mapping[str, str],
     linears: Mapping[str, tuple[int, int]],
-    beside: Collection[str] = (),
 ) -> dict[str, dict[str, str]]:
-    """Returns module name in the base -> part -> tensor name, for all tensors but those `beside`.
+    """Returns module name in the base -> part -> tensor name, for all tensors but those `aside`.
 
     Raises AdapterError for modules that the base lacks.
     """
-    modules = weights.by_module(suffixes, beside)
+    modules = weights.by_module(suffixes)
     for module in modules:
         if module not in linears:
             raise weights.error(

@@ -79,6 +79,7 @@ class Engine:
             max_virtual_tokens=self.max_length - 2,
             max_table_bytes=config.tables_mb * 2**20,
             itemsize=self.model.dtype.itemsize,
+            quantization_bit=config.quantization_bit,
         )
         self._changed = threading.Condition()
         self._host = HostCache(

@@ -7,7 +7,7 @@ import math
 import re
 import stat
 import struct
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,6 +201,8 @@ class AdapterWeights:
         header.pop("__metadata__", None)
         self._tensors: Mapping[str, Mapping[str, Any]] = header
         self._data = 8 + length
+        self.aside: set[str] = set()
+        """Tensors that are of no single adapted layer."""
 
     def __enter__(self) -> AdapterWeights:
         self._file = self._path.open("rb")
@@ -213,15 +215,13 @@ class AdapterWeights:
     def names(self) -> Set[str]:
         return self._tensors.keys()
 
-    def by_module(
-        self, suffixes: Mapping[str, str], beside: Collection[str] = ()
-    ) -> dict[str, dict[str, str]]:
-        """Module name -> part -> tensor name, by `suffixes`: end of the name -> part.
+    def by_module(self, suffixes: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """Return module name -> part -> tensor name, by `suffixes`: end of the name -> part.
 
-        Every module has all parts. Raises AdapterError for any other tensor but those `beside`.
+        Every module has all parts. Raises AdapterError for any other tensor but those `aside`.
         """
         modules: dict[str, dict[str, str]] = {}
-        for name in sorted(self.names - set(beside)):
+        for name in sorted(self.names - self.aside):
             end = next((end for end in suffixes if name.endswith(end)), None)
             if end is None or not name.startswith(PREFIX):
                 raise self.error(
