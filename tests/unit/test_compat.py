@@ -21,6 +21,9 @@ from rayfin.compat.bitsandbytes import import_bitsandbytes
 from rayfin.compat.private import PrivateName
 from rayfin.errors import DependencyError
 
+# By the packages themselves, as they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 SOURCE = Path(rayfin.__file__).parent
 REMEDY = "declare it in rayfin/compat, and call a function there"
 
@@ -42,7 +45,6 @@ def private_names() -> Iterator[PrivateName]:
                     yield one
 
 
-@pytest.mark.filterwarnings("ignore")  # by the packages themselves, as they are imported
 def test_private_names_are_where_rayfin_uses_them() -> None:
     """After an upgrade: mend the modules of `rayfin.compat` that the messages name."""
     import_bitsandbytes()
