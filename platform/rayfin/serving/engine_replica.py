@@ -89,7 +89,7 @@ class EngineReplica:
 
     def __del__(self) -> None:
         # Serve calls this when the replica is to stop, and has waited for its requests to end.
-        if hasattr(self, "_follower"):
+        if hasattr(self, "_cleanup"):
             self.close()
 
     def close(self) -> None:
