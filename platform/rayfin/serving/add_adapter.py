@@ -1,4 +1,4 @@
-"""Adding an adapter that was trained elsewhere, by the command and by the API alike."""
+"""Add an adapter that was trained elsewhere, by the command and by the API alike."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class AddedAdapter:
+    """The result of adding an adapter: its version, and what its publisher should know."""
+
     version: AdapterVersion
     config: ServeConfig
     """The deployment, with the base that the adapter was held against."""

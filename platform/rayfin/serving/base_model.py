@@ -1,4 +1,4 @@
-"""The base model of a deployment that names none: the one that its adapters were trained on."""
+"""Find the base model of a deployment that names none: that of its adapters."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _CONNECT_SECONDS = 10.0
 
 @dataclass
 class ChatStream:
-    """An answer on its way: iterate for its text, once; the rest is known as it comes.
+    """An answer that arrives: iterate for its text, once; the other fields are set as they come.
 
     Leaving the iteration early, by `close`, ends the request on the server.
     """
@@ -42,7 +42,7 @@ class ChatStream:
 
 
 class Client:
-    """One deployment; a context manager.
+    """A client of one deployment; a context manager.
 
     Raises AdapterNotFound for unknown names, RequestError for what else the API refuses, and
     RayfinError where it can't be reached.
@@ -78,14 +78,14 @@ class Client:
         self._http.close()
 
     def models(self) -> list[str]:
-        """Every name that is answered to; the base model is the first."""
+        """Return every name that is answered to; the base model is the first."""
         try:
             return [str(card["id"]) for card in self._get("/v1/models")["data"]]
         except (KeyError, TypeError) as error:
             raise self._stranger() from error
 
     def resolve(self, model: str) -> str:
-        """The version that answers to `model` now."""
+        """Return the version that answers to `model` now."""
         try:
             return str(self._get(f"/v1/models/{quote(model, safe='')}")["root"])
         except (KeyError, TypeError) as error:
@@ -152,7 +152,7 @@ class Client:
 
 
 def _refusal(response: httpx.Response) -> RayfinError:
-    """What the API's error envelope says."""
+    """Return the error that the API's error envelope describes."""
     try:
         message = str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Checks that an adapter could be served over a base model, without loading the base's weights."""
+"""Check that an adapter can be served over a base model, without loading the base's weights."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def served_names(config: ServeConfig, catalog: Catalog) -> ModelNames:
 
 
 class RefusalCheck:
-    """Why an engine would refuse versions of the registry, by their settings and facts alone.
+    """Tells why an engine would refuse a version of the registry, by its settings and facts alone.
 
     What only the tensors tell is found when they are read. May be called by several threads.
     """
@@ -170,7 +170,7 @@ class RefusalCheck:
         return None if self._engine.type == "vllm" else self._engine.quantization_bit
 
     def _of_base(self) -> Base | None:
-        """The served base; None where its files aren't on this machine."""
+        """Return the served base; None where its files aren't on this machine."""
         with self._lock:
             if self._base is None:
                 try:
@@ -192,7 +192,7 @@ class RefusalCheck:
 
 @lru_cache(maxsize=1)
 def _skeleton(model: ModelConfig) -> Any:
-    """Building it holds Python for a moment, in which a server that adds adapters does nothing."""
+    """Build the model without weights; that blocks a server's other Python threads for a moment."""
     return skeleton(model)
 
 

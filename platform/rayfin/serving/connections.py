@@ -1,4 +1,4 @@
-"""HTTP connections that can't be held for nothing: uvicorn's protocol with limits on the client.
+"""Limits on HTTP connections: uvicorn's protocol, with timeouts and bounds for clients.
 
 uvicorn waits without an end for a request's head, keeps what a head grows to, and waits without an
 end for a client that takes nothing of its answer. Each of these holds a file descriptor, of which
@@ -29,7 +29,7 @@ Item = TypeVar("Item")
 
 @dataclass
 class ClientTimeouts:
-    """Times, in seconds, that this process waits for a client."""
+    """How long, in seconds, this process waits for a client."""
 
     request: float = 30.0
     """Time for a request's head to come in, and then for its body: api.body_seconds."""
@@ -42,7 +42,7 @@ TIMEOUTS = ClientTimeouts()
 
 
 class FairLimiter(Generic[Item]):
-    """A bound on what waits for its clients, of all of them and of each.
+    """Bounds how much waits for its clients, in total and for each client.
 
     What is too much is taken from the client that has the most, its oldest item first. An item
     of the last `grace` seconds stays.
@@ -192,7 +192,7 @@ class BoundedProtocol(HttpProtocol):
 
     @property
     def _idle(self) -> bool:
-        """Whether every request whose head has come whole has been answered."""
+        """Return whether every request whose head has come whole has been answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _expect_head(self) -> None:

@@ -53,13 +53,13 @@ LOGGING = LoggingConfig(enable_access_log=False, log_level="WARNING")
 
 @serve.ingress()
 class ApiReplica:
-    """What the API deployment runs."""
+    """A replica of the API deployment."""
 
     def __init__(self, config: ServeConfig, engines: DeploymentHandle[Any]) -> None:
         self._config, self._engines = config, engines
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        """Serve calls this on the event loop that requests come on."""
+        """Return the API; Serve calls this on the event loop that requests come on."""
         # It imports torch, which the process that starts a deployment can do without.
         from rayfin.serving.compatibility import served_names
 
@@ -81,7 +81,8 @@ class ApiReplica:
 
 
 def app(args: Mapping[str, Any], root: Path) -> serve.Application:
-    """For Serve's own commands: `args` is the configuration, in sections or by dotted names.
+    """Return the application for Serve's own commands, from the configuration `args`, in sections
+    or by dotted names.
 
     Its relative paths are taken from `root`, as Serve calls this wherever Ray was started.
     """
@@ -93,7 +94,7 @@ def app(args: Mapping[str, Any], root: Path) -> serve.Application:
 
 
 def build_app(config: ServeConfig) -> serve.Application:
-    """The application that `serve.run` takes; looks at the connected cluster for its size.
+    """Return the application that `serve.run` takes; looks at the connected cluster for its size.
 
     Raises HardwareError where its engines don't fit there.
     """
@@ -125,7 +126,7 @@ def planned(config: ServeConfig, *, may_grow: bool = False) -> tuple[ServeConfig
 
 
 def _is_served() -> bool:
-    """Whether the application has replicas, which hold some of the cluster's resources."""
+    """Return whether the application has replicas, which hold some of the cluster's resources."""
     served = serve.status().applications.get(APP)
     return served is not None and bool(served.deployments)
 
@@ -183,6 +184,6 @@ def application(config: ServeConfig, placement: Placement) -> serve.Application:
 
 
 def _max_requests(config: ServeConfig) -> int:
-    """Requests that one API replica has at work; /health and /metrics don't count."""
+    """Return the most requests that an API replica works on, besides /health and /metrics."""
     capacity = config.engine.max_rows + config.engine.max_queue
     return max(_CONNECTIONS, 2 * capacity * config.deployment.most_replicas)

@@ -1,4 +1,4 @@
-"""A deployment's life: started on a Ray cluster, watched, and taken down when it is to end."""
+"""Start a deployment on a Ray cluster, watch it, and take it down when it is to end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class RunningDeployment:
 
 @contextmanager
 def serving(config: ServeConfig, address: str | None) -> Iterator[RunningDeployment]:
-    """The application for the time of the block, on the cluster at `address` or one of our own.
+    """Run the application for the time of the block, on the cluster at `address` or one of our own.
 
     At the end, requests that are at work have deployment.drain_seconds. Raises ConfigError for a
     port that is taken, HardwareError for engines that don't fit, RayfinError for replicas that
@@ -170,7 +170,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What a replica of ours said, if one did; else the last line of Serve's own message."""
+    """Return what a replica of ours said, if one did; else the last line of Serve's own message."""
     application = serve.status().applications.get(APP)
     told = [d.message for d in application.deployments.values()] if application else []
     ours = re.findall(r"rayfin\.errors\.\w+: (.+)", "\n".join([*told, str(error)]))
@@ -179,6 +179,6 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _last_line(error: Exception) -> str:
-    """What a message that Ray has put a stack trace before is about."""
+    """Return the last line of a message, before which Ray puts a stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

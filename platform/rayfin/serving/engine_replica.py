@@ -1,4 +1,4 @@
-"""One engine replica: an engine in this process, and the calls that Serve brings it."""
+"""A replica with an engine in its process, and the calls that Serve brings it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LONGEST_WAIT = 0.25
 
 
 class EngineReplica:
-    """What the engine deployment runs; Serve calls its methods on one event loop."""
+    """A replica of the engine deployment; Serve calls its methods on one event loop."""
 
     def __init__(self, config: ServeConfig, use_gpu: bool) -> None:
         self._engine = open_engine(config.model, config.engine, use_gpu=use_gpu)
@@ -44,7 +44,7 @@ class EngineReplica:
     async def generate(
         self, request: Request, caller: str | None, *, adapter: str | None
     ) -> AsyncIterator[Chunk]:
-        """The request's chunks, as many joined as have come; frees its row when it is closed.
+        """Yield the request's chunks, as many joined as have come; closing it frees the row.
 
         `caller` is the name of the actor that asks, and `adapter` is for the router. A request
         that the engine refuses gets one chunk, whose error says why.
@@ -73,7 +73,7 @@ class EngineReplica:
             self._cleanup.ended(request)
 
     async def ping(self) -> None:
-        """Answers."""
+        """Answer, so that a caller's router learns of the replicas."""
 
     # --- what Serve asks for ------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class EngineReplica:
 
 
 class ChunkQueue:
-    """Chunks on their way from the engine's thread to one coroutine, which is woken rarely."""
+    """A queue of chunks from the engine's thread to one coroutine, which is woken rarely."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -109,13 +109,13 @@ class ChunkQueue:
         self._waiting = False
 
     def put(self, chunk: Chunk) -> None:
-        """On any thread."""
+        """Add a chunk, on any thread."""
         self._chunks.append(chunk)
         if self._waiting or chunk.finish_reason is not None:
             self._loop.call_soon_threadsafe(self._arrived.set)
 
     async def take(self) -> list[Chunk]:
-        """All that have come, one at least."""
+        """Return all chunks that have come, one at least."""
         # First said, then looked: a chunk that comes in between wakes us.
         self._waiting = True
         while not self._chunks:
@@ -137,7 +137,7 @@ class ChunkQueue:
 
 
 def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
-    """What several steps brought, as if it were one."""
+    """Return what several steps brought, as if it were one."""
     if len(chunks) == 1:
         return chunks[0]
     reason: FinishReason | None = chunks[-1].finish_reason

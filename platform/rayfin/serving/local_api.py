@@ -1,4 +1,4 @@
-"""The API and its engine in this process, for one user at one machine: no Ray, no replicas."""
+"""Run the API and its engine in this process, for one user at one machine: no Ray, no replicas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayfin.errors import RayfinError
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where an API answers, and the key that it asks for, if any."""
+    """The URL at which an API answers, and the key that it asks for, if any."""
 
     url: str
     key: str | None = field(default=None, repr=False)

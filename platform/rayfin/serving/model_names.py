@@ -1,4 +1,4 @@
-"""From the `model` of a request to the adapter version that answers it.
+"""Resolve the `model` of a request to the adapter version that answers it.
 
 The registry is the desired state: what it says is remembered here for `MAX_AGE` seconds.
 """
@@ -28,7 +28,7 @@ _RENAME = "set deployment.served_model_name to another name, and serve again"
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Who answers: one adapter version, or the base model (no source and no version)."""
+    """The model that answers: one adapter version, or the base model (no source and no version)."""
 
     answer_name: str
     """`support@3`, or the base's name."""
@@ -37,19 +37,19 @@ class ResolvedModel:
 
     @property
     def trial_id(self) -> str | None:
-        """The trial of the history that made the version, where its publisher says so."""
+        """Return the trial of the history that made the version, where its publisher says so."""
         found = None if self.version is None else self.version.metadata.get("trial_id")
         return found if isinstance(found, str) else None
 
     @property
     def adapter(self) -> str | None:
-        """The adapter's name; None is the base model."""
+        """Return the adapter's name; None is the base model."""
         return None if self.version is None else self.version.name
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a deployment won't answer with a version."""
+    """The reason why a deployment won't answer with a version."""
 
     what: str
     """What the version is, in a few words, such as `of another base`."""
@@ -67,8 +67,8 @@ class RegistryListing:
 
 
 class ModelNames:
-    """What `model` may be: the base's name, `<adapter>`, `<adapter>@<version or alias>`, or
-    `<base>:` before either.
+    """Resolves what `model` may be: the base's name, `<adapter>`, `<adapter>@<version or alias>`,
+    or `<base>:` before either.
 
     A bare adapter name is its latest version. The base's name is the base's alone: an adapter that
     has it is refused. May be used by many threads; `clock` gives seconds.
@@ -115,7 +115,7 @@ class ModelNames:
                 )
 
     def parse(self, model: str) -> AdapterRef | None:
-        """The adapter that `model` asks for, None for the base; opens no file.
+        """Return the adapter that `model` asks for, None for the base; opens no file.
 
         Raises AdapterNotFound for another base, and for what no adapter can be called.
         """
@@ -139,7 +139,7 @@ class ModelNames:
             ) from error
 
     def held(self, model: str) -> ResolvedModel | None:
-        """What `resolve` would say, where that takes no look at the registry; else None."""
+        """Return what `resolve` would, where that takes no look at the registry; else None."""
         ref = self.parse(model)
         if ref is None:
             return self._base
@@ -147,7 +147,7 @@ class ModelNames:
         return named if named is not None and self._fresh(read_at) else None
 
     def resolve(self, model: str, *, anew: bool = False) -> ResolvedModel:
-        """Who answers a request for `model`; `anew` looks at the registry in any case.
+        """Return who answers a request for `model`; `anew` looks at the registry in any case.
 
         Raises AdapterNotFound for what isn't there, and AdapterError for what is there and can't
         answer: a damaged version, or a full fine-tune.
@@ -166,8 +166,8 @@ class ModelNames:
         return named
 
     def list(self) -> RegistryListing:
-        """Every adapter's latest version and those that aliases point to; what can't be read is
-        left out.
+        """Return every adapter's latest version and those that aliases point to, but for what can't
+        be read.
         """
         with self._walking:
             held = self._listed
@@ -213,7 +213,9 @@ class ModelNames:
         return self._clock() - read_at < MAX_AGE
 
     def _why_not(self, version: AdapterVersion) -> Refusal | None:
-        """Why it can't answer beside this base; None where it can, as far as its settings tell."""
+        """Return why a version can't answer beside this base; None where it can, as far as its
+        settings tell.
+        """
         if version.peft_type == FULL:
             error = AdapterError(
                 f"adapter '{version.ref}' is a full fine-tune, a whole model that can't share the "

@@ -1,4 +1,4 @@
-"""How many CPUs and GPUs each engine of a deployment gets on a cluster, or why they don't fit.
+"""Decide how many CPUs and GPUs each engine of a deployment gets, or say why they don't fit.
 
 Serve itself waits for resources that are not there, and does not say so.
 """
@@ -53,7 +53,7 @@ class Placement:
 
 
 class _InUse(HardwareError):
-    """The cluster has the resources, but something else holds them."""
+    """An error for resources that the cluster has, and that something else holds."""
 
 
 def place_engines(config: ServeConfig, *, running: bool, may_grow: bool = False) -> Placement:

@@ -244,7 +244,7 @@ class ProxyMiddleware:
 
 
 class _ResponseSender:
-    """One answer on its way to the client; an error in Serve's own words gets the envelope."""
+    """Sends one response to the client; an error in Serve's own words gets the envelope."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send

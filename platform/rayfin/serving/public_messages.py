@@ -1,4 +1,4 @@
-"""What clients of the API are told of an error: names, without the server's paths and commands."""
+"""Word errors for clients of the API, without the server's paths and commands."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ class PublicMessages:
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:
-        """`places`: directory on this machine -> what clients call it; empty: its own contents."""
+        """Reword by `places`: directory on this machine -> what clients call it; empty: its own
+        contents.
+        """
         self._places = sorted(places.items(), key=lambda item: -len(item[0]))
         self._lock = threading.Lock()
         self._logged: set[str] = set()
 
     def __call__(self, text: str) -> str:
-        """`text` without paths of this machine, and without remedies that are commands here."""
+        """Return `text` without paths of this machine and remedies that are commands here."""
         found = self.without_places(text)
         found = _QUOTED.sub(lambda path: f"'{_name(path[1])}", found)
         found = _BARE.sub(lambda path: _name(path[0]), found)
@@ -48,7 +50,7 @@ class PublicMessages:
         return found
 
     def without_places(self, text: str) -> str:
-        """`text` with the known directories by their names; what else is in it stays."""
+        """Return `text` with the known directories by their names; what else is in it stays."""
         for place, name in self._places:
             text = text.replace(f"{place}/", f"{name}/" if name else "")
             text = text.replace(place, name or "registry")
@@ -65,7 +67,7 @@ class PublicMessages:
 
 
 class AvailabilityLog:
-    """Whether something that requests need is there; logs when it goes and when it is back."""
+    """Logs when something that requests need goes away, and when it is back."""
 
     def __init__(self, what: str) -> None:
         self._what, self._lock, self._is_away = what, threading.Lock(), False
@@ -86,7 +88,7 @@ class AvailabilityLog:
 
 
 def _name(path: str) -> str:
-    """What a directory is called without where it lies: as `ServeConfig.served_name` has it."""
+    """Return a directory's name without its parents, as `ServeConfig.served_name` has it."""
     if (snapshot := _SNAPSHOT.search(path)) is not None:
         return snapshot[1].replace("--", "/")
     pure = PurePath(path)

@@ -1,4 +1,4 @@
-"""An engine that is somewhere else: `ServedEngine` over Serve's handle of the engine replicas."""
+"""An engine in other processes: `ServedEngine` over Serve's handle of the engine replicas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _AGAIN = (0.02, 0.1, 0.3)
 
 
 class RemoteEngine:
-    """All engine replicas as one engine; made in the event loop that it uses."""
+    """All engine replicas as one engine; it is made in the event loop that it uses."""
 
     def __init__(
         self, handle: DeploymentHandle[Any], config: ServeConfig, tokenizer: PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ class RemoteEngine:
 
     @property
     def failure(self) -> BaseException | None:
-        """None while there is a replica."""
+        """Return None while there is a replica."""
         return None if replica_reports() else Unavailable("no engine replica is there")
 
     def submit(self, request: Request, sink: Sink) -> None:
@@ -62,7 +62,7 @@ class RemoteEngine:
         self._requests.cancel(request_id)
 
     def resident(self) -> dict[str, int]:
-        """Adapters in a slot of any replica."""
+        """Return the adapters in a slot of any replica."""
         return {
             ref: nbytes
             for replica in replica_reports().values()
@@ -70,7 +70,7 @@ class RemoteEngine:
         }
 
     def stats(self) -> Any:
-        """The replicas' counts added up, a second old."""
+        """Return the replicas' counts added up, a second old."""
         replicas = replica_reports().values()
         total = {"replicas": len(replicas), "waiting": 0, "running": 0}
         for replica in replicas:
@@ -99,7 +99,9 @@ class RemoteEngine:
             sink(last)
 
     async def _ask(self, request: Request, sink: Sink) -> Chunk | None:
-        """The last chunk that a replica sends; the sink gets all but a refusal for a full queue."""
+        """Return the last chunk that a replica sends; the sink gets all but a refusal for a full
+        queue.
+        """
         adapter = None if request.adapter is None else request.adapter.ref
         response = cast(
             "DeploymentResponseGenerator[Chunk]",

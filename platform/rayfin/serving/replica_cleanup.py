@@ -1,4 +1,4 @@
-"""What an engine replica lets go of: versions that were removed, and requests nobody waits for."""
+"""Let an engine replica drop versions that were removed, and requests whose callers are gone."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ReplicaCleanup:
         self._thread.start()
 
     def know(self, source: AdapterSource) -> None:
-        """The engine may hold this version."""
+        """Note that the engine may hold this version."""
         with self._lock:
             self._known.add(source.ref)
 

@@ -1,4 +1,4 @@
-"""Counts that outlive the replica that made them: one sum for the whole deployment, never less.
+"""Counters that outlive the replica that made them: one sum for the whole deployment, never less.
 
 Each replica writes its counts under a key of its own in Ray's key-value store. One that starts
 takes over the key of one that has died, and counts on from there: there are never more keys than
@@ -29,7 +29,7 @@ _CLOSING_SECONDS = 5.0
 
 
 class ReplicaCounters:
-    """The counts of this replica among those of its kind, written every second by a thread."""
+    """This replica's counters, written every second by a thread beside those of its kind."""
 
     def __init__(self, kind: str, read: Callable[[], Mapping[str, float]]) -> None:
         """`read` returns what this process has counted since its start, on any thread."""
@@ -109,7 +109,7 @@ def engine_counters(stats: Any) -> dict[str, float]:
 
 
 class RayMetricsAggregator:
-    """`rayfin.serving.api.metrics.MetricsAggregator` over Ray's key-value store."""
+    """A `rayfin.serving.api.metrics.MetricsAggregator` over Ray's key-value store."""
 
     def __init__(self, metrics: PrometheusMetrics) -> None:
         self._counts = ReplicaCounters(API, metrics.counted)

@@ -1,4 +1,4 @@
-"""The routing as Serve wants it.
+"""Serve's request router for engine replicas.
 
 Serve copies this module into each process by value, so that what it imports is shared with the
 rest of the process, and variables of its own would not be.
@@ -34,7 +34,7 @@ class AdapterRouter(RequestRouter):
     def initialize_state(  # type: ignore[override]
         self, *, slots: int, loading: float, capacity: int
     ) -> None:
-        """`slots` of each engine; `loading` and `capacity` as in `rank`."""
+        """Prepare for engines of `slots` slots each; `loading` and `capacity` are as in `rank`."""
         self._rank = partial(rank, loading=loading, capacity=capacity)
         self._recent = RecentAdapters(slots)
         self._sent: dict[ReplicaID, set[str]] = {}
@@ -47,7 +47,7 @@ class AdapterRouter(RequestRouter):
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Each replica by itself, the best first."""
+        """Return each replica by itself, the best first."""
         adapter = None if pending_request is None else pending_request.kwargs.get(ADAPTER)
         replicas = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         places = [self._place(replica, adapter) for replica in candidate_replicas]

@@ -1,4 +1,4 @@
-"""Which engine replica answers a request: one that holds its adapter, unless that one is busy."""
+"""Choose the engine replica for a request: one that holds its adapter, unless that one is busy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ReplicaState:
 def rank(
     replicas: Iterable[ReplicaState], adapter: str | None, *, loading: float, capacity: int
 ) -> list[ReplicaState]:
-    """The places, the best first; those with `capacity` requests are full, and come last.
+    """Return the replicas, the best first; those with `capacity` requests are full, and come last.
 
     Fetching an adapter costs as much as `loading` requests that are ahead: a request goes where
     its adapter is until that replica has so many more to do than another. The other one then
@@ -80,12 +80,12 @@ _routers: weakref.WeakSet[RequestRouter] = weakref.WeakSet()
 
 
 def register_router(router: RequestRouter) -> None:
-    """`replica_reports` knows from now on what this router of the process knows."""
+    """Let `replica_reports` know from now on what this router of the process knows."""
     _routers.add(router)
 
 
 def replica_reports() -> dict[str, Mapping[str, Any]]:
-    """What each replica that the process can reach last told of itself, by its name."""
+    """Return what each replica that the process can reach last told of itself, by its name."""
     return {
         replica.replica_id.unique_id: replica.routing_stats or {}
         for router in list(_routers)

@@ -1,4 +1,4 @@
-"""Threads with a time limit for calls that may never return, as reads of a disk that stalls."""
+"""Threads with a time limit, for calls that may never return, as reads of a disk that stalls."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class TimedExecutor:
 
     @property
     def health_problem(self) -> str | None:
-        """The calls that are stuck, in words, once no more are begun for them; None before.
+        """Return which calls are stuck, in words, once no more are begun for them; None before.
 
         For logs: it may name what is no business of a client.
         """
@@ -84,7 +84,7 @@ class TimedExecutor:
 
     @property
     def stuck(self) -> int:
-        """The number of threads that were left in calls that were taken for stuck."""
+        """Return the number of threads that were left in calls that were taken for stuck."""
         return len(self._stuck)
 
     def close(self) -> None:
@@ -229,5 +229,5 @@ class _Call:
 
     @property
     def seconds(self) -> float:
-        """The seconds since the call began."""
+        """Return the seconds since the call began."""
         return time.monotonic() - self.began

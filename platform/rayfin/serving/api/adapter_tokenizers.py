@@ -1,4 +1,4 @@
-"""The parts of an adapter's own tokenizer that serving uses, from files that nobody vouches for."""
+"""Read what serving uses of an adapter's own tokenizer, from files that nobody vouches for."""
 
 from __future__ import annotations
 

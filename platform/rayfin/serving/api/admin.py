@@ -1,4 +1,4 @@
-"""Loading and unloading adapters over HTTP, behind a token of its own."""
+"""Routes that load and unload adapters over HTTP, behind a token of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who asks, and whether they may: API keys with their limits, and the admin's token."""
+"""Authentication: API keys with their limits, and the admin's token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _TokenBucket:
         self._left, self._at = float(per_minute), clock()
 
     def take(self) -> float:
-        """0 where a request may go on; else the seconds until one may, and none is taken."""
+        """Take one request, and return 0; else the seconds until one may go on, and take none."""
         now = self._clock()
         gained = (now - self._at) * self._per_minute / _MINUTE
         self._left, self._at = min(self._per_minute, self._left + gained), now
@@ -38,7 +38,9 @@ class _TokenBucket:
 
 
 class ApiKeys:
-    """The configured keys. Used by the event loop only; limits count in this process alone."""
+    """The configured keys. They are used by the event loop only; limits count in this process
+    alone.
+    """
 
     def __init__(self, config: ApiConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._entries = [(_digest(entry.key), entry) for entry in config.api_keys]
@@ -55,7 +57,7 @@ class ApiKeys:
         return bool(self._entries)
 
     def admit(self, request: Request) -> ApiKey | None:
-        """The request's key, None where none is needed; raises ApiError 401 or 429.
+        """Return the request's key, None where none is needed; raises ApiError 401 or 429.
 
         A key has to be released when its request ends.
         """
@@ -105,7 +107,7 @@ class ApiKeys:
             raise ApiError(403, "this is not the admin token")
 
     def may_see_all(self, request: Request) -> bool:
-        """Whether the names of all adapters are this request's business; counts for no limit.
+        """Return whether the request may see the names of all adapters; it counts for no limit.
 
         It has the admin's token, or a key for all adapters, or no key is needed at all.
         """
@@ -127,7 +129,7 @@ class ApiKeys:
 
 
 def may_use(key: ApiKey | None, name: str) -> bool:
-    """Whether `key` may ask for an adapter by its bare name, or for the base by its own."""
+    """Return whether `key` may ask for an adapter by its bare name, or for the base by its own."""
     return key is None or key.adapters is None or name in key.adapters
 
 
@@ -149,5 +151,5 @@ def _bearer(request: Request) -> str:
 
 
 def _digest(secret: str) -> bytes:
-    """All of one length: a comparison doesn't tell how long a key is."""
+    """Return a digest of fixed length: comparing digests doesn't tell how long a key is."""
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).digest()

@@ -43,7 +43,7 @@ def create_app(
     aggregator: Callable[[PrometheusMetrics], MetricsAggregator] | None = None,
     max_requests: int | None = None,
 ) -> FastAPI:
-    """The API in front of an engine that has started; closing the engine is the caller's.
+    """Return the API in front of an engine that has started; closing the engine is the caller's.
 
     `history_metrics` writes what is measured to the history, and is closed with the app.
     `aggregator` adds this replica's metrics to the deployment's. More than `max_requests` requests

@@ -1,4 +1,4 @@
-"""From the engine's chunks to OpenAI's answers, whole or piece by piece."""
+"""Write the engine's chunks as OpenAI's choices, whole or piece by piece."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NEVER = -9999.0
 
 
 class TokenTexts:
-    """What single tokens look like."""
+    """Decodes single tokens, for the log probabilities of an answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         backend = tokenizer.backend_tokenizer
@@ -40,12 +40,14 @@ class TokenTexts:
         return self.look(token_id)[0]
 
     def as_bytes(self, token_id: int) -> list[int]:
-        """Also of a token that is part of a character, where the tokenizer works on bytes."""
+        """Return a token's bytes, also where it is part of a character and the tokenizer works on
+        bytes.
+        """
         return list(self.look(token_id)[1])
 
 
 class ChatChoiceWriter:
-    """The choices of /v1/chat/completions."""
+    """Writes the choices of /v1/chat/completions."""
 
     prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -53,7 +55,7 @@ class ChatChoiceWriter:
         self._tokens, self._logprobs = tokens, logprobs
 
     def opening(self, index: int) -> Json | None:
-        """The first piece, before any text."""
+        """Return the first piece, before any text."""
         delta = {"role": "assistant", "content": ""}
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
@@ -93,7 +95,7 @@ class ChatChoiceWriter:
 
 
 class CompletionChoiceWriter:
-    """The choices of /v1/completions."""
+    """Writes the choices of /v1/completions."""
 
     prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
 
@@ -103,7 +105,7 @@ class CompletionChoiceWriter:
         """Characters of each choice so far, as its tokens have them."""
 
     def opening(self, index: int) -> Json | None:
-        """Nothing comes before the text."""
+        """Return None: nothing comes before the text."""
         return None
 
     def piece(self, index: int, chunk: Chunk) -> Json:
@@ -152,7 +154,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Character -> byte, as byte-level tokenizers write them.
+    """Return character -> byte, as byte-level tokenizers write them.
 
     Printable Latin-1 characters stand for themselves; the other bytes follow from U+0100 on.
     """

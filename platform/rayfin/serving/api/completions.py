@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions and /v1/completions."""
+"""Routes of POST /v1/chat/completions and /v1/completions."""
 
 from __future__ import annotations
 

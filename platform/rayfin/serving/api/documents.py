@@ -1,4 +1,4 @@
-"""The OpenAPI document: what goes in, what comes out, and with which status."""
+"""The OpenAPI document: request bodies, responses and their statuses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EVENT = {
 
 
 class ResponseDocument(BaseModel):
-    """Documentation only: answers are written as they are."""
+    """A response as the document describes it; responses themselves are written without it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -157,13 +157,13 @@ class UnloadedAdapter(ResponseDocument):
 
 
 def takes(kind: type[Body]) -> dict[str, Any]:
-    """`openapi_extra` of an endpoint that reads its body itself."""
+    """Return `openapi_extra` of an endpoint that reads its body itself."""
     schema = {"$ref": _REF.format(model=kind.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def streams(kind: type[ResponseDocument]) -> dict[str, Any]:
-    """A 200 that is either `kind` or server-sent events."""
+    """Describe a response 200 that is either `kind` or server-sent events."""
     return {
         "description": "The whole answer; with `stream`, its pieces as server-sent events.",
         "model": kind,

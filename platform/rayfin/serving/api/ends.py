@@ -1,4 +1,4 @@
-"""The ends of an answer beside the base's own tokens and what a request asks for."""
+"""Where an answer ends, beside the base's own tokens and what a request asks for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class AnswerEnds:
-    """The ends that a version was taught, and those that a conversation's template writes."""
+    """Knows the ends that a version was taught, and those that a conversation's template writes."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, templates: Templates, own: AdapterTokenizers

@@ -1,4 +1,4 @@
-"""Every error in OpenAI's envelope: {"error": {message, type, param, code}}."""
+"""Write every error in OpenAI's envelope: {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _MEASURED = {
 
 
 class ApiError(Exception):
-    """An answer other than success."""
+    """A response other than success, with its status and what the client is told."""
 
     def __init__(
         self,
@@ -109,7 +109,7 @@ def server_failed(status: int = 500) -> ApiError:
 
 
 def as_api_error(error: Exception, names: ModelNames) -> ApiError:
-    """The HTTP face of an error; one that isn't ours is a 500 that tells nothing of its inside."""
+    """Return the HTTP response for an error; one that isn't ours is a 500 without its details."""
     found: tuple[int, str | None, str | None]
     match error:
         case ApiError():
@@ -144,7 +144,7 @@ def as_api_error(error: Exception, names: ModelNames) -> ApiError:
 
 
 def describe_invalid(error: ValidationError) -> ApiError:
-    """What is wrong with a body, in one line."""
+    """Say what is wrong with a body, in one line."""
     if error.error_count() > _TOO_MANY:  # to list them would take the time of everybody else
         return ApiError(
             400, f"the body has {error.error_count()} problems; is it for this endpoint?"

@@ -1,4 +1,4 @@
-"""One request for completions on its way: prompts, sequences in the engine, and the answer."""
+"""Answer one request for completions: prompts, sequences in the engine, and the response."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ class GenerationRequest:
 
 @dataclass
 class _StartedGeneration:
+    """Sequences that the engine works on, the first chunk of which has come."""
+
     named: ResolvedModel
     prompts: list[TokenIds]
     generation: Generation
@@ -90,7 +92,7 @@ def sampling(body: GenerationBody, logprobs: int | None) -> SamplingParams:
 
 
 async def respond(request: HttpRequest, service: Service, asked: GenerationRequest) -> Response:
-    """The whole answer, or the stream of its pieces; raises what makes it an error."""
+    """Return the whole answer, or the stream of its pieces; raises what makes it an error."""
     record = record_of(request)
     record.model = asked.body.model
     try:
@@ -165,7 +167,7 @@ def _requests(
     asked: GenerationRequest,
     max_length: int,
 ) -> list[Request]:
-    """A sequence for each prompt and each of its n answers, in the order of their indexes."""
+    """Return a sequence for each prompt and each of its n answers, in order."""
     requests: list[Request] = []
     for prompt in prompts:
         room = max(1, max_length - len(prompt))
@@ -242,7 +244,7 @@ async def _events(
 
 
 def _failed(chunk: Chunk, service: Service) -> ApiError:
-    """Why a sequence ended without an answer."""
+    """Return why a sequence ended without an answer."""
     if isinstance(chunk.error, Overloaded | Unavailable):
         return as_api_error(chunk.error, service.names)
     if chunk.finish_reason == "cancelled" or failure_of(service.engine) is not None:

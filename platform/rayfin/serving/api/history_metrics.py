@@ -1,4 +1,4 @@
-"""What serving measures of each adapter, on its way back to the trial that made it."""
+"""Write what serving measures of each adapter to the trial that made it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ADAPTER_BYTES = f"{SERVING}adapter_bytes"
 
 @dataclass
 class ServingTotals:
-    """What was measured of one trial's adapter and is not written yet."""
+    """Sums of what was measured of one trial's adapter and is not written yet."""
 
     requests: int = 0
     first_seconds: float = 0.0
@@ -61,7 +61,7 @@ class ServingTotals:
 
     @classmethod
     def of(cls, metrics: Mapping[str, Any]) -> ServingTotals:
-        """What `as_metrics` wrote; nothing where others left what can't be read."""
+        """Read what `as_metrics` wrote; nothing is counted where that can't be read."""
         try:
             requests, tokens = int(metrics[REQUESTS]), int(metrics.get(TOKENS, 0))
             seconds = tokens / float(metrics[TOKENS_PER_SECOND]) if tokens else 0.0

@@ -1,4 +1,4 @@
-"""What /metrics shows, in a registry of the app's own."""
+"""The metrics that /metrics shows, in a registry of the app's own."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ _EACH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
 class MetricsAggregator(Protocol):
-    """What the replicas of a deployment have counted together, those that died included.
+    """Sums the counts of a deployment's replicas, those that died included.
 
     From any thread but the event loop's; raises where it can't be reached.
     """
 
     def labels(self, wanted: Iterable[str], most: int) -> set[str]:
-        """The adapters with a label of their own in all replicas: the first `most` wanted."""
+        """Return the adapters with a label of their own in every replica, the first `most` seen."""
 
     def total(self) -> Mapping[str, float]:
         """Return `PrometheusMetrics.counted` over all API replicas, with this one's latest."""
 
     def engine_total(self) -> Mapping[str, float]:
-        """The engine's counts over all engine replicas."""
+        """Return the engine's counts over all engine replicas."""
 
     def close(self) -> None:
         """Leaves what this replica has counted to the others."""
 
 
 class PrometheusMetrics:
-    """Figures by adapter: of at most `max_labels` adapters, the first that were asked for.
+    """Metrics by adapter, of at most `max_labels` adapters, the first that were asked for.
 
     With an `aggregator` they are those of the whole deployment, whichever replica is asked.
     """
@@ -95,7 +95,7 @@ class PrometheusMetrics:
             self._each.labels(label).observe(record.seconds_per_token)
 
     def counted(self) -> dict[str, float]:
-        """Every series of this process, as JSON [family, sample, labels] -> value.
+        """Return every series of this process, as JSON [family, sample, labels] -> value.
 
         Adapters for which the aggregator has no label are `other`, here as in every other replica.
         """
@@ -149,7 +149,7 @@ class PrometheusMetrics:
         yield GaugeMetricFamily("rayfin_engine_resident", "Adapters in slots now.", resident)
 
     def _label(self, adapter: str | None) -> str:
-        """`adapter` is one that was found, or None."""
+        """Return the label of `adapter`, which is one that was found, or None."""
         if adapter is None:
             return OTHER
         if self.aggregator is None:
@@ -174,7 +174,7 @@ class PrometheusMetrics:
 
 
 class _Shown(Collector):
-    """Families that are there already."""
+    """A collector of metric families that are there already."""
 
     def __init__(self, families: Iterator[Metric]) -> None:
         self._families = list(families)

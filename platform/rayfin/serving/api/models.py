@@ -1,4 +1,4 @@
-"""GET /v1/models, /health and /metrics, and POST /tokenize."""
+"""Routes of GET /v1/models, /health and /metrics, and of POST /tokenize."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 def model_routes(service: Service) -> APIRouter:
-    """What an API key is needed for, where one is."""
+    """Return the routes that need an API key where there are any."""
     router = APIRouter()
     names = service.names
 
@@ -90,7 +90,7 @@ def model_routes(service: Service) -> APIRouter:
 
 
 def open_routes(service: Service) -> APIRouter:
-    """What needs no key: whatever restarts or balances servers asks for it."""
+    """Return the routes that need no key: whatever restarts or balances servers asks for them."""
     router = APIRouter()
     engine = service.engine
 
@@ -116,7 +116,7 @@ def open_routes(service: Service) -> APIRouter:
 
 
 def metrics_routes(service: Service) -> APIRouter:
-    """Names every adapter: not for the keys of some."""
+    """Return the route of the metrics, which name every adapter: not for keys limited to some."""
     router = APIRouter()
 
     @router.get(
@@ -156,7 +156,7 @@ def metrics_routes(service: Service) -> APIRouter:
 
 
 def _models(named: ResolvedModel) -> Iterator[str]:
-    """All names that `named` answers to."""
+    """Yield all names that `named` answers to."""
     if named.version is None:
         yield named.answer_name
         return

@@ -1,4 +1,4 @@
-"""From what a client wrote to the token ids that the engine takes."""
+"""Turn what a client wrote into the token ids that the engine takes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHORT = 4096
 
 
 class Prompts:
-    """The base model's tokenizer, and the templates of adapters and base."""
+    """Makes prompts, by the base model's tokenizer and the templates of adapters and base."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, templates: Templates) -> None:
         # Straight to the backend, which many threads may use; the class around it sets padding
@@ -57,7 +57,7 @@ class Prompts:
 
 
 def as_template_takes(message: Message) -> dict[str, Any]:
-    """A message for a chat template: its parts joined, and nothing that is null."""
+    """Return a message for a chat template: its parts joined, and nothing that is null."""
     content = message.content
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)

@@ -1,4 +1,4 @@
-"""What the API needs of an engine."""
+"""The interface that the API needs of an engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ServedEngine(Protocol):
-    """rayfin's own engine, or another behind the same calls; all but the fields from any thread."""
+    """An engine, rayfin's own or another. All but the fields may be used from any thread."""
 
     tokenizer: PreTrainedTokenizerFast
     """The base model's."""
@@ -26,13 +26,13 @@ class ServedEngine(Protocol):
         """Ends a request; one that isn't there is no error."""
 
     def resident(self) -> dict[str, int]:
-        """Adapters ready to decode, the most recently used first, and the bytes that each has."""
+        """Return the adapters ready to decode, the latest used first, and the bytes of each."""
 
     def stats(self) -> Any:
-        """A dataclass of whole numbers: counts since the start, and what is going on now."""
+        """Return a dataclass of whole numbers: counts since the start, and gauges."""
 
 
 def failure_of(engine: ServedEngine) -> BaseException | None:
-    """Why the engine has stopped for good; None while it is well, or doesn't say."""
+    """Return why the engine has stopped for good; None while it is well, or doesn't say."""
     failure: BaseException | None = getattr(engine, "failure", None)
     return failure

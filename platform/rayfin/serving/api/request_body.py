@@ -1,4 +1,4 @@
-"""Reading a request's body: never more of it, longer or deeper than allowed."""
+"""Read a request's body, no more of it, and no longer or deeper, than is allowed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 
 async def read_body(request: Request, kind: type[AnyBody], config: ApiConfig) -> AnyBody:
-    """The body as `kind`; raises ApiError 400, 408 or 413."""
+    """Return the body as `kind`; raises ApiError 400, 408 or 413."""
     value = parse_json(await _read(request, config))
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object")

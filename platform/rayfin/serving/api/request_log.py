@@ -1,4 +1,4 @@
-"""What is known of one request when it has ended, and the log that it may go into."""
+"""The record of one request, and the log that it may be written to."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def new_request_id() -> str:
 
 @dataclass
 class RequestRecord:
-    """Filled in while a request is answered; times in seconds of a clock that only counts."""
+    """What is measured of a request while it is answered; times are of a monotonic clock, in s."""
 
     path: str
     request_id: str = ""
@@ -80,26 +80,26 @@ class RequestRecord:
 
     @property
     def later_tokens(self) -> int:
-        """Tokens after each choice's first."""
+        """Return the number of tokens after each choice's first."""
         return max(0, self.completion_tokens - self.choices)
 
     @property
     def seconds_of_later_tokens(self) -> float:
-        """From the first token of all to the last."""
+        """Return the seconds from the first token of all to the last."""
         if self.first_token is None or self.last_token is None:
             return 0.0
         return self.last_token - self.first_token
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Mean over the tokens after each choice's first."""
+        """Return the mean seconds of a token after each choice's first."""
         if not self.later_tokens or self.first_token is None:
             return None
         return self.seconds_of_later_tokens / (self.later_tokens / self.choices)
 
 
 def request_id_of(scope: Scope) -> str:
-    """The client's `x-request-id`, where it is one that may stand in a header and a log; else new.
+    """Return the client's `x-request-id` if it may stand in a header and a log, else a new one.
 
     Of several, which differ, none is the client's.
     """
@@ -110,13 +110,13 @@ def request_id_of(scope: Scope) -> str:
 
 
 def record_of(request: Request) -> RequestRecord:
-    """The record that the gate has put beside the request."""
+    """Return the record that the middleware has put beside the request."""
     record: RequestRecord = request.state.record
     return record
 
 
 class RequestLog:
-    """A line of JSON for each request, appended whole: replicas may share the file.
+    """Appends a line of JSON for each request, each in one write: replicas may share the file.
 
     A thread of its own writes, so that no request waits for a disk. Lines beyond `most_waiting`
     bytes, and those that can't be written, are lost: a warning says so when the first is, and
@@ -197,13 +197,13 @@ class RequestLog:
         os.close(self._file)
 
     def _next(self) -> bytes | None:
-        """The line that waits longest; None at the end."""
+        """Return the line that waits longest; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             return self._waiting.popleft() if self._waiting else None
 
     def _append(self, line: bytes) -> None:
-        """In one write, between which and those of other processes the system lets nothing."""
+        """Append a line in one write, so that lines of other processes don't get into it."""
         # What a full disk has cut off must not take this line along.
         data = b"\n" + line if self._torn else line
         if (written := os.write(self._file, data)) < len(data):

@@ -1,4 +1,4 @@
-"""Bodies that the API takes; fields and meanings are OpenAI's, and vLLM's beyond them."""
+"""Request bodies; fields and meanings are OpenAI's, and vLLM's beyond them."""
 
 from __future__ import annotations
 

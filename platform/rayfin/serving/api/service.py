@@ -1,4 +1,4 @@
-"""What the endpoints share."""
+"""The state that the endpoints of one app share."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ _COLLECT_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class Service:
+    """The engine, the names it answers to, and what counts, limits and logs its requests."""
+
     engine: ServedEngine
     names: ModelNames
     config: ApiConfig
@@ -106,13 +108,13 @@ class Service:
             self.log.write(record)
 
     def admit(self, request: Request) -> ApiKey | None:
-        """The request's key until it ends; None without keys. Raises ApiError 401 or 429."""
+        """Return the request's key until it ends; None without keys. Raises ApiError 401 or 429."""
         key = self.keys.admit(request)
         record_of(request).key = key
         return key
 
     async def resolve(self, model: str, key: ApiKey | None, *, anew: bool = False) -> ResolvedModel:
-        """Who answers `key`'s request for `model`; raises AdapterError, or ApiError 403."""
+        """Return who answers `key`'s request for `model`; raises AdapterError, or ApiError 403."""
         check_use(key, self.names.parse(model), self.names.base_name)
         if not anew and (held := self.names.held(model)) is not None:
             return held
@@ -131,7 +133,8 @@ class Service:
     async def read_registry(
         self, what: str, call: Callable[[], Any], calls: TimedExecutor | None = None
     ) -> Any:
-        """What `call` says of the registry; raises Unavailable where that is away, or stalls.
+        """Return what `call` reads in the registry; raises Unavailable where that is away, or
+        stalls.
 
         The event loop waits for no disk. `calls` runs it; None is `registry_reads`.
         """
@@ -146,7 +149,7 @@ class Service:
         return found
 
     def away(self, error: StorageError) -> Unavailable:
-        """What clients are told while the registry is away; the log gets `error`, once."""
+        """Return what clients are told while the registry is away; the log gets `error`, once."""
         self.availability.away(error)
         return Unavailable(
             "the registry of adapters can't be reached now, so that no adapter can be looked up; "

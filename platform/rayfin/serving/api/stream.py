@@ -1,4 +1,4 @@
-"""From the engine's thread to the event loop: the chunks of one HTTP request, as they come."""
+"""Bring the chunks of one HTTP request from the engine's thread to the event loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rayfin.serving.engine.request import Chunk, Request
 
 
 class Generation:
-    """The sequences of one HTTP request: an async iterator of (its index, a chunk of it).
+    """The sequences of one HTTP request, as an async iterator of (its index, a chunk of it).
 
     It ends when every sequence has, or at once when it is closed; a closed one has left the
     engine. Of one event loop; `start` must be followed by `close`.
@@ -88,7 +88,7 @@ class Generation:
 
 
 class EventStream(Response):
-    """Server-sent events; `generation` is closed however sending them ends."""
+    """A response of server-sent events; `generation` is closed however sending them ends."""
 
     media_type = "text/event-stream"
 

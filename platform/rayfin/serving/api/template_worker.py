@@ -1,4 +1,4 @@
-"""A process that renders chat templates nobody vouches for, within limits.
+"""A process that renders chat templates that nobody vouches for, within limits.
 
 Reads jobs from standard input and answers on standard output, a line of JSON each, with the job's
 number: what one conversation wrote is never taken for another's. A first line says that it has
@@ -36,7 +36,7 @@ def render(
     *,
     opens: bool = True,
 ) -> str:
-    """The conversation as `template` writes it; `opens`: with the opening of the next answer.
+    """Render a conversation by `template`; `opens` adds the opening of the next answer.
 
     transformers' own renderer, in its sandbox; raises whatever the template does.
     """

@@ -1,4 +1,4 @@
-"""Chat templates: the adapter's own or the base's, and rendering them without trusting them.
+"""Render chat templates, the adapter's own or the base's, without trusting them.
 
 The base's template is the operator's choice, as the base is, and is rendered in this process. An
 adapter's own, where it differs, may be anybody's: it is rendered in transformers' sandbox in
@@ -49,7 +49,7 @@ Conversation = list[dict[str, Any]]
 
 
 class Templates:
-    """Which template writes a request's conversation, and what it writes."""
+    """Finds the template that writes a request's conversation, and renders it."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, seconds: float, own: AdapterTokenizers
@@ -64,7 +64,7 @@ class Templates:
         self._apart = SubprocessRenderer(seconds)
 
     async def render(self, source: AdapterSource | None, messages: Conversation) -> str:
-        """The text of a conversation, with the opening of the next answer.
+        """Return the text of a conversation, with the opening of the next answer.
 
         Raises RequestError, AdapterError or Overloaded.
         """
@@ -210,7 +210,7 @@ class SubprocessRenderer:
         return answer
 
     def _running(self) -> subprocess.Popen[bytes]:
-        """The process, started; raises OSError or ValueError where it doesn't start."""
+        """Return the process, started; raises OSError or ValueError where it doesn't start."""
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rayfin.serving.api.template_worker"],
@@ -262,7 +262,7 @@ def _refusal(whose: str, reason: str) -> RequestError:
 
 
 def _environment() -> dict[str, str]:
-    """What Python needs to start as it did here, and none of this process's secrets."""
+    """Return what Python needs to start as it did here, and none of this process's secrets."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
 

@@ -1,4 +1,4 @@
-"""From one PEFT directory to the tensors that the engine copies into its slots.
+"""Read a PEFT directory into the tensors that the engine copies into its slots.
 
 Arithmetic is that of PEFT 0.21; nothing of PEFT is loaded, and no pickle is ever opened.
 """
@@ -89,7 +89,7 @@ def read_adapter(
 
 
 def check_type(settings: AdapterSettings) -> str:
-    """PEFT's type of the adapter; raises AdapterError where the engine does not serve it."""
+    """Return PEFT's type of the adapter; raises AdapterError where the engine does not serve it."""
     peft_type = settings.text("peft_type")
     if peft_type not in _READERS:
         raise settings.error(
@@ -101,7 +101,7 @@ def check_type(settings: AdapterSettings) -> str:
 
 
 def _lora(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
-    """LoRA, rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353); QLoRA saves plain LoRA."""
+    """Read LoRA, rsLoRA (arXiv:2312.03732) and DoRA (arXiv:2402.09353); QLoRA saves plain LoRA."""
     settings.expect_nothing_else(LORA_SETTINGS | _LORA_ONLY | {SETTING})
     settings.expect("bias", None, "none", "lora_only")
     settings.expect("init_lora_weights", *PLAIN_INITS, remedy=_CONVERT)
@@ -149,7 +149,7 @@ def _expect_no_bias(settings: AdapterSettings, base: BaseLayout, modules: Collec
 def _adalora(
     settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout
 ) -> dict[str, Any]:
-    """B (A * E) * alpha / (init_r + 1e-5): peft.tuners.adalora.layer.SVDLinear.
+    """Read AdaLoRA: B (A * E) * alpha / (init_r + 1e-5), as peft.tuners.adalora.layer.SVDLinear.
 
     The number of singular values is init_r there even after some were dropped.
     """
@@ -178,8 +178,9 @@ def _adalora(
 
 
 def _vera(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
-    """VeRA (arXiv:2310.11454): b * (B (d * (A x))), where A and B are the first columns and rows of
-    a pair that all layers share."""
+    """Read VeRA (arXiv:2310.11454): b * (B (d * (A x))), where A and B are the first columns and
+    rows of a pair that all layers share.
+    """
     settings.expect_nothing_else(_VERA | {SETTING})
     settings.expect("bias", None, "none")
     settings.expect("save_projection", True)
@@ -202,8 +203,9 @@ def _vera(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) 
 
 
 def _ia3(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
-    """IA3 (arXiv:2205.05638): vectors [1, in] scale a feedforward layer's input, others [out, 1]
-    the whole output of a layer."""
+    """Read IA3 (arXiv:2205.05638): vectors [1, in] scale a feedforward layer's input, others [out,
+    1] the whole output of a layer.
+    """
     settings.expect_nothing_else(_IA3)
     inputs, shapes = set(), {}
     modules = modules_of(weights, {".ia3_l": "scale"}, base.linears)
@@ -236,7 +238,7 @@ def _low_rank(a: torch.Tensor, b: torch.Tensor) -> LowRank:
 
 
 def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """||W + B A|| of each row [out], computed where W is."""
+    """Return ||W + B A|| of each row [out], computed where W is."""
     merged = torch.addmm(weight, b.to(weight.device), a.to(weight.device))
     norms: torch.Tensor = torch.linalg.norm(merged, dim=1)
     return norms.cpu()

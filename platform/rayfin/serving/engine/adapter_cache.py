@@ -1,4 +1,4 @@
-"""Where adapters are: on disk, in host memory, in slots; least recently used ones leave."""
+"""Two tiers of adapters, host memory and slots, which the least recently used ones leave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class HostCache:
-    """Adapters in host memory, read from disk by threads of its own; thread-safe.
+    """A cache of adapters in host memory, read from disk by threads of its own; thread-safe.
 
     The least recently used leave when there are more than `limit_bytes`. A load that fails leaves
     nothing behind, and the next one tries anew; what comes too late for those who asked is kept for
@@ -48,8 +48,8 @@ class HostCache:
         """Adapters read from disk so far."""
 
     def load(self, source: AdapterSource) -> Future[HostAdapter]:
-        """The adapter now or when it is read; the future raises AdapterError, or Unavailable where
-        the storage is away or takes too long.
+        """Return the future of the adapter, which raises AdapterError, or Unavailable where the
+        storage is away or takes too long.
         """
         with self._lock:
             if (adapter := self._held.get(source.ref)) is not None:
@@ -87,7 +87,7 @@ class HostCache:
 
     @property
     def health_problem(self) -> str | None:
-        """Why nothing more can be read; None where it can."""
+        """Return why nothing more can be read; None where it can."""
         return self._calls.health_problem
 
     @property
@@ -125,7 +125,7 @@ class _Slot:
 
 
 class SlotCache:
-    """Which adapter is in which slot, and how many rows use it; one thread's only.
+    """Assigns slots to adapters, and counts the rows that use them; for one thread only.
 
     A slot is taken from the least recently used adapter that no row uses. Output heads and
     embeddings of the adapters' own are beside the slots, in `most_table_bytes` at most: for one
@@ -146,7 +146,7 @@ class SlotCache:
         return ref in self._held
 
     def may_acquire(self, ref: str, adapter: HostAdapter | None) -> bool:
-        """Whether `acquire` would find a slot, and room."""
+        """Return whether `acquire` would find a slot, and room."""
         if ref in self._held:
             return True
         assert adapter is not None
@@ -158,7 +158,7 @@ class SlotCache:
         return not need or need + pinned_bytes <= self._most_table_bytes
 
     def acquire(self, ref: str, adapter: HostAdapter | None) -> int:
-        """The slot that holds the adapter, pinned until `release`; `may_acquire` must hold.
+        """Return the slot that holds the adapter, pinned until `release`; `may_acquire` must hold.
 
         `adapter` may be None where the slot holds it already.
         """

@@ -1,4 +1,4 @@
-"""Reading adapters from a storage that may stall or go away, for either engine."""
+"""Read adapters from a storage that may stall or go away, for either engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output heads and embeddings that adapters bring whole (`modules_to_save`)."""
+"""Output heads and embeddings of adapters' own (`modules_to_save`)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def saved_tables(
 
 
 class AdapterTables:
-    """The tables of the adapters that are in slots now.
+    """The heads and embeddings of the adapters that are in slots now.
 
     A token is embedded and scored by those of its own adapter.
     """

@@ -1,4 +1,4 @@
-"""One token a row: its keys and values written to the cache, and its attention, in C."""
+"""Write one token a row to the cache, and compute its attention, in C."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _MOST_GROUP = 64
 
 
 class AttentionKernel:
-    """For float32 on CPU; raises OSError where it can't be had."""
+    """The kernel for float32 on CPU; raises OSError where it can't be had."""
 
     def __init__(self, most: int = _WIDEST) -> None:
-        """`most`: the widest registers to use, 1 for AVX2, 0 for what all processors have."""
+        """Load the kernel; `most` is the widest registers to use, 1 for AVX2, 0 for what all
+        processors have.
+        """
         library = native.library("attention", MOST_GROUP=_MOST_GROUP)
         self.variant: int = library.native_variant(most)
         self.parallel = bool(library.native_threads())
@@ -92,14 +94,15 @@ def _cache(cache: tuple[torch.Tensor, torch.Tensor]) -> tuple[int, ...]:
 
 
 def _strided(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Where [heads, tokens, dim] lies; a head's values have to lie side by side."""
+    """Return where [heads, tokens, dim] lies; a head's values have to lie side by side."""
     if tensor.stride(2) != 1 or tensor.dtype != torch.float32:
         raise ValueError(f"a head's values don't lie side by side, or {tensor.dtype} not float32")
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype, group: int) -> AttentionKernel | None:
-    """None where torch's own is used: on GPUs, in other types, without a C compiler.
+    """Return the kernel, or None where torch's attention is used: on GPUs, in other types, without
+    a C compiler.
 
     `group`: query heads to a key/value head.
     """

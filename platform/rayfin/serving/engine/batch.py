@@ -1,4 +1,4 @@
-"""What one step computes: tokens of many rows in one flat line, grouped by adapter slot."""
+"""The tokens that one step computes, of many rows, flat and grouped by adapter slot."""
 
 from __future__ import annotations
 
@@ -50,7 +50,9 @@ class Batch:
         device: torch.device,
         virtual: dict[int, torch.Tensor] | None = None,
     ) -> None:
-        """`virtual`: slot -> embeddings [virtual tokens, hidden] of its adapter."""
+        """Lay the pieces out; `virtual` is slot -> embeddings [virtual tokens, hidden] of its
+        adapter.
+        """
         # Single tokens first: their attention is computed for all rows at once.
         self.pieces = sorted(pieces, key=lambda p: (len(p.token_ids) > 1, p.slot, p.row))
         self.decoding = sum(len(piece.token_ids) == 1 for piece in self.pieces)
@@ -87,7 +89,7 @@ class Batch:
 
     @property
     def asking(self) -> list[RowSpan]:
-        """The pieces that the rows of logits belong to, in order."""
+        """Return the pieces that the rows of logits belong to, in order."""
         return [piece for piece in self.pieces if piece.wants_logits]
 
     def _extend_groups(self, slot: int, start: int, stop: int) -> None:

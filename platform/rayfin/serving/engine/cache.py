@@ -1,4 +1,4 @@
-"""The keys and values of all rows, in memory that is allocated once and written in place."""
+"""The key/value cache of all rows, allocated once and written in place."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class KVCache:
         device: torch.device,
         kernel: AttentionKernel | None = None,
     ) -> None:
-        """`kernel`: what writes places, and attends to them, where it isn't torch.
+        """Allocate the cache; `kernel` writes places, and attends to them, where it isn't torch.
 
         Raises ConfigError where the device has too little memory for so much.
         """
@@ -131,7 +131,7 @@ class KVCache:
     # --- attention --------------------------------------------------------------------------
 
     def attend(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """Attention of the batch's queries [heads, tokens, head_dim] over their own rows.
+        """Compute attention of the batch's queries [heads, tokens, head_dim] over their own rows.
 
         Returns [tokens, heads, head_dim].
         """
@@ -153,7 +153,9 @@ class KVCache:
         return out
 
     def _decode(self, layer: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
-        """One token a row; queries that share a key/value head stand as tokens of a sequence."""
+        """Attend for one token a row; queries that share a key/value head stand as tokens of a
+        sequence.
+        """
         batch = self.batch
         assert batch is not None
         heads, _, dim = query.shape
@@ -173,7 +175,7 @@ class KVCache:
     def _prefill(
         self, layer: int, piece: RowSpan, query: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        """Consecutive tokens of one row: each sees the row up to itself."""
+        """Attend for consecutive tokens of one row: each sees the row up to itself."""
         keys = self.keys[layer][piece.row, :, : piece.stop]
         values = self.values[layer][piece.row, :, : piece.stop]
         mask = None
@@ -201,7 +203,9 @@ def attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: query [1, heads, tokens, head_dim] -> [1, tokens, …]."""
+    """Implement transformers' attention interface: query [1, heads, tokens, head_dim] -> [1,
+    tokens, …].
+    """
     if options.get("softcap") is not None or options.get("s_aux") is not None:
         raise ModelError(
             f"{type(module).__name__} has soft caps or sinks in its attention, which rayfin's "

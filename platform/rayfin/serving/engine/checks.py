@@ -1,4 +1,4 @@
-"""Checks that an adapter fits the served base, by its settings and its file's header alone.
+"""Check that an adapter fits the served base, by its settings and its file's header alone.
 
 They run before any tensor is read: what does not fit takes no memory.
 """

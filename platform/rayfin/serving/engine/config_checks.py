@@ -1,4 +1,4 @@
-"""What can't be served as configured, told before anything is loaded; imports no torch."""
+"""Refuse what can't be served as configured, before anything is loaded; imports no torch."""
 
 from __future__ import annotations
 

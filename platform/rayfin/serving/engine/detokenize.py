@@ -1,4 +1,4 @@
-"""Tokens to text as they come: whole characters only, and nothing from a stop string on."""
+"""Decode tokens as they come: whole characters only, and nothing from a stop string on."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ class Detokenizer:
 
     @property
     def stopped(self) -> bool:
-        """A stop string was met: the text is complete."""
+        """Return whether a stop string was met: then the text is complete."""
         return self._stop.met
 
     def push(self, token_id: int) -> str:
-        """The new text that is safe to send; often empty, and always once `stopped`."""
+        """Return the new text that is safe to send; often empty, and always once `stopped`."""
         if self.stopped:
             return ""
         if self._silent(token_id):
@@ -75,12 +75,13 @@ class Detokenizer:
         return self._stop.push(new)
 
     def flush(self) -> str:
-        """The rest at the end of generation: half a character shows as U+FFFD."""
+        """Return the rest at the end of generation: half a character shows as U+FFFD."""
         rest = self._stop.push(self._take(len(self._fresh)))
         return rest + self._stop.flush()
 
     def _spacing(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The prompt's last tokens, from and to a whole character; none if it ends in half of one.
+        """Return the prompt's last tokens, from and to a whole character; none if it ends in half
+        of one.
 
         The decoder of byte-fallback tokens reads a run of bytes as a whole or not at all.
         """
@@ -90,7 +91,9 @@ class Detokenizer:
         return next((tail for tail in tails if not self._decode(tail).endswith(REPLACEMENT)), [])
 
     def _silent(self, token_id: int) -> bool:
-        """A special token, or one that the vocabulary lacks: no decoding shows it."""
+        """Return whether no decoding shows a token: a special one, or one that the vocabulary
+        lacks.
+        """
         if self._decode([token_id]):
             return False
         # A word boundary shows nothing by itself either, but is part of what follows.
@@ -99,20 +102,20 @@ class Detokenizer:
         )
 
     def _take(self, end: int) -> str:
-        """The new text from what was handed on up to `end`."""
+        """Return the new text from what was handed on up to `end`."""
         text = self._fresh[self._sent : end]
         self._sent = max(self._sent, end)
         return text
 
     def _advance(self) -> None:
-        """The new ids end in a whole character: they become the context of the next."""
+        """Make the new ids, which end in a whole character, the context of the next."""
         del self._window[: self._start]
         self._start = len(self._window)
         self._context = self._decode(self._window)
         self._fresh, self._sent = "", 0
 
     def _shorten(self) -> None:
-        """Bytes that make no character: keeps the last ones, of which all but U+FFFD is sent.
+        """Keep the last of bytes that make no character, of which all but U+FFFD is sent.
 
         A UTF-8 decoder finds its feet again within 4 bytes, so their end reads as before.
         """
@@ -128,13 +131,13 @@ class Detokenizer:
 
 @lru_cache(maxsize=8)  # some vocabularies have thousands of added tokens, and requests are many
 def special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Text -> id of the tokens that no text shows."""
+    """Return text -> id of the tokens that no text shows."""
     added = tokenizer.added_tokens_decoder.items()
     return {token.content: token_id for token_id, token in added if token.special}
 
 
 def _marks(tokenizer: PreTrainedTokenizerFast, stops: Sequence[str]) -> dict[int, str]:
-    """Id -> a character of its own of each special token that a stop string names.
+    """Return id -> a character of its own for each special token that a stop string names.
 
     Halves of surrogate pairs: no decoding gives them.
     """
@@ -179,7 +182,7 @@ class _StopStrings:
         return rest.translate(self._hidden)
 
     def _safe(self, text: str) -> int:
-        """Where the longest ending of `text` begins that a stop string begins with."""
+        """Return where the longest ending of `text` begins that a stop string begins with."""
         for start in range(max(0, len(text) - self._longest + 1), len(text)):
             ending = text[start:]
             if any(stop.startswith(ending) for stop in self._stops):
@@ -188,7 +191,7 @@ class _StopStrings:
 
 
 def _with(marks: Mapping[str, str], stop: str) -> str:
-    """A stop string with the marks of the special tokens that it names, the longest first."""
+    """Return a stop string with the marks of the special tokens that it names, longest first."""
     for text in sorted(marks, key=len, reverse=True):
         stop = stop.replace(text, marks[text])
     return stop

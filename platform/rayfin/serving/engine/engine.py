@@ -1,4 +1,4 @@
-"""The engine as others see it: requests in from any thread, chunks out, one thread that works."""
+"""The engine's interface: requests in from any thread, chunks out, and one thread that computes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FAILURES = 3
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, and what is going on now."""
+    """Counts since the start, and gauges of what is going on now."""
 
     waiting: int
     running: int
@@ -52,7 +52,7 @@ class EngineStats:
 
 
 class Engine:
-    """One base model, and any number of adapters that answer in one batch.
+    """An engine with one base model and any number of adapters, which answer in one batch.
 
     Requests join and leave the decoding batch at any step (`Scheduler.step`), which a thread of the
     engine's own runs; all methods may be called from any thread. Raises what loading the model
@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def health_problem(self) -> str | None:
-        """Why the engine is to be replaced; None while it is well."""
+        """Return why the engine is to be replaced; None while it is well."""
         if self.failure is not None:
             return f"the engine has failed ({type(self.failure).__name__})"
         if self._thread is None or not self._thread.is_alive():
@@ -170,7 +170,7 @@ class Engine:
             self._changed.notify_all()
 
     def resident(self) -> dict[str, int]:
-        """Adapters in slots, the most recently used first, and the bytes of each one's tensors."""
+        """Return the adapters in slots, the latest used first, and the bytes of each."""
         return self._scheduler.slots.resident
 
     def stats(self) -> EngineStats:
@@ -192,7 +192,7 @@ class Engine:
             )
 
     def read(self, source: AdapterSource) -> HostAdapter:
-        """An adapter from disk, for the slots of this engine; raises AdapterError."""
+        """Read an adapter from disk, for the slots of this engine; raises AdapterError."""
         adapter = read_adapter(source, self._layout)
         self._words.check(source)
         adapter.check_range(self.model.dtype)

@@ -21,10 +21,12 @@ _AT_ONCE = 256 * _OUTPUTS
 
 
 class Int8Kernel:
-    """x W^T over integers, in C; raises OSError where it can't be had."""
+    """The product x W^T over integers, in C; raises OSError where it can't be had."""
 
     def __init__(self, most: int = _WIDEST) -> None:
-        """`most`: the widest registers to use, 1 for AVX2, 0 for what all processors have."""
+        """Load the kernel; `most` is the widest registers to use, 1 for AVX2, 0 for what all
+        processors have.
+        """
         library = native.library("int8", OUTPUTS=_OUTPUTS, GROUP=_GROUP, LARGEST=_INPUT)
         self.variant: int = library.native_variant(most)
         self.parallel = bool(library.native_threads())
@@ -38,7 +40,8 @@ class Int8Kernel:
         self._times.restype = None
 
     def times(self, x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-        """[tokens, in] float32 -> [tokens, blocks * 16]: `weight` has its outputs padded to that.
+        """Multiply [tokens, in] float32 -> [tokens, blocks * 16]: `weight` has its outputs padded
+        to that.
 
         Each token is rounded to 16 bits of its own largest value: what one token gives does not
         depend on those beside it, not in a bit.
@@ -62,7 +65,8 @@ class Int8Kernel:
 
 
 class Int8Weight:
-    """As the kernel reads it; values: int8 [blocks, pairs, 16, 2], scales: [blocks, groups, 16].
+    """A weight in the kernel's order; values: int8 [blocks, pairs, 16, 2], scales: [blocks, groups,
+    16].
 
     A block is 16 outputs, a pair two inputs, a group 128 inputs of an output that share a scale.
     """
@@ -72,7 +76,7 @@ class Int8Weight:
 
     @classmethod
     def rounded(cls, weight: torch.Tensor) -> Int8Weight:
-        """To the nearest of [out, in]: each group to 127 steps either way of its largest value."""
+        """Round [out, in] to the nearest: each group to 127 steps either way of its largest."""
         starts = range(0, len(weight), _AT_ONCE)
         return cls.joined([cls._rounded(weight[at : at + _AT_ONCE]) for at in starts])
 
@@ -95,7 +99,7 @@ class Int8Weight:
 
     @classmethod
     def joined(cls, weights: Sequence[Int8Weight]) -> Int8Weight:
-        """The blocks of all of them, one after the other."""
+        """Return the blocks of all of them, one after the other."""
         return cls(
             torch.cat([weight.values for weight in weights]),
             torch.cat([weight.scales for weight in weights]),
@@ -103,14 +107,14 @@ class Int8Weight:
         )
 
     def dense(self) -> torch.Tensor:
-        """Float32 [outputs padded to whole blocks, inputs]."""
+        """Return float32 weights [outputs padded to whole blocks, inputs]."""
         values = self.values.transpose(1, 2).flatten(0, 1).flatten(1)
         scales = self.scales.transpose(1, 2).flatten(0, 1)
         dense = values * scales.repeat_interleave(_GROUP, 1)[:, : values.shape[1]]
         return dense[:, : self.inputs]
 
     def part(self, start: int, stop: int) -> Int8Weight:
-        """Some of the blocks, the same memory."""
+        """Return some of the blocks, in the same memory."""
         return Int8Weight(self.values[start:stop], self.scales[start:stop], self.inputs)
 
 
@@ -133,7 +137,9 @@ class Int8Linear(torch.nn.Module):
 
 
 def join(linears: Sequence[Int8Linear]) -> tuple[Int8Weight, list[int]]:
-    """One weight for all of them, of which theirs become parts; where each one's outputs start."""
+    """Return one weight for all layers, of which theirs become parts, and where each one's outputs
+    start.
+    """
     weights = [linear.rounded for linear in linears]
     joined = Int8Weight.joined(weights)
     starts, start = [], 0

@@ -1,4 +1,4 @@
-"""A linear layer's own product; for layers that are given the same input, all in one."""
+"""The base's product of a linear layer, joint for layers that are given the same input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class JointProduct:
-    """Layers whose products with one input are computed when the first of them is called.
+    """Computes the products of several layers with one input when the first of them is called.
 
     A layer that is called with another tensor than the first one was computes its own product.
     """
@@ -29,7 +29,9 @@ class JointProduct:
     def __init__(
         self, linears: Sequence[torch.nn.Module], starts: Sequence[int], times: Times
     ) -> None:
-        """`times`: [tokens, in] -> all their outputs; those of a layer begin at its start."""
+        """Keep `times`, which maps [tokens, in] to all layers' outputs; those of a layer begin at
+        its start.
+        """
         self._times = times
         self._starts = dict(zip(linears, starts, strict=True))
         self._last = linears[-1]
@@ -37,7 +39,7 @@ class JointProduct:
         self._products: torch.Tensor | None = None
 
     def product(self, linear: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """W x + bias [tokens, out] of one of the layers, for hidden [..., in]."""
+        """Return W x + bias [tokens, out] of one of the layers, for hidden [..., in]."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         start = self._starts[linear]
         if start == 0:
@@ -51,7 +53,7 @@ class JointProduct:
 
 
 def join_layers(linears: Sequence[torch.nn.Module]) -> JointProduct | None:
-    """Their weights become views of one, for no more memory; None for layers of other kinds."""
+    """Make the layers' weights views of one, for no more memory; None for layers of other kinds."""
     if all(isinstance(one, Int8Linear) for one in linears):
         rounded, starts = int8.join(linears)  # type: ignore[arg-type]
         kernel: int8.Int8Kernel = linears[0].kernel  # type: ignore[assignment]
@@ -69,7 +71,7 @@ def join_layers(linears: Sequence[torch.nn.Module]) -> JointProduct | None:
 
 
 def product(linear: Any, flat: torch.Tensor) -> torch.Tensor:
-    """The base's own W x + bias of flat [tokens, in]."""
+    """Return the base's own W x + bias of flat [tokens, in]."""
     if is_plain(linear):
         return _finished(_times(linear.weight, flat), linear.bias)
     result: torch.Tensor = linear(flat)
@@ -78,7 +80,7 @@ def product(linear: Any, flat: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain(linear: Any) -> bool:
-    """A float32 layer on CPU as torch has it."""
+    """Return whether a layer is a float32 one on CPU as torch has it."""
     weight = linear.weight
     return (
         type(linear) is torch.nn.Linear
@@ -94,7 +96,7 @@ def _times(weight: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
 
 
 def _finished(out: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """With its bias; a token's values side by side, as adapters are added to them in place."""
+    """Add the bias, and lay a token's values side by side: adapters are added in place."""
     if bias is not None:
         out = out + bias
     return out if out.stride(-1) == 1 else out.contiguous()

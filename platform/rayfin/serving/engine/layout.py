@@ -1,4 +1,4 @@
-"""What an adapter must fit: names, linear layers and sizes of the served base model."""
+"""The names, linear layers and sizes of the served base model, which an adapter must fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_VIRTUAL_TOKENS = 4096
 
 @dataclass(frozen=True)
 class BaseLayout:
-    """Built once a base model; the callables read its weights whenever they are asked."""
+    """A base model's layout, built once; the callables read its weights whenever they are asked."""
 
     base: Base
     linears: Mapping[str, tuple[int, int]]
@@ -50,7 +50,8 @@ class BaseLayout:
 
     @classmethod
     def of(cls, model: Any, base: Base) -> BaseLayout:
-        """From a loaded causal model, whether or not the engine has put its slots into it.
+        """Return the layout of a loaded causal model, whether or not the engine has put its slots
+        into it.
 
         Raises ModelError where its layers are Conv1D (GPT-2), whose weights are transposed.
         """
@@ -83,12 +84,12 @@ class BaseLayout:
 
 
 def linears_of(model: Any) -> dict[str, tuple[int, int]]:
-    """`BaseLayout.linears` of a model, loaded or not."""
+    """Return `BaseLayout.linears` of a model, loaded or not."""
     return {name: (one.in_features, one.out_features) for name, one in _linears(model)}
 
 
 def _linears(model: Any) -> Iterator[tuple[str, Any]]:
-    """Names and modules of the base's own linear layers, under the engine's where it has any."""
+    """Yield names and modules of the base's own linear layers, inside the engine's if any."""
     head = model.get_output_embeddings()
     inner = set()
     for name, module in model.named_modules():
@@ -120,7 +121,7 @@ def _tables(model: Any) -> dict[str, tuple[int, int]]:
 
 
 def _weight(name: str, linear: Any) -> torch.Tensor:
-    """Float32 [out, in]; the layer stays as it is. Raises AdapterError for an unknown format."""
+    """Return a layer's weight, float32 [out, in]; raises AdapterError for an unknown format."""
     if isinstance(linear, Int8Linear):
         return linear.rounded.dense()[: linear.out_features]
     kind = type(linear.weight).__name__

@@ -1,4 +1,4 @@
-"""The adapters' products in C, for float32 on CPU."""
+"""Low-rank adapters' products in C, for float32 on CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ _BLOCK = 4
 
 
 def blocks_of(groups: Sequence[SlotSpan]) -> torch.Tensor:
-    """The tokens of `groups`, a few of one slot at a time: int32 [blocks, (slot, start, count)]."""
+    """Return the tokens of `groups`, a few of one slot at a time: int32 [blocks, (slot, start,
+    count)].
+    """
     return torch.tensor(
         [
             (group.slot, start, min(_BLOCK, group.stop - start))
@@ -32,10 +34,12 @@ def blocks_of(groups: Sequence[SlotSpan]) -> torch.Tensor:
 
 
 class LowRankKernel:
-    """Adds B A x of each token's slot; raises OSError where it can't be had."""
+    """The kernel that adds B A x of each token's slot; raises OSError where it can't be had."""
 
     def __init__(self, most: int = _WIDEST) -> None:
-        """`most`: the widest registers to use, 2 for AVX-512, 1 for AVX2, 0 for what all have."""
+        """Load the kernel; `most` is the widest registers to use, 2 for AVX-512, 1 for AVX2, 0 for
+        what all have.
+        """
         library = native.library("low_rank", MOST_RANK=MAX_RANK)
         self.variant: int = library.native_variant(most)
         self.parallel = bool(library.native_threads())
@@ -75,7 +79,9 @@ class LowRankKernel:
 
 
 def kernel_for(device: torch.device, dtype: torch.dtype) -> LowRankKernel | None:
-    """None where torch's own products are used: on GPUs, in other types, without a C compiler."""
+    """Return the kernel, or None where torch's products are used: on GPUs, in other types, without
+    a C compiler.
+    """
     if (device.type, dtype) != ("cpu", torch.float32):
         return None
     try:

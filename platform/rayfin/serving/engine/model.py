@@ -1,4 +1,4 @@
-"""The base model, its layers' slots and its rows' cache: one forward pass over a mixed batch."""
+"""The base model with its layers' slots and its rows' cache: a forward pass over a mixed batch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class BatchedModel:
 
     @torch.inference_mode()
     def forward(self, pieces: list[RowSpan]) -> tuple[list[RowSpan], torch.Tensor]:
-        """The pieces that want logits, and their last tokens' logits [pieces, vocabulary]."""
+        """Return the pieces that want logits, and the last tokens' logits [pieces, vocabulary]."""
         batch = Batch(pieces, self.device, self._prompts)
         self.assignment.begin(batch, self._ranks, self._scaled)
         self.cache.begin(batch)
@@ -117,7 +117,7 @@ class BatchedModel:
         self._scaled.discard(slot)
 
     def table_bytes(self, adapter: HostAdapter) -> int:
-        """What the adapter's own output head and embeddings take while it is in a slot."""
+        """Return what the adapter's own output head and embeddings take while it is in a slot."""
         return int(self.dtype.itemsize) * sum(table.numel() for table in adapter.tables.values())
 
     @torch.inference_mode()
@@ -132,11 +132,11 @@ class BatchedModel:
         self.cache.clear_row(row, tokens)
 
     def embedded_tokens(self, slot: int) -> int:
-        """Virtual tokens of a slot's adapter that enter as embeddings."""
+        """Return how many virtual tokens of a slot's adapter enter as embeddings."""
         return len(self._prompts[slot]) if slot in self._prompts else 0
 
     def virtual_tokens(self, slot: int) -> int:
-        """All that stand before the prompt, embedded or as learned keys and values."""
+        """Return the number of virtual tokens before the prompt, embedded or keys and values."""
         prefix = self._prefixes.get(slot)
         return self.embedded_tokens(slot) + (0 if prefix is None else prefix.shape[-2])
 
@@ -233,7 +233,7 @@ def _name_of(base: torch.nn.Module, wanted: torch.nn.Module) -> str | None:
 
 
 def _is_linear(module: torch.nn.Module) -> bool:
-    """A torch linear layer, bitsandbytes' quantised ones included."""
+    """Return whether a module is a torch linear layer, bitsandbytes' quantised ones included."""
     return isinstance(module, torch.nn.Linear)
 
 

@@ -1,4 +1,4 @@
-"""The kernels in C beside this module, compiled once for a machine and loaded.
+"""Compile the C kernels beside this module, once for a machine, and load them.
 
 The environment variable `CC` names the compiler. Flags in `RAYFIN_CFLAGS` come after rayfin's own,
 so that they prevail: `RAYFIN_CFLAGS="-O2 -ffp-contract=off"` compiles without fused multiply-add.
@@ -29,7 +29,7 @@ _SECONDS = 60.0
 
 
 def compiler_flags() -> tuple[str, ...]:
-    """The flags that the kernels are compiled with, those of `RAYFIN_CFLAGS` last.
+    """Return the flags that the kernels are compiled with, those of `RAYFIN_CFLAGS` last.
 
     Raises OSError where a quotation mark in it is not closed.
     """
@@ -42,7 +42,7 @@ def compiler_flags() -> tuple[str, ...]:
 
 @functools.cache
 def library(name: str, **values: int) -> ctypes.CDLL:
-    """`name`.c with `values` defined, compiled or as it was compiled before; raises OSError."""
+    """Return `name`.c with `values` defined, compiled now or before; raises OSError."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     if not compiler or shutil.which(compiler[0]) is None:
         raise OSError(f"there is no C compiler '{' '.join(compiler)}'; install one, or set CC")

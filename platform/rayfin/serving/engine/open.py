@@ -1,4 +1,4 @@
-"""The engine that a configuration asks for."""
+"""Open the engine that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def open_engine(
     model: ModelConfig, config: EngineConfig, *, use_gpu: bool | Literal["auto"] = "auto"
 ) -> Engine | VllmEngine:
-    """One that has started, with defaults that fit the model and the device.
+    """Return an engine that has started, with defaults that fit the model and the device.
 
     Raises HardwareError for a GPU that isn't there, and what loading the model raises.
     """

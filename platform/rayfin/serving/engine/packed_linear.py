@@ -30,6 +30,6 @@ class PackedLinear(torch.nn.Module):
 
 
 def can_pack(linear: Any) -> bool:
-    """A plain float32 layer on CPU, and a torch with oneDNN."""
+    """Return whether a layer is a plain float32 one on CPU, and torch has oneDNN."""
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and is_plain(linear)

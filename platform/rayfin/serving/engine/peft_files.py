@@ -1,4 +1,4 @@
-"""A PEFT directory that nobody vouches for: settings and tensors, checked before they are used."""
+"""Read a PEFT directory that nobody vouches for, checking settings and tensors before use."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _HARMLESS_PATTERN = re.compile(r"(?:[\w.^$-]|\\[.dw]){1,256}")
 
 
 def words(*lines: str) -> frozenset[str]:
-    """The words of all lines."""
+    """Return the words of all lines."""
     return frozenset(word for line in lines for word in line.split())
 
 
@@ -52,7 +52,7 @@ COMMON = words(
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """adapter_config.json; each getter raises AdapterError for a value it can't be."""
+    """The settings in adapter_config.json; each getter raises AdapterError for a wrong value."""
 
     ref: str
     values: Mapping[str, Any]
@@ -89,7 +89,7 @@ class AdapterSettings:
         return value
 
     def mapping(self, key: str) -> Mapping[str, Any]:
-        """An empty one where the value is null or missing."""
+        """Return an object; an empty one where the value is null or missing."""
         value = self.values.get(key)
         if value is None:
             return {}
@@ -98,7 +98,8 @@ class AdapterSettings:
         return value
 
     def pattern(self, key: str, check: Callable[[str, Any], float]) -> Callable[[str], Any]:
-        """PEFT's rank_pattern or alpha_pattern: module name -> its value, or None.
+        """Return PEFT's rank_pattern or alpha_pattern as a function: module name -> its value, or
+        None.
 
         The first key that matches the end of a name decides (peft.utils.other.get_pattern_key).
         """
@@ -117,7 +118,7 @@ class AdapterSettings:
         return lambda module: next((value for at, value in compiled if at.match(module)), None)
 
     def expect(self, key: str, *allowed: Any, remedy: str = "train it again so") -> None:
-        """The value is one of `allowed`, or missing where None is."""
+        """Check that the value is one of `allowed`, or missing where None is."""
         value = self.values.get(key)
         # 1 == True in Python, and not in JSON.
         if not any(type(value) is type(one) and value == one for one in allowed):
@@ -127,7 +128,9 @@ class AdapterSettings:
             )
 
     def expect_nothing_else(self, known: frozenset[str]) -> None:
-        """Any setting that isn't `known` is off: it could change what the adapter computes."""
+        """Refuse any setting that isn't `known` and is on: it could change what the adapter
+        computes.
+        """
         for key, value in self.values.items():
             if key not in known and value not in (None, False, "", [], {}):
                 raise self.error(
@@ -145,7 +148,9 @@ class AdapterSettings:
 
 
 def read_settings(source: AdapterSource) -> tuple[AdapterSettings, Mapping[str, Any]]:
-    """adapter_config.json, and rayfin.json where its digests are of these files; AdapterError."""
+    """Read adapter_config.json, and rayfin.json where its digests are of these files; raises
+    AdapterError.
+    """
     path = source.path
     if path.is_symlink() or not path.is_dir():
         raise AdapterError(
@@ -263,7 +268,7 @@ class AdapterWeights:
                 )
 
     def read(self, name: str) -> torch.Tensor:
-        """Float32, of a tensor that was checked; raises AdapterError unless it is finite."""
+        """Read a tensor that was checked, as float32; raises AdapterError unless it is finite."""
         shape, dtype = self.shape(name), _DTYPES[self._tensors[name]["dtype"]]
         if not math.prod(shape):
             return torch.empty(shape)
@@ -281,7 +286,9 @@ class AdapterWeights:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """No NaN, no infinity; one pass, and no copy as `torch.isfinite` makes."""
+    """Return whether there is no NaN and no infinity; one pass, and no copy as `torch.isfinite`
+    makes.
+    """
     if not tensor.numel():
         return True
     least, most = torch.aminmax(tensor)  # NaN if any element is
@@ -289,7 +296,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def shown(value: Any) -> str:
-    """`value` in one short line, whatever it is."""
+    """Return `value` in one short line, whatever it is."""
     if isinstance(value, str):
         return repr(value if len(value) <= 120 else value[:120] + "…")
     if value is None or isinstance(value, (bool, int, float)):
@@ -301,7 +308,7 @@ def shown(value: Any) -> str:
 
 
 def _small_json(source: AdapterSource, name: str) -> dict[str, Any] | None:
-    """The object in a file of the adapter; None where there is no such file."""
+    """Return the object in a file of the adapter; None where there is no such file."""
     size = _size(source, name)
     if size is None:
         return None
@@ -314,7 +321,7 @@ def _small_json(source: AdapterSource, name: str) -> dict[str, Any] | None:
 
 
 def _size(source: AdapterSource, name: str) -> int | None:
-    """Bytes of a regular file; None where it is missing; raises AdapterError for links."""
+    """Return a regular file's bytes, None if it is missing; raises AdapterError for links."""
     path: Path = source.path / name
     try:
         found = path.lstat()

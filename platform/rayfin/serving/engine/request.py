@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out; loads no torch."""
+"""The engine's requests and the chunks of their answers; loads no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_STOP_TOKENS = 128
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen; names and meanings are those of OpenAI's API, and vLLM's beyond it.
+    """How tokens are chosen; names and meanings are OpenAI's, and vLLM's beyond them.
 
     Raises RequestError for a value that can't be used.
     """
@@ -106,7 +106,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one request gained in one step; the last one has a finish reason."""
+    """What one request gained in one step; the last chunk has a finish reason."""
 
     text: str
     """Whole characters only; what might be the beginning of a stop string is held back."""
@@ -135,12 +135,12 @@ class Request:
 
     @property
     def end_texts(self) -> tuple[str, ...]:
-        """All texts before the first of which generation ends."""
+        """Return all texts before the first of which generation ends."""
         return self.params.stop + (() if self.params.ignore_eos else self.ends.texts)
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """All tokens at which generation ends, but for the base's own."""
+        """Return all tokens at which generation ends, but for the base's own."""
         own = () if self.params.ignore_eos else self.ends.token_ids
         return tuple(dict.fromkeys(self.params.stop_token_ids + own))
 

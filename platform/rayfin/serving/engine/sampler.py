@@ -1,4 +1,4 @@
-"""The next token of each row, from the logits of one decode step."""
+"""Choose the next token of each row, from the logits of one decode step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = 256
 
 
 class RowSampler:
-    """What one request needs to choose its tokens: parameters, its own random numbers, counts.
+    """One request's parameters for choosing tokens, its random numbers, and its token counts.
 
     Two requests with the same seed and logits get the same tokens, whatever rows are beside them;
     the caller gives each of `n` choices a seed of its own. Without a seed it comes from the
@@ -54,11 +54,13 @@ class RowSampler:
 
     @property
     def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distinct token ids [k] that penalties apply to, and how often each was generated [k]."""
+        """Return distinct token ids [k] that penalties apply to, and how often each was generated
+        [k].
+        """
         return self._ids[: len(self._place)], self._counts[: len(self._place)]
 
     def uniform(self) -> float:
-        """The next number of this row, from 0 to below 1; one is used for each token."""
+        """Return the next number of this row, from 0 to below 1; one is used for each token."""
         return torch.rand((), generator=self._generator, dtype=torch.float64).item()
 
     def record(self, token_id: int) -> None:
@@ -77,7 +79,7 @@ class RowSampler:
 def sample(
     logits: torch.Tensor, rows: Sequence[RowSampler]
 ) -> list[tuple[int, TokenLogprob | None]]:
-    """The next token of each row, with its log probability where the row asks for it.
+    """Return the next token of each row, with its log probability where the row asks for it.
 
     `logits` is float32 [len(rows), vocab] on any device and is never written to. In this order, as
     in vLLM: repetition, presence and frequency penalties, temperature, min_p, top_k, top_p, draw.
@@ -111,7 +113,7 @@ def sample(
 
 
 def _penalise(logits: torch.Tensor, rows: Sequence[RowSampler]) -> torch.Tensor:
-    """A copy of `logits` with the penalties of all rows taken off.
+    """Return a copy of `logits` with the penalties of all rows taken off.
 
     Repetition as in Keskar et al. 2019 (arXiv:1909.05858), its sign after vLLM and transformers;
     presence and frequency as OpenAI's API reference has them.
@@ -124,7 +126,7 @@ def _penalise(logits: torch.Tensor, rows: Sequence[RowSampler]) -> torch.Tensor:
     counts = torch.cat([counts for _, counts in seen]).to(logits.device)
 
     def spread(values: list[float]) -> torch.Tensor:
-        """One value a row -> one a seen token."""
+        """Repeat one value a row for each of its seen tokens."""
         return torch.tensor(values).repeat_interleave(lengths).to(logits.device)
 
     params = [rows[place].params for place in places]
@@ -142,7 +144,7 @@ def _penalise(logits: torch.Tensor, rows: Sequence[RowSampler]) -> torch.Tensor:
 
 
 def _draw(scores: torch.Tensor, best: torch.Tensor, rows: Sequence[RowSampler]) -> torch.Tensor:
-    """One token [n] a row from penalised scores [n, vocab] with maxima [n].
+    """Draw one token [n] a row from penalised scores [n, vocab] with maxima [n].
 
     Works on weights, a row's probabilities over its largest one: no step needs them to sum to 1.
     """
@@ -169,7 +171,7 @@ def _draw(scores: torch.Tensor, best: torch.Tensor, rows: Sequence[RowSampler]) 
 
 
 def _kth(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """The weight [n, 1] of each row's top_k-th token; 0 for a row that considers all."""
+    """Return the weight [n, 1] of each row's top_k-th token; 0 for a row that considers all."""
     vocab = weights.shape[1]
     ranks = [each.top_k if 0 < each.top_k < vocab else 0 for each in params]
     if not any(ranks):
@@ -180,7 +182,7 @@ def _kth(weights: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tenso
 
 
 def _nucleus_floor(weights: torch.Tensor, target: torch.Tensor, look: int) -> torch.Tensor:
-    """The weight [n, 1] of the last token of each row's nucleus.
+    """Return the weight [n, 1] of the last token of each row's nucleus.
 
     The nucleus is the smallest set of likeliest tokens that together weigh `target` [n, 1]
     (Holtzman et al. 2020, arXiv:1904.09751). It is mostly small: ranking `look` tokens costs a
@@ -200,7 +202,7 @@ def _nucleus_floor(weights: torch.Tensor, target: torch.Tensor, look: int) -> to
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """The token [n] at which the CDF of weights [n, vocab] passes `uniform` [n, 1].
+    """Return the token [n] at which the CDF of weights [n, vocab] passes `uniform` [n, 1].
 
     The CDF runs in the order of the vocabulary, over blocks and then within one, in float64: it is
     the same whatever rows are beside, and a tenth of the work of a running sum over everything.
@@ -221,7 +223,9 @@ def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _total(weights: torch.Tensor) -> torch.Tensor:
-    """The sum [n, 1] of weights [n, vocab] in float64; by blocks, to be the same in any batch."""
+    """Return the sum [n, 1] of weights [n, vocab] in float64; by blocks, to be the same in any
+    batch.
+    """
     return _blocks(weights).sum(dim=-1).sum(dim=-1, keepdim=True, dtype=torch.float64)
 
 
@@ -234,14 +238,16 @@ def _blocks(weights: torch.Tensor) -> torch.Tensor:
 
 
 def _pick(rows: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-    """`rows[places]`, without the copy where these are all."""
+    """Return `rows[places]`, without the copy where these are all."""
     return rows if len(places) == len(rows) else rows[places]
 
 
 def _logprobs(
     logits: torch.Tensor, rows: Sequence[RowSampler], token_ids: Sequence[int]
 ) -> list[TokenLogprob | None]:
-    """Of each row that asks for it and has a token: its log probability and the likeliest ones."""
+    """Return the log probability and the likeliest tokens of each row that asks for them and has a
+    token.
+    """
     found: list[TokenLogprob | None] = [None] * len(rows)
     places = [
         place

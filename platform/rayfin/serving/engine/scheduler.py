@@ -1,4 +1,4 @@
-"""Which tokens are computed next: admission, the running batch, and how each row ends."""
+"""Decide which tokens are computed next: admission, the running batch, and how each row ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _READING = 4
 
 
 class Scheduler:
-    """The requests that wait and the rows that run; one thread calls `step`.
+    """Schedules the requests that wait and the rows that run; one thread calls `step`.
 
     `changed` guards what other threads look at (`waiting`, `running`, `known`, `cancelled`), and
     is notified whenever a request has ended.
@@ -47,7 +47,7 @@ class Scheduler:
         ends: frozenset[int],
         changed: threading.Condition,
     ) -> None:
-        """`ends`: the base's tokens that end an answer."""
+        """Begin without requests; `ends` are the base's tokens that end an answer."""
         self._model, self._host, self._config, self._ends = model, host, config, ends
         self._changed = changed
         self.slots = SlotCache(config.slots, model, config.tables_mb * 2**20)
@@ -62,7 +62,7 @@ class Scheduler:
         self.finished = self.steps = self.prompt_tokens = self.generated_tokens = 0
 
     def step(self) -> bool:
-        """Admits, computes, and hands one token on to every row that decodes.
+        """Admit requests, compute a step, and hand one token on to every row that decodes.
 
         False where there was nothing to compute.
         """
@@ -90,7 +90,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would find something to do; a load that ends is told otherwise."""
+        """Return whether a step would find something to do; a load that ends is told otherwise."""
         if self.running or self.cancelled or self.removed:
             return True
         return any(not s.held_back if s.loading is None else s.loading.done() for s in self.waiting)
@@ -122,7 +122,7 @@ class Scheduler:
                 other.passed_over += other.blocked
 
     def _acquired(self, sequence: Sequence) -> bool:
-        """As `_acquire`; what goes wrong unforeseen ends this sequence and no other."""
+        """Call `_acquire`; an unforeseen failure ends this sequence and no other."""
         try:
             return self._acquire(sequence)
         except Exception as error:
@@ -180,7 +180,8 @@ class Scheduler:
         return True
 
     def _loaded(self, sequence: Sequence, source: AdapterSource) -> HostAdapter | None:
-        """The sequence's adapter, None until it has been read; raises what reading it raises.
+        """Return the sequence's adapter, None until it has been read; raises what reading it
+        raises.
 
         Raises Unavailable where the sequence has waited for reads, its adapter's or those before
         it, for engine.load_seconds.
@@ -204,7 +205,9 @@ class Scheduler:
         return None
 
     def _loads_before(self, source: AdapterSource) -> list[Future[HostAdapter]]:
-        """One for each adapter that others wait with; none where the adapter is among them."""
+        """Return one load for each adapter that others wait for; none where the adapter is among
+        them.
+        """
         with self._changed:
             held = {
                 other.request.adapter.ref: other.loading
@@ -214,8 +217,8 @@ class Scheduler:
         return [] if source.ref in held else list(held.values())
 
     def _is_enough(self, loads: Collection[Future[HostAdapter]], *, is_read: bool) -> bool:
-        """Whether to load no more: what waits outside the host cache is held by its request, and
-        a long queue must not hold a hundred adapters, nor a few large ones.
+        """Return whether to load no more: what waits outside the host cache is held by its request,
+        and a long queue must not hold a hundred adapters, nor a few large ones.
 
         An adapter that `is_read` already waits for no read of another's, which may hang.
         """
@@ -232,7 +235,7 @@ class Scheduler:
     # --- a step -----------------------------------------------------------------------------
 
     def _schedule(self) -> list[RowSpan]:
-        """A token of every row that decodes, and as much of the prompts as a step may take."""
+        """Return a token of every row that decodes, and as much of prompts as a step may take."""
         decoding = [s for s in self.running if s.remaining == 1]
         pieces = [s.piece(1) for s in decoding]
         room = self._config.prefill_chunk if pieces else 4 * self._config.prefill_chunk

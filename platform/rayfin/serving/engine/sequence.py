@@ -1,4 +1,4 @@
-"""One request on its way through the engine."""
+"""The state of one request in the engine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Sequence:
-    """Its tokens, how many of them the cache holds, and what is left to send."""
+    """A request's tokens, how many of them the cache holds, and what is left to send."""
 
     def __init__(
         self, request: Request, sink: Sink, tokenizer: PreTrainedTokenizerFast, vocab_size: int
@@ -47,7 +47,9 @@ class Sequence:
         self.passed_over = 0
 
     def wait_for_reads(self) -> float:
-        """Seconds that it has waited for adapters to be read, from each call to the next."""
+        """Return the seconds that it has waited for adapters to be read, from each call to the
+        next.
+        """
         now = time.monotonic()
         if self._reads_since is not None:
             self._read_wait += now - self._reads_since
@@ -55,11 +57,13 @@ class Sequence:
         return self._read_wait
 
     def wait_for_others(self) -> None:
-        """Now it waits for a row or a slot, and for no disk."""
+        """Count no more time: the sequence waits for a row or a slot, and for no disk."""
         self._reads_since = None
 
     def begin(self, row: int, slot: int, embedded: int, virtual: int, max_length: int) -> None:
-        """`virtual` tokens come first: `embedded` of them computed, the others in the cache."""
+        """Take a row and a slot; `virtual` tokens come first: `embedded` of them computed, the
+        others in the cache.
+        """
         self.row, self.slot = row, slot
         self.tokens = [-1] * virtual + list(self.request.prompt_ids)
         self.computed = virtual - embedded
@@ -67,7 +71,9 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens to compute: 1 while decoding, more while the prompt is taken in."""
+        """Return how many tokens are to be computed: 1 while decoding, more while the prompt is
+        taken in.
+        """
         return len(self.tokens) - self.computed
 
     def piece(self, count: int) -> RowSpan:
@@ -97,7 +103,7 @@ class Sequence:
         self.hand_over(Chunk("", (), finish_reason=reason, error=why))
 
     def hand_over(self, chunk: Chunk) -> bool:
-        """False where whoever asked is gone or broken: no reason to fail the rows beside it."""
+        """Give the sink a chunk; return False where it fails, so that other rows go on."""
         try:
             self._sink(chunk)
         except Exception:

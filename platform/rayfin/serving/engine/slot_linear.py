@@ -1,4 +1,4 @@
-"""Linear layers of the base with all slots' adapters beside them, applied to a mixed batch."""
+"""The base's linear layers with all slots' adapters, applied to a mixed batch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ class StackedGroups:
 
 
 class SlotAssignment:
-    """Which tokens of the batch belong to which slots: what every layer's adapters look up.
+    """The slots of a batch's tokens, which every layer's adapters look up.
 
     Set once a step by the model; shared by all layers.
     """
 
     def __init__(self, kernel: LowRankKernel | None) -> None:
-        """`kernel`: what adds low-rank adapters, where it isn't torch's own products."""
+        """Begin without a batch; `kernel` adds low-rank adapters, where it isn't torch's own
+        products.
+        """
         self.kernel = kernel
         self.blocks = blocks_of(())
         """What the kernel is to compute."""
@@ -54,7 +56,9 @@ class SlotAssignment:
         """Low-rank groups outside the stack, computed one by one."""
 
     def begin(self, batch: Batch, ranks: dict[int, int], scaled: set[int]) -> None:
-        """`ranks`: slot -> rank of its low-rank adapter; `scaled`: slots with scales."""
+        """Take a batch up; `ranks` is slot -> rank of its low-rank adapter, `scaled` the slots with
+        scales.
+        """
         self.slots = batch.slots
         self.scaled = any(group.slot in scaled for group in batch.groups)
         low_rank = [group for group in batch.groups if ranks.get(group.slot, 0)]
@@ -69,7 +73,8 @@ class SlotAssignment:
 
 
 def _stack(groups: list[SlotSpan], device: torch.device) -> StackedGroups | None:
-    """One product for all `groups` (in the order of their slots), where that is the less work.
+    """Return one product for all `groups` (in the order of their slots), where that is the less
+    work.
 
     It also reads the slots in between, and pads short groups to the longest.
     """
@@ -100,7 +105,10 @@ def _stack(groups: list[SlotSpan], device: torch.device) -> StackedGroups | None
 
 
 class SlotLinear(torch.nn.Module):
-    """y = out_scale * (W (in_scale * x)) + bias + shift + B A x, with all but W of a token's slot.
+    """A linear layer with the adapters of all slots.
+
+    It computes y = out_scale * (W (in_scale * x)) + bias + shift + B A x, with all but W of a
+    token's slot.
 
     Slot tensors are made when the first adapter that needs them arrives: a: [slots, rank, in],
     b: [slots, rank, out] (B transposed, its scaling folded in), in_scale [slots + 1, in],
@@ -110,7 +118,7 @@ class SlotLinear(torch.nn.Module):
     def __init__(
         self, base: torch.nn.Module, assignment: SlotAssignment, slots: int, dtype: torch.dtype
     ) -> None:
-        """`dtype`: of the values that the layer is given."""
+        """Wrap `base`; `dtype` is that of the values that the layer is given."""
         super().__init__()
         self._dtype = dtype
         self.base, self.assignment, self.slots = base, assignment, slots
@@ -248,7 +256,7 @@ class SlotLinear(torch.nn.Module):
 
     @property
     def slot_bytes(self) -> int:
-        """Memory of all slots."""
+        """Return the memory of all slots."""
         tensors = (self.a, self.b, self.in_scale, self.out_scale, self.shift)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 

@@ -1,4 +1,4 @@
-"""Adapters of virtual tokens, read from their files: P-Tuning, prompt tuning and prefix tuning."""
+"""Read adapters of virtual tokens: P-Tuning, prompt tuning and prefix tuning."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PROMPT_TENSOR = "prompt_embeddings"
 def read_prompt(
     settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout
 ) -> dict[str, Any]:
-    """P-Tuning (the encoder's output is what is saved) and prompt tuning."""
+    """Read P-Tuning (the encoder's output is what is saved) and prompt tuning."""
     tokens = _virtual_tokens(settings, weights, base)
     settings.expect("token_dim", None, base.hidden_size, remedy=OWN_BASE)
     weights.check({_PROMPT_TENSOR: (tokens, base.hidden_size)})
@@ -30,8 +30,9 @@ def read_prompt(
 def read_prefix(
     settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout
 ) -> dict[str, Any]:
-    """Prefix tuning; the layout is that of peft.PeftModel.get_prompt: a token's row holds each
-    layer's keys, then its values, of all key/value heads."""
+    """Read prefix tuning; the layout is that of peft.PeftModel.get_prompt: a token's row holds each
+    layer's keys, then its values, of all key/value heads.
+    """
     tokens = _virtual_tokens(settings, weights, base)
     layers, heads, dim = base.num_layers, base.num_key_value_heads, base.head_dim
     settings.expect("num_layers", layers, remedy=OWN_BASE)

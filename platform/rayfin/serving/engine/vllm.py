@@ -1,4 +1,4 @@
-"""vLLM behind the calls of rayfin's own engine: LoRA adapters, on the GPUs that vLLM knows.
+"""vLLM with the interface of rayfin's own engine: LoRA adapters, on the GPUs that vLLM knows.
 
 vLLM keeps an adapter's weights under a number, and computed prefixes under a name. Every version
 gets a number and a name that no other ever had (`vllm_adapters.py`): a new version is never
@@ -40,7 +40,7 @@ from rayfin.serving.engine.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class VllmStats:
-    """Counts since the start, and what is going on now."""
+    """Counts since the start, and gauges of what is going on now."""
 
     waiting: int
     """vLLM keeps its own queue: requests beyond engine.max_rows."""
@@ -51,7 +51,7 @@ class VllmStats:
 
 
 class VllmEngine:
-    """The calls of `Engine`, answered by vLLM; all may come from any thread.
+    """An engine that answers by vLLM; all methods may be called from any thread.
 
     Raises ConfigError where vLLM isn't installed or can't have these settings, ModelError where it
     doesn't start.
@@ -63,7 +63,9 @@ class VllmEngine:
         config: EngineConfig,
         open_backend: Callable[[Mapping[str, Any]], VllmBackend] | None = None,
     ) -> None:
-        """`open_backend` is given vLLM's arguments, on the event loop that is to be used."""
+        """Prepare the engine; `open_backend` is given vLLM's arguments, on the event loop that is
+        to be used.
+        """
         check_length(model, config)
         self.config, self.model_name, self.max_length = config, model.name, config.max_length
         self.tokenizer = load_tokenizer(model)
@@ -99,7 +101,7 @@ class VllmEngine:
 
     @property
     def health_problem(self) -> str | None:
-        """Why the engine is to be replaced; None while it is well."""
+        """Return why the engine is to be replaced; None while it is well."""
         if self.failure is not None:
             return f"vLLM has failed ({type(self.failure).__name__})"
         if self._backend is None or not self._thread.is_alive():
@@ -120,7 +122,7 @@ class VllmEngine:
         self._loop.close()
 
     def submit(self, request: Request, sink: Sink) -> None:
-        """As `Engine.submit`."""
+        """Queue a request, as `Engine.submit` does."""
         check_prompt(request, self.max_length, len(self.tokenizer))
         request = as_vllm_stops(request, self._ends, self._special_tokens, self._vocabulary)
         if self.failure is not None or self._backend is None:
@@ -137,7 +139,7 @@ class VllmEngine:
         self._adapters.check(source)
 
     def _size(self, source: AdapterSource) -> int:
-        """Bytes of an adapter that was checked."""
+        """Return the bytes of an adapter, which is checked."""
         size = check_lora(source, self._base, self._linears, self.config.max_rank)
         self._words.check(source)
         return size
@@ -148,7 +150,7 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(self._adapters.forget, ref)
 
     def resident(self) -> dict[str, int]:
-        """Adapters that were used last, as many as there are slots, and their bytes."""
+        """Return the adapters that were used last, as many as there are slots, and their bytes."""
         return self._adapters.resident()
 
     def stats(self) -> VllmStats:

@@ -84,7 +84,7 @@ class VllmAdapters:
 
     @property
     def health_problem(self) -> str | None:
-        """Why no more adapters can be read; None while they can."""
+        """Return why no more adapters can be read; None while they can."""
         return self._calls.health_problem
 
     # --- in the event loop --------------------------------------------------------------------

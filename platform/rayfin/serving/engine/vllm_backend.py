@@ -1,4 +1,4 @@
-"""rayfin's words and vLLM's: settings, requests, answers, and what vLLM serves exactly."""
+"""Translate settings, requests and answers to vLLM's, and check what vLLM serves exactly."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ class Lora:
 
 
 class VllmBackend(Protocol):
-    """What is used of vLLM, on one event loop."""
+    """The interface that is used of vLLM, on one event loop."""
 
     @property
     def failure(self) -> BaseException | None:
-        """Why it has stopped for good."""
+        """Return why it has stopped for good."""
 
     def generate(self, request: Request, lora: Lora | None) -> AsyncGenerator[Any, None]:
-        """vLLM's `RequestOutput`s, each with what is new; closing it ends the request."""
+        """Yield vLLM's `RequestOutput`s, each with what is new; closing it ends the request."""
 
     async def add(self, lora: Lora) -> None:
         """Loads its weights, where they aren't there; raises AdapterError for that adapter."""
@@ -64,7 +64,7 @@ class VllmBackend(Protocol):
 
 
 class Vllm:
-    """The real one: the only place that imports vLLM (0.11 or newer)."""
+    """vLLM itself: the only place that imports it (0.11 or newer)."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         require_vllm()
@@ -126,7 +126,7 @@ def _lora_request(lora: Lora) -> Any:
 
 
 def vllm_arguments(model: ModelConfig, config: EngineConfig) -> dict[str, Any]:
-    """vLLM's own names for the settings; raises ConfigError for what it has no way to do."""
+    """Return vLLM's own names for the settings; raises ConfigError for what it has no way to do."""
     rank = next((rank for rank in _RANKS if rank >= config.max_rank), None)
     if rank is None:
         raise ConfigError(
@@ -156,7 +156,7 @@ def as_vllm_stops(
     special: Mapping[str, int],
     vocabulary: int,
 ) -> Request:
-    """The request with all that ends its answer said so that vLLM sees it.
+    """Return the request with all that ends its answer written so that vLLM sees it.
 
     `end_token_ids` are the base's; `special` is the id of each token that no text shows. vLLM looks
     for stop strings in what is shown: one that is such a token becomes its id. Tokens from
@@ -187,7 +187,7 @@ def as_vllm_stops(
 
 
 def sampling_arguments(request: Request) -> dict[str, Any]:
-    """vLLM's SamplingParams for a request; the names are the same, as rayfin took them over."""
+    """Return vLLM's SamplingParams for a request; rayfin's have the same names."""
     params = request.params
     names = (
         "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty "
@@ -200,7 +200,9 @@ def sampling_arguments(request: Request) -> dict[str, Any]:
 
 
 def as_chunk(output: Any, logprobs: int | None) -> Chunk:
-    """What a vLLM `CompletionOutput` brings; `logprobs` is how many likeliest tokens to name."""
+    """Return what a vLLM `CompletionOutput` brings; `logprobs` is how many likeliest tokens to
+    name.
+    """
     reason: FinishReason | None = None
     if output.finish_reason is not None:
         reason = _REASONS.get(output.finish_reason, "stop")
@@ -237,7 +239,8 @@ def check_lora(
     max_rank: int,
     told: Mapping[str, Any] | None = None,
 ) -> int:
-    """Bytes of an adapter that vLLM answers with exactly; raises AdapterError for any other.
+    """Return the bytes of an adapter that vLLM answers with exactly; raises AdapterError for any
+    other.
 
     `base` and `linears` are as in BaseLayout; `told` goes before rayfin.json.
 

@@ -1,4 +1,4 @@
-"""A check that an adapter's own tokenizer has the served base's tokens, with the same ids."""
+"""Check that an adapter's own tokenizer has the served base's tokens, with the same ids."""
 
 from __future__ import annotations
 
