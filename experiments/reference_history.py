@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.advisor.knowledge import LEARNED
-from rayfin.advisor.quality import Evidence
-from rayfin.advisor.table import TrialTable
+from rayfin.advisor.quality_model import QualityModel
+from rayfin.advisor.trial_table import TrialTable
 from rayfin.config import load_config
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage, write_json, write_whole
@@ -141,7 +141,7 @@ def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
     with write_whole(out) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
         file.write("".join(f"{line}\n" for line in sorted(lines)).encode())
     table = TrialTable.of(rows)
-    learned = {"learned_from": len(table), "parameters": Evidence.of(table).parameters.values}
+    learned = {"learned_from": len(table), "parameters": QualityModel.of(table).parameters.values}
     write_json(out.with_name(LEARNED), learned)
     print(f"{len(lines)} trials, {out.stat().st_size / 1024:.0f} KiB: {out}")
 

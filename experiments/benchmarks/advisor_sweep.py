@@ -29,9 +29,9 @@ import numpy as np
 import optuna
 from common import print_figure
 
-from rayfin.advisor.features import data_row, model_row, place_codes
+from rayfin.advisor.features import category_codes, data_row, model_row
 from rayfin.advisor.knowledge import Knowledge, reference_trials
-from rayfin.advisor.loop import SweepAdvisor
+from rayfin.advisor.sweep_advisor import SweepAdvisor
 from rayfin.history import TrialRecord
 from rayfin.tuning.search import EndedTrial
 
@@ -193,7 +193,7 @@ def _advisor(task: Task, seed: int, knowledge: Knowledge) -> list[int]:
     scenario = (
         model_row(about["model"]["identity"], about["model"])
         | data_row(profile)
-        | place_codes(profile, task.name, otherwise=f"replay {seed}")
+        | category_codes(profile, task.name, otherwise=f"replay {seed}")
     )
     advisor = SweepAdvisor(knowledge, scenario, "eval_loss", seed=1000 * seed)
     found: list[int] = []

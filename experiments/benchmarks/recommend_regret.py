@@ -5,7 +5,7 @@ python experiments/benchmarks/recommend_regret.py --train SWEEP.csv --test OTHER
 
 The table has columns `model, learning_rate, lora_rank, test_nll, diverged`. For each model that is
 left out, a policy sees the model's facts and the list of its cells (learning rate, rank), ranks
-them, and is charged for its first k
+them, and the regret of its first k is
 
     (best NLL among them - model's best) / (model's worst finite - model's best)
 
@@ -15,7 +15,7 @@ where a diverged cell costs 1. Policies:
 - constant: the best of all cells in hindsight, and the next best after it. It alone has seen the
   models that it is tested on.
 - portfolio: the cells that together would have served the other models best, one after the other.
-- nearest: what the most similar other models did best with, their charges averaged by similarity.
+- nearest: what the most similar other models did best with, their regrets averaged by similarity.
 - trees: quantile gradient boosting (scikit-learn) on the same columns as the advisor's.
 - rules: the advisor with an empty history.
 - flat: the advisor's Gaussian process without what practice expects as its mean.
@@ -37,10 +37,10 @@ from pathlib import Path
 import numpy as np
 from common import print_figure
 
-from rayfin.advisor import quality
+from rayfin.advisor import quality_model as quality
 from rayfin.advisor.features import COLUMNS
-from rayfin.advisor.process import Array, Parameters
-from rayfin.advisor.table import TrialTable
+from rayfin.advisor.kernel import Array, Hyperparameters
+from rayfin.advisor.trial_table import TrialTable
 from rayfin.history.csv_table import read_csv
 
 K = 3
@@ -50,11 +50,11 @@ QUANTILES = (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class Model:
-    """One model's cells, and what each is charged."""
+    """One model's cells, and the regret of each."""
 
     name: str
     rows: Array
-    charges: Array
+    regrets: Array
 
     @property
     def cells(self) -> Array:
@@ -82,21 +82,21 @@ def main() -> None:
         else _split(args.train, args.test)
     )
     tested = [model for _, _, models in folds for model in models]
-    print(f"{len(tested)} models, {sum(len(model.charges) for model in tested)} cells")
+    print(f"{len(tested)} models, {sum(len(model.regrets) for model in tested)} cells")
     policies = _policies(tested, quick=args.quick)
-    charges: dict[str, list[list[float]]] = {"random": [_random(model) for model in tested]}
+    regrets: dict[str, list[list[float]]] = {"random": [_random(model) for model in tested]}
     inside: list[float] = []
     for others, table, models in folds:
         for name, policy in policies.items():
             for model in models:
                 order = list(policy(others, table, model))
-                paid = [float(model.charges[order[: k + 1]].min()) for k in range(K)]
-                charges.setdefault(name, []).append(paid)
-        evidence = quality.Evidence.of(table)
-        inside += [_inside(evidence, model) for model in models]
-    _print(charges)
+                paid = [float(model.regrets[order[: k + 1]].min()) for k in range(K)]
+                regrets.setdefault(name, []).append(paid)
+        learned = quality.QualityModel.of(table)
+        inside += [_inside(learned, model) for model in models]
+    _print(regrets)
     print(f"80 % intervals hold {np.mean(inside):.1%} of the left-out cells")
-    for name, of_models in charges.items():
+    for name, of_models in regrets.items():
         for k in range(K):
             mean = statistics.mean(row[k] for row in of_models)
             bar = BARS.get(k + 1, 1.0) if name == "advisor" else 1.0
@@ -144,8 +144,8 @@ def _read(path: Path) -> tuple[TrialTable, list[Model]]:
         own = table.take(table.column("group") == code)
         nll = np.where(own.diverged, np.nan, own.scores[:, 0])
         best, worst = np.nanmin(nll), np.nanmax(nll)
-        charges = np.where(np.isnan(nll), 1.0, (nll - best) / max(worst - best, 1e-12))
-        models.append(Model(names[str(own.ids[0])], own.rows, charges))
+        regrets = np.where(np.isnan(nll), 1.0, (nll - best) / max(worst - best, 1e-12))
+        models.append(Model(names[str(own.ids[0])], own.rows, regrets))
     return table, models
 
 
@@ -170,28 +170,28 @@ def _policies(tested: Sequence[Model], *, quick: bool) -> dict[str, Policy]:
 
 def _random(model: Model) -> list[float]:
     """Expected least of k cells drawn without replacement."""
-    charges = np.sort(model.charges)
-    n = len(charges)
+    regrets = np.sort(model.regrets)
+    n = len(regrets)
     expectation = []
     left = np.arange(n, 0, -1.0)  # cells that are no better than the one at this place
     chance = np.ones(n)
     for k in range(1, K + 1):
         chance = chance * np.maximum(left - (k - 1), 0.0) / (n - k + 1)
         at_least = np.append(chance, 0.0)
-        expectation.append(float(charges @ (at_least[:-1] - at_least[1:])))
+        expectation.append(float(regrets @ (at_least[:-1] - at_least[1:])))
     return expectation
 
 
 def _constants(tested: Sequence[Model], model: Model) -> list[int]:
     cells = np.unique(np.concatenate([other.cells for other in tested]), axis=0)
-    mean = np.mean([other.charges[_nearest_cells(other, cells)] for other in tested], axis=0)
+    mean = np.mean([other.regrets[_nearest_cells(other, cells)] for other in tested], axis=0)
     return _distinct(_nearest_cells(model, cells[np.argsort(mean, kind="stable")]))
 
 
 def _portfolio(others: Sequence[Model], model: Model) -> list[int]:
     cells = np.unique(np.concatenate([other.cells for other in others]), axis=0)
-    charges = np.array([other.charges[_nearest_cells(other, cells)] for other in others])
-    order = quality.choose(charges, len(cells))
+    regrets = np.array([other.regrets[_nearest_cells(other, cells)] for other in others])
+    order = quality.choose_complementary(regrets, len(cells))
     return _distinct(_nearest_cells(model, cells[order]))
 
 
@@ -214,14 +214,16 @@ def _nearest(others: Sequence[Model], _: TrialTable, model: Model) -> list[int]:
         values: Array = np.nan_to_num(one.rows[0, places], nan=0.5)
         return values
 
-    def likeness(other: Model) -> float:
+    def similarity(other: Model) -> float:
         same = facts(other) == facts(model)
         size = np.abs(facts(other) - facts(model))[:2].sum()
         return float(np.exp(-size) * (1 + 2 * same[-2] + 2 * same[-1]))
 
-    weights = np.array([likeness(other) for other in others])
-    charges = np.array([other.charges[_nearest_cells(other, model.cells)] for other in others])
-    return quality.choose(np.repeat(charges, np.ceil(10 * weights).astype(int), axis=0), K)
+    weights = np.array([similarity(other) for other in others])
+    regrets = np.array([other.regrets[_nearest_cells(other, model.cells)] for other in others])
+    return quality.choose_complementary(
+        np.repeat(regrets, np.ceil(10 * weights).astype(int), axis=0), K
+    )
 
 
 def _trees(others: Sequence[Model], _: TrialTable, model: Model) -> list[int]:
@@ -229,55 +231,56 @@ def _trees(others: Sequence[Model], _: TrialTable, model: Model) -> list[int]:
 
     rows = np.concatenate([other.rows for other in others])
     varies = (rows != rows[0]).any(axis=0) & ~np.isnan(rows).all(axis=0)
-    charges = np.concatenate([other.charges for other in others])
+    regrets = np.concatenate([other.regrets for other in others])
     predicted = []
     for quantile in QUANTILES:
         trees = HistGradientBoostingRegressor(
             loss="quantile", quantile=quantile, max_iter=200, min_samples_leaf=5, random_state=0
-        ).fit(rows[:, varies], charges)
+        ).fit(rows[:, varies], regrets)
         predicted.append(trees.predict(model.rows[:, varies]))
     low, middle, high = np.clip(np.array(predicted), 0.0, 1.0)
     # A draw from a normal distribution with the tree's 80 % interval, cells on their own.
     deviation = np.maximum(high - low, 1e-3) / 2.563
     normal = np.random.default_rng(0).standard_normal((1024, len(middle)))
-    return quality.choose(np.clip(middle + normal * deviation, 0.0, 1.0), K)
+    return quality.choose_complementary(np.clip(middle + normal * deviation, 0.0, 1.0), K)
 
 
 def _rules(model: Model) -> list[int]:
-    evidence = quality.Evidence({}, Parameters.expected(COLUMNS))
-    return _chosen(evidence, model)
+    return _chosen(quality.QualityModel({}, Hyperparameters.expected(COLUMNS)), model)
 
 
 def _advisor(table: TrialTable, model: Model) -> list[int]:
-    return _chosen(quality.Evidence.of(table), model)
+    return _chosen(quality.QualityModel.of(table), model)
 
 
 def _flat(table: TrialTable, model: Model) -> list[int]:
-    expected = quality.expected
-    quality.expected = lambda rows: np.full(len(rows), 0.4)
+    prior_mean = quality.prior_mean
+    quality.prior_mean = lambda rows: np.full(len(rows), 0.4)
     try:
-        return _chosen(quality.Evidence.of(table), model)
+        return _chosen(quality.QualityModel.of(table), model)
     finally:
-        quality.expected = expected
+        quality.prior_mean = prior_mean
 
 
-def _chosen(evidence: quality.Evidence, model: Model) -> list[int]:
+def _chosen(learned: quality.QualityModel, model: Model) -> list[int]:
     scenario = dict(zip(COLUMNS.names, model.rows[0].tolist(), strict=True))
-    return quality.choose(quality.draws(evidence.near(scenario).process, model.rows), K)
+    return quality.choose_complementary(
+        quality.sample_regrets(learned.posterior(scenario).process, model.rows), K
+    )
 
 
-def _inside(evidence: quality.Evidence, model: Model) -> float:
-    """Share of the model's cells whose charge lies in its 80 % interval."""
+def _inside(learned: quality.QualityModel, model: Model) -> float:
+    """Return the share of the model's cells whose regret lies in its 80 % interval."""
     scenario = dict(zip(COLUMNS.names, model.rows[0].tolist(), strict=True))
-    charges = quality.draws(evidence.near(scenario).process, model.rows, measured=True)
-    low, high = np.quantile(charges, [0.1, 0.9], axis=0)
-    return float(((model.charges >= low) & (model.charges <= high)).mean())
+    regrets = quality.sample_regrets(learned.posterior(scenario).process, model.rows, measured=True)
+    low, high = np.quantile(regrets, [0.1, 0.9], axis=0)
+    return float(((model.regrets >= low) & (model.regrets <= high)).mean())
 
 
-def _print(charges: dict[str, list[list[float]]]) -> None:
+def _print(regrets: dict[str, list[list[float]]]) -> None:
     head = "".join(f"{f'k={k + 1}':>8}{'median':>8}{'max':>8}" for k in range(K))
     print(f"{'policy':12}{head}")
-    for name, paid in charges.items():
+    for name, paid in regrets.items():
         columns = np.array(paid).T
         figures = [f(column) for column in columns for f in (np.mean, np.median, np.max)]
         print(f"{name:12}" + "".join(f"{value:8.4f}" for value in figures))

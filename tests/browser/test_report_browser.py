@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rayfin.advisor.marks import LIGHT
+from rayfin.advisor.chart_marks import LIGHT
 from rayfin.config import load_config
 from rayfin.evaluation import Sample, write_sweep_report
 from rayfin.history.record import TrialRecord

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from rayfin.advisor import knowledge
 from rayfin.advisor.estimate import Estimate, estimate
-from rayfin.advisor.measured import LengthFacts, Measured, measured_from
+from rayfin.advisor.measurements import LengthFacts, MeasuredTrial, measured_from
 from rayfin.advisor.memory import memory_of, teaching_memory
-from rayfin.advisor.seconds import flops_per_token
+from rayfin.advisor.step_time import flops_per_token
 from rayfin.cli import estimate as verb
 from rayfin.cli.parser import Parser
 from rayfin.config import Config, MethodConfig, ModelConfig, build_config
@@ -518,7 +518,7 @@ def test_trials_correct_the_estimate_and_narrow_it() -> None:
 
 @pytest.mark.parametrize("left_out", range(len(MEASURED)), ids=lambda row: str(MEASURED[row][:2]))
 def test_measured_trials_are_foreseen_within_a_quarter(left_out: int) -> None:
-    def measured(row: int) -> Measured:
+    def measured(row: int) -> MeasuredTrial:
         method, batch, eval_batch, steps, mean, p95, most, share, peak = MEASURED[row]
         lengths = {
             "tokens_per_sample_mean": mean,

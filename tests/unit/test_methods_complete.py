@@ -18,8 +18,8 @@ from pydantic import create_model
 from rayfin import methods
 from rayfin.advisor import Scenario
 from rayfin.advisor.candidates import ScenarioFacts, candidates
+from rayfin.advisor.chart_marks import MARKS, mark_number
 from rayfin.advisor.features import setting_row
-from rayfin.advisor.marks import MARKS, look_of
 from rayfin.advisor.memory import memory_of
 from rayfin.advisor.practice import learning_rate
 from rayfin.cli.completion import SettingsCompleter
@@ -53,7 +53,7 @@ def lacks(name: str) -> Iterator[str]:
     beside = [other for other in METHODS.values() if other.coordinates == method.coordinates]
     if len(beside) > 1:
         yield "coordinates of its own"
-    if method.order >= len(MARKS) or [look_of(n) for n in METHODS].count(look_of(name)) > 1:
+    if method.order >= len(MARKS) or [mark_number(n) for n in METHODS].count(mark_number(name)) > 1:
         yield "a colour and mark of its own"
     if not method.changes_base and not re.search(r"\(.* \d{4}, arXiv", method.__doc__ or ""):
         yield "a docstring with its paper"

@@ -15,9 +15,9 @@ import pytest
 from rayfin.advisor import Scenario, practice
 from rayfin.advisor.answer import Recommendation
 from rayfin.advisor.knowledge import Knowledge
-from rayfin.advisor.quality import Evidence, draws
+from rayfin.advisor.quality_model import QualityModel, sample_regrets
 from rayfin.advisor.recommendation import LEARNED, ScenarioFacts, recommend
-from rayfin.advisor.table import TrialTable, groups_of
+from rayfin.advisor.trial_table import TrialTable, group_by_scenario
 from rayfin.config import build_config
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
@@ -135,7 +135,7 @@ def test_trials_outweigh_the_rules_where_they_say_otherwise(
         assert answer.relevance > 0.9  # they tried one method, and of that they say all
         assert first.method == "lora"
         assert first.settings["train.learning_rate"] == pytest.approx(BEST_RATE, rel=0.6)
-        assert first.trials and all(basis.likeness <= 1.0 for basis in first.trials)
+        assert first.trials and all(basis.similarity <= 1.0 for basis in first.trials)
         assert first.trials[0].trial_id.startswith(
             "smollm2" if name == BETWEEN.name else SMOLLM2.name
         )
@@ -148,17 +148,17 @@ def test_what_never_diverged_is_not_said_to(known: dict[str, Recommendation]) ->
     # The worst setting of a scenario is charged in full, as if it had.
     assert known[SMOLLM2.name].choices[0].predictions.divergence < 0.1
     records = [record for record in history() if record.status == "finished"]
-    evidence = Evidence.of(TrialTable.of(records))
-    near = evidence.near(place().columns())
-    (group, *_) = evidence.groups.values()
+    model = QualityModel.of(TrialTable.of(records))
+    near = model.posterior(place().columns())
+    (group, *_) = model.groups.values()
     assert not near.divergence(group.rows).any()
-    assert group.charges.max() == 1.0
+    assert group.regrets.max() == 1.0
 
 
 def test_what_diverged_is_said_to() -> None:
-    evidence = Evidence.of(TrialTable.of(history()))
-    group = evidence.groups[place(OTHER).columns()["group"]]
-    chances = evidence.near(place(OTHER).columns()).divergence(group.rows)
+    model = QualityModel.of(TrialTable.of(history()))
+    group = model.groups[place(OTHER).columns()["group"]]
+    chances = model.posterior(place(OTHER).columns()).divergence(group.rows)
     assert chances[group.diverged == 1.0].min() > 0.5
     assert chances[group.diverged == 0.0].max() < 0.3
 
@@ -205,7 +205,7 @@ def test_a_history_of_failures_alone_leaves_it_to_the_rules() -> None:
     assert answer.choices[0].settings == answered([]).choices[0].settings
 
 
-def test_one_trial_is_no_evidence() -> None:
+def test_one_trial_is_not_enough() -> None:
     assert_rules(answered([trial("only")]))
 
 
@@ -367,12 +367,12 @@ def test_hundreds_of_copies_of_a_trial_do_not_sway(
 
 def test_a_million_rows_that_repeat_a_tables_do_not_sway_its_groups() -> None:
     table = TrialTable.of(history())
-    once = groups_of(table)
+    once = group_by_scenario(table)
     copies = np.concatenate([np.arange(len(table)), np.full(1_000_000, 1)])
-    often = groups_of(table.take(copies))
+    often = group_by_scenario(table.take(copies))
     assert once.keys() == often.keys()
     for key, group in once.items():
-        assert often[key].charges == pytest.approx(group.charges)
+        assert often[key].regrets == pytest.approx(group.regrets)
         assert np.array_equal(often[key].rows, group.rows, equal_nan=True)
         assert often[key].counts.max() <= 4
 
@@ -465,8 +465,8 @@ def test_a_configuration_that_says_it_all_is_the_only_choice() -> None:
 
 
 def test_choices_of_a_process_that_saw_little_are_spread() -> None:
-    near = Evidence.of(TrialTable.of([])).near(place().columns())
-    rows = next(iter(groups_of(TrialTable.of(history())).values())).rows
-    charges = draws(near.process, rows, measured=True)
-    assert charges.min() >= 0.0 and charges.max() <= 1.0
-    assert np.quantile(charges, 0.9, axis=0).min() > np.quantile(charges, 0.1, axis=0).max()
+    near = QualityModel.of(TrialTable.of([])).posterior(place().columns())
+    rows = next(iter(group_by_scenario(TrialTable.of(history())).values())).rows
+    regrets = sample_regrets(near.process, rows, measured=True)
+    assert regrets.min() >= 0.0 and regrets.max() <= 1.0
+    assert np.quantile(regrets, 0.9, axis=0).min() > np.quantile(regrets, 0.1, axis=0).max()

@@ -65,27 +65,27 @@ def cache(tmp_path: Path) -> Path:
 def learnings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of groups that parameters were learned from: one a time that it happens."""
     times: list[int] = []
-    learned = module.learned
+    learned = module.fit_hyperparameters
 
     def counted(groups: Any, start: Any = None) -> Any:
         times.append(len(groups))
         return learned(groups, start)
 
-    monkeypatch.setattr(module, "learned", counted)
+    monkeypatch.setattr(module, "fit_hyperparameters", counted)
     monkeypatch.setattr(module, "_reference", lambda: b"")
     monkeypatch.setattr(module, "_reference_notes", dict)
     return times
 
 
 def equal(one: Knowledge, other: Knowledge) -> bool:
-    groups, others = one.evidence.groups, other.evidence.groups
+    groups, others = one.quality_model.groups, other.quality_model.groups
     return (
-        dict(one.evidence.parameters.values) == dict(other.evidence.parameters.values)
+        dict(one.quality_model.parameters.values) == dict(other.quality_model.parameters.values)
         and list(one.ids) == list(other.ids)
         and groups.keys() == others.keys()
         and all(
             np.array_equal(groups[key].rows, others[key].rows, equal_nan=True)
-            and np.array_equal(groups[key].charges, others[key].charges)
+            and np.array_equal(groups[key].regrets, others[key].regrets)
             for key in groups
         )
         and list(one.measured) == list(other.measured)
@@ -145,7 +145,7 @@ def test_an_empty_history_is_known_to_be(tmp_path: Path, cache: Path) -> None:
     with History.open(f"sqlite:///{tmp_path / 'empty.sqlite'}") as empty:
         for _ in range(2):
             found = knowledge_of(empty, cache=cache)
-            assert (found.trials, list(found.ids), dict(found.evidence.groups)) == (0, [], {})
+            assert (found.trials, list(found.ids), dict(found.quality_model.groups)) == (0, [], {})
 
 
 def broken(text: str) -> list[bytes]:
@@ -201,11 +201,13 @@ def test_a_broken_cache_is_made_anew(history: History, cache: Path, learnings: l
 
 def equal_but_for_luck(one: Knowledge, other: Knowledge) -> bool:
     """Parameters that are learned from a start of their own end a little beside each other."""
-    assert one.evidence.parameters.values == pytest.approx(
-        dict(other.evidence.parameters.values), abs=0.2
+    assert one.quality_model.parameters.values == pytest.approx(
+        dict(other.quality_model.parameters.values), abs=0.2
     )
-    evidence = type(one.evidence)(one.evidence.groups, other.evidence.parameters)
-    return equal(Knowledge(**(vars(one) | {"evidence": evidence})), other)
+    quality_model = type(one.quality_model)(
+        one.quality_model.groups, other.quality_model.parameters
+    )
+    return equal(Knowledge(**(vars(one) | {"quality_model": quality_model})), other)
 
 
 def test_a_cache_that_can_not_be_written_is_done_without(
@@ -214,7 +216,7 @@ def test_a_cache_that_can_not_be_written_is_done_without(
     cache.write_text("not a directory")
     for _ in range(2):
         found = knowledge_of(history, cache=cache)
-        assert found.trials == COUNT and len(found.evidence.groups) == 1
+        assert found.trials == COUNT and len(found.quality_model.groups) == 1
     assert learnings == [1, 1]
 
 
@@ -277,8 +279,8 @@ def test_what_is_merged_is_seen_though_it_is_old(history: History, cache: Path) 
     changed = trial(3, updated_at=trial(5).updated_at, metrics={"eval_loss": 9.0, "steps": 60})
     assert history.merge([changed]).replaced == 1
     new = knowledge_of(history, cache=cache)
-    (before,), (after,) = old.evidence.groups.values(), new.evidence.groups.values()
-    assert not np.array_equal(before.charges, after.charges)
+    (before,), (after,) = old.quality_model.groups.values(), new.quality_model.groups.values()
+    assert not np.array_equal(before.regrets, after.regrets)
 
 
 WRITER = """
@@ -344,7 +346,7 @@ def test_what_was_kept_by_other_rules_is_not_gone_on_with(
     kept["parameters"]["amplitude.size"] = -3.19
     notes.write_text(json.dumps(kept))
     found = knowledge_of(history, cache=cache)
-    assert found.evidence.parameters.values["amplitude.size"] > -2.0
+    assert found.quality_model.parameters.values["amplitude.size"] > -2.0
     assert learnings == [1, 1]
 
 
@@ -398,5 +400,5 @@ def test_only_some_trials_of_a_kind_are_kept_for_the_estimates() -> None:
         scenario = {"model": value, "hardware": value}
         rows.append(trial(100 + n, scenario=scenario, spec={"method": value}))
     rows.append(trial(200, scenario=trial(1).scenario | {"source": "csv"}))
-    kept = module._telling(rows)
+    kept = module._informative(rows)
     assert [row.trial_id for row in kept] == [f"t{n}" for n in range(39, 27, -1)]

@@ -1,4 +1,4 @@
-"""What to train for a scenario: rules, for when no trial has anything to say."""
+"""Recommend what to train in a scenario, from past trials or else by rules."""
 
 from rayfin.advisor.rules import RULES, Rule, recommend_text, rule_for
 from rayfin.advisor.scenario import Scenario

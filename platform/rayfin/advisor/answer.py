@@ -1,83 +1,92 @@
-"""A recommendation, as `rayfin recommend --json` prints it."""
+"""The schema of a recommendation, as `rayfin recommend --json` prints it."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+class _Schema(BaseModel):
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_by_name=True,
+        serialize_by_alias=True,
+    )
 
 
-class Range(_Part):
-    """An expected value, and bounds that hold it four times in five."""
+class Range(_Schema):
+    """An expected value and the bounds of its 80 % interval."""
 
     low: float
     expected: float
     high: float
 
 
-class Predictions(_Part):
-    """What a run is expected to come to."""
+class Predictions(_Schema):
+    """What is predicted of a run."""
 
     shortfall: Range
-    """Of the way from the best that is known for the scenario (0) to the worst (1)."""
+    """The regret: 0 is the best score known in the scenario, 1 the worst."""
     divergence: float | None
-    """Probability that the training diverges; None where no trial tells."""
+    """The probability that the training diverges, or null where no trial tells."""
     memory_bytes: Range
-    """At the peak, of one worker."""
+    """The peak memory of one worker, in bytes."""
     train_seconds: Range
-    """Of the optimizer steps."""
+    """The time of all optimizer steps, in seconds."""
     first_token_ms: Range
-    """From a request to its first token, when the adapter is served on the same hardware."""
+    """The milliseconds from a request to its first token, if served on the same hardware."""
 
 
-class Feasibility(_Part):
-    """None where it was not asked, or the interval does not tell; never false in a choice."""
+class Feasibility(_Schema):
+    """Whether a run keeps within limits; null where there is none, or the interval does not tell.
+
+    None of them is false in a choice.
+    """
 
     memory: bool | None
-    """Whether it fits the device."""
+    """Whether the run fits the device's memory."""
     budget: bool | None
-    """Whether it ends within budget_hours."""
+    """Whether the run ends within budget_hours."""
     latency: bool | None
-    """Whether it answers within latency_target_ms."""
+    """Whether the adapter answers within latency_target_ms."""
 
 
-class Basis(_Part):
+class SupportingTrial(_Schema):
     """A trial that a prediction rests on."""
 
     trial_id: str
-    likeness: float
-    """To what is recommended, setting and scenario together: at most 1."""
+    similarity: float = Field(alias="likeness")
+    """The similarity to what is recommended, of setting and scenario together: at most 1."""
     summary: str
-    """What was run, on what, and what it came to."""
+    """The trial's setting, scenario and score, in one line."""
     reference: bool
-    """Whether it comes with rayfin, and is not in the history."""
+    """Whether the trial comes with rayfin and is not in the history."""
 
 
-class Choice(_Part):
-    """One configuration, and all that speaks for and against it."""
+class Choice(_Schema):
+    """A recommended configuration, with its predictions, reasons and risks."""
 
     rank: int
-    """1 for the one to run first; each next one covers for where those before it go wrong."""
+    """1 for the one to run first; each next one covers for the cases where those before it fail."""
     method: str
     settings: dict[str, Any]
-    """Dotted settings that are not the given configuration's."""
+    """The dotted settings that differ from the given configuration."""
     config: dict[str, Any]
-    """All of the configuration: `rayfin train` runs it as it is."""
+    """The whole configuration, which `rayfin train` runs as it is."""
     predictions: Predictions
     feasibility: Feasibility
-    trials: list[Basis]
-    """The most alike first; empty where the rules alone speak."""
+    trials: list[SupportingTrial]
+    """The trials that the predictions rest on, the most similar first; empty for `rules`."""
     reasons: list[str]
     risks: list[str]
     deployment: str
 
 
-class Point(_Part):
-    """A candidate in the picture of quality against cost."""
+class TradeOffPoint(_Schema):
+    """A candidate in the chart of shortfall against training time."""
 
     method: str
     settings: dict[str, Any]
@@ -85,25 +94,27 @@ class Point(_Part):
     train_seconds: float
     memory_bytes: float
     front: bool
-    """Whether none is better in one and no worse in the other (Pareto)."""
+    """Whether the candidate is on the Pareto front of shortfall and training time."""
 
 
-class Recommendation(_Part):
-    """What to run in a scenario, and how sure that is."""
+class Recommendation(_Schema):
+    """What to run in a scenario, and what that rests on."""
 
     source: Literal["rules", "learned"]
-    """`learned` where trials tell which settings are better; `rules` where they don't."""
+    """`learned` where trials tell which settings are better, else `rules`."""
     relevance: float
-    """Share of the doubt about which settings are better that trials have taken away: 0 to 1."""
+    """How much trials say about which settings are better: the share of the variance of their
+    differences that trials have removed, 0 to 1."""
     explanation: str
-    """What it rests on, for people."""
+    """What the recommendation rests on, as a sentence."""
     rule: str
-    """What the rules say to the scenario."""
+    """The rules' recommendation for the scenario."""
     scenario: dict[str, Any]
     trials: int
-    """In the history."""
+    """The number of trials in the history."""
     choices: list[Choice]
-    """What fits the memory, the budget and the latency, or may; empty where nothing does."""
+    """The recommended configurations, which keep within memory, budget and latency, or may; empty
+    where nothing does."""
     nothing_fits: str | None
-    """Where there is no choice: why, and what would fit, in one line."""
-    points: list[Point]
+    """Why there is no choice, and what would fit, in one line; null where there is one."""
+    points: list[TradeOffPoint]

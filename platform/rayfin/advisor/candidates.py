@@ -1,4 +1,4 @@
-"""Full configurations that could be run in a scenario: what the advisor chooses from."""
+"""The complete configurations that could be run in a scenario, from which the advisor chooses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayfin.advisor import practice
-from rayfin.advisor.features import data_row, model_row, place_codes
+from rayfin.advisor.features import category_codes, data_row, model_row
 from rayfin.advisor.rules import rule_for
 from rayfin.advisor.scenario import Scenario
 from rayfin.config import Config, with_values
@@ -21,27 +21,28 @@ from rayfin.training.strategies import check_scaling
 from rayfin.tuning.preflight import check_positions
 
 _RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)
-"""Of practice's learning rate; a factor of two is as near as anybody can tell apart."""
+"""Factors on practice's learning rate; less than a factor of two makes no noticeable difference."""
 _CAPACITIES = (1 / 4, 1.0, 4.0)
-"""Of practice's rank, or number of virtual tokens."""
+"""Factors on practice's rank, or number of virtual tokens."""
 _SECTIONS = ("model", "data", "method", "train", "scaling")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A configuration, and what of it is not the base configuration's."""
+    """A configuration, and what of it differs from the base configuration."""
 
     config: Config
     settings: Mapping[str, Any]
-    """Dotted setting -> value."""
+    """The dotted settings that differ, with their values."""
 
     @property
     def method(self) -> str:
+        """The name of the method."""
         return self.config.method.type
 
 
-def given(config: Config) -> dict[str, Any]:
-    """The dotted settings that a configuration's file and overrides named: they are kept."""
+def given_settings(config: Config) -> dict[str, Any]:
+    """Return the dotted settings that a configuration's file or overrides named, which are kept."""
     found: dict[str, Any] = {}
     for name in _SECTIONS:
         section = getattr(config, name)
@@ -55,33 +56,33 @@ def given(config: Config) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ScenarioFacts:
-    """What a recommendation is for: the scenario, and the facts that its predictions need."""
+    """A scenario, with the facts about its model, hardware and data that predictions need."""
 
     scenario: Scenario
     facts: ModelFacts
     hardware: Hardware
     profile: Mapping[str, Any] | None = None
-    """The profile of the data, as records hold it; what is not known of it may be missing."""
+    """The profile of the data, as records hold it; unknown entries may be missing."""
 
     def columns(self) -> dict[str, float]:
-        """Those of the scenario, in the learned model's rows."""
+        """Return the scenario's columns in the rows of the learned model."""
         name = self.facts.identity
         return (
             model_row(name, self.facts.as_dict())
             | data_row(self.profile or {"rows_train": self.scenario.dataset_rows})
-            | place_codes(self.profile or {}, name)
+            | category_codes(self.profile or {}, name)
         )
 
 
 def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
-    """Variants of `base` for `known`: methods, learning rates and ranks around practice's.
+    """Return variants of `base`: methods, and learning rates and ranks around practice's.
 
-    What `base` was given is kept in all of them; of the rest, practice decides what the advisor
-    does not (batch, length, checkpointing by the memory). Those that can't run there are left out;
-    ConfigError where none is left.
+    All of them keep the given settings of `base`. Practice decides the rest that the advisor does
+    not (batch size, length, checkpointing, by the memory). Variants that can't run are left out;
+    raises ConfigError where none is left.
     """
     scenario = known.scenario
-    fixed = given(base)
+    fixed = given_settings(base)
     found: dict[str, Candidate] = {}
     refused: RayfinError | None = None
     for method in methods_for(fixed, scenario):
@@ -108,11 +109,11 @@ def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
     return list(found.values())
 
 
-def tighter(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Changes to `option` that take less memory, those that cost least first; `fixed` is kept.
+def memory_savings(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield changes to a candidate that save memory, the cheapest first; `fixed` settings are kept.
 
-    A step's samples stay the same: fewer are scored at once, fewer are trained on at once, then
-    activations are recomputed, and then the weights have 4 bits.
+    The samples of a step stay the same: fewer are scored at once, fewer are trained on at once,
+    then activations are recomputed, and then the weights are quantised to 4 bits.
     """
     method, train = option.config.method, option.config.train
     bits: list[dict[str, Any]] = [{}]
@@ -142,15 +143,15 @@ def tighter(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, A
             yield changes
 
 
-def changed(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
-    """`option` with dotted settings changed; one that needs no check besides that of the values."""
+def with_changes(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
+    """Return a candidate with dotted settings changed; only the values are checked again."""
     if not changes:
         return option
     return Candidate(with_values(option.config, changes), {**option.settings, **changes})
 
 
 def _within_positions(config: Config, facts: ModelFacts, fixed: Mapping[str, Any]) -> Config:
-    """With samples cut to what the model has positions for, where their length was not given."""
+    """Return the configuration with samples cut to the model's positions, unless that was given."""
     has = facts.max_position_embeddings
     room = config.data.max_length if has is None else has - config.method.positions
     if "data.max_length" in fixed or config.data.max_length <= room:
@@ -159,7 +160,7 @@ def _within_positions(config: Config, facts: ModelFacts, fixed: Mapping[str, Any
 
 
 def _check_workers(config: Config, hardware: Hardware) -> None:
-    """Raises ConfigError for more workers than GPUs: no two of them share one."""
+    """Raise ConfigError for more workers than GPUs, as no two workers share one."""
     workers, devices = config.scaling.num_workers, hardware.device_count
     if hardware.device == "cuda" and workers > devices:
         raise ConfigError(
@@ -170,7 +171,7 @@ def _check_workers(config: Config, hardware: Hardware) -> None:
 
 
 def methods_for(fixed: Mapping[str, Any], scenario: Scenario) -> Sequence[str]:
-    """The method that was asked for; else the rules' first, and then all others that may do."""
+    """Return the given method, or else the rules' methods, then all others that are served."""
     if "method.type" in fixed:
         return [str(fixed["method.type"])]
     rule = rule_for(scenario).methods or ("lora",)

@@ -1,4 +1,4 @@
-"""A configuration to start from, made from one's own data; every line says what it sets."""
+"""Draft a sweep's configuration from the user's own data, with a comment on every setting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rayfin.advisor import practice
-from rayfin.advisor.candidates import given
+from rayfin.advisor.candidates import given_settings
 from rayfin.advisor.rules import rule_for
 from rayfin.advisor.scaffold import TRIALS, axes
 from rayfin.advisor.scenario import Scenario
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from rayfin.data import Corpus
 
 _SAMPLED = 2000
-"""Samples that are tokenised: the first ones, whose order is a random one."""
+"""The number of samples that are tokenised: the first ones, as their order is random."""
 _STEP = 32
-"""max_length is a multiple of it, so that a few more words don't make another setting."""
+"""max_length is a multiple of this, so that a few more words don't change the setting."""
 _FEWEST_STEPS, _MOST_STEPS = 30, 500
 _VIRTUAL = "method.num_virtual_tokens"
 _SECTIONS = ("model", "data", "method", "train", "scaling")
@@ -43,7 +43,7 @@ _SECTIONS = ("model", "data", "method", "train", "scaling")
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """Tokens of the sampled data at full length, prompt and answer together."""
+    """The lengths of samples in tokens before any cut, prompt and answer together."""
 
     samples: int
     p50: int
@@ -52,28 +52,28 @@ class SampleLengths:
 
     @classmethod
     def of(cls, lengths: Sequence[int]) -> SampleLengths:
-        """`lengths` must not be empty."""
+        """Summarise lengths, of which there must be at least one."""
         ordered = sorted(lengths)
         last = len(ordered) - 1
         return cls(len(ordered), ordered[last // 2], ordered[round(0.95 * last)], ordered[-1])
 
     def within(self, most: int) -> int:
-        """The max_length that cuts no sample, if `most` tokens are enough for it.
+        """Return the max_length that cuts no sample, if `most` tokens are enough for that.
 
-        Else it is `most`, or the 95th percentile where that is more.
+        Otherwise it is `most`, or the 95th percentile if that is more.
         """
         wanted = self.longest if self.longest <= most else max(self.p95, most)
         return max(_STEP, math.ceil(wanted / _STEP) * _STEP)
 
 
 def draft(config: Config, corpus: Corpus, *, name: str) -> str:
-    """YAML of a sweep over `corpus`, with a comment for every setting.
+    """Return the YAML of a sweep over a corpus, with a comment on every setting.
 
-    What `config` was given is kept; practice (`rayfin.advisor.practice`) decides the rest for
-    this machine, and the data's measured lengths decide max_length. `name` is the adapter's.
-    Raises ConfigError, MethodError or ModelError for what can't work together.
+    The given settings of `config` are kept; practice (`rayfin.advisor.practice`) decides the rest
+    for this machine, and the measured lengths of the data decide max_length. `name` is the
+    adapter's. Raises ConfigError, MethodError or ModelError for settings that can't work together.
     """
-    kept = given(config)
+    kept = given_settings(config)
     facts = describe_model(config.model)
     lengths = _lengths(config, corpus)
     scenario = Scenario.detect(
@@ -143,7 +143,7 @@ def _lengths(config: Config, corpus: Corpus) -> SampleLengths:
 
 
 def _rows(corpus: Corpus) -> int:
-    """Training samples; of streamed data all of them, and not the sample that stands for them."""
+    """Return the number of training samples, all of them for streamed data, too."""
     return sum(corpus.stream.rows) if corpus.stream is not None else len(corpus.train)
 
 

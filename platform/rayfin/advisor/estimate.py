@@ -1,4 +1,4 @@
-"""Memory, time and cost of a trial before it runs: formulas, corrected by what trials measured."""
+"""Estimate a trial's memory, time and cost by formulas, corrected by what trials measured."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rayfin.advisor.measured import LengthFacts, Machine, Measured
+from rayfin.advisor.measurements import LengthFacts, Machine, MeasuredTrial
 from rayfin.advisor.memory import MemoryParts
-from rayfin.advisor.reach import is_toy
+from rayfin.advisor.model_sizes import is_toy
 from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
@@ -24,58 +24,61 @@ if TYPE_CHECKING:
 _Z80 = 1.2816  # standard deviations to either side of a normal's middle 80 %
 
 _SPREAD = {"cpu": 0.3, "cuda": 0.4}
-"""Standard deviation of log(measured / formula) of memory where nothing was measured: the formula
-is within 30 % of what the trials it was made with held on CPU; on CUDA it is untested."""
+"""The standard deviation of log(measured / formula) of memory before any measurement: on CPU the
+formula is within 30 % of the trials that it was made with; on CUDA it is untested."""
 
 _TIME_SPREAD = 0.9
-"""The same of seconds: a factor of three, as processors and their load differ."""
+"""The same for seconds: a factor of three, as processors and their load differ."""
 
 _ABSURD = math.log(30)
-"""A row this far from the formula measured something else, or nothing."""
+"""A trial this far from the formula, as a logarithm, measured something else, or nothing."""
 
 _CUDA_RESERVE = 1 * 2**30
-"""Of a GPU's memory: its context and what fragmentation leaves unusable."""
+"""The bytes of a GPU's memory that its context and fragmentation make unusable."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An expected value, and the bounds that hold it four times in five."""
+    """An expected value and the bounds of its 80 % interval."""
 
     low: float
     expected: float
     high: float
 
     def times(self, factor: float) -> Interval:
+        """Return the interval scaled by a factor."""
         return Interval(self.low * factor, self.expected * factor, self.high * factor)
 
     def at_least(self, least: float) -> Interval:
+        """Return the interval with no value below `least`."""
         return Interval(max(self.low, least), max(self.expected, least), max(self.high, least))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What training a configuration takes on one machine; memory is a worker's."""
+    """What training a configuration takes on one machine; memory is that of one worker."""
 
     parts: MemoryParts
-    """Bytes by the formula alone."""
+    """The bytes by the formula alone."""
     memory: Interval
-    """Bytes at the peak, corrected by what trials measured."""
+    """The peak in bytes, corrected by what trials measured."""
     seconds: Interval
-    """Of the optimizer steps; loading and evaluations come on top."""
+    """The time of the optimizer steps; loading and evaluations come on top."""
     cost: Interval | None
     trials: int
-    """Measured trials on this kind of device, shared in this way, that corrected it."""
+    """The number of measured trials, on such a device with this strategy, that corrected it."""
     near_trials: int
-    """Those of them that had this model and this method."""
+    """The number of those that had this model and this method."""
     room: float
-    """Bytes of its device that are a worker's."""
+    """The bytes of the device that one worker can use."""
     fits: bool | None
-    """Whether that is enough; None where the interval does not tell."""
+    """Whether the memory is enough, or None where the interval does not tell."""
     strategy: str | None
-    """How several workers share the trial; None where one process holds all."""
+    """How several workers share the trial, or None where one process holds all."""
     strategy_why: str | None
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the estimate as JSON stores it."""
         return asdict(self)
 
 
@@ -84,17 +87,17 @@ def estimate(
     facts: ModelFacts,
     hardware: Hardware,
     *,
-    measured: Sequence[Measured] = (),
+    measured: Sequence[MeasuredTrial] = (),
     price_per_hour: float | None = None,
     tokens: int | None = None,
     profile: DataProfile | LengthFacts | None = None,
 ) -> Estimate:
-    """What training `config` on `hardware` takes, corrected by the trials in `measured`.
+    """Estimate what training `config` on `hardware` takes, corrected by the `measured` trials.
 
-    `profile` tells how long the samples are; without it all have `tokens`, or else
-    data.max_length, and a loss on every one. `price_per_hour` is that of all workers together,
-    which share the memory of `hardware` where that has no GPU. Raises ConfigError for numbers that
-    can't be meant.
+    `profile` tells how long the samples are; without it, all have `tokens` tokens, or else
+    data.max_length, with a loss on every token. `price_per_hour` is that of all workers together,
+    which share the memory of `hardware` if it has no GPU. Raises ConfigError for impossible
+    numbers.
     """
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise ConfigError(f"price_per_hour={price_per_hour} must be 0 or more, or left out")
@@ -104,7 +107,7 @@ def estimate(
     )
     config, why = _settled(config, facts, hardware)
     machine = Machine(hardware.device, hardware.device_name, hardware.cpu_count)
-    this = Measured(config, facts, machine, lengths)
+    this = MeasuredTrial(config, facts, machine, lengths)
     # What one process took says little of what several take that share; and a toy model's memory
     # and time are the interpreter's.
     alike = [
@@ -149,7 +152,7 @@ def estimate(
 
 
 def _settled(config: Config, facts: ModelFacts, hardware: Hardware) -> tuple[Config, str | None]:
-    """`config` with its strategy named as its workers would, and why that one."""
+    """Return the configuration with the strategy that its workers would choose, and the reason."""
     scaling = config.scaling
     if not needs_group(scaling):
         return config, None
@@ -161,13 +164,13 @@ def _settled(config: Config, facts: ModelFacts, hardware: Hardware) -> tuple[Con
     return config.model_copy(update={"scaling": named}), why
 
 
-def _sharing(trial: Measured) -> str | None:
+def _sharing(trial: MeasuredTrial) -> str | None:
     scaling = trial.config.scaling
     return scaling.strategy if needs_group(scaling) else None
 
 
-def _same(one: Measured, other: Measured) -> list[bool]:
-    """Whether they have the same model, and the same method over the same kind of weights."""
+def _same(one: MeasuredTrial, other: MeasuredTrial) -> list[bool]:
+    """Return whether two trials have the same model, and the same method over the same weights."""
     ways = [
         (c.method.type, c.method.quantization_bit, c.train.gradient_checkpointing)
         for c in (one.config, other.config)
@@ -178,15 +181,16 @@ def _same(one: Measured, other: Measured) -> list[bool]:
 def _corrected(
     formula: float, trials: Iterable[tuple[float | None, float, list[bool]]], spread: float
 ) -> Interval:
-    """The formula's value moved by the mean log error of measured trials, with an 80 % interval.
+    """Return the formula's value corrected by the mean log error of trials, with its 80 % interval.
 
-    Each of `trials`: what was measured, if it was, what the formula says of it, and what it has in
-    common, first what counts most. From the widest circle of trials to the nearest, each starts
-    from what the wider one found, as if that were one trial more: a few near trials count for more
-    than many far ones, none leave the formula as it is, and one moves it half of the way. Within a
-    circle a trial of the same size counts one, and one of twice or half the size half. The interval
-    is that of a normal distribution of the errors, by their scatter and the doubt about their mean;
-    before any trial its standard deviation is `spread`, and a half more for that doubt.
+    Each of `trials` is what was measured, what the formula says, and what the trial has in common
+    with this one, the most important first. The correction goes from all trials to the most similar
+    ones; each level starts from the mean of the level before, which counts as one trial. So a few
+    similar trials count for more than many others, no trial leaves the formula as it is, and one
+    trial moves it half of the way. Within a level a trial of the same size has weight 1, and one of
+    twice or half the size 1/2. The interval is that of a normal distribution of the errors, by
+    their scatter and the uncertainty of their mean; before any trial its standard deviation is
+    `spread`, increased by that uncertainty.
     """
     known = [
         (math.log(value / own), math.log2(own / formula), [*same, False].index(False))

@@ -1,4 +1,4 @@
-"""A trial, or a scenario with a setting, as the row of numbers that the learned model sees."""
+"""Turn trials and scenarios into the rows of numbers that the Gaussian process takes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from rayfin.advisor.names import facts_from_name
-from rayfin.advisor.process import Columns
+from rayfin.advisor.kernel import Columns
+from rayfin.advisor.model_names import facts_from_name
 from rayfin.history import TrialRecord
 from rayfin.history.record import finite
 from rayfin.methods import METHODS, capacities
@@ -31,7 +31,7 @@ COLUMNS = Columns(
         "size": {"parameters": 1.0, "active": 1.0, "tuned": 2.0, "width": 2.0},
         "data": {"rows": 1.5, "tokens": 2.0, "completion_share": 0.5},
     },
-    same=("brand", "generation", "task", "group"),
+    categorical=("brand", "generation", "task", "group"),
     # A history of one task or one model says nothing of what the others share with it: these are
     # then what an answer for another one rests on, and make its intervals wide.
     amplitudes={
@@ -44,7 +44,7 @@ COLUMNS = Columns(
     },
     common=0.3,
     group="group",
-    usual={
+    defaults={
         "capacity": 4.0,
         "scaling": 1.0,
         "targets": 1.0,
@@ -58,22 +58,21 @@ COLUMNS = Columns(
         "completion_share": 0.5,
     },
 )
-"""Sizes and rows in decades, tokens a sample in octaves, width in octaves beyond the usual."""
+"""The columns of a row: sizes and rows in decades, tokens per sample in octaves, width in octaves
+beyond the usual one. Their names are part of the cache's format."""
 
 _LINEAR_LAYERS = 7  # of a Llama-like block: query, key, value, output, gate, up, down
 
 
 def code(text: str) -> float:
-    """A number that stands for `text`: equal texts have equal ones, others almost never."""
+    """Return a number for a text: equal texts have equal numbers, different ones almost never."""
     return float(zlib.crc32(text.encode(errors="replace")))
 
 
 def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
-    """The columns of a trial's setting; None where no trial can have run with it.
+    """Return the columns of a trial's setting, or None where no trial can have run with it.
 
-    Each of its `workers` takes a batch of its own.
-
-    A learning rate of 1e308 or a rank of -3 is no setting but a mistake in a table.
+    A learning rate of 1e308 or a rank of -3 is a mistake in a table, for example.
     """
     method, train = _section(spec, "method"), _section(spec, "train")
     kind = method.get("type")
@@ -105,7 +104,7 @@ def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
 
 
 def model_row(name: str, facts: Mapping[str, Any]) -> dict[str, float]:
-    """The columns of a base model, from its facts as records hold them, else from its name."""
+    """Return the columns of a base model, from its facts as records hold them, or from its name."""
     said = facts_from_name(str(facts.get("name") or name))
     total = _number(facts.get("parameters"))
     if not total > 0:
@@ -126,7 +125,7 @@ def model_row(name: str, facts: Mapping[str, Any]) -> dict[str, float]:
 
 
 def data_row(profile: Mapping[str, Any]) -> dict[str, float]:
-    """The columns of a data set, from its profile as records hold it."""
+    """Return the columns of a data set, from its profile as records hold it."""
     share = _within(profile.get("completion_share"), 0.0, 1.0)
     return {
         "rows": _log(10, _number(profile.get("rows_train"))),
@@ -135,11 +134,11 @@ def data_row(profile: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def place_codes(profile: Mapping[str, Any], model: str, otherwise: str = "") -> dict[str, float]:
-    """The columns that ask for sameness: of the data, and of what scores are compared within.
+def category_codes(profile: Mapping[str, Any], model: str, otherwise: str = "") -> dict[str, float]:
+    """Return the categorical columns of the data (`task`) and of comparable scores (`group`).
 
-    That is a model on one split of the data: another sample of it is another group. `profile` is
-    the data's, as records hold it; `otherwise` names data whose profile does not.
+    A group is a model on one split of the data; another sample of the data is another group.
+    `profile` is the data's, as records hold it; `otherwise` names data whose profile does not.
     """
     named = str(profile.get("digest") or profile.get("datasets") or otherwise)
     source = str(profile.get("source") or named)
@@ -147,12 +146,13 @@ def place_codes(profile: Mapping[str, Any], model: str, otherwise: str = "") -> 
 
 
 def model_name(spec: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
+    """Return the name of a record's base model, or an empty text."""
     facts, model = _section(scenario, "model"), _section(spec, "model")
     return str(facts.get("identity") or model.get("name") or "")
 
 
 def row_of(record: TrialRecord) -> dict[str, float] | None:
-    """All columns of a trial; None where its setting is none."""
+    """Return all columns of a trial, or None where no trial can have run with its setting."""
     setting = setting_row(record.spec)
     if setting is None:
         return None
@@ -165,7 +165,7 @@ def row_of(record: TrialRecord) -> dict[str, float] | None:
         setting
         | model_row(name, _section(record.scenario, "model"))
         | data_row(profile)
-        | place_codes(profile, name, otherwise)
+        | category_codes(profile, name, otherwise)
     )
 
 
@@ -183,18 +183,18 @@ def _targets(modules: Any) -> float:
 
 
 def _number(value: Any) -> float:
-    """A finite number, else NaN: a record may hold anything."""
+    """Return a finite number, or NaN for anything else that a record may hold."""
     found = finite(value)
     return NAN if found is None else found
 
 
 def octaves(value: Any) -> float:
-    """Base-2 logarithm of a positive number; NaN for anything else."""
+    """Return the base-2 logarithm of a positive number, or NaN for anything else."""
     return _log(2, _number(value))
 
 
 def _within(value: Any, least: float, most: float) -> float | None:
-    """NaN where it was left out; None for what is no number, or none between `least` and `most`."""
+    """Return a number, NaN where it was left out, or None for anything not in [least, most]."""
     if value is None:
         return NAN
     number = _number(value)

@@ -1,8 +1,8 @@
-"""What the advisor knows: a history's trials and the reference's, learned from once and kept.
+"""What the advisor has learned from a history's trials and from the reference's, with its cache.
 
-What was learned lies in the cache as arrays and JSON, and is learned again by itself when the
-history has changed: new trials are added at once, and the process' parameters follow when there are
-a quarter more trials than they were learned from.
+The result is kept in the cache as arrays and JSON, and is renewed when the history has changed: new
+trials are added at once, and the hyperparameters are learned again when there are a quarter more
+trials than they were learned from.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from rayfin import __version__
-from rayfin.advisor.answer import Basis
+from rayfin.advisor.answer import SupportingTrial
 from rayfin.advisor.features import COLUMNS
-from rayfin.advisor.latency import Served, served_from
-from rayfin.advisor.measured import Measured, measured_from
-from rayfin.advisor.process import Parameters
-from rayfin.advisor.quality import Evidence, learned
-from rayfin.advisor.table import ScenarioTrials, TrialTable, groups_of
+from rayfin.advisor.kernel import Hyperparameters
+from rayfin.advisor.latency import ServingMeasurement, served_from
+from rayfin.advisor.measurements import MeasuredTrial, measured_from
+from rayfin.advisor.quality_model import QualityModel, fit_hyperparameters
+from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.methods import capacities
@@ -35,73 +35,75 @@ from rayfin.metrics import score_names
 from rayfin.paths import cache_dir, write_text
 
 REFERENCE = "reference.jsonl.gz"
-"""Trials that come with rayfin: experiments/reference_history.py made them."""
+"""The trials that come with rayfin; experiments/reference_history.py made them."""
 LEARNED = "reference.json"
-"""What was learned from them: {learned_from, parameters}."""
+"""The hyperparameters that were learned from them: {learned_from, parameters}."""
 _MEASURED_EACH = 12
-"""Trials of a model, method and device whose time and memory are kept."""
+"""The most trials of a model, method and device whose time and memory are kept."""
 _MEASURED = 600
 _NEWEST = 2000
-"""Trials that an estimate looks at."""
+"""The most trials of a history that an estimate rests on."""
 _GROWN = 1.25
 _FORMAT = 5
-"""The version of what is kept: one more whenever the same trials would make other columns or
-parameters."""
+"""The version of the cache; raise it whenever the same trials would give other columns or
+hyperparameters."""
 
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What recommendations rest on."""
+    """What recommendations rest on: the learned model, and measurements of time and memory."""
 
-    evidence: Evidence
+    quality_model: QualityModel
     ids: Sequence[str]
-    """Of each place in the table that the evidence was made from."""
-    measured: Sequence[Measured]
-    """What trials took, for the estimates."""
-    served: Sequence[Served]
-    """What serving measured."""
+    """The trial ids of the table that the model was learned from, in its order."""
+    measured: Sequence[MeasuredTrial]
+    """The trials whose time and memory correct the estimates."""
+    served: Sequence[ServingMeasurement]
+    """The measurements of serving."""
     trials: int
-    """Of the history."""
+    """The number of trials in the history."""
     reference: int
-    """Those that come with rayfin, on top."""
+    """The number of trials that come with rayfin, which are not in the history."""
     look_up: Callable[[str], TrialRecord | None]
-    """A trial by its id; None where it is gone."""
+    """Returns a trial by its id, or None where it is gone."""
 
     @classmethod
     def of(cls, records: Iterable[TrialRecord], *, reference: bool = True) -> Self:
-        """Learned from these trials, and the reference's."""
+        """Learn from these trials and, with `reference`, from those that come with rayfin."""
         own = list(records)
         shipped = list(reference_trials()) if reference else []
         rows = [*own, *shipped]
         table = TrialTable.of(rows)
-        groups = groups_of(table)
+        groups = group_by_scenario(table)
         parameters, _ = _learned(groups, len(table), _reference_notes() if reference else {})
         return cls(
-            Evidence(groups, parameters),
+            QualityModel(groups, parameters),
             table.ids.tolist(),
-            measured_from(_telling(rows)),
+            measured_from(_informative(rows)),
             served_from(own),
             len(own),
             len(shipped),
             {row.trial_id: row for row in rows}.get,
         )
 
-    def basis(self, place: int, likeness: float) -> Basis:
-        """What the trial at `place` of the table was."""
-        trial_id = self.ids[place]
+    def supporting_trial(self, index: int, similarity: float) -> SupportingTrial:
+        """Describe the trial at an index of the table, which a prediction rests on."""
+        trial_id = self.ids[index]
         record = self.look_up(trial_id)
         summary = "gone from the history" if record is None else _summary(record)
         reference = record is not None and record.scenario.get("reference") is True
-        return Basis(trial_id=trial_id, likeness=likeness, summary=summary, reference=reference)
+        return SupportingTrial(
+            trial_id=trial_id, similarity=similarity, summary=summary, reference=reference
+        )
 
-    def scenario_of(self, place: int) -> str:
-        """`smollm2-135m on pydocs`: what the trial at `place` of the table was run in."""
-        record = self.look_up(self.ids[place])
+    def scenario_of(self, index: int) -> str:
+        """Return the scenario of the trial at an index of the table: `smollm2-135m on pydocs`."""
+        record = self.look_up(self.ids[index])
         return "a trial that is gone from the history" if record is None else _where(record)
 
 
 def _summary(record: TrialRecord) -> str:
-    """`lora learning_rate=0.0003 r=16, smollm2-135m on pydocs: eval_loss 2.81`"""
+    """Return `lora learning_rate=0.0003 r=16, smollm2-135m on pydocs: eval_loss 2.81`."""
     method, train = (_section(record, name) for name in ("method", "train"))
     settings = {"learning_rate": train.get("learning_rate")}
     settings |= {name: method[name] for name in capacities() if name in method}
@@ -116,7 +118,7 @@ def _summary(record: TrialRecord) -> str:
 
 
 def _where(record: TrialRecord) -> str:
-    """`smollm2-135m on pydocs`"""
+    """Return a trial's model and data: `smollm2-135m on pydocs`."""
     base = _section(record, "model").get("name") or "a model"
     rows = _section(record, "data").get("path") or record.sweep_id
     return f"{Path(str(base)).name} on {Path(str(rows)).name}"
@@ -128,14 +130,14 @@ def _section(record: TrialRecord, name: str) -> dict[str, Any]:
 
 
 def reference_trials() -> Iterator[TrialRecord]:
-    """The trials that come with rayfin; none where the file was left out."""
+    """Yield the trials that come with rayfin, none where the file was left out."""
     packed = _reference()
     for line in gzip.decompress(packed).splitlines() if packed else ():
         yield TrialRecord.parse(json.loads(line))
 
 
-def measured_trials(history: History | None) -> list[Measured]:
-    """What the newest trials of a history took, and those that come with rayfin."""
+def measured_trials(history: History | None) -> list[MeasuredTrial]:
+    """Return what a history's newest trials took, and those that come with rayfin."""
     newest = [] if history is None else history.trials(newest_first=True, limit=_NEWEST)
     return measured_from([*newest, *reference_trials()])
 
@@ -146,30 +148,30 @@ def _reference() -> bytes:
 
 
 def knowledge_of(history: History, *, cache: Path | None = None) -> Knowledge:
-    """What there is to know from `history`, learned now or kept from before.
+    """Return what is learned from a history, from the cache if it is up to date.
 
-    Raises HistoryError where the history can't be read; a cache that can't be used is made anew, or
-    done without.
+    Raises HistoryError where the history can't be read. A cache that can't be read is renewed, and
+    one that can't be written is done without.
     """
     folder = (cache or cache_dir()) / "advisor"
-    kept = _Kept(folder / hashlib.sha256(history.shown_url.encode()).hexdigest()[:16])
-    # What another version kept rests on other trials, or on other columns made of them.
+    kept = _CachedKnowledge(folder / hashlib.sha256(history.shown_url.encode()).hexdigest()[:16])
+    # What another version cached rests on other trials, or on other columns of them.
     mark = [*history.mark(), __version__, _FORMAT, zlib.crc32(_reference())]
     return kept.read(history, mark) or kept.renew(history, mark)
 
 
-class _Kept:
+class _CachedKnowledge:
     """The cached knowledge of one history: `learned.json` and the table that it names.
 
-    A table is never written over: who reads a state while another process writes the next one finds
-    the table of that very state, or none.
+    A table is never overwritten, so that a process that reads one state while another writes the
+    next finds the table of that very state, or none.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._learned = folder, folder / "learned.json"
 
     def read(self, history: History, mark: list[Any]) -> Knowledge | None:
-        """What is kept, if it is of this very state of the history."""
+        """Return the cached knowledge if it is of this very state of the history, or else None."""
         notes = self._notes()
         if notes is None or notes.get("mark") != mark:
             return None
@@ -177,23 +179,26 @@ class _Kept:
             table = TrialTable.load(self._table(mark))
             parameters, _ = _parameters(notes)
             measured = measured_from(map(TrialRecord.parse, notes["measured"]))
-            served = [Served(*one) for one in notes["served"]]
+            served = [ServingMeasurement(*one) for one in notes["served"]]
         except (HistoryError, KeyError, TypeError, ValueError):
             return None
         if parameters is None:
             return None
-        return _knowledge(history, groups_of(table), parameters, table, measured, served, mark[0])
+        return _knowledge(
+            history, group_by_scenario(table), parameters, table, measured, served, mark[0]
+        )
 
     def renew(self, history: History, mark: list[Any]) -> Knowledge:
+        """Learn from the history in its current state, and cache the result."""
         rows = history.trials()
         every = [*rows, *reference_trials()]
         table = TrialTable.of(every)
-        groups = groups_of(table)
+        groups = group_by_scenario(table)
         notes = self._notes()
-        if notes is None or not _goes_on(notes, mark):
+        if notes is None or not _continues(notes, mark):
             notes = _reference_notes()
         parameters, learned_from = _learned(groups, len(table), notes)
-        telling, served = _telling(every), served_from(rows)
+        telling, served = _informative(every), served_from(rows)
         self._write(
             table,
             {
@@ -231,10 +236,10 @@ class _Kept:
                     other.unlink(missing_ok=True)
 
 
-def _goes_on(notes: Mapping[str, Any], mark: list[Any]) -> bool:
-    """Whether the history is the one that `notes` were made of, or has grown from it.
+def _continues(notes: Mapping[str, Any], mark: list[Any]) -> bool:
+    """Whether the history is the one that `notes` were made from, or has grown from it.
 
-    One that was deleted and begun anew under the same name is another: its first trial is.
+    One that was deleted and created again under the same name has another first trial.
     """
     before = notes.get("mark")
     if not isinstance(before, list) or [*map(type, before)] != [*map(type, mark)]:
@@ -245,10 +250,10 @@ def _goes_on(notes: Mapping[str, Any], mark: list[Any]) -> bool:
 def _knowledge(
     history: History,
     groups: Mapping[float, ScenarioTrials],
-    parameters: Parameters,
+    parameters: Hyperparameters,
     table: TrialTable,
-    measured: Sequence[Measured],
-    served: Sequence[Served],
+    measured: Sequence[MeasuredTrial],
+    served: Sequence[ServingMeasurement],
     trials: int,
 ) -> Knowledge:
     shipped = {row.trial_id: row for row in reference_trials()}
@@ -262,39 +267,39 @@ def _knowledge(
             return None
 
     ids = table.ids.tolist()
-    evidence = Evidence(groups, parameters)
-    return Knowledge(evidence, ids, measured, served, trials, len(shipped), look_up)
+    quality_model = QualityModel(groups, parameters)
+    return Knowledge(quality_model, ids, measured, served, trials, len(shipped), look_up)
 
 
 def _learned(
     groups: Mapping[float, ScenarioTrials], trials: int, notes: Mapping[str, Any]
-) -> tuple[Parameters, int]:
-    """The parameters, and the trials they were learned from: those noted while they still do."""
+) -> tuple[Hyperparameters, int]:
+    """Return hyperparameters and how many trials they were learned from, reusing the noted ones."""
     parameters, learned_from = _parameters(notes)
     if parameters is None or not learned_from <= trials <= _GROWN * learned_from:
-        return learned(groups, parameters), trials
+        return fit_hyperparameters(groups, parameters), trials
     return parameters, learned_from
 
 
 def _reference_notes() -> dict[str, Any]:
-    """What was learned from the reference alone; nothing where the file was left out."""
+    """Return what was learned from the reference alone, or nothing where the file was left out."""
     file = resources.files("rayfin.advisor").joinpath(LEARNED)
     notes: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     return notes
 
 
-def _parameters(notes: Mapping[str, Any]) -> tuple[Parameters | None, int]:
+def _parameters(notes: Mapping[str, Any]) -> tuple[Hyperparameters | None, int]:
     values, count = notes.get("parameters"), notes.get("learned_from")
-    names = Parameters.expected(COLUMNS).values.keys()
+    names = Hyperparameters.expected(COLUMNS).values.keys()
     if not isinstance(values, dict) or values.keys() != names or not isinstance(count, int):
         return None, 0
     if not all(isinstance(value, float) and math.isfinite(value) for value in values.values()):
         return None, 0
-    return Parameters(values), count
+    return Hyperparameters(values), count
 
 
-def _telling(rows: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """The newest trials of every model, method and device, so many of each at most."""
+def _informative(rows: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the newest trials of every model, method and device, a few of each."""
     counts: Counter[str] = Counter()
     kept: list[TrialRecord] = []
     for row in reversed(rows):

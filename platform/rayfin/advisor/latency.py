@@ -1,4 +1,4 @@
-"""How long a served adapter's first token takes: a formula, corrected by what serving measured."""
+"""Estimate the time to a served adapter's first token by a formula, corrected by measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from rayfin.advisor.answer import Range
-from rayfin.advisor.reach import is_toy
+from rayfin.advisor.model_sizes import is_toy
 from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
 from rayfin.models.facts import ModelFacts
@@ -16,29 +16,29 @@ from rayfin.models.facts import ModelFacts
 _FIRST_TOKEN = f"{SERVING}time_to_first_token_seconds"
 _PROMPT_TOKENS = 128
 _FLOPS = {"cpu": 25e9, "cuda": 20e12}
-"""FLOP/s of a CPU core, and of a GPU; as for training (`estimate`), no more than a start."""
+"""The FLOP/s of a CPU core and of a GPU: rough values, as for training (`step_time`)."""
 _OVERHEAD_SECONDS = 0.01
-"""Of a request beside the model: HTTP, the queue, the tokenizer."""
+"""The part of a request besides the model: HTTP, the queue, the tokenizer."""
 _SPREAD = 3.0
-"""The formula's interval; measurements of the same model narrow it to `_MEASURED_SPREAD`."""
+"""The factor of the formula's interval; measurements narrow it to `_MEASURED_SPREAD`."""
 _MEASURED_SPREAD = 1.5
 _ABSURD = math.log(100)
-"""A measurement this far from the formula was of something else."""
+"""A measurement this far from the formula, as a logarithm, was of something else."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """What serving measured of one trial's adapter."""
+class ServingMeasurement:
+    """The time to the first token that serving measured with one trial's adapter."""
 
     parameters: float
-    """Of the base model."""
+    """The number of parameters of the base model."""
     seconds: float
-    """To the first token, the mean of its requests."""
+    """The mean time to the first token."""
     device: str
 
 
-def served_from(records: Iterable[TrialRecord]) -> list[Served]:
-    """The measurements among `records`; rows that don't say what was measured are left out."""
+def served_from(records: Iterable[TrialRecord]) -> list[ServingMeasurement]:
+    """Return the measurements in records; rows that don't say what was measured are left out."""
     found = []
     for record in records:
         seconds = record.metrics.get(_FIRST_TOKEN)
@@ -47,7 +47,7 @@ def served_from(records: Iterable[TrialRecord]) -> list[Served]:
             continue
         parameters, device = model.get("parameters"), hardware.get("device")
         if _positive(seconds) and _positive(parameters) and isinstance(device, str):
-            found.append(Served(float(parameters), float(seconds), device))
+            found.append(ServingMeasurement(float(parameters), float(seconds), device))
     return found
 
 
@@ -56,10 +56,12 @@ def _positive(value: Any) -> TypeGuard[float]:
     return number and 0 < value < 1e15
 
 
-def first_token(facts: ModelFacts, hardware: Hardware, served: Sequence[Served]) -> Range:
-    """Milliseconds to the first token of a prompt of 128 tokens.
+def first_token(
+    facts: ModelFacts, hardware: Hardware, served: Sequence[ServingMeasurement]
+) -> Range:
+    """Return the milliseconds to the first token after a prompt of 128 tokens.
 
-    Prefill takes 2 FLOPs a parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
+    Prefill takes 2 FLOPs per parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
     """
     speed = _FLOPS[hardware.device] * (hardware.cpu_count if hardware.device == "cpu" else 1)
 

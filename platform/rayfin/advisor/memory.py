@@ -1,4 +1,4 @@
-"""The memory that training a configuration takes, in bytes: by formula, before anything loads."""
+"""The memory that training a configuration takes, in bytes, by formula before anything loads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _CUBLAS = 32 * 2**20
 
 @dataclass(frozen=True)
 class MemoryParts:
-    """Bytes at the peak, by what they are for."""
+    """The bytes at the peak, by their use."""
 
     weights: float
-    """The base model's, as they are loaded."""
+    """The base model's weights as they are loaded."""
     adapter: float
     """What a method adds to the base model, in float32; 0 for full fine-tuning."""
     gradients: float
@@ -42,20 +42,21 @@ class MemoryParts:
     activations: float
     """What a training step, an evaluation or loading holds beside the rest: the most of them."""
     overhead: float
-    """The process itself."""
+    """What the process itself holds."""
 
     @property
     def total(self) -> float:
+        """The sum of all parts."""
         return float(sum(asdict(self).values()))
 
 
 def teaching_memory(parameters: float, method: Literal["full", "lora", "qlora"]) -> MemoryParts:
-    """The rule of thumb that courses teach, which knows the number of parameters only.
+    """Return the bytes by the rule of thumb that courses teach, from the number of parameters only.
 
-    Weights 2 bytes a parameter, or half a byte in 4 bits; for each trained parameter (1 % of them
-    with an adapter) 2 bytes of gradient and 8 of Adam's moments; activations half of the fp16
-    weights' bytes (full), a fifth of them (lora), 0.3 bytes a parameter (qlora). Raises ConfigError
-    for another method and for a number that can't be one of parameters.
+    Weights take 2 bytes per parameter, or half a byte in 4 bits; each trained parameter (1 % of all
+    with an adapter) takes 2 bytes of gradient and 8 of Adam's moments; activations take half of the
+    fp16 weights' bytes (full), a fifth of them (lora), or 0.3 bytes per parameter (qlora). Raises
+    ConfigError for another method and for an impossible number of parameters.
     """
     shares = {"full": 0.5 * 2, "lora": 0.2 * 2, "qlora": 0.3}
     if method not in shares:
@@ -76,12 +77,12 @@ def memory_of(
     tokens: int | None = None,
     completion_share: float = 1.0,
 ) -> MemoryParts:
-    """The most memory that a trial of `config` holds at once, on each of its workers.
+    """Return the most memory that a trial of `config` holds at once, on each of its workers.
 
-    As `peak_memory_bytes` is measured: on CPU what the process has resident, on CUDA what torch
-    has allocated. `tokens`: of the longest sample (data.max_length where it is not known);
-    `completion_share`: tokens with a loss / tokens. scaling.strategy=auto counts as ddp: `estimate`
-    knows what is chosen. Raises ConfigError where the numbers can't be that.
+    It is what `peak_memory_bytes` measures: on CPU the resident memory of the process, on CUDA what
+    torch has allocated. `tokens` are those of the longest sample (data.max_length by default), and
+    `completion_share` is the share of tokens with a loss. scaling.strategy=auto counts as ddp;
+    `estimate` knows which one is chosen. Raises ConfigError for impossible numbers.
     """
     if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens={tokens} must be 1 or more, or left out")
@@ -93,7 +94,7 @@ def memory_of(
     whole = Whole.of(config.method, facts, scaling.strategy, config.model.dtype, device)
     share = held(scaling.strategy, whole, workers=scaling.num_workers, offload=scaling.cpu_offload)
     if device == "cpu" and scaling.strategy in SHARDS_WEIGHTS:
-        # Its part of a base it takes from the whole, whose memory the process keeps.
+        # A worker cuts its part from a whole base, whose memory the process keeps.
         share = share._replace(weights=share.weights + whole.weights)
     return MemoryParts(
         *share,
@@ -112,10 +113,12 @@ def _width(config: Config, device: Device) -> int:
 
 
 def _block_numbers(config: Config, facts: ModelFacts, device: Device) -> float:
-    """Numbers a token that autograd keeps of one block, counted in transformers' Llama.
+    """Return how many numbers per token autograd keeps of one block, counted in transformers'
+    Llama.
 
-    Of a frozen block: the input of both norms, the rotated queries, keys and values (repeated for
-    every head, as a padding mask asks for), attention's output, and the gated MLP's three factors.
+    Of a frozen block it keeps the input of both norms, the rotated queries, keys and values
+    (repeated for every head, as a padding mask requires), attention's output, and the gated MLP's
+    three factors.
     """
     gated = any(name.startswith("gate") for name in block_linears(facts))
     heads = facts.num_attention_heads * facts.head_dim
@@ -126,7 +129,7 @@ def _block_numbers(config: Config, facts: ModelFacts, device: Device) -> float:
 def _training_step(
     config: Config, facts: ModelFacts, device: Device, length: int, share: float
 ) -> float:
-    """Bytes where the backward pass begins: all that was kept for it, and the logits."""
+    """Return the bytes at the start of the backward pass: all that it needs, and the logits."""
     width = 2 if device == "cuda" else _width(config, device)  # CUDA trains under autocast
     rows = length * share_of_step(config.train, config.scaling.num_workers).batch_size
     block = rows * width * _block_numbers(config, facts, device)
@@ -148,14 +151,14 @@ def _training_step(
 def _evaluation(
     config: Config, facts: ModelFacts, device: Device, length: int, share: float
 ) -> float:
-    """Bytes beside the model while a batch is scored: the logits and their log-probabilities."""
+    """Return the bytes besides the model while a batch is scored: logits and log-probabilities."""
     rows = config.train.per_device_eval_batch_size * length
     logits = 2 * _FLOAT32 * rows * share * facts.vocab_size
     return max(logits, _in_flight(config, facts, rows, _width(config, device)))
 
 
 def _in_flight(config: Config, facts: ModelFacts, rows: int, width: int) -> float:
-    """A block's tensors at work, and one matrix of a quantised base made whole for a product."""
+    """Return the bytes of a block's temporary tensors, and of one dequantised matrix, if any."""
     tensors = rows * width * (2 * facts.hidden_size + 3 * facts.intermediate_size)
     whole = max(linear.inputs * linear.outputs for linear in block_linears(facts).values())
     return tensors + (width * whole if config.method.quantization_bit else 0)

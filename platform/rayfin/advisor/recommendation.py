@@ -1,4 +1,5 @@
-"""What to run for a scenario: candidates, predicted, and a few that cover for each other."""
+"""Recommend what to run in a scenario: predict candidates, and choose a few that complement each
+other."""
 
 from __future__ import annotations
 
@@ -9,14 +10,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfin.advisor import practice, quality
-from rayfin.advisor.answer import Choice, Point, Predictions, Range, Recommendation
-from rayfin.advisor.candidates import ScenarioFacts, candidates, given
-from rayfin.advisor.feasible import Option, answers, nothing_fits, options_for
+from rayfin.advisor import practice
+from rayfin.advisor.answer import Choice, Predictions, Range, Recommendation, TradeOffPoint
+from rayfin.advisor.candidates import ScenarioFacts, candidates, given_settings
+from rayfin.advisor.feasibility import AssessedCandidate, assess_candidates, feasible, nothing_fits
 from rayfin.advisor.features import COLUMNS, setting_row
+from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.knowledge import Knowledge, knowledge_of
 from rayfin.advisor.latency import first_token
-from rayfin.advisor.process import Array, Parameters
+from rayfin.advisor.quality_model import (
+    QualityModel,
+    ScenarioPosterior,
+    choose_complementary,
+    relevance,
+    sample_regrets,
+)
 from rayfin.advisor.rules import recommend_text, rule_for
 from rayfin.advisor.wording import deployment, explanation, reasons, risks
 from rayfin.config import Config
@@ -26,21 +34,21 @@ from rayfin.methods import METHODS, capacities
 __all__ = ["LEARNED", "ScenarioFacts", "recommend"]
 
 LEARNED = 0.3
-"""Relevance from which trials decide, and the rules no longer do."""
-_BASIS = 5
+"""The relevance of past trials from which they decide rather than the rules."""
+_SUPPORTING = 5
 _NOT_IN_THE_RULE = 0.05
 _LATER_IN_THE_RULE = 0.02
-"""Charges of methods that the rules don't name, or name later: what settles a draw."""
+"""Added to the regret of methods that the rules don't name, or name later, to settle ties."""
 _PER_DOUBLING = {"quality": 0.005, "cost": 0.05, "latency": 0.01}
-"""Charge of twice the training time, by the scenario's priority."""
+"""Added to the regret for each doubling of the training time, by the scenario's priority."""
 _PER_OCTAVE = 0.03
 _OCTAVES_OF_METHOD = 2.0
 _USUAL, _SAME = 0.4, 0.1
-"""Decades within which a learning rate is about practice's, whose sources differ by as much; and
-within which it is one that was tried."""
+"""The decades within which a learning rate counts as practice's, whose sources differ by as much,
+and within which it counts as one that was tried."""
 _UNMERGEABLE = {"quality": 0.0, "cost": 0.0, "latency": 0.1}
 _MAY_NOT_FIT = 0.1
-"""Charge of what the estimate of its memory leaves open; what does not fit is not chosen at all."""
+"""Added to the regret of what may not fit the memory; what does not fit is never chosen."""
 
 
 def recommend(
@@ -50,26 +58,28 @@ def recommend(
     *,
     config: Config | None = None,
 ) -> Recommendation:
-    """The k configurations to run in `known`, the best first; none where nothing fits there.
+    """Return the k configurations to run in a scenario, the best first; none where nothing fits.
 
-    `config` is what they are variants of: all that it was given is kept. Raises HistoryError where
-    the history can't be read, and ConfigError where nothing can work with what was given.
+    They are variants of `config`, whose given settings they keep. Raises HistoryError where the
+    history can't be read, and ConfigError where nothing can work with the given settings.
     """
     knowledge = history if isinstance(history, Knowledge) else knowledge_of(history)
     base = config or Config()
-    columns = _columns(known, knowledge.evidence)
+    columns = _columns(known, knowledge.quality_model)
     latency = first_token(known.facts, known.hardware, knowledge.served)
-    every = options_for(candidates(base, known), known, knowledge.measured, latency, given(base))
-    options = answers(every)
+    every = assess_candidates(
+        candidates(base, known), known, knowledge.measured, latency, given_settings(base)
+    )
+    options = feasible(every)
     rows = _rows(options or every, columns)
-    near = knowledge.evidence.near(columns)
-    relevances = _relevances(options or every, rows, near)
-    relevance = float(relevances.max())
-    learned = relevance >= LEARNED
+    posterior = knowledge.quality_model.posterior(columns)
+    relevances = _relevances(options or every, rows, posterior)
+    most = float(relevances.max())
+    learned = most >= LEARNED
     answer = Recommendation(
         source="learned" if learned else "rules",
-        relevance=relevance,
-        explanation=explanation(relevance, knowledge, columns, learned=learned),
+        relevance=most,
+        explanation=explanation(most, knowledge, columns, learned=learned),
         rule=recommend_text(known.scenario, "en"),
         scenario=known.scenario.as_dict(),
         trials=knowledge.trials,
@@ -81,18 +91,20 @@ def recommend(
         said = nothing_fits(every, known, knowledge.measured, latency, base)
         return answer.model_copy(update={"nothing_fits": said})
     if not learned:  # trials that say next to nothing must not sway
-        near = quality.Evidence({}, Parameters.expected(COLUMNS)).near(columns)
+        posterior = QualityModel({}, Hyperparameters.expected(COLUMNS)).posterior(columns)
         relevances = np.zeros(len(options))
-    tried = _tried(options, rows, near, known)
+    tried = _tried(options, rows, posterior, known)
     options, rows, relevances = [options[at] for at in tried], rows[tried], relevances[tried]
-    charges = quality.draws(near.process, rows)
+    regrets = sample_regrets(posterior.process, rows)
     costs = _costs(options, known)
     costs += (1.0 - relevances) * _unusual(options, known)  # as far as trials leave it open
-    chosen = quality.choose(charges, k, cost=costs)
-    ranges = np.quantile(quality.draws(near.process, rows, measured=True), (0.1, 0.5, 0.9), axis=0)
-    diverges = near.divergence(rows)
+    chosen = choose_complementary(regrets, k, cost=costs)
+    ranges = np.quantile(
+        sample_regrets(posterior.process, rows, measured=True), (0.1, 0.5, 0.9), axis=0
+    )
+    diverges = posterior.divergence(rows)
     rule = rule_for(known.scenario)
-    alike = near.process.likeness(rows[chosen]) if learned else np.zeros((len(chosen), 0))
+    similar = posterior.process.similarity(rows[chosen]) if learned else np.zeros((len(chosen), 0))
 
     def choice(number: int, at: int) -> Choice:
         option = options[at]
@@ -105,9 +117,9 @@ def recommend(
             train_seconds=_range(taken.seconds),
             first_token_ms=latency,
         )
-        basis = [
-            knowledge.basis(int(near.trials[place_]), float(alike[number, place_]))
-            for place_ in np.argsort(-alike[number], kind="stable")[:_BASIS]
+        supporting = [
+            knowledge.supporting_trial(int(posterior.trials[index]), float(similar[number, index]))
+            for index in np.argsort(-similar[number], kind="stable")[:_SUPPORTING]
         ]
         return Choice(
             rank=number + 1,
@@ -116,8 +128,8 @@ def recommend(
             config=candidate.config.model_dump(mode="json"),
             predictions=predictions,
             feasibility=option.feasibility,
-            trials=basis,
-            reasons=reasons(candidate, rule, predictions, number, basis),
+            trials=supporting,
+            reasons=reasons(candidate, rule, predictions, number, supporting),
             risks=risks(candidate, rule, predictions, taken),
             deployment=deployment(candidate, known.scenario, rule),
         )
@@ -125,15 +137,15 @@ def recommend(
     return answer.model_copy(
         update={
             "choices": [choice(number, at) for number, at in enumerate(chosen)],
-            "points": _points(options, charges.mean(axis=0)),
+            "points": _trade_offs(options, regrets.mean(axis=0)),
         }
     )
 
 
-def _columns(known: ScenarioFacts, evidence: quality.Evidence) -> dict[str, float]:
-    """The scenario's; what is not known of it, its samples' lengths say, its own trials tell."""
+def _columns(known: ScenarioFacts, model: QualityModel) -> dict[str, float]:
+    """Return the scenario's columns; unknown ones are filled in from its own trials, if any."""
     columns = known.columns()
-    group = evidence.groups.get(columns["group"])
+    group = model.groups.get(columns["group"])
     told = {} if group is None else dict(zip(COLUMNS.names, group.rows[0].tolist(), strict=True))
     return {
         name: told.get(name, value) if math.isnan(value) else value
@@ -141,7 +153,7 @@ def _columns(known: ScenarioFacts, evidence: quality.Evidence) -> dict[str, floa
     }
 
 
-def _rows(options: Sequence[Option], scenario: Mapping[str, float]) -> Array:
+def _rows(options: Sequence[AssessedCandidate], scenario: Mapping[str, float]) -> Array:
     rows = []
     for option in options:
         setting = setting_row(option.candidate.config.model_dump(mode="json"))
@@ -151,25 +163,31 @@ def _rows(options: Sequence[Option], scenario: Mapping[str, float]) -> Array:
     return np.array(rows, dtype=float)
 
 
-def _relevances(options: Sequence[Option], rows: Array, near: quality.Near) -> Array:
-    """For each, how much trials say about its method's settings: trials of one method are enough.
+def _relevances(
+    options: Sequence[AssessedCandidate], rows: Array, posterior: ScenarioPosterior
+) -> Array:
+    """Return how much trials say about the settings of each candidate's own method.
 
-    Of several methods together they would say little, however much they say of the one.
+    Trials of one method are enough: about all methods together they would say little.
     """
     methods = np.array([option.candidate.method for option in options])
-    return quality.relevance(near.process, rows, methods)
+    return relevance(posterior.process, rows, methods)
 
 
 def _tried(
-    options: Sequence[Option], rows: Array, near: quality.Near, known: ScenarioFacts
+    options: Sequence[AssessedCandidate],
+    rows: Array,
+    posterior: ScenarioPosterior,
+    known: ScenarioFacts,
 ) -> NDArray[np.intp]:
-    """Places of those with about practice's learning rate, or with one among those of the trials.
+    """Return the indices of candidates with about practice's learning rate, or a rate that was
+    tried.
 
-    Beyond both nobody knows anything, so that such a rate would be proposed for its uncertainty
-    alone. All where the rate was given.
+    Nothing is known about others, which would be proposed for their uncertainty alone. Where no
+    candidate has such a rate, as the rate was given, all are returned.
     """
     column = COLUMNS.names.index("learning_rate")
-    seen = near.process.observations.rows[:, column]
+    seen = posterior.process.observations.rows[:, column]
     least, most = np.nanmin(seen, initial=np.inf), np.nanmax(seen, initial=-np.inf)
     found = (rows[:, column] >= least - _SAME) & (rows[:, column] <= most + _SAME)
     for at, option in enumerate(options):
@@ -179,8 +197,8 @@ def _tried(
     return np.flatnonzero(found) if found.any() else np.arange(len(options))
 
 
-def _costs(options: Sequence[Option], known: ScenarioFacts) -> Array:
-    """What is added to the charges: for time, for what the rules prefer, for what may not fit."""
+def _costs(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Array:
+    """Return what is added to the regrets for time, the rules' preferences, and memory."""
     scenario, methods = known.scenario, rule_for(known.scenario).methods
     seconds = np.array([option.estimate.seconds.expected for option in options])
     costs = _PER_DOUBLING[scenario.priority] * np.log2(seconds / seconds.min())
@@ -197,8 +215,8 @@ def _costs(options: Sequence[Option], known: ScenarioFacts) -> Array:
     return found
 
 
-def _unusual(options: Sequence[Option], known: ScenarioFacts) -> Array:
-    """Charges for each octave away from practice's settings, and for methods named later."""
+def _unusual(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Array:
+    """Return what is added to the regrets for each octave away from practice's settings."""
     found = [option.candidate for option in options]
     octaves, methods = np.zeros(len(found)), list(dict.fromkeys(one.method for one in found))
     counted = {"train.learning_rate", *(f"method.{name}" for name in capacities())}
@@ -208,31 +226,31 @@ def _unusual(options: Sequence[Option], known: ScenarioFacts) -> Array:
             taken = option.settings.get(name)
             if name in counted and taken is not None:
                 octaves[at] += abs(math.log2(taken / value))
-    charges: Array = _PER_OCTAVE * octaves
-    return charges
+    regrets: Array = _PER_OCTAVE * octaves
+    return regrets
 
 
 def _range(interval: Any) -> Range:
     return Range(low=interval.low, expected=interval.expected, high=interval.high)
 
 
-def _points(options: Sequence[Option], charges: Array) -> list[Point]:
-    """All that fit, the Pareto front of shortfall and training time marked."""
+def _trade_offs(options: Sequence[AssessedCandidate], regrets: Array) -> list[TradeOffPoint]:
+    """Return all feasible candidates, with the Pareto front of shortfall and time marked."""
     seconds = [option.estimate.seconds.expected for option in options]
     best, front = math.inf, set()
-    for at in sorted(range(len(options)), key=lambda at: (seconds[at], charges[at])):
-        if charges[at] < best:
-            best = float(charges[at])
+    for at in sorted(range(len(options)), key=lambda at: (seconds[at], regrets[at])):
+        if regrets[at] < best:
+            best = float(regrets[at])
             front.add(at)
     return [
-        Point(
+        TradeOffPoint(
             method=option.candidate.method,
             settings={
                 name: value
                 for name, value in option.candidate.settings.items()
                 if name == "train.learning_rate" or name.startswith("method.")
             },
-            shortfall=float(charges[at]),
+            shortfall=float(regrets[at]),
             train_seconds=seconds[at],
             memory_bytes=option.estimate.memory.expected,
             front=at in front,

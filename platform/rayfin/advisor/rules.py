@@ -1,4 +1,4 @@
-"""The rules: what practice recommends for a scenario when no trial has anything to say."""
+"""The rules that recommend methods for a scenario where no trial says anything about it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Language = Literal["zh", "en"]
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table: the scenarios that it is for, and what it says to them."""
+    """A rule: the scenarios that it applies to, and what it recommends for them."""
 
     hardware: tuple[str, ...] | None
-    """None for any, as below."""
+    """The hardware that the rule applies to; here and below, None stands for any."""
     data_scale: tuple[str, ...] | None
     latency: tuple[str, ...] | None
     methods: tuple[str, ...]
-    """By their `method.type`, the first one first; none where the scenario says too little."""
+    """The recommended methods, the first choice first; none where the scenario says too little."""
     gradient_checkpointing: bool
     gradient_accumulation: bool
     zh: str
@@ -29,6 +29,7 @@ class Rule:
     deployment: str
 
     def fits(self, scenario: Scenario) -> bool:
+        """Whether the rule applies to a scenario."""
         return all(
             allowed is None or value in allowed
             for allowed, value in (
@@ -123,15 +124,16 @@ RULES = (
         deployment="",
     ),
 )
-"""Read from the top; the last one fits all."""
+"""All rules, of which the first that fits applies; the last one fits every scenario."""
 
 
 def rule_for(scenario: Scenario) -> Rule:
+    """Return the rule that applies to a scenario."""
     return next(rule for rule in RULES if rule.fits(scenario))
 
 
 def recommend_text(scenario: Scenario, lang: Language = "zh") -> str:
-    """The rules' sentence for `scenario`; raises ValueError for a language that they lack."""
+    """Return the rule's sentence for a scenario; raises ValueError for an unknown language."""
     if lang not in ("zh", "en"):
         raise ValueError(f"lang='{lang}' must be zh or en")
     sentence: str = getattr(rule_for(scenario), lang)

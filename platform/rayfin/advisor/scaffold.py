@@ -1,4 +1,4 @@
-"""The files that an experiment starts with: what to train, what to sweep, what to serve."""
+"""Write the files that an experiment starts with: what to train, to sweep and to serve."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rayfin.training import TrialSpec
 
 TRIALS = 8
 _RATE_SPREAD = 5.0
-"""The sweep goes this factor beyond the recommended learning rates to either side."""
+"""The factor by which a sweep goes beyond the recommended learning rates on either side."""
 
 
 def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str, Path]:
-    """Writes train.yaml, sweep.yaml, serve.yaml and README.md; what each is -> its path.
+    """Write train.yaml, sweep.yaml, serve.yaml and README.md, and return their paths by use.
 
-    `name` is the adapter's. Raises StorageError for a directory that holds one of them already, or
-    can't be written: nothing is overwritten.
+    `name` is the adapter's. Nothing is overwritten: raises StorageError for a directory that holds
+    one of the files already, or can't be written.
     """
     files = {
         "train": directory / "train.yaml",
@@ -56,9 +56,9 @@ def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str,
 
 
 def _anchored(config: Mapping[str, Any], name: str) -> Config:
-    """With local paths absolute: the files may be read from any directory, and by others.
+    """Return the configuration with absolute local paths, as it may be read from any directory.
 
-    Without the method's defaults, which would be taken for another's that is put in its place.
+    The method's defaults are left out, as they would be kept if another method replaced it.
     """
     whole = build_config(dict(config), {})
     method = whole.method.model_dump(mode="json", exclude_defaults=True)
@@ -79,7 +79,7 @@ def _anchored(config: Mapping[str, Any], name: str) -> Config:
 
 
 def axes(base: Config, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Axes around configurations of one method: its learning rate, and its size where it has one.
+    """Return a sweep's axes around configurations of one method: learning rate and capacity.
 
     `configs` are nested as in a file; `base` is one of them, validated.
     """
@@ -103,7 +103,7 @@ def axes(base: Config, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _sweep(base: Config, answer: Recommendation) -> Config:
-    """Around the recommended configurations that share the first one's method."""
+    """Return a sweep around the recommended configurations that share the first one's method."""
     same = [choice.config for choice in answer.choices if choice.method == base.method.type]
     parameters = axes(base, same)
     given = saved(base)
@@ -147,7 +147,7 @@ def _serve(base: Config, sweep: Config, name: str) -> str:
 
 
 def _next_version(base: Config, name: str) -> Path:
-    """Where the adapter, or the whole model, that is trained next will lie."""
+    """Return the directory of the next version of the adapter, or of the whole model."""
     versions = Storage.at(base.registry_storage).adapters / name
     numbers = [int(path.name) for path in versions.glob("*") if path.name.isdecimal()]
     return versions / str(max(numbers, default=0) + 1)

@@ -1,4 +1,4 @@
-"""What an adapter is to be trained for: the facts that a recommendation may rest on."""
+"""The scenario that an adapter is trained for, as far as it is known."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Latency = Literal["strict", "normal"]
 Priority = Literal["quality", "cost", "latency"]
 
 SMALL_ROWS, MEDIUM_ROWS = 5_000, 100_000
-"""Rows below which a data set is small, and below which it is medium.
+"""The numbers of rows below which a data set is small, and below which it is medium.
 
-Between LIMA's 1,000 (arXiv:2305.11206) and Alpaca's 52,000, and between that and the millions of
-the large instruction sets (FLAN: arXiv:2301.13688): a convention, nothing measured.
+They lie between LIMA's 1,000 (arXiv:2305.11206) and Alpaca's 52,000, and between that and the
+millions of the large instruction sets (FLAN: arXiv:2301.13688): a convention, nothing measured.
 """
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is known; None for what is not.
+    """What is known of a scenario; None stands for what is not.
 
-    The first three choose a row of the rules' table (`rayfin.advisor.rules`), where a value that
-    is not one of those named is as good as none. The others refine what is recommended.
+    The first three fields choose the rule (`rayfin.advisor.rules`), for which any value but the
+    ones listed counts as unknown. The others refine what is recommended.
     """
 
     hardware: HardwareClass | str | None = None
@@ -36,22 +36,22 @@ class Scenario:
     data_scale: DataScale | str | None = None
     """small, medium or large."""
     latency: Latency | str | None = None
-    """strict or normal: whether answers are waited for."""
+    """strict or normal: whether somebody waits for the answers."""
     description: str = ""
-    """Anything else, for people."""
+    """Anything else, for readers."""
     model_name: str | None = None
     model_size_b: float | None = None
     """Billions of parameters."""
     sequence_length: int | None = None
-    """Tokens of a sample."""
+    """The tokens of a sample."""
     dataset_rows: int | None = None
     gpu_memory_gb: float | None = None
-    """GiB of one GPU."""
+    """The memory of one GPU, in GiB."""
     num_gpus: int | None = None
     latency_target_ms: float | None = None
-    """To the first token."""
+    """The time to the first token."""
     budget_hours: float | None = None
-    """Wall clock of the training."""
+    """The wall-clock time of the training."""
     priority: Priority = "quality"
 
     def __post_init__(self) -> None:
@@ -78,10 +78,10 @@ class Scenario:
         use_gpu: bool | Literal["auto"] = "auto",
         **known: Any,
     ) -> Scenario:
-        """What this machine, `model` and `data` tell, and what is `known` before all of it.
+        """Detect the scenario from this machine, the model and the data; `known` fields come first.
 
-        Latency is strict where a `latency_target_ms` is known, else normal. Raises what reading
-        the model's and the data's files raises, and ConfigError for a name that is none of ours.
+        Latency is strict where `latency_target_ms` is known, else normal. Raises what reading the
+        model's and the data's files raises, and ConfigError for an unknown field.
         """
         unknown = sorted(known.keys() - cls.__dataclass_fields__.keys())
         if unknown:
@@ -115,12 +115,15 @@ class Scenario:
         return cls(**found | known)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the scenario as JSON stores it."""
         return asdict(self)
 
 
 def hardware_class(num_gpus: int) -> HardwareClass:
+    """Return the class of a machine with so many GPUs."""
     return "cpu" if num_gpus == 0 else "single_gpu" if num_gpus == 1 else "multi_gpu"
 
 
 def data_scale(rows: int) -> DataScale:
+    """Return the scale of a data set with so many rows."""
     return "small" if rows < SMALL_ROWS else "medium" if rows < MEDIUM_ROWS else "large"

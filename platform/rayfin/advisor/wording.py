@@ -1,4 +1,4 @@
-"""What a recommendation says of itself, for people."""
+"""The sentences of a recommendation: its explanation, reasons, risks and deployment."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rayfin.advisor.answer import Basis, Predictions
+from rayfin.advisor.answer import Predictions, SupportingTrial
 from rayfin.advisor.candidates import Candidate
 from rayfin.advisor.estimate import Estimate
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.knowledge import Knowledge
-from rayfin.advisor.quality import informs, size_of
-from rayfin.advisor.reach import FACTOR, is_toy, shown_size
+from rayfin.advisor.model_sizes import FACTOR, format_size, is_toy
+from rayfin.advisor.quality_model import is_informative, model_size
 from rayfin.advisor.rules import Rule
 from rayfin.advisor.scenario import Scenario
-from rayfin.advisor.table import ScenarioTrials
+from rayfin.advisor.trial_table import ScenarioTrials
 from rayfin.methods import METHODS
 
 
 def explanation(
     relevance: float, knowledge: Knowledge, columns: Mapping[str, float], *, learned: bool
 ) -> str:
-    """What the answer rests on; where that is the rules, how far the nearest trials are."""
+    """Return what a recommendation rests on; for the rules, also how far the nearest trials are."""
     trials = f"{knowledge.trials} trials of the history and {knowledge.reference} of the reference"
     doubt = f"{relevance:.0%} of the doubt about which settings are better"
-    groups = list(knowledge.evidence.groups.values())
-    near = [group for group in groups if informs(group, columns)]
+    groups = list(knowledge.quality_model.groups.values())
+    near = [group for group in groups if is_informative(group, columns)]
     if learned:
         settings = sum(len(group) for group in near)
         models = len({_model(group) for group in near})
@@ -46,15 +46,15 @@ def explanation(
 def _nearest(
     knowledge: Knowledge, groups: Sequence[ScenarioTrials], columns: Mapping[str, float]
 ) -> str:
-    """` (8 billion parameters): the nearest is …`, as far as that is known."""
+    """Return ` (8 billion parameters): the nearest is …`, as far as that is known."""
     size = 10.0 ** columns["parameters"]
-    here = f" ({shown_size(size)})" if size > 0 else ""
-    known = [group for group in groups if size_of(group) > 0 and not is_toy(size_of(group))]
+    here = f" ({format_size(size)})" if size > 0 else ""
+    known = [group for group in groups if model_size(group) > 0 and not is_toy(model_size(group))]
     if not known or not size > 0:
         return here
-    away = [abs(math.log(size_of(group) / size)) for group in known]
+    away = [abs(math.log(model_size(group) / size)) for group in known]
     group = known[int(np.argmin(away))]
-    times = size / size_of(group)
+    times = size / model_size(group)
     far = f"{times:.3g} times smaller" if times > 1 else f"{1 / times:.3g} times larger"
     return (
         f"{here}: the nearest, {knowledge.scenario_of(int(group.first[0]))}, is {far}, and "
@@ -68,8 +68,13 @@ def _model(group: ScenarioTrials) -> tuple[float, ...]:
 
 
 def reasons(
-    option: Candidate, rule: Rule, predictions: Predictions, number: int, basis: Sequence[Basis]
+    option: Candidate,
+    rule: Rule,
+    predictions: Predictions,
+    number: int,
+    supporting: Sequence[SupportingTrial],
 ) -> list[str]:
+    """Return what speaks for a candidate, of which `number` are recommended before it."""
     found = []
     if number:
         found.append("covers for where those before it go wrong")
@@ -78,14 +83,15 @@ def reasons(
         found.append("4-bit weights make room for it")
     elif option.method in rule.methods:
         found.append(rule.reason)
-    if basis and basis[0].likeness > 0.5:
-        found.append(f"much like trial {basis[0].trial_id}: {basis[0].summary}")
+    if supporting and supporting[0].similarity > 0.5:
+        found.append(f"much like trial {supporting[0].trial_id}: {supporting[0].summary}")
     if predictions.shortfall.high < 0.25:
         found.append("expected near the best known, with little doubt")
     return found
 
 
 def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estimate) -> list[str]:
+    """Return what speaks against a candidate."""
     found = [rule.risk] if rule.risk and option.method in rule.methods else []
     if predictions.divergence is not None and predictions.divergence >= 0.1:
         found.append(f"{predictions.divergence:.0%} of settings like it diverge")
@@ -98,6 +104,7 @@ def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estima
 
 
 def deployment(option: Candidate, scenario: Scenario, rule: Rule) -> str:
+    """Return how to deploy the adapter."""
     method = METHODS[option.method]
     if scenario.latency == "strict" and scenario.hardware == "multi_gpu":
         return rule.deployment

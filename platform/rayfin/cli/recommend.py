@@ -92,7 +92,7 @@ def _field(option: str) -> str:
 
 
 def _write_picture(answer: Recommendation, path: Path) -> None:
-    from rayfin.advisor.picture import picture
+    from rayfin.advisor.trade_off_chart import picture
     from rayfin.errors import StorageError
     from rayfin.paths import write_text
 
@@ -153,7 +153,7 @@ def _print_choice(console: Any, choice: Choice) -> None:
         for line in lines:
             console.print(Text(f"   {mark} {line}"))
     for trial in choice.trials:
-        console.print(Text(f"   {trial.likeness:4.0%} {trial.trial_id}: {trial.summary}", "dim"))
+        console.print(Text(f"   {trial.similarity:4.0%} {trial.trial_id}: {trial.summary}", "dim"))
     console.print(Text(f"   served as {choice.deployment}", style="dim"))
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayfin.advisor.marks import MARKS, look_of
+from rayfin.advisor.chart_marks import MARKS, mark_number
 from rayfin.config import Config, Space
 from rayfin.evaluation.quantities import setting, show_setting, unit_for
 from rayfin.history.record import finite
@@ -49,7 +49,7 @@ def chart_data(
                 "number": number,
                 "id": trial.trial_id,
                 "status": trial.status,
-                "look": look_of(setting(trial.spec, "method.type")[1]),
+                "look": mark_number(setting(trial.spec, "method.type")[1]),
                 "best": best is not None and trial.trial_id == best.trial_id,
                 "metric": _scaled(trial.metrics.get(sweep.metric), divisor),
                 "loss": _thin(_points(trial.curve, "loss"), thinnest),
@@ -63,7 +63,7 @@ def chart_data(
 def _methods(trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
     """The methods that the trials have, with the number of their colour and mark."""
     names = {setting(trial.spec, "method.type")[1] for trial in trials}
-    looks = sorted((look, name) for name in names if (look := look_of(name)) is not None)
+    looks = sorted((look, name) for name in names if (look := mark_number(name)) is not None)
     return [{"name": name, "look": look} for look, name in looks]
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rayfin.advisor.marks import DARK, LIGHT, MARKS
+from rayfin.advisor.chart_marks import DARK, LIGHT, MARKS
 from rayfin.config import Config, dump_yaml
 from rayfin.evaluation.change import change_of
 from rayfin.evaluation.chart_data import chart_data, ordered

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rayfin.advisor.candidates import ScenarioFacts
     from rayfin.advisor.estimate import Estimate
     from rayfin.advisor.knowledge import Knowledge
-    from rayfin.advisor.measured import Measured
+    from rayfin.advisor.measurements import MeasuredTrial
     from rayfin.advisor.scenario import HardwareClass, Latency, Priority, Scenario
     from rayfin.config import Config
     from rayfin.hardware import Hardware
@@ -68,14 +68,14 @@ def scenario_facts(
 
     `known` is what is told of the scenario, by the names of `Scenario`'s fields; None is not told.
     """
-    from rayfin.advisor.candidates import ScenarioFacts, given
+    from rayfin.advisor.candidates import ScenarioFacts, given_settings
     from rayfin.advisor.scenario import Scenario
     from rayfin.hardware import describe_hardware
     from rayfin.models import describe_model
 
     prepare_process()
     known = {name: value for name, value in known.items() if value is not None}
-    if "data.max_length" in given(config):
+    if "data.max_length" in given_settings(config):
         known["sequence_length"] = config.data.max_length
     machine = describe_hardware(config.scaling.use_gpu)
     if "gpu_memory_gb" in known and "hardware" not in known:
@@ -145,7 +145,7 @@ def estimate(
     combination, data or a model that can't be used.
     """
     from rayfin.advisor import estimate as estimates
-    from rayfin.advisor.fitting import sampled_profile
+    from rayfin.advisor.memory_check import sampled_profile
     from rayfin.hardware import describe_hardware
     from rayfin.models import describe_model
     from rayfin.training.combination import check_combination
@@ -165,7 +165,7 @@ def estimate(
     )
 
 
-def _measured(config: Config) -> list[Measured]:
+def _measured(config: Config) -> list[MeasuredTrial]:
     """Return the trials of the configuration's history, and those that come with rayfin."""
     from rayfin.advisor.knowledge import measured_trials
 

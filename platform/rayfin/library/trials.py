@@ -41,8 +41,8 @@ def sweep(
     of the history, and no error; what fails after the training is in `failed`. Raises UsageErrors
     before any work is done, and where the storage, the history or the report can't be written.
     """
-    from rayfin.advisor.fitting import MemoryCheck
-    from rayfin.advisor.loop import sweep_advisor
+    from rayfin.advisor.memory_check import MemoryCheck
+    from rayfin.advisor.sweep_advisor import advisor_for_sweep
     from rayfin.tuning.progress import ProgressDisplay
     from rayfin.tuning.sweep import SweepOptions, run_sweep
 
@@ -54,7 +54,7 @@ def sweep(
             rerun=rerun,
             address=address,
             notes=tuple(notes),
-            advise=lambda plan: sweep_advisor(plan, history),
+            advise=lambda plan: advisor_for_sweep(plan, history),
             refuse=MemoryCheck(history),
             progress=ProgressDisplay() if progress else ProgressDisplay.silent(),
         )

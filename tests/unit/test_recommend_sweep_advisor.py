@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfin.advisor import loop
+from rayfin.advisor import sweep_advisor as module
 from rayfin.advisor.features import model_row
 from rayfin.advisor.knowledge import Knowledge
-from rayfin.advisor.loop import SweepAdvisor, scenario_of, sweep_advisor
 from rayfin.advisor.practice import learning_rate
+from rayfin.advisor.sweep_advisor import SweepAdvisor, advisor_for_sweep, scenario_of
 from rayfin.config import load_config
 from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
@@ -189,10 +189,10 @@ def test_a_resumed_sweep_does_not_take_its_own_trials_for_the_past(
         return real(kept, reference=False)
 
     real = Knowledge.of
-    monkeypatch.setattr(loop.Knowledge, "of", learned)
+    monkeypatch.setattr(module.Knowledge, "of", learned)
     with History.open(plan.storage.history_url) as history:
         history.merge([*past(MISLEADING), *begun])
-        assert sweep_advisor(plan, history) is not None
+        assert advisor_for_sweep(plan, history) is not None
     assert seen == [{"past"}]
 
 
@@ -201,9 +201,9 @@ def test_what_the_history_answers_proves_nothing(plan: SweepPlan) -> None:
     rows = swept(plan, advisor_of(plan, past(MISLEADING)), ours, trials=5)
     own = [EndedTrial(row.spec, row.metrics["eval_loss"]) for row in rows]
     known = [EndedTrial(row.spec, row.metrics["eval_loss"], recalled=True) for row in rows]
-    assert len(advisor._charges(own)[1]) == 5
-    assert len(advisor._charges(known)[1]) == 0
-    assert len(advisor._charges([*own, *known])[1]) == 5
+    assert len(advisor._regrets(own)[1]) == 5
+    assert len(advisor._regrets(known)[1]) == 0
+    assert len(advisor._regrets([*own, *known])[1]) == 5
 
 
 @pytest.mark.parametrize("search", ["auto", "advisor"])
@@ -213,10 +213,10 @@ def test_axes_that_it_does_not_know_are_left_to_others(tmp_path: Path, search: s
     )
     with History.open(plan.storage.history_url) as history:
         if search == "auto":
-            assert sweep_advisor(plan, history) is None
+            assert advisor_for_sweep(plan, history) is None
             return
         with pytest.raises(ConfigError, match=r"nothing about sweep\.parameters\.train\.weight"):
-            sweep_advisor(plan, history)
+            advisor_for_sweep(plan, history)
 
 
 def test_it_chooses_among_points_of_which_each_has_the_axes_of_its_method(tmp_path: Path) -> None:
@@ -264,9 +264,9 @@ def test_auto_takes_no_advisor_that_has_nothing_to_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: str, advised: bool
 ) -> None:
     plan = plan_of(tmp_path, f"sweep.search={search}")
-    monkeypatch.setattr(loop, "knowledge_of", lambda _: Knowledge.of([], reference=False))
+    monkeypatch.setattr(module, "knowledge_of", lambda _: Knowledge.of([], reference=False))
     with History.open(plan.storage.history_url) as history:
-        assert (sweep_advisor(plan, history) is not None) is advised
+        assert (advisor_for_sweep(plan, history) is not None) is advised
 
 
 def test_auto_takes_the_advisor_where_the_past_is_relevant(
@@ -279,9 +279,9 @@ def test_auto_takes_the_advisor_where_the_past_is_relevant(
         model = describe_model(plan.config.model).as_dict()
         data = {"digest": corpus.digest, "source": corpus.source, "rows_train": 8}
         near.append(row.model_copy(update={"scenario": {"model": model, "data": data}}))
-    monkeypatch.setattr(loop, "knowledge_of", lambda _: Knowledge.of(near, reference=False))
+    monkeypatch.setattr(module, "knowledge_of", lambda _: Knowledge.of(near, reference=False))
     with History.open(plan.storage.history_url) as history:
-        assert sweep_advisor(plan, history) is not None
+        assert advisor_for_sweep(plan, history) is not None
 
 
 def test_a_sweep_that_was_given_no_advisor_says_so(plan: SweepPlan) -> None:

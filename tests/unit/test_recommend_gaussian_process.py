@@ -9,26 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rayfin.advisor import process as module
-from rayfin.advisor.process import (
-    MISSING,
-    Array,
-    Columns,
+from rayfin.advisor import gaussian_process as module
+from rayfin.advisor.gaussian_process import (
+    GaussianProcess,
     Observations,
-    Parameters,
-    Process,
     fit,
-    kinship,
+    relatedness,
 )
+from rayfin.advisor.kernel import MISSING_DISTANCE, Array, Columns, Hyperparameters, Kernel
 
 COLUMNS = Columns(
     setting={"rate": 0.7, "rank": 4.0},
     scenario={"size": {"parameters": 1.0, "width": 2.0}, "data": {"rows": 1.5}},
-    same=("brand", "group"),
+    categorical=("brand", "group"),
     amplitudes={"size": 0.15, "data": 0.2, "brand": 0.1, "group": 0.12},
     common=0.3,
     group="group",
-    usual={"rank": 4.0, "parameters": 9.0},
+    defaults={"rank": 4.0, "parameters": 9.0},
 )
 NAMES = COLUMNS.names
 
@@ -56,10 +53,10 @@ def observations(seen: Array, values: Array, *, seed: int = 1) -> Observations:
     return Observations(seen, values, noise, 1.0 + (seen[:, 6] - 100.0) / 2)
 
 
-def parameters(*, seed: int = 2) -> Parameters:
-    expected = Parameters.expected(COLUMNS).values
+def parameters(*, seed: int = 2) -> Hyperparameters:
+    expected = Hyperparameters.expected(COLUMNS).values
     away = np.random.default_rng(seed).normal(scale=0.3, size=len(expected))
-    return Parameters(
+    return Hyperparameters(
         {name: value + move for (name, value), move in zip(expected.items(), away, strict=True)}
     )
 
@@ -69,14 +66,14 @@ def aside(name: str) -> float:
     scales = dict(COLUMNS.setting)
     for columns in COLUMNS.scenario.values():
         scales |= columns
-    return float(MISSING**0.5 * scales[name])
+    return float(MISSING_DISTANCE**0.5 * scales[name])
 
 
 def point(row: Array, name: str) -> tuple[float, float]:
     """A column as two coordinates: the value, and whether it is unknown."""
     value = float(row[NAMES.index(name)])
     if math.isnan(value):
-        return COLUMNS.usual.get(name, 0.0), aside(name)
+        return COLUMNS.defaults.get(name, 0.0), aside(name)
     return value, 0.0
 
 
@@ -89,25 +86,25 @@ def distance(one: Array, other: Array, scales: dict[str, float]) -> float:
     )
 
 
-def textbook(one: Array, other: Array, p: Parameters, offset: float) -> float:
+def textbook(one: Array, other: Array, p: Hyperparameters, offset: float) -> float:
     """The kernel of the module's docstring for two rows, written out (R&W, equations 4.9, 4.17)."""
 
     def matern(part: str) -> float:
         d = math.sqrt(5 * distance(one, other, {n: p[f"{part}.{n}"] for n in COLUMNS.setting}))
         return (1 + d + d**2 / 3) * math.exp(-d)
 
-    alike = 0.0
+    terms = 0.0
     for term, columns in COLUMNS.scenario.items():
         square = distance(one, other, {n: p[f"{term}.{n}"] for n in columns})
-        alike += p[f"amplitude.{term}"] ** 2 * math.exp(-square / 2)
-    for term in COLUMNS.same:
+        terms += p[f"amplitude.{term}"] ** 2 * math.exp(-square / 2)
+    for term in COLUMNS.categorical:
         place = NAMES.index(term)
-        alike += p[f"amplitude.{term}"] ** 2 * (one[place] == other[place])
+        terms += p[f"amplitude.{term}"] ** 2 * (one[place] == other[place])
     level = p["offset"] ** 2 * offset * (one[-1] == other[-1])
-    return float(p["amplitude.common"] ** 2 * matern("common") + matern("own") * alike + level)
+    return float(p["amplitude.common"] ** 2 * matern("common") + matern("own") * terms + level)
 
 
-def matrix(ones: Array, others: Array, p: Parameters, offsets: Any) -> Array:
+def matrix(ones: Array, others: Array, p: Hyperparameters, offsets: Any) -> Array:
     """`offsets(i, j)` scales the variance of what rows of a group share."""
     return np.array(
         [
@@ -137,41 +134,41 @@ def test_predictions_are_the_textbooks(unknown: float) -> None:
     mean = cross @ np.linalg.solve(covariance, values)
     spread = here - cross @ np.linalg.solve(covariance, cross.T)
 
-    found = Process(COLUMNS, p, given)
-    predicted, doubt = found.predict(asked)
+    found = GaussianProcess(COLUMNS, p, given)
+    predicted, covariance_found = found.predict(asked)
     assert predicted == pytest.approx(mean, abs=1e-9)
-    assert doubt == pytest.approx(spread, abs=1e-9)
+    assert covariance_found == pytest.approx(spread, abs=1e-9)
     other = np.random.default_rng(4).normal(size=len(seen))
-    assert found.mean_of(other, asked) == pytest.approx(
+    assert found.posterior_mean(other, asked) == pytest.approx(
         cross @ np.linalg.solve(covariance, other), abs=1e-9
     )
     n = len(seen)
-    evidence = -0.5 * (
+    expected = -0.5 * (
         values @ np.linalg.solve(covariance, values)
         + math.log(np.linalg.det(covariance))
         + n * math.log(2 * math.pi)
     )
-    assert found.evidence() == pytest.approx(evidence)
+    assert found.log_marginal_likelihood() == pytest.approx(expected)
 
 
 def test_nothing_seen_is_the_prior() -> None:
     p, asked = parameters(), rows(5)
-    found = Process(COLUMNS, p, Observations.none(COLUMNS))
-    mean, doubt = found.predict(asked)
+    found = GaussianProcess(COLUMNS, p, Observations.none(COLUMNS))
+    mean, covariance = found.predict(asked)
     assert not mean.any()
-    assert doubt == pytest.approx(matrix(asked, asked, p, lambda *_: 0.0))
-    assert not found.mean_of(np.zeros(0), asked).any()
-    assert found.likeness(asked).shape == (5, 0)
-    assert found.evidence() == 0.0
+    assert covariance == pytest.approx(matrix(asked, asked, p, lambda *_: 0.0))
+    assert not found.posterior_mean(np.zeros(0), asked).any()
+    assert found.similarity(asked).shape == (5, 0)
+    assert found.log_marginal_likelihood() == 0.0
 
 
 def test_what_was_seen_without_noise_is_predicted() -> None:
-    p = Parameters(dict(parameters().values) | {"noise": math.log(1e-3)})
+    p = Hyperparameters(dict(parameters().values) | {"noise": math.log(1e-3)})
     seen = rows(12)
     values = np.random.default_rng(3).normal(scale=0.2, size=12)
-    mean, doubt = Process(COLUMNS, p, observations(seen, values)).predict(seen)
+    mean, covariance = GaussianProcess(COLUMNS, p, observations(seen, values)).predict(seen)
     assert mean == pytest.approx(values, abs=0.01)
-    assert (doubt.diagonal() < 1e-4).all()
+    assert (covariance.diagonal() < 1e-4).all()
 
 
 # --- unknown values -----------------------------------------------------------------------------
@@ -185,8 +182,8 @@ def pair(**columns: tuple[float, float]) -> tuple[Array, Array]:
 
 
 def kernel(one: Array, other: Array) -> float:
-    p = Parameters.expected(COLUMNS)
-    return float(module._Kernel(COLUMNS, one[None], other[None]).value(p, 0.0)[0, 0])
+    p = Hyperparameters.expected(COLUMNS)
+    return float(Kernel(COLUMNS, one[None], other[None]).value(p, 0.0)[0, 0])
 
 
 def test_an_unknown_value_lies_beside_the_usual_one() -> None:
@@ -204,7 +201,7 @@ def test_unknown_values_leave_the_kernel_positive_definite() -> None:
     ranks = [-20.0, -10.0, 0.0, 10.0, 20.0, math.nan]
     seen = np.zeros((36, len(NAMES)))
     seen[:, :2] = list(itertools.product(ranks, ranks))
-    value = module._Kernel(COLUMNS, seen, seen).value(Parameters.expected(COLUMNS))
+    value = Kernel(COLUMNS, seen, seen).value(Hyperparameters.expected(COLUMNS))
     assert np.linalg.eigvalsh(value).min() > -1e-9
 
 
@@ -212,44 +209,52 @@ def test_unknown_values_leave_the_kernel_positive_definite() -> None:
 
 
 def test_the_level_of_other_groups_scores_says_nothing() -> None:
-    p = Parameters(dict(Parameters.expected(COLUMNS).values) | {"offset": math.log(100.0)})
+    p = Hyperparameters(
+        dict(Hyperparameters.expected(COLUMNS).values) | {"offset": math.log(100.0)}
+    )
     seen, asked = rows(30), rows(6, seed=9)
     asked[:, 6] = 999.0
     values = np.random.default_rng(3).normal(size=30)
     moved = values + np.where(seen[:, 6] == 100.0, 5.0, 0.0)
     one, other = (
-        Process(COLUMNS, p, observations(seen, v)).predict(asked)[0] for v in (values, moved)
+        GaussianProcess(COLUMNS, p, observations(seen, v)).predict(asked)[0]
+        for v in (values, moved)
     )
     assert other == pytest.approx(one, abs=0.02)
 
 
 def test_the_level_of_the_own_group_moves_its_predictions() -> None:
-    p = Parameters(dict(Parameters.expected(COLUMNS).values) | {"offset": math.log(100.0)})
+    p = Hyperparameters(
+        dict(Hyperparameters.expected(COLUMNS).values) | {"offset": math.log(100.0)}
+    )
     seen, asked = rows(30), rows(6, seed=9)
     asked[:, 6] = 100.0
     values = np.random.default_rng(3).normal(size=30)
     moved = values + np.where(seen[:, 6] == 100.0, 5.0, 0.0)
     one, other = (
-        Process(COLUMNS, p, observations(seen, v)).predict(asked)[0] for v in (values, moved)
+        GaussianProcess(COLUMNS, p, observations(seen, v)).predict(asked)[0]
+        for v in (values, moved)
     )
     assert other == pytest.approx(one + 5.0, abs=0.05)
 
 
-# --- likeness -----------------------------------------------------------------------------------
+# --- similarity ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("unknown", [0.0, 0.5])
-def test_likeness_is_one_for_the_same_trial_and_never_more(unknown: float) -> None:
+def test_similarity_is_one_for_the_same_trial_and_never_more(unknown: float) -> None:
     seen = rows(25, unknown=unknown)
-    found = Process(COLUMNS, parameters(), observations(seen, np.zeros(25))).likeness(seen)
+    found = GaussianProcess(COLUMNS, parameters(), observations(seen, np.zeros(25))).similarity(
+        seen
+    )
     assert found.diagonal() == pytest.approx(np.ones(25))
     assert found.max() <= 1.0 + 1e-12
     assert found.min() >= 0.0
 
 
-def test_kinship_is_what_the_scenarios_share() -> None:
+def test_relatedness_is_what_the_scenarios_share() -> None:
     p, some = parameters(), rows(8, unknown=0.2)
-    found = kinship(COLUMNS, p, some[0], some)
+    found = relatedness(COLUMNS, p, some[0], some)
     assert found.argmax() == 0
     same_setting = some.copy()
     same_setting[:, :2] = some[0, :2]
@@ -293,26 +298,30 @@ def test_gradients_are_those_of_finite_differences(
         assert gradient[place] != 0.0, name
 
 
-def test_the_loss_is_the_evidence_and_the_priors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_the_marginal_likelihood_and_the_priors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = rows(30)
     given = observations(seen, np.random.default_rng(3).normal(scale=0.3, size=30))
     loss = loss_of(given, monkeypatch)
-    expected = np.array(list(Parameters.expected(COLUMNS).values.values()))
+    expected = np.array(list(Hyperparameters.expected(COLUMNS).values.values()))
 
-    def apart(p: Parameters) -> float:
+    def apart(p: Hyperparameters) -> float:
         at = np.array(list(p.values.values()))
         amplitude, other = module._DEVIATIONS
         deviation = [amplitude if n.startswith("amplitude.") else other for n in p.values]
         prior = 0.5 * (((at - expected) / deviation) ** 2).sum()
-        return float(loss(at)[0] + Process(COLUMNS, p, given).evidence() - prior)
+        return float(
+            loss(at)[0] + GaussianProcess(COLUMNS, p, given).log_marginal_likelihood() - prior
+        )
 
     # They differ by a constant, whatever the parameters.
     assert apart(parameters(seed=5)) == pytest.approx(apart(parameters(seed=6)))
 
 
 def test_parameters_are_found_again_in_draws_of_a_known_process() -> None:
-    true = Parameters(
-        dict(Parameters.expected(COLUMNS).values)
+    true = Hyperparameters(
+        dict(Hyperparameters.expected(COLUMNS).values)
         | {
             "common.rate": math.log(0.35),
             "amplitude.common": math.log(0.6),
@@ -322,28 +331,33 @@ def test_parameters_are_found_again_in_draws_of_a_known_process() -> None:
     )
     seen = rows(250, groups=12)
     plain = np.ones(len(seen))
-    covariance = module._Kernel(COLUMNS, seen, seen).value(true)
+    covariance = Kernel(COLUMNS, seen, seen).value(true)
     covariance += np.diag(true["noise"] ** 2 * plain)
     values = np.random.default_rng(5).multivariate_normal(np.zeros(len(seen)), covariance)
     given = Observations(seen, values, plain, plain)
     found = fit(COLUMNS, given)
     for name in ("common.rate", "amplitude.common", "noise", "offset"):
         assert abs(found.values[name] - true.values[name]) < 0.4, name
-    prior = Process(COLUMNS, Parameters.expected(COLUMNS), given).evidence()
-    assert Process(COLUMNS, found, given).evidence() > prior
-    assert Process(COLUMNS, found, given).evidence() > Process(COLUMNS, true, given).evidence() - 15
+    prior = GaussianProcess(
+        COLUMNS, Hyperparameters.expected(COLUMNS), given
+    ).log_marginal_likelihood()
+    assert GaussianProcess(COLUMNS, found, given).log_marginal_likelihood() > prior
+    assert (
+        GaussianProcess(COLUMNS, found, given).log_marginal_likelihood()
+        > GaussianProcess(COLUMNS, true, given).log_marginal_likelihood() - 15
+    )
 
 
 def test_a_start_that_does_not_name_all_parameters_is_filled_up() -> None:
     seen = rows(20)
     given = observations(seen, np.random.default_rng(3).normal(scale=0.3, size=20))
-    found = fit(COLUMNS, given, Parameters({"noise": math.log(0.1), "gone": 3.0}))
-    assert found.values.keys() == Parameters.expected(COLUMNS).values.keys()
+    found = fit(COLUMNS, given, Hyperparameters({"noise": math.log(0.1), "gone": 3.0}))
+    assert found.values.keys() == Hyperparameters.expected(COLUMNS).values.keys()
 
 
 def test_columns_that_never_vary_stay_as_expected() -> None:
     seen = rows(20)
     seen[:, NAMES.index("width")] = np.nan
     given = observations(seen, np.random.default_rng(3).normal(scale=0.3, size=20))
-    expected = Parameters.expected(COLUMNS)
+    expected = Hyperparameters.expected(COLUMNS)
     assert fit(COLUMNS, given)["size.width"] == pytest.approx(expected["size.width"])

@@ -1,8 +1,7 @@
-"""Which candidates can run where they are meant to, and what would where none can.
+"""Decide which candidates can run in a scenario, and what would where none can.
 
-A candidate that does not fit the memory is made tighter (`candidates.tighter`) until it does. What
-then still isn't expected to fit, or ends too late or answers too slowly by the whole of its
-interval, is no answer, and is left out.
+A candidate that does not fit the memory is changed (`candidates.memory_savings`) until it does. One
+that still isn't expected to fit, or whose whole interval is too late or too slow, is left out.
 """
 
 from __future__ import annotations
@@ -13,10 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rayfin.advisor.answer import Feasibility, Range
-from rayfin.advisor.candidates import Candidate, ScenarioFacts, candidates, changed, given, tighter
+from rayfin.advisor.candidates import (
+    Candidate,
+    ScenarioFacts,
+    candidates,
+    given_settings,
+    memory_savings,
+    with_changes,
+)
 from rayfin.advisor.estimate import Estimate, Interval, estimate
-from rayfin.advisor.measured import Measured
-from rayfin.advisor.reach import shown_size
+from rayfin.advisor.measurements import MeasuredTrial
+from rayfin.advisor.model_sizes import format_size
 from rayfin.advisor.scenario import hardware_class
 from rayfin.config import Config, build_config
 from rayfin.errors import RayfinError
@@ -25,15 +31,15 @@ from rayfin.methods import METHODS
 from rayfin.models.facts import ModelFacts
 
 _SOLD_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
-"""Memory of GPUs that there are."""
+"""The memory of the GPUs that are sold, in GiB."""
 _HALVINGS = 12
 _MOST_WORKERS = 64
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Option:
-    """A candidate, and what it takes."""
+class AssessedCandidate:
+    """A candidate with its estimate of memory and time."""
 
     candidate: Candidate
     estimate: Estimate
@@ -41,7 +47,7 @@ class Option:
 
     @property
     def fits(self) -> bool:
-        """Whether it is expected to fit the memory, though that may not be sure."""
+        """Whether it is expected to fit the memory, even if that is not certain."""
         taken = self.estimate
         return self.feasibility.memory is True or (
             self.feasibility.memory is None and taken.memory.expected <= taken.room
@@ -49,20 +55,20 @@ class Option:
 
     @property
     def possible(self) -> bool:
-        """Whether it is expected to fit, and nothing says that it is too slow."""
+        """Whether it is expected to fit, and is not certain to be too slow."""
         return self.fits and False not in vars(self.feasibility).values()
 
 
-def options_for(
+def assess_candidates(
     found: Sequence[Candidate],
     known: ScenarioFacts,
-    measured: Sequence[Measured],
+    measured: Sequence[MeasuredTrial],
     first_token: Range,
     fixed: Mapping[str, Any],
-) -> list[Option]:
-    """Each candidate, as tight as it has to be; `fixed` settings are kept.
+) -> list[AssessedCandidate]:
+    """Estimate each candidate, changed to save memory where it must; `fixed` settings are kept.
 
-    Those that differ in the learning rate alone take the same.
+    Candidates that differ only in the learning rate share an estimate.
     """
     takes: dict[str, tuple[dict[str, Any], Estimate]] = {}
     options = []
@@ -77,28 +83,28 @@ def options_for(
             budget=_within(taken.seconds, _seconds(known.scenario.budget_hours)),
             latency=_within(first_token, known.scenario.latency_target_ms),
         )
-        options.append(Option(changed(candidate, changes), taken, feasibility))
+        options.append(AssessedCandidate(with_changes(candidate, changes), taken, feasibility))
     return options
 
 
-def answers(options: Sequence[Option]) -> list[Option]:
-    """What may be recommended."""
+def feasible(options: Sequence[AssessedCandidate]) -> list[AssessedCandidate]:
+    """Return the candidates that may be recommended."""
     return [option for option in options if option.possible]
 
 
 def _fitted(
     candidate: Candidate,
     known: ScenarioFacts,
-    measured: Sequence[Measured],
+    measured: Sequence[MeasuredTrial],
     fixed: Mapping[str, Any],
 ) -> tuple[dict[str, Any], Estimate]:
-    """The first changes with which it fits, else those with which it takes the least."""
+    """Return the first changes with which a candidate fits, or else takes the least memory."""
     best: dict[str, Any] = {}
     taken = _estimate(candidate, known, measured)
     if taken.fits is True:
         return best, taken
-    for changes in tighter(candidate, fixed):
-        less = _estimate(changed(candidate, changes), known, measured)
+    for changes in memory_savings(candidate, fixed):
+        less = _estimate(with_changes(candidate, changes), known, measured)
         if less.fits is True:
             return changes, less
         if less.memory.high < taken.memory.high:
@@ -106,7 +112,9 @@ def _fitted(
     return best, taken
 
 
-def _estimate(candidate: Candidate, known: ScenarioFacts, measured: Sequence[Measured]) -> Estimate:
+def _estimate(
+    candidate: Candidate, known: ScenarioFacts, measured: Sequence[MeasuredTrial]
+) -> Estimate:
     return estimate(
         candidate.config,
         known.facts,
@@ -130,13 +138,13 @@ def _within(value: Range | Interval, limit: float | None) -> bool | None:
 
 
 def nothing_fits(
-    options: Sequence[Option],
+    options: Sequence[AssessedCandidate],
     known: ScenarioFacts,
-    measured: Sequence[Measured],
+    measured: Sequence[MeasuredTrial],
     first_token: Range,
     base: Config,
 ) -> str:
-    """Why none of `options` is an answer, and what would be one: in one line."""
+    """Return one line that says why no candidate is feasible, and what would be."""
     scenario = known.scenario
     fitting = [one for one in options if one.fits]
     if not fitting:
@@ -169,10 +177,10 @@ def nothing_fits(
 
 
 def _more_room(
-    least: Estimate, known: ScenarioFacts, measured: Sequence[Measured], base: Config
+    least: Estimate, known: ScenarioFacts, measured: Sequence[MeasuredTrial], base: Config
 ) -> Iterator[str]:
-    """What would fit, each on its own; the first ones change the least."""
-    fixed = sorted(given(base).keys() - {"model.name", "model.revision", "data.path"})
+    """Yield single changes that would make something fit, the smallest first."""
+    fixed = sorted(given_settings(base).keys() - {"model.name", "model.revision", "data.path"})
     free = build_config({"model": base.model.model_dump(), "data": {"path": base.data.path}}, {})
     loose = [name for name in fixed if name.startswith(("method.", "train.", "data.", "scaling."))]
     if loose and (method := _fits(free, known, measured)):
@@ -195,15 +203,15 @@ def _more_room(
     for _ in range(_HALVINGS):
         facts = _half(facts)
         if method := _fits(base, replace(known, facts=facts), measured):
-            yield f"a model of up to {shown_size(facts.parameters)} ({method})"
+            yield f"a model of up to {format_size(facts.parameters)} ({method})"
             break
 
 
-def _fits(base: Config, known: ScenarioFacts, measured: Sequence[Measured]) -> str | None:
-    """The first method of which something surely fits in `known`: a low-rank one, or the given."""
+def _fits(base: Config, known: ScenarioFacts, measured: Sequence[MeasuredTrial]) -> str | None:
+    """Return the first method, low-rank or given, of which a candidate certainly fits, if any."""
     size = known.facts.parameters / 1e9
     known = replace(known, scenario=replace(known.scenario, model_size_b=size))
-    fixed = given(base)
+    fixed = given_settings(base)
     seen = set()
     try:
         found = candidates(base, known)
@@ -216,7 +224,7 @@ def _fits(base: Config, known: ScenarioFacts, measured: Sequence[Measured]) -> s
             seen.add(candidate.method)
             changes, taken = _fitted(candidate, known, measured, fixed)
             if taken.fits is True:
-                config = changed(candidate, changes).config
+                config = with_changes(candidate, changes).config
                 own = config.method
                 four = own.quantization_bit == 4 and not own.quantized_by_default()
                 return f"{candidate.method} over 4-bit weights" if four else candidate.method
@@ -230,7 +238,7 @@ def _with_gpus(known: ScenarioFacts, count: int) -> ScenarioFacts:
 
 
 def _half(facts: ModelFacts) -> ModelFacts:
-    """A model of the same kind with about half as many parameters."""
+    """Return the facts of a model of the same kind with about half as many parameters."""
     return replace(
         facts,
         parameters=facts.parameters // 2,

@@ -22,9 +22,15 @@ from rayfin.advisor.features import (
     row_of,
     setting_row,
 )
-from rayfin.advisor.names import facts_from_name
-from rayfin.advisor.quality import expected
-from rayfin.advisor.table import ScenarioTrials, TrialTable, charges_of, groups_of, has_diverged
+from rayfin.advisor.model_names import facts_from_name
+from rayfin.advisor.quality_model import prior_mean
+from rayfin.advisor.trial_table import (
+    ScenarioTrials,
+    TrialTable,
+    group_by_scenario,
+    has_diverged,
+    regrets_of,
+)
 from rayfin.config import build_config
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord, import_history
@@ -94,17 +100,17 @@ def row(record: TrialRecord) -> dict[str, float]:
 
 
 def only_group(*records: TrialRecord, metric: str | None = None) -> ScenarioTrials:
-    (group,) = groups_of(TrialTable.of(records), metric).values()
+    (group,) = group_by_scenario(TrialTable.of(records), metric).values()
     return group
 
 
-def charge_of(group: ScenarioTrials) -> dict[float, float]:
+def regret_of(group: ScenarioTrials) -> dict[float, float]:
     """Learning rate -> charge."""
     place = COLUMNS.names.index("learning_rate")
     rates = 2e-4 * 10 ** group.rows[:, place]
     return {
-        float(f"{rate:.3g}"): float(charge)
-        for rate, charge in zip(rates, group.charges, strict=True)
+        float(f"{rate:.3g}"): float(regret)
+        for rate, regret in zip(rates, group.regrets, strict=True)
     }
 
 
@@ -336,8 +342,8 @@ def test_rows_of_an_imported_table(history: History, tmp_path: Path) -> None:
     assert np.isnan(table.column("steps")).all()
     assert table.diverged.sum() == 1
     assert np.isnan(table.scores[table.diverged]).all()
-    (group,) = groups_of(table).values()  # one setting alone compares with nothing
-    assert charge_of(group) == {2e-4: 0.0, 2e-3: 1.0}
+    (group,) = group_by_scenario(table).values()  # one setting alone compares with nothing
+    assert regret_of(group) == {2e-4: 0.0, 2e-3: 1.0}
     assert group.diverged.tolist() == [0.0, 1.0]
 
 
@@ -374,10 +380,10 @@ def test_rows_of_pefts_results(history: History, tmp_path: Path) -> None:
     assert sorted(table.column("capacity")) == [4.0, 5.0]
     assert table.column("targets") == pytest.approx([2 / 7, 2 / 7])
     assert table.column("steps") == pytest.approx([7.0, 7.0])
-    (group,) = groups_of(table).values()
-    best = group.charges.argmin()
+    (group,) = group_by_scenario(table).values()
+    best = group.regrets.argmin()
     assert group.rows[best][COLUMNS.names.index("capacity")] == 5.0  # the larger accuracy
-    assert group.charges[best] == 0.0 and group.charges.max() == 1.0
+    assert group.regrets[best] == 0.0 and group.regrets.max() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -406,7 +412,7 @@ def test_trials_that_say_nothing_are_left_out() -> None:
     mistaken = trial(2, 1e308)
     unscored = trial(3, status="stopped", metrics={"steps": 3})
     assert len(TrialTable.of([running, mistaken, unscored])) == 0
-    assert groups_of(TrialTable.of([])) == {}
+    assert group_by_scenario(TrialTable.of([])) == {}
 
 
 # --- groups -------------------------------------------------------------------------------------
@@ -418,14 +424,14 @@ def test_scores_are_compared_within_a_task_and_a_model_only() -> None:
         *(trial(n, 1e-4 * 2**n, 900.0 - 100 * n, task="d2") for n in range(3, 6)),
         *(trial(n, 1e-4 * 2**n, 0.1 * n, model="other") for n in range(6, 9)),
     ]
-    groups = groups_of(TrialTable.of(records))
+    groups = group_by_scenario(TrialTable.of(records))
     assert len(groups) == 3
     for found, group in groups.items():
         assert group.code == found
-        assert sorted(group.charges) == pytest.approx([0.0, 0.5, 1.0])
-    alone = groups_of(TrialTable.of(records[:3]))
+        assert sorted(group.regrets) == pytest.approx([0.0, 0.5, 1.0])
+    alone = group_by_scenario(TrialTable.of(records[:3]))
     (key,) = alone
-    assert groups[key].charges == pytest.approx(alone[key].charges)
+    assert groups[key].regrets == pytest.approx(alone[key].regrets)
 
 
 def test_samples_of_one_data_set_are_one_task_and_their_scores_are_kept_apart() -> None:
@@ -447,15 +453,15 @@ def test_workers_share_the_samples_of_a_step() -> None:
 
 def test_charges_are_shares_of_the_way_from_best_to_worst() -> None:
     group = only_group(trial(1, 1e-4, 2.0), trial(2, 2e-4, 2.5), trial(3, 4e-4, 3.0))
-    assert charge_of(group) == pytest.approx({1e-4: 0.0, 2e-4: 0.5, 4e-4: 1.0})
+    assert regret_of(group) == pytest.approx({1e-4: 0.0, 2e-4: 0.5, 4e-4: 1.0})
     assert (group.spread, group.best) == (pytest.approx(1.0), 2.0)
 
 
 def test_one_absurd_score_does_not_make_the_others_alike() -> None:
     plain = [trial(n, 1e-4 * 2**n, 2.0 + 0.2 * n) for n in range(5)]
-    charges = only_group(*plain, trial(9, 1e-1, 9e5)).charges
-    assert sorted(charges)[:3] == pytest.approx([0.0, 0.1, 0.2])
-    assert charges.max() == 1.0
+    regrets = only_group(*plain, trial(9, 1e-1, 9e5)).regrets
+    assert sorted(regrets)[:3] == pytest.approx([0.0, 0.1, 0.2])
+    assert regrets.max() == 1.0
 
 
 @pytest.mark.parametrize("score", [-1e5, -0.5, 1e9, 10**400, "low", True, None])
@@ -463,7 +469,7 @@ def test_scores_that_no_trial_can_have_count_for_nothing(score: Any) -> None:
     plain = [trial(n, 1e-4 * 2**n, 2.0 + 0.2 * n) for n in range(5)]
     absurd = trial(9, 1e-1, metrics={"eval_loss": score, "perplexity": 3.0}, status="stopped")
     one, other = only_group(*plain), only_group(*plain, absurd)
-    assert other.charges == pytest.approx(one.charges)
+    assert other.regrets == pytest.approx(one.regrets)
 
 
 def test_worse_than_the_untrained_model_is_as_bad_as_it_gets() -> None:
@@ -472,7 +478,7 @@ def test_worse_than_the_untrained_model_is_as_bad_as_it_gets() -> None:
     records = [
         trial(n, 1e-4 * 2**n, metrics={"eval_loss": loss} | base) for n, loss in enumerate(losses)
     ]
-    assert sorted(only_group(*records).charges) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
+    assert sorted(only_group(*records).regrets) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0])
 
 
 def test_an_accuracy_is_the_better_the_larger_it_is() -> None:
@@ -486,7 +492,7 @@ def test_an_accuracy_is_the_better_the_larger_it_is() -> None:
         for n in range(3)
     ]
     group = only_group(*records)
-    assert charge_of(group) == pytest.approx({1e-4: 1.0, 2e-4: 0.5, 4e-4: 0.0})
+    assert regret_of(group) == pytest.approx({1e-4: 1.0, 2e-4: 0.5, 4e-4: 0.0})
 
 
 def test_the_metric_is_the_one_asked_for_or_that_of_most_settings() -> None:
@@ -494,28 +500,28 @@ def test_the_metric_is_the_one_asked_for_or_that_of_most_settings() -> None:
         return trial(n, 1e-4 * 2**n, metrics={"eval_loss": loss, "exact_match": match})
 
     records = [both(0, 1.0, 0.1), both(1, 2.0, 0.9), trial(2, 4e-4, 1.5)]
-    assert charge_of(only_group(*records))[1e-4] == 0.0
-    asked = charge_of(only_group(*records, metric="exact_match"))
+    assert regret_of(only_group(*records))[1e-4] == 0.0
+    asked = regret_of(only_group(*records, metric="exact_match"))
     assert asked == {1e-4: 1.0, 2e-4: 0.0}
-    assert charge_of(only_group(*records, metric="perplexity"))[1e-4] == 0.0
+    assert regret_of(only_group(*records, metric="perplexity"))[1e-4] == 0.0
     # One setting that was run often does not decide for the others.
     foreign = trial(0).scenario | {"source": "csv"}
     often = [trial(n, 0.1, metrics={"exact_match": 0.5}, scenario=foreign) for n in range(100, 150)]
-    assert charge_of(only_group(*records, *often)) == charge_of(only_group(*records))
+    assert regret_of(only_group(*records, *often)) == regret_of(only_group(*records))
 
 
 def test_a_diverged_trial_is_charged_in_full() -> None:
     group = only_group(trial(1, 1e-4, 2.0), trial(2, 2e-4, 2.1), trial(3, 0.1, None))
-    assert charge_of(group)[0.1] == 1.0
+    assert regret_of(group)[0.1] == 1.0
     assert sorted(group.diverged) == [0.0, 0.0, 1.0]
     # The worst of those that did not diverge is as bad, and still did not.
-    assert sorted(group.charges) == [0.0, 1.0, 1.0]
+    assert sorted(group.regrets) == [0.0, 1.0, 1.0]
     halves = only_group(trial(1, 1e-4, 2.0), trial(2, 0.1, 3.0), trial(3, 0.1, None))
     assert sorted(halves.diverged) == [0.0, 0.5]
 
 
 def test_a_group_of_failures_alone_says_nothing_about_settings() -> None:
-    assert groups_of(TrialTable.of([trial(1, 0.1, None), trial(2, 0.2, None)])) == {}
+    assert group_by_scenario(TrialTable.of([trial(1, 0.1, None), trial(2, 0.2, None)])) == {}
 
 
 def test_a_setting_that_was_run_often_is_one_setting() -> None:
@@ -523,25 +529,25 @@ def test_a_setting_that_was_run_often_is_one_setting() -> None:
     for often in range(5):
         again = [trial(100 + n, 1e-4 * 2**often, 2.0 + 0.2 * often) for n in range(50)]
         one, other = only_group(*plain), only_group(*plain, *again)
-        assert other.charges == pytest.approx(one.charges)
+        assert other.regrets == pytest.approx(one.regrets)
         assert (other.spread, other.best) == (one.spread, one.best)
         assert sorted(other.counts) == [1.0, 1.0, 1.0, 1.0, 4.0]
 
 
 def test_seeds_of_one_setting_are_averaged() -> None:
     group = only_group(trial(1, 1e-4, 2.0), trial(2, 1e-4, 2.4), trial(3, 2e-4, 3.0))
-    assert charge_of(group) == pytest.approx({1e-4: 0.2, 2e-4: 1.0})
+    assert regret_of(group) == pytest.approx({1e-4: 0.2, 2e-4: 1.0})
 
 
 def test_nearly_equal_scores_are_equal() -> None:
     group = only_group(trial(1, 1e-4, 2.0), trial(2, 2e-4, 2.001), trial(3, 4e-4, 2.0005))
-    assert group.charges.max() == pytest.approx(0.05)  # chance is 1 % of the loss
+    assert group.regrets.max() == pytest.approx(0.05)  # chance is 1 % of the loss
 
 
 def test_first_names_the_trial_in_the_table() -> None:
     records = [trial(n, 1e-4 * 2**n, 2.0 + n) for n in range(4)] + [trial(9, 2e-4, 3.0)]
     table = TrialTable.of(records)
-    (group,) = groups_of(table).values()
+    (group,) = group_by_scenario(table).values()
     place = COLUMNS.names.index("learning_rate")
     for values, first in zip(group.rows, group.first, strict=True):
         assert table.rows[first][place] == values[place]
@@ -549,18 +555,18 @@ def test_first_names_the_trial_in_the_table() -> None:
 
 
 def test_charges_of_a_sweeps_values() -> None:
-    charges = charges_of(np.array([2.0, np.nan, 3.0]), "eval_loss")
-    assert charges is not None and charges.tolist() == [0.0, 1.0, 1.0]
-    accuracies = charges_of(np.array([0.1, 0.5]), "exact_match")
+    regrets = regrets_of(np.array([2.0, np.nan, 3.0]), "eval_loss")
+    assert regrets is not None and regrets.tolist() == [0.0, 1.0, 1.0]
+    accuracies = regrets_of(np.array([0.1, 0.5]), "exact_match")
     assert accuracies is not None and accuracies.tolist() == [1.0, 0.0]
-    assert charges_of(np.array([np.nan, np.nan]), "eval_loss") is None
+    assert regrets_of(np.array([np.nan, np.nan]), "eval_loss") is None
 
 
 def test_what_practice_expects_grows_with_the_distance_from_its_rate() -> None:
     def at(method: Mapping[str, float], decades: float, size: float) -> float:
         values = dict.fromkeys(COLUMNS.names, math.nan) | method
         values |= {"learning_rate": decades, "parameters": size}
-        return float(expected(np.array([[values[name] for name in COLUMNS.names]]))[0])
+        return float(prior_mean(np.array([[values[name] for name in COLUMNS.names]]))[0])
 
     lora, ia3 = {"method_x": 0.0, "method_y": 0.0}, {"method_x": 0.0, "method_y": 1.5}
     shift = math.log10(5e-4 / 2e-4)  # practice's rate of a small model beside that of any

@@ -9,13 +9,13 @@ import pytest
 from rayfin.advisor.answer import (
     Choice,
     Feasibility,
-    Point,
     Predictions,
     Range,
     Recommendation,
+    TradeOffPoint,
 )
-from rayfin.advisor.marks import DARK, LIGHT, MARKS, look_of
-from rayfin.advisor.picture import picture
+from rayfin.advisor.chart_marks import DARK, LIGHT, MARKS, mark_number
+from rayfin.advisor.trade_off_chart import picture
 from rayfin.methods import METHODS
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -24,7 +24,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def answer(seconds, choices=3, methods=tuple(METHODS)):
     """Candidates that take `seconds`, and choices that all lie on one spot."""
     points = [
-        Point(method=methods[n % len(methods)], settings={"method.r": n}, shortfall=n / 50,
+        TradeOffPoint(method=methods[n % len(methods)], settings={"method.r": n}, shortfall=n / 50,
               train_seconds=taken, memory_bytes=1e9, front=n == 0)
         for n, taken in enumerate(seconds)
     ]  # fmt: skip
@@ -139,8 +139,8 @@ def test_colours_are_told_apart_by_all_eyes_and_from_the_page(colours, page) -> 
 
 
 def test_every_method_has_a_look_of_its_own() -> None:
-    looks = [look_of(method) for method in METHODS]
+    looks = [mark_number(method) for method in METHODS]
     assert len(set(looks)) == len(METHODS) <= len(MARKS)
     assert len(set(MARKS)) == len(MARKS) == 2 * len(LIGHT)
     assert len(set(LIGHT)) == len(set(DARK)) == len(LIGHT)
-    assert look_of("another tool's") is look_of(None) is None
+    assert mark_number("another tool's") is mark_number(None) is None

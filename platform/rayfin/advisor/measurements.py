@@ -1,4 +1,4 @@
-"""Trials that tell what they took, as rows of a history hold them."""
+"""The time and memory that past trials took, read from the rows of a history."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from rayfin.advisor.memory import MemoryParts, memory_of
-from rayfin.advisor.seconds import step_seconds
+from rayfin.advisor.step_time import step_seconds
 from rayfin.config.schema import Config
 from rayfin.errors import RayfinError
 from rayfin.history.record import finite
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from rayfin.history import TrialRecord
 
 _LARGEST_LEARNING_RATE = 100.0
-"""Nobody meant to run a row with a larger one."""
+"""A row with a larger learning rate is a mistake."""
 
 _Count = Annotated[int, Field(gt=0, lt=10**15)]
 
 
 @dataclass(frozen=True)
 class LengthFacts:
-    """What of the data decides memory and time; named as in its profile."""
+    """What of the data decides memory and time, under the names of its profile."""
 
     tokens_per_sample_mean: Annotated[float, Field(gt=0, lt=1e15)]
     tokens_per_sample_p95: _Count
@@ -42,10 +42,11 @@ class LengthFacts:
 
     @classmethod
     def of(cls, profile: DataProfile | LengthFacts) -> LengthFacts:
+        """Take the facts from a profile."""
         return cls(*(getattr(profile, field.name) for field in fields(cls)))
 
     def longest_of(self, samples: int) -> int:
-        """Tokens to expect of the longest of so many samples: a quantile, between those known."""
+        """Return the expected tokens of the longest of so many samples, from known quantiles."""
         known = (
             self.tokens_per_sample_mean,
             self.tokens_per_sample_p95,
@@ -65,7 +66,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class _Scenario:
-    """What is read of a trial's scenario in the history."""
+    """The part of a trial's scenario in the history that is read here."""
 
     model: ModelFacts
     hardware: Machine
@@ -76,8 +77,8 @@ _SCENARIO = TypeAdapter(_Scenario)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A trial that ran, and what it took; None for what was not measured."""
+class MeasuredTrial:
+    """A trial that ran, with its time and memory; None for what was not measured."""
 
     config: Config
     facts: ModelFacts
@@ -86,10 +87,10 @@ class Measured:
     peak_memory_bytes: float | None = None
     seconds_per_step: float | None = None
 
-    # The formulas' values are asked for again with every estimate that a trial corrects.
+    # The formulas' values are needed again for every estimate that a trial corrects.
     @cached_property
     def parts(self) -> MemoryParts:
-        """Bytes by the formula alone."""
+        """The bytes by the formula alone."""
         train = self.config.train
         step = train.per_device_train_batch_size * train.gradient_accumulation_steps
         return memory_of(
@@ -102,7 +103,7 @@ class Measured:
 
     @cached_property
     def formula_seconds(self) -> float:
-        """Of a step, by the formula alone."""
+        """The seconds of a step by the formula alone."""
         return step_seconds(
             self.config,
             self.facts,
@@ -112,13 +113,13 @@ class Measured:
         )
 
 
-def measured_from(records: Iterable[TrialRecord]) -> list[Measured]:
-    """The trials among `records` that tell what they took, each computation once, the first one.
+def measured_from(records: Iterable[TrialRecord]) -> list[MeasuredTrial]:
+    """Return the trials whose time or memory was measured; of equal ones, the first.
 
-    Left out, whatever is wrong with them: trials that did not end well, that other programs ran,
-    whose row does not hold what was trained, or whose numbers can't be.
+    Left out are trials that did not end well, that other programs ran, whose row does not hold what
+    was trained, or whose numbers are impossible.
     """
-    found: dict[str, Measured] = {}
+    found: dict[str, MeasuredTrial] = {}
     for record in records:
         hardware = record.scenario.get("hardware")
         key = json.dumps([record.spec, hardware], sort_keys=True)
@@ -127,7 +128,7 @@ def measured_from(records: Iterable[TrialRecord]) -> list[Measured]:
     return list(found.values())
 
 
-def _measured(record: TrialRecord) -> Measured | None:
+def _measured(record: TrialRecord) -> MeasuredTrial | None:
     if record.status not in SCORED or "source" in record.scenario:
         return None
     steps = _positive(record.metrics, "steps")
@@ -138,7 +139,7 @@ def _measured(record: TrialRecord) -> Measured | None:
         hardware = record.scenario["hardware"]
         known = ("num_workers", "strategy", "cpu_offload")
         scaling = {name: hardware[name] for name in known if name in hardware}
-        trial = Measured(
+        trial = MeasuredTrial(
             config=Config.model_validate({**sections, "scaling": scaling}),
             facts=scenario.model,
             machine=scenario.hardware,
@@ -151,7 +152,7 @@ def _measured(record: TrialRecord) -> Measured | None:
         return None
 
 
-def _credible(trial: Measured) -> bool:
+def _credible(trial: MeasuredTrial) -> bool:
     sizes = [value for value in asdict(trial.facts).values() if isinstance(value, int)]
     return (
         (trial.peak_memory_bytes or trial.seconds_per_step) is not None

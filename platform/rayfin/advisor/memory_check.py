@@ -1,4 +1,4 @@
-"""Which trials of a sweep can't fit into the memory of this machine, told before they start."""
+"""Find the trials of a sweep that can't fit the memory of this machine, before they start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rayfin.advisor.estimate import Estimate, estimate
 from rayfin.advisor.knowledge import measured_trials
-from rayfin.advisor.measured import Measured
+from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.config import Config, with_values
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from rayfin.data import Corpus, DataProfile
 
 _SAMPLES = 2000
-"""Samples that are tokenised: enough to tell how long they are."""
+"""The number of samples that are tokenised to tell how long they are."""
 
 
 class MemoryCheck:
-    """Says of a sweep's trial why it can't run on this machine; see `rayfin.tuning.sweep.Refuse`.
+    """Says why a sweep's trial can't run on this machine (see `rayfin.tuning.sweep.Refuse`).
 
-    Most trials fit even if every sample is as long as it may be: that takes a millisecond. Only for
-    the others are the history's trials read, and the data tokenised.
+    Most trials fit even if every sample is as long as possible, which takes a millisecond to tell.
+    Only for the others are the history's trials read and the data tokenised.
     """
 
     def __init__(self, history: History, hardware: Hardware | None = None) -> None:
-        """`hardware`: where the trials run; this machine's if it is not given."""
+        """Check trials that run on `hardware`, or on this machine if it is not given."""
         self._history, self._hardware = history, hardware
         self._profiles: dict[tuple[object, object], DataProfile] = {}
-        # Every trial asks, and a model of the hub answers over the network.
+        # Every trial needs them, and those of a model on the hub come over the network.
         self._facts = functools.cache(describe_model)
 
     def __call__(self, plan: SweepPlan, trial: PlannedTrial) -> str | None:
@@ -67,7 +67,7 @@ class MemoryCheck:
         return _refusal(found, hardware, config) if found.fits is False else None
 
     @cached_property
-    def _measured(self) -> list[Measured]:
+    def _measured(self) -> list[MeasuredTrial]:
         return measured_trials(self._history)
 
     def _profile(self, config: Config, corpus: Corpus) -> DataProfile:
@@ -78,10 +78,7 @@ class MemoryCheck:
 
 
 def sampled_profile(config: Config, corpus: Corpus) -> DataProfile:
-    """The profile of the data, or of as many samples as tell how long they are.
-
-    Those are the first ones of both splits, whose order is a random one.
-    """
+    """Return the profile of the first samples of both splits, whose order is random."""
     from rayfin.data import tokenize_corpus
     from rayfin.models import load_tokenizer
 
@@ -90,9 +87,9 @@ def sampled_profile(config: Config, corpus: Corpus) -> DataProfile:
 
 
 def _share(hardware: Hardware, config: Config) -> Hardware:
-    """What one trial has of `hardware`, beside those that run at the same time.
+    """Return one trial's share of the hardware beside the trials that run at the same time.
 
-    So many as `rayfin.tuning.tune.trial_resources` lets run on one machine.
+    Their number is that which `rayfin.tuning.tune.trial_resources` lets run on one machine.
     """
     concurrent, workers = config.sweep.max_concurrent_trials, config.scaling.num_workers
     # One a device; and the workers of a group never share one.

@@ -1,4 +1,4 @@
-"""Seconds of a training step by formula: its FLOPs, at the speed that devices usually have."""
+"""The seconds of a training step by formula: its FLOPs at the usual speed of a device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _PEAK_FLOPS = {
     "L4": 121e12,
     "T4": 65e12,
 }
-"""Dense 16-bit tensor FLOP/s by what a GPU's name has in it (NVIDIA's data sheets); first fit."""
+"""Dense 16-bit tensor FLOP/s by a part of a GPU's name (NVIDIA's data sheets); the first match."""
 _SUSTAINED = 0.3
-"""Share of the peak that training reaches; well-tuned runs 0.3 to 0.5 (arXiv:2204.02311, 4.1)."""
+"""The share of the peak that training reaches; well-tuned runs reach 0.3 to 0.5
+(arXiv:2204.02311, 4.1)."""
 _CORE_FLOPS = 25e9
-"""float32 FLOP/s of a CPU core: half of what an AVX2 core's matrix products reach."""
+"""The float32 FLOP/s of a CPU core: half of what an AVX2 core's matrix products reach."""
 _BLOCK_SECONDS = {"cpu": 1e-2, "cuda": 2e-3}
-"""Of a block, forward and backward, however few its tokens: Python and launches."""
+"""The least seconds of a block, forward and backward, for Python and kernel launches."""
 
 
 def step_seconds(
@@ -34,7 +35,10 @@ def step_seconds(
     tokens: float,
     completion_share: float,
 ) -> float:
-    """Of an optimizer step, of samples with so many `tokens` each, where a share has a loss."""
+    """Return the seconds of an optimizer step over samples of `tokens` tokens each.
+
+    `completion_share` is the share of tokens with a loss.
+    """
     length = tokens + config.method.row_tokens
     share = share_of_step(config.train, config.scaling.num_workers)
     flops = share.batch_size * length
@@ -51,12 +55,12 @@ def step_seconds(
 def flops_per_token(
     config: Config, facts: ModelFacts, length: float, completion_share: float = 1.0
 ) -> float:
-    """FLOPs of a training step for one token in a row of `length` tokens.
+    """Return the FLOPs of a training step for one token in a row of `length` tokens.
 
-    A product takes 2 a weight forward, 2 backward to its inputs, and 2 to its weights where these
-    are trained: 6 a parameter for full fine-tuning, 4 for adapters (Kaplan et al. 2020,
-    arXiv:2001.08361, section 2.1). Attention adds two products with the row; the head runs on
-    tokens with a loss only; recomputed activations are one more forward pass.
+    A product takes 2 per weight forward, 2 backward to its inputs, and 2 to its weights if these
+    are trained: 6 per parameter for full fine-tuning, 4 for adapters (Kaplan et al. 2020,
+    arXiv:2001.08361, section 2.1). Attention adds two products with the row; the head runs only on
+    tokens with a loss; recomputed activations take one more forward pass.
     """
     head = completion_share * facts.vocab_size * facts.hidden_size
     attention = 2 * length * facts.num_attention_heads * facts.head_dim * facts.num_layers

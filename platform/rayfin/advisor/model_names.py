@@ -1,4 +1,4 @@
-"""What a model's name says of it, where neither its files nor a record of its facts are at hand."""
+"""Read facts from a model's name, where neither its files nor recorded facts are at hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PUBLISHED = {
     "mixtral-8x22b": (141.0, 39.0),
 }
 _BUNDLED = {"tiny": 90_688 / 1e9}
-"""Billions of parameters of rayfin's own model for dry runs, which has no size in its name."""
+"""The billions of parameters of rayfin's own test model, which has no size in its name."""
 _SIZE = re.compile(r"(?<![a-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _ACTIVE = re.compile(r"(?<![a-z0-9.])a(\d+(?:\.\d+)?)([bm])(?![a-z0-9])")
 _TUNED = re.compile(r"(?<![a-z])(instruct|chat|it|thinking|sft|dpo|rl|reasoning)(?![a-z])")
@@ -29,21 +29,21 @@ _PUBLISHER = re.compile(r"^(nvidia|meta|mistralai|google|microsoft)[-_]")
 
 @dataclass(frozen=True)
 class NameFacts:
-    """None for what the name does not say; sizes in billions of parameters."""
+    """What a model's name says, or None for what it does not; sizes in billions of parameters."""
 
     size_b: float | None
     active_b: float | None
-    """Parameters that a token passes; of a dense model all of them."""
+    """The parameters that each token uses; all of them in a dense model."""
     brand: str
-    """`qwen`."""
+    """The brand, such as `qwen`."""
     generation: str
-    """`qwen3.5`."""
+    """The brand and its generation, such as `qwen3.5`."""
     tuned: bool | None
-    """Whether it was tuned to follow instructions."""
+    """Whether the model was tuned to follow instructions."""
 
 
 def facts_from_name(name: str) -> NameFacts:
-    """`Qwen/Qwen3-30B-A3B-Base` -> 30, 3, qwen, qwen3, False."""
+    """Read a name: `Qwen/Qwen3-30B-A3B-Base` gives 30, 3, qwen, qwen3 and False."""
     plain = _PUBLISHER.sub("", name.rstrip("/").rpartition("/")[2].lower())
     plain = _POINT.sub(".", plain.partition("@")[0]).replace("_", "-")
     size, active = _sizes(plain)

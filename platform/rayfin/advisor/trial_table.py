@@ -1,4 +1,4 @@
-"""The trials of a history as arrays: what the learned model is fitted to."""
+"""The trials of a history as arrays, and the regret of each setting in its scenario."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfin.advisor.features import COLUMNS, row_of
-from rayfin.advisor.process import Array
+from rayfin.advisor.kernel import Array
 from rayfin.errors import HistoryError
 from rayfin.history import TrialRecord
 from rayfin.metrics import BASE, score_names, score_of
@@ -23,7 +23,7 @@ Flags = NDArray[np.bool_]
 
 _WORST_OF_MEDIAN = 4.0
 _LARGEST = 1e6  # no loss, and no perplexity of a model that learned anything, is larger
-_WORTH = 4  # a setting measured more often than this is not known better: seeds are not all of it
+_MAX_COUNT = 4  # more measurements don't make a setting better known: seeds are not all of it
 
 # "eval_loss became inf at step 3", "diverged", "train loss is nan"; not "no finance.jsonl".
 _DIVERGED = re.compile(r"diverg|\bloss is\b|\b(nan|inf)\b", re.IGNORECASE)
@@ -31,15 +31,15 @@ _DIVERGED = re.compile(r"diverg|\bloss is\b|\b(nan|inf)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class TrialTable:
-    """A row a trial; `ids` name them in the history."""
+    """The features and scores of n trials as arrays; `ids` are their ids in the history."""
 
     ids: NDArray[np.str_]
     rows: Array
-    """n x the columns of `features.COLUMNS`."""
+    """The features (n x columns of `features.COLUMNS`)."""
     scores: Array
-    """n x `metrics.score_names()`, less being better in all; NaN where it was not measured."""
+    """The scores (n x `metrics.score_names()`), less being better; NaN where not measured."""
     bases: Array
-    """The same of the untrained model."""
+    """The scores of the untrained model, in the same form."""
     diverged: Flags
 
     def __len__(self) -> int:
@@ -47,10 +47,10 @@ class TrialTable:
 
     @classmethod
     def of(cls, records: Iterable[TrialRecord]) -> Self:
-        """Of all trials that say something about their setting; the others are left out.
+        """Make a table of the trials that say something about their setting.
 
-        Those are: trials that still run, whose setting can't have been (a rank of -3), that ended
-        for a reason that is not the setting's, or that hold no score.
+        Left out are trials that still run, that have an impossible setting (a rank of -3), that
+        ended for a reason other than their setting, or that have no score.
         """
         ids, rows, scores, bases, diverged = [], [], [], [], []
         names, measured = COLUMNS.names, score_names()
@@ -79,9 +79,11 @@ class TrialTable:
         )
 
     def column(self, name: str) -> Array:
+        """Return the values of one column of features (n)."""
         return self.rows[:, COLUMNS.names.index(name)]
 
     def take(self, chosen: NDArray[np.intp] | Flags) -> TrialTable:
+        """Return the chosen trials."""
         return TrialTable(
             self.ids[chosen],
             self.rows[chosen],
@@ -91,6 +93,7 @@ class TrialTable:
         )
 
     def joined(self, other: TrialTable) -> TrialTable:
+        """Return the trials of both tables."""
         return TrialTable(
             np.concatenate([self.ids, other.ids]),
             np.concatenate([self.rows, other.rows]),
@@ -100,25 +103,28 @@ class TrialTable:
         )
 
     def save(self, path: Path) -> None:
-        """Whole, or not at all; numbers and text only."""
+        """Write the table to a file, whole or not at all; it holds numbers and text only."""
         with write_whole(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **vars(self), columns=np.array(COLUMNS.names))
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises HistoryError for a file that is none of this version's; nothing in it is run."""
+        """Read a table from a file without running anything in it.
+
+        Raises HistoryError for a file that this version did not write.
+        """
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
                 columns = tuple(held["columns"])
                 table = cls(**{name: held[name] for name in cls.__dataclass_fields__})
         except Exception as error:  # of a broken file zipfile and numpy raise nearly anything
             raise HistoryError(f"'{path}' is no table of trials ({error}); remove it") from error
-        if columns != COLUMNS.names or not table._like(cls.of(())):
+        if columns != COLUMNS.names or not table._has_layout_of(cls.of(())):
             raise HistoryError(f"'{path}' was made by another version; remove it")
         return table
 
-    def _like(self, other: TrialTable) -> bool:
-        """Whether its arrays are of the same kind as `other`'s, and all of one length."""
+    def _has_layout_of(self, other: TrialTable) -> bool:
+        """Whether the arrays have the same types and columns as `other`'s, and one length."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return all(
             (mine.dtype.kind, mine.shape) == (theirs.dtype.kind, (len(self), *theirs.shape[1:]))
@@ -128,61 +134,62 @@ class TrialTable:
 
 @dataclass(frozen=True)
 class ScenarioTrials:
-    """What was tried in one scenario, each distinct setting once."""
+    """The distinct settings that were tried in one scenario, and the regret of each."""
 
     rows: Array
-    charges: Array
-    """How far each fell short of the best, of the way from the best to the worst: 0 to 1.
+    """The features of each setting (n x columns)."""
+    regrets: Array
+    """The normalised regret of each setting (n): 0 for the best score, 1 for the worst.
 
-    1 too where the training diverged.
+    It is 1, too, where the training diverged.
     """
     counts: Array
-    """How often it was measured; at most `_WORTH`."""
+    """How often each setting was measured (n), at most `_MAX_COUNT`."""
     first: NDArray[np.intp]
-    """For each, its first trial's place in the table."""
+    """The index in the table of each setting's first trial (n)."""
     diverged: Array
-    """For each, the share of its trials that diverged."""
+    """The share of each setting's trials that diverged (n)."""
     spread: float
-    """What a charge of 1 is, in the metric's unit."""
+    """The difference of scores that is a regret of 1, in the metric's unit."""
     best: float
-    """Its best score; less is better."""
+    """The best score; less is better."""
     code: float
-    """Of its scenario."""
+    """The code of the scenario: its column `group`."""
 
     def __len__(self) -> int:
-        return len(self.charges)
+        return len(self.regrets)
 
 
-def groups_of(table: TrialTable, metric: str | None = None) -> dict[float, ScenarioTrials]:
-    """Code of each scenario -> its group, for those that say anything about settings.
+def group_by_scenario(table: TrialTable, metric: str | None = None) -> dict[float, ScenarioTrials]:
+    """Return the trials of each scenario that says something about settings, by its code.
 
-    Scores are compared within a group only, and only by one metric: `metric` where the group has
-    it, else the one that most of its settings have.
+    Scores are compared within a scenario only, and by one metric only: `metric` where trials of the
+    scenario have it, or else the one that most of its settings have.
     """
     codes = table.column("group")
     order = np.argsort(codes, kind="stable")
     starts = np.flatnonzero(np.diff(codes[order], prepend=np.nan))
     found = {}
-    for places in np.split(order, starts[1:]) if len(order) else ():
-        group = _group(table, places, metric)
+    for indices in np.split(order, starts[1:]) if len(order) else ():
+        group = _group(table, indices, metric)
         if group is not None:
-            found[float(codes[places[0]])] = group
+            found[float(codes[indices[0]])] = group
     return found
 
 
 def _group(
-    table: TrialTable, places: NDArray[np.intp], metric: str | None
+    table: TrialTable, indices: NDArray[np.intp], metric: str | None
 ) -> ScenarioTrials | None:
-    names, scores = score_names(), table.scores[places]
-    settings = _settings(table.rows[places])
+    names, scores = score_names(), table.scores[indices]
+    settings = _settings(table.rows[indices])
     counts = [len(np.unique(settings[~np.isnan(values)])) for values in scores.T]
     chosen = int(np.argmax(counts))
     if metric is not None and counts[names.index(metric)]:
         chosen = names.index(metric)
-    known = table.diverged[places] | ~np.isnan(scores[:, chosen])
+    known = table.diverged[indices] | ~np.isnan(scores[:, chosen])
     if not counts[chosen]:
         return None
-    places, scores = places[known], scores[known, chosen]
+    indices, scores = indices[known], scores[known, chosen]
     settings = settings[known]
     _, first, count = np.unique(settings, return_index=True, return_counts=True)
     if len(first) < 2:
@@ -190,41 +197,44 @@ def _group(
     scored = ~np.isnan(scores)
     # A setting that was run a thousand times is still one, and its score is not the usual one.
     usual = float(np.median(_means(scores[scored], settings[scored])))
-    charges, spread, best = _charges(scores, table.bases[places, chosen], names[chosen], usual)
+    regrets, spread, best = _regrets(scores, table.bases[indices, chosen], names[chosen], usual)
     return ScenarioTrials(
-        table.rows[places[first]], _means(charges, settings),
-        np.minimum(count, _WORTH).astype(float), places[first], 1.0 - _means(scored, settings),
-        spread, best, float(table.column("group")[places[0]]),
+        table.rows[indices[first]], _means(regrets, settings),
+        np.minimum(count, _MAX_COUNT).astype(float), indices[first], 1.0 - _means(scored, settings),
+        spread, best, float(table.column("group")[indices[0]]),
     )  # fmt: skip
 
 
 def _settings(rows: Array) -> NDArray[np.intp]:
-    """A number for each row, the same for equal ones."""
+    """Return a number for each row, the same for equal rows."""
     numbers: dict[bytes, int] = {}
     alike = np.round(rows, 6) + 0.0  # -0.0 has other bytes than 0.0
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in alike])
 
 
 def _means(values: Array | Flags, settings: NDArray[np.intp]) -> Array:
-    """Of each setting that there is, in their order."""
-    _, places = np.unique(settings, return_inverse=True)
-    means: Array = np.bincount(places.ravel(), weights=values) / np.bincount(places.ravel())
+    """Return the mean value of each setting, in the order of the settings' numbers."""
+    _, indices = np.unique(settings, return_inverse=True)
+    means: Array = np.bincount(indices.ravel(), weights=values) / np.bincount(indices.ravel())
     return means
 
 
-def charges_of(values: Array, metric: str) -> Array | None:
-    """Charges of one scenario's values of `metric`, NaN where a trial failed; None if all did."""
+def regrets_of(values: Array, metric: str) -> Array | None:
+    """Return the regrets of one scenario's values of a metric, or None if all are NaN.
+
+    NaN stands for a failed trial, whose regret is 1.
+    """
     if np.isnan(values).all():
         return None
     sign = score_of(metric).sign
-    return _charges(sign * values, np.zeros(0), metric, float(np.nanmedian(sign * values)))[0]
+    return _regrets(sign * values, np.zeros(0), metric, float(np.nanmedian(sign * values)))[0]
 
 
-def _charges(scores: Array, bases: Array, metric: str, usual: float) -> tuple[Array, float, float]:
-    """Charges, spread and best; `usual` is the median, each setting counted once."""
+def _regrets(scores: Array, bases: Array, metric: str, usual: float) -> tuple[Array, float, float]:
+    """Return (regrets, spread, best); `usual` is the median score, each setting counted once."""
     best = float(np.nanmin(scores))
-    # One absurd score must not make all the others look alike; and worse than the untrained model
-    # is as bad as it gets.
+    # One absurd score must not make all others look equal; and a score worse than the untrained
+    # model's counts as the worst.
     worst = min(float(np.nanmax(scores)), best + _WORST_OF_MEDIAN * (usual - best))
     base = bases[~np.isnan(bases)]
     if len(base) and best < float(np.median(base)):
@@ -232,17 +242,17 @@ def _charges(scores: Array, bases: Array, metric: str, usual: float) -> tuple[Ar
     measured = score_of(metric)
     share = 1.0 if measured.kind == "share" else abs(best)
     spread = max(worst - best, measured.least_spread * share, 1e-9)
-    charges = np.clip((scores - best) / spread, 0.0, 1.0)
-    return np.where(np.isnan(scores), 1.0, charges), spread, best
+    regrets = np.clip((scores - best) / spread, 0.0, 1.0)
+    return np.where(np.isnan(scores), 1.0, regrets), spread, best
 
 
 def has_diverged(record: TrialRecord) -> bool:
-    """Whether a trial failed because its loss ran away: the fault of its setting."""
+    """Whether a trial failed because its loss diverged, which its setting is to blame for."""
     return record.status == "failed" and _DIVERGED.search(record.error or "") is not None
 
 
 def _scores(record: TrialRecord, prefix: str) -> list[float]:
-    """The metrics with less better; what is no sensible number is NaN."""
+    """Return the scores, negated where more is better; NaN for anything but a sensible number."""
     found = []
     for name in score_names():
         value = record.metrics.get(prefix + name)

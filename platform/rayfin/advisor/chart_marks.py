@@ -1,4 +1,4 @@
-"""Colours and marks, so that every method has its own in every chart."""
+"""The colours and marks by which every chart shows the methods."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ MARKS = (
     "M-1 -1H-.2V.3H1V1H-1Z",  # L
     "M-1 1V-1A2 2 0 0 1 1 1Z",  # quarter disc
 )
-"""SVG paths around the origin, about one unit in radius; colours come again after the tenth."""
+"""SVG paths around the origin, about one unit in radius; colours repeat after the tenth."""
 
 
-def look_of(method: object) -> int | None:
-    """The number of a method's mark in MARKS; None for what is no method of rayfin's.
+def mark_number(method: object) -> int | None:
+    """Return the index of a method's mark in MARKS, or None for anything but a known method.
 
-    Its colour has that number, beginning anew after the last one.
+    Its colour has the same index, modulo the number of colours.
     """
     found = METHODS.get(method) if isinstance(method, str) else None
     return None if found is None else found.order % len(MARKS)

@@ -15,13 +15,13 @@ import pytest
 from rayfin.advisor import Scenario, practice
 from rayfin.advisor.answer import Recommendation
 from rayfin.advisor.features import COLUMNS
+from rayfin.advisor.kernel import Hyperparameters
 from rayfin.advisor.knowledge import Knowledge, reference_trials
-from rayfin.advisor.loop import SweepAdvisor
-from rayfin.advisor.process import Parameters
-from rayfin.advisor.quality import Evidence, size_of
-from rayfin.advisor.reach import FACTOR, LEAST_PARAMETERS, is_toy, within_reach
+from rayfin.advisor.model_sizes import FACTOR, LEAST_PARAMETERS, is_comparable, is_toy
+from rayfin.advisor.quality_model import QualityModel, model_size
 from rayfin.advisor.recommendation import ScenarioFacts, recommend
-from rayfin.advisor.table import TrialTable
+from rayfin.advisor.sweep_advisor import SweepAdvisor
+from rayfin.advisor.trial_table import TrialTable
 from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
 from rayfin.history.csv_table import read_csv
@@ -150,26 +150,26 @@ def small_models() -> list[TrialRecord]:
 
 
 def test_two_small_models_do_not_teach_that_size_does_not_matter() -> None:
-    learned = Evidence.of(TrialTable.of(small_models())).parameters
-    expected = Parameters.expected(COLUMNS)
+    learned = QualityModel.of(TrialTable.of(small_models())).parameters
+    expected = Hyperparameters.expected(COLUMNS)
     for name in (*(f"amplitude.{term}" for term in COLUMNS.terms), "amplitude.common"):
         assert learned.values[name] >= expected.values[name] - 1e-12, name
     assert learned.values != expected.values  # something was learned
 
 
 def test_the_reference_as_it_comes_was_learned_with_the_same_floor() -> None:
-    parameters = Knowledge.of([]).evidence.parameters
-    expected = Parameters.expected(COLUMNS)
+    parameters = Knowledge.of([]).quality_model.parameters
+    expected = Hyperparameters.expected(COLUMNS)
     for term in COLUMNS.terms:
         assert parameters.values[f"amplitude.{term}"] >= expected.values[f"amplitude.{term}"] - 1e-9
 
 
 def test_toys_do_not_take_part_in_the_fit() -> None:
-    alone = Evidence.of(TrialTable.of(small_models())).parameters
-    beside = Evidence.of(TrialTable.of(small_models() + tiny_trials())).parameters
+    alone = QualityModel.of(TrialTable.of(small_models())).parameters
+    beside = QualityModel.of(TrialTable.of(small_models() + tiny_trials())).parameters
     assert beside.values == alone.values
-    only = Evidence.of(TrialTable.of(tiny_trials())).parameters
-    assert only.values == Parameters.expected(COLUMNS).values
+    only = QualityModel.of(TrialTable.of(tiny_trials())).parameters
+    assert only.values == Hyperparameters.expected(COLUMNS).values
 
 
 # --- whose trials count -------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_toys_do_not_take_part_in_the_fit() -> None:
      (8e9, 70e9, False), (math.nan, 8e9, False), (8e9, math.nan, False)],
 )  # fmt: skip
 def test_reach_is_a_factor_of_size(one: float, other: float, within: bool) -> None:
-    assert within_reach(one, other) is within_reach(other, one) is within
+    assert is_comparable(one, other) is is_comparable(other, one) is within
 
 
 def test_the_smallest_models_that_people_adapt_are_no_toys() -> None:
@@ -226,15 +226,15 @@ def test_large_models_get_about_practices_rate(which: str, source: str, tmp_path
 def assert_honest(answer: Recommendation, knowledge: Knowledge, parameters: float) -> None:
     """What an answer names is of about its size; and where it names nothing, it claims nothing."""
     sizes = {
-        knowledge.ids[place]: size_of(group)
-        for group in knowledge.evidence.groups.values()
+        knowledge.ids[place]: model_size(group)
+        for group in knowledge.quality_model.groups.values()
         for place in group.first
     }
     for choice in answer.choices:
         assert bool(choice.trials) == (answer.source == "learned")
         assert (choice.predictions.divergence is None) == (answer.source == "rules")
         for basis in choice.trials:
-            assert within_reach(sizes[basis.trial_id], parameters), basis
+            assert is_comparable(sizes[basis.trial_id], parameters), basis
 
 
 def test_the_task_and_size_of_a_published_table_are_learned_from_it(tmp_path: Path) -> None:
@@ -293,11 +293,11 @@ def test_models_of_unknown_size_speak_for_their_family_alone() -> None:
         row.updated(spec=row.spec | {"model": {"name": "atlas-v2"}}, scenario={})
         for row in tiny_trials()
     ]
-    evidence = Evidence.of(TrialTable.of(rows))
+    quality_model = QualityModel.of(TrialTable.of(rows))
     facts = facts_of("llama-3.1-8b")
     for name, counts in (("atlas-v2-chat", True), ("llama-3.1-8b", False)):
         here = replace(place("llama-3.1-8b"), facts=replace(facts, name=name)).columns()
-        assert bool(len(evidence.near(here).process.observations)) is counts
+        assert bool(len(quality_model.posterior(here).process.observations)) is counts
 
 
 def test_what_is_documented_is_what_holds() -> None:

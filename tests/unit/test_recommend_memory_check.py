@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rayfin.advisor import fitting, knowledge
-from rayfin.advisor.fitting import MemoryCheck
+from rayfin.advisor import knowledge, memory_check
+from rayfin.advisor.memory_check import MemoryCheck
 from rayfin.config import load_config
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History, TrialRecord
@@ -98,7 +98,7 @@ def test_a_trial_that_fits_however_long_its_samples_are_is_not_looked_at(
     def tokenised(*_: object) -> None:
         raise AssertionError("the data was tokenised")
 
-    monkeypatch.setattr(fitting, "sampled_profile", tokenised)
+    monkeypatch.setattr(memory_check, "sampled_profile", tokenised)
     with Unread.open(f"sqlite:///{tmp_path / 'history.sqlite'}") as unread:
         check = MemoryCheck(unread, machine(100_000))
         plan = plan_of(tmp_path)
@@ -184,7 +184,7 @@ def test_what_trials_measured_overrules_the_formula(tmp_path: Path, history: His
     room = machine(2000)
     assert MemoryCheck(history, room)(plan, trial) is not None
     from rayfin.advisor.estimate import estimate
-    from rayfin.advisor.fitting import sampled_profile
+    from rayfin.advisor.memory_check import sampled_profile
     from rayfin.models import describe_model
 
     config = plan.space.config_of(trial.values)

@@ -1,4 +1,4 @@
-"""Predicted quality against training time, and the Pareto front, as one SVG."""
+"""Draw predicted shortfall against training time, with the Pareto front, as an SVG."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from rayfin.advisor.answer import Choice, Point, Recommendation
-from rayfin.advisor.marks import LIGHT, MARKS, look_of
+from rayfin.advisor.answer import Choice, Recommendation, TradeOffPoint
+from rayfin.advisor.chart_marks import LIGHT, MARKS, mark_number
 
 Scale = Callable[[float], float]
-"""A value -> pixels."""
+"""Maps a value to pixels."""
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 760, 460, 64, 56, 48, 150
 # Where the number of a choice goes, in pixels from its point, if its place is taken.
@@ -19,7 +19,10 @@ _NUMBER_APART = 19.0
 
 
 def picture(answer: Recommendation) -> str:
-    """All candidates; the front is a line, what is recommended has a number and its interval."""
+    """Return the chart of all candidates as an SVG.
+
+    The Pareto front is a line; recommended candidates have their rank and their interval.
+    """
     seconds = [point.train_seconds for point in answer.points]
     seconds += [choice.predictions.train_seconds.expected for choice in answer.choices]
     first, last = math.log10(min(seconds) / 1.2), math.log10(max(seconds) * 1.2)
@@ -56,7 +59,7 @@ def picture(answer: Recommendation) -> str:
 
 
 def _described(answer: Recommendation) -> str:
-    """The picture in words, for those who do not see it."""
+    """Return a description of the chart for readers who can't see it."""
     chosen = "; ".join(
         f"{choice.rank}: {choice.method}, shortfall {choice.predictions.shortfall.expected:.2f} "
         f"in {choice.predictions.train_seconds.expected:.3g} seconds"
@@ -67,7 +70,7 @@ def _described(answer: Recommendation) -> str:
 
 
 def _time_ticks(first: float, last: float) -> list[float]:
-    """Round numbers of seconds between two powers of ten."""
+    """Return round numbers of seconds between two powers of ten, given as exponents."""
     low, high = 10**first, 10**last
     if last - first > 1:
         factors = (1,) if last - first > 4 else (1, 3) if last - first > 2 else (1, 2, 5)
@@ -111,14 +114,14 @@ def _axes(first: float, last: float, x: Scale, y: Scale) -> list[str]:
 
 
 def _mark(method: str, x: float, y: float, more: str = "") -> str:
-    look = look_of(method) or 0
+    look = mark_number(method) or 0
     return (
         f'<path class="mark" d="{MARKS[look]}" transform="translate({x:.1f} {y:.1f}) scale(4.5)" '
         f'fill="{LIGHT[look % len(LIGHT)]}"{more}'
     )
 
 
-def _dot(point: Point, x: Scale, y: Scale) -> str:
+def _dot(point: TradeOffPoint, x: Scale, y: Scale) -> str:
     settings = ", ".join(f"{name}={value}" for name, value in point.settings.items())
     opacity = f' fill-opacity="{0.9 if point.front else 0.45}"'
     return (
@@ -128,7 +131,7 @@ def _dot(point: Point, x: Scale, y: Scale) -> str:
 
 
 def _chosen(choices: Sequence[Choice], x: Scale, y: Scale) -> list[str]:
-    """The intervals, and a number a choice: beside its point where another number is there."""
+    """Return the intervals and ranks of the choices; ranks that would overlap are moved aside."""
     parts: list[str] = []
     taken: list[tuple[float, float]] = []
     for choice in choices:

@@ -1,9 +1,9 @@
-"""Which models a trial says something about: those of about its model's size.
+"""Decide by their sizes whether one model's trials say something about another model.
 
 The best settings move with the size of a model. By the law that tinker-cookbook fitted over many
 models (`get_lr`), a low-rank method's learning rate falls with the width to the power 0.78, so that
-models whose parameters differ by a factor of five (and widths by 1.7) differ by 1.5 in their rate:
-less than the factor of two that anybody can tell apart. Trials of models farther away than that
+models whose parameters differ by a factor of five (and widths by 1.7) differ by 1.5 in their rate,
+which is less than the smallest noticeable factor, two. Trials of models farther away than that
 decide nothing, however many there are.
 
 A model below `LEAST_PARAMETERS` is a toy, such as the built-in `tiny`: the smallest published
@@ -18,21 +18,21 @@ import math
 
 LEAST_PARAMETERS = 10_000_000
 FACTOR = 5.0
-"""The factor in parameters, up or down, within which trials of another model count."""
+"""The largest factor between the parameters of two models whose trials count for each other."""
 
 
 def is_toy(parameters: float) -> bool:
-    """Whether a model of so many parameters counts for itself alone; not where NaN: unknown."""
+    """Whether a model with so many parameters is a toy; False where the number is NaN."""
     return 0 < parameters < LEAST_PARAMETERS
 
 
-def within_reach(parameters: float, other: float) -> bool:
-    """Whether trials at one size say anything about the other; not where either is NaN."""
+def is_comparable(parameters: float, other: float) -> bool:
+    """Whether two models are of about the same size; False where either size is NaN."""
     return abs(math.log(parameters / other)) <= math.log(FACTOR) if other > 0 else False
 
 
-def shown_size(parameters: float) -> str:
-    """`8.0 billion parameters`, for people."""
+def format_size(parameters: float) -> str:
+    """Return a number of parameters as text, such as `8 billion parameters`."""
     if parameters >= 1e9:
         return f"{parameters / 1e9:.3g} billion parameters"
     if parameters >= 1e6:

@@ -1,0 +1,292 @@
+"""Predict how good a setting will be in a scenario, from the trials of all scenarios.
+
+The measure is a setting's regret: 0 for the best setting known in its scenario, 1 for the worst and
+for a training that diverges (`ScenarioTrials`). A Gaussian process predicts by how much a setting's
+regret differs from what practice expects (`prior_mean`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayfin.advisor.features import COLUMNS
+from rayfin.advisor.gaussian_process import (
+    GaussianProcess,
+    Observations,
+    fit,
+    relatedness,
+)
+from rayfin.advisor.kernel import Array, Hyperparameters
+from rayfin.advisor.model_sizes import is_comparable, is_toy
+from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
+from rayfin.methods.rates import lora_rate
+
+MAX_FITTED, MAX_OBSERVED = 400, 500
+"""The most settings that hyperparameters are learned from, and that a prediction rests on.
+
+The time of both grows with the cube, and the most related scenarios say nearly all there is to say.
+"""
+_MAX_FITTED_OF_GROUP, _MAX_OBSERVED_OF_GROUP = 30, 60
+_SMALL_GROUP = 4.0
+"""The number of trials from which a group's best is known about as well as a setting's regret."""
+SAMPLES = 1024
+_ANY_SIZE = 10.0  # decades: 10 billion parameters, whose rate practice takes for any
+_BY_SIZE = 1.5  # coordinates below it: those of methods whose rate is a share of LoRA's
+
+
+def prior_mean(rows: Array) -> Array:
+    """Return the regret that practice expects at n rows (n); it grows away from the usual rate.
+
+    It is 0.25 at the usual learning rate, 0.35 at three times more or less, and 0.6 at fifteen
+    times: enough to decide where no trial does, and little enough for a few trials to overrule. The
+    usual rate is that for the model's size, where it is known.
+    """
+    decades = np.nan_to_num(rows[:, COLUMNS.names.index("learning_rate")], nan=0.5)
+    sizes = np.nan_to_num(rows[:, COLUMNS.names.index("parameters")], nan=_ANY_SIZE)
+    usual = np.array([math.log10(lora_rate(10 ** (size - 9))) for size in sizes])
+    by_size = (rows[:, COLUMNS.indices(("method_x", "method_y"))] < _BY_SIZE).all(axis=1)
+    decades = decades - np.where(by_size, usual - math.log10(lora_rate()), 0.0)
+    regret: Array = 0.25 + 0.4 * (1.0 - np.exp(-((decades / 0.9) ** 2)))
+    return regret
+
+
+@dataclass(frozen=True)
+class QualityModel:
+    """The scenarios of a history with their trials, and the hyperparameters learned from them."""
+
+    groups: Mapping[float, ScenarioTrials]
+    parameters: Hyperparameters
+
+    @classmethod
+    def of(
+        cls, table: TrialTable, metric: str | None = None, start: Hyperparameters | None = None
+    ) -> Self:
+        """Learn from all trials of a table, in a few seconds at most; `start` shortens that."""
+        groups = group_by_scenario(table, metric)
+        return cls(groups, fit_hyperparameters(groups, start))
+
+    def posterior(
+        self, scenario: Mapping[str, float], own: ScenarioTrials | None = None
+    ) -> ScenarioPosterior:
+        """Condition the process on the trials of the scenarios most related to `scenario`.
+
+        `own` are trials of the scenario itself, if any. Scenarios that say nothing about this one
+        (`is_informative`) are left out.
+        """
+        groups = {
+            code: group for code, group in self.groups.items() if is_informative(group, scenario)
+        }
+        nearest = _by_relatedness(groups, scenario, self.parameters)
+        chosen = [self.groups[code] for code in nearest]
+        if own is not None:
+            chosen = [own, *(group for group in chosen if group.code != scenario["group"])]
+        seen, first_trials, diverged = _observations(chosen, MAX_OBSERVED, _MAX_OBSERVED_OF_GROUP)
+        return ScenarioPosterior(
+            GaussianProcess(COLUMNS, self.parameters, seen), first_trials, diverged
+        )
+
+
+@dataclass(frozen=True)
+class ScenarioPosterior:
+    """The Gaussian process conditioned on the trials most related to a scenario."""
+
+    process: GaussianProcess
+    trials: NDArray[np.intp]
+    """The index in the table of each observation's first trial."""
+    diverged: Array
+    """The share of each observation's trials that diverged."""
+
+    def divergence(self, rows: Array) -> Array:
+        """Return the probabilities that trainings at n rows diverge (n).
+
+        They are the shares of similar trials that diverged, and of all trials where none is
+        similar.
+        """
+        usual = float(self.diverged.mean()) if len(self.diverged) else 0.0
+        seen: Array = usual + self.process.posterior_mean(self.diverged - usual, rows)
+        return np.clip(seen, 0.0, 1.0)
+
+
+def relevance(process: GaussianProcess, rows: Array, sets: NDArray[Any] | None = None) -> Array:
+    """Return the share of the variance of the rows' differences that trials have removed (n).
+
+    It is 0 where trials say nothing about which row is better, and 1 where they say all. Each row
+    is compared with those that have the same name in `sets`, or with all rows.
+    """
+    found = np.zeros(len(rows))
+    if not len(process.observations):
+        return found
+    nothing = GaussianProcess(COLUMNS, process.parameters, Observations.none(COLUMNS))
+    covariances = [one.predict(rows)[1] for one in (nothing, process)]
+    names = np.zeros(len(rows)) if sets is None else sets
+    for name in np.unique(names):
+        own = names == name
+        before, after = (
+            _variance_of_differences(covariance[np.ix_(own, own)]) for covariance in covariances
+        )
+        found[own] = np.clip(1.0 - after / before, 0.0, 1.0) if before > 0 else 0.0
+    return found
+
+
+def regret_observations(rows: Array, regrets: Array) -> Observations:
+    """Return one scenario's trials as observations, the more precise the more trials there are."""
+    small = np.full(len(regrets), 1.0 + _SMALL_GROUP / max(1, len(regrets)))
+    return Observations(rows, regrets - prior_mean(rows), small, small)
+
+
+def conditioned_on(process: GaussianProcess, more: Observations) -> GaussianProcess:
+    """Return the process conditioned on further observations."""
+    both = zip(vars(process.observations).values(), vars(more).values(), strict=True)
+    seen = Observations(*(np.concatenate(parts) for parts in both))
+    return GaussianProcess(process.columns, process.parameters, seen)
+
+
+def _variance_of_differences(covariance: Array) -> float:
+    """Return the mean variance of the differences from the rows' mean."""
+    return float(covariance.diagonal().mean() - covariance.mean())
+
+
+def model_size(group: ScenarioTrials) -> float:
+    """Return the number of parameters of the scenario's model, or NaN where it is unknown."""
+    return float(10.0 ** group.rows[0, COLUMNS.names.index("parameters")])
+
+
+def is_informative(group: ScenarioTrials, scenario: Mapping[str, float]) -> bool:
+    """Whether a group's trials say anything about `scenario`.
+
+    Those of models of about the same size do. Those of a toy model count for that model only, and
+    those of a model of unknown size for its family only.
+    """
+    here = dict(zip(COLUMNS.names, group.rows[0].tolist(), strict=True))
+    family = all(here[name] == scenario.get(name) for name in ("brand", "generation"))
+    there, size = model_size(group), 10.0 ** scenario.get("parameters", math.nan)
+    if math.isnan(there) or math.isnan(size):
+        return family
+    return family and math.isclose(there, size) if is_toy(there) else is_comparable(there, size)
+
+
+def fit_hyperparameters(
+    groups: Mapping[float, ScenarioTrials], start: Hyperparameters | None = None
+) -> Hyperparameters:
+    """Learn the hyperparameters; without trials, they are the modes of the priors.
+
+    Toy models are left out, as what is learned is used for all other models.
+    """
+    telling = [code for code, group in groups.items() if not is_toy(model_size(group))]
+    if not telling:
+        return Hyperparameters.expected(COLUMNS)
+    order = np.random.default_rng(0).permutation(sorted(telling))
+    seen, *_ = _observations([groups[code] for code in order], MAX_FITTED, _MAX_FITTED_OF_GROUP)
+    return fit(COLUMNS, seen, start)
+
+
+def sample_regrets(
+    process: GaussianProcess, rows: Array, *, measured: bool = False, seed: int = 0
+) -> Array:
+    """Return joint samples of the regrets at n rows from the posterior (`SAMPLES` x n).
+
+    With `measured`, they are what a new trial would measure: with noise, and relative to a best
+    score that is not known yet. That is right for intervals, and wrong for comparing settings.
+    """
+    mean, covariance = process.predict(rows)
+    root = _square_root(covariance)
+    random = np.random.default_rng(seed)
+    regrets = prior_mean(rows) + mean + random.standard_normal((SAMPLES, len(rows))) @ root.T
+    if measured:
+        small = np.sqrt(1.0 + 1.0 / _SMALL_GROUP)
+        level = process.parameters["offset"] * small * random.standard_normal((SAMPLES, 1))
+        noise = process.parameters["noise"] * small * random.standard_normal(regrets.shape)
+        regrets = regrets + level + noise
+    clipped: Array = np.clip(regrets, 0.0, 1.0)
+    return clipped
+
+
+def _square_root(covariance: Array) -> Array:
+    """Return a matrix whose product with its transpose is `covariance`."""
+    symmetric = (covariance + covariance.T) / 2
+    try:
+        return np.asarray(np.linalg.cholesky(symmetric + 1e-9 * np.eye(len(symmetric))))
+    except np.linalg.LinAlgError:  # rounding has made it indefinite; this takes ten times as long
+        values, vectors = np.linalg.eigh(symmetric)
+        return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
+
+
+def choose_complementary(regrets: Array, k: int, cost: Array | None = None) -> list[int]:
+    """Choose k rows greedily so that the expected minimum of their regrets is smallest.
+
+    Each next row covers for the cases in which those before it go wrong, rather than repeat them.
+    `regrets` are samples (samples x rows); `cost` (rows) is added to them. Returns indices of rows.
+    """
+    chosen: list[int] = []
+    left = np.ones((len(regrets), 1))
+    paid = regrets if cost is None else regrets + cost
+    for _ in range(min(k, regrets.shape[1])):
+        gain = np.minimum(paid, left).mean(axis=0)
+        gain += 1e-6 * paid.mean(axis=0)  # of two that cover the same, the better one
+        gain[chosen] = np.inf
+        chosen.append(int(gain.argmin()))
+        left = np.minimum(left, paid[:, chosen[-1]][:, None])
+    return chosen
+
+
+def _by_relatedness(
+    groups: Mapping[float, ScenarioTrials],
+    scenario: Mapping[str, float],
+    parameters: Hyperparameters,
+) -> list[float]:
+    """Return the codes of the scenarios, the most related first."""
+    if not groups:
+        return []
+    here = np.array([scenario.get(name, np.nan) for name in COLUMNS.names])
+    rows = np.array([group.rows[0] for group in groups.values()])
+    order = np.argsort(-relatedness(COLUMNS, parameters, here, rows), kind="stable")
+    codes = list(groups)
+    return [codes[index] for index in order]
+
+
+def _observations(
+    groups: Sequence[ScenarioTrials], most: int, most_of_group: int
+) -> tuple[Observations, NDArray[np.intp], Array]:
+    """Return the observations of the first groups, at most `most`, spread evenly over their
+    regrets.
+
+    The other results are the index of each observation's first trial in the table, and the share of
+    its trials that diverged.
+    """
+    parts = []
+    left = most
+    for group in groups:
+        chosen = _subsample(group, min(most_of_group, left))
+        left -= len(chosen)
+        small = 1.0 + _SMALL_GROUP / len(group)
+        parts.append(
+            (
+                group.rows[chosen],
+                group.regrets[chosen] - prior_mean(group.rows[chosen]),
+                small / group.counts[chosen],
+                np.full(len(chosen), small),
+                group.first[chosen],
+                group.diverged[chosen],
+            )
+        )
+        if left <= 0:
+            break
+    if not parts:
+        return Observations.none(COLUMNS), np.zeros(0, dtype=np.intp), np.zeros(0)
+    *seen, first_trials, diverged = map(np.concatenate, zip(*parts, strict=True))
+    return Observations(*seen), first_trials, diverged
+
+
+def _subsample(group: ScenarioTrials, most: int) -> NDArray[np.intp]:
+    """Return the indices of at most `most` of a group's settings, from the best to the worst."""
+    if len(group) <= most:
+        return np.arange(len(group))
+    order = np.argsort(group.regrets, kind="stable")
+    chosen: NDArray[np.intp] = order[np.unique(np.linspace(0, len(order) - 1, most).astype(int))]
+    return chosen
