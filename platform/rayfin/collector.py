@@ -1,4 +1,4 @@
-"""Python's garbage collector, out of the way while what stays is being made."""
+"""Pause Python's garbage collector while long-lived objects are created."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No garbage collection inside the block.
+    """Turn off garbage collection during the block.
 
-    Importing torch and building a model make millions of objects that all stay. The collector walks
-    over them again and again as they grow, which took a fifth to a half of such a block's time.
+    Importing torch and building a model create millions of objects that all stay. Collecting again
+    and again while their number grows took a fifth to a half of such a block's time.
     """
     paused = gc.isenabled()
     gc.disable()

@@ -1,6 +1,6 @@
-"""Every error rayfin raises on purpose: one small tree that survives pickling between processes.
+"""The errors that rayfin raises on purpose, in one hierarchy that can be pickled.
 
-Each class takes one finished sentence that names the value, what is allowed and the remedy.
+Each takes one finished sentence that names the value, what is allowed and the remedy.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from rayfin.redaction import redact
 
 
 class RayfinError(Exception):
-    """Base of all errors that rayfin raises on purpose; no message holds a password."""
+    """The base of all errors that rayfin raises on purpose; its message is redacted."""
 
     def __init__(self, message: str = "", *more: object) -> None:
         super().__init__(redact(message), *more)
 
 
 class UsageError(RayfinError):
-    """Something the user can mend: the command ends with one line and exit code 2."""
+    """An error that the user can fix: the command ends with one line and exit code 2."""
 
 
 class ConfigError(UsageError):
@@ -43,7 +43,7 @@ class StorageError(UsageError):
 
 
 class HistoryError(UsageError):
-    """The trial history can't be opened, read or written."""
+    """A trial history that can't be opened, read or written."""
 
 
 class AdapterError(UsageError):
@@ -67,15 +67,15 @@ class AdapterNotFound(AdapterError):
 
 
 class HardwareError(UsageError):
-    """A device or cluster that was asked for and isn't there."""
+    """A device or cluster that was requested and does not exist."""
 
 
 class NothingFits(RayfinError):
-    """Nothing can be recommended: no configuration fits what there is (exit code 1)."""
+    """No configuration fits the available hardware, so that none is recommended (exit code 1)."""
 
 
 class TrialError(RayfinError):
-    """A trial that could not end well; `status` is what its history row says."""
+    """A trial that failed; `status` is that of its row in the history."""
 
     status = "failed"
 
@@ -84,22 +84,22 @@ class TrialDiverged(TrialError):
     """The loss became NaN or infinite."""
 
 
-LOOK = "look at the disk or network that it waits for, or raise scaling.hang_timeout_minutes"
-"""What to do about a trial that hangs."""
+HANG_REMEDY = "look at the disk or network that it waits for, or raise scaling.hang_timeout_minutes"
+"""The remedy for a trial that hangs."""
 
 
 class TrialHung(TrialError):
-    """The trial got no further for scaling.hang_timeout_minutes."""
+    """The trial made no progress for scaling.hang_timeout_minutes."""
 
     @classmethod
     def while_at(cls, where: str, minutes: float) -> TrialHung:
-        """`where`: what it was doing, and where in the program it stands."""
-        return cls(f"no progress for {minutes:g} minutes in {where}; {LOOK}")
+        """Return the error for a hanging trial; `where` is its work and its position in code."""
+        return cls(f"no progress for {minutes:g} minutes in {where}; {HANG_REMEDY}")
 
     @classmethod
     def ended_at(cls, where: str) -> TrialHung:
-        """`where`: where the process stood that had to be ended from outside."""
-        return cls(f"no progress, and its process hung in {where}; {LOOK}")
+        """Return the error for a process ended from outside; `where` is its position in code."""
+        return cls(f"no progress, and its process hung in {where}; {HANG_REMEDY}")
 
 
 class TrialOutOfMemory(TrialError):
@@ -109,15 +109,15 @@ class TrialOutOfMemory(TrialError):
 
 
 class EngineFailed(RayfinError):
-    """A request that the engine could not end, through no fault of the request's (HTTP 500)."""
+    """A request that the engine failed to answer, through no fault of the request (HTTP 500)."""
 
 
 class Unavailable(RayfinError):
-    """What a request needs isn't there now, and may be soon (HTTP 503): try again."""
+    """What a request needs is not available now, but may be soon (HTTP 503)."""
 
 
 class Overloaded(RayfinError):
-    """The engine's queue is full (HTTP 429): try again after `retry_after` seconds."""
+    """The engine's queue is full (HTTP 429); clients may retry after `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message, retry_after)
@@ -128,7 +128,7 @@ class Overloaded(RayfinError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest of `known`, or the empty string."""
+    """Return ` (did you mean 'x'?)` for the nearest known name, or the empty string."""
     candidates = sorted(known)
     # `method.rank` should find `method.r`, and `rank` should find nothing silly: compare whole
     # names first, then the last dotted part.
@@ -141,5 +141,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """At least one name, as a sentence lists them: `a, b and c`."""
+    """Return one or more names as a sentence lists them: `a, b and c`."""
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -1,4 +1,4 @@
-"""What this machine has, and what a run would use of it."""
+"""Describe the hardware of this machine, and find the Ray cluster to use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rayfin.errors import HardwareError
 
 @dataclass(frozen=True)
 class Hardware:
-    """Facts about one machine; memory in bytes."""
+    """The hardware of one machine that a run would use; memory in bytes."""
 
     device: Literal["cuda", "cpu"]
     device_name: str
@@ -27,24 +27,26 @@ class Hardware:
     bf16: bool
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the description as JSON stores it."""
         return asdict(self)
 
 
 def cpu_count() -> int:
-    """Processors this process may use (cgroup masks and affinity respected)."""
+    """Return the number of processors that this process may use, by its affinity."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# A cluster that is there answers in milliseconds; one across the world in less than this.
+# A running cluster answers in milliseconds; one across the world in less than this.
 _ANSWER_SECONDS = 4.0
 _CLUSTER_ADDRESS = re.compile(r"(ray://)?(?P<host>[^\s/:]+|\[[^\s\]]+\]):(?P<port>\d{1,5})")
 
 
 def cluster_address(address: str | None) -> str | None:
-    """The running Ray cluster that is meant: `address`, else $RAY_ADDRESS; None for this machine.
+    """Return the address of the Ray cluster to use: `address` or $RAY_ADDRESS; None for this
+    machine.
 
-    Raises HardwareError where nothing answers there: Ray itself would try for two minutes, and then
-    end the process.
+    Raises HardwareError where nothing answers there, as Ray itself would try for two minutes and
+    then end the process.
     """
     address = address or os.environ.get("RAY_ADDRESS")
     if address in (None, "", "local"):
@@ -70,7 +72,7 @@ def cluster_address(address: str | None) -> str | None:
 
 
 def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
-    """The hardware a trial would train on; raises HardwareError for a GPU that isn't there."""
+    """Return the hardware that a trial would train on; raises HardwareError for a missing GPU."""
     import psutil
 
     host_memory = int(psutil.virtual_memory().total)
@@ -105,13 +107,16 @@ def describe_hardware(use_gpu: bool | Literal["auto"] = "auto") -> Hardware:
 
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd", "/dev/dxg")
-"""Device files of NVIDIA's (servers', Jetson's), AMD's and Windows' (WSL) drivers; without one
-Linux has no GPU."""
+"""The device files of the drivers of NVIDIA (servers, Jetson), AMD and Windows (WSL); without any
+of
+them Linux has no GPU."""
 
 
 def has_gpu(*, asked: bool) -> bool:
-    """Whether torch sees a GPU; torch, which takes seconds to import, is asked where it may, and
-    where a GPU was `asked` for.
+    """Whether torch sees a GPU.
+
+    torch, which takes seconds to import, is imported only where there may be one, or where a GPU
+    was `asked` for.
     """
     linux = sys.platform == "linux" and "torch" not in sys.modules
     if linux and not asked and not any(Path(file).exists() for file in _GPU_FILES):

@@ -1,4 +1,4 @@
-"""Heartbeats of threads: one that hangs is found, with what it was doing and where it stands."""
+"""Heartbeats of threads, by which a thread that hangs is found, with its position in code."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from rayfin.paths import cache_dir
 _TICK_SECONDS = 5.0
 _WINDOW_SECONDS = 60.0
 _MOVED_BYTES = 2**20
-"""Bytes that a process which loads reads and writes in `_WINDOW_SECONDS`, and one that only waits
-does not: a worker of Ray's moves some 40 kB by itself."""
+"""The bytes that a process reads and writes in `_WINDOW_SECONDS` if it makes progress; one that
+only waits does not, though a Ray worker moves some 40 kB by itself."""
 _BYTES_A_SECOND = 10 * _MOVED_BYTES / _WINDOW_SECONDS
-"""The bytes that a second of processor time counts as: a process that computes for a tenth of a
-window does enough. One that waits for a disk or a network computes nothing."""
+"""The bytes that a second of processor time counts as: computing for a tenth of a window is
+progress. A process that waits for a disk or a network computes nothing."""
 
 _TRIAL = "run_trial"
-"""The function in which a trial's thread is."""
+"""The function that a trial's thread runs."""
 
 
 @dataclass
@@ -41,33 +41,30 @@ class _Beat:
     doing: str
     at: float
     moved: int | None
-    """The process's work until then, as `_moved` counts it; None where that does not count."""
+    """The process' work until then, by `_work_done`; None where work does not count as progress."""
 
 
 _beats: dict[int, _Beat] = {}
-"""The last beat of each thread, by its identifier; a thread that may wait for as long as it takes
-has none."""
+"""The last beat of each thread, by its identifier; a thread that may wait indefinitely has none."""
 
 
 def beat(doing: str, *, bulk: bool = False) -> None:
-    """Records that the calling thread got on, and what it begins, such as "evaluating".
+    """Record that the calling thread makes progress, and what it begins, such as "evaluating".
 
-    What is done in one long call, such as loading a model or tokenising, is `bulk`: as long as the
-    process reads, writes or computes, it gets on.
+    Work in one long call, such as loading a model or tokenising, is `bulk`: it counts as progress
+    as long as the process reads, writes or computes.
     """
-    _beats[threading.get_ident()] = _Beat(doing, time.monotonic(), _moved() if bulk else None)
+    _beats[threading.get_ident()] = _Beat(doing, time.monotonic(), _work_done() if bulk else None)
 
 
 def pause() -> None:
-    """Records that the calling thread waits for others from here to its next beat."""
+    """Record that the calling thread may wait for others until its next beat."""
     _beats.pop(threading.get_ident(), None)
 
 
 @contextmanager
 def busy(doing: str) -> Iterator[None]:
-    """Tells what the calling thread does during the block, before and after which it may wait for
-    others for as long as it takes.
-    """
+    """Record what the calling thread does in the block, outside which it may wait indefinitely."""
     beat(doing)
     try:
         yield
@@ -75,10 +72,10 @@ def busy(doing: str) -> Iterator[None]:
         pause()
 
 
-def silence(thread: int) -> tuple[float, str]:
-    """Returns the seconds since a thread's last beat, and what it then began.
+def seconds_silent(thread: int) -> tuple[float, str]:
+    """Return the seconds since a thread's last beat, and what it then began.
 
-    `thread` is its identifier. One without a beat, or that waits for others, is silent for 0 s.
+    `thread` is its identifier. The time is 0 for a thread without a beat, or that waits for others.
     """
     found = _beats.get(thread)
     return (0.0, "") if found is None else (time.monotonic() - found.at, found.doing)
@@ -93,17 +90,16 @@ def watched(
     trace: str | None = None,
     notice: str = "",
 ) -> Iterator[None]:
-    """Watches the calling thread for the time of the block.
+    """Watch the calling thread during the block.
 
-    Where it has no beat for `seconds`, `on_hang` is called, once and on another thread, with what
-    the watched one was doing and where it stands. Without `bulk`, what it does in bulk may take as
-    long as it takes: it may wait for another process that does so. Time in which the process is
-    suspended does not count.
+    Where it has no beat for `seconds`, `on_hang` is called once, on another thread, with what the
+    watched thread was doing and its position in code. Without `bulk`, bulk work may take any time,
+    as it may wait for another process. Time in which the process is suspended does not count.
 
-    A library that is stuck while it holds Python's lock lets no other thread run, the watching one
-    neither. With `trace` another process ends this one then, and leaves under that name what
-    `last_words` reads; it writes `notice` to standard error, with where the function `run_trial`
-    stood in the place of `watchdog.WHERE`. One thread of a process can be watched so.
+    A library that hangs while it holds Python's global lock stops all threads, the watching one
+    included. With `trace`, another process then ends this one and leaves under that name what
+    `hang_position` reads; it writes `notice` to standard error, with the position of the function
+    `run_trial` in place of `watchdog.WHERE`. Only one thread of a process can be watched so.
     """
     thread, over = threading.get_ident(), threading.Event()
     beat("starting")
@@ -115,7 +111,7 @@ def watched(
         daemon=True,
     )
     watch.start()
-    # A thread that waits for a disk takes no signal; the watching one does.
+    # A thread that waits for a disk takes no signal; the watching thread does.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {watchdog.SIGNAL} if guard else set())
     try:
         yield
@@ -144,7 +140,7 @@ def _watch(
     window = min(_WINDOW_SECONDS, seconds)
     enough = _MOVED_BYTES * window / _WINDOW_SECONDS
     last: _Beat | None = None
-    # Counted in waits, and not read from a clock: that goes on while the process is suspended.
+    # Counted in waits rather than by a clock, which goes on while the process is suspended.
     silent = looked = 0
     moved: int | None = None
     while not over.wait(tick):
@@ -158,16 +154,16 @@ def _watch(
             continue
         silent, looked = silent + 1, looked + 1
         if moved is not None and looked * tick >= window:
-            until, looked = _moved(), 0
+            until, looked = _work_done(), 0
             if until is not None:
                 silent, moved = (0 if until - moved > enough else silent), until
         if silent * tick >= seconds:
-            on_hang(f"{last.doing}: {whereabouts(thread)}")
+            on_hang(f"{last.doing}: {thread_position(thread)}")
             return
 
 
 class _Watchdog:
-    """The watchdog's process, which ends this one where it is not renewed in time."""
+    """The watchdog process, which ends this one unless it is renewed in time."""
 
     def __init__(self, trace: str, seconds: float, notice: str) -> None:
         self._path = _trace_path(trace)
@@ -183,7 +179,7 @@ class _Watchdog:
         _set_handler(ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p))
         faulthandler.register(watchdog.SIGNAL, file=self._file, chain=True)
         tick = _tick(seconds)
-        # After the watching thread would have had its say.
+        # Later than the watching thread would report.
         misses = math.ceil((1.5 * seconds + 1.0) / tick)
         arguments = (os.getpid(), tick, misses, self._path, _TRIAL, notice)
         self._process = subprocess.Popen(
@@ -213,9 +209,9 @@ class _Watchdog:
 
 
 def _set_handler(function: ctypes.c_void_p | None) -> None:
-    """Has the C library call `function` at the watchdog's signal; None is the default action.
+    """Have the C library call `function` at the watchdog's signal; None is the default action.
 
-    Python's own `signal.signal` takes no function of C, and works on the main thread alone.
+    Python's own `signal.signal` takes no C function, and works on the main thread only.
     """
     library = ctypes.CDLL(None)
     library.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
@@ -228,10 +224,10 @@ def _trace_path(trace: str) -> Path:
     return cache_dir() / "hangs" / f"{trace}.txt"
 
 
-def last_words(trace: str, call: str = _TRIAL) -> str | None:
-    """Returns where the thread in the function `call` stood when its process was ended for it.
+def hang_position(trace: str, call: str = _TRIAL) -> str | None:
+    """Return the position of the thread in the function `call` when its process was ended.
 
-    Returns None where it was not ended, or on another machine.
+    Returns None where it was not ended, or ran on another machine. A position is returned once.
     """
     path = _trace_path(trace)
     try:
@@ -242,8 +238,8 @@ def last_words(trace: str, call: str = _TRIAL) -> str | None:
     return watchdog.position_in(text, call)
 
 
-def whereabouts(thread: int) -> str:
-    """Returns where a thread stands, the innermost call first, without the machine's paths."""
+def thread_position(thread: int) -> str:
+    """Return a thread's position in code, the innermost call first, without machine paths."""
     frame = sys._current_frames().get(thread)
     if frame is None:
         return "its thread has ended"
@@ -251,7 +247,7 @@ def whereabouts(thread: int) -> str:
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
-    # What is not ours is worth a word where the thread is; further out it only calls.
+    # A foreign function matters where the thread is; further out it only calls.
     shown = [frames[0], *(each for each in frames[1:] if _module(each).startswith("rayfin."))]
     calls = (f"{each.f_code.co_name} ({_module(each)}:{each.f_lineno})" for each in shown)
     return " < ".join(islice(calls, watchdog.SHOWN_FRAMES))
@@ -261,10 +257,10 @@ def _module(frame: FrameType) -> str:
     return str(frame.f_globals.get("__name__", "?"))
 
 
-def _moved() -> int | None:
-    """Returns the bytes that this process has read and written, and what its computing counts for.
+def _work_done() -> int | None:
+    """Return the bytes that this process has read and written, plus those its computing counts as.
 
-    It is None where the system does not say what was read and written.
+    It is None where the system does not count reads and writes.
     """
     try:
         counters = psutil.Process().io_counters()

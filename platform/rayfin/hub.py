@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers: known within seconds, and asked once."""
+"""Ask the Hugging Face hub with a short time limit, and remember for a while that it is silent."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from contextlib import contextmanager
 from rayfin.compat.huggingface_hub import cache_only
 
 SECONDS = 5.0
-"""What the hub has to answer a question, the look-up of its address included."""
+"""The time in which the hub must answer a question, the look-up of its address included."""
 _REMEMBERED = 60.0
-"""Seconds for which a hub that did not answer isn't asked again."""
+"""The seconds for which a hub that did not answer isn't asked again."""
 
 REMEDY = (
     "give a local directory, set HF_ENDPOINT to a mirror that this machine reaches, or put it "
     "into the hub's cache (HF_HOME) where there is a network"
 )
-"""What helps where the hub can't be reached."""
+"""The remedy where the hub can't be reached."""
 
 _silent_until = 0.0
 _failure: Exception | None = None
@@ -30,11 +30,11 @@ class HubUnreachable(OSError):
 
 
 def ask(question: Callable[[], object]) -> Exception | None:
-    """Returns what a question to the hub failed with, and None where the hub answered it.
+    """Call `question`, and return the error that it raised, or None where the hub answered.
 
-    The hub's client has no bound for the look-up of the address, and one for each of the addresses
-    behind it; here the whole question takes `SECONDS`. What failed for want of an answer is a
-    HubUnreachable, and is not asked again for a minute.
+    The hub's client has no time limit for looking up the address, and one for each address behind
+    it; here the whole question takes at most `SECONDS`. Where the hub does not answer, the error is
+    a HubUnreachable, and the hub is not asked again for a minute.
     """
     global _silent_until, _failure  # noqa: PLW0603 -- of the machine's network, one for a process
     if _failure is not None and time.monotonic() < _silent_until:
@@ -67,9 +67,9 @@ def ask(question: Callable[[], object]) -> Exception | None:
 
 @contextmanager
 def dataset_access(name: str) -> Iterator[None]:
-    """Within, `datasets` asks the hub if it answers, else reads what was downloaded before.
+    """Let `datasets` ask the hub in the block if it answers, or else read what was downloaded.
 
-    An error within is a HubUnreachable where the hub did not answer, and else is let through.
+    An error in the block becomes a HubUnreachable where the hub did not answer.
     """
     from huggingface_hub import HfApi
 
@@ -87,7 +87,7 @@ def dataset_access(name: str) -> Iterator[None]:
 
 @contextmanager
 def _without_retry_messages() -> Iterator[None]:
-    """The hub's client logs each of its retries; the error at the end says it all."""
+    """Silence the hub's client, which logs each of its retries although an error ends them."""
     client = logging.getLogger("huggingface_hub")
     level = client.level
     client.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """Files in an object store (S3, Google Cloud Storage), through pyarrow's file systems.
 
-An object store can't rename, so what makes a directory whole there is a list of its files beside it
-(`NAME.sums.json`: bytes and CRC-32 of each), which is written last and removed first. What is read
-is compared with it.
+An object store can't rename, so that a directory is whole there when a list of its files lies
+beside it (`NAME.sums.json`: bytes and CRC-32 of each). The list is written last and removed first,
+and what is downloaded is compared with it.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs")
 _SUMS = ".sums.json"
 _AWAY = "NETWORK_CONNECTION"
-"""AWS's client's word for a server that it can't reach, after attempts of some seconds."""
+"""What AWS's client calls a server that it can't reach, after attempts of some seconds."""
 _GS_PATIENCE = "retry_limit_seconds=30"
 _LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-Sums = dict[str, list[int]]
-"""Path within a directory -> bytes and CRC-32 of the file."""
+Checksums = dict[str, list[int]]
+"""The bytes and the CRC-32 of each file of a directory, by its relative path."""
 
 
-def sums_of(directory: Path) -> Sums:
+def checksums_of(directory: Path) -> Checksums:
+    """Return the checksums of all files below a directory."""
     files = (path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): sum_of(path) for path in sorted(files)}
+    return {path.relative_to(directory).as_posix(): checksum_of(path) for path in sorted(files)}
 
 
-def sum_of(path: Path) -> list[int]:
-    """Bytes and CRC-32."""
+def checksum_of(path: Path) -> list[int]:
+    """Return the bytes and the CRC-32 of a file."""
     size = crc = 0
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -51,19 +52,19 @@ def sum_of(path: Path) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Objects:
-    """What lies under one URL, `s3://BUCKET/PATH` or `gs://BUCKET/PATH`; a file or a directory.
+class ObjectPath:
+    """A file or directory in an object store, at `s3://BUCKET/PATH` or `gs://BUCKET/PATH`.
 
-    pyarrow's options may follow (`?region=…`, `?endpoint_override=…`). Credentials are those of the
-    machine or of the environment, and never the URL's, which is written into the history.
+    pyarrow's options may follow (`?region=…`, `?endpoint_override=…`). Credentials come from the
+    machine or the environment, never from the URL, which is written into the history.
     """
 
     base: str
     options: str = ""
 
     @classmethod
-    def at(cls, url: str) -> Objects:
-        """Raises StorageError for what is no URL of an object store; looks at the text alone."""
+    def at(cls, url: str) -> ObjectPath:
+        """Parse a URL, without any access; raises StorageError for an unusable one."""
         given = redact_url(url)
         try:
             parts = urlsplit(url)
@@ -102,11 +103,11 @@ class Objects:
     def __str__(self) -> str:
         return self.base + self.options
 
-    def __truediv__(self, name: str) -> Objects:
-        return Objects(f"{self.base}/{name}", self.options)
+    def __truediv__(self, name: str) -> ObjectPath:
+        return ObjectPath(f"{self.base}/{name}", self.options)
 
     def check(self) -> None:
-        """Raises StorageError where nothing can be written here."""
+        """Raise StorageError where nothing can be written here."""
         with self._store("written") as store:
             probe = f"{self._path}/.write-test-{secrets.token_hex(4)}"
             with store.open_output_stream(probe):
@@ -114,7 +115,7 @@ class Objects:
             store.delete_file(probe)
 
     def read(self) -> bytes | None:
-        """A file's contents; None where there is none."""
+        """Return the contents of this file, or None where it does not exist."""
         with self._store("read") as store:
             try:
                 return _contents(store, self._path)
@@ -129,6 +130,7 @@ class Objects:
         return None
 
     def write(self, contents: bytes) -> None:
+        """Write this file."""
         with self._store("written") as store:
             if self.base.startswith("gs:"):
                 # There, pyarrow lists directories by objects that stand for them, made only so.
@@ -137,17 +139,17 @@ class Objects:
                 file.write(contents)
 
     def names(self) -> list[str]:
-        """Of the directories directly under this one, whole or not."""
+        """Return the names of the directories directly in this one, whole or not, sorted."""
         from pyarrow.fs import FileSelector, FileType
 
         with self._store("read") as store:
             found = store.get_file_info(FileSelector(self._path, allow_not_found=True))
         return sorted(info.base_name for info in found if info.type == FileType.Directory)
 
-    def written(self) -> dict[str, float]:
-        """Name of each file directly under this directory -> when it was written.
+    def modification_times(self) -> dict[str, float]:
+        """Return when each file directly in this directory was written, by its name.
 
-        In seconds by the store's clock, of which some stores tell whole ones only.
+        The times are in seconds by the store's clock; some stores tell whole seconds only.
         """
         from pyarrow.fs import FileSelector, FileType
 
@@ -156,14 +158,15 @@ class Objects:
         files = (info for info in found if info.type == FileType.File)
         return {info.base_name: (info.mtime_ns or 0) / 1e9 for info in files}
 
-    def put(self, directory: Path) -> None:
-        """Makes this directory what `directory` is; one that is killed leaves none that is whole.
+    def upload(self, directory: Path) -> None:
+        """Upload a directory to here, replacing what is here.
 
-        Raises StorageError where it can't be written.
+        Until the upload ends, the directory here is not whole. Raises StorageError where it can't
+        be written.
         """
         from pyarrow.fs import LocalFileSystem, copy_files
 
-        sums = sums_of(directory)
+        checksums = checksums_of(directory)
         self.remove()
         with self._store("written") as store:
             copy_files(
@@ -172,17 +175,21 @@ class Objects:
                 source_filesystem=LocalFileSystem(),
                 destination_filesystem=store,
             )
-        self._list.write(json.dumps(sums).encode())
+        self._list.write(json.dumps(checksums).encode())
 
-    def sums(self) -> Sums | None:
-        """Of its files; None where it is not whole."""
+    def checksums(self) -> Checksums | None:
+        """Return the checksums of this directory's files, or None where it is not whole."""
         text = self._list.read()
         with suppress(ValueError, TypeError):
             return None if text is None else dict(json.loads(text))
         return None
 
-    def get(self, directory: Path, sums: Sums) -> bool:
-        """Copies its files to `directory`; whether they are those of `sums`."""
+    def is_whole(self) -> bool:
+        """Whether this directory exists and is whole."""
+        return self.checksums() is not None
+
+    def download(self, directory: Path, checksums: Checksums) -> bool:
+        """Copy the files here to `directory`, and return whether they have these checksums."""
         from pyarrow.fs import LocalFileSystem, copy_files
 
         with self._store("read") as store:
@@ -196,13 +203,13 @@ class Objects:
             except FileNotFoundError:
                 return False
             except OSError:
-                if self.sums() != sums:  # removed, or written anew, meanwhile
+                if self.checksums() != checksums:  # removed, or written anew, meanwhile
                     return False
                 raise
-        return sums_of(directory) == sums
+        return checksums_of(directory) == checksums
 
     def remove(self) -> None:
-        """Whatever is there, file or directory; nothing is no error."""
+        """Remove the file or directory here, if there is one."""
         from pyarrow.fs import FileType
 
         with self._store("written") as store:
@@ -215,14 +222,14 @@ class Objects:
                         store.delete_file(path)
 
     def _patience(self) -> str:
-        """The options, with an end to Google's client's attempts, which go on for minutes."""
+        """Return the options, with a limit to the long retries of Google's client."""
         if not self.base.startswith("gs:") or "retry_limit_seconds" in self.options:
             return self.options
         return f"{self.options}&{_GS_PATIENCE}" if self.options else f"?{_GS_PATIENCE}"
 
     @property
-    def _list(self) -> Objects:
-        return Objects(self.base + _SUMS, self.options)
+    def _list(self) -> ObjectPath:
+        return ObjectPath(self.base + _SUMS, self.options)
 
     @property
     def _path(self) -> str:
@@ -230,7 +237,7 @@ class Objects:
 
     @contextmanager
     def _store(self, done: str) -> Iterator[FileSystem]:
-        """`done`: what could not be, where the store refuses."""
+        """Yield the store's file system; `done` is what an error says can't be done (`read`)."""
         from pyarrow import ArrowException
 
         scheme, _, path = self.base.partition("://")

@@ -1,4 +1,4 @@
-"""Where things lie, and writing them whole."""
+"""The paths under a storage, and writing files and directories whole."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from typing import Any
 from filelock import FileLock
 
 from rayfin.errors import StorageError
-from rayfin.objects import Objects, sums_of
+from rayfin.objects import ObjectPath, checksums_of
 
 METADATA = "rayfin.json"
-"""The file beside an adapter that says what its weights don't."""
+"""The file beside an adapter with what its weights don't say."""
 
 
 def cache_dir() -> Path:
-    """`$RAYFIN_CACHE` or `~/.cache/rayfin`: converted models, and what else can be made again."""
+    """Return `$RAYFIN_CACHE` or `~/.cache/rayfin`, which holds only what can be made again."""
     if configured := os.environ.get("RAYFIN_CACHE"):
         return Path(configured).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -35,21 +35,21 @@ def cache_dir() -> Path:
 
 @dataclass(frozen=True)
 class StoragePath:
-    """A file or directory that all machines of a run share, and where it lies on this one.
+    """A file or directory that all machines of a run share, with its path on this machine.
 
-    On a file system the two are the same. Of what is in an object store, `path` is this machine's
-    copy: `fetch` makes it what the store holds, and `publish` the store what it is.
+    On a file system the two are the same. Of an object in a store, `path` is this machine's copy,
+    which `download` and `upload` synchronise with the store.
     """
 
     path: Path
-    objects: Objects | None = None
+    objects: ObjectPath | None = None
 
     @classmethod
     def at(cls, location: str | Path) -> StoragePath:
-        """Looks at the text alone; StorageError for a URL that no object store can have."""
+        """Parse a path or URL, without any access; raises StorageError for an unusable URL."""
         if "://" not in str(location):
             return cls(Path(location).expanduser().resolve())
-        objects = Objects.at(str(location))
+        objects = ObjectPath.at(str(location))
         scheme, _, path = objects.base.partition("://")
         # The options may name another server, of which a bucket of this name is another.
         server = f"{scheme}-{zlib.crc32(objects.options.encode()):08x}"
@@ -65,45 +65,49 @@ class StoragePath:
         return StoragePath.at, (str(self),)  # another machine has its copies elsewhere
 
     def names(self) -> list[str]:
-        """Of the directories in this one."""
+        """Return the names of the directories in this one, sorted."""
         if self.objects is not None:
             return self.objects.names()
         found = self.path.iterdir() if self.path.is_dir() else ()
         return sorted(path.name for path in found if path.is_dir() and path.name[0] != ".")
 
-    def publish(self) -> None:
-        """Of a directory. Raises StorageError where the store can't be written."""
-        if self.objects is not None:
-            self.objects.put(self.path)
+    def upload(self) -> None:
+        """Upload this directory, replacing the one in the store.
 
-    def fetch(self) -> bool:
-        """Of a directory; whether it is there."""
+        Raises StorageError where the store can't be written.
+        """
+        if self.objects is not None:
+            self.objects.upload(self.path)
+
+    def download(self) -> bool:
+        """Download this directory, unless it is here already; return whether it exists."""
         if self.objects is None:
             return self.path.is_dir()
-        sums = self.objects.sums()
-        if sums is None:
+        checksums = self.objects.checksums()
+        if checksums is None:
             return False
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Several workers on one machine ask at once.
+        # Several workers on one machine may ask at once.
         with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            if self.path.is_dir() and sums_of(self.path) == sums:
+            if self.path.is_dir() and checksums_of(self.path) == checksums:
                 return True
             shutil.rmtree(self.path, ignore_errors=True)
-            with suppress(_NotWhole), write_directory_whole(self.path) as temporary:
-                if not self.objects.get(temporary, sums):
-                    raise _NotWhole
+            with suppress(_Incomplete), write_directory_whole(self.path) as temporary:
+                if not self.objects.download(temporary, checksums):
+                    raise _Incomplete
         return self.path.is_dir()
 
     def exists(self) -> bool:
-        """Whether a directory is here, whole."""
-        return self.path.is_dir() if self.objects is None else self.objects.sums() is not None
+        """Whether this directory exists and is whole."""
+        return self.path.is_dir() if self.objects is None else self.objects.is_whole()
 
-    def publish_file(self) -> None:
+    def upload_file(self) -> None:
+        """Upload this file, replacing the one in the store."""
         if self.objects is not None:
             self.objects.write(self.path.read_bytes())
 
-    def fetch_file(self) -> bool:
-        """Whether it is there."""
+    def download_file(self) -> bool:
+        """Download this file, and return whether it exists."""
         if self.objects is not None:
             if (contents := self.objects.read()) is None:
                 self.path.unlink(missing_ok=True)
@@ -113,54 +117,59 @@ class StoragePath:
         return self.path.is_file()
 
     def remove_file(self) -> None:
+        """Remove this file, here and in the store."""
         self.path.unlink(missing_ok=True)
         if self.objects is not None:
             self.objects.remove()
 
     @contextmanager
-    def borrowed(self) -> Iterator[Path | None]:
-        """A directory to read for the time of the block, from an object store a copy of its own.
+    def reading_copy(self) -> Iterator[Path | None]:
+        """Yield this directory for reading, from an object store as a copy of the caller's own.
 
-        None where it is not there, or not whole.
+        Yields None where it does not exist or is not whole.
         """
         if self.objects is None:
             yield self.path if self.path.is_dir() else None
             return
-        sums = self.objects.sums()
+        checksums = self.objects.checksums()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=".read-") as own:
-            there = sums is not None and self.objects.get(Path(own), sums)
-            yield Path(own) if there else None
+            whole = checksums is not None and self.objects.download(Path(own), checksums)
+            yield Path(own) if whole else None
 
-    def forget(self) -> None:
-        """Removes the copy of a directory in an object store; never the only one there is."""
+    def remove_local_copy(self) -> None:
+        """Remove this machine's copy of a directory that is in an object store."""
         if self.objects is not None:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def remove(self) -> None:
+        """Remove this directory, here and in the store."""
         shutil.rmtree(self.path, ignore_errors=True)
         if self.objects is not None:
             self.objects.remove()
 
 
-class _NotWhole(Exception):
-    """What was read is not what was written."""
+class _Incomplete(Exception):
+    """The files downloaded are not those that were uploaded."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Every path under one `storage`; nothing else in rayfin joins these names."""
+    """The paths under one `storage`, which nothing else in rayfin builds."""
 
     location: StoragePath
 
     @classmethod
     def at(cls, location: str | Path) -> Storage:
-        """Makes and asks nothing."""
+        """Return the storage at a path or URL, without any access."""
         return cls(StoragePath.at(location))
 
     @classmethod
     def open(cls, location: str | Path) -> Storage:
-        """The storage at `location`, made if missing; StorageError where it can't be written."""
+        """Return the storage at `location`, created if missing.
+
+        Raises StorageError where it can't be written.
+        """
         opened = cls.at(location)
         here = opened.location
         if here.objects is not None:
@@ -182,6 +191,10 @@ class Storage:
 
     @property
     def history_url(self) -> str:
+        """The URL of the history that lies in this storage.
+
+        Raises StorageError for an object store.
+        """
         if self.location.objects is not None:
             raise StorageError(
                 f"storage: SQLite's file, the history, can't be in '{self.location}'; give "
@@ -192,6 +205,7 @@ class Storage:
 
     @property
     def adapters(self) -> Path:
+        """The directory of the registry of adapters; raises StorageError for an object store."""
         if self.location.objects is not None:
             raise StorageError(
                 f"storage: the registry of adapters can't be in '{self.location}'; give a "
@@ -202,19 +216,21 @@ class Storage:
 
     @property
     def ray(self) -> Path:
-        """Ray Tune's own files; nothing in rayfin reads them back."""
+        """The directory of Ray Tune's own files, which rayfin never reads back."""
         return self.location.path / "ray"
 
     def sweep(self, sweep_id: str) -> StoragePath:
+        """Return the directory of a sweep."""
         return self.location / "sweeps" / sweep_id
 
     def trial(self, sweep_id: str, trial_id: str) -> StoragePath:
+        """Return the directory of a trial."""
         return self.sweep(sweep_id) / "trials" / trial_id
 
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling of `path`; on success it is renamed over `path`, else removed."""
+    """Yield a temporary sibling of `path`, which replaces `path` on success and else is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     # Not mkstemp, whose file is private: the kernel applies the user's umask to this one.
@@ -230,9 +246,9 @@ def write_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def write_directory_whole(path: Path) -> Iterator[Path]:
-    """Yields a temporary sibling directory, renamed to `path` on success; `path` must not exist.
+    """Yield a temporary sibling directory, renamed to `path` on success; `path` must not exist.
 
-    Where another process published `path` first, theirs stays and FileExistsError is raised.
+    Where another process creates `path` first, that one stays and FileExistsError is raised.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -249,25 +265,26 @@ def write_directory_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def left_unfinished(path: Path) -> list[Path]:
-    """Returns what writers of `path` that were killed have left beside it."""
+def unfinished_writes(path: Path) -> list[Path]:
+    """Return the temporary siblings of `path` that killed writers have left."""
     name = re.compile(rf"\.{re.escape(path.name)}-[0-9a-f]{{8}}")
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     return [other for other in beside if name.fullmatch(other.name)]
 
 
 def _temporary(path: Path) -> Path:
-    """A new name beside `path`, of the same file system."""
+    """Return a new path beside `path`, on the same file system."""
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file whole, as UTF-8."""
     with write_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def digest_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """File name -> {sha256 (hexadecimal), bytes}."""
+    """Return {sha256 (hexadecimal), bytes} of each file."""
     digests = {}
     for name, path in files.items():
         with path.open("rb") as stream:
@@ -277,4 +294,5 @@ def digest_files(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value whole as an indented JSON file with sorted keys."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,8 +1,8 @@
-"""What may not be shown as it is: passwords, keys and tokens, and commands to a terminal.
+"""Redact passwords, keys, tokens and terminal commands before a text is shown.
 
-`***` stands for each secret. One comes in a URL (before its host, or among its options), as a
-setting (`password=…`), as the value under a key of a configuration, or with the prefix by which its
-issuer marks it.
+`***` replaces each secret. A secret is found in a URL (before its host, or among its options), as a
+setting (`password=…`), as the value of a configuration's key, or by the prefix that its issuer
+gives it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def redact(text: str, known: Iterable[str] = ()) -> str:
 
 
 def redact_url(url: str) -> str:
-    """What was given as a URL, all of it, without what is secret in it; its scheme may lack."""
+    """Return a whole URL, whose scheme may be missing, without the secrets in it."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         scheme, rest = "", url
@@ -69,7 +69,7 @@ def redact_url(url: str) -> str:
 
 
 def redacted(tree: Any, text: Callable[[str], str] = redact) -> Any:
-    """A tree of JSON redacted by its keys and, by the function `text`, in its texts."""
+    """Return JSON data without the values of secret keys, and with `text` applied to all texts."""
     if isinstance(tree, str):
         return text(tree)
     if isinstance(tree, Mapping):
@@ -83,15 +83,15 @@ def redacted(tree: Any, text: Callable[[str], str] = redact) -> Any:
 
 
 def redacted_settings(tree: Any) -> Any:
-    """A configuration that will be read back, without secret keys' values and URLs' secrets.
+    """Return a configuration that will be read back without secret keys' values and URLs' secrets.
 
-    Nothing else is changed: the name of a file may look like a token.
+    Nothing else is changed, as the name of a file may look like a token.
     """
     return redacted(tree, lambda text: (redact_url if _ONE_URL.match(text) else _redact_urls)(text))
 
 
 def is_secret(name: str, value: str = "") -> bool:
-    """Whether the value of an option or key of this name is one, or holds one as a setting."""
+    """Whether an option's name means a secret, or its value contains one as a setting."""
     return _SECRET.search(unquote(name)) is not None or (
         _SETTING.search(unquote_plus(value)) is not None
     )
@@ -102,7 +102,7 @@ def _redact_urls(text: str) -> str:
 
 
 def _within(rest: str) -> str:
-    """What follows `scheme://`: user, password, host, path and options."""
+    """Redact what follows `scheme://`: user, password, host, path and options."""
     path, mark, options = rest, "", ""
     # Options begin at the first ? after the last @; one before it is a password's.
     at = rest.rfind("@")
@@ -128,12 +128,16 @@ def _hidden_setting(found: re.Match[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` without what a terminal takes for a command: a model, or a file, may say anything."""
+    """Return a text, which may come from a model or a file, without commands to a terminal."""
     return "".join("\N{REPLACEMENT CHARACTER}" if is_command(c) else c for c in text)
 
 
 def is_command(character: str) -> bool:
-    """Control characters but line ends and tabs, half surrogate pairs, changes of direction."""
+    """Whether a character is a command to a terminal.
+
+    These are control characters except line ends and tabs, unpaired surrogates, and changes of the
+    writing direction.
+    """
     if character in "\n\t":
         return False
     return unicodedata.category(character) in ("Cc", "Cs") or character in _DIRECTIONS

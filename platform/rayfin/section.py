@@ -1,4 +1,4 @@
-"""The base of every part of a configuration, and settings whose values are a registry's names."""
+"""The base class of a configuration's sections, and settings that take a registry's names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
 class Section(BaseModel):
-    """A frozen part of the configuration; unknown keys are refused."""
+    """A frozen section of a configuration, which refuses unknown keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False

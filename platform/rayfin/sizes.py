@@ -1,4 +1,4 @@
-"""Sizes of a base model, which formulas take."""
+"""The sizes of a base model, from which formulas compute memory and time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a base model; counts are of unquantised weights, tied ones counted once."""
+    """The sizes of a base model, unquantised; tied weights are counted once."""
 
     architecture: str
     parameters: int
     linear_parameters: int
-    """Weights of the linear layers but the output head: what 4 and 8 bits apply to."""
+    """The weights of the linear layers without the output head, which quantisation applies to."""
     hidden_size: int
     intermediate_size: int
     num_layers: int
@@ -22,4 +22,4 @@ class Sizes:
     vocab_size: int
     max_position_embeddings: int | None
     dtype: str
-    """Data type in which the weights are stored."""
+    """The data type in which the weights are stored."""

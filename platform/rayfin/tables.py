@@ -1,4 +1,4 @@
-"""Tables on the terminal: whole headers and cells at any width, and nothing cut in a pipe."""
+"""Print tables with whole headers and cells at any width of the terminal, uncut in a pipe."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
 
 _UNBOUNDED = 100_000
-"""Columns of a pipe, which has no width to keep to."""
+"""The width of a pipe, which is unlimited."""
 _GAP = 2
 _LEAST_FOLDED = 12
-"""What is folded keeps so many columns: less can't be read."""
+"""The least width of a folded column, below which it can't be read."""
 
 Cell = str | Text
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column, and what becomes of it where there is little room."""
+    """A column of a table, and how it gives way where there is little room."""
 
     name: str
     right: bool = False
-    """Aligned to the right."""
+    """Whether cells are aligned to the right."""
     folds: bool = False
-    """Its cells may go on in a second line; those of others, to be copied or compared, don't."""
+    """Whether cells may continue in a second line; cells to be copied or compared don't."""
     leaves: int = 0
-    """Columns with the greatest number are left out first, and named; those with 0 never."""
+    """Columns with the largest number are left out first; those with 0 never are."""
 
 
 class Rows:
-    """Rows under columns, laid out for the width that there is when they are printed.
+    """A table that is laid out for the width of the terminal when it is printed.
 
-    Headers go on in a second line before anything else gives way, then cells that may; then
-    columns are left out, which a line beneath says. Where that isn't enough, each row is a block of
-    lines.
+    Where there is little room, headers continue in a second line first, then cells that may; then
+    columns are left out and named in a line below. If that is not enough, each row becomes a block
+    of lines.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Rows:
             yield Text(f"not shown in {room} columns: {names}; --json shows all", style="dim")
 
     def _widths(self, shown: Sequence[int], room: int) -> list[int] | None:
-        """The columns' widths; None where they don't fit."""
+        """Return the columns' widths, or None where they don't fit."""
         gaps = _GAP * (len(shown) - 1)
         natural = [max(cell_len(self._columns[i].name), self._longest(i)) for i in shown]
         if sum(natural) + gaps <= room:
@@ -130,7 +130,7 @@ class Rows:
 
 
 def output(*, stderr: bool = False) -> Console:
-    """Standard output, or error; a pipe has no width, so that nothing is folded or cut there."""
+    """Return a console on standard output or error; in a pipe it never folds or cuts."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _UNBOUNDED
     return Console(stderr=stderr, highlight=False, width=width)
@@ -143,7 +143,7 @@ def _shown(cell: Cell) -> Text:
 
 
 def _parts(name: str) -> list[str]:
-    """Where a header may go on in the next line: `learning_rate` -> `learning_`, `rate`."""
+    """Split a header where it may continue in the next line: `learning_rate` at `_`."""
     return re.findall(r"[^_ ]*(?:[_ ]|$)", name)[:-1] or [name]
 
 

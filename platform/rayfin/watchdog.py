@@ -1,11 +1,11 @@
-"""A small process that ends the one beside it, when that no longer says that it lives.
+"""A small process that ends its parent when that stops sending signs of life.
 
-A library that is stuck while it holds Python's lock stops every thread of its process, so that only
-another process can end it. The watched process writes a byte to this one's standard input every
-so often. Bytes that are missing are counted in waits, not by a clock: a suspension (Ctrl-Z,
-`docker pause`, a batch system's) lasts as long as it lasts, and counts as one wait at most.
+A library that hangs while it holds Python's global lock stops every thread of its process, so that
+only another process can end it. The watched process regularly writes a byte to this one's standard
+input. Missing bytes are counted in waits, not by a clock, so that a suspension (Ctrl-Z, `docker
+pause`, a batch system) counts as one wait at most.
 
-It is run by its path, and imports as little as it can, so that a start costs milliseconds.
+It is run by its path and imports little, so that it starts in milliseconds.
 """
 
 import os
@@ -17,22 +17,22 @@ import time
 from pathlib import Path
 
 SIGNAL = getattr(signal, "SIGRTMAX", signal.SIGUSR2) - (1 if hasattr(signal, "SIGRTMAX") else 0)
-"""Makes the watched process write where its threads stand, and end."""
+"""The signal that makes the watched process write its threads' positions, and end."""
 
 WHERE = "{where}"
-"""The part of the notice in whose place is put where the process stood."""
+"""The part of the notice that is replaced by the position of the process."""
 
 _WRITES_SECONDS = 5.0
 SHOWN_FRAMES = 4
-"""The most calls by which a place in the program is told."""
+"""The most calls that a position in code lists."""
 _CALL = re.compile(r'^  File "([^"]*)", line (\d+) in (.+)$', re.MULTILINE)
 """A line of what `faulthandler` writes: file, line and function."""
 
 
 def position_in(trace: str, call: str) -> str | None:
-    """Returns where the thread in the function `call` stood, from what `faulthandler` wrote.
+    """Return the position of the thread in the function `call`, from what `faulthandler` wrote.
 
-    Returns None where no thread was in it.
+    Returns None where no thread was in that function.
     """
     for thread in trace.split("\n\n"):
         calls = _CALL.findall(thread)
@@ -43,9 +43,9 @@ def position_in(trace: str, call: str) -> str | None:
 
 
 def falls_silent(pid: int, source: int, tick: float, misses: int) -> bool:
-    """Waits until `misses` waits of `tick` seconds brought no byte from `source`, and returns True.
+    """Return True once `misses` consecutive waits of `tick` seconds brought no byte from `source`.
 
-    Returns False where the process `pid`, this one's parent, has ended before.
+    Returns False where the process `pid`, this one's parent, ends before that.
     """
     missed = 0
     while os.getppid() == pid:
@@ -70,7 +70,7 @@ def suspended(pid: int) -> bool:
 
 
 def end(pid: int) -> None:
-    """Has this process's parent `pid` write where it stands, and end; kills it if it does not."""
+    """Make the parent process `pid` write its position and end; kill it if it does not."""
     os.kill(pid, SIGNAL)
     for _ in range(int(_WRITES_SECONDS / 0.05)):
         if os.getppid() != pid:
@@ -80,10 +80,10 @@ def end(pid: int) -> None:
 
 
 def main(pid: int, tick: float, misses: int, path: str, call: str, notice: str) -> None:
-    """Ends the process `pid` where it falls silent, and then writes `notice` to standard error.
+    """End the process `pid` when it falls silent, and then write `notice` to standard error.
 
-    The process writes to `path` where its threads stand. The notice is about the thread in the
-    function `call`.
+    That process writes its threads' positions to `path`. The notice has the position of the thread
+    in the function `call`.
     """
     # What ends the watched process in order ends this one with it.
     for ordinary in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

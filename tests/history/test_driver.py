@@ -13,7 +13,7 @@ import pytest
 
 from rayfin.cli import main
 from rayfin.history import History, TrialRecord, driver, now
-from rayfin.history.driver import DRIVER, is_lost, note_lost, this_driver
+from rayfin.history.driver import DRIVER, is_lost, mark_lost_trials, this_driver
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_row_that_another_driver_goes_on_with_meanwhile_is_left_to_it(
             return change(*arguments)
 
         monkeypatch.setattr(history, "change", after_it_resumed)
-        assert note_lost(history) == []
+        assert mark_lost_trials(history) == []
         assert history.trials() == [resumed]
 
 
@@ -129,7 +129,7 @@ def test_the_row_of_a_driver_that_hung_says_where_it_stood(
     )
     with History.open(f"sqlite:///{tmp_path / 'history.sqlite'}") as history:
         history.put(lost)
-        (noted,) = note_lost(history)
+        (noted,) = mark_lost_trials(history)
     assert noted.status == "interrupted"
     assert noted.error == (
         "no progress, and its process hung in run_trial (b:7); look at the disk or network that it "

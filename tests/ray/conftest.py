@@ -325,7 +325,7 @@ class Lab:
     def mark(row: TrialRecord) -> float:
         """Writes a loss that no training gives into the checkpoint; who resumes from it has it."""
         checkpoint = Lab.checkpoints(row)[-1]
-        assert checkpoint.fetch()
+        assert checkpoint.download()
         path = checkpoint.path / "trainer_state.json"
         state = json.loads(path.read_text())
         state["log_history"][0]["loss"] = 123.25
@@ -333,7 +333,7 @@ class Lab:
         sums = json.loads((path.parent / "sums.json").read_text())
         sums[path.name] = [path.stat().st_size, zlib.crc32(path.read_bytes())]
         (path.parent / "sums.json").write_text(json.dumps(sums))
-        checkpoint.publish()
+        checkpoint.upload()
         return 123.25
 
     @staticmethod

@@ -88,7 +88,7 @@ def test_what_a_lost_machine_held_in_a_group_is_given_back_from_another(
     give_back(held)
     states = ray.util.placement_group_table(group)
     assert states["state"] == "REMOVED"
-    assert not held.fetch_file()
+    assert not held.download_file()
     give_back(held)  # there is nothing, which is no error
 
 

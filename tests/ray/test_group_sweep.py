@@ -105,7 +105,7 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
         location = StoragePath.at(row.directory)
         assert str(location).startswith(f"{bucket}/sweeps/")
         assert row.scenario["hardware"]["num_workers"] == 2
-        assert not lab.checkpoints(row) and not (location / "ray" / "held.json").fetch_file()
+        assert not lab.checkpoints(row) and not (location / "ray" / "held.json").download_file()
         one = run_trial(
             TrialSpec.model_validate(row.spec),
             lambda _: None,
@@ -121,7 +121,7 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
     assert lab.rayfin_here("sweep", *lab.settings, *sweep, *sharded, *publish, "--resume") == 0
     assert lab.rows() == rows
     report = StoragePath.at(bucket) / "sweeps" / rows[0].sweep_id / "report.html"
-    assert str(report) in capsys.readouterr().out and report.fetch_file()
+    assert str(report) in capsys.readouterr().out and report.download_file()
     text = report.path.read_text()
     assert all(row.trial_id in text for row in rows) and text.count('class="sample"') == 1
     assert (registry / "adapters" / "best" / "1" / "adapter_config.json").is_file()
@@ -164,7 +164,7 @@ def as_one_process_does(row: TrialRecord, one: TrialResult, but: float) -> None:
         if point.get("loss") != but:
             assert point == pytest.approx(other, abs=1e-4)
     adapter = StoragePath.at(row.directory) / "adapter"
-    assert adapter.fetch() and one.adapter is not None
+    assert adapter.download() and one.adapter is not None
     ours, theirs = (
         load_file(path / "adapter_model.safetensors") for path in (adapter.path, one.adapter.path)
     )

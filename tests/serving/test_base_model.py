@@ -15,7 +15,7 @@ from rayfin.cli.serve import _print
 from rayfin.config import load_serve_config
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import AdapterError
-from rayfin.models import base_of, locate, skeleton
+from rayfin.models import base_of, locate, meta_model
 from rayfin.serving import compatibility
 from rayfin.serving.compatibility import served_names
 from rayfin.serving.engine.engine import Engine
@@ -41,7 +41,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def checks(model: str, engine: Engine) -> dict[str, Callable[[AdapterSource], Any]]:
     """The native engine's and vLLM's."""
     config = ModelConfig(name=model)
-    base, linears = base_of(config), linears_of(skeleton(config))
+    base, linears = base_of(config), linears_of(meta_model(config))
     return {
         "native": engine.check,
         "vllm": lambda source: check_lora(source, base, linears, 64),

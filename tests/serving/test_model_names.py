@@ -104,7 +104,7 @@ def test_an_unknown_name_costs_no_walk_for_what_was_copied_in_by_hand(
     def walks(self: Registry) -> dict[str, str]:
         raise AssertionError("all of the registry was walked")
 
-    monkeypatch.setattr(Registry, "strays", walks)
+    monkeypatch.setattr(Registry, "unpublished_copies", walks)
     with pytest.raises(AdapterNotFound, match="is not served here"):
         names.resolve("missing")
     assert len(names.list().served) == 3

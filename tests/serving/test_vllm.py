@@ -30,7 +30,7 @@ from rayfin.errors import (
     RequestError,
     Unavailable,
 )
-from rayfin.models import base_of, skeleton
+from rayfin.models import base_of, meta_model
 from rayfin.models.ends import Ends
 from rayfin.serving.engine import vllm as vllm_module
 from rayfin.serving.engine.layout import linears_of
@@ -69,7 +69,7 @@ def prompt(tiny_tokenizer: Any) -> list[int]:
 
 
 def linears(model: str) -> dict[str, tuple[int, int]]:
-    return linears_of(skeleton(ModelConfig(name=model)))
+    return linears_of(meta_model(ModelConfig(name=model)))
 
 
 def until(true: Callable[[], Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from rayfin.objects import sums_of
+from rayfin.objects import checksums_of
 from rayfin.paths import StoragePath
 from rayfin.training.checkpoint import latest_checkpoint
 
@@ -57,7 +57,7 @@ def write(path: Path, trace: Path, kind: str) -> None:
 def sign(checkpoint: Path) -> None:
     """Whoever writes the files writes their sums, too."""
     (checkpoint / "sums.json").unlink()
-    (checkpoint / "sums.json").write_text(json.dumps(sums_of(checkpoint)))
+    (checkpoint / "sums.json").write_text(json.dumps(checksums_of(checkpoint)))
 
 
 def test_no_pickle_beside_a_checkpoints_own_files_is_run(lab: Any, tmp_path: Path) -> None:

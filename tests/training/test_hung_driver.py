@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from rayfin.errors import TrialHung
-from rayfin.heartbeat import silence
+from rayfin.heartbeat import seconds_silent
 from rayfin.paths import StoragePath
 from rayfin.training import trial_queue, workers
 from rayfin.tuning import driver_watch
@@ -42,13 +42,13 @@ def test_a_history_that_hangs_ends_the_driver_with_how_to_go_on(
     monkeypatch.setattr(driver_watch.os, "_exit", end)
     me = threading.get_ident()
     seen: list[str] = []
-    history: Any = SimpleNamespace(put=lambda row: seen.append(silence(me)[1]))
+    history: Any = SimpleNamespace(put=lambda row: seen.append(seconds_silent(me)[1]))
     row = started(PlannedTrial("sweep-1-f", "f", {}, lab.spec(), StoragePath(tmp_path)))
     with watched_driver(SOON, told.append, "the same command with --resume goes on"):
         recorder = Recorder(history, lambda _: None)
         recorder.put(row)
         assert seen == ["recording trial sweep-1-f in the history"]
-        assert silence(me) == (0.0, ""), "it waits for its trials, however long they take"
+        assert seconds_silent(me) == (0.0, ""), "it waits for its trials, however long they take"
         history.put = lambda row: answers.wait(PATIENCE)
         recorder.put(row)
     assert ended == [2]

@@ -16,7 +16,7 @@ import pytest
 from rayfin import heartbeat
 from rayfin.config import Config
 from rayfin.errors import TrialHung
-from rayfin.heartbeat import beat, pause, silence, whereabouts
+from rayfin.heartbeat import beat, pause, seconds_silent, thread_position
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage, StoragePath
 from rayfin.training import trial as running
@@ -49,8 +49,8 @@ class Watch:
         pause()
 
     def bound_passes(self) -> None:
-        _, doing = silence(self.thread)
-        self.on_hang(f"{doing}: {whereabouts(self.thread)}")
+        _, doing = seconds_silent(self.thread)
+        self.on_hang(f"{doing}: {thread_position(self.thread)}")
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -147,7 +147,7 @@ def test_a_trial_that_hangs_while_it_is_stopped_is_named_by_the_next_one(
 def test_what_is_told_of_an_evaluation_is_watched(lab: Any) -> None:
     """The history's disk may stall: only who waits for an answer may take as long as it takes."""
     said: list[str] = []
-    lab.run(lab.spec(), report=lambda _: said.append(silence(threading.get_ident())[1]))
+    lab.run(lab.spec(), report=lambda _: said.append(seconds_silent(threading.get_ident())[1]))
     assert said == ["recording an evaluation"]
 
 
@@ -165,7 +165,7 @@ def test_what_a_single_run_writes_to_the_history_is_watched_and_what_it_shows_is
     put = History.put
 
     def doing(*_: object) -> None:
-        said.append(silence(threading.get_ident())[1])
+        said.append(seconds_silent(threading.get_ident())[1])
 
     def noted(history: History, row: TrialRecord) -> None:
         doing()

@@ -151,7 +151,7 @@ def test_workers_that_see_no_common_disk_go_on_from_a_bucket(
     place = StoragePath.at(bucket)
     assert resumed["adapter"] == str(place / "adapter")
     assert (place / "checkpoints").names() == ["checkpoint-6", "checkpoint-9"]
-    assert (place / "adapter").fetch()
+    assert (place / "adapter").download()
     model = lab.reloaded(spec, (place / "adapter").path)
     assert lab.plain_loss(model, spec) == lab.rounded(resumed["metrics"]["eval_loss"])
     assert not list(tmp_path.glob("three/*/objects/**/*.safetensors")), "copies are let go"

@@ -15,7 +15,7 @@ from pathlib import Path
 import peft
 import pytest
 
-from rayfin.adapters import Registry, incoming
+from rayfin.adapters import Registry, fetch
 from rayfin.cli import main
 from rayfin.config.schema import ModelConfig
 from rayfin.models import load_base, locate
@@ -320,10 +320,10 @@ def test_nothing_of_a_zip_file_gets_out(
 def test_a_zip_bomb_is_refused_by_its_table_of_contents(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incoming, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(fetch, "MAX_BYTES", 2**20)
     packed = place.packed(("lora/tokenizer.json", bytes(2**21)))
     assert packed.stat().st_size < 2**16
-    monkeypatch.setattr(incoming, "_copy", lambda *_: pytest.fail("something was unpacked"))
+    monkeypatch.setattr(fetch, "_copy", lambda *_: pytest.fail("something was unpacked"))
     place.refused(packed, "at most 1048576 are unpacked")
 
 
@@ -345,10 +345,10 @@ def test_a_table_of_contents_without_end(
 ) -> None:
     packed = place.packed(*((f"lora/x/{n}", b"") for n in range(300)))
     if what == "entries":
-        monkeypatch.setattr(incoming, "MAX_ENTRIES", 100)
+        monkeypatch.setattr(fetch, "MAX_ENTRIES", 100)
         place.refused(packed, "entries; at most 100 are read")
         return
-    monkeypatch.setattr(incoming, "MAX_TABLE_BYTES", 1000)
+    monkeypatch.setattr(fetch, "MAX_TABLE_BYTES", 1000)
     monkeypatch.setattr(zipfile, "ZipFile", lambda *_: pytest.fail("the table was read"))
     if what == "zip64":
         data = packed.read_bytes()
@@ -367,7 +367,7 @@ def test_a_json_file_that_would_fill_the_memory(
     place.refused(place.lora, f"{CONFIG}' has {len(bomb)} bytes; at most 16777216 are read")
     packed = place.packed()
     assert packed.stat().st_size < 2**18
-    monkeypatch.setattr(incoming, "_copy", lambda *_: pytest.fail("something was unpacked"))
+    monkeypatch.setattr(fetch, "_copy", lambda *_: pytest.fail("something was unpacked"))
     place.refused(packed, f"would unpack to {len(bomb)} bytes; at most 16777216 are read")
 
 

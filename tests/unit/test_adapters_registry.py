@@ -33,8 +33,14 @@ def source(tmp_path: Path) -> Path:
     (trained / "tokenizer.json").write_text("{}")
     (trained / "tokenizer_config.json").write_text("{}")
     (trained / "chat_template.jinja").write_text("{{ messages }}")
-    for stray in ("optimizer.pt", "tokenizer.pkl", "training_args.bin", "README.md", ".hidden"):
-        (trained / stray).write_text("stray")
+    for unpublished_copy in (
+        "optimizer.pt",
+        "tokenizer.pkl",
+        "training_args.bin",
+        "README.md",
+        ".hidden",
+    ):
+        (trained / unpublished_copy).write_text("stray")
     return trained
 
 

@@ -16,7 +16,7 @@ import pytest
 from rayfin.config import load_config
 from rayfin.errors import ConfigError
 from rayfin.history import History
-from rayfin.objects import Objects
+from rayfin.objects import ObjectPath
 from rayfin.paths import Storage, StoragePath
 from rayfin.tuning import alone as alone_module
 from rayfin.tuning import sweep, tune
@@ -131,7 +131,7 @@ def test_in_a_bucket_a_driver_on_another_machine_holds_it_until_it_is_silent_for
     with alone(location, "sweep x", "wait"):
         pass
     assert location.objects is not None
-    assert (location.objects / "drivers").written() == {}
+    assert (location.objects / "drivers").modification_times() == {}
 
 
 def test_in_a_bucket_a_driver_of_this_machine_that_was_killed_bars_nobody(
@@ -151,18 +151,18 @@ def test_in_a_bucket_a_driver_of_this_machine_that_was_killed_bars_nobody(
 def test_in_a_bucket_who_comes_while_another_looks_gives_way(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, written, came = StoragePath.at(bucket), Objects.written, []
+    here, written, came = StoragePath.at(bucket), ObjectPath.written, []
     monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "there"))
     there = StoragePath.at(bucket)
 
-    def other_comes_first(drivers: Objects) -> dict[str, float]:
+    def other_comes_first(drivers: ObjectPath) -> dict[str, float]:
         if not came:
             came.append(True)
             with pytest.raises(ConfigError), alone(there, "", ""):
                 pass
         return written(drivers)
 
-    monkeypatch.setattr(Objects, "written", other_comes_first)
+    monkeypatch.setattr(ObjectPath, "written", other_comes_first)
     with alone(here, "", ""):
         assert came
 
@@ -173,8 +173,8 @@ def test_in_a_bucket_a_driver_renews_its_file(bucket: str, monkeypatch: pytest.M
     assert location.objects is not None
     drivers = location.objects / "drivers"
     with alone(location, "", ""):
-        (own,) = drivers.written()
+        (own,) = drivers.modification_times()
         (drivers / own).remove()
-        while own not in drivers.written():
+        while own not in drivers.modification_times():
             pass
-    assert drivers.written() == {}
+    assert drivers.modification_times() == {}

@@ -30,7 +30,7 @@ from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS, attach, detach
 from rayfin.models import ModelFacts, describe_model, load_base, locate
-from rayfin.training.sharding import Whole, held
+from rayfin.training.sharding import UnshardedBytes, held
 
 TINY = ModelConfig(name="tiny")
 CPU = Hardware("cpu", "x86_64", 0, 16 * 2**30, 2, 16 * 2**30, False)
@@ -381,14 +381,14 @@ BILLIONS, OWN = 7.5e9, 2 * 5e8 + 4 * 7.5e9 / 64
     ],
 )
 def test_zero_holds_what_its_paper_says(strategy: Strategy, published: float, own: float) -> None:
-    whole = Whole(2 * BILLIONS, 0.0, 32, BILLIONS, full=True, computed=2)
+    whole = UnshardedBytes(2 * BILLIONS, 0.0, 32, BILLIONS, full=True, computed=2)
     found = sum(held(strategy, whole, workers=64, offload=False))
     assert (found - own) / GB == pytest.approx(published, abs=0.05)
 
 
 def test_fsdp_holds_its_part_and_two_blocks() -> None:
     """A 70 B model of 80 blocks in 4 bits on 8 GPUs, its embeddings in 16, with a large adapter."""
-    whole = Whole(linear=36e9, rest=4e9, layers=80, trained=8e8, full=False, computed=2)
+    whole = UnshardedBytes(linear=36e9, rest=4e9, layers=80, trained=8e8, full=False, computed=2)
     one = held("fsdp", whole, workers=8, offload=False)
     assert one.weights / GB == pytest.approx(40 / 8 + 2 * 36 / 80 + 4)
     assert one.adapter / GB == 3.2

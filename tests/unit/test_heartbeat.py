@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rayfin import heartbeat, watchdog
-from rayfin.heartbeat import beat, last_words, pause, silence, watched, whereabouts
+from rayfin.heartbeat import beat, hang_position, pause, seconds_silent, thread_position, watched
 
 PATIENCE = 60.0
 SECONDS = 0.3
@@ -87,7 +87,7 @@ def test_a_thread_that_gets_on_or_waits_for_others_is_left_alone() -> None:
     beat("training step")
     assert watch(60.0, *[lambda: beat("training step")] * 500) == []
     assert watch(60.0, pause, *[nothing] * 500) == []
-    assert silence(threading.get_ident()) == (0.0, "")
+    assert seconds_silent(threading.get_ident()) == (0.0, "")
     beat("training step")
     assert watch(60.0, *[nothing] * 500)[0].startswith("training step: ")
 
@@ -122,9 +122,9 @@ def test_what_is_done_in_bulk_gets_on_while_the_process_reads_or_writes(
 
 
 def test_bytes_that_a_process_moves_are_counted(tmp_path: Path) -> None:
-    before = heartbeat._moved()
+    before = heartbeat._work_done()
     (tmp_path / "part").write_bytes(b"\0" * 2**20)
-    after = heartbeat._moved()
+    after = heartbeat._work_done()
     assert before is not None and after is not None and after - before >= 2**20
 
 
@@ -148,7 +148,7 @@ def test_what_computes_without_reading_gets_on(monkeypatch: pytest.MonkeyPatch) 
 def test_a_thread_that_has_ended_is_nowhere() -> None:
     thread = in_thread(lambda: None)
     thread.join()
-    assert whereabouts(thread.ident or 0) == "its thread has ended"
+    assert thread_position(thread.ident or 0) == "its thread has ended"
 
 
 WATCHED = """
@@ -185,7 +185,7 @@ def test_a_process_whose_lock_is_held_is_ended_and_one_that_is_suspended_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path))
-    assert last_words("a-trial") is None
+    assert hang_position("a-trial") is None
     os.mkfifo(tmp_path / "model.safetensors")
     with start("suspended") as healthy:
         assert healthy.stdout is not None
@@ -199,8 +199,8 @@ def test_a_process_whose_lock_is_held_is_ended_and_one_that_is_suspended_is_not(
     assert stuck.returncode == watchdog.SIGNAL
     where = "run_trial (<string>:9) < <module> (<string>:16)"
     assert said == f"failed: hung in {where}\n"
-    assert last_words("a-trial") == where
-    assert last_words("another") is None
+    assert hang_position("a-trial") == where
+    assert hang_position("another") is None
 
 
 def test_whether_a_process_is_suspended_is_seen() -> None:

@@ -27,7 +27,7 @@ from rayfin.cli.settings import settings_lines
 from rayfin.config import Config, ModelConfig, build_config, dump_yaml, load_config, parse_yaml
 from rayfin.errors import ConfigError
 from rayfin.hardware import describe_hardware
-from rayfin.history.foreign import method_name
+from rayfin.history.imported import method_name
 from rayfin.methods import METHODS, MethodConfig, register
 from rayfin.models import base_of, describe_model, load_base
 from rayfin.paths import StoragePath

@@ -73,7 +73,7 @@ def by_formula(directory: Path) -> ModelFacts:
         raise AssertionError("the skeleton was built")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "skeleton", refuse)
+        patch.setattr(facts, "meta_model", refuse)
         return describe_model(ModelConfig(name=str(directory)))
 
 
@@ -129,7 +129,7 @@ def test_a_default_that_is_the_library_s_is_left_to_it(
     values.pop(left_out, None)
     (tmp_path / "config.json").write_text(json.dumps(values))
     found = sizes_of(values)
-    assert found in (None, facts._sizes_of_skeleton(facts.skeleton(_at(tmp_path))))
+    assert found in (None, facts._sizes_of_meta_model(facts.meta_model(_at(tmp_path))))
     # Those of the oldest checkpoints are not left to it.
     assert found is not None or kind not in ("gpt2", "llama")
 
@@ -146,7 +146,7 @@ def test_the_stored_type(tiny: Path, tmp_path: Path, key: str, dtype: str) -> No
     (tmp_path / "config.json").write_text(json.dumps(settings | {key: dtype}))
     found = sizes_of(settings | {key: dtype})
     assert found is not None and found.dtype == dtype
-    assert found == facts._sizes_of_skeleton(facts.skeleton(_at(tmp_path)))
+    assert found == facts._sizes_of_meta_model(facts.meta_model(_at(tmp_path)))
 
 
 def test_the_bundled_tiny_model() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from rayfin.errors import StorageError
 from rayfin.history import History
-from rayfin.objects import Objects, sums_of
+from rayfin.objects import ObjectPath, checksums_of
 from rayfin.paths import Storage, StoragePath, cache_dir
 from rayfin.training.checkpoint import (
     clear_checkpoints,
@@ -39,21 +39,21 @@ def test_what_one_machine_publishes_another_fetches(
 ) -> None:
     here = StoragePath.at(bucket) / "adapter"
     assert str(here) == f"{bucket}/adapter" and here.path.is_relative_to(cache_dir())
-    assert not here.fetch() and not here.exists()
+    assert not here.download() and not here.exists()
     fill(here, **{"weights": "w" * 100_000, "deep/er": "x", "empty": ""})
-    here.publish()
+    here.upload()
 
     there = elsewhere(here, monkeypatch, tmp_path)
     assert there == StoragePath.at(str(here)) and there.path != here.path
-    assert there.exists() and there.fetch()
-    assert sums_of(there.path) == sums_of(here.path)
-    there.forget()
+    assert there.exists() and there.download()
+    assert checksums_of(there.path) == checksums_of(here.path)
+    there.remove_local_copy()
     assert not there.path.exists() and there.exists()
 
     fill(here, weights="other")
     (here.path / "empty").unlink()
-    here.publish()
-    assert there.fetch() and sums_of(there.path) == sums_of(here.path)
+    here.upload()
+    assert there.download() and checksums_of(there.path) == checksums_of(here.path)
     there.remove()
     assert not here.exists() and StoragePath.at(bucket).names() == []
 
@@ -61,10 +61,10 @@ def test_what_one_machine_publishes_another_fetches(
 def test_a_copy_that_is_not_what_the_store_holds_is_made_anew(bucket: str) -> None:
     place = StoragePath.at(bucket) / "checkpoint"
     fill(place, a="1", b="2")
-    place.publish()
+    place.upload()
     fill(place, b="torn", c="left by another")
     found: list[bool] = []
-    threads = [threading.Thread(target=lambda: found.append(place.fetch())) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: found.append(place.download())) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -81,8 +81,8 @@ def test_a_directory_that_is_not_whole_is_not_fetched(
 ) -> None:
     place = StoragePath.at(bucket) / "checkpoint"
     fill(place, a="1", b="2")
-    place.publish()
-    objects = Objects.at(bucket)
+    place.upload()
+    objects = ObjectPath.at(bucket)
     if hurt == "no list":  # as of a writer that was killed
         (objects / "checkpoint.sums.json").remove()
     elif hurt in ("a file less", "no file"):
@@ -93,7 +93,7 @@ def test_a_directory_that_is_not_whole_is_not_fetched(
         text = b"" if hurt == "a list of nothing" else b'{"a": [1, 5], "b": [1, 6]}'
         (objects / "checkpoint.sums.json").write(text)
     there = elsewhere(place, monkeypatch, tmp_path)
-    assert not there.fetch()
+    assert not there.download()
     assert not there.path.exists(), "what is half there could be taken for a checkpoint"
 
 
@@ -114,14 +114,14 @@ def test_torn_uploads_take_no_whole_checkpoint_along(bucket: str) -> None:
         save(step)
     assert checkpoints.names() == ["checkpoint-10", "checkpoint-5"]
     for step in (11, 16, 17):  # killed amid the upload
-        (Objects.at(bucket) / "checkpoints" / f"checkpoint-{step}" / "weights").write(b"half")
+        (ObjectPath.at(bucket) / "checkpoints" / f"checkpoint-{step}" / "weights").write(b"half")
     assert newest() == "checkpoint-10"
     save(12)
     assert newest() == "checkpoint-12"
     assert checkpoints.names() == ["checkpoint-10", "checkpoint-12"]
     damaged = checkpoints / "checkpoint-20"
     fill(damaged, weights="20")
-    damaged.publish()
+    damaged.upload()
     assert newest() == "checkpoint-12"
     save(14)
     assert checkpoints.names() == ["checkpoint-12", "checkpoint-14"]
@@ -131,15 +131,15 @@ def test_torn_uploads_take_no_whole_checkpoint_along(bucket: str) -> None:
 
 def test_what_is_borrowed_is_nobody_elses(bucket: str) -> None:
     place = StoragePath.at(bucket) / "adapter"
-    with place.borrowed() as nothing:
+    with place.reading_copy() as nothing:
         assert nothing is None
     fill(place, a="1")
-    place.publish()
-    place.forget()
-    with place.borrowed() as one, place.borrowed() as two:
+    place.upload()
+    place.remove_local_copy()
+    with place.reading_copy() as one, place.reading_copy() as two:
         assert one is not None and two is not None and one != two
-        assert sums_of(one) == sums_of(two) == place.objects.sums()  # type: ignore[union-attr]
-    with pytest.raises(KeyError), place.borrowed() as three:
+        assert checksums_of(one) == checksums_of(two) == place.objects.checksums()  # type: ignore[union-attr]
+    with pytest.raises(KeyError), place.reading_copy() as three:
         raise KeyError
     assert three is not None and not list(place.path.parent.iterdir())
 
@@ -149,16 +149,16 @@ def test_files_alone_and_names(bucket: str) -> None:
     for name in ("b", "a"):
         file = sweeps / name / "config.yaml"
         fill(sweeps / name, **{"config.yaml": name})
-        file.publish_file()
+        file.upload_file()
         file.path.unlink()
-        assert file.fetch_file() and file.path.read_text() == name
+        assert file.download_file() and file.path.read_text() == name
     assert sweeps.names() == ["a", "b"]
     gone = sweeps / "a" / "config.yaml"
     assert gone.objects is not None
     gone.objects.remove()
-    assert not gone.fetch_file() and not gone.path.exists(), "the copy is not the file"
+    assert not gone.download_file() and not gone.path.exists(), "the copy is not the file"
     gone.remove_file()
-    assert not (sweeps / "c" / "config.yaml").fetch_file()
+    assert not (sweeps / "c" / "config.yaml").download_file()
 
 
 def test_options_go_along_and_copies_are_apart() -> None:

@@ -52,10 +52,10 @@ def commands() -> list[list[str]]:
 
 
 def test_the_same_headings_in_the_same_order() -> None:
-    translated = [
+    database_errors = [
         re.sub(r"(?<= ).*", lambda title: HEADINGS[title[0]], line) for line in headings(ENGLISH)
     ]
-    assert translated == headings(CHINESE)
+    assert database_errors == headings(CHINESE)
 
 
 def test_the_same_code() -> None:

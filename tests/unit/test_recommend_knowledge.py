@@ -291,7 +291,7 @@ from rayfin.advisor import knowledge
 knowledge._reference, knowledge._reference_notes = (lambda: b""), dict
 with History.open(sys.argv[1], create=False) as history:
     for _ in range(5):
-        found = knowledge._Kept(Path(sys.argv[2])).renew(history, [*history.mark(), "", 0, 0])
+        found = knowledge._CachedKnowledge(Path(sys.argv[2])).renew(history, [*history.mark(), "", 0, 0])
         print(len(found.ids))
 """
 
@@ -326,7 +326,7 @@ def test_another_version_learns_anew(
     monkeypatch.setattr(module, "_reference", lambda: gzip.compress(line, mtime=0))
     found = knowledge_of(history, cache=cache)
     assert (found.trials, found.reference, len(found.ids)) == (COUNT, 1, COUNT + 1)
-    basis = found.basis(list(found.ids).index("t99"), 0.5)
+    basis = found.supporting_trial(list(found.ids).index("t99"), 0.5)
     assert basis.reference is True
     monkeypatch.setattr(module, "__version__", "9.9.9")
     before = files(cache)[0].read_bytes()

@@ -14,7 +14,7 @@ from rayfin.errors import ConfigError, HistoryError, StorageError
 from rayfin.evaluation import write_sweep_report
 from rayfin.history import History, TrialRecord, now
 from rayfin.history.connect import parse_url, shown, without_password
-from rayfin.objects import Objects
+from rayfin.objects import ObjectPath
 from rayfin.paths import Storage
 from rayfin.redaction import redact, redact_url, redacted
 from rayfin.tuning.plan import find_resumable, new_plan
@@ -163,7 +163,7 @@ def test_a_password_of_any_marks_is_in_no_message(mark: str) -> None:
         assert SECRET not in str(told.value) and "***" in str(told.value)
     for url in (f"ftp://ann:{secret}@bucket/x", f"s3://ann:{secret}@[x/y", f"s3://a:{secret}@b/#"):
         with pytest.raises(StorageError) as refused:
-            Objects.at(url)
+            ObjectPath.at(url)
         assert SECRET not in str(refused.value)
 
 
@@ -179,7 +179,7 @@ def test_a_sweep_over_a_file_named_as_a_token_is_found_again(name: str, tmp_path
 def test_a_bucket_takes_no_keys_in_its_url() -> None:
     for url in URLS[-3:-1]:
         with pytest.raises(StorageError, match="written into the history") as told:
-            Objects.at(url)
+            ObjectPath.at(url)
         assert SECRET not in str(told.value)
 
 

@@ -16,7 +16,7 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.models import ModelFacts, describe_model
 from rayfin.training import strategies
-from rayfin.training.sharding import Whole, held
+from rayfin.training.sharding import UnshardedBytes, held
 from rayfin.training.strategies import (
     STRATEGIES,
     Share,
@@ -305,7 +305,7 @@ def test_workers_of_one_machine_share_its_memory_and_each_has_its_gpu(facts: Mod
 def test_sharding_more_needs_less(facts: ModelFacts) -> None:
     order: list[Strategy] = ["ddp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"]
     needs = [
-        sum(held(each, Whole.of(method("full"), facts, each, "auto", "cpu"), workers=4))
+        sum(held(each, UnshardedBytes.of(method("full"), facts, each, "auto", "cpu"), workers=4))
         for each in order
     ]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == 4

@@ -14,19 +14,22 @@ _REMEMBERED = 20
 
 @dataclass(frozen=True)
 class Aliases:
-    """What `aliases.json` holds; a change makes a new one. `latest` is not kept in `targets`."""
+    """The content of `aliases.json`; each change returns a new object.
+
+    `latest` is not in `targets`, as it follows the versions.
+    """
 
     name: str
     targets: Mapping[str, int] = field(default_factory=dict)
-    """Alias -> version."""
+    """The version that each alias points to."""
     history: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Alias -> the versions it pointed to before, oldest first."""
+    """The versions that each alias pointed to before, the oldest first."""
     newest: int = 0
-    """Highest version ever published; no number is used twice, not even after a removal."""
+    """The highest version ever published; no number is reused, not even after a removal."""
 
     @classmethod
     def from_json(cls, name: str, value: Mapping[str, Any]) -> Aliases:
-        """Raises ValueError where `value` is not what `as_json` writes."""
+        """Parse what `as_json` returns; raises ValueError for anything else."""
         targets = {check_alias(alias): _version(at) for alias, at in value["aliases"].items()}
         targets.pop(LATEST, None)
         history = {
@@ -37,6 +40,7 @@ class Aliases:
         return cls(name, targets, history, _version(newest) if newest else 0)
 
     def as_json(self, latest: int | None) -> dict[str, Any]:
+        """Return the content of `aliases.json`; `latest` is the newest version, if there is one."""
         newest = {} if latest is None else {LATEST: latest}
         return {
             "aliases": {**self.targets, **newest},
@@ -45,7 +49,7 @@ class Aliases:
         }
 
     def target(self, alias: str) -> int:
-        """The version that `alias` points to; raises AdapterError for an unknown one."""
+        """Return the version that an alias points to; raises AdapterError for an unknown alias."""
         if alias not in self.targets:
             known = sorted([*self.targets, LATEST])
             raise AdapterError(
@@ -56,14 +60,14 @@ class Aliases:
         return self.targets[alias]
 
     def promote(self, alias: str, version: int) -> Aliases:
-        """`alias` points to `version`, and its old target is remembered."""
+        """Point an alias to a version, remembering the version it pointed to before."""
         history = dict(self.history)
         if alias in self.targets:
             history[alias] = (*history.get(alias, ()), self.targets[alias])[-_REMEMBERED:]
         return replace(self, targets={**self.targets, alias: version}, history=history)
 
     def rollback(self, alias: str) -> Aliases:
-        """`alias` points to what it pointed to before; raises AdapterError when that is nothing."""
+        """Point an alias back to the version before; raises AdapterError where there is none."""
         current, before = self.target(alias), self.history.get(alias, ())
         if not before:
             raise AdapterError(
@@ -77,7 +81,7 @@ class Aliases:
         )
 
     def without(self, alias: str) -> Aliases:
-        """`alias` and its past are gone; raises AdapterError for an unknown one."""
+        """Remove an alias and its past; raises AdapterError for an unknown alias."""
         self.target(alias)
         return replace(
             self,

@@ -1,10 +1,10 @@
-"""Reading a registry: adapters, their versions and aliases, without a lock.
+"""Read a registry of adapters, their versions and aliases, without a lock.
 
     <root>/<name>/<version>/{adapter_config.json, adapter_model.safetensors, …, rayfin.json}
     <root>/<name>/aliases.json
 
-A version appears by one rename and an alias moves by one rename, so a reader never sees half of
-anything. Links below the root are not followed.
+A version appears by one rename and an alias moves by one rename, so that a reader never sees a
+half-written state. Links below the root are not followed.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ from rayfin.paths import METADATA, digest_files
 
 ALIASES = "aliases.json"
 LOCK = ".lock"
-"""A file in the root, which writers lock; every registry has one."""
+"""The file in the root that writers lock; every registry has one."""
 _FIRST = "begin one by publishing: rayfin sweep publish.name=NAME, or rayfin adapters add DIR NAME"
 
 
 @dataclass(frozen=True)
 class AdapterVersion:
-    """One published version; `path` is a plain PEFT adapter (or model, where FULL)."""
+    """A published version; `path` is a plain PEFT adapter, or a whole model where it is FULL."""
 
     name: str
     version: int
     path: Path
     metadata: Mapping[str, Any] = field(hash=False)
-    """All of rayfin.json."""
+    """The content of rayfin.json."""
     peft_type: str
     base_model: str | None
     aliases: tuple[str, ...]
-    """Those that pointed here when this was read, sorted."""
+    """The aliases that pointed to this version when it was read, sorted."""
 
     @property
     def ref(self) -> str:
-        """`name@version`."""
+        """The reference `name@version`."""
         return f"{self.name}@{self.version}"
 
     @property
     def base(self) -> Base | None:
-        """The base model that it was trained on; None where rayfin.json does not say."""
+        """The base that the adapter was trained on, or None where rayfin.json does not say."""
         return claimed_base({}, self.metadata)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the version as JSON shows it."""
         return {
             "ref": self.ref,
             "name": self.name,
@@ -74,16 +75,16 @@ class AdapterVersion:
 
 
 class Catalog:
-    """What lies under `root`, read anew at every call. Holds no open file: picklable."""
+    """The registry under `root`, read anew at every call; it can be pickled."""
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).expanduser().resolve()
 
     def check(self) -> None:
-        """Accepts every place: a registry that isn't there is empty, but for `ServedCatalog`."""
+        """Accept any directory: a missing registry is an empty one, except for `ServedCatalog`."""
 
     def require(self) -> None:
-        """Raises AdapterError where there is no registry, not even an empty one."""
+        """Raise AdapterError where there is no registry, not even an empty one."""
         with storage_errors(f"registry '{self.root}'"):
             there = self.root.is_dir()
         if not there:
@@ -93,25 +94,28 @@ class Catalog:
             )
 
     def names(self) -> tuple[str, ...]:
-        """Adapters with at least one version, sorted."""
+        """Return the names of adapters with at least one version, sorted."""
         found = (path.name for path in _entries(self.root) if is_name(path.name) and _real(path))
         return tuple(name for name in sorted(found) if self.versions(name))
 
     def versions(self, name: str) -> tuple[int, ...]:
-        """Published versions of `name`, ascending; empty for an unknown adapter."""
+        """Return the published versions of an adapter, ascending; none for an unknown adapter."""
         # A directory without rayfin.json was not published.
         numbered = self._numbered(name)
         return tuple(sorted(at for at, path in numbered.items() if (path / METADATA).is_file()))
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias -> version, `latest` included where there is a version."""
+        """Return the version of each alias, `latest` included where there is a version."""
         targets = dict(self._read_aliases(name).targets)
         if versions := self.versions(name):
             targets[LATEST] = versions[-1]
         return dict(sorted(targets.items()))
 
     def resolve(self, ref: str | AdapterRef) -> AdapterVersion:
-        """The version that `ref` names, a bare name being its latest; raises AdapterError."""
+        """Return the version that a reference names, the latest for a bare name.
+
+        Raises AdapterError where there is none.
+        """
         ref = AdapterRef.parse(ref)
         version = self._target(ref)
         while True:
@@ -125,9 +129,9 @@ class Catalog:
                 version = moved
 
     def scan(self) -> tuple[tuple[AdapterVersion, ...], tuple[AdapterError, ...]]:
-        """All versions by name and number, and why others can't be read or aren't served."""
+        """Return all versions by name and number, and the reasons why others aren't among them."""
         found, problems = self._read_all()
-        return tuple(found), (*problems, *map(AdapterError, self.strays().values()))
+        return tuple(found), (*problems, *map(AdapterError, self.unpublished_copies().values()))
 
     def _read_all(self) -> tuple[list[AdapterVersion], list[AdapterError]]:
         found: list[AdapterVersion] = []
@@ -147,10 +151,11 @@ class Catalog:
                     problems.append(error)
         return found, problems
 
-    def stray(self, name: str) -> str | None:
-        """What to do about an adapter that was copied by hand to where `name` lies, if one was.
+    def unpublished_copy(self, name: str) -> str | None:
+        """Return what to do about an adapter that was copied by hand into the directory of `name`.
 
-        Without digests nobody knows whose it is, or whether it is whole: it is not served.
+        It is not served, as without digests it is unknown whether it is whole. None where there is
+        none.
         """
         directory = self._directory(name)
         if not directory.is_dir():
@@ -171,13 +176,17 @@ class Catalog:
                 )
         return None
 
-    def strays(self) -> dict[str, str]:
-        """Name -> what to do, of all that were copied into the registry by hand."""
+    def unpublished_copies(self) -> dict[str, str]:
+        """Return what to do about adapters that were copied into the registry by hand, by name."""
         names = (path.name for path in _entries(self.root) if is_name(path.name) and _real(path))
-        return {name: told for name in sorted(names) if (told := self.stray(name)) is not None}
+        return {
+            name: told
+            for name in sorted(names)
+            if (told := self.unpublished_copy(name)) is not None
+        }
 
     def verify(self, ref: str | AdapterRef) -> AdapterVersion:
-        """Reads every byte of a version; raises AdapterError for the first thing that is wrong."""
+        """Read every byte of a version; raises AdapterError for the first problem."""
         version = self.resolve(ref)
         recorded = version.metadata["files"]
         mend = f"publish it again and remove this one: rayfin adapters rm {version.ref}"
@@ -196,13 +205,13 @@ class Catalog:
         return version
 
     def list(self) -> tuple[AdapterVersion, ...]:
-        """All readable versions, by name and number."""
+        """Return all readable versions, by name and number."""
         return tuple(self._read_all()[0])
 
-    def other_base(self, version: AdapterVersion) -> str | None:
-        """What to tell whoever published `version` where the one before it has another base.
+    def base_change_warning(self, version: AdapterVersion) -> str | None:
+        """Return a warning if a new latest version has another base than the version before it.
 
-        None where it has the same, or none is known, and where `version` is not the latest.
+        None where the base is the same or unknown, and where `version` is not the latest.
         """
         numbers = self.versions(version.name)
         older = [number for number in numbers if number < version.version]
@@ -228,7 +237,7 @@ class Catalog:
         return path
 
     def _numbered(self, name: str) -> dict[int, Path]:
-        """Version -> its directory, published or not."""
+        """Return the directory of each version, published or not."""
         return {
             version: path
             for path in _entries(self._directory(name))
@@ -238,7 +247,7 @@ class Catalog:
     def _read(
         self, name: str, version: int, aliases: Mapping[str, int] | None = None
     ) -> AdapterVersion:
-        """Raises FileNotFoundError where there is no such version."""
+        """Read a version; raises FileNotFoundError where there is none."""
         path = self._directory(name) / str(version)
         if path.is_symlink():
             raise AdapterError(f"'{path}' is a link; put the version's directory itself there")
@@ -291,7 +300,7 @@ class Catalog:
         )
 
     def _unknown(self, name: str) -> AdapterError:
-        if (told := self.stray(name)) is not None:
+        if (told := self.unpublished_copy(name)) is not None:
             return AdapterError(f"adapter '{name}': {told}")
         self.require()
         names = self.names()
@@ -307,7 +316,7 @@ def _real(path: Path) -> bool:
 
 
 def _entries(directory: Path) -> tuple[Path, ...]:
-    """What lies in `directory`; nothing where it is missing."""
+    """Return the entries of a directory, none where it is missing."""
     with storage_errors(f"'{directory}'"):
         try:
             return tuple(directory.iterdir())

@@ -1,4 +1,4 @@
-"""The files of one adapter: which belong to it, copying them, and whether they are whole."""
+"""The files of one adapter: select, check and copy them."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from rayfin.errors import AdapterError, StorageError
 from rayfin.paths import METADATA
 
 _MAX_HEADER_BYTES = 100_000_000
-"""safetensors refuses longer ones."""
+"""safetensors refuses longer headers."""
 
 MAX_JSON_BYTES = 16 * 2**20
-"""The largest JSON file that is read; the index of a model with 671 billion weights has 9 MB."""
+"""The largest JSON file that is read; the index of a model of 671 billion weights has 9 MB."""
 READ_AS_JSON = (
     "adapter_config.json",
     "config.json",
     "model.safetensors.index.json",
     METADATA,
 )
-"""Files of an adapter, or full fine-tune, that are parsed when it is published."""
+"""The files of an adapter or full fine-tune that are parsed when it is published."""
 
 FULL = "FULL"
-"""`peft_type` of a full fine-tune: a whole model instead of an adapter."""
+"""The `peft_type` of a full fine-tune, which is a whole model rather than an adapter."""
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _MODEL = (
@@ -61,16 +61,16 @@ _TOKENIZER = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What an adapter's own files say about it."""
+    """What an adapter's own files say about it; `base_model` is None where they don't say."""
 
     peft_type: str
     base_model: str | None
 
 
 def select_files(source: Path) -> dict[str, Path]:
-    """File name -> real path of all that belongs to the adapter in `source`, which is checked.
+    """Return the real paths of the files that belong to the adapter in `source`, by name.
 
-    A link is followed inside `source` only. Raises AdapterError.
+    Links are followed inside `source` only. Raises AdapterError for an adapter that is not whole.
     """
     if not source.is_dir():
         raise AdapterError(
@@ -79,23 +79,23 @@ def select_files(source: Path) -> dict[str, Path]:
         )
     source = source.resolve()
     with storage_errors(f"'{source}'"):
-        chosen = belonging(sorted(entry.name for entry in source.iterdir()))
+        chosen = adapter_files(sorted(entry.name for entry in source.iterdir()))
         files = {name: _inside(source, name) for name in chosen}
         _refuse_outer_names(source, files)
         inspect_files(source, files)
     return files
 
 
-def belonging(names: list[str]) -> list[str]:
-    """Returns which of a directory's file names belong to its adapter, or full fine-tune."""
+def adapter_files(names: list[str]) -> list[str]:
+    """Return the file names that belong to a directory's adapter or full fine-tune."""
     patterns = (*(_ADAPTER if _ADAPTER[0] in names else _MODEL), *_TOKENIZER)
     return [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
 
 
 def _refuse_outer_names(source: Path, files: Mapping[str, Path]) -> None:
-    """Raises AdapterError for a file that has another name outside `source` (a hard link).
+    """Raise AdapterError for a file that has another name outside `source` (a hard link).
 
-    As a link out of it, it may be anybody's.
+    Like a link out of `source`, it may be somebody else's file.
     """
     inside = Counter((one.st_dev, one.st_ino) for one in (p.lstat() for p in source.iterdir()))
     for name, path in files.items():
@@ -108,7 +108,7 @@ def _refuse_outer_names(source: Path, files: Mapping[str, Path]) -> None:
 
 
 def list_files(directory: Path) -> dict[str, Path]:
-    """File name -> path of everything in a published version; raises AdapterError for links."""
+    """Return the paths of all files in a published version; raises AdapterError for links."""
     files = {entry.name: entry for entry in sorted(directory.iterdir())}
     for path in files.values():
         if path.is_symlink() or not path.is_file():
@@ -117,7 +117,7 @@ def list_files(directory: Path) -> dict[str, Path]:
 
 
 def inspect_files(directory: Path, files: Mapping[str, Path]) -> Facts:
-    """What `files` are; raises AdapterError unless configuration and weights are whole.
+    """Inspect an adapter's files; raises AdapterError unless configuration and weights are whole.
 
     Weights are checked by safetensors' own reader: the header parses, every tensor's bytes match
     its dtype and shape, and the tensors cover the file exactly. No tensor is read.
@@ -146,7 +146,7 @@ def inspect_files(directory: Path, files: Mapping[str, Path]) -> Facts:
 
 
 def _model_weights(directory: Path, files: Mapping[str, Path]) -> set[str]:
-    """Names of the weight files of a full fine-tune."""
+    """Return the names of the weight files of a full fine-tune."""
     if "config.json" not in files:
         raise AdapterError(
             f"'{directory}' holds neither adapter_config.json (an adapter) nor config.json "
@@ -169,7 +169,7 @@ def _model_weights(directory: Path, files: Mapping[str, Path]) -> set[str]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raises AdapterError unless `path` is a whole safetensors file with at least one tensor."""
+    """Raise AdapterError unless `path` is a whole safetensors file with at least one tensor."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -186,10 +186,10 @@ def check_safetensors(path: Path) -> None:
 
 @contextmanager
 def _header_of(path: Path) -> Iterator[Path]:
-    """A file of the same size on this machine's own disk, with the header alone.
+    """Yield a file of the same size on this machine's own disk, with the header only.
 
-    safetensors holds Python's lock while it reads: where a network disk stalls, all threads of the
-    process would wait with it.
+    safetensors holds Python's global lock while it reads: where a network disk stalls, all threads
+    of the process would wait.
     """
     with path.open("rb") as file, tempfile.NamedTemporaryFile(suffix=".safetensors") as copy:
         start = file.read(8)
@@ -200,7 +200,7 @@ def _header_of(path: Path) -> Iterator[Path]:
 
 
 def copy_files(files: Mapping[str, Path], target: Path) -> None:
-    """Copies into `target`, on disk when it returns, and read-only: a version never changes."""
+    """Copy files into a directory, synced to disk and read-only, as a version never changes."""
     for name, path in files.items():
         copy = target / name
         shutil.copyfile(path, copy)
@@ -210,12 +210,13 @@ def copy_files(files: Mapping[str, Path], target: Path) -> None:
 
 
 def make_read_only(path: Path) -> None:
+    """Remove the permissions to write a file."""
     path.chmod(path.stat().st_mode & ~0o222)
 
 
 @contextmanager
 def storage_errors(what: str) -> Iterator[None]:
-    """Turns the system's refusal to read or write into one StorageError about `what`."""
+    """Turn the system's errors on reading or writing into one StorageError about `what`."""
     try:
         yield
     except TimeoutError:
@@ -229,7 +230,7 @@ def storage_errors(what: str) -> Iterator[None]:
 
 
 def sync_directory(directory: Path) -> None:
-    """Returns when the names in `directory` are on disk."""
+    """Sync the names in a directory to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -238,7 +239,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the regular file `path`; raises AdapterError, or FileNotFoundError."""
+    """Read the JSON object in a regular file; raises AdapterError, or FileNotFoundError."""
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise AdapterError(f"'{path}' is no regular file; put the file itself there")
     try:

@@ -1,4 +1,4 @@
-"""The content of rayfin.json: checked against the files beside it, and read for its base."""
+"""Read rayfin.json: check it against the files beside it, and read the base from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def are_digests(files: Any) -> bool:
-    """Returns whether `files` has what a publisher writes: sizes and SHA-256 of an adapter's files.
+    """Whether a value is the sizes and SHA-256 digests of an adapter's files, as publishing writes.
 
     A configuration and weights must be among them.
     """
@@ -34,10 +34,10 @@ def are_digests(files: Any) -> bool:
 
 
 def trusted_metadata(directory: Path, *, whole: bool = False) -> dict[str, Any]:
-    """Returns rayfin.json where it has digests of the files beside it that are right; else nothing.
+    """Return rayfin.json if its digests match the files beside it, else an empty object.
 
-    A handwritten one, or one that was copied beside other files, can't be relied upon. All sizes
-    and the digest of the configuration are compared, with `whole` every digest. Raises
+    A handwritten file, or one that was copied beside other files, can't be relied upon. All sizes
+    and the digest of the configuration are compared; with `whole`, every digest. Raises
     AdapterError where rayfin.json can't be read, and OSError where the files can't.
     """
     try:
@@ -60,9 +60,9 @@ def trusted_metadata(directory: Path, *, whole: bool = False) -> dict[str, Any]:
 
 
 def claimed_base(config: Mapping[str, Any], metadata: Mapping[str, Any]) -> Base | None:
-    """Returns the base that an adapter names, or None.
+    """Return the base that an adapter names, or None.
 
-    `metadata`, which must be trusted, wins over `config`, which PEFT wrote.
+    `metadata`, which must be trusted, takes precedence over `config`, which PEFT wrote.
     """
     name = metadata.get("base_model") or config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:

@@ -1,4 +1,4 @@
-"""How an adapter is named: `support`, `support@3`, `support@prod`."""
+"""References to adapters: `support`, `support@3`, `support@prod`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rayfin.config.schema import ADAPTER_NAME
 from rayfin.errors import AdapterError
 
 LATEST = "latest"
-"""The alias that always points to the newest version; no one moves it by hand."""
+"""The alias that always points to the newest version, and can't be moved."""
 
 _NAME = re.compile(ADAPTER_NAME)
 # Nine digits are plenty, and int() of an endless number is not free.
@@ -18,20 +18,20 @@ _NAME_RULE = "1 to 64 letters, digits, '.', '_' and '-', beginning with a letter
 
 
 def is_name(name: object) -> bool:
-    """Whether an adapter or alias may be called `name`."""
+    """Whether `name` is allowed as the name of an adapter or alias."""
     # fullmatch, because `$` alone would let a trailing newline through.
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 def check_name(name: str) -> str:
-    """`name` if an adapter may be called so; raises AdapterError."""
+    """Return the name of an adapter if it is allowed, else raise AdapterError."""
     if not is_name(name):
         raise AdapterError(f"adapter name {name!r} is not allowed; use {_NAME_RULE}")
     return name
 
 
 def check_alias(alias: str) -> str:
-    """`alias` if one may be called so, `latest` included; raises AdapterError."""
+    """Return the name of an alias, `latest` included, if it is allowed, else raise AdapterError."""
     if not is_name(alias):
         raise AdapterError(f"alias {alias!r} is not allowed; use {_NAME_RULE}")
     if alias.isdigit():
@@ -45,18 +45,18 @@ def check_alias(alias: str) -> str:
 
 
 def is_version(value: object) -> bool:
-    """Whether `value` is a version number: 1, 2, 3, …"""
+    """Whether a value is a version number: 1, 2, 3, …"""
     return type(value) is int and parse_version(str(value)) is not None
 
 
 def parse_version(text: str) -> int | None:
-    """The version that `text` writes (1, 2, 3, …), or None where it writes none."""
+    """Return the version number that a text spells (1, 2, 3, …), or None."""
     return int(text) if _VERSION.fullmatch(text) else None
 
 
 @dataclass(frozen=True)
 class AdapterRef:
-    """An adapter by name and, at most one of both, version number or alias."""
+    """The name of an adapter with a version number or an alias, or neither."""
 
     name: str
     version: int | None = None
@@ -78,7 +78,7 @@ class AdapterRef:
 
     @classmethod
     def parse(cls, text: str | AdapterRef) -> AdapterRef:
-        """`name`, `name@3` or `name@prod`; raises AdapterError for anything else."""
+        """Parse `name`, `name@3` or `name@prod`; raises AdapterError for anything else."""
         if isinstance(text, AdapterRef):
             return text
         name, at, target = text.partition("@")

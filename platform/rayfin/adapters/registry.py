@@ -1,4 +1,4 @@
-"""Writing a registry: publish, promote, roll back, remove. Writers take turns by a lock file."""
+"""Write a registry: publish, promote, roll back, remove; writers take turns by a lock file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _LEFTOVER = re.compile(r"\.([1-9][0-9]*|aliases\.json)-.+")
 
 
 class Registry(Catalog):
-    """Adapters under `root`, which the first publish makes."""
+    """The registry of adapters under `root`, which the first publish creates."""
 
     def publish(
         self,
@@ -50,13 +50,13 @@ class Registry(Catalog):
         alias: str | None = None,
         check: Callable[[Path], None] | None = None,
     ) -> AdapterVersion:
-        """Copies the adapter or full fine-tune in `source` as the next version of `name`.
+        """Copy the adapter or full fine-tune in `source` as the next version of `name`.
 
-        `latest` moves to it, and `alias` too. `metadata` goes into rayfin.json beside the
-        registry's own keys, which win; `metadata["base_model"]` goes before what the files say,
-        and any of it before what a rayfin.json in `source` tells, if that has digests of the files.
-        `check` is given the copy before anybody else sees it, and may raise. Raises AdapterError
-        for what can't be published, StorageError where it can't be written.
+        `latest` moves to it, and so does `alias`. `metadata` goes into rayfin.json beside the
+        registry's own keys, which take precedence; it takes precedence itself over a rayfin.json in
+        `source` (if that has digests of the files), and its `base_model` over what the files say.
+        `check` is called with the copy before it is visible, and may raise. Raises AdapterError for
+        what can't be published, and StorageError where it can't be written.
         """
         return self._publish(name, source, metadata, alias, check, again=True)[0]
 
@@ -68,9 +68,10 @@ class Registry(Catalog):
         alias: str | None = None,
         check: Callable[[Path], None] | None = None,
     ) -> tuple[AdapterVersion, bool]:
-        """Does as `publish`, unless the latest version has the same files, base and end of turn.
+        """Publish as `publish` does, unless the latest version has the same files, base and end of
+        turn.
 
-        Returns the version and whether it is new. Where it isn't, `check` is given that version's
+        Returns the version and whether it is new. For one that is not, `check` is called with its
         directory, and `alias` moves to it.
         """
         return self._publish(name, source, metadata, alias, check, again=False)
@@ -119,7 +120,7 @@ class Registry(Catalog):
     def _same(
         self, name: str, source: Path, files: Mapping[str, Path], metadata: Mapping[str, Any]
     ) -> AdapterVersion | None:
-        """The latest version, where it is whole and publishing `files` would only repeat it."""
+        """Return the latest version if it is whole and publishing `files` would only repeat it."""
         versions = self.versions(name)
         try:
             latest = self._read(name, versions[-1]) if versions else None
@@ -139,7 +140,7 @@ class Registry(Catalog):
     def promote(
         self, name: str, version_or_ref: int | str | AdapterRef, alias: str = "prod"
     ) -> AdapterVersion:
-        """Points `alias` at a version, given as a number, an alias or a whole reference."""
+        """Point an alias to a version, given as a number, an alias or a reference."""
         ref = _within(name, version_or_ref)
         _check_movable(alias)
         with self._writing(name):
@@ -151,7 +152,7 @@ class Registry(Catalog):
             return self._read(name, version.version)
 
     def rollback(self, name: str, alias: str = "prod") -> AdapterVersion:
-        """Points `alias` back at what it pointed to before; again, and it goes further back."""
+        """Point an alias back to the version before; repeated calls go further back."""
         _check_movable(alias)
         with self._writing(name):
             aliases = self._read_aliases(name).rollback(alias)
@@ -165,15 +166,16 @@ class Registry(Catalog):
             return self._read(name, version)
 
     def unalias(self, name: str, alias: str) -> None:
-        """Forgets `alias` and what it pointed to before."""
+        """Remove an alias and its past."""
         _check_movable(alias)
         with self._writing(name):
             self._write_aliases(name, self._read_aliases(name).without(alias))
 
     def remove(self, ref: str | AdapterRef) -> AdapterRef:
-        """Removes one version, readable or not, and returns its reference.
+        """Remove one version, readable or not, and return its reference.
 
-        Refused for a bare name, and while an alias other than `latest` points to the version.
+        Raises AdapterError for a bare name, and while an alias other than `latest` points to the
+        version.
         """
         ref = AdapterRef.parse(ref)
         if ref.version is None and ref.alias is None:
@@ -200,7 +202,7 @@ class Registry(Catalog):
 
     @contextmanager
     def _writing(self, name: str | None = None) -> Iterator[None]:
-        """Holds the registry's lock; `name` must be there already."""
+        """Hold the registry's lock; an adapter `name`, if given, must exist."""
         from filelock import FileLock, Timeout
 
         if name is not None and not self._directory(name).is_dir():
@@ -220,7 +222,7 @@ class Registry(Catalog):
             ) from error
 
     def _write_aliases(self, name: str, aliases: Aliases, leaving: int | None = None) -> None:
-        """`leaving` is a version about to go."""
+        """Write the aliases; `leaving` is a version that is about to be removed."""
         # `latest` is written for people and other programs; rayfin looks at the versions.
         directory = self._directory(name)
         staying = (version for version in self.versions(name) if version != leaving)
@@ -238,7 +240,7 @@ class Registry(Catalog):
 
 
 def _describe(directory: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The registry's own part of rayfin.json; raises AdapterError unless the files are whole."""
+    """Return the registry's own part of rayfin.json; raises AdapterError unless files are whole."""
     files = list_files(directory)
     return {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -259,7 +261,7 @@ def _facts(
 
 
 def _carried(source: Path) -> dict[str, Any]:
-    """What training wrote into the rayfin.json of `source` and every version of it needs."""
+    """Return what training wrote into the rayfin.json of `source` that every version needs."""
     with storage_errors(f"'{source}'"):
         told = trusted_metadata(source, whole=True)
     return {key: told[key] for key in _CARRIED if key in told}
@@ -277,7 +279,7 @@ def _plain(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _within(name: str, target: int | str | AdapterRef) -> AdapterRef:
-    """`target` as a reference to a version of `name`."""
+    """Return `target` as a reference to a version of `name`."""
     if isinstance(target, int):
         return AdapterRef(check_name(name), version=target)
     if isinstance(target, str) and "@" not in target:
@@ -298,7 +300,7 @@ def _check_movable(alias: str) -> None:
 
 
 def _clean(directory: Path) -> None:
-    """Removes what killed writers left; the caller holds the lock, so no one else is at work."""
+    """Remove what killed writers left; the caller must hold the lock."""
     for path in directory.iterdir() if directory.is_dir() else ():
         if _LEFTOVER.fullmatch(path.name) and not path.is_symlink():
             if path.is_dir():

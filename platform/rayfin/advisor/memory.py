@@ -10,7 +10,7 @@ from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.methods.layers import block_linears
 from rayfin.models.facts import ModelFacts
-from rayfin.training.sharding import SHARDS_WEIGHTS, WIDTH, Device, Whole, base_width, held
+from rayfin.training.sharding import SHARDS_WEIGHTS, WIDTH, Device, UnshardedBytes, base_width, held
 from rayfin.training.strategies import share_of_step
 
 _FLOAT32 = 4
@@ -91,7 +91,7 @@ def memory_of(
     scaling = config.scaling
     longest = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
     length = longest + config.method.row_tokens
-    whole = Whole.of(config.method, facts, scaling.strategy, config.model.dtype, device)
+    whole = UnshardedBytes.of(config.method, facts, scaling.strategy, config.model.dtype, device)
     share = held(scaling.strategy, whole, workers=scaling.num_workers, offload=scaling.cpu_offload)
     if device == "cpu" and scaling.strategy in SHARDS_WEIGHTS:
         # A worker cuts its part from a whole base, whose memory the process keeps.

@@ -159,14 +159,14 @@ def _promote(args: argparse.Namespace) -> int:
     from rayfin.adapters import AdapterRef
 
     ref = AdapterRef.parse(args.ref)
-    return _moved(args, _registry(args).promote(ref.name, ref, args.alias))
+    return _work_done(args, _registry(args).promote(ref.name, ref, args.alias))
 
 
 def _rollback(args: argparse.Namespace) -> int:
-    return _moved(args, _registry(args).rollback(args.name, args.alias))
+    return _work_done(args, _registry(args).rollback(args.name, args.alias))
 
 
-def _moved(args: argparse.Namespace, version: AdapterVersion) -> int:
+def _work_done(args: argparse.Namespace, version: AdapterVersion) -> int:
     if args.json:
         _print_json({"alias": args.alias, **version.as_dict()})
     else:
@@ -210,7 +210,7 @@ def _verify(args: argparse.Namespace) -> int:
         refs = [AdapterRef(only.name, version=at) for at in registry.versions(only.name)]
         if not refs:
             registry.resolve(only)  # raises what is wrong with it
-        problems += [told for told in (registry.stray(only.name),) if told is not None]
+        problems += [told for told in (registry.unpublished_copy(only.name),) if told is not None]
     else:
         versions, errors = registry.scan()
         refs = [AdapterRef(one.name, version=one.version) for one in versions]

@@ -133,7 +133,7 @@ def import_trials(args: argparse.Namespace) -> int:
 
 def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     from rayfin.history import History
-    from rayfin.history.driver import note_lost
+    from rayfin.history.driver import mark_lost_trials
     from rayfin.library.places import history_url
     from rayfin.paths import Storage
 
@@ -141,7 +141,7 @@ def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     if create and config.history is None:  # reading must not leave an empty storage behind
         Storage.open(config.storage)
     history = History.open(history_url(config), create=create)
-    note_lost(history)
+    mark_lost_trials(history)
     return history
 
 

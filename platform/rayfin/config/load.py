@@ -1,4 +1,4 @@
-"""From YAML and `section.key=value` overrides to one validated Config."""
+"""Load a validated configuration from YAML and `section.key=value` overrides."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ log = logging.getLogger(__name__)
 def load_config(
     source: Config | str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
 ) -> Config:
-    """The configuration in `source` (a YAML file, a mapping, or one that was made before) with
-    `overrides` applied over it.
+    """Return the configuration in `source` (a YAML file, a mapping or a Config) with overrides.
 
-    Raises ConfigError, naming key, value, what is allowed and the nearest known key. Settings of
-    `source` that an override leaves out, by another method or a whole section, are named in a
-    warning.
+    Raises ConfigError, which names the key, the value, what is allowed and the nearest known key. A
+    warning names settings of `source` that an override drops, by another method or a whole section.
     """
     tree, values = _tree(source, Config), parse_overrides(overrides)
     _tell_replaced(tree, values)
@@ -44,7 +42,7 @@ def load_config(
 def load_serve_config(
     source: str | Path | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()
 ) -> ServeConfig:
-    """As `load_config`, of a deployment."""
+    """Return the configuration of a deployment, as `load_config` does that of an experiment."""
     tree, values = _tree(source, ServeConfig), parse_overrides(overrides, ServeConfig)
     _tell_replaced(tree, values)
     for key, value in values.items():
@@ -56,9 +54,10 @@ def load_serve_config(
 
 
 def parse_overrides(overrides: Iterable[str], kind: type[BaseModel] = Config) -> dict[str, Any]:
-    """`["train.max_steps=20"]` -> `{"train.max_steps": 20}`, as the settings of `kind` take it.
+    """Parse overrides for a configuration of this kind: `train.max_steps=20` is an integer.
 
-    Values are YAML; what is given for a setting of text is that text.
+    Values are YAML, except that a text setting takes the text as it stands. Returns values by
+    dotted names. Raises ConfigError for anything but `section.key=value`.
     """
     parsed: dict[str, Any] = {}
     for text in overrides:
@@ -76,9 +75,9 @@ def parse_overrides(overrides: Iterable[str], kind: type[BaseModel] = Config) ->
 
 
 def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
-    """`tree` with the dotted `overrides` put in, validated.
+    """Return the validated configuration of a nested mapping with dotted overrides.
 
-    Of a method that an override changes, all that the new one has stays.
+    Where an override changes the method, the settings that the new method also has are kept.
     """
     merged = _copy(tree)
     overrides = dict(overrides or {})
@@ -94,27 +93,27 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """A copy of `config` with dotted names set, validated again.
+    """Return a validated copy of a configuration with dotted settings changed.
 
-    What was not written in `config` is left to its defaults, which another method may have others
-    of.
+    Settings that were not given in `config` stay at their defaults, which may differ for another
+    method.
     """
     return build_config(config.model_dump(mode="json", exclude_unset=True), values)
 
 
 def dump_yaml(config: Config) -> str:
-    """The configuration without secrets, to be shown and saved with a run.
+    """Return the configuration as YAML without secrets, to be shown and saved with a run.
 
-    `load_config` reads it back; of `method` it has what was written.
+    `load_config` reads it back; of `method` it has the given settings only.
     """
     return yaml.safe_dump(redacted_settings(saved(config)), sort_keys=False, allow_unicode=True)
 
 
 def saved(config: Config) -> dict[str, Any]:
-    """The settings of `config`, from which `build_config` makes it again.
+    """Return the settings of a configuration, from which `build_config` builds it again.
 
-    All of them, but of `method` the type and what was written: another method that takes its place,
-    or that is swept, has defaults of its own.
+    They are complete, except that `method` has only its type and the given settings, as another
+    method that replaces it, or that is swept, has its own defaults.
     """
     method = config.method.model_dump(mode="json", exclude_unset=True)
     return config.model_dump(mode="json") | {"method": method}
@@ -123,7 +122,7 @@ def saved(config: Config) -> dict[str, Any]:
 def _tree(
     source: BaseModel | str | Path | Mapping[str, Any] | None, kind: type[BaseModel]
 ) -> dict[str, Any]:
-    """What was written, each value as the settings of `kind` take it."""
+    """Return the given settings as a nested mapping, with values typed for this kind."""
     if source is None:
         return {}
     if isinstance(source, BaseModel):
@@ -149,7 +148,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, name: str) -> dict[str, Any]:
-    """The mapping in a YAML text, for `load_config`; `name` is what an error calls it."""
+    """Return the mapping in a YAML text, for `load_config`; errors refer to it by `name`."""
     try:
         tree = load_yaml(text)
     except yaml.YAMLError as error:
@@ -167,7 +166,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Any]:
 
 
 def _method_over(tree: Mapping[str, Any], new_type: Any) -> tuple[Any, dict[str, Any]]:
-    """The section `method` with another type, and what was written there that it doesn't have."""
+    """Return the section `method` with another type, and the given settings that this one lacks."""
     method = tree.get("method")
     if method is not None and not isinstance(method, Mapping):
         raise ConfigError("method.type: 'method' is a value, not a section")
@@ -182,9 +181,9 @@ def _method_over(tree: Mapping[str, Any], new_type: Any) -> tuple[Any, dict[str,
 
 
 def _default_method(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without a type, settings under `method` are those of the default.
+    """Fill in a missing `method.type`: the default, or the first method that is swept.
 
-    Or of the first method that is swept, as the default may be none of the trials'.
+    No trial may have the default method where methods are swept.
     """
     method, swept = tree.get("method", {}), swept_methods(tree)
     if isinstance(method, dict) and "type" not in method and ("method" in tree or swept):
@@ -213,7 +212,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _tell_replaced(tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Names what whole sections among the overrides take the place of."""
+    """Warn of settings that an override with a whole section drops."""
     for key, value in overrides.items():
         before: Any = tree
         for part in key.split("."):

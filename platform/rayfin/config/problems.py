@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line: key, value, and what is allowed."""
+"""Describe the problems of a configuration in one line: key, value, and what is allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rayfin.errors import did_you_mean
 from rayfin.methods import METHODS
 from rayfin.redaction import is_secret
 
-# pydantic's own words for these name Python classes.
+# pydantic's own messages for these name Python classes.
 _WANTED = {
     "model_type": "a section of key: value pairs",
     "model_attributes_type": "a section of key: value pairs",
@@ -40,7 +40,7 @@ _WANTED = {
 def describe(
     error: ValidationError, tree: Mapping[str, Any], kind: type[BaseModel] = Config
 ) -> str:
-    """All problems of a validation as `kind` in one line."""
+    """Return one line with all problems of a validation."""
     wanted: dict[tuple[str, str], list[str]] = {}
     sentences: list[str] = []
     for problem in error.errors():
@@ -66,7 +66,7 @@ def describe(
                 words = _WANTED.get(other, problem["msg"].removeprefix("Input should be "))
                 if other == "literal_error":
                     words = re.sub(r"\b(True|False)\b", lambda found: found[0].lower(), words)
-                # Every member of a union has its say: they are one problem.
+                # Every member of a union reports a problem of its own: they are one.
                 given = "what is given" if is_secret(key) else shown(value)
                 wanted.setdefault((key, given), []).append(words)
     for (key, given), choices in wanted.items():
@@ -76,7 +76,7 @@ def describe(
 
 
 def leaf_names(config: BaseModel) -> list[str]:
-    """Dotted names of all settings of `config`, as overrides and sweep axes take them."""
+    """Return the dotted names of all settings, as overrides and sweep axes take them."""
 
     def walk(model: BaseModel, prefix: str) -> Iterable[str]:
         for name in type(model).model_fields:
@@ -90,7 +90,7 @@ def leaf_names(config: BaseModel) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML would have it, short enough for a line."""
+    """Return a value as YAML writes it, cut to 60 characters."""
     try:
         text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
@@ -99,7 +99,7 @@ def shown(value: Any) -> str:
 
 
 def swept_methods(tree: Mapping[str, Any]) -> list[Any]:
-    """The methods that a configuration's tree sweeps; none where it has no such axis."""
+    """Return the methods that a nested configuration sweeps, if any."""
     sweep = tree.get("sweep")
     axes = sweep.get("parameters") if isinstance(sweep, Mapping) else None
     methods = axes.get("method.type") if isinstance(axes, Mapping) else None
@@ -107,7 +107,7 @@ def swept_methods(tree: Mapping[str, Any]) -> list[Any]:
 
 
 def _of_another_method(key: str, value: Any, tree: Mapping[str, Any]) -> str | None:
-    """What is to be done about a setting that only other methods of the sweep have."""
+    """Return the remedy for a setting that only other methods of the sweep have, else None."""
     section, _, name = key.partition(".")
     methods = [m for m in swept_methods(tree) if isinstance(m, str) and m in METHODS]
     having = [m for m in methods if name in METHODS[m].model_fields]
@@ -122,7 +122,7 @@ def _of_another_method(key: str, value: Any, tree: Mapping[str, Any]) -> str | N
 
 
 def _key(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
-    """The key as people wrote it: pydantic's location without the members of unions."""
+    """Return the key as it was written: pydantic's location without the members of unions."""
     parts: list[str] = []
     node: Any = tree
     for index, part in enumerate(location):

@@ -1,8 +1,8 @@
-"""YAML read by what each setting takes: a setting of text has the text that was written.
+"""Read YAML by the type of each setting, so that a text setting gets the text as written.
 
-YAML alone decides by how a scalar looks: the commit 51e8870 would be infinity, the version 1.10 a
-number, the name `no` a truth value, and 010 eight. Here the setting decides: one that takes text
-gets the text, and all others what YAML 1.2's core schema reads
+YAML itself decides by how a scalar looks: the commit 51e8870 would be infinity, the version 1.10 a
+number, the name `no` a boolean, and 010 eight. Here the setting decides: a text setting gets the
+text, and all others get what YAML 1.2's core schema reads
 (https://yaml.org/spec/1.2.2/#103-core-schema).
 """
 
@@ -27,23 +27,23 @@ _INTEGER = re.compile(r"[+-]?\d{1,400}")
 _BASED = re.compile(r"0o[0-7]{1,400}|0x[0-9a-fA-F]{1,400}")
 _FLOAT = re.compile(r"[+-]?(\.\d+|\d+(\.\d*)?)([eE][+-]?\d+)?")
 _NOT_FINITE = re.compile(r"[+-]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-# Of YAML 1.1, for settings that are true or false, and those whose kind only another library knows.
+# YAML 1.1, for boolean settings, and for those whose type only another library knows.
 _TRUTH = {
     **dict.fromkeys(("true", "yes", "on"), True),
     **dict.fromkeys(("false", "no", "off"), False),
 }
 
 
-class Plain(str):
-    """A scalar as it was written, without quotes: no one has said yet what it means."""
+class UnquotedScalar(str):
+    """A scalar that was written without quotes, whose type is not decided yet."""
 
     __slots__ = ()
 
 
 def load_yaml(text: str) -> Any:
-    """The document in `text`, with a `Plain` for each scalar without quotes or a tag.
+    """Read a YAML document, with an `UnquotedScalar` for each scalar without quotes or a tag.
 
-    Raises yaml.YAMLError, also for a key that is there twice, or a value that contains itself.
+    Raises yaml.YAMLError, also for a duplicate key and for a value that contains itself.
     """
     document = yaml.load(text, _Loader)  # a SafeLoader
     try:
@@ -54,90 +54,91 @@ def load_yaml(text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a setting takes; empty where that isn't known."""
+class SettingType:
+    """The values that a setting takes; empty where that is unknown."""
 
     scalars: frozenset[type] = frozenset()
-    """Kinds of scalars that are taken, of str, int, float, bool and NoneType."""
+    """The types of scalars, out of str, int, float, bool and NoneType."""
     models: tuple[type[BaseModel], ...] = ()
-    """Sections, one of which a mapping is."""
-    items: Wanted | None = None
-    """What the entries of a list take."""
-    values: Wanted | None = None
-    """What the values of a mapping with any keys take."""
+    """The sections that a mapping may be."""
+    items: SettingType | None = None
+    """The type of a list's entries."""
+    values: SettingType | None = None
+    """The type of the values of a mapping with arbitrary keys."""
     axes: bool = False
-    """A mapping whose keys are dotted settings, and whose values are lists of theirs, or ranges."""
+    """Whether this is a mapping of dotted settings to lists of their values, or to ranges."""
 
     @property
     def text(self) -> bool:
-        """Whether a scalar is text, however it looks."""
+        """Whether every scalar is text, however it looks."""
         return str in self.scalars and self.scalars <= {str, types.NoneType}
 
     @property
     def text_alone(self) -> bool:
-        """Whether nothing but text is taken, no list or section either."""
+        """Whether only text is taken, and no list or section."""
         return self.text and not self.models and self.items is None and self.values is None
 
-    def of(self, key: str) -> Wanted:
-        """What the setting `key` of this section takes."""
+    def of(self, key: str) -> SettingType:
+        """Return the type of the setting `key` of this section."""
         sections = [section for model in self.models for section in _members(model)]
         kinds: list[Any] = [
             m.model_fields[key].annotation for m in sections if key in m.model_fields
         ]
-        found = [_wanted(kind) for kind in kinds]
-        return functools.reduce(_either, found) if found else self.values or Wanted()
+        found = [_type_of(kind) for kind in kinds]
+        return functools.reduce(_union, found) if found else self.values or SettingType()
 
 
-def wanted_at(kind: type[BaseModel], key: str) -> Wanted:
-    """What the dotted setting `key` of a configuration takes."""
+def setting_type(kind: type[BaseModel], key: str) -> SettingType:
+    """Return the type of a dotted setting of a configuration."""
     if key.startswith(_AXES):
-        return _axis(wanted_at(kind, key.removeprefix(_AXES)))
-    return functools.reduce(Wanted.of, key.split("."), Wanted(models=(kind,)))
+        return _axis(setting_type(kind, key.removeprefix(_AXES)))
+    return functools.reduce(SettingType.of, key.split("."), SettingType(models=(kind,)))
 
 
-def typed(value: Any, kind: type[BaseModel], wanted: Wanted | None = None) -> Any:
-    """`value`, which `load_yaml` read, with every scalar as the setting takes it.
+def typed(value: Any, kind: type[BaseModel], wanted: SettingType | None = None) -> Any:
+    """Return a value that `load_yaml` read with every scalar converted to its setting's type.
 
-    `wanted`: what `value` is, for a part of a configuration of `kind`.
+    `wanted` is the type of the value, by default that of a whole configuration of `kind`.
     """
-    wanted = wanted or Wanted(models=(kind,))
+    wanted = wanted or SettingType(models=(kind,))
     if isinstance(value, Mapping):
         if wanted.axes:
-            inner = {k: typed(v, kind, _axis(wanted_at(kind, str(k)))) for k, v in value.items()}
+            inner = {k: typed(v, kind, _axis(setting_type(kind, str(k)))) for k, v in value.items()}
         else:
             inner = {k: typed(v, kind, wanted.of(str(k))) for k, v in value.items()}
         return {"" if key is None else str(key): item for key, item in inner.items()}
     if isinstance(value, list | tuple):
-        return [typed(item, kind, wanted.items or Wanted()) for item in value]
+        return [typed(item, kind, wanted.items or SettingType()) for item in value]
     if not isinstance(value, str):
         return value
     if not wanted.text:
-        # Quotes say nothing where text isn't taken; elsewhere they say that it is.
-        known = wanted.scalars or isinstance(value, Plain)
+        # Quotes don't matter where text isn't taken; elsewhere they make a scalar text.
+        known = wanted.scalars or isinstance(value, UnquotedScalar)
         return _core(value, wanted) if known else value
-    null = isinstance(value, Plain) and value in _NULL and types.NoneType in wanted.scalars
+    null = isinstance(value, UnquotedScalar) and value in _NULL and types.NoneType in wanted.scalars
     return None if null else str(value)
 
 
 def typed_override(text: str, kind: type[BaseModel], key: str) -> Any:
-    """The value of `key=text`: text as it stands where the setting takes nothing else, else YAML.
+    """Return the value of `key=text`: the text itself for a setting that takes only text, else
+    YAML.
 
-    Quotes around a text are no part of it. Raises yaml.YAMLError.
+    Quotes around a text are removed. Raises yaml.YAMLError.
     """
-    wanted = wanted_at(kind, key)
+    wanted = setting_type(kind, key)
     if not wanted.text_alone:
         return typed(load_yaml(text), kind, wanted)
     text = text.strip()
     if text[:1] in ("'", '"') and text[-1] == text[0] and len(text) > 1:
         return load_yaml(text)
-    return typed(Plain(text), kind, wanted)
+    return typed(UnquotedScalar(text), kind, wanted)
 
 
 _AXES = "sweep.parameters."
 
 
 class _Loader(yaml.SafeLoader):
-    """Leaves open what a scalar means; << merges as ever."""
+    """Leaves the types of scalars open; << merges as usual."""
 
     yaml_implicit_resolvers = {"<": yaml.SafeLoader.yaml_implicit_resolvers["<"]}  # noqa: RUF012
 
@@ -155,14 +156,14 @@ def _construct_scalar(loader: _Loader, node: yaml.ScalarNode) -> str | None:
     text = loader.construct_scalar(node)
     if node.style is not None:
         return str(text)
-    return Plain(text) if text else None
+    return UnquotedScalar(text) if text else None
 
 
 _Loader.add_constructor("tag:yaml.org,2002:str", _construct_scalar)
 
 
-def _core(text: str, wanted: Wanted) -> Any:
-    """What the core schema reads: nothing, a truth value, a number, or the text itself."""
+def _core(text: str, wanted: SettingType) -> Any:
+    """Return what the core schema reads: null, a boolean, a number, or the text itself."""
     if text in _NULL:
         return None
     truth = _TRUTH.get(text.lower())
@@ -178,34 +179,36 @@ def _core(text: str, wanted: Wanted) -> Any:
 
 
 def _members(model: type[BaseModel]) -> Iterable[type[BaseModel]]:
-    """The sections that a section of this kind may be: of a method, all that are registered."""
+    """Return the sections that a section of this type may be: for a method, all registered ones."""
     return METHODS.values() if model is MethodConfig else (model,)
 
 
 @functools.cache
-def _wanted(annotation: Any) -> Wanted:
+def _type_of(annotation: Any) -> SettingType:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return _wanted(arguments[0])
+        return _type_of(arguments[0])
     if origin in (Union, types.UnionType):
-        return functools.reduce(_either, map(_wanted, arguments))
+        return functools.reduce(_union, map(_type_of, arguments))
     if origin is Literal:
-        return Wanted(frozenset(map(type, arguments)))
+        return SettingType(frozenset(map(type, arguments)))
     if origin in (tuple, list):
-        return Wanted(items=_wanted(arguments[0]))
+        return SettingType(items=_type_of(arguments[0]))
     if origin is dict:
-        values = _wanted(arguments[1])
-        return Wanted(axes=True) if values.items == Wanted() else Wanted(values=values)
+        values = _type_of(arguments[1])
+        return (
+            SettingType(axes=True) if values.items == SettingType() else SettingType(values=values)
+        )
     if isinstance(annotation, type):
         if issubclass(annotation, BaseModel):
-            return Wanted(models=(annotation,))
+            return SettingType(models=(annotation,))
         if annotation in (str, int, float, bool, types.NoneType):
-            return Wanted(frozenset({annotation}))
-    return Wanted()
+            return SettingType(frozenset({annotation}))
+    return SettingType()
 
 
-def _either(one: Wanted, other: Wanted) -> Wanted:
-    return Wanted(
+def _union(one: SettingType, other: SettingType) -> SettingType:
+    return SettingType(
         one.scalars | other.scalars,
         (*one.models, *other.models),
         one.items if other.items is None else other.items,
@@ -214,6 +217,6 @@ def _either(one: Wanted, other: Wanted) -> Wanted:
     )
 
 
-def _axis(setting: Wanted) -> Wanted:
-    """A list of what a setting takes, or a range."""
-    return Wanted(models=(Space,), items=setting)
+def _axis(setting: SettingType) -> SettingType:
+    """Return the type of a sweep's axis: a list of a setting's values, or a range."""
+    return SettingType(models=(Space,), items=setting)

@@ -1,4 +1,4 @@
-"""The one configuration: sections as frozen pydantic models, each field documented beneath it."""
+"""The configuration of an experiment as frozen pydantic models, with a docstring for each field."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ ON_GPU: Mapping[str, Mapping[str, int]] = {
     # Its API's own defaults for most GPUs are 256 rows and 2048 tokens a step; rows share a cache.
     "vllm": {"max_rows": 256, "max_length": 8192, "prefill_chunk": 2048, "max_queue": 1024},
 }
-"""Defaults of each engine.type on a GPU, where they are others than on the CPU."""
+"""The defaults of each engine.type on a GPU that differ from those on the CPU."""
 
 _GPU_MEMORY = 0.9
-"""Share of a GPU's memory that vLLM takes by its own default."""
+"""The share of a GPU's memory that vLLM takes by its own default."""
 
 _IN_OTHER_WORDS = {
     "max_model_len": "max_length",
@@ -34,7 +34,7 @@ _IN_OTHER_WORDS = {
     "max_loras": "slots",
     "max_lora_rank": "max_rank",
 }
-"""vLLM's arguments that rayfin needs to know -> their names as settings of `engine`."""
+"""The settings of `engine` that take the place of vLLM's arguments."""
 
 
 class EngineConfig(Section):
@@ -98,10 +98,10 @@ class EngineConfig(Section):
         return self
 
     def fitted(self, gpus: float, positions: int | None) -> EngineConfig:
-        """Returns a copy in which what was not set has the defaults of the device.
+        """Return a copy in which settings that were not given have the defaults of the device.
 
-        `gpus`: those of one engine, 0 for the CPU. `positions`: the longest sequence of the model
-        in tokens, None if it isn't known.
+        `gpus` is the number of GPUs of one engine, 0 for the CPU. `positions` is the longest
+        sequence of the model in tokens, None if it is unknown.
         """
         defaults: dict[str, Any] = dict(ON_GPU[self.type]) if gpus else {}
         if positions is not None:
@@ -115,7 +115,7 @@ class EngineConfig(Section):
 
     @property
     def gpus(self) -> int:
-        """GPUs over which one engine is spread, if it is on GPUs at all."""
+        """The number of GPUs over which one engine is spread, if it runs on GPUs."""
         parts = ("tensor_parallel_size", "pipeline_parallel_size")
         sizes = [self.vllm.get(name, 1) for name in parts]
         return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
@@ -213,7 +213,7 @@ class ReplicaConfig(Section):
 
     @property
     def most_replicas(self) -> int:
-        """Engines that there may be at a time."""
+        """The most engines that run at a time."""
         return self.max_replicas or self.replicas
 
 
@@ -231,16 +231,16 @@ class ServeConfig(Section):
 
     @property
     def served_name(self) -> str:
-        """What clients call the base model: never the path of a directory on this machine."""
+        """The name of the base model for clients, which is never a path on this machine."""
         return self.deployment.served_model_name or _public_name(self.model.name)
 
     def named(self) -> ServeConfig:
-        """Returns it with `deployment.served_model_name` set: other machines lack the directory."""
+        """Return a copy with the served name set, as other machines lack the model's directory."""
         told = self.deployment.model_copy(update={"served_model_name": self.served_name})
         return self.model_copy(update={"deployment": told})
 
     def anchored(self, root: Path) -> ServeConfig:
-        """With its files' paths absolute, relative ones from `root`.
+        """Return a copy with absolute paths, relative ones starting from `root`.
 
         Replicas have working directories of their own.
         """
@@ -253,16 +253,16 @@ class ServeConfig(Section):
             paths["api"] = self.api.model_copy(update={"request_log": under(log)})
         url = self.history or ""
         file = url.removeprefix(_SQLITE)
-        # What names no file is refused by whoever opens it.
+        # A URL that names no file is refused when it is opened.
         if file != url and file not in ("", ":memory:"):
             paths["history"] = _SQLITE + under(file)
         return self.model_copy(update=paths)
 
 
 def _public_name(model: str) -> str:
-    """A model's name; of a directory its own, of a hub's snapshot the hub's.
+    """Return a model's name: that of a directory, or the hub id of a downloaded snapshot.
 
-    A version in the registry, `support/3`, is called by the name that it was published under.
+    A version in the registry, `support/3`, has the name that it was published under.
     """
     path = Path(model).expanduser()
     if not (path.is_dir() or path.is_absolute() or model.startswith((".", "~"))):

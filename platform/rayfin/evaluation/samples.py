@@ -40,7 +40,7 @@ def answer_samples(
     examples = [example for example in load_corpus(data).eval if example.messages][:count]
     if not examples:
         return []
-    with adapter_place(row).borrowed() as adapter:
+    with adapter_place(row).reading_copy() as adapter:
         if adapter is None or not (adapter / "adapter_config.json").exists():
             return []
         model_config = ModelConfig.model_validate(row.spec["model"])

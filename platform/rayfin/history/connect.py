@@ -1,4 +1,4 @@
-"""From a history URL to an engine on a database that holds a rayfin history, or one clear error."""
+"""Connect to the database of a history by its URL, or raise one clear error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FORMS = "sqlite:///PATH or postgresql+psycopg://USER@HOST/DATABASE"
 
 
 def parse_url(url: str) -> URL:
-    """The URL of a history; raises HistoryError for a scheme that it can't live in."""
+    """Parse the URL of a history; raises HistoryError for an unsupported or malformed URL."""
     scheme, separator, rest = url.partition("://")
     given = redact_url(url)
     if not separator:
@@ -64,16 +64,16 @@ def parse_url(url: str) -> URL:
 
 
 def shown(url: URL) -> str:
-    """The URL without its password."""
+    """Return the URL without its password, to be shown."""
     if url.get_backend_name() == "sqlite":
         return f"sqlite:///{url.database}"
     return redact_url(url.render_as_string(hide_password=False))
 
 
 def without_password(url: str) -> str:
-    """The URL of a history, to be kept in a file that is read from any directory.
+    """Return the URL of a history in a form to be saved in a file that is read from any directory.
 
-    libpq takes the password from elsewhere.
+    It has no password, which libpq takes from elsewhere, and an absolute path for SQLite.
     """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
@@ -86,13 +86,16 @@ def without_password(url: str) -> str:
 
 
 def connect(url: URL, *, create: bool) -> Engine:
-    """An engine on the history at `url`, made if missing and `create`; raises HistoryError."""
+    """Return an engine on the history at `url`; raises HistoryError.
+
+    With `create`, a missing history is created.
+    """
     sqlite = url.get_backend_name() == "sqlite"
     if sqlite:
         _check_file(Path(str(url.database)), url, create=create)
     engine = _sqlite_engine(url) if sqlite else _postgresql_engine(url)
     try:
-        with translated(url):
+        with database_errors(url):
             _ensure_schema(engine, url, create=create)
     except BaseException:
         engine.dispose()
@@ -101,8 +104,8 @@ def connect(url: URL, *, create: bool) -> Engine:
 
 
 @contextmanager
-def translated(url: URL) -> Iterator[None]:
-    """Turns the database's errors into one line that names the history and the remedy."""
+def database_errors(url: URL) -> Iterator[None]:
+    """Turn the database's errors into a HistoryError that names the history and the remedy."""
     try:
         yield
     except SQLAlchemyError as error:
@@ -116,13 +119,13 @@ def translated(url: URL) -> Iterator[None]:
 
 
 def lock_writers(connection: Connection) -> None:
-    """Until the transaction ends, no other process gets past this line (SQLite: past its begin)."""
+    """Lock out all other writers until the transaction ends; SQLite does so when it begins."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
 
 
 def writing(engine: Engine) -> Engine:
-    """The same engine, whose transactions take SQLite's write lock when they begin."""
+    """Return the engine with transactions that take SQLite's write lock when they begin."""
     return engine.execution_options(rayfin_write=True)
 
 
@@ -214,7 +217,7 @@ def _ensure_schema(engine: Engine, url: URL, *, create: bool) -> None:
 
 
 def _holds_history(connection: Connection, url: URL) -> bool:
-    """Whether the tables are there; raises HistoryError where this code does not know them."""
+    """Whether the tables exist; raises HistoryError for tables of an unknown version."""
     tables = inspect(connection).get_table_names()
     if META.name not in tables:
         # A file belongs to one program; a PostgreSQL database may be shared.

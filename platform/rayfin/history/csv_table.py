@@ -1,4 +1,4 @@
-"""Trials from a plain CSV table: one line a trial.
+"""Read trials from a plain CSV table with one trial per line.
 
 A column is taken by its name; case, spaces and hyphens do not matter:
 
@@ -9,7 +9,7 @@ A column is taken by its name; case, spaces and hyphens do not matter:
 - `status` or `diverged`, `error`, `created_at`, `sweep_id`.
 
 Any other column is kept: numbers under `metrics.extra`, text under `spec.extra`. A rank without a
-method is LoRA's. Lines that say the same are one trial.
+method is LoRA's. Equal lines are one trial.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from rayfin.config import DataConfig, ModelConfig, Section, TrainConfig
 from rayfin.errors import HistoryError
-from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
+from rayfin.history.imported import imported_record, method_name, parse_time, ran_out_of_memory
 from rayfin.history.record import TrialRecord, finite
 from rayfin.methods import METHODS
 from rayfin.metrics import METRICS, score_names
@@ -38,7 +38,7 @@ _SECTIONS: dict[str, type[Section]] = {
     "train": TrainConfig,
 }
 
-# What it becomes -> the names it is known by, besides its own.
+# The other names of each column.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "model.name": ("model", "model_name", "model_id", "base_model", "model_name_or_path"),
     "data.path": ("dataset", "data", "dataset_name"),
@@ -66,10 +66,10 @@ _STATUS: dict[str, Status] = {
 
 
 def read_csv(path: Path, at: datetime) -> Iterator[TrialRecord | str]:
-    """The trials of the table, and a sentence for each line that can't be used.
+    """Yield the trials of a table, and for each unusable line the reason as a text.
 
-    `at` dates trials that the table does not date. Raises HistoryError for a file that is no such
-    table.
+    `at` is the time of trials that the table gives no time for. Raises HistoryError for a file that
+    is not such a table.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -90,7 +90,7 @@ def read_csv(path: Path, at: datetime) -> Iterator[TrialRecord | str]:
 
 
 def _columns(path: Path, header: list[str]) -> list[tuple[str, str]]:
-    """(name, what it becomes) of every column; what a better name already gives becomes extra."""
+    """Return (name, target) of every column; a column whose target is taken becomes extra."""
     names = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in header]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise HistoryError(f"'{path}' names the column '{twice[0]}' twice; rename one")
@@ -146,7 +146,7 @@ def _row(path: Path, columns: list[tuple[str, str]], cells: list[str], at: datet
         scenario["model"] = {"parameters": int(_number("parameters", parameters))}
     if device := values.get("scenario.hardware.device_name"):
         scenario["hardware"] = {"device_name": device}
-    return imported(
+    return imported_record(
         "csv",
         {name: text for (name, _), text in given.items()},
         sweep_id=values.get("sweep_id", path.stem),
@@ -160,7 +160,7 @@ def _row(path: Path, columns: list[tuple[str, str]], cells: list[str], at: datet
 
 
 def _metrics(given: Mapping[tuple[str, str], str]) -> tuple[dict[str, Any], str | None]:
-    """The finite metrics, and why the trial counts as diverged if a loss is not finite."""
+    """Return the finite metrics, and the reason if a loss is not finite and the trial diverged."""
     metrics: dict[str, Any] = {}
     diverged = None
     for (name, target), text in given.items():
@@ -202,7 +202,7 @@ def _spec(values: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _setting(config: type[Section] | None, leaf: str, text: str, fixed: Mapping[str, Any]) -> Any:
-    """The value as the configuration would take it; raises ValueError where it never could."""
+    """Return a value as the configuration takes it; raises ValueError for an impossible one."""
     if config is None or leaf not in config.model_fields:
         return _plain(text)
     problems = []

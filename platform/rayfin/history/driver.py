@@ -1,4 +1,4 @@
-"""Which process writes a trial's row, so that others can tell whether it still does."""
+"""Identify the process (the driver) that writes a trial's row, and tell whether it still runs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from typing import Any
 import psutil
 
 from rayfin.errors import HistoryError, TrialHung
-from rayfin.heartbeat import last_words
+from rayfin.heartbeat import hang_position
 from rayfin.history.record import TrialRecord
 from rayfin.history.store import History
 
 DRIVER = "driver"
-"""The key under a running row's scenario."""
+"""The key of the driver in a running row's scenario."""
 
 _LOST = "its driver ended without a word"
 _SAME_START_SECONDS = 30.0
-"""A clock that is set moves the time at which a process began; a process id isn't given to another
-so soon."""
+"""The tolerance of a process' start time, which moves when the clock is set; a process id is not
+reused so soon."""
 _NO_CONTAINER = "pid:[4026531836]"
-"""The first namespace of process ids; Linux gives it this number on every machine."""
+"""The initial namespace of process ids, which has this number on every Linux machine."""
 
 
 def this_driver() -> dict[str, Any]:
-    """This process, as `has_ended` compares it with those that run."""
+    """Return a description of this process, for `has_ended`."""
     return _machine() | {"pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
 def is_lost(row: TrialRecord) -> bool:
-    """Whether the row says `running` and the process that would say otherwise has ended."""
+    """Whether a row says `running` although its driver has ended."""
     driver = row.scenario.get(DRIVER)
     return row.status == "running" and isinstance(driver, dict) and has_ended(driver)
 
 
 def has_ended(driver: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine, as `this_driver` described it, runs no more.
+    """Whether a process of this machine, as `this_driver` described it, has ended.
 
-    False for one of another machine, or of another container on this one: nothing is known of
-    the processes there. A container's restart is not told from another machine's container.
+    False for a process of another machine or container, of which nothing is known. A restarted
+    container can't be told from a container of another machine.
     """
     here = _machine()
     if any(driver.get(part) != here[part] for part in ("host", "processes")):
@@ -68,22 +68,21 @@ def has_ended(driver: Mapping[str, Any]) -> bool:
     return other or status == psutil.STATUS_ZOMBIE
 
 
-def undriven(row: TrialRecord) -> dict[str, Any]:
-    """The row's scenario without its driver, as a row that no longer runs has it."""
+def without_driver(row: TrialRecord) -> dict[str, Any]:
+    """Return the scenario of a row without its driver, as a row that no longer runs has it."""
     return {key: value for key, value in row.scenario.items() if key != DRIVER}
 
 
 def interrupted(row: TrialRecord, error: str | None = None) -> TrialRecord:
-    """The row of a trial that ended before its time and that `--resume` goes on with."""
-    return row.updated(status="interrupted", error=error, scenario=undriven(row))
+    """Return the row with status `interrupted`, which `--resume` continues."""
+    return row.updated(status="interrupted", error=error, scenario=without_driver(row))
 
 
-def note_lost(history: History) -> list[TrialRecord]:
-    """Makes the rows of drivers that are gone `interrupted`; returns those rows.
+def mark_lost_trials(history: History) -> list[TrialRecord]:
+    """Set the rows of drivers that have ended to `interrupted`, and return them.
 
-    Where the driver hung and had to be ended from outside, the row says where it stood.
-
-    One that can't be written stays as it is: looking at a history needs no right to write to it.
+    Where a driver hung and was ended from outside, its row says where it hung. A history that can't
+    be written stays as it is, as reading one needs no right to write it.
     """
     noted = []
     for lost in filter(is_lost, history.trials(status="running")):
@@ -91,7 +90,7 @@ def note_lost(history: History) -> list[TrialRecord]:
         def change(row: TrialRecord, lost: TrialRecord = lost) -> TrialRecord | None:
             if row.updated_at != lost.updated_at:  # another driver goes on with it
                 return None
-            where = last_words(row.trial_id)
+            where = hang_position(row.trial_id)
             why = _LOST if where is None else str(TrialHung.ended_at(where))
             return interrupted(row, why).model_copy(update={"updated_at": row.updated_at})
 
@@ -105,7 +104,7 @@ def note_lost(history: History) -> list[TrialRecord]:
 
 
 def _exists(pid: int) -> bool:
-    """Whether a process of this id runs, also one that /proc hides (hidepid) from its others."""
+    """Whether a process of this id runs, even if /proc hides it from other users (hidepid)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -116,10 +115,9 @@ def _exists(pid: int) -> bool:
 
 
 def _machine() -> dict[str, str]:
-    """Returns what tells this machine, its start and its process ids from any others.
+    """Return what identifies this machine, its boot and its namespace of process ids.
 
-    `host`, `machine` (identity; empty where a Linux has none), `boot` and `processes` (the
-    namespace of process ids).
+    The keys are `host`, `machine` (empty where Linux has no identity), `boot` and `processes`.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -131,6 +129,6 @@ def _machine() -> dict[str, str]:
             identity = Path("/etc/machine-id").read_text().strip()
         except OSError:
             identity = ""
-    # It is to be told to nobody (man machine-id), and histories are shared.
+    # The machine's id is confidential (man machine-id), and histories are shared.
     machine = hashlib.sha256(f"rayfin {identity}".encode()).hexdigest()[:16] if identity else ""
     return {"host": socket.gethostname(), "machine": machine, "boot": boot, "processes": processes}

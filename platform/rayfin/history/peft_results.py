@@ -1,4 +1,4 @@
-"""Trials from the result files of PEFT's method_comparison: one JSON document a trial.
+"""Read trials from the result files of PEFT's method_comparison, one JSON document per trial.
 
 - `run_info.train_config` and `peft_config` become spec.model, data, method and train under rayfin's
   names; settings that rayfin has no name for stay under `spec.extra`. LORA with use_dora or
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.errors import HistoryError
-from rayfin.history.foreign import imported, method_name, parse_time, ran_out_of_memory
+from rayfin.history.imported import imported_record, method_name, parse_time, ran_out_of_memory
 from rayfin.history.record import TrialRecord, finite
 from rayfin.methods import METHODS
 from rayfin.statuses import Status
@@ -51,9 +51,9 @@ _STATUS: dict[str, Status] = {"success": "finished", "failed": "failed", "cancel
 
 
 def read_peft_result(path: Path, at: datetime) -> TrialRecord:
-    """The trial in one result file; raises HistoryError where it is not one.
+    """Read the trial in a result file; raises HistoryError for any other file.
 
-    `at` dates a trial that the file does not date.
+    `at` is the time of a trial that the file gives no time for.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def _record(document: Mapping[str, Any], at: datetime) -> TrialRecord:
     status, error = _status(train, run.get("error_msg") or "")
     created = run.get("created_at")
     packages = meta.get("package_info") or {}
-    return imported(
+    return imported_record(
         "peft",
         document,
         sweep_id="peft-method-comparison",
@@ -129,7 +129,7 @@ def _spec(run: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _method(config: Mapping[str, Any] | None, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """spec.method, and the settings that have no place there."""
+    """Return spec.method, and the settings that it does not have."""
     bits = {"int4": 4, "nf4": 4, "int8": 8}.get(dtype)
     quantised = {} if bits is None else {"quantization_bit": bits}
     if not config:

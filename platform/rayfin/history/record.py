@@ -1,4 +1,4 @@
-"""The frozen record of one trial, which refuses a state that contradicts itself."""
+"""The frozen record of one trial, which refuses contradictory states."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from rayfin.redaction import redact
 from rayfin.statuses import FAILED, Status
 
 SERVING = "serving_"
-"""Metrics that begin so were measured while the trial's adapter was served, and change."""
+"""The prefix of metrics that are measured while the trial's adapter is served."""
 
 _ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"
 
 
 def now() -> datetime:
-    """The time in UTC, as records hold it."""
+    """Return the current time in UTC."""
     return datetime.now(UTC)
 
 
@@ -44,42 +44,42 @@ class TrialRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     trial_id: str = Field(pattern=_ID)
-    """Unique in a history."""
+    """The trial's id, unique in a history."""
     sweep_id: str = Field(pattern=_ID)
-    """The sweep (or import) that it belongs to."""
+    """The sweep, or import, that the trial belongs to."""
     fingerprint: str = Field(min_length=1)
-    """Of what the trial computes; where it runs does not enter."""
+    """A hash of what the trial computes, independent of where it runs."""
     status: Status
-    """`running`, `interrupted` (a resumed sweep goes on with it), or how it ended."""
+    """`running`, `interrupted` (a resumed sweep continues it), or how the trial ended."""
     created_at: AwareDatetime
     """When the trial started, UTC."""
     updated_at: AwareDatetime
     """When the record last changed, UTC."""
     spec: dict[str, Any] = {}
-    """Resolved `model`, `data`, `method` and `train` sections."""
+    """The resolved `model`, `data`, `method` and `train` sections."""
     scenario: dict[str, Any] = {}
     """Facts under `model`, `data`, `hardware`; `source` is the format of an imported trial."""
     metrics: dict[str, Any] = {}
     """eval_loss, exact_match, train_seconds, peak_memory_bytes, trainable_parameters, ..."""
     curve: list[dict[str, Any]] = []
-    """Measurements along the way: `{step, loss, eval_loss, ...}`."""
+    """The measurements during the training: `{step, loss, eval_loss, ...}`."""
     error: str | None = None
-    """Why it failed; a stopped trial may say why too."""
+    """Why the trial failed, or why it was stopped."""
     versions: dict[str, str] = {}
-    """Package name -> version."""
+    """The versions of packages, by their names."""
     directory: str | None = None
-    """Where its adapter and checkpoints lie."""
+    """The directory of the trial's adapter and checkpoints."""
 
     @property
     def notes(self) -> list[str]:
-        """What is to be told of how its data was read, a line each; older rows say nothing."""
+        """The notes on how the data was read, one line each; older rows have none."""
         data = self.scenario.get("data")
         notes = data.get("notes") if isinstance(data, Mapping) else None
         return [str(note) for note in notes] if isinstance(notes, (list, tuple)) else []
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Self:
-        """The record in a mapping from elsewhere; raises HistoryError where it is malformed."""
+        """Parse a record from a mapping; raises HistoryError where it is malformed."""
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
@@ -92,12 +92,12 @@ class TrialRecord(BaseModel):
             ) from None
 
     def updated(self, **changes: Any) -> Self:
-        """A copy with `changes`, validated again; `updated_at` is now."""
+        """Return a validated copy with changes and a new `updated_at`."""
         return self.parse({**self.model_dump(), "updated_at": now(), **changes})
 
     @property
     def trained_metrics(self) -> dict[str, Any]:
-        """What the trial itself measured: the metrics without those of serving."""
+        """The metrics that the trial itself measured, without those of serving."""
         return {key: value for key, value in self.metrics.items() if not key.startswith(SERVING)}
 
     @field_validator("created_at", "updated_at")
@@ -173,7 +173,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _text(value: str) -> str:
-    """Undecodable bytes of a path or message, which no database takes, become question marks."""
+    """Replace undecodable bytes of a path or message, which no database takes, by `?`."""
     return value.encode("utf-8", errors="replace").decode("utf-8")
 
 
@@ -182,7 +182,7 @@ def _is_number(value: Any) -> bool:
 
 
 def finite(value: Any) -> float | None:
-    """`value` as a float; None for what is missing, no number, NaN, infinite, or too large."""
+    """Return a finite number as a float, or None for anything else."""
     if not _is_number(value):
         return None
     try:

@@ -1,4 +1,4 @@
-"""The history: every trial, finished or not, in SQLite or PostgreSQL."""
+"""The history of all trials, finished or not, in SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from sqlalchemy import URL, Connection, Engine, Row, Select, extract, func, select
 
 from rayfin.errors import HistoryError, did_you_mean
-from rayfin.history.connect import connect, lock_writers, parse_url, shown, translated, writing
+from rayfin.history.connect import connect, database_errors, lock_writers, parse_url, shown, writing
 from rayfin.history.record import TrialRecord, finite
 from rayfin.history.tables import TRIALS
 from rayfin.statuses import STATUSES, Status
@@ -20,19 +20,20 @@ from rayfin.statuses import STATUSES, Status
 
 @dataclass(frozen=True)
 class SweepSummary:
-    """One sweep at a glance."""
+    """A summary of one sweep."""
 
     sweep_id: str
     created_at: datetime
     updated_at: datetime
     counts: dict[Status, int]
-    """Trials by status; only those that occur."""
+    """The number of trials by status; statuses without trials are left out."""
     best_trial_id: str | None
     best_value: float | None
-    """The best finished trial by the metric that was asked for."""
+    """The value of the metric in the best finished trial."""
 
     @property
     def trials(self) -> int:
+        """The number of all trials."""
         return sum(self.counts.values())
 
 
@@ -44,9 +45,9 @@ class MergeCounts:
 
 
 class History:
-    """A trial history; several processes may hold the same one open and write to it.
+    """A trial history, which several processes may have open and write to.
 
-    Every method raises HistoryError where the database fails. A History is not passed between
+    Every method raises HistoryError where the database fails. A History can't be passed between
     processes: pass its URL and open it there.
     """
 
@@ -56,34 +57,34 @@ class History:
 
     @classmethod
     def open(cls, url: str, *, create: bool = True) -> Self:
-        """The history at `sqlite:///PATH` or `postgresql+psycopg://USER@HOST/DATABASE`.
+        """Open the history at `sqlite:///PATH` or `postgresql+psycopg://USER@HOST/DATABASE`.
 
-        Made if missing and `create`. SQLite's WAL needs a local disk: for writers on several
-        machines take PostgreSQL.
+        With `create`, a missing history is created. SQLite's WAL needs a local disk; use PostgreSQL
+        for writers on several machines.
         """
         parsed = parse_url(url)
         return cls(parsed, connect(parsed, create=create))
 
     @property
     def shown_url(self) -> str:
-        """Its URL without the password, to be printed."""
+        """The URL without the password, to be printed."""
         return shown(self._url)
 
     def put(self, record: TrialRecord) -> None:
-        """Insert the record, or replace the one with its trial_id."""
-        with translated(self._url), writing(self._engine).begin() as connection:
+        """Insert a record, or replace the one with the same trial_id."""
+        with database_errors(self._url), writing(self._engine).begin() as connection:
             _upsert(connection, [record])
 
     def merge(
         self, records: Iterable[TrialRecord], *, ignoring: Collection[str] = ()
     ) -> MergeCounts:
-        """Put all records or none of them; a record older than the one held does not replace it.
+        """Put all records or none; an older record does not replace a newer one.
 
-        Records that differ in the fields `ignoring` only count as unchanged.
+        Records that differ only in the fields `ignoring` count as unchanged.
         """
         added = replaced = unchanged = 0
         changed: dict[str, TrialRecord] = {}
-        with translated(self._url), writing(self._engine).begin() as connection:
+        with database_errors(self._url), writing(self._engine).begin() as connection:
             lock_writers(connection)
             for record in records:
                 held = changed.get(record.trial_id) or _one(
@@ -103,9 +104,10 @@ class History:
     def update_metrics(
         self, trial_id: str, change: Callable[[Mapping[str, Any]], Mapping[str, Any]]
     ) -> bool:
-        """Adds to a trial's metrics what `change` makes of them; False for an unknown trial.
+        """Add to a trial's metrics what `change` returns for them; return False for an unknown
+        trial.
 
-        What others write meanwhile is neither lost nor seen half.
+        The update is atomic: what others write meanwhile is neither lost nor half seen.
         """
 
         def with_metrics(row: TrialRecord) -> TrialRecord:
@@ -116,13 +118,13 @@ class History:
     def change(
         self, trial_id: str, change: Callable[[TrialRecord], TrialRecord | None]
     ) -> TrialRecord | None:
-        """Puts what `change` makes of a trial's row in its place, and returns it.
+        """Replace a trial's row by what `change` returns for it, and return that.
 
-        None for an unknown trial, and where `change` returns None, which leaves the row as it is.
-        What others write meanwhile is neither lost nor seen half.
+        Returns None for an unknown trial, and where `change` returns None, which leaves the row as
+        it is. The change is atomic: what others write meanwhile is neither lost nor half seen.
         """
         query = select(TRIALS).where(TRIALS.c.trial_id == trial_id)
-        with translated(self._url), writing(self._engine).begin() as connection:
+        with database_errors(self._url), writing(self._engine).begin() as connection:
             lock_writers(connection)
             held = _one(connection, query)
             changed = None if held is None else change(held)
@@ -131,8 +133,8 @@ class History:
         return changed
 
     def get(self, trial_id: str) -> TrialRecord:
-        """The trial with that id; raises HistoryError, naming the nearest id, if there is none."""
-        with translated(self._url), self._engine.connect() as connection:
+        """Return the trial with this id; else raise HistoryError, which names the nearest id."""
+        with database_errors(self._url), self._engine.connect() as connection:
             record = _one(connection, select(TRIALS).where(TRIALS.c.trial_id == trial_id))
             if record is not None:
                 return record
@@ -143,11 +145,11 @@ class History:
         )
 
     def find(self, prefix: str) -> TrialRecord:
-        """The one trial whose id is, or starts with, `prefix`; raises HistoryError otherwise."""
+        """Return the only trial whose id is, or starts with, `prefix`; else raise HistoryError."""
         # Not LIKE: SQLite's ignores case.
         starts = func.substr(TRIALS.c.trial_id, 1, len(prefix)) == prefix
         query = select(TRIALS.c.trial_id).where(starts).order_by(TRIALS.c.trial_id).limit(4)
-        with translated(self._url), self._engine.connect() as connection:
+        with database_errors(self._url), self._engine.connect() as connection:
             near = connection.scalars(query).all() if prefix else []
         if len(near) > 1 and prefix not in near:
             more = ", ..." if len(near) == 4 else ""
@@ -165,7 +167,7 @@ class History:
         limit: int | None = None,
         newest_first: bool = False,
     ) -> list[TrialRecord]:
-        """The trials that match all that is given, in the order in which they started."""
+        """Return the trials that match all given values, in the order in which they started."""
         query = select(TRIALS)
         for column, value in (
             ("sweep_id", sweep_id),
@@ -176,19 +178,20 @@ class History:
                 query = query.where(TRIALS.c[column] == value)
         order = (TRIALS.c.created_at, TRIALS.c.trial_id)
         query = query.order_by(*(key.desc() if newest_first else key.asc() for key in order))
-        with translated(self._url), self._engine.connect() as connection:
+        with database_errors(self._url), self._engine.connect() as connection:
             return _many(connection, query.limit(limit))
 
     def finished(self, fingerprint: str) -> TrialRecord | None:
-        """The newest finished trial that computed what `fingerprint` stands for."""
+        """Return the newest finished trial with this fingerprint, or None."""
         found = self.trials(fingerprint=fingerprint, status="finished", newest_first=True, limit=1)
         return found[0] if found else None
 
     def mark(self) -> tuple[int, str, str, int]:
-        """What changes when trials do: how many there are, when the first one started, when the
-        last one changed, and the sum of the seconds at which they did, for merged older ones.
+        """Return values that change whenever trials do, to tell whether a cache is up to date.
 
-        Not for a row that is merged in another's place with the same time of its change.
+        They are the number of trials, the start of the first one, the last change, and the sum of
+        the times of all changes, which tells of older trials that were merged. Only a row that is
+        merged in place of one with the same time of change goes unnoticed.
         """
         changed = TRIALS.c.updated_at
         query = select(
@@ -197,25 +200,26 @@ class History:
             func.max(changed),
             func.sum(extract("epoch", changed)),
         )
-        with translated(self._url), self._engine.connect() as connection:
+        with database_errors(self._url), self._engine.connect() as connection:
             count, first, last, total = connection.execute(query).one()
         return count, str(first), str(last), int(total or 0)
 
     def sweeps(
         self, *, metric: str = "eval_loss", mode: Literal["min", "max"] = "min"
     ) -> list[SweepSummary]:
-        """All sweeps, oldest first; `metric` and `mode` say which trial is the best."""
+        """Return all sweeps, the oldest first; `metric` and `mode` determine the best trial."""
         columns = [
             TRIALS.c[n]
             for n in ("sweep_id", "trial_id", "status", "created_at", "updated_at", "metrics")
         ]
         rows: dict[str, list[Any]] = {}
-        with translated(self._url), self._engine.connect() as connection:
+        with database_errors(self._url), self._engine.connect() as connection:
             for row in connection.execute(select(*columns).order_by(TRIALS.c.created_at)):
                 rows.setdefault(row.sweep_id, []).append(row)
         return [_summary(sweep_id, trials, metric, mode) for sweep_id, trials in rows.items()]
 
     def close(self) -> None:
+        """Close the connections to the database."""
         self._engine.dispose()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,4 @@
-"""The history's tables: one row a trial, and the version of this layout."""
+"""The tables of a history: one row per trial, and the version of the schema."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SCHEMA_VERSION = 1
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An aware time in UTC, also on SQLite, which knows no time zones."""
+    """An aware time in UTC, also on SQLite, which has no time zones."""
 
     impl = DateTime(timezone=True)
     cache_ok = True

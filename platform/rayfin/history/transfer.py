@@ -1,4 +1,4 @@
-"""The history in and out of files: JSONL and Parquet whole, CSV and PEFT's results in."""
+"""Export a history to JSONL or Parquet, and import these, CSV tables and PEFT's results."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ _TIME_COLUMNS = ("created_at", "updated_at")
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What an import did."""
+    """How many trials an import added, replaced, left unchanged and skipped."""
 
     added: int
     replaced: int
     unchanged: int
     skipped: list[str] = field(default_factory=list)
-    """`file:line: reason` of each trial that could not be used."""
+    """`file:line: reason` for each trial that could not be used."""
 
 
 def export_history(history: History, path: str | Path, sweep_id: str | None = None) -> int:
-    """Write all trials, or one sweep's, to a `.jsonl` or `.parquet` file; returns how many.
+    """Write all trials, or one sweep's, to a `.jsonl` or `.parquet` file, and return how many.
 
-    The file appears whole or not at all. Raises HistoryError.
+    The file appears whole or not at all. Raises HistoryError for another suffix, an unknown sweep,
+    and a file that can't be written.
     """
     path = Path(path)
     writers = {".jsonl": _write_jsonl, ".parquet": _write_parquet}

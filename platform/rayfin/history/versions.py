@@ -1,4 +1,4 @@
-"""Versions of the packages that a result depends on."""
+"""The versions of the packages that a result depends on."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = (
 
 @lru_cache(maxsize=1)
 def package_versions() -> dict[str, str]:
-    """rayfin, Python, and each installed package of PACKAGES -> its version."""
+    """Return the versions of rayfin, Python, and each installed package of PACKAGES, by name."""
     found = {"rayfin": __version__, "python": platform.python_version()}
     for name in PACKAGES:
         try:

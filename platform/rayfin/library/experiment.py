@@ -116,7 +116,7 @@ class Experiment:
             "versions": row.versions,
         }
         source = adapter_place(row)
-        with source.borrowed() as files:
+        with source.reading_copy() as files:
             if files is None:
                 raise StorageError(
                     f"'{source}' is not there, or not whole; --rerun trains it again"
@@ -126,7 +126,7 @@ class Experiment:
             if isinstance(known, str) and BASE_IDENTITY not in trusted_metadata(files):
                 metadata[BASE_IDENTITY] = [known]
             published = self.registry.publish(publish.name, files, metadata, alias=publish.alias)
-        if (other := self.registry.other_base(published)) is not None:
+        if (other := self.registry.base_change_warning(published)) is not None:
             note(other)
         return published
 

@@ -134,7 +134,7 @@ def _write_report(
             f"storage: the report '{report.path}' can't be written ({error.strerror or error}); "
             "the trials are in the history: mend that, and the same command with --resume writes it"
         ) from error
-    report.publish_file()
+    report.upload_file()
     return str(report)
 
 

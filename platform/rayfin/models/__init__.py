@@ -1,4 +1,4 @@
-"""Base models: bundled, local or from the hub; tokenizer, weights, quantisation, facts."""
+"""Base models, bundled, local or from the hub: tokenizer, weights, quantisation, facts."""
 
 from rayfin.compat.bitsandbytes import import_bitsandbytes
 from rayfin.models.bases import BASE_BITS, BASE_IDENTITY, Base, base_of, hub_id
@@ -8,7 +8,7 @@ from rayfin.models.facts import (
     describe_model,
     identity,
     max_positions,
-    skeleton,
+    meta_model,
     weight_names,
 )
 from rayfin.models.load import check_model, dtype_on, load_base, load_tokenizer
@@ -32,7 +32,7 @@ __all__ = [
     "load_tokenizer",
     "locate",
     "max_positions",
-    "skeleton",
+    "meta_model",
     "weight_names",
     "write_tiny",
 ]

@@ -1,4 +1,4 @@
-"""The identity of base models: by their content where it is known, else by their names."""
+"""Identify base models by their content where it is known, else by their names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from rayfin.models.facts import content_identity, identity
 from rayfin.models.source import is_hub, model_directory
 
 BASE_IDENTITY = "base_identity"
-"""The key of rayfin.json under which `Base.identities` of an adapter's base are written."""
+"""The key of rayfin.json for the `Base.identities` of an adapter's base."""
 BASE_BITS = "base_quantization_bit"
-"""The key of rayfin.json that an adapter has which is exact over a base in so many bits alone."""
+"""The key of rayfin.json for the bits of the quantised base to which an adapter is bound."""
 
 _CONTENT = "local@"
 # Where the hub's client keeps what it downloaded: models--OWNER--NAME/snapshots/COMMIT.
 _SNAPSHOT = re.compile(r"(?:.*/)?models--([^/]+?)(?:--([^/]+))?/snapshots/([^/]+)/*")
 MAX_NAME = 4096
-"""The longest name or identity of a base that is looked at; it may be anybody's text."""
+"""The longest name or identity of a base that is read, as it may be any text."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # The same weights, quantised before they were uploaded (Unsloth's naming).
 _QUANTISED = re.compile(r"(?:-unsloth)?-bnb-4bit$")
@@ -28,23 +28,23 @@ _QUANTISED = re.compile(r"(?:-unsloth)?-bnb-4bit$")
 
 @dataclass(frozen=True)
 class Base:
-    """A base model as a deployment has it, or as an adapter tells of its own."""
+    """The identity of a base model, as a deployment has it or as an adapter names it."""
 
     name: str
-    """The base's name as it was configured or written into the adapter; a directory's path."""
+    """The base's name, or the path of its directory, as configured or written into the adapter."""
     identities: tuple[str, ...] = ()
-    """Identities of its content, as `rayfin.models.identity` writes them: `name@version` of a
-    bundled model, `id@commit` of a hub model, and `local@…`, a digest of the files."""
+    """The identities of its content that `rayfin.models.identity` returns: `name@version` for a
+    bundled model, `id@commit` for a hub model, and `local@…`, a digest of the files."""
     directories: tuple[str, ...] = ()
-    """The directories in which it lies on this machine."""
+    """The base's directories on this machine."""
 
     def is_same(self, other: Base) -> bool:
-        """Returns whether both are one model, so that an adapter of one is one of the other.
+        """Whether both are the same model, so that an adapter of one fits the other.
 
-        They are one where any content that both know is equal, and two where all of it differs.
-        Where one side knows of no content, they are one by a common name: a bundled model's, a
-        hub id (in a snapshot's path, too), or the whole path of a directory. `NAME-bnb-4bit` and
-        NAME of one owner of the hub are one model, whose files differ.
+        They are the same where any identity that both have is equal, and different where all
+        differ. Where one side has no identity of its content, a common name decides: that of a
+        bundled model, a hub id (also in a snapshot's path), or the whole path of a directory.
+        `NAME-bnb-4bit` and NAME of one owner on the hub are the same model, whose files differ.
         """
         if set(self.identities) & set(other.identities):
             return True
@@ -53,7 +53,7 @@ class Base:
         return bool(self._hub_ids & other._hub_ids or self._names & other._names)
 
     def __str__(self) -> str:
-        """Returns the name, with an identity that tells it from another base of that name."""
+        """Return the name, with an identity that tells it from another base of that name."""
         told = next(iter([*sorted(self._contents), *self.identities]), "")
         return f"'{self.name}' ({told})" if told else f"'{self.name}'"
 
@@ -63,13 +63,13 @@ class Base:
 
     @property
     def _called(self) -> list[str]:
-        """All texts that may be a hub id, or the path of a snapshot, which has one."""
+        """All texts that may be a hub id or the path of a snapshot."""
         named = [one.partition("@")[0] for one in self.identities if not one.startswith(_CONTENT)]
         return [self.name, *self.directories, *named]
 
     @property
     def _hub_ids(self) -> set[str]:
-        """The hub ids, as of the model before it was quantised, without regard to case.
+        """The hub ids in lower case, without the suffix of a quantised model.
 
         The hub does not distinguish case either.
         """
@@ -82,13 +82,13 @@ class Base:
 
     @property
     def _names(self) -> set[str]:
-        """Bundled names, and whole paths in their normal form."""
+        """The names of bundled models, and whole paths in normal form."""
         names = (one for one in (self.name, *self.directories) if one and hub_id(one) is None)
         return {posixpath.normpath(one) for one in names if "/" not in one or one[0] == "/"}
 
 
 def base_of(config: ModelConfig) -> Base:
-    """Returns the base model at hand, with all that identifies its content; raises ModelError."""
+    """Return the identity of a configured base model; raises ModelError."""
     directory = model_directory(config, weights=False)
     found = [identity(config)]
     if (snapshot := _SNAPSHOT.fullmatch(str(directory))) is not None:
@@ -103,7 +103,7 @@ def base_of(config: ModelConfig) -> Base:
 
 
 def hub_id(name: str) -> str | None:
-    """Returns the hub id that `name` is, or that a downloaded snapshot's path has, or None."""
+    """Return the hub id that `name` is, or that the path of a downloaded snapshot has, or None."""
     if len(name) > MAX_NAME:
         return None
     if (snapshot := _SNAPSHOT.fullmatch(name)) is not None:

@@ -1,4 +1,4 @@
-"""Models that need no download: made once, in the cache, by whichever process comes first."""
+"""Models that need no download: built once, in the cache, by the first process that needs one."""
 
 from __future__ import annotations
 
@@ -18,26 +18,29 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Bundled:
-    """A model that rayfin makes itself; `version` changes whenever its files would."""
+class BundledModel:
+    """A model that rayfin builds itself; `version` must change whenever its files would."""
 
     version: str
     build: Callable[[Path], None]
     notice: str | None = None
 
 
-BUNDLED: Mapping[str, Bundled] = MappingProxyType(
+BUNDLED: Mapping[str, BundledModel] = MappingProxyType(
     {
-        "smollm2-135m": Bundled(
+        "smollm2-135m": BundledModel(
             WHEEL_VERSION, convert_smollm2, "converting SmolLM2-135M-Instruct once (about 15 s)"
         ),
-        "tiny": Bundled("1", write_tiny),
+        "tiny": BundledModel("1", write_tiny),
     }
 )
 
 
 def bundled_directory(name: str) -> Path:
-    """The directory of a bundled model, made if missing; raises StorageError without a cache."""
+    """Return the directory of a bundled model, built if missing.
+
+    Raises StorageError where the cache can't be written.
+    """
     from filelock import FileLock
 
     bundled = BUNDLED[name]
@@ -57,8 +60,8 @@ def bundled_directory(name: str) -> Path:
     return target
 
 
-def _make(bundled: Bundled, target: Path) -> None:
-    # The caller holds the lock, which dies with its process: temporaries here have no living owner.
+def _make(bundled: BundledModel, target: Path) -> None:
+    # The caller holds the lock, which ends with its process: no temporary here has a living owner.
     for abandoned in target.parent.glob(f".{target.name}-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     if bundled.notice:

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, read without torch: config.json and safetensors headers."""
+"""Read a checkpoint directory without torch: config.json and the headers of safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One safetensors file: its raw header, and each tensor's first and last byte in the file."""
+    """A safetensors file: its raw header, and each tensor's (start, end) in bytes of the file."""
 
     path: Path
     header: bytes
@@ -26,7 +26,7 @@ class WeightFile:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a checkpoint; raises ModelError where there's none or it isn't readable."""
+    """Return config.json of a checkpoint; raises ModelError where it is missing or unreadable."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -45,7 +45,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def weight_files(directory: Path) -> list[WeightFile]:
-    """The safetensors files of a checkpoint; ModelError if missing, cut short or pickled."""
+    """Return the safetensors files of a checkpoint.
+
+    Raises ModelError for missing, truncated or pickled weights.
+    """
     index = directory / "model.safetensors.index.json"
     if (single := directory / "model.safetensors").is_file():
         paths = [single]
@@ -66,7 +69,10 @@ def weight_files(directory: Path) -> list[WeightFile]:
 
 
 def _read_header(path: Path) -> WeightFile:
-    """Format: https://huggingface.co/docs/safetensors (8 bytes of length, JSON header, tensors)."""
+    """Read the header of a safetensors file: 8 bytes of length, then JSON, then the tensors.
+
+    The format is documented at https://huggingface.co/docs/safetensors.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -90,7 +96,7 @@ def _read_header(path: Path) -> WeightFile:
 
 
 def check_causal(directory: Path) -> None:
-    """Raises ModelError unless it is a causal language model of an architecture known here."""
+    """Raise ModelError unless this is a causal language model of a known architecture."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
@@ -111,7 +117,7 @@ def check_causal(directory: Path) -> None:
 
 
 def check_loadable(directory: Path, quantization_bit: int | None) -> None:
-    """Raises ModelError for a checkpoint that can't be loaded so, before anything big is read."""
+    """Raise ModelError for a checkpoint that can't be loaded so, before its tensors are read."""
     check_causal(directory)
     weight_files(directory)
     if quantization_bit is not None and "quantization_config" in read_config(directory):

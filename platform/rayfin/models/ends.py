@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TURN = "end_of_turn"
-"""The key of rayfin.json under which the ends that an adapter was taught are written."""
+"""The key of rayfin.json for the ends that an adapter was taught."""
 
 _QUESTION, _ANSWER, _NEXT = "qzquestionqz", "qzanswerqz", "qznextqz"
 PROBES: tuple[tuple[dict[str, str], ...], ...] = (
@@ -26,7 +26,7 @@ PROBES: tuple[tuple[dict[str, str], ...], ...] = (
         {"role": "user", "content": _NEXT},
     ),
 )
-"""Conversations whose texts, as a chat template writes them, show what comes after an answer."""
+"""Conversations whose rendering by a chat template shows what follows an answer."""
 
 # An adapter is taught fewer and shorter ends. rayfin.json may be anybody's.
 _MAX_ENDS = 16
@@ -35,11 +35,11 @@ _MAX_TEXT = 256
 
 @dataclass(frozen=True)
 class Ends:
-    """Tokens at any of which an answer ends, and texts before any of which it ends."""
+    """The tokens and texts that end an answer."""
 
     token_ids: tuple[int, ...] = ()
     texts: tuple[str, ...] = ()
-    """Ends that the tokenizer has no token for: a template's `<|im_end|>` that nobody added."""
+    """The ends without a token, such as a template's `<|im_end|>` that was not added as one."""
 
     def __or__(self, other: Ends) -> Ends:
         return Ends(
@@ -48,7 +48,7 @@ class Ends:
         )
 
     def as_json(self, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-        """Returns the form that rayfin.json has: the tokens with their ids, and the texts."""
+        """Return the ends as rayfin.json stores them: the tokens with their ids, and the texts."""
         tokens = zip(
             tokenizer.convert_ids_to_tokens(list(self.token_ids)), self.token_ids, strict=True
         )
@@ -56,10 +56,10 @@ class Ends:
 
     @classmethod
     def from_json(cls, value: Any, tokenizer: PreTrainedTokenizerFast) -> Ends:
-        """Returns the ends of which `as_json` gave `value`.
+        """Parse what `as_json` returned.
 
-        Raises ValueError, which says what is wrong, for a value of another form, and for tokens
-        that have other ids in `tokenizer`.
+        Raises ValueError, which says what is wrong, for any other value, and for tokens that have
+        other ids in `tokenizer`.
         """
         if not isinstance(value, Mapping) or value.keys() - {"tokens", "texts"}:
             raise ValueError("it has other keys than tokens and texts")
@@ -83,9 +83,9 @@ class Ends:
 
 
 def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Returns the ids of the tokens that end any text of the model, in ascending order.
+    """Return the ids of the tokens that end any text of the model, ascending.
 
-    They are those of its generation_config.json and its config.json, each a number or a list of
+    They are those of its generation_config.json and config.json, each a number or a list of
     numbers, and the tokenizer's own.
     """
     directory = model_directory(config, weights=False)
@@ -97,7 +97,7 @@ def end_token_ids(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> tu
 
 
 def turn_ends(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
-    """Returns what ends an answer in a conversation, as its chat template writes it.
+    """Return what ends an answer in a conversation, as its chat template writes it.
 
     `texts` are what the template made of `PROBES`, in their order; an empty text stands for a
     conversation that it refused. The end is the first token after the answer that was added to
@@ -121,20 +121,17 @@ def turn_ends(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
 
 
 def leaves_open(text: str) -> bool:
-    """Returns whether `text`, the first of `PROBES` as a template wrote it, ends with its answer.
-
-    White space that follows the answer does not count.
-    """
+    """Whether the rendering of the first of `PROBES` ends with its answer and white space."""
     return _ANSWER in text and not _after_answer(text).strip()
 
 
 def _after_answer(text: str) -> str:
-    """Returns what follows the answer of a probe; nothing where the template changed the answer."""
+    """Return what follows the answer of a probe, or '' where the template changed the answer."""
     return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
 
 
 def _first_added(text: str, tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Returns the first token of `text` that was added to the vocabulary and is no white space."""
+    """Return the first token of a text that was added to the vocabulary and is not white space."""
     added = tokenizer.added_tokens_decoder
     # The backend: the class around it sets padding and truncation, which threads may not share.
     ids: Sequence[int] = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
@@ -142,7 +139,7 @@ def _first_added(text: str, tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in `path`; an empty one where there is none that can be read."""
+    """Return the JSON object in a file, or an empty one where there is none or it can't be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""A model's identity and its sizes, found without loading its weights."""
+"""Find a model's identity and sizes without loading its weights."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts(Sizes):
-    """A base model's name, what identifies it, and its sizes."""
+    """The name, identity and sizes of a base model."""
 
     name: str
     identity: str
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the facts as JSON stores them."""
         return asdict(self)
 
 
 def identity(config: ModelConfig) -> str:
-    """Returns a stable name of weights and tokenizer, the same wherever they lie.
+    """Return a stable identity of weights and tokenizer, the same on every machine.
 
-    Raises ModelError.
-
-    Bundled: `name@version`; hub: `id@commit`; directory: `local@` and 16 hex digits.
+    It is `name@version` for a bundled model, `id@commit` for a hub model, and `local@` with 16
+    hexadecimal digits for a directory. Raises ModelError.
     """
     if config.name in BUNDLED:
         return f"{config.name}@{BUNDLED[config.name].version}"
@@ -51,10 +51,10 @@ def identity(config: ModelConfig) -> str:
 
 
 def content_identity(directory: Path) -> str:
-    """Returns `local@` and 16 hex digits, a digest of a model's files; raises ModelError.
+    """Return `local@` and 16 hexadecimal digits, a digest of a model's files; raises ModelError.
 
-    Hashes headers and both ends of every tensor: a trained copy differs, and gigabytes go fast.
-    Whole files would take minutes; their first bytes are the embedding, which merged adapters keep.
+    The headers and both ends of every tensor are hashed, by which a trained copy differs. Whole
+    files would take minutes, and their first bytes are the embedding, which merged adapters keep.
     """
     read_config(directory)
     digest = hashlib.sha256()
@@ -73,7 +73,7 @@ def content_identity(directory: Path) -> str:
 
 
 def max_positions(config: ModelConfig) -> int | None:
-    """Returns how many tokens the model takes at once, None where its config.json doesn't say.
+    """Return the longest sequence of the model in tokens, or None where config.json doesn't say.
 
     Raises ModelError.
     """
@@ -84,9 +84,9 @@ def max_positions(config: ModelConfig) -> int | None:
 
 
 def weight_names(config: ModelConfig) -> list[str]:
-    """Returns the names of the modules that have a weight matrix, as the files have them.
+    """Return the names of the modules with a weight matrix, as the files have them.
 
-    A hub model's weights aren't here yet: its list is empty. Raises ModelError.
+    The list is empty for a hub model, whose weights may not be here yet. Raises ModelError.
     """
     if is_hub(config):
         return []
@@ -99,11 +99,8 @@ def weight_names(config: ModelConfig) -> list[str]:
     return [name.removesuffix(".weight") for name in matrices]
 
 
-def skeleton(config: ModelConfig) -> PreTrainedModel:
-    """Returns the model on torch's meta device: every module, and no weights.
-
-    Raises ModelError.
-    """
+def meta_model(config: ModelConfig) -> PreTrainedModel:
+    """Return the model on torch's meta device: all modules without weights; raises ModelError."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -128,16 +125,16 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
 
 
 def describe_model(config: ModelConfig) -> ModelFacts:
-    """Returns the model's facts, read from its configuration; raises ModelError.
+    """Return the facts of a model, read from its configuration; raises ModelError.
 
-    Of a common architecture they take milliseconds, without torch or transformers (`sizes`).
+    For common architectures that takes milliseconds and neither torch nor transformers (`sizes`).
     """
     directory = model_directory(config, weights=False)
-    sizes = sizes_of(read_config(directory)) or _sizes_of_skeleton(skeleton(config))
+    sizes = sizes_of(read_config(directory)) or _sizes_of_meta_model(meta_model(config))
     return ModelFacts(name=config.name, identity=identity(config), **vars(sizes))
 
 
-def _sizes_of_skeleton(model: PreTrainedModel) -> Sizes:
+def _sizes_of_meta_model(model: PreTrainedModel) -> Sizes:
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -168,6 +165,6 @@ def _sizes_of_skeleton(model: PreTrainedModel) -> Sizes:
 
 
 def _first(settings: Any, *names: str) -> int | None:
-    """The first of these settings that has a value."""
+    """Return the first of these settings that has a value."""
     values = (getattr(settings, name, None) for name in names)
     return next((value for value in values if value is not None), None)

@@ -1,4 +1,4 @@
-"""Tokenizer and frozen base model, whole or quantised, on CPU or GPU."""
+"""Load the tokenizer and the frozen base model, quantised or not, on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Device = Literal["cpu", "cuda"]
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer, padding on the right and never without a pad token; raises ModelError."""
+    """Return the tokenizer, which pads on the right and has a pad token; raises ModelError."""
     from transformers import AutoTokenizer
 
     directory = model_directory(config, weights=False)
@@ -53,7 +53,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
 
 
 def check_model(config: ModelConfig, quantization_bit: Literal[4, 8] | None) -> None:
-    """Raises the ModelError that loading would, as far as its small files tell."""
+    """Raise the ModelError that loading would raise, as far as the model's small files tell."""
     directory = model_directory(config, weights=False)
     if config.name in BUNDLED:
         return
@@ -72,9 +72,9 @@ def load_base(
     *,
     on_host: bool = False,
 ) -> PreTrainedModel:
-    """The base model on `device`, frozen and in eval mode; raises ModelError or HardwareError.
+    """Return the base model on a device, frozen and in eval mode; raises ModelError, HardwareError.
 
-    `on_host` leaves it in host memory, as it would be for the device.
+    `on_host` leaves it in host memory, in the form that the device would have.
 
     4 bits are NF4 with double quantisation (Dettmers et al. 2023, QLoRA), 8 bits LLM.int8(),
     both by bitsandbytes. Attention is PyTorch's fused one where the architecture has it.
@@ -141,7 +141,7 @@ def _gpu(index: int | None) -> int:
 
 
 def dtype_on(config: ModelConfig, device: Device) -> torch.dtype:
-    """The type that the model computes in on a device."""
+    """Return the data type in which the model computes on a device."""
     import torch
 
     if config.dtype != "auto":

@@ -1,4 +1,4 @@
-"""Keeps libraries from writing over rayfin's own progress."""
+"""Keep libraries from overwriting rayfin's own progress display."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers reads and writes weights without drawing bars."""
+    """Turn off the progress bars of transformers during the block."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""Sizes of a base model by formula, from config.json alone: neither torch nor transformers loads.
+"""Compute the sizes of a base model from config.json by formula, without torch or transformers.
 
-The formulas are those of the modules in transformers.models.*.modeling_*; a test holds them against
-the modules themselves. Weights on disk aren't asked: packed and fused ones have other shapes.
+The formulas follow the modules in transformers.models.*.modeling_*; a test compares them with the
+modules themselves. The weights on disk are not used, as packed and fused ones have other shapes.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from rayfin.sizes import Sizes
 
 @dataclass(frozen=True)
 class _Decoder:
-    """A decoder like Llama's: embedding, layers of attention and a gated MLP, RMS norms, head."""
+    """A decoder like Llama: embedding, layers of attention and a gated MLP, RMS norms, head."""
 
     architecture: str
     tied: bool = False
-    """Embedding and output head are one, where config.json doesn't say."""
+    """Whether embedding and output head are tied where config.json doesn't say."""
     norms: int = 2
-    """Norms of a layer that are as wide as the hidden state."""
+    """The number of a layer's norms that are as wide as the hidden state."""
     qk_norm: Literal["head", "all heads"] | None = None
-    """Norms of queries and keys, and how wide."""
+    """The width of the norms of queries and keys, if there are any."""
     qkv_bias: bool = False
-    """Biases that no setting turns off."""
+    """Whether queries, keys and values always have biases."""
     bias_settings: tuple[str, ...] = ("attention_bias",)
-    """Settings of biases that it heeds; all are off by default."""
+    """The settings that turn on biases, all off by default."""
     all_kv_heads: bool = False
-    """Without num_key_value_heads there are as many as attention heads."""
+    """Whether num_key_value_heads defaults to the number of attention heads."""
     own_head_dim: bool = False
-    """Without head_dim it isn't hidden_size / num_attention_heads."""
+    """Whether head_dim has a default of its own rather than hidden_size / num_attention_heads."""
 
 
 _BOTH_BIASES = ("attention_bias", "mlp_bias")
@@ -51,7 +51,7 @@ _DECODERS = {
     "smollm3": _Decoder("SmolLM3ForCausalLM", tied=True, bias_settings=_BOTH_BIASES),
 }
 FORMULAS = ("gpt2", *_DECODERS)
-"""Every `model_type` that has one."""
+"""The values of `model_type` with a formula."""
 # A model inside another one, whose settings are elsewhere.
 _NESTED = {"decoder", "generator", "text_config", "text_encoder"}
 # GPT-2 takes these for its own n_embd, n_head and so on.
@@ -62,18 +62,18 @@ _GPT2_ALIASES = {
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-class _Unsaid(Exception):
-    """config.json leaves a size to the library's default, or says something unusual."""
+class _UnknownSize(Exception):
+    """config.json leaves a size to the library's default, or has an unusual value."""
 
 
 def sizes_of(settings: Mapping[str, Any]) -> Sizes | None:
-    """The sizes that a config.json tells; None where only the model itself can tell them."""
+    """Return the sizes by a config.json, or None where only the model itself can tell them."""
     kind = settings.get("model_type")
     if not isinstance(kind, str) or kind not in FORMULAS or _NESTED & settings.keys():
         return None
     try:
         return _gpt2(settings) if kind == "gpt2" else _decoder(_DECODERS[kind], settings)
-    except _Unsaid:
+    except _UnknownSize:
         return None
 
 
@@ -83,7 +83,7 @@ def _decoder(kind: _Decoder, settings: Mapping[str, Any]) -> Sizes:
     heads = _size(settings, "num_attention_heads")
     kv_heads = _size(settings, "num_key_value_heads", heads if kind.all_kv_heads else None)
     if hidden % heads or heads % kv_heads:
-        raise _Unsaid
+        raise _UnknownSize
     head_dim = _size(settings, "head_dim", None if kind.own_head_dim else hidden // heads)
 
     queries, keys = heads * head_dim, kv_heads * head_dim
@@ -121,9 +121,9 @@ def _gpt2(settings: Mapping[str, Any]) -> Sizes:
     positions = _size(settings, "n_positions")
     inner = 4 * hidden if settings.get("n_inner") is None else _size(settings, "n_inner")
     if hidden % heads or _GPT2_ALIASES & settings.keys():
-        raise _Unsaid
+        raise _UnknownSize
     if _flag(settings, "add_cross_attention", default=False):
-        raise _Unsaid
+        raise _UnknownSize
 
     linear = 4 * hidden * hidden + 2 * hidden * inner
     biases = 5 * hidden + inner
@@ -149,21 +149,21 @@ def _gpt2(settings: Mapping[str, Any]) -> Sizes:
 def _size(settings: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = settings.get(name, default)
     if type(value) is not int or value < 1:
-        raise _Unsaid
+        raise _UnknownSize
     return value
 
 
 def _flag(settings: Mapping[str, Any], name: str, *, default: bool) -> bool:
     value = settings.get(name, default)
     if not isinstance(value, bool):
-        raise _Unsaid
+        raise _UnknownSize
     return value
 
 
 def _architecture(settings: Mapping[str, Any], expected: str) -> str:
-    """The one that transformers builds for this type; another one is for it to judge."""
+    """Return the architecture that transformers builds for this type; any other is unknown."""
     if settings.get("architectures") not in (None, [], [expected]):
-        raise _Unsaid
+        raise _UnknownSize
     return expected
 
 
@@ -172,5 +172,5 @@ def _dtype(settings: Mapping[str, Any]) -> str:
     names = (settings.get("dtype"), settings.get("torch_dtype"))
     name = next((name for name in names if name is not None), "float32")
     if name not in _DTYPES:
-        raise _Unsaid
+        raise _UnknownSize
     return str(name)

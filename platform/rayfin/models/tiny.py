@@ -1,4 +1,4 @@
-"""A two-layer model with a byte tokenizer, made in milliseconds: for tests and dry runs."""
+"""A two-layer model with a byte tokenizer, built in milliseconds for tests and dry runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPECIAL_TOKENS = ("<|pad|>", "<|im_start|>", "<|im_end|>", "<|bos|>")
 
 
 def write_tiny(directory: Path, seed: int = 0) -> None:
-    """Writes a Llama of about 100,000 random weights, fixed by `seed`, and its tokenizer."""
+    """Write a Llama of about 100,000 random weights, determined by `seed`, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,7 +48,7 @@ def write_tiny(directory: Path, seed: int = 0) -> None:
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, then the special tokens: any text survives a round trip."""
+    """Return a tokenizer with a token for each byte and the special tokens, which is lossless."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

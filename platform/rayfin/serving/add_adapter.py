@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.adapters import AdapterVersion, Registry, check_alias, check_name
+from rayfin.adapters.fetch import fetch_adapter
 from rayfin.adapters.files import select_files
-from rayfin.adapters.incoming import incoming
 from rayfin.adapters.metadata import trusted_metadata
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import AdapterError
@@ -50,7 +50,7 @@ def add_adapter(
     if alias is not None:
         check_alias(alias)
     notes: list[str] = []
-    with incoming(source) as found:
+    with fetch_adapter(source) as found:
         told: dict[str, Any] = {"source": found.source}
         check = None
         if (found.directory / "adapter_config.json").exists():
@@ -77,6 +77,6 @@ def add_adapter(
         notes.append(f"left out, as no part of an adapter: {', '.join(left[:_SHOWN])}{more}")
     if not is_new:
         notes.append(f"already there as {version.ref} (same content); no version was made")
-    elif (other := registry.other_base(version)) is not None:
+    elif (other := registry.base_change_warning(version)) is not None:
         notes.append(other)
     return AddedAdapter(version, config, is_new, tuple(notes))

@@ -26,7 +26,7 @@ from rayfin.models import (
     dtype_on,
     hub_id,
     load_tokenizer,
-    skeleton,
+    meta_model,
 )
 from rayfin.serving.base_model import find_base
 from rayfin.serving.engine.adapter import check_type, read_adapter
@@ -98,7 +98,7 @@ def check_adapter(name: str, directory: Path, config: ServeConfig, told: Mapping
     `told` is what its rayfin.json is going to say.
     """
     source = AdapterSource(name, directory)
-    base, model, engine = base_of(config.model), _skeleton(config.model), config.engine
+    base, model, engine = base_of(config.model), _meta_model(config.model), config.engine
     if engine.type == "vllm":
         check_lora(source, base, linears_of(model), engine.max_rank, told)
     else:
@@ -191,9 +191,9 @@ class RefusalCheck:
 
 
 @lru_cache(maxsize=1)
-def _skeleton(model: ModelConfig) -> Any:
+def _meta_model(model: ModelConfig) -> Any:
     """Build the model without weights; that blocks a server's other Python threads for a moment."""
-    return skeleton(model)
+    return meta_model(model)
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from rayfin.adapters.served import ServedCatalog
+from rayfin.adapters.served_catalog import ServedCatalog
 from rayfin.config import load_serve_config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ModelError

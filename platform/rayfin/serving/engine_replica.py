@@ -10,7 +10,7 @@ from typing import Any
 
 import ray
 
-from rayfin.adapters.served import ServedCatalog
+from rayfin.adapters.served_catalog import ServedCatalog
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import RayfinError
 from rayfin.paths import Storage

@@ -31,7 +31,7 @@ def local_api(config: ServeConfig) -> Iterator[Endpoint]:
     """
     import uvicorn
 
-    from rayfin.adapters.served import ServedCatalog
+    from rayfin.adapters.served_catalog import ServedCatalog
     from rayfin.paths import Storage
     from rayfin.serving.api.app import create_app
     from rayfin.serving.compatibility import served_names

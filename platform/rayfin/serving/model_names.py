@@ -245,7 +245,7 @@ class ModelNames:
         return _named(version)
 
     def _unknown(self, ref: AdapterRef) -> AdapterNotFound:
-        if (told := self.catalog.stray(ref.name)) is not None:
+        if (told := self.catalog.unpublished_copy(ref.name)) is not None:
             return AdapterNotFound(f"adapter '{ref.name}': {self.public(told)}")
         # What is known may be a second old, and the name itself be gone since.
         near = did_you_mean(ref.name, {*self._known_names()} - {ref.name})

@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Any
 
 from rayfin.errors import Unavailable
-from rayfin.heartbeat import whereabouts
+from rayfin.heartbeat import thread_position
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class TimedExecutor:
         if len(stuck) < self._most_stuck:
             return None
         first = stuck[0]
-        where = whereabouts(first.thread)
+        where = thread_position(first.thread)
         return (
             f"{len(stuck)} reads of the storage hang, the first for {first.seconds:.0f} s "
             f"({first.what}), in {where}; mend the disk or network that it lies on"
@@ -210,7 +210,7 @@ class TimedExecutor:
                     continue
                 given_up, stuck = self._take_late()
             if stuck is not None:
-                where = whereabouts(stuck.thread)
+                where = thread_position(stuck.thread)
                 log.warning("%s, and that hangs for %.0f s: %s", stuck.what, stuck.seconds, where)
             for call, why in given_up:
                 # One that runs was told so when it began; one that waited may have been cancelled.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from rayfin.models import BASE_BITS, BASE_IDENTITY, Base
 from rayfin.models.ends import END_OF_TURN, Ends
 from rayfin.models.quiet import no_progress_bars
-from rayfin.objects import sum_of, sums_of
+from rayfin.objects import checksum_of, checksums_of
 from rayfin.paths import METADATA, StoragePath, digest_files, write_json
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def latest_checkpoint(location: StoragePath) -> Path | None:
     One whose files are not as they were written (a torn disk, a lost block) is passed over.
     """
     for checkpoint in reversed(_checkpoints(location)):
-        damaged = _damaged(checkpoint.path) if checkpoint.fetch() else "it is not whole"
+        damaged = _damaged(checkpoint.path) if checkpoint.download() else "it is not whole"
         if damaged is None:
             return checkpoint.path
         log.warning(
@@ -75,7 +75,9 @@ def _damaged(checkpoint: Path) -> str | None:
     """What is not as it was written, or None."""
     try:
         sums: dict[str, list[int]] = json.loads((checkpoint / _SUMS).read_text(encoding="utf-8"))
-        changed = (name for name, wanted in sums.items() if sum_of(checkpoint / name) != wanted)
+        changed = (
+            name for name, wanted in sums.items() if checksum_of(checkpoint / name) != wanted
+        )
         return next(changed, None)
     except (OSError, ValueError, AttributeError) as error:
         return str(error) or type(error).__name__
@@ -87,14 +89,14 @@ def publish_checkpoint(location: StoragePath, name: str) -> None:
     Where the newest turns out to be torn, the one before it is there.
     """
     staged, checkpoint = staging(location) / name, location / name
-    sums = sums_of(staged)
+    sums = checksums_of(staged)
     write_json(staged / _SUMS, sums)
     for path in sums:
         with (staged / path).open("rb") as written:
             os.fsync(written.fileno())
     shutil.rmtree(checkpoint.path, ignore_errors=True)
     staged.rename(checkpoint.path)
-    checkpoint.publish()
+    checkpoint.upload()
     # Of a later step there may be what a killed worker did not write to its end.
     others = [other for other in _checkpoints(location) if other != checkpoint]
     before = [other for other in others if _step(other.path.name) < _step(name) and other.exists()]

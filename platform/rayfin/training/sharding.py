@@ -34,7 +34,7 @@ _LIVE = 1e9
 """Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
 
 
-class Held(NamedTuple):
+class WorkerBytes(NamedTuple):
     """Bytes on a worker's device while it trains."""
 
     weights: float
@@ -45,7 +45,7 @@ class Held(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Whole:
+class UnshardedBytes:
     """A trial's numbers, before anything is shared."""
 
     linear: float
@@ -63,7 +63,7 @@ class Whole:
     @classmethod
     def of(
         cls, method: MethodConfig, facts: ModelFacts, strategy: Strategy, dtype: str, device: Device
-    ) -> Whole:
+    ) -> UnshardedBytes:
         """`dtype`: model.dtype."""
         width, bits = base_width(method, strategy, dtype, device), method.quantization_bit
         # LLM.int8() has a float32 scale for every row (arXiv:2208.07339).
@@ -96,9 +96,9 @@ def base_width(method: MethodConfig, strategy: Strategy, dtype: str, device: Dev
     return _FLOAT32 if device == "cpu" else 2
 
 
-def _ddp(whole: Whole, workers: int, offload: bool) -> Held:
+def _ddp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
     """Gradients are gathered in buckets beside them, where there is somebody to average with."""
-    return Held(
+    return WorkerBytes(
         whole.weights,
         0.0 if whole.full else _FLOAT32 * whole.trained,
         min(workers, 2) * _FLOAT32 * whole.trained,
@@ -106,7 +106,7 @@ def _ddp(whole: Whole, workers: int, offload: bool) -> Held:
     )
 
 
-def _fsdp(whole: Whole, workers: int, offload: bool) -> Held:
+def _fsdp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
     """A block at work and the next are gathered, and all that is in no block from first to last.
 
     A frozen base is gathered as it lies. What is trained is float32, and gathered as products take
@@ -115,14 +115,14 @@ def _fsdp(whole: Whole, workers: int, offload: bool) -> Held:
     here = 0 if offload else 1 / workers
     blocks = 2 * whole.linear / whole.layers
     if not whole.full:  # the adapter is whole everywhere, its gradients flat for the message
-        return Held(
+        return WorkerBytes(
             here * whole.weights + blocks + whole.rest,
             _FLOAT32 * whole.trained,
             2 * _FLOAT32 * whole.trained,
             _ADAMW_BYTES * whole.trained,
         )
     gathered = blocks + whole.rest
-    return Held(
+    return WorkerBytes(
         here * whole.weights + gathered * whole.computed / _FLOAT32,
         0.0,
         here * _FLOAT32 * whole.trained + gathered,
@@ -130,7 +130,7 @@ def _fsdp(whole: Whole, workers: int, offload: bool) -> Held:
     )
 
 
-def _zero(stage: int, whole: Whole, workers: int, offload: bool) -> Held:
+def _zero(stage: int, whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
     """The optimizer has float32 copies of its part beside AdamW's moments, for a step also of the
     gradients, which else are as products take them.
     """
@@ -142,12 +142,12 @@ def _zero(stage: int, whole: Whole, workers: int, offload: bool) -> Held:
         weights = (0.0 if offload else whole.weights / workers) + live
     if offload:
         gradients = gradients if stage == 1 else 0.0
-        return Held(weights, adapter, gradients + whole.bucket, 0.0)
+        return WorkerBytes(weights, adapter, gradients + whole.bucket, 0.0)
     gradients += whole.bucket + _FLOAT32 * part
-    return Held(weights, adapter, gradients, (_FLOAT32 + _ADAMW_BYTES) * part)
+    return WorkerBytes(weights, adapter, gradients, (_FLOAT32 + _ADAMW_BYTES) * part)
 
 
-_HELD: dict[Strategy, Callable[[Whole, int, bool], Held]] = {
+_HELD: dict[Strategy, Callable[[UnshardedBytes, int, bool], WorkerBytes]] = {
     "auto": _ddp,  # until it is chosen
     "ddp": _ddp,
     "fsdp": _fsdp,
@@ -157,6 +157,8 @@ _HELD: dict[Strategy, Callable[[Whole, int, bool], Held]] = {
 }
 
 
-def held(strategy: Strategy, whole: Whole, *, workers: int, offload: bool = False) -> Held:
+def held(
+    strategy: Strategy, whole: UnshardedBytes, *, workers: int, offload: bool = False
+) -> WorkerBytes:
     """What one of `workers` holds; `offload`: whether its own part is in host memory instead."""
     return _HELD[strategy](whole, workers, offload)

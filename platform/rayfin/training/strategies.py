@@ -16,7 +16,7 @@ from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.models import ModelFacts
-from rayfin.training.sharding import Whole, held
+from rayfin.training.sharding import UnshardedBytes, held
 from rayfin.training.strategy_files import deepspeed_settings, read_own
 
 STRATEGIES: dict[Strategy, str] = {
@@ -212,7 +212,7 @@ def choose(
     usable = [s for s in order if s in seen and refusal(s, method) is None]
     needs = {}
     for strategy in usable:
-        whole = Whole.of(method, facts, strategy, dtype, hardware.device)
+        whole = UnshardedBytes.of(method, facts, strategy, dtype, hardware.device)
         needs[strategy] = sum(held(strategy, whole, workers=workers))
     room = memory * _ROOM
     size = f"about {{:.1f}} GB of each worker's {memory / 1e9:.1f} GB"

@@ -20,7 +20,7 @@ from rayfin.heartbeat import beat, pause
 from rayfin.methods import attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
-from rayfin.paths import StoragePath, left_unfinished, write_directory_whole, write_text
+from rayfin.paths import StoragePath, unfinished_writes, write_directory_whole, write_text
 from rayfin.statuses import Status
 from rayfin.training.checkpoint import (
     clear_checkpoints,
@@ -101,7 +101,7 @@ def run_trial(
             trace = location / "error.txt"
             write_text(trace.path, "".join(traceback.format_exception(error)))
             if not isinstance(failure, StorageError):
-                trace.publish_file()
+                trace.upload_file()
         return TrialResult(
             status="oom" if isinstance(failure, TrialOutOfMemory) else "failed",
             scenario=scenario,
@@ -190,7 +190,7 @@ def _train(
             warned=warned,
         )
         if trainer.args.should_save:
-            for left in (staging(checkpoints), *left_unfinished(location.path / "adapter")):
+            for left in (staging(checkpoints), *unfinished_writes(location.path / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
         resumed = _resumed(checkpoints, trainer)
         if resumed is None:
@@ -198,7 +198,7 @@ def _train(
             initialize(model, spec, data, warm)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         adapter = _finish(trainer, model, tokenizer, data.ends, location, warm.origin(spec.model))
-        checkpoints.forget()
+        checkpoints.remove_local_copy()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
         changed = spec.method.alters_base or strategy.on_host
@@ -219,7 +219,7 @@ def _resumed(checkpoints: StoragePath, trainer: TrialTrainer) -> Path | None:
     if names[0] is None:
         return None
     checkpoint = checkpoints / names[0]
-    if not checkpoint.fetch():
+    if not checkpoint.download():
         raise StorageError(
             f"storage: this machine does not see '{checkpoint}', from which the trial's first "
             "worker goes on; give one that all nodes share"
@@ -250,8 +250,8 @@ def _finish(
                     save_adapter(model, tokenizer, temporary, ends, weights)
                     trainer.method.finish_saving(model, temporary)
                     vouch(temporary, origin, trainer.method.served_bits)
-                adapter.publish()
-                adapter.forget()
+                adapter.upload()
+                adapter.remove_local_copy()
     elif trainer.args.should_save:
         clear_checkpoints(location / "checkpoints")
     trainer.accelerator.wait_for_everyone()

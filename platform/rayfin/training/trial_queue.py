@@ -132,4 +132,4 @@ class TrialQueue:
 
 def _write(held: StoragePath, placement_groups: list[str]) -> None:
     write_json(held.path, placement_groups)
-    held.publish_file()
+    held.upload_file()

@@ -27,7 +27,7 @@ from rayfin.config import DataConfig
 from rayfin.config import ScalingConfig as ScalingSettings
 from rayfin.data import Corpus
 from rayfin.errors import StorageError, TrialError, TrialHung
-from rayfin.heartbeat import busy, last_words
+from rayfin.heartbeat import busy, hang_position
 from rayfin.paths import StoragePath
 from rayfin.statuses import SCORED, Status
 from rayfin.training.member import trace_of, work
@@ -166,7 +166,7 @@ class WorkerGroup:
     def _last_words(self, job: Job) -> str | None:
         """Where a worker stood that hung and had to be ended from outside; None where none was."""
         for rank in range(self._group.size):
-            if (where := last_words(trace_of(job, rank))) is not None:
+            if (where := hang_position(trace_of(job, rank))) is not None:
                 return f"worker {rank}: {TrialHung.ended_at(where)}"
         return None
 
@@ -233,7 +233,7 @@ def give_back(held: StoragePath) -> None:
     program ends, and the next group would wait until then.
     """
     with suppress(StorageError):  # what this machine has written is here
-        held.fetch_file()
+        held.download_file()
     with suppress(FileNotFoundError, StorageError):
         for name in json.loads(held.path.read_text()):
             # In a Ray of another time there is none of this name, which is no error.

@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from rayfin.errors import ConfigError, StorageError
 from rayfin.history.driver import has_ended, this_driver
-from rayfin.objects import Objects
+from rayfin.objects import ObjectPath
 from rayfin.paths import StoragePath, write_json
 
 _RENEWED_EVERY = 20.0
@@ -64,7 +64,7 @@ def alone(location: StoragePath, what: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def _alone_in_bucket(
-    drivers: Objects, driver: Mapping[str, Any], what: str, remedy: str
+    drivers: ObjectPath, driver: Mapping[str, Any], what: str, remedy: str
 ) -> Iterator[None]:
     """Keeps a file among those of all drivers, renews it, and gives way to any other that is fresh.
 
@@ -83,7 +83,7 @@ def _alone_in_bucket(
 
     own.write(contents)
     try:
-        written = drivers.written()
+        written = drivers.modification_times()
         now = max(written.values(), default=0.0)
         for other, at in written.items():
             if other == name or (told := (drivers / other).read()) is None:  # it has just left

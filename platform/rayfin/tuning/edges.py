@@ -33,7 +33,7 @@ def edge_notes(space: SearchSpace, rows: Sequence[TrialRecord]) -> list[str]:
     for axis, choices in space.axes.items():
         sides = [_side(choices, space.values_in(row.spec).get(axis)) for row in best]
         side, count = sides[0], sides.count(sides[0])
-        if side is None or 2 * count <= len(best) or not _goes_on(space, best[0], axis, side):
+        if side is None or 2 * count <= len(best) or not _continues(space, best[0], axis, side):
             continue
         who = "both of the 2" if count == len(best) == 2 else f"{count} of the {len(best)}"
         edge = f"{_end(choices, side):.3g}"
@@ -79,7 +79,7 @@ def _end(choices: Any, side: str) -> float:
     return float(max(choices) if side == "upper" else min(choices))
 
 
-def _goes_on(space: SearchSpace, best: TrialRecord, axis: str, side: str) -> bool:
+def _continues(space: SearchSpace, best: TrialRecord, axis: str, side: str) -> bool:
     """Whether the configuration takes a value a little beyond the edge."""
     choices = space.axes[axis]
     end = _end(choices, side)

@@ -64,7 +64,7 @@ class SweepPlan:
         """Write the resolved configuration, by which `find_resumable` knows the sweep again."""
         file = self.location / _CONFIG
         write_text(file.path, dump_yaml(self.config))
-        file.publish_file()
+        file.upload_file()
 
     def trial(self, values: Values) -> PlannedTrial:
         """Return the trial at one point: the same one for the same point, in any process."""
@@ -117,7 +117,7 @@ def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
     for name in sorted(names, reverse=True):
         file = sweeps / name / _CONFIG
         try:
-            if file.fetch_file() and _what(load_config(file.path)) == _what(config):
+            if file.download_file() and _what(load_config(file.path)) == _what(config):
                 return SweepPlan(name, config, storage)
         except RayfinError:
             continue  # another version's sweep: not this command's

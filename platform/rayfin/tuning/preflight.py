@@ -13,7 +13,7 @@ from rayfin.data import Corpus, check_lengths, needs_length_check
 from rayfin.errors import MethodError
 from rayfin.hardware import describe_hardware
 from rayfin.methods import linear_names
-from rayfin.models import check_model, load_tokenizer, max_positions, skeleton, weight_names
+from rayfin.models import check_model, load_tokenizer, max_positions, meta_model, weight_names
 from rayfin.tuning.plan import SweepPlan
 
 
@@ -53,7 +53,7 @@ def _check_modules(config: Config) -> None:
             continue
         if not _without_a_match(names, weight_names(config.model)):
             continue
-        base = skeleton(config.model)
+        base = meta_model(config.model)
         modules = [name for name, module in base.named_modules() if hasattr(module, "weight")]
         if unknown := _without_a_match(names, modules):
             raise MethodError(
@@ -61,7 +61,7 @@ def _check_modules(config: Config) -> None:
                 f"its linear modules are {', '.join(linear_names(base))}, or use all-linear"
             )
     if config.method.depends_on_base:
-        config.method.check_base(skeleton(config.model))
+        config.method.check_base(meta_model(config.model))
 
 
 def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:

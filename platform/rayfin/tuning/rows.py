@@ -11,9 +11,9 @@ from datetime import datetime
 from typing import Any
 
 from rayfin.errors import StorageError, TrialHung
-from rayfin.heartbeat import last_words
+from rayfin.heartbeat import hang_position
 from rayfin.history import History, TrialRecord, now
-from rayfin.history.driver import DRIVER, this_driver, undriven
+from rayfin.history.driver import DRIVER, this_driver, without_driver
 from rayfin.history.versions import package_versions
 from rayfin.paths import StoragePath
 from rayfin.statuses import Status
@@ -144,7 +144,7 @@ def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
         status=status,
         metrics=metrics or row.metrics,
         curve=[p for p in outcome["curve"] if all(map(_sound, p.values()))] or row.curve,
-        scenario=(outcome["scenario"] or undriven(row)) | driver,
+        scenario=(outcome["scenario"] or without_driver(row)) | driver,
         error=error,
     )
 
@@ -154,7 +154,7 @@ def died(row: TrialRecord, reason: str | None) -> TrialRecord:
     text = _COLOUR.sub("", reason or "its process ended")
     if (hung := _HUNG.search(text)) is not None:
         return ended(row, "failed", hung.group(1))
-    if (where := last_words(row.trial_id)) is not None:
+    if (where := hang_position(row.trial_id)) is not None:
         return ended(row, "failed", str(TrialHung.ended_at(where)))
     if not any(words in text for words in (MEMORY_MONITOR, "OutOfMemoryError")):
         return ended(row, "failed", f"worker process died: {_gist(text)}")
@@ -164,7 +164,7 @@ def died(row: TrialRecord, reason: str | None) -> TrialRecord:
 
 def ended(row: TrialRecord, status: Status, error: str | None = None) -> TrialRecord:
     """Return the row of a trial that ended without an outcome of its own."""
-    return row.updated(status=status, error=error, scenario=undriven(row))
+    return row.updated(status=status, error=error, scenario=without_driver(row))
 
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")

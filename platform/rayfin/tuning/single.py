@@ -12,7 +12,7 @@ from rayfin.errors import HardwareError, HistoryError, StorageError, TrialHung
 from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.heartbeat import busy, watched
 from rayfin.history import History, TrialRecord
-from rayfin.history.driver import interrupted, note_lost
+from rayfin.history.driver import interrupted, mark_lost_trials
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.combination import check_combination
@@ -75,7 +75,7 @@ def _train(
         data = TrialSpec.of(config).data
         plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(data)
     check_run(plan, [config], cluster)
-    note_lost(history)
+    mark_lost_trials(history)
     for note in plan.notes:
         show(note)
     trial = plan.trial({})

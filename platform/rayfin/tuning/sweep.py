@@ -10,7 +10,7 @@ from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
-from rayfin.history.driver import note_lost
+from rayfin.history.driver import mark_lost_trials
 from rayfin.paths import Storage, StoragePath
 from rayfin.statuses import ENDED, SCORED, UNFINISHED
 from rayfin.tuning.alone import alone
@@ -91,7 +91,7 @@ def run_sweep(
     otherwise = "wait for its end, or leave --resume out to start another"
     with alone(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
         # Not before: another driver may have gone on with this sweep until now.
-        note_lost(history)
+        mark_lost_trials(history)
         rows = history.trials(sweep_id=plan.sweep_id)
         _check_unchanged(plan, rows)
         plan.save()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rayfin.adapters import Registry
-from rayfin.adapters.served import ServedCatalog
+from rayfin.adapters.served_catalog import ServedCatalog
 from rayfin.cli import main
 from rayfin.config.schema import ModelConfig
 from rayfin.models import base_of
@@ -170,15 +170,23 @@ def test_what_cannot_be_served_is_not_published(
     (pickled / "adapter_model.safetensors").write_bytes(b"\x80\x04K\x01.")
     bare = damaged("bare")
     (bare / "adapter_model.safetensors").unlink()
-    other_base = damaged("other-base")
-    config = json.loads((other_base / "adapter_config.json").read_text())
+    base_change_warning = damaged("other-base")
+    config = json.loads((base_change_warning / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "another/base"
     config["r"] = 10**6
-    (other_base / "adapter_config.json").write_text(json.dumps(config))
+    (base_change_warning / "adapter_config.json").write_text(json.dumps(config))
     linked = damaged("linked")
     (linked / "adapter_config.json").unlink()
     (linked / "adapter_config.json").symlink_to(good / "adapter_config.json")
-    for path in (pickled, bare, other_base, linked, tmp_path / "missing", "/", "/a" * 2500):
+    for path in (
+        pickled,
+        bare,
+        base_change_warning,
+        linked,
+        tmp_path / "missing",
+        "/",
+        "/a" * 2500,
+    ):
         response = load(server, "bad", path)
         assert response.status_code == 400, (path, response.text)
         error = response.json()["error"]

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from rayfin.adapters import Registry
-from rayfin.adapters.served import ServedCatalog
+from rayfin.adapters.served_catalog import ServedCatalog
 from rayfin.errors import AdapterError, StorageError, Unavailable
 from rayfin.serving.api import service
 from rayfin.serving.engine import engine as engine_module

@@ -12,7 +12,7 @@ from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import EngineFailed, Overloaded, RequestError
 from rayfin.hardware import describe_hardware
-from rayfin.heartbeat import beat, pause, silence, whereabouts
+from rayfin.heartbeat import beat, pause, seconds_silent, thread_position
 from rayfin.models import base_of, load_base, load_tokenizer
 from rayfin.models.ends import end_token_ids
 from rayfin.serving.engine.adapter import read_adapter
@@ -108,9 +108,9 @@ class Engine:
             return f"the engine has failed ({type(self.failure).__name__})"
         if self._thread is None or not self._thread.is_alive():
             return "the engine's thread has ended"
-        seconds, doing = silence(self._thread.ident or 0)
+        seconds, doing = seconds_silent(self._thread.ident or 0)
         if seconds > self.config.step_seconds:
-            where = whereabouts(self._thread.ident or 0)
+            where = thread_position(self._thread.ident or 0)
             return f"{doing} has taken {seconds:.0f} s (engine.step_seconds), in {where}"
         return self._host.health_problem
 

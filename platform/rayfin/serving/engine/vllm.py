@@ -18,8 +18,8 @@ from typing import Any
 from rayfin.config.schema import ModelConfig
 from rayfin.config.serving import EngineConfig
 from rayfin.errors import EngineFailed, RayfinError
-from rayfin.heartbeat import silence
-from rayfin.models import base_of, load_tokenizer, skeleton
+from rayfin.heartbeat import seconds_silent
+from rayfin.models import base_of, load_tokenizer, meta_model
 from rayfin.models.ends import end_token_ids
 from rayfin.serving.engine.config_checks import check_length
 from rayfin.serving.engine.detokenize import special_tokens
@@ -73,7 +73,7 @@ class VllmEngine:
         self._ends = end_token_ids(model, self.tokenizer)
         self._special_tokens = special_tokens(self.tokenizer)
         self._base = base_of(model)
-        bare = skeleton(model)
+        bare = meta_model(model)
         self._linears = linears_of(bare)
         self._vocabulary: int = bare.config.get_text_config().vocab_size
         self._arguments = vllm_arguments(model, config)
@@ -106,7 +106,7 @@ class VllmEngine:
             return f"vLLM has failed ({type(self.failure).__name__})"
         if self._backend is None or not self._thread.is_alive():
             return "the engine's thread has ended"
-        seconds, doing = silence(self._thread.ident or 0)
+        seconds, doing = seconds_silent(self._thread.ident or 0)
         if seconds > self.config.step_seconds:
             return f"{doing} has taken {seconds:.0f} s (engine.step_seconds)"
         return self._adapters.health_problem

@@ -1,7 +1,7 @@
-"""Adapters from elsewhere: a directory, a ZIP file or a hub id becomes a directory to read.
+"""Fetch an adapter from a directory, a ZIP file or the hub, as a directory to read.
 
-A ZIP file is anybody's: its table is judged before a byte is unpacked, and of what it holds only an
-adapter's own files are written, to names that are ours.
+A ZIP file is not trusted: its table of contents is checked before a byte is unpacked, and only an
+adapter's own files are written, under fixed names.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rayfin.adapters.files import (
     CONFIGS,
     MAX_JSON_BYTES,
     READ_AS_JSON,
-    belonging,
+    adapter_files,
     storage_errors,
 )
 from rayfin.errors import AdapterError
@@ -34,9 +34,9 @@ from rayfin.models.quiet import no_progress_bars
 MAX_ENTRIES = 10_000
 """The most files and directories that a ZIP file may have."""
 MAX_TABLE_BYTES = 4 * 2**20
-"""The largest table of contents of a ZIP file that is read; it lies in the file uncompressed."""
+"""The largest table of contents of a ZIP file that is read, in bytes; it is uncompressed."""
 MAX_BYTES = 16 * 2**30
-"""The most that a ZIP file may unpack to, or that is downloaded of an adapter on the hub."""
+"""The most bytes that a ZIP file may unpack to, or that are downloaded of an adapter."""
 # What zipfile and its decompressors raise for a file that isn't as its headers say.
 _DAMAGED = (
     zipfile.BadZipFile,
@@ -52,19 +52,19 @@ _END, _END64, _LOCATOR = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
 @dataclass(frozen=True)
-class Incoming:
-    """A directory to publish from, for as long as its context lasts."""
+class FetchedAdapter:
+    """A directory to publish an adapter from, which lasts as long as its context."""
 
     directory: Path
     source: str
-    """The source as the user wrote it; with the commit where it is on the hub, `hf:ID@COMMIT`."""
+    """The source as the user wrote it, or `hf:ID@COMMIT` for the hub."""
     left_out: tuple[str, ...]
-    """The names of the files there that are no part of an adapter, sorted."""
+    """The names of the files that are not part of an adapter, sorted."""
 
 
 @contextmanager
-def incoming(source: str) -> Iterator[Incoming]:
-    """Yields the adapter at `source`; raises AdapterError for what is none, or can't be had."""
+def fetch_adapter(source: str) -> Iterator[FetchedAdapter]:
+    """Yield the adapter at `source`; raises AdapterError where there is none, or none to be had."""
     try:
         path = Path(source).expanduser()
         is_directory = path.is_dir()
@@ -79,7 +79,7 @@ def incoming(source: str) -> Iterator[Incoming]:
             names = sorted(entry.name for entry in path.iterdir())
         if not set(CONFIGS) & set(names) and (path / "adapter" / CONFIGS[0]).is_file():
             raise AdapterError(f"'{path}' is a trial's directory; give its adapter, {path}/adapter")
-        yield Incoming(path, source, _left_out(names))
+        yield FetchedAdapter(path, source, _left_out(names))
     elif path.is_file():
         if not zipfile.is_zipfile(path):
             raise AdapterError(
@@ -88,7 +88,7 @@ def incoming(source: str) -> Iterator[Incoming]:
             )
         with tempfile.TemporaryDirectory(prefix="rayfin-adapter-") as own:
             left = _unpack(path, Path(own))
-            yield Incoming(Path(own), source, left)
+            yield FetchedAdapter(Path(own), source, left)
     elif hub_id(source) == source:
         yield _from_hub(source)
     else:
@@ -99,7 +99,7 @@ def incoming(source: str) -> Iterator[Incoming]:
 
 
 def _left_out(names: list[str]) -> tuple[str, ...]:
-    kept = set(belonging(names)) | {"rayfin.json"}
+    kept = set(adapter_files(names)) | {"rayfin.json"}
     return tuple(name for name in names if name not in kept)
 
 
@@ -107,7 +107,7 @@ def _left_out(names: list[str]) -> tuple[str, ...]:
 
 
 def _unpack(path: Path, target: Path) -> tuple[str, ...]:
-    """Writes the adapter in a ZIP file to `target`; returns the names of what it leaves out."""
+    """Unpack the adapter in a ZIP file to `target`; return the names of what is left out."""
     try:
         with path.open("rb") as file:
             _check_table(path, file)
@@ -120,7 +120,7 @@ def _unpack(path: Path, target: Path) -> tuple[str, ...]:
                     if name.startswith(folder)
                 }
                 names = sorted(name for name in inside if "/" not in name)
-                for name in [*belonging(names), *({"rayfin.json"} & set(names))]:
+                for name in [*adapter_files(names), *({"rayfin.json"} & set(names))]:
                     with archive.open(inside[name]) as packed, (target / name).open("xb") as out:
                         _copy(packed, out, inside[name].file_size, f"'{name}' in '{path}'")
     except _DAMAGED as error:
@@ -132,12 +132,12 @@ def _unpack(path: Path, target: Path) -> tuple[str, ...]:
         raise AdapterError(f"'{path}' can't be unpacked ({reason}); unpack it yourself") from error
     told = {name.partition("/")[0] for name in entries if not folder}
     told |= {name for name in entries if folder and not name.startswith(folder)}
-    kept = {*belonging(names), "rayfin.json"}
+    kept = {*adapter_files(names), "rayfin.json"}
     return tuple(sorted((told | set(names)) - kept))
 
 
 def _check_table(path: Path, file: BinaryIO) -> None:
-    """Raises AdapterError for a table too large to be read: zipfile would hold all of it."""
+    """Raise AdapterError for a too large table of contents, all of which zipfile would hold."""
     size = file.seek(0, 2)
     start = max(0, size - 2**16 - 22)
     file.seek(start)
@@ -161,10 +161,10 @@ def _check_table(path: Path, file: BinaryIO) -> None:
 
 
 def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, zipfile.ZipInfo]:
-    """Returns normalised name -> entry for all files.
+    """Return the entries of all files by their normalised names.
 
-    Raises AdapterError where one could lead out or is larger than what is read of its kind, and
-    where all together are too large.
+    Raises AdapterError for an entry that leads out of the directory or is too large for its kind,
+    and where all entries together are too large.
     """
     if len(entries) > MAX_ENTRIES:
         raise AdapterError(
@@ -216,7 +216,7 @@ def _checked(path: Path, entries: list[zipfile.ZipInfo]) -> dict[str, zipfile.Zi
 
 
 def _folder(path: Path, files: Iterable[str]) -> str:
-    """Returns the adapter's directory in the ZIP file, with its slash; empty for the top."""
+    """Return the adapter's directory in the ZIP file with a slash, or '' for the top."""
     names = [PurePosixPath(name) for name in files]
     for config in CONFIGS:
         found = sorted(
@@ -238,7 +238,7 @@ def _folder(path: Path, files: Iterable[str]) -> str:
 
 
 def _copy(packed: Any, out: BinaryIO, announced: int, what: str) -> None:
-    """Copies a file; raises AdapterError where the data hold more than was announced."""
+    """Copy a file; raises AdapterError where it is longer than announced."""
     left = announced
     while block := packed.read(min(2**20, left + 1)):
         left -= len(block)
@@ -250,8 +250,8 @@ def _copy(packed: Any, out: BinaryIO, announced: int, what: str) -> None:
 # --- the hub ------------------------------------------------------------------------------------
 
 
-def _from_hub(name: str) -> Incoming:
-    """Returns an adapter of the Hugging Face hub, downloaded or from the hub's cache."""
+def _from_hub(name: str) -> FetchedAdapter:
+    """Return an adapter of the Hugging Face hub, downloaded or from the hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
 
     sizes: list[int] = []
@@ -259,7 +259,7 @@ def _from_hub(name: str) -> Incoming:
     def look() -> None:
         info = HfApi().model_info(name, files_metadata=True, timeout=hub.SECONDS)
         files = {one.rfilename: one.size or 0 for one in info.siblings or ()}
-        sizes.append(sum(files[one] for one in belonging(list(files))))
+        sizes.append(sum(files[one] for one in adapter_files(list(files))))
 
     failure = hub.ask(look)
     if sizes and sizes[0] > MAX_BYTES:
@@ -294,5 +294,5 @@ def _from_hub(name: str) -> Incoming:
     return _downloaded(name, found)
 
 
-def _downloaded(name: str, snapshot: Path) -> Incoming:
-    return Incoming(snapshot, f"hf:{name}@{snapshot.name}", ())
+def _downloaded(name: str, snapshot: Path) -> FetchedAdapter:
+    return FetchedAdapter(snapshot, f"hf:{name}@{snapshot.name}", ())

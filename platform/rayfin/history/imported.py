@@ -1,4 +1,4 @@
-"""What the readers of other programs' results share: names, identity, time."""
+"""Make records of trials that other programs ran: names, identity, time."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from rayfin.statuses import Status
 
 
 def method_name(name: str) -> str:
-    """`P-Tuning` -> `p_tuning`; the name of a method that rayfin does not have stays its own."""
+    """Return rayfin's name of a method (`P-Tuning` is `p_tuning`), or an unknown name as it is."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.strip().lower()).strip("_")
     return next((own for own, it in METHODS.items() if plain in it.aliases), plain)
 
 
 def ran_out_of_memory(message: str) -> bool:
+    """Whether an error message says that memory ran out."""
     return "out of memory" in message.lower() or "outofmemory" in message.lower()
 
 
 def parse_time(text: str) -> datetime:
-    """An ISO 8601 time; without a zone it is UTC. Raises ValueError."""
+    """Parse an ISO 8601 time, which is UTC if it has no zone; raises ValueError."""
     time = datetime.fromisoformat(text)
     return time.replace(tzinfo=UTC) if time.tzinfo is None else time
 
 
-def imported(
+def imported_record(
     source: str,
     content: Any,
     *,
@@ -41,10 +42,10 @@ def imported(
     scenario: Mapping[str, Any],
     **fields: Any,
 ) -> TrialRecord:
-    """The record of a trial that another program ran.
+    """Return the record of a trial that another program ran.
 
-    `content` is what the file says of it: its digest is the trial's id, so that the same result
-    is the same trial however often, and from whatever file, it is imported.
+    `content` is what the file says of the trial. Its digest is the trial's id, so that the same
+    result is the same trial, however often and from whatever file it is imported.
     """
     return TrialRecord(
         trial_id=f"{source}-{_digest(content)}",

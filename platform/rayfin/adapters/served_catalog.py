@@ -1,4 +1,4 @@
-"""The registry as a deployment reads it: one that has gone is an error, and not an empty one."""
+"""The registry as a deployment reads it: one that disappears is an error, not an empty one."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rayfin.errors import StorageError
 
 
 class ServedCatalog(Catalog):
-    """A catalog that raises StorageError where its registry has gone, as with a disk.
+    """A catalog that raises StorageError where its registry has disappeared, with its disk say.
 
-    A registry that is there has its lock file, as every writer makes it and `make` does. A
-    directory without one is where a disk was mounted.
+    A registry that exists has a lock file, which every writer and `make` create. A directory
+    without one is taken for the mount point of a missing disk.
     """
 
     def make(self) -> None:
-        """Makes the registry where there is none yet, for whoever is about to serve it."""
+        """Create the registry where there is none yet, before it is served."""
         with storage_errors(f"registry '{self.root}'"):
             self.root.mkdir(parents=True, exist_ok=True)
             lock = self.root / LOCK
@@ -38,7 +38,7 @@ class ServedCatalog(Catalog):
         return found
 
     def check(self) -> None:
-        """Raises StorageError where the registry isn't there."""
+        """Raise StorageError where the registry does not exist."""
         stays = "what was loaded before stays"
         try:
             with storage_errors(f"registry '{self.root}'"):
