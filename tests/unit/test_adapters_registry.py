@@ -33,14 +33,14 @@ def source(tmp_path: Path) -> Path:
     (trained / "tokenizer.json").write_text("{}")
     (trained / "tokenizer_config.json").write_text("{}")
     (trained / "chat_template.jinja").write_text("{{ messages }}")
-    for unpublished_copy in (
+    for stray in (
         "optimizer.pt",
         "tokenizer.pkl",
         "training_args.bin",
         "README.md",
         ".hidden",
     ):
-        (trained / unpublished_copy).write_text("stray")
+        (trained / stray).write_text("stray")
     return trained
 
 

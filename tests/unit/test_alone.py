@@ -151,7 +151,7 @@ def test_in_a_bucket_a_driver_of_this_machine_that_was_killed_bars_nobody(
 def test_in_a_bucket_who_comes_while_another_looks_gives_way(
     bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here, written, came = StoragePath.at(bucket), ObjectPath.written, []
+    here, written, came = StoragePath.at(bucket), ObjectPath.modification_times, []
     monkeypatch.setenv("RAYFIN_CACHE", str(tmp_path / "there"))
     there = StoragePath.at(bucket)
 
@@ -162,7 +162,7 @@ def test_in_a_bucket_who_comes_while_another_looks_gives_way(
                 pass
         return written(drivers)
 
-    monkeypatch.setattr(ObjectPath, "written", other_comes_first)
+    monkeypatch.setattr(ObjectPath, "modification_times", other_comes_first)
     with alone(here, "", ""):
         assert came
 

@@ -108,7 +108,7 @@ def test_what_is_done_in_bulk_gets_on_while_the_process_reads_or_writes(
     minutes: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moved = [0]
-    monkeypatch.setattr(heartbeat, "_moved", lambda: moved[0])
+    monkeypatch.setattr(heartbeat, "_work_done", lambda: moved[0])
 
     def moves(by: int) -> Callable[[], None]:
         return lambda: moved.__setitem__(0, moved[0] + by)

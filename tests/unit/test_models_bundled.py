@@ -27,7 +27,7 @@ def build(directory):
     print("building", flush=True)
     sys.stdin.readline()
 
-bundled.BUNDLED = {"tiny": bundled.Bundled(bundled.BUNDLED["tiny"].version, build)}
+bundled.BUNDLED = {"tiny": bundled.BundledModel(bundled.BUNDLED["tiny"].version, build)}
 print(bundled.bundled_directory("tiny"), flush=True)
 """
 
