@@ -291,7 +291,8 @@ from rayfin.advisor import knowledge
 knowledge._reference, knowledge._reference_notes = (lambda: b""), dict
 with History.open(sys.argv[1], create=False) as history:
     for _ in range(5):
-        found = knowledge._CachedKnowledge(Path(sys.argv[2])).renew(history, [*history.mark(), "", 0, 0])
+        cached = knowledge._CachedKnowledge(Path(sys.argv[2]))
+        found = cached.renew(history, [*history.mark(), "", 0, 0])
         print(len(found.ids))
 """
 

@@ -120,7 +120,7 @@ def memory_savings(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict
     four = {"method.quantization_bit": 4}
     free = not method.quantization_bit and not four.keys() & fixed.keys()
     if method.quantized_base and free:
-        quantized = changed(option, four).config.method
+        quantized = with_changes(option, four).config.method
         if not any(quantized.refusals(train.max_steps)):  # as of PiSSA, which needs whole weights
             bits.append(four)
     recomputed: list[dict[str, Any]] = [{}]

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from rayfin.config.problems import describe, shown, swept_methods
-from rayfin.config.scalars import load_yaml, typed, typed_override, wanted_at
+from rayfin.config.scalars import load_yaml, setting_type, typed, typed_override
 from rayfin.config.schema import Config
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import ConfigError
@@ -196,7 +196,7 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     *sections, leaf = key.split(".")
     for length in range(1, len(sections) + 1):
         # Keys of some settings are dotted names themselves: an axis, or a module with its rank.
-        wanted = wanted_at(Config, ".".join(sections[:length]))
+        wanted = setting_type(Config, ".".join(sections[:length]))
         if wanted.axes or wanted.values is not None:
             sections, leaf = sections[:length], ".".join(key.split(".")[length:])
             break
