@@ -206,7 +206,7 @@ def test_limits_of_another_version_and_a_look_that_hangs_do_no_harm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """While the deployment is updated, another version publishes other fields."""
-    monkeypatch.setattr(proxy_module, "_LOOK_SECONDS", -1.0)  # every request is a reason to look
+    monkeypatch.setattr(proxy_module, "_REFRESH_SECONDS", -1.0)  # every request is a reason to read
     leave, looks = threading.Event(), 0
 
     def look() -> dict[str, Any]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
 
-Engine = Literal["transformers", "vllm"]
+EngineType = Literal["transformers", "vllm"]
 Batches = Callable[[int], "Iterator[dict[str, torch.Tensor]]"]
 """Takes a number of labelled tokens, and returns endless padded batches of the training's samples
 from the first on, each with as many such tokens at least."""
@@ -67,7 +67,7 @@ class MethodConfig(Section):
     gradient_checkpointing: ClassVar[bool]
     merging: ClassVar[bool]
     """The adapter can be folded into the base model's weights."""
-    engines: ClassVar[tuple[Engine, ...]]
+    engines: ClassVar[tuple[EngineType, ...]]
     """Serving engines that can answer with it."""
     rate: ClassVar[Rate]
     """The learning rate to start from, with its source."""

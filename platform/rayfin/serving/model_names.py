@@ -139,7 +139,7 @@ class ModelNames:
             ) from error
 
     def held(self, model: str) -> ResolvedModel | None:
-        """Return what `resolve` would, where that takes no look at the registry; else None."""
+        """Return what `resolve` would, where that takes no reading of the registry; else None."""
         ref = self.parse(model)
         if ref is None:
             return self._base
@@ -159,7 +159,7 @@ class ModelNames:
             return self._base
         self._held.pop(ref, None)
         now = self._clock()
-        named = self._look(ref)
+        named = self._read_registry(ref)
         if len(self._held) >= _MAX_REMEMBERED:
             self._held.clear()
         self._held[ref] = (now, named)
@@ -231,7 +231,7 @@ class ModelNames:
             return Refusal("called as the base is", error)
         return self._refusal(version)
 
-    def _look(self, ref: AdapterRef) -> ResolvedModel:
+    def _read_registry(self, ref: AdapterRef) -> ResolvedModel:
         if not self.catalog.versions(ref.name):
             raise self._unknown(ref)
         try:

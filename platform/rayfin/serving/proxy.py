@@ -42,8 +42,8 @@ ENVIRONMENT = {
 LIMITS = "limits"
 """The key under which an API replica leaves the deployment's limits for the proxies."""
 
-_LOOK_SECONDS = 5.0
-_FIRST_LOOK_SECONDS = 2.0
+_REFRESH_SECONDS = 5.0
+_FIRST_READ_SECONDS = 2.0
 _UPLOAD_BYTES = 512 * 2**20
 """The most memory that all bodies that are coming in may take."""
 _FEWEST_UPLOADS = 64
@@ -73,7 +73,7 @@ def middlewares() -> list[Middleware]:
     """
     # Serve names no protocol to uvicorn, which takes its default.
     use_protocol("rayfin.serving.connections:BoundedProtocol")
-    return [Middleware(ProxyMiddleware, look=lambda: kv_store.get(LIMITS))]
+    return [Middleware(ProxyMiddleware, read_limits=lambda: kv_store.get(LIMITS))]
 
 
 @dataclass(frozen=True)
@@ -118,15 +118,15 @@ class _Upload:
 class ProxyMiddleware:
     """ASGI middleware in front of Serve's proxy, or of the API itself.
 
-    `look` returns the limits (the fields of `ClientLimits`; None where nobody has written them
-    yet). It may take its time or raise.
+    `read_limits` returns the fields of `ClientLimits`, or None where nobody has written them yet.
+    It may take its time or raise.
     """
 
-    def __init__(self, app: ASGIApp, look: Callable[[], Mapping[str, Any] | None]) -> None:
-        self._app, self._look = app, look
+    def __init__(self, app: ASGIApp, read_limits: Callable[[], Mapping[str, Any] | None]) -> None:
+        self._app, self._read_limits = app, read_limits
         self._limits = ClientLimits.of(ApiConfig())
-        self._looked_at = 0.0
-        self._looking: asyncio.Task[None] | None = None
+        self._read_at = 0.0
+        self._reading: asyncio.Task[None] | None = None
         self._uploads: FairLimiter[_Upload] = FairLimiter(0, 0, _GRACE_SECONDS)
         self._apply(self._limits)
 
@@ -215,19 +215,19 @@ class ProxyMiddleware:
     # --- limits -------------------------------------------------------------------------------
 
     async def _refresh(self) -> None:
-        """Waits for the first look; later ones go on beside the requests, one at a time."""
-        first, now = self._looking is None, time.monotonic()
-        if self._looking is None or (
-            self._looking.done() and now - self._looked_at > _LOOK_SECONDS
+        """Wait for the first reading of the limits; later ones don't keep requests waiting."""
+        first, now = self._reading is None, time.monotonic()
+        if self._reading is None or (
+            self._reading.done() and now - self._read_at > _REFRESH_SECONDS
         ):
-            self._looked_at = now
-            self._looking = asyncio.create_task(self._look_up())
+            self._read_at = now
+            self._reading = asyncio.create_task(self._read())
         if first:
-            await asyncio.wait([self._looking], timeout=_FIRST_LOOK_SECONDS)
+            await asyncio.wait([self._reading], timeout=_FIRST_READ_SECONDS)
 
-    async def _look_up(self) -> None:
+    async def _read(self) -> None:
         try:
-            found = await asyncio.to_thread(self._look) or {}
+            found = await asyncio.to_thread(self._read_limits) or {}
             # Another version of rayfin, whose replicas are being replaced, may say more or less.
             known = {
                 each.name: found[each.name] for each in fields(ClientLimits) if each.name in found

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _PERIOD = 1.0
 _CLOSING_SECONDS = 5.0
 _READ_SECONDS = 10.0
-"""Time for a look at the registry; a disk that takes longer is as good as away."""
+"""Time for reading the registry; a disk that takes longer is as good as away."""
 
 
 class ReplicaCleanup:
@@ -32,14 +32,14 @@ class ReplicaCleanup:
     def __init__(self, engine: Engine | VllmEngine, catalog: Catalog) -> None:
         self._engine, self._catalog = engine, catalog
         self._away = False
-        self._reads = TimedExecutor("follower", threads=1, seconds=_READ_SECONDS, most_stuck=4)
+        self._reads = TimedExecutor("cleanup", threads=1, seconds=_READ_SECONDS, most_stuck=4)
         self._reading: Future[None] | None = None
         self._known: set[str] = set()
         self._callers: dict[str, str] = {}
         """Request id -> name of the actor that asked."""
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="follower", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="cleanup", daemon=True)
         self._thread.start()
 
     def know(self, source: AdapterSource) -> None:
@@ -59,13 +59,13 @@ class ReplicaCleanup:
             self._callers.pop(request.request_id, None)
 
     def close(self) -> None:
-        """Ends the looks; waits only a moment for one that hangs on Ray's head."""
+        """End the checks; waits only a moment for one that hangs on Ray's head."""
         self._stop.set()
         self._reads.close()
         self._thread.join(_CLOSING_SECONDS)
 
-    def look(self) -> None:
-        """Looks at the callers, and begins a look at the registry unless one goes on."""
+    def check(self) -> None:
+        """Check the callers, and begin a check of the registry unless one goes on."""
         with self._lock:
             callers = dict(self._callers)
         if callers:
@@ -76,12 +76,12 @@ class ReplicaCleanup:
         if self._reading is None or self._reading.done():
             # On another thread: a disk that stalls keeps no dead caller's request at work.
             what = "the registry is being looked at"
-            self._reading = self._reads.submit(what, self._look_at_registry)
+            self._reading = self._reads.submit(what, self._check_registry)
 
-    def _look_at_registry(self) -> None:
+    def _check_registry(self) -> None:
         try:
             self._forget_removed()
-        except Exception:  # nobody reads the result; the next look may do
+        except Exception:  # nobody reads the result; the next check may do
             log.exception("the registry could not be looked at")
 
     def _forget_removed(self) -> None:
@@ -108,6 +108,6 @@ class ReplicaCleanup:
     def _run(self) -> None:
         while not self._stop.wait(_PERIOD):
             try:
-                self.look()
-            except Exception:  # a cluster that does not answer now; the next look may
+                self.check()
+            except Exception:  # a cluster that does not answer now; at the next check it may
                 log.exception("the registry and the callers could not be looked at")

@@ -379,7 +379,7 @@ def test_a_registry_that_was_copied_without_its_lock_is_protected(
         registry.root.rename(tmp_path / "elsewhere")
         registry.root.mkdir()
         for _ in range(2):  # the first may have begun before
-            cleanup.look()
+            cleanup.check()
             cleanup._reading.result(PATIENCE)
         assert engine.forgotten == [], "an empty mount point took loaded adapters along"
         registry.root.rmdir()
@@ -424,7 +424,7 @@ def test_looks_at_a_registry_that_stalls_are_given_up(
 
     monkeypatch.setattr(ServedCatalog, "versions", stalls)
     monkeypatch.setattr(service, "TimedExecutor", made)
-    monkeypatch.setattr(service, "_LOOK_SECONDS", NEVER)
+    monkeypatch.setattr(service, "_READ_SECONDS", NEVER)
     engine = engines(tiny, max_rows=4, max_length=512)
     catalog: Any = ServedCatalog(registry.root)
     with (

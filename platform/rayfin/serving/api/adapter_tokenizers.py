@@ -34,8 +34,8 @@ class AdapterTokenizer:
 class AdapterTokenizers:
     """Reads the tokenizers that adapters bring, once for each version."""
 
-    def __init__(self, looks: TimedExecutor) -> None:
-        self._looks = looks
+    def __init__(self, reads: TimedExecutor) -> None:
+        self._reads = reads
         self._known: OrderedDict[str, AdapterTokenizer] = OrderedDict()
 
     async def of(self, source: AdapterSource) -> AdapterTokenizer:
@@ -46,7 +46,7 @@ class AdapterTokenizers:
         if source.ref in self._known:
             return self._known[source.ref]
         what = f"the tokenizer of adapter '{source.ref}' is being read"
-        read = self._looks.submit(what, partial(_read_own, source))
+        read = self._reads.submit(what, partial(_read_own, source))
         own, stays = await asyncio.wrap_future(read)
         # A version never changes. Without its directory it has been removed, or the disk has gone,
         # and may come back.

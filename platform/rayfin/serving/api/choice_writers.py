@@ -27,23 +27,23 @@ class TokenTexts:
         special = set(tokenizer.all_special_ids)
 
         @lru_cache(maxsize=65536)
-        def look(token_id: int) -> tuple[str, tuple[int, ...]]:
+        def decode(token_id: int) -> tuple[str, tuple[int, ...]]:
             text = backend.decode([token_id], skip_special_tokens=False)
             piece = backend.id_to_token(token_id) or ""
             if byte_level and token_id not in special and all(c in _BYTES for c in piece):
                 return text, tuple(_BYTES[character] for character in piece)
             return text, tuple(text.encode())
 
-        self.look = look
+        self.decode = decode
 
     def text(self, token_id: int) -> str:
-        return self.look(token_id)[0]
+        return self.decode(token_id)[0]
 
     def as_bytes(self, token_id: int) -> list[int]:
         """Return a token's bytes, also where it is part of a character and the tokenizer works on
         bytes.
         """
-        return list(self.look(token_id)[1])
+        return list(self.decode(token_id)[1])
 
 
 class ChatChoiceWriter:

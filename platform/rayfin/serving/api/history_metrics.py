@@ -99,7 +99,7 @@ class HistoryMetrics:
         self._history: History | None = None
         self._complained = False
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="figures", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="history-metrics", daemon=True)
         self._thread.start()
 
     def count(self, record: RequestRecord) -> None:

@@ -26,7 +26,7 @@ from rayfin.serving.model_names import ModelNames, ResolvedModel
 from rayfin.serving.public_messages import AvailabilityLog
 from rayfin.serving.timed_executor import TimedExecutor
 
-_LOOK_SECONDS = 10.0
+_READ_SECONDS = 10.0
 """Time for a look at the registry; a disk that takes longer is as good as away."""
 _COLLECT_SECONDS = 3.0
 """Time for the history_metrics of all replicas; whoever scrapes them waits for 10 s by default."""
@@ -66,7 +66,7 @@ class Service:
         history_metrics: HistoryMetrics | None,
     ) -> Service:
         """Raises StorageError for a request log that can't be written."""
-        registry_reads = TimedExecutor("registry", threads=8, seconds=_LOOK_SECONDS, most_stuck=32)
+        registry_reads = TimedExecutor("registry", threads=8, seconds=_READ_SECONDS, most_stuck=32)
         own = AdapterTokenizers(registry_reads)
         templates = Templates(engine.tokenizer, config.template_seconds, own)
         return cls(
@@ -84,7 +84,7 @@ class Service:
             else None,
             history_metrics,
             registry_reads,
-            TimedExecutor("health", threads=2, seconds=_LOOK_SECONDS, most_stuck=8),
+            TimedExecutor("health", threads=2, seconds=_READ_SECONDS, most_stuck=8),
             TimedExecutor("metrics", threads=1, seconds=_COLLECT_SECONDS, most_stuck=4),
         )
 
