@@ -15,6 +15,7 @@ from rayfin.config import ModelConfig, load_serve_config
 from rayfin.data import load_corpus, tokenize_corpus
 from rayfin.history import TrialRecord
 from rayfin.models import load_base, load_tokenizer
+from rayfin.objectives import SFT
 from rayfin.paths import Storage, write_text
 from rayfin.training import TrialSpec
 from rayfin.training.scoring import score
@@ -121,7 +122,7 @@ def plain_peft_loss(trial: TrialRecord, adapter: str) -> float:
     samples = tokenize_corpus(load_corpus(spec.data), tokenizer, spec.data.max_length).eval
     base = load_base(spec.model, spec.method.quantization_bit, "cpu")
     adapted = PeftModel.from_pretrained(base, adapter)
-    scores = score(adapted, samples, batch_size=8, pad_token_id=tokenizer.pad_token_id)
+    scores = score(adapted, samples, SFT, batch_size=8, pad_token_id=tokenizer.pad_token_id)
     return scores.metrics()["eval_loss"]
 
 

@@ -14,8 +14,10 @@ from peft import PeftModel
 
 from rayfin.config import DataConfig
 from rayfin.models import load_base
-from rayfin.training.batches import collate_packed, collate_padded, plan_samples
-from rayfin.training.scoring import Scores, completion_logits, score
+from rayfin.objectives import SFT
+from rayfin.objectives.tensors import label_logits, pack, pad
+from rayfin.training.batches import plan_samples
+from rayfin.training.scoring import score
 
 PAD = 0
 
@@ -88,7 +90,7 @@ def test_the_training_loss_is_that_of_transformers(lab: Any, texts: dict[str, An
         )
         base = load_base(spec.model, None, "cpu")
         with torch.no_grad():
-            theirs = float(base(**collate_padded([samples[i] for i in plan], PAD)).loss)
+            theirs = float(base(**pad([samples[i] for i in plan], PAD)).loss)
         assert lab.losses(lab.run(spec)) == lab.rounded([theirs])
 
 
@@ -97,7 +99,7 @@ def test_the_eval_loss_is_that_of_transformers(lab: Any) -> None:
     finished = lab.finish(lab.spec("lora"))
     base = load_base(finished.spec.model, None, "cpu")
     samples = lab.held_out(finished.spec)
-    batch = collate_padded(samples, PAD)
+    batch = pad(samples, PAD)
     with torch.no_grad():
         before = float(base(**batch).loss)
         after = float(PeftModel.from_pretrained(base, finished.adapter)(**batch).loss)
@@ -110,16 +112,16 @@ def test_scores_do_not_depend_on_the_batch_size(lab: Any) -> None:
     spec = lab.spec()
     base = load_base(spec.model, None, "cpu")
     samples = [*lab.held_out(spec), *lab.warm.tokenized(spec).train]
-    whole = score(base, samples, batch_size=64, pad_token_id=PAD)
-    single = score(base, samples, batch_size=1, pad_token_id=PAD)
-    assert torch.equal(single.table[:, 1:], whole.table[:, 1:])
-    assert single.table[:, 0].tolist() == lab.rounded(whole.table[:, 0].tolist())
-    ours, theirs = (it.metrics() for it in (single, whole))
+    whole = score(base, samples, SFT, batch_size=64, pad_token_id=PAD)
+    single = score(base, samples, SFT, batch_size=1, pad_token_id=PAD)
+    assert torch.equal(single[:, 1:], whole[:, 1:])
+    assert single[:, 0].tolist() == lab.rounded(whole[:, 0].tolist())
+    ours, theirs = (SFT.scores(it) for it in (single, whole))
     assert ours["eval_loss"] == lab.rounded(theirs["eval_loss"])
-    assert whole.samples == len(samples)
+    assert len(whole) == len(samples)
     # In the order of the samples, whatever order they were computed in.
-    first = score(base, samples[:1], batch_size=1, pad_token_id=PAD)
-    assert first.table[0].tolist() == lab.rounded(whole.table[0].tolist())
+    first = score(base, samples[:1], SFT, batch_size=1, pad_token_id=PAD)
+    assert first[0].tolist() == lab.rounded(whole[0].tolist())
 
 
 def test_the_change_from_the_base_is_paired_by_sample() -> None:
@@ -129,16 +131,13 @@ def test_the_change_from_the_base_is_paired_by_sample() -> None:
     hard = torch.rand(400, generator=draw, dtype=torch.float64) * 5  # so that the pairs are alike
     noise = torch.randn(2, 400, generator=draw, dtype=torch.float64).abs() * 0.3
     hits = (torch.rand(2, 400, generator=draw) * (tokens + 1)).floor()
-    base = Scores(torch.stack([(hard + noise[0]) * tokens, tokens, hits[0]], 1))
-    ours = Scores(torch.stack([(hard / 2 + noise[1]) * tokens, tokens, hits[1]], 1))
-    found = ours.against(base)
+    base = torch.stack([(hard + noise[0]) * tokens, tokens, hits[0]], 1)
+    ours = torch.stack([(hard / 2 + noise[1]) * tokens, tokens, hits[1]], 1)
+    found = SFT.change(ours, base)
     keep = ~torch.eye(400, dtype=torch.bool)
     for name in ("eval_loss", "token_accuracy"):
         without = torch.tensor(
-            [
-                Scores(ours.table[kept]).metrics()[name] - Scores(base.table[kept]).metrics()[name]
-                for kept in keep
-            ],
+            [SFT.scores(ours[kept])[name] - SFT.scores(base[kept])[name] for kept in keep],
             dtype=torch.float64,
         )
         jackknife = float(((without - without.mean()).square().sum() * 399 / 400).sqrt())
@@ -148,10 +147,10 @@ def test_the_change_from_the_base_is_paired_by_sample() -> None:
         for a, b, t in zip(hits[1].tolist(), hits[0].tolist(), tokens.tolist(), strict=True)
     )
     assert 0 < lost == found["exact_match_only_base"]
-    assert ours.against(ours) == {
+    assert SFT.change(ours, ours) == {
         "eval_loss_change_se": 0, "token_accuracy_change_se": 0, "exact_match_only_base": 0,
     }  # fmt: skip
-    one = Scores(ours.table[:1]).against(Scores(base.table[:1]))
+    one = SFT.change(ours[:1], base[:1])
     assert set(one) == {"exact_match_only_base"}
 
 
@@ -170,15 +169,15 @@ def test_exact_match_is_what_greedy_generation_gives(lab: Any) -> None:
         )
         hits += answer == reference
     assert 0 < hits < len(samples)
-    metrics = score(model, samples, batch_size=8, pad_token_id=PAD).metrics()
+    metrics = SFT.scores(score(model, samples, SFT, batch_size=8, pad_token_id=PAD))
     assert metrics["exact_match"] == hits / len(samples)
 
 
 def test_the_head_sees_the_labelled_positions_only(lab: Any) -> None:
     spec = lab.spec()
     base = load_base(spec.model, None, "cpu")
-    batch = collate_padded(lab.held_out(spec), PAD)
-    logits, targets, _ = completion_logits(base, batch)
+    batch = pad(lab.held_out(spec), PAD)
+    logits, targets, _ = label_logits(base, batch)
     assert len(logits) == len(targets) == int((batch["labels"] != -100).sum())
     assert not base.get_output_embeddings()._forward_pre_hooks
 
@@ -224,7 +223,7 @@ def test_packed_samples_keep_their_positions_and_first_labels() -> None:
         {"input_ids": [5, 6, 7], "labels": [5, 6, 7]},
         {"input_ids": [8, 9], "labels": [8, 9]},
     ]
-    batch = collate_packed(samples)  # type: ignore[arg-type]
+    batch = pack(samples)  # type: ignore[arg-type]
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 9]]

@@ -12,11 +12,12 @@ import pytest
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import file_ranges, load_corpus, survey_corpus, tokenize_corpus
-from rayfin.data.examples import NO_LOSS, Example
 from rayfin.data.stream import Stream, plan_sample_ranges
 from rayfin.data.stream_reader import read_in_process
 from rayfin.errors import DataError
 from rayfin.models import load_tokenizer
+from rayfin.objectives import SFT
+from rayfin.samples import NO_LOSS, Example
 from rayfin.training import TrialSpec
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial_cache import TrialCache
@@ -62,7 +63,7 @@ def read(
 ) -> list[tuple[int, str]]:
     stream = stream_of(config)
     ranges = plan_sample_ranges(stream, lanes=lanes, of=of, seed=1, first=first, last=last)
-    samples = read_in_process(tokenizer)(stream, ranges, 1, config.max_length)
+    samples = read_in_process(tokenizer, SFT)(stream, ranges, 1, config.max_length)
     return [(lane, tokenizer.decode(sample["input_ids"])) for lane, sample in samples]
 
 
@@ -144,7 +145,9 @@ def test_weights_and_columns_are_streamed_as_they_are_held(tmp_path: Path, token
     assert load_corpus(config).notes == held.notes
     assert "not trained on: id; where" in held.notes[0]
     ranges = plan_sample_ranges(stream, lanes=[0], of=1, seed=0, first=0, last=sum(stream.rows))
-    labels = [sample["labels"] for _, sample in read_in_process(tokenizer)(stream, ranges, 0, 256)]
+    labels = [
+        sample["labels"] for _, sample in read_in_process(tokenizer, SFT)(stream, ranges, 0, 256)
+    ]
     assert sorted(labels) == sorted(
         sample["labels"] for sample in tokenize_corpus(held, tokenizer, 256).train
     )
@@ -247,7 +250,7 @@ def test_a_sample_without_its_answer_takes_its_place_and_no_time(
     )
     stream = stream_of(config)
     ranges = plan_sample_ranges(stream, lanes=[0], of=1, seed=0, first=0, last=sum(stream.rows))
-    samples = [sample for _, sample in read_in_process(tokenizer)(stream, ranges, 0, 128)]
+    samples = [sample for _, sample in read_in_process(tokenizer, SFT)(stream, ranges, 0, 128)]
     without = [sample for sample in samples if set(sample["labels"]) == {NO_LOSS}]
     assert len(samples) == sum(stream.rows) and 10 < len(without) <= 20
     assert {len(sample["input_ids"]) for sample in without} == {2}

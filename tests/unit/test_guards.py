@@ -21,9 +21,10 @@ MODULES = sorted((SOURCE / "rayfin").rglob("*.py"))
 # The parts of rayfin, left to right: a part imports from its own group and from those before it.
 ORDER = (
     {"redaction"},
-    {"errors", "section", "sizes", "metrics", "statuses"},
+    {"errors", "section", "sizes", "metrics", "samples", "statuses"},
     {"compat"},
     {"methods"},
+    {"objectives"},
     {
         "config",
         "objects",

@@ -12,6 +12,7 @@ from rayfin.advisor.model_names import facts_from_name
 from rayfin.history import TrialRecord
 from rayfin.history.record import finite
 from rayfin.methods import METHODS, capacities
+from rayfin.objectives import DEFAULT, stage_of
 
 NAN = math.nan
 
@@ -134,15 +135,18 @@ def data_row(profile: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def category_codes(profile: Mapping[str, Any], model: str, otherwise: str = "") -> dict[str, float]:
+def category_codes(
+    profile: Mapping[str, Any], model: str, otherwise: str = "", stage: str = DEFAULT
+) -> dict[str, float]:
     """Return the categorical columns of the data (`task`) and of comparable scores (`group`).
 
     A group is a model on one split of the data; another sample of the data is another group.
     `profile` is the data's, as records hold it; `otherwise` names data whose profile does not.
     """
+    objective = [] if stage == DEFAULT else [stage]  # scores of others don't compare
     named = str(profile.get("digest") or profile.get("datasets") or otherwise)
     source = str(profile.get("source") or named)
-    return {"task": code(source), "group": code(f"{named}\n{model}")}
+    return {"task": code(source), "group": code("\n".join((named, model, *objective)))}
 
 
 def model_name(spec: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
@@ -165,7 +169,7 @@ def row_of(record: TrialRecord) -> dict[str, float] | None:
         setting
         | model_row(name, _section(record.scenario, "model"))
         | data_row(profile)
-        | category_codes(profile, name, otherwise)
+        | category_codes(profile, name, otherwise, stage_of(record.spec))
     )
 
 

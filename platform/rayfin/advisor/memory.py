@@ -141,7 +141,7 @@ def _training_step(
     if float32 and device == "cuda":
         kept += 2 * facts.parameters  # autocast keeps its 16-bit copies for the backward pass
     # float32: the log-probabilities, their gradient and that of the logits; the head runs on the
-    # tokens with a loss only (rayfin.training.scoring).
+    # tokens with a loss only (rayfin.objectives.sft).
     logits = 3 * _FLOAT32 * rows * share * facts.vocab_size
     used = kept + max(logits, _in_flight(config, facts, rows, width))
     low_rank = config.method.trains == "low rank"

@@ -15,6 +15,7 @@ from rayfin.config import Config, with_values
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History
 from rayfin.models import describe_model
+from rayfin.objectives import objective_of
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 
 if TYPE_CHECKING:
@@ -34,13 +35,13 @@ class MemoryCheck:
     def __init__(self, history: History, hardware: Hardware | None = None) -> None:
         """Check trials that run on `hardware`, or on this machine if it is not given."""
         self._history, self._hardware = history, hardware
-        self._profiles: dict[tuple[object, object], DataProfile] = {}
+        self._profiles: dict[tuple[object, ...], DataProfile] = {}
         # Every trial needs them, and those of a model on the hub come over the network.
         self._facts = functools.cache(describe_model)
 
     def __call__(self, plan: SweepPlan, trial: PlannedTrial) -> str | None:
         config = plan.space.config_of(trial.values)
-        corpus = plan.corpus(config.data)
+        corpus = plan.corpus(config.data, objective_of(config.train))
         # No batch is larger than the data; of a step's samples each worker has as many.
         workers = config.scaling.num_workers
         batches = {
@@ -71,7 +72,7 @@ class MemoryCheck:
         return measured_trials(self._history)
 
     def _profile(self, config: Config, corpus: Corpus) -> DataProfile:
-        key = (config.data, config.model)
+        key = (config.data, config.model, objective_of(config.train).identity)
         if key not in self._profiles:
             self._profiles[key] = sampled_profile(config, corpus)
         return self._profiles[key]
@@ -83,7 +84,8 @@ def sampled_profile(config: Config, corpus: Corpus) -> DataProfile:
     from rayfin.models import load_tokenizer
 
     some = replace(corpus, train=corpus.train[:_SAMPLES], eval=corpus.eval[: _SAMPLES // 4])
-    return tokenize_corpus(some, load_tokenizer(config.model), config.data.max_length).profile
+    length, objective = config.data.max_length, objective_of(config.train)
+    return tokenize_corpus(some, load_tokenizer(config.model), length, objective).profile
 
 
 def _share(hardware: Hardware, config: Config) -> Hardware:

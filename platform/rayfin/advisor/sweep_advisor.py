@@ -39,6 +39,7 @@ from rayfin.errors import ConfigError
 from rayfin.history import History
 from rayfin.methods import capacities
 from rayfin.models import describe_model
+from rayfin.objectives import objective_of
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.search import EndedTrial
 from rayfin.tuning.space import SearchSpace
@@ -98,12 +99,13 @@ def _past(plan: SweepPlan, history: History) -> Knowledge:
 def scenario_of(plan: SweepPlan) -> dict[str, float]:
     """Return the columns of a sweep's scenario, whose own trials form a group of their own."""
     config = plan.config
-    corpus, facts = plan.corpus(config.data), describe_model(config.model)
+    corpus = plan.corpus(config.data, objective_of(config.train))
+    facts, stage = describe_model(config.model), config.train.stage
     profile = {"rows_train": len(corpus.train), "source": corpus.source}
     return (
         model_row(facts.identity, facts.as_dict())
         | data_row(profile)
-        | category_codes(profile, facts.identity, otherwise=f"sweep {plan.sweep_id}")
+        | category_codes(profile, facts.identity, f"sweep {plan.sweep_id}", stage)
     )
 
 

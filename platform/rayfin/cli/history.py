@@ -159,10 +159,23 @@ def _trial_table(trials: list[TrialRecord]) -> Rows | str:
     if not trials:
         return "no trials"
     from rayfin.methods import METHODS, capacities
-    from rayfin.metrics import METRICS
+    from rayfin.metrics import METRICS as MEASURED
+    from rayfin.metrics import Score
+    from rayfin.objectives import DEFAULT, OBJECTIVES
     from rayfin.tables import Column, Rows
 
-    measured = [(name, it.history) for name, it in METRICS.items() if it.history]
+    # Scores of other objectives than the usual one, where any of these trials has them.
+    usual = OBJECTIVES[DEFAULT].metrics
+    measured = [
+        (name, it.history)
+        for name, it in MEASURED.items()
+        if it.history
+        and (
+            name in usual
+            or not isinstance(it, Score)
+            or any(name in trial.metrics for trial in trials)
+        )
+    ]
     columns = [
         Column("trial"),
         Column("sweep", folds=True, leaves=3),  # a trial's id begins with it

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rayfin.methods import MethodConfig
 from rayfin.metrics import score_names, score_of
+from rayfin.objectives import DEFAULT, OBJECTIVES, main_metric
 from rayfin.section import OneOf, Section
 
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -53,8 +54,8 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
-    stage: Literal["sft"] = "sft"
-    """Supervised fine-tuning."""
+    stage: Annotated[str, OneOf(lambda: OBJECTIVES)] = DEFAULT
+    """The objective: what the training is for. sft is supervised fine-tuning."""
     learning_rate: float = Field(2e-4, gt=0)
     """Peak learning rate."""
     per_device_train_batch_size: int = Field(4, ge=1)
@@ -154,7 +155,7 @@ class SweepConfig(Section):
     num_samples: int = Field(8, ge=1)
     """Trials to run; fewer where the space has no more settings that differ."""
     metric: Annotated[str, OneOf(score_names)] = "eval_loss"
-    """What the sweep optimises."""
+    """What the sweep optimises; left out, it is the main score of train.stage."""
     mode: Literal["auto", "min", "max"] = "auto"
     """Whether less or more of the metric is better; auto knows."""
     search: Literal["auto", "advisor", "tpe", "random", "grid"] = "auto"
@@ -218,6 +219,15 @@ class Config(Section):
     """Directory (local or NFS) for runs, history and adapters; or s3://… or gs://… for runs."""
     history: str | None = Field(None, repr=False)
     """URL of the trial history; null is SQLite under storage, which must be a directory then."""
+
+    @model_validator(mode="after")
+    def _metric_of_the_objective(self) -> Config:
+        """Has a sweep that names no metric take that of its objective."""
+        default = main_metric(self.train.stage)
+        if "metric" not in self.sweep.model_fields_set and self.sweep.metric != default:
+            # A frozen section is replaced, before anybody has seen it.
+            self.__dict__["sweep"] = self.sweep.model_copy(update={"metric": default})
+        return self
 
     @property
     def registry_storage(self) -> str:

@@ -2,7 +2,7 @@
 profile the data."""
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import BadRow, ChatTurn, Example, TokenizedSample
+from rayfin.data.examples import BadRow
 from rayfin.data.load import load_corpus
 from rayfin.data.profile import DataProfile
 from rayfin.data.render import render_prompt, turn_end
@@ -13,6 +13,7 @@ from rayfin.data.tokenization import (
     needs_length_check,
     tokenize_corpus,
 )
+from rayfin.samples import ChatTurn, Example, TokenizedSample
 
 __all__ = [
     "BadRow",

@@ -15,11 +15,13 @@ from rayfin.data.columns import (
     ignore_setting,
     names_in,
 )
-from rayfin.data.examples import BadRow, Example
+from rayfin.data.examples import BadRow
 from rayfin.data.rows import Row
 from rayfin.data.shapes import fitting_shape, nearest_shape, to_example
 from rayfin.data.splits import Split, SplitSelection
 from rayfin.errors import DataError, did_you_mean
+from rayfin.objectives import Objective
+from rayfin.samples import Example
 
 
 @dataclass
@@ -135,11 +137,19 @@ def bad_rows_error(first: BadRow, bad: int, rows: int) -> DataError:
     )
 
 
-def preference_error(path: str) -> DataError:
-    """Return the error for preference pairs, which supervised fine-tuning can't train on."""
-    return DataError(
-        f"data.path: '{path}' has preference pairs (chosen, rejected), which "
-        "train.stage=sft can't train on; give the chosen answers as prompt and completion"
+def check_shape(config: DataConfig, shape: str, objective: Objective) -> None:
+    """Raise DataError for rows of a format that the objective can't train on."""
+    if shape in objective.shapes:
+        return
+    has = f"rows of format {shape}"
+    remedy = f"give rows of format {' or '.join(objective.shapes)}"
+    if shape == "preference":
+        has = "preference pairs (chosen, rejected)"
+        if "prompt_completion" in objective.shapes:
+            remedy = "give the chosen answers as prompt and completion"
+    raise DataError(
+        f"data.path: '{config.path}' has {has}, which train.stage={objective.name} can't train on; "
+        f"{remedy}"
     )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rayfin.data.examples import HELD_OUT, BadRow, Example
+from rayfin.data.examples import HELD_OUT, BadRow
 from rayfin.data.stream import Stream
+from rayfin.samples import Example
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import NO_LOSS, Example, TokenizedSample
 from rayfin.data.render import learned_turns, turn_end
 from rayfin.models.ends import Ends
+from rayfin.samples import NO_LOSS, Example, TokenizedSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

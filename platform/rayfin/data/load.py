@@ -12,36 +12,39 @@ from rayfin.data.conversion import (
     RowStatistics,
     alternative_to,
     bad_rows_error,
+    check_shape,
     detect_shape,
     empty_split_error,
     no_valid_row_error,
-    preference_error,
 )
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import EVAL_SALT, ORDER_SALT, BadRow, Example, content_hash
+from rayfin.data.examples import EVAL_SALT, ORDER_SALT, BadRow, content_hash
 from rayfin.data.pydocs import pydocs_examples
 from rayfin.data.sources import find_splits, read_rows
 from rayfin.data.splits import SplitSelection
 from rayfin.data.survey import survey_corpus
 from rayfin.errors import DataError
+from rayfin.objectives import SFT, Objective
+from rayfin.samples import Example
 
 
-def load_corpus(config: DataConfig) -> Corpus:
+def load_corpus(config: DataConfig, objective: Objective = SFT) -> Corpus:
     """Return the samples of `config.path`, sampled and split the same way every time.
 
     The data's own splits are those that `find_splits` returns; for data without any, see
     `hold_out`. Order and split depend on the samples' content only, never on their order in the
     files: they are sorted by a hash of the content, and `max_samples` keeps the first of each
     split. That is a random sample, whereas the head of a file may hold a single class. With
-    `config.streaming` the corpus is what `survey_corpus` returns. Raises DataError.
+    `config.streaming` the corpus is what `survey_corpus` returns. Raises DataError, also for rows
+    of a format that `objective` can't train on.
     """
     if config.streaming:
-        return survey_corpus(config)
+        return survey_corpus(config, objective=objective)
     selection, statistics = find_splits(config), RowStatistics(frozenset(config.ignore_columns))
     if config.path == "pydocs":
         samples = _Samples(tuple(pydocs_examples()), (), "messages")
     else:
-        samples = _convert_splits(config, selection, statistics)
+        samples = _convert_splits(config, selection, statistics, objective)
     statistics.check_ignored()
     return _corpus(config, selection, samples, statistics)
 
@@ -138,7 +141,10 @@ def hold_out(
 
 
 def _convert_splits(
-    config: DataConfig, selection: SplitSelection, statistics: RowStatistics
+    config: DataConfig,
+    selection: SplitSelection,
+    statistics: RowStatistics,
+    objective: Objective,
 ) -> _Samples:
     shape = ""
     found: list[tuple[Example, ...]] = []
@@ -148,8 +154,7 @@ def _convert_splits(
         if not rows:
             raise empty_split_error(config, split, alternative_to(split, selection))
         shape = shape or detect_shape(rows, config)
-        if shape == "preference":
-            raise preference_error(config.path)
+        check_shape(config, shape, objective)
         examples, before = list[Example](), len(bad)
         for row in rows:
             example = statistics.convert(row, shape)

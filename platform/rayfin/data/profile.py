@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import NO_LOSS, TokenizedSample
+from rayfin.samples import NO_LOSS, TokenizedSample
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from rayfin.data.examples import Example
 from rayfin.errors import DataError
+from rayfin.samples import Example
 
 MODULES = (
     "asyncio",

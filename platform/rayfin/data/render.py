@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rayfin.data.examples import ChatTurn, Example
 from rayfin.errors import DataError
 from rayfin.models.ends import PROBES, Ends, leaves_open, turn_ends
+from rayfin.samples import ChatTurn, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from rayfin.data.columns import (
@@ -14,8 +15,8 @@ from rayfin.data.columns import (
     UnsupportedContent,
     parsed_list,
 )
-from rayfin.data.examples import Example
 from rayfin.data.turns import Turn, as_list, conversation, kind, string, turns
+from rayfin.samples import Example
 
 
 def fitting_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | None:
@@ -97,11 +98,12 @@ def _from_text(row: Mapping[str, Any], reader: RowReader) -> Example:
 
 
 def _from_preference(row: Mapping[str, Any], reader: RowReader) -> Example:
-    """Return the prompt with the chosen answer; nothing trains on preference pairs yet."""
     prompt = _said(row["prompt"], "prompt", "user", reader) if "prompt" in row else []
-    _said(row["rejected"], "rejected", "assistant", reader)
-    chosen = _said(row["chosen"], "chosen", "assistant", reader)
-    return Example(messages=tuple(turn.message() for turn in [*prompt, *chosen]))
+    rejected = [*prompt, *_said(row["rejected"], "rejected", "assistant", reader)]
+    chosen = [*prompt, *_said(row["chosen"], "chosen", "assistant", reader)]
+    return replace(
+        conversation(chosen, "chosen"), rejected=conversation(rejected, "rejected").messages
+    )
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], RowReader], Example]] = {

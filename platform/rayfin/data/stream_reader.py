@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rayfin.data.conversion import RowStatistics
-from rayfin.data.examples import NO_LOSS, Example, TokenizedSample
 from rayfin.data.file_ranges import read_range
 from rayfin.data.stream import SampleRange, Stream
-from rayfin.data.tokenization import tokenize_examples, truncate
+from rayfin.data.tokenization import tokenize_examples
+from rayfin.objectives import Objective
+from rayfin.samples import Example, TokenizedSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,6 +27,7 @@ def tokenize_range(
     stream: Stream,
     samples: SampleRange,
     tokenizer: PreTrainedTokenizerFast,
+    objective: Objective,
     *,
     seed: int,
     max_length: int,
@@ -42,23 +45,24 @@ def tokenize_range(
         and not stream.is_held_out(example)
     ]
     random.Random(f"{seed}/{samples.epoch}/{samples.number}").shuffle(examples)
-    tokenized = tokenize_examples(examples[samples.start : samples.stop], tokenizer)
-    return [(truncate([sample], max_length) or [_without_loss(sample)])[0] for sample in tokenized]
+    tokenize = partial(tokenize_examples, tokenizer=tokenizer)
+    encoded = objective.encode(examples[samples.start : samples.stop], tokenize)
+    return [
+        objective.truncate(sample, max_length) or objective.without_loss(sample)
+        for sample in encoded
+    ]
 
 
-def _without_loss(sample: TokenizedSample) -> TokenizedSample:
-    ids = sample["input_ids"][:2]
-    return {"input_ids": ids, "labels": [NO_LOSS] * len(ids)}
-
-
-def read_in_process(tokenizer: PreTrainedTokenizerFast) -> StreamReader:
+def read_in_process(tokenizer: PreTrainedTokenizerFast, objective: Objective) -> StreamReader:
     """Return a reader that reads and tokenises in this process, each range when it is needed."""
 
     def read(
         stream: Stream, ranges: Sequence[SampleRange], seed: int, max_length: int
     ) -> Iterator[tuple[int, TokenizedSample]]:
         for each in ranges:
-            tokenized = tokenize_range(stream, each, tokenizer, seed=seed, max_length=max_length)
+            tokenized = tokenize_range(
+                stream, each, tokenizer, objective, seed=seed, max_length=max_length
+            )
             for sample in tokenized:
                 yield each.lane, sample
 

@@ -16,19 +16,21 @@ from rayfin.data.conversion import (
     RowStatistics,
     alternative_to,
     bad_rows_error,
+    check_shape,
     detect_shape,
     empty_split_error,
     no_valid_row_error,
-    preference_error,
 )
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import EVAL_SALT, ORDER_SALT, BadRow, Example, content_hash
+from rayfin.data.examples import EVAL_SALT, ORDER_SALT, BadRow, content_hash
 from rayfin.data.file_ranges import count_lines_before, file_ranges, read_range
 from rayfin.data.rows import Row
 from rayfin.data.sources import find_splits
 from rayfin.data.splits import Split, SplitSelection
 from rayfin.data.stream import FileRange, Stream
 from rayfin.errors import DataError
+from rayfin.objectives import SFT, Objective
+from rayfin.samples import Example
 
 MAX_HELD_OUT = 1000
 """The most samples held out of a streamed data set: each evaluation scores them all."""
@@ -91,7 +93,9 @@ MapBatches = Callable[[SurveyBatch, Sequence[list[int]]], Iterable[RangeSurvey]]
 """Calls a function with each batch of range numbers; the results come in the batches' order."""
 
 
-def survey_corpus(config: DataConfig, map_batches: MapBatches = map) -> Corpus:
+def survey_corpus(
+    config: DataConfig, map_batches: MapBatches = map, objective: Objective = SFT
+) -> Corpus:
     """Return the corpus of a streamed data set: `eval` complete, `train` a sample of `stream`.
 
     The samples whose prompts have the smallest hashes are held out: round(val_size * n), at most
@@ -106,8 +110,7 @@ def survey_corpus(config: DataConfig, map_batches: MapBatches = map) -> Corpus:
     selection = find_splits(config)
     ranges = file_ranges(selection.train)
     shape = detect_shape(_first_rows(config, selection, selection.train, ranges), config)
-    if shape == "preference":
-        raise preference_error(config.path)
+    check_shape(config, shape, objective)
     if selection.eval is None:
         train = _survey_all(config, ranges, shape, map_batches)
         stream, held_out = _hold_out(config, ranges, shape, train)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import NO_LOSS, Example, TokenizedSample
 from rayfin.data.learned import learned_ends, missing_end_note, unlearned_notes
 from rayfin.data.profile import DataProfile, profile_of
 from rayfin.data.render import RenderedConversation, begins_with_bos, render_conversations
 from rayfin.data.stream import Stream
 from rayfin.errors import DataError, ModelError
 from rayfin.models.ends import Ends
+from rayfin.objectives import SFT, Objective
+from rayfin.samples import NO_LOSS, Example, TokenizedSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -36,9 +38,14 @@ class TokenizedCorpus:
 
 
 def tokenize_corpus(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    objective: Objective = SFT,
 ) -> TokenizedCorpus:
     """Tokenise a corpus, with loss on the assistant's turns only, or on all of a plain text.
+
+    What the tokens are beside those of the conversations, and what has loss, says `objective`.
 
     The tokens before the last answer are exactly those that generation sees for the prompt alone.
     Samples are cut at the right to `max_length` tokens. Raises DataError where that leaves a split
@@ -49,10 +56,11 @@ def tokenize_corpus(
             f"model.name: its tokenizer {type(tokenizer).__name__} is a slow one without character "
             "offsets; use a model that has a tokenizer.json"
         )
-    whole = tokenize_examples([*corpus.train, *corpus.eval], tokenizer)
+    tokenize = partial(tokenize_examples, tokenizer=tokenizer)
+    whole = objective.encode([*corpus.train, *corpus.eval], tokenize)
     train, held_out = whole[: len(corpus.train)], whole[len(corpus.train) :]
-    kept_train = _truncate_split(train, max_length, "train")
-    kept_eval = _truncate_split(held_out, max_length, "eval")
+    kept_train = _truncate_split(train, max_length, "train", objective)
+    kept_eval = _truncate_split(held_out, max_length, "eval", objective)
     ends = learned_ends(corpus.train, kept_train, tokenizer)
     notes = unlearned_notes(corpus, whole, len(kept_train) + len(kept_eval), max_length)
     if ends == Ends():
@@ -78,12 +86,19 @@ def needs_length_check(corpus: Corpus, max_length: int) -> bool:
     )
 
 
-def check_lengths(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+def check_lengths(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    objective: Objective = SFT,
+) -> None:
     """Raise the DataError that `tokenize_corpus` would, mostly without tokenising the corpus."""
+    tokenize = partial(tokenize_examples, tokenizer=tokenizer)
     for split, examples in (("train", corpus.train), ("eval", corpus.eval)):
         shortest = sorted(examples, key=_prompt_bytes)[:16]
-        if not truncate(tokenize_examples(shortest, tokenizer), max_length):
-            _truncate_split(tokenize_examples(examples, tokenizer), max_length, split)
+        samples = objective.encode(shortest, tokenize)
+        if all(objective.truncate(sample, max_length) is None for sample in samples):
+            _truncate_split(objective.encode(examples, tokenize), max_length, split, objective)
 
 
 def _prompt_bytes(example: Example) -> int:
@@ -177,21 +192,11 @@ def _encode(
     ]
 
 
-def truncate(samples: list[TokenizedSample], max_length: int) -> list[TokenizedSample]:
-    """Return the samples cut to `max_length` tokens, without those left without labels."""
-    kept: list[TokenizedSample] = []
-    for sample in samples:
-        ids, labels = sample["input_ids"][:max_length], sample["labels"][:max_length]
-        # A model predicts from the token before: the first one never has loss.
-        if any(label != NO_LOSS for label in labels[1:]):
-            kept.append({"input_ids": ids, "labels": labels})
-    return kept
-
-
 def _truncate_split(
-    samples: list[TokenizedSample], max_length: int, split: str
+    samples: list[TokenizedSample], max_length: int, split: str, objective: Objective
 ) -> list[TokenizedSample]:
-    kept = truncate(samples, max_length)
+    cut = (objective.truncate(sample, max_length) for sample in samples)
+    kept = [sample for sample in cut if sample is not None]
     if not kept:
         shortest = min(_first_label(sample) + 1 for sample in samples)
         longest = max(len(sample["input_ids"]) for sample in samples)

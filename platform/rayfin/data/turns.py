@@ -16,7 +16,7 @@ from rayfin.data.columns import (
     UnsupportedContent,
     is_missing,
 )
-from rayfin.data.examples import ChatTurn, Example
+from rayfin.samples import ChatTurn, Example
 
 _USED = {pair: frozenset((*pair, *LEARN_KEYS)) for pair in TURN_KEYS}
 _PART_KEYS = frozenset(("type", "text"))

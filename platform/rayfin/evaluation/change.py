@@ -1,7 +1,7 @@
 """How far a trial's scores lie from the base model's, and how sure that is.
 
 Both models are scored on the same held-out samples, so a trial records what a paired interval is
-made from (`training.scoring.Scores.against`). Samples are the unit: tokens of one answer are alike.
+made from (`Objective.change`). Samples are the unit: tokens of one answer are alike.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from rayfin.data import load_corpus, render_prompt, turn_end
 from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
 from rayfin.methods import METHODS
-from rayfin.models import load_base, load_tokenizer
+from rayfin.models import Head, load_base, load_tokenizer
 from rayfin.models.ends import Ends, end_token_ids
+from rayfin.objectives import OBJECTIVES, stage_of
 from rayfin.tuning.rows import adapter_place
 
 if TYPE_CHECKING:
@@ -30,14 +31,18 @@ def answer_samples(
 ) -> list[Sample]:
     """Greedy answers, side by side, to the first `count` validation samples of a trial's data.
 
-    Empty for a trial without an adapter (full fine-tuning) and for plain text, where there is no
-    question.
+    Empty for a trial without an adapter (full fine-tuning), for a model that isn't one of language,
+    and for plain text, where there is no question.
     """
     changes_base = METHODS[row.spec["method"]["type"]].changes_base
     if row.directory is None or changes_base:
         return []
     data = DataConfig.model_validate(row.spec["data"])
-    examples = [example for example in load_corpus(data).eval if example.messages][:count]
+    objective = OBJECTIVES[stage_of(row.spec)]()
+    if objective.auto_class != Head().auto_class:
+        return []
+    held_out = load_corpus(data, objective).eval
+    examples = [example for example in held_out if example.messages][:count]
     if not examples:
         return []
     with adapter_place(row).reading_copy() as adapter:

@@ -20,6 +20,7 @@ from pydantic import (
 
 from rayfin.errors import HistoryError
 from rayfin.metrics import score_names
+from rayfin.objectives import main_metric, stage_of
 from rayfin.redaction import redact
 from rayfin.statuses import FAILED, Status
 
@@ -134,8 +135,8 @@ class TrialRecord(BaseModel):
                 "set status to failed, oom or stopped, or leave the error out"
             )
         if self.status == "finished":
-            # Rayfin's own trials always have eval_loss.
-            allowed = score_names() if self.scenario.get("source") else ("eval_loss",)
+            foreign = self.scenario.get("source")
+            allowed = score_names() if foreign else (main_metric(stage_of(self.spec)),)
             if not any(_is_number(self.metrics.get(name)) for name in allowed):
                 raise HistoryError(
                     f"{who}: status is 'finished' without a number for {' or '.join(allowed)}; "

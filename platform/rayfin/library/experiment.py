@@ -149,8 +149,9 @@ def read_data(config: Config, note: Say) -> Corpus:
     Raises DataError where the data can't be used.
     """
     from rayfin.data import load_corpus
+    from rayfin.objectives import objective_of
 
-    corpus = load_corpus(config.data)
+    corpus = load_corpus(config.data, objective_of(config.train))
     for line in corpus.notes:
         note(line)
     return corpus

@@ -62,7 +62,6 @@ class AdaloraConfig(LowRankMethod):
         import peft
 
         return peft.AdaLoraConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
             init_r=self.init_r,
             target_r=self.target_r,
             lora_alpha=whole(self.lora_alpha),  # type: ignore[arg-type]

@@ -182,7 +182,7 @@ class PeftNamedMethod(LowRankMethod):
         settings = self.model_dump(exclude={"type", "quantization_bit"})
         for name in self.module_settings:
             settings[name] = listed(settings[name])
-        config: PeftConfig = getattr(peft, self.pefts)(task_type="CAUSAL_LM", **settings)
+        config: PeftConfig = getattr(peft, self.pefts)(**settings)
         return config
 
     @classmethod

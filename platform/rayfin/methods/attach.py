@@ -22,12 +22,14 @@ def attach(
     max_steps: int,
     tokenizer_path: str,
     *,
+    task_type: str = "CAUSAL_LM",
     keep_dtype: bool = False,
 ) -> torch.nn.Module:
     """`base` made trainable in place: a PeftModel, or for full fine-tuning the base itself.
 
-    Trained parameters are float32 whatever the base is: AdamW's updates vanish in bfloat16.
-    `keep_dtype` leaves the base's own as they are, for optimizers that keep float32 copies.
+    `task_type` is PEFT's, which the trial's objective names. Trained parameters are float32
+    whatever the base is: AdamW's updates vanish in bfloat16. `keep_dtype` leaves the base's own as
+    they are, for optimizers that keep float32 copies.
     Raises MethodError where target modules don't exist in this model.
     """
     import peft
@@ -38,6 +40,7 @@ def attach(
     if config is None:
         (base if keep_dtype else base.float()).requires_grad_(True)
         return base
+    config.task_type = peft.TaskType(task_type)
     try:
         with warnings.catch_warnings():
             if getattr(settings, "modules_to_save", None):

@@ -67,7 +67,6 @@ class Ia3Config(MethodConfig):
         import peft
 
         return peft.IA3Config(
-            task_type=peft.TaskType.CAUSAL_LM,
             target_modules=listed(self.target_modules),
             feedforward_modules=listed(self.feedforward_modules),
         )

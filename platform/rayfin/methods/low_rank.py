@@ -264,7 +264,7 @@ class LowRankConfig(LowRankMethod):
             # The others are `initialize`'s, once a trial starts, and not when it is resumed.
             "init_lora_weights": "gaussian" if self.init_lora_weights == "gaussian" else True,
         }
-        return peft.LoraConfig(task_type="CAUSAL_LM", **settings, **self._variant())
+        return peft.LoraConfig(**settings, **self._variant())
 
     def attached(self, model: torch.nn.Module) -> None:
         if self.alters_base:

@@ -74,7 +74,6 @@ class PTuningConfig(PromptLearningConfig):
         import peft
 
         return peft.PromptEncoderConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
             num_virtual_tokens=self.num_virtual_tokens,
             encoder_reparameterization_type=self.encoder_reparameterization_type,
             encoder_hidden_size=self.encoder_hidden_size,  # type: ignore[arg-type]
@@ -130,7 +129,6 @@ class PrefixTuningConfig(PromptLearningConfig):
         import peft
 
         return peft.PrefixTuningConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
             num_virtual_tokens=self.num_virtual_tokens,
             prefix_projection=self.prefix_projection,
             encoder_hidden_size=self.encoder_hidden_size,  # type: ignore[arg-type]
@@ -175,7 +173,6 @@ class PromptTuningConfig(PromptLearningConfig):
 
         text = self.prompt_tuning_init == "TEXT"
         return peft.PromptTuningConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
             num_virtual_tokens=self.num_virtual_tokens,
             prompt_tuning_init=self.prompt_tuning_init,
             prompt_tuning_init_text=self.prompt_tuning_init_text if text else None,

@@ -11,7 +11,7 @@ from rayfin.models.facts import (
     meta_model,
     weight_names,
 )
-from rayfin.models.load import check_model, dtype_on, load_base, load_tokenizer
+from rayfin.models.load import Head, check_model, dtype_on, load_base, load_tokenizer
 from rayfin.models.source import locate
 from rayfin.models.tiny import write_tiny
 
@@ -20,6 +20,7 @@ __all__ = [
     "BASE_IDENTITY",
     "BUNDLED",
     "Base",
+    "Head",
     "ModelFacts",
     "base_of",
     "check_model",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rayfin.compat.bitsandbytes import (
@@ -64,6 +65,14 @@ def check_model(config: ModelConfig, quantization_bit: Literal[4, 8] | None) -> 
     load_tokenizer(config)
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a model ends in: Transformers' auto class, and settings of the configuration."""
+
+    auto_class: str = "AutoModelForCausalLM"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 def load_base(
     config: ModelConfig,
     quantization_bit: Literal[4, 8] | None,
@@ -71,19 +80,22 @@ def load_base(
     index: int | None = None,
     *,
     on_host: bool = False,
+    head: Head | None = None,
 ) -> PreTrainedModel:
     """Return the base model on a device, frozen and in eval mode; raises ModelError, HardwareError.
 
-    `on_host` leaves it in host memory, in the form that the device would have.
+    `on_host` leaves it in host memory, in the form that the device would have. `head` says what the
+    model ends in; a language model's head where it is None.
 
     4 bits are NF4 with double quantisation (Dettmers et al. 2023, QLoRA), 8 bits LLM.int8(),
     both by bitsandbytes. Attention is PyTorch's fused one where the architecture has it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     import_bitsandbytes()
-    options: dict[str, Any] = {}
+    head = head or Head()
+    options: dict[str, Any] = dict(head.settings)
     if device == "cuda" and not on_host:
         options["device_map"] = {"": _gpu(index)}
     elif quantization_bit is not None:
@@ -95,8 +107,11 @@ def load_base(
     directory = model_directory(config)
     check_loadable(directory, quantization_bit)
     try:
-        with no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+        # A new head is drawn from one seed: the next worker, or a resumed trial, has the same.
+        with no_progress_bars(), torch.random.fork_rng(enabled=head != Head()):
+            if head != Head():
+                torch.manual_seed(0)
+            loaded: Any = getattr(transformers, head.auto_class).from_pretrained(
                 directory,
                 dtype=dtype,
                 use_safetensors=True,
@@ -114,7 +129,9 @@ def load_base(
             f"({_first_line(error)}); {REPLACE}"
         ) from error
     model, report = loaded
-    if missing := sorted(report["missing_keys"]):
+    new = head.auto_class != Head().auto_class  # the checkpoint doesn't have it
+    body = f"{model.base_model_prefix}."
+    if missing := sorted(k for k in report["missing_keys"] if not new or k.startswith(body)):
         # transformers has filled these with random numbers.
         raise ModelError(
             f"model.name: the weights in '{directory}' lack {len(missing)} of the model's tensors "

@@ -1,11 +1,10 @@
-"""Which samples make up which step, and how they become tensors."""
+"""Which samples make up which step of a trial, and in what order."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
 
 import torch
 
@@ -13,10 +12,12 @@ from rayfin.data import TokenizedCorpus, TokenizedSample
 from rayfin.data.stream import plan_sample_ranges
 from rayfin.data.stream_reader import StreamReader
 from rayfin.heartbeat import beat
+from rayfin.objectives import Objective, objective_of
+from rayfin.objectives.base import Batch
+from rayfin.samples import NO_LOSS
 from rayfin.training.spec import TrialSpec
 from rayfin.training.strategies import Share
 
-IGNORE = -100
 # Samples are sorted by length inside windows of this many batches: enough to leave little padding,
 # little enough that every step still sees a random mix.
 _WINDOW = 16
@@ -55,15 +56,16 @@ def samples_of(
     """The training samples of a trial, position by position; `reader` reads what is streamed."""
     train, stream = spec.train, data.stream
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    objective = objective_of(train)
     if stream is None:
         plan = plan_samples(
-            [len(sample["input_ids"]) for sample in data.train],
+            [objective.length(sample) for sample in data.train],
             batch_size=samples_per_step,
             max_steps=train.max_steps,
             seed=train.seed,
             group_by_length=train.group_by_length,
         )
-        return PlannedSamples(data.train, plan)
+        return PlannedSamples(data.train, plan, objective.length)
 
     def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, TokenizedSample]]:
         ranges = plan_sample_ranges(
@@ -82,15 +84,21 @@ def samples_of(
         max_steps=train.max_steps,
         batch_size=share.batch_size,
         workers=samples_per_step // (share.batch_size * share.accumulation),
+        length=objective.length,
     )
 
 
 class PlannedSamples(torch.utils.data.Dataset[TokenizedSample]):
     """The samples of a trial in the order of its plan; read in sequence, one epoch is the trial."""
 
-    def __init__(self, samples: Sequence[TokenizedSample], plan: Sequence[int]) -> None:
-        self.samples = samples
-        self.plan = plan
+    def __init__(
+        self,
+        samples: Sequence[TokenizedSample],
+        plan: Sequence[int],
+        length: Callable[[TokenizedSample], int],
+    ) -> None:
+        """`length`: the number of tokens that the model computes for a sample."""
+        self.samples, self.plan, self.length = samples, plan, length
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -100,7 +108,7 @@ class PlannedSamples(torch.utils.data.Dataset[TokenizedSample]):
 
     def tokens(self, start: int, stop: int) -> int:
         """Tokens in the samples from `start` to `stop` of the plan."""
-        return sum(len(self.samples[i]["input_ids"]) for i in self.plan[start:stop])
+        return sum(self.length(self.samples[i]) for i in self.plan[start:stop])
 
     def close(self) -> None:
         """Nothing is open."""
@@ -121,8 +129,13 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
         max_steps: int,
         batch_size: int,
         workers: int,
+        length: Callable[[TokenizedSample], int],
     ) -> None:
-        """`read`: (lanes, first step) -> (lane, sample); `batch_size`: of one worker."""
+        """`read`: (lanes, first step) -> (lane, sample); `batch_size`: of one worker.
+
+        `length`: the number of tokens that the model computes for a sample.
+        """
+        self.length = length
         self.read, self.samples_per_step, self.max_steps = read, samples_per_step, max_steps
         self.batch_size, self.workers = batch_size, workers
         self._source: Iterator[tuple[int, TokenizedSample]] | None = None
@@ -147,7 +160,7 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
             other, sample = next(self._source)
             self._waiting[other].append(sample)
         sample = self._waiting[lane].popleft()
-        self._tokens[step] += len(sample["input_ids"])
+        self._tokens[step] += self.length(sample)
         return sample
 
     def tokens(self, start: int, stop: int) -> int:
@@ -163,39 +176,12 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
         self._waiting.clear()
 
 
-def collate_padded(
-    samples: Sequence[TokenizedSample], pad_token_id: int
-) -> dict[str, torch.Tensor]:
-    """Right-padded [batch, longest] input_ids, attention_mask and labels."""
-    longest = max(len(sample["input_ids"]) for sample in samples)
-
-    def padded(key: str, value: int) -> torch.Tensor:
-        rows = [list(s[key]) + [value] * (longest - len(s[key])) for s in samples]  # type: ignore[literal-required]
-        return torch.tensor(rows)
-
-    batch = {"input_ids": padded("input_ids", pad_token_id), "labels": padded("labels", IGNORE)}
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-    return batch
-
-
-def collate_packed(samples: Sequence[TokenizedSample]) -> dict[str, torch.Tensor]:
-    """One row [1, total] without padding; position_ids start anew at every sample.
-
-    Transformers derives the block-diagonal attention mask from them where no attention_mask is
-    given. The first label of each sample is ignored: the token before it is another sample's.
-    """
-    row: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for sample in samples:
-        row["input_ids"] += sample["input_ids"]
-        row["labels"] += [IGNORE, *sample["labels"][1:]]
-        row["position_ids"] += range(len(sample["input_ids"]))
-    return {key: torch.tensor([values]) for key, values in row.items()}
-
-
 def batches_from_start(
-    samples: PlannedSamples | StreamedSamples, pad_token_id: int, labelled: int
-) -> Iterator[dict[str, torch.Tensor]]:
+    samples: PlannedSamples | StreamedSamples,
+    objective: Objective,
+    pad_token_id: int,
+    labelled: int,
+) -> Iterator[Batch]:
     """Yield padded batches of `samples` in their order, over and over, until nobody asks.
 
     Each has as few samples as have `labelled` tokens with a loss, or all that there are.
@@ -204,22 +190,19 @@ def batches_from_start(
     while True:
         for position in range(len(samples)):
             batch.append(samples[position])
-            tokens = sum(label != IGNORE for sample in batch for label in sample["labels"])
+            tokens = sum(label != NO_LOSS for sample in batch for label in sample["labels"])
             if tokens >= labelled:
                 beat("initializing the method")
-                yield collate_padded(batch, pad_token_id)
+                yield objective.collate(batch, pad_token_id)
                 batch = []
         samples.close()
 
 
 class Collator:
-    """Picklable collate function for a data loader."""
+    """Makes the batches of an objective; a collate function for a data loader."""
 
-    def __init__(self, pad_token_id: int, packing: bool) -> None:
-        self.pad_token_id = pad_token_id
-        self.packing = packing
+    def __init__(self, objective: Objective, pad_token_id: int, packing: bool) -> None:
+        self.objective, self.pad_token_id, self.packing = objective, pad_token_id, packing
 
-    def __call__(self, samples: Sequence[TokenizedSample]) -> dict[str, Any]:
-        if self.packing:
-            return collate_packed(samples)
-        return collate_padded(samples, self.pad_token_id)
+    def __call__(self, samples: Sequence[TokenizedSample]) -> Batch:
+        return self.objective.collate(samples, self.pad_token_id, packing=self.packing)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from rayfin.config import Config
-from rayfin.errors import MethodError
+from rayfin.errors import ConfigError, MethodError
 from rayfin.methods import methods_that
+from rayfin.objectives import objective_of
 
 
 def check_combination(config: Config) -> None:
-    """Raises MethodError, with the reason and what would work, where `config` can't be trained."""
+    """Raise MethodError or ConfigError, with what would work, where `config` can't be trained."""
     method, train = config.method, config.train
 
     def refuse(what: str, why: str, remedy: str) -> None:
         raise MethodError(f"{what} can't work with method.type={method.type}: {why}; {remedy}")
+
+    def refuse_objective(what: str, why: str, remedy: str) -> None:
+        raise ConfigError(f"{what} can't work with train.stage={train.stage}: {why}; {remedy}")
 
     if method.quantization_bit and not method.quantized_base:
         refuse(
@@ -36,6 +40,19 @@ def check_combination(config: Config) -> None:
         )
     for refusal in method.refusals(train.max_steps):
         refuse(*refusal)
+    objective = objective_of(train)
+    for what, why, remedy in objective.refusals(method):
+        refuse_objective(what, why, remedy)
+    if train.packing and not objective.packing:
+        refuse_objective(
+            "train.packing=true", "its samples can't share a row", "use train.packing=false"
+        )
+    if config.sweep.metric not in objective.metrics:
+        refuse_objective(
+            f"sweep.metric={config.sweep.metric}",
+            "it is not measured there",
+            f"use one of {', '.join(objective.metrics)}",
+        )
     if method.virtual_tokens:
         tokens = method.positions
         if tokens >= config.data.max_length:

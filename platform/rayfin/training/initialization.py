@@ -8,6 +8,7 @@ import torch
 
 from rayfin.data import TokenizedCorpus
 from rayfin.models.source import model_directory
+from rayfin.objectives import objective_of
 from rayfin.training.batches import batches_from_start, samples_of
 from rayfin.training.spec import TrialSpec
 from rayfin.training.strategies import Share
@@ -23,10 +24,10 @@ def initialize(
         train = spec.train
         # One worker that takes the whole step: the others see the same samples.
         whole = Share(train.per_device_train_batch_size, train.gradient_accumulation_steps)
-        samples = samples_of(spec, data, whole, warm.reader(spec.model))
+        samples = samples_of(spec, data, whole, warm.reader(spec))
         padding = pad_token_id(warm.tokenizer(spec.model))
         try:
-            yield from batches_from_start(samples, padding, labelled)
+            yield from batches_from_start(samples, objective_of(spec.train), padding, labelled)
         finally:
             samples.close()
 

@@ -72,11 +72,10 @@ def absolute(name: str) -> str:
 class TrialResult:
     """The end of a trial, or (status running) its state at an evaluation.
 
-    `metrics`: eval_loss (nats a completion token), perplexity, exact_match, token_accuracy, the
-    same with `base_` of the untrained model, how sure the change is (`Scores.against`),
-    train_seconds (optimizer steps only), wall_seconds, tokens_per_second, peak_memory_bytes,
-    trainable_parameters, steps.
-    `curve`: points {step, loss} and {step, eval_loss, exact_match, token_accuracy, seconds}.
+    `metrics`: the objective's scores (eval_loss, exact_match, …), the same with `base_` of the
+    untrained model, how sure the change is (`Objective.change`), train_seconds (optimizer steps
+    only), wall_seconds, tokens_per_second, peak_memory_bytes, trainable_parameters, steps.
+    `curve`: points {step, loss} and {step, eval_loss, exact_match, …}.
     """
 
     status: Status

@@ -17,6 +17,7 @@ from rayfin.data.stream import FileRange, SampleRange, Stream
 from rayfin.data.stream_reader import StreamReader, tokenize_range
 from rayfin.data.survey import RangeSurvey, SurveyBatch
 from rayfin.models import load_tokenizer
+from rayfin.objectives import SFT, Objective
 
 # Tokens that are made and not yet trained on; a task yields some hundred samples.
 _OBJECT_STORE_BYTES = 2**28
@@ -26,9 +27,9 @@ _MAX_RANGES_QUEUED = 4096
 _MAX_BATCHES_QUEUED = 32
 
 
-def survey_on_ray(config: DataConfig) -> Corpus:
+def survey_on_ray(config: DataConfig, objective: Objective = SFT) -> Corpus:
     """Survey a streamed data set as `survey_corpus` does, on all CPUs of the connected cluster."""
-    return survey_corpus(config, _map_batches)
+    return survey_corpus(config, _map_batches, objective)
 
 
 def _map_batches(survey: SurveyBatch, batches: Sequence[list[int]]) -> Iterable[RangeSurvey]:
@@ -55,7 +56,7 @@ def _call(survey: SurveyBatch, batch: list[int]) -> RangeSurvey:
     return survey(batch)
 
 
-def read_on_ray(model: ModelConfig) -> StreamReader:
+def read_on_ray(model: ModelConfig, objective: Objective) -> StreamReader:
     """Return a reader whose ranges are read and tokenised by Ray Data, ahead of the training.
 
     Its one process takes none of the cluster's CPUs, as the training may hold all of them.
@@ -74,7 +75,7 @@ def read_on_ray(model: ModelConfig) -> StreamReader:
                 some, override_num_blocks=-(-len(some) // _RANGES_PER_TASK)
             )
             samples = waiting.map_batches(
-                lambda batch: _tokenize(batch, rules, model, seed, max_length),
+                lambda batch: _tokenize(batch, rules, model, objective, seed, max_length),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=0,
@@ -83,7 +84,7 @@ def read_on_ray(model: ModelConfig) -> StreamReader:
             batch: Any
             for batch in samples.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in batch.to_pylist():
-                    yield row["lane"], {"input_ids": row["input_ids"], "labels": row["labels"]}
+                    yield row.pop("lane"), row
 
     return read
 
@@ -92,22 +93,33 @@ def read_on_ray(model: ModelConfig) -> StreamReader:
 _tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 
 
-def _tokenize(batch: Any, stream: Stream, model: ModelConfig, seed: int, max_length: int) -> Any:
+def _tokenize(
+    batch: Any,
+    stream: Stream,
+    model: ModelConfig,
+    objective: Objective,
+    seed: int,
+    max_length: int,
+) -> Any:
     """Turn a table of sample ranges into a table of their tokenised samples."""
     import pyarrow as pa
 
     lanes: list[int] = []
-    samples: list[TokenizedSample] = []
+    samples: list[Any] = []
     for row in batch.to_pylist():
         each = SampleRange(**row | {"file_range": FileRange(**row["file_range"])})
-        samples += tokenize_range(stream, each, _tokenizer(model), seed=seed, max_length=max_length)
+        samples += tokenize_range(
+            stream, each, _tokenizer(model), objective, seed=seed, max_length=max_length
+        )
         lanes += [each.lane] * (len(samples) - len(lanes))
     tokens = pa.list_(pa.int32())
     return pa.table(
         {
             "lane": lanes,
-            "input_ids": pa.array([sample["input_ids"] for sample in samples], tokens),
-            "labels": pa.array([sample["labels"] for sample in samples], tokens),
+            **{
+                name: pa.array([sample[name] for sample in samples], tokens)
+                for name in (samples[0] if samples else ("input_ids", "labels"))
+            },
         }
     )
 

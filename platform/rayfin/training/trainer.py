@@ -5,26 +5,27 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch.nn import functional
 from transformers import PrinterCallback
 
 from rayfin.compat.deepspeed import element_count
 from rayfin.compat.transformers import SteppedTrainer
-from rayfin.config import MethodConfig
-from rayfin.data import TokenizedSample
 from rayfin.errors import TrialDiverged, TrialError
 from rayfin.heartbeat import beat, pause
+from rayfin.metrics import METRICS, Score
+from rayfin.objectives import Objective, objective_of
+from rayfin.objectives.base import Batch
 from rayfin.paths import StoragePath
 from rayfin.training.arguments import training_arguments
-from rayfin.training.batches import Collator, PlannedSamples, StreamedSamples
+from rayfin.training.batches import Collator
 from rayfin.training.checkpoint import (
     TrainingProgress,
     load_progress,
@@ -38,37 +39,32 @@ from rayfin.training.clock import Clock
 from rayfin.training.flow import Flow
 from rayfin.training.learning_rates import divide_groups, resume_schedule
 from rayfin.training.parallel import ParallelStrategy
-from rayfin.training.scoring import Scores, completion_logits, score
+from rayfin.training.preemption import PreemptionWatch
+from rayfin.training.scoring import score_together
+from rayfin.training.spec import TrialSpec
+from rayfin.training.trial_inputs import TrialCallbacks, TrialData
 
 _WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
-# A question is a barrier for all workers: a few steps tell how many there may be between two.
-_STEPS_TO_TIME = 3
-_SECONDS_BETWEEN_QUESTIONS = 5.0
 
 
 class TrialTrainer(SteppedTrainer):
     """Trains one trial; `curve` and `train_seconds` survive a resume with the checkpoint.
 
-    `base_scores`: of the untrained model; None has the workers find them out together.
-    `warned`: whether this trial's machines are about to be taken away, asked by all workers
-    together every few seconds; a checkpoint is saved then, once.
+    What is specific to the trial's objective, its loss and scores, the objective does.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
+        spec: TrialSpec,
+        data: TrialData,
+        callbacks: TrialCallbacks,
         *,
-        method: MethodConfig,
         parallel: ParallelStrategy,
-        planned: PlannedSamples | StreamedSamples,
-        held_out: list[TokenizedSample],
-        pad_token_id: int,
         checkpoints: StoragePath,
-        on_evaluation: Callable[[TrialTrainer], bool | None],
-        base_scores: Scores | None,
-        warned: Callable[[], bool] | None = None,
     ) -> None:
-        train = parallel.train
+        train, planned, method = spec.train, data.planned, spec.method
+        self.objective: Objective = objective_of(train)
         self.trainable_parameters = sum(
             element_count(p) for p in model.parameters() if p.requires_grad
         )
@@ -80,21 +76,21 @@ class TrialTrainer(SteppedTrainer):
             model=model,
             args=training_arguments(parallel, model, checkpoints.path),
             train_dataset=planned,
-            data_collator=Collator(pad_token_id, train.packing),
+            data_collator=Collator(self.objective, data.pad_token_id, train.packing),
             callbacks=[flow],
         )
         self.remove_callback(PrinterCallback)
-        # The loss below is a sum over tokens divided by the tokens of the whole step.
+        # The loss below is a sum over its terms divided by those of the whole step.
         self.model_accepts_loss_kwargs = True
-        self.method, self.train_config, self.held_out = method, train, held_out
-        self.parallel, self.base_scores, self.warned = parallel, base_scores, warned
-        self._asks_every = 1  # steps
+        self.method, self.train_config, self.held_out = method, train, data.held_out
+        self.parallel, self.base_scores = parallel, data.base_scores
+        self._preemption = PreemptionWatch(callbacks.preempted)
         self.trained: torch.nn.Module = model  # as it was given: never wrapped, never None
-        self.pad_token_id, self.checkpoints = pad_token_id, checkpoints
-        self.on_evaluation = on_evaluation
+        self.pad_token_id, self.checkpoints = data.pad_token_id, checkpoints
+        self._evaluated = callbacks.evaluated
         self.planned = planned
         self.samples_per_step = len(planned) // train.max_steps
-        self.scores: Scores | None = None
+        self.scores: torch.Tensor | None = None
         self.resumed_weights: dict[str, torch.Tensor] = {}
         self.stopped = False
 
@@ -107,16 +103,25 @@ class TrialTrainer(SteppedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        logits, targets, _ = completion_logits(model, inputs)
-        loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-        count = num_items_in_batch if num_items_in_batch is not None else len(targets)
-        # Of large data, all answers of a step may lie beyond max_length.
-        loss = loss / (count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1))
-        # DDP averages gradients over workers, but the tokens counted are those of all workers.
+        assert isinstance(num_items_in_batch, torch.Tensor)  # by `get_batch_samples`
+        # In large data, all answers of a step may lie beyond max_length.
+        loss = self.objective.loss(model, inputs) / num_items_in_batch.clamp(min=1)
+        # DDP averages gradients over workers, but the terms counted are those of all workers.
         loss = loss * self.accelerator.num_processes
         if (penalty := self.method.regularizer(model)) is not None:
             loss = loss + penalty / self.args.gradient_accumulation_steps
         return loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], torch.Tensor]:
+        """Return the batches of a step, and the terms of their loss on all workers, as a float."""
+        batches = list(islice(epoch_iterator, num_batches))
+        counts = [self.objective.count(batch) for batch in batches]
+        count = (torch.stack(counts).sum() if counts else torch.tensor(0)).to(device)
+        if self.accelerator.num_processes > 1:
+            count = self.accelerator.gather(count).sum()
+        return batches, count.float()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Transformers' own, with the parameters of each learning rate in groups of their own."""
@@ -148,8 +153,9 @@ class TrialTrainer(SteppedTrainer):
             sharded.set_requires_gradient_sync(True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for name in ("loss", "eval_loss"):
-            if name in logs and not math.isfinite(logs[name]):
+        for name in ("loss", *self.objective.metrics):
+            checked = name == "loss" or METRICS[name].diverges
+            if checked and name in logs and not math.isfinite(logs[name]):
                 raise TrialDiverged(
                     f"{name} became {logs[name]} at step {self.state.global_step}; "
                     f"lower train.learning_rate ({self.train_config.learning_rate:g})"
@@ -162,7 +168,7 @@ class TrialTrainer(SteppedTrainer):
         """Scores the validation samples, every worker a share of them."""
         self._clock.stop()
         self.scores = self._score()
-        metrics = self.scores.metrics()
+        metrics = self.objective.scores(self.scores)
         self.log(dict(metrics))
         # The last evaluation is not asked about: it goes into the result.
         last = self.state.global_step >= self.train_config.max_steps
@@ -170,7 +176,7 @@ class TrialTrainer(SteppedTrainer):
             beat("recording an evaluation", bulk=True)
         else:
             pause()  # for the first worker
-        if not last and self._any_worker(self.on_evaluation(self) is False):
+        if not last and self._any_worker(self._evaluated() is False):
             self.stopped = True
             self.control.should_training_stop = True
         beat("evaluated")
@@ -180,20 +186,16 @@ class TrialTrainer(SteppedTrainer):
         self._clock.start()
         return metrics
 
-    def _score(self) -> Scores:
-        rank, workers = self.accelerator.process_index, self.accelerator.num_processes
-        samples, batch_size = self.held_out, self.train_config.per_device_eval_batch_size
-        largest_share = math.ceil(len(samples) / workers)
-        own = score(
+    def _score(self) -> torch.Tensor:
+        return score_together(
+            self.accelerator,
             self.trained,
-            samples[rank::workers],
-            batch_size=batch_size,
+            self.held_out,
+            self.objective,
+            batch_size=self.train_config.per_device_eval_batch_size,
             pad_token_id=self.pad_token_id,
-            batches=math.ceil(largest_share / batch_size) if self.parallel.together else None,
-            filler=samples[0],
-            device=self.accelerator.device,
+            in_parts=self.parallel.together,
         )
-        return own if workers == 1 else self._joined(own)
 
     def _score_base(self) -> None:
         """Scores the base model, where neither the caller nor a checkpoint has its scores.
@@ -216,14 +218,6 @@ class TrialTrainer(SteppedTrainer):
         flags = torch.tensor(int(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flags).item())
 
-    def _joined(self, own: Scores) -> Scores:
-        """All samples' scores from every worker's share of them."""
-        rank, workers = self.accelerator.process_index, self.accelerator.num_processes
-        table = torch.zeros(len(self.held_out), own.table.shape[1], dtype=own.table.dtype)
-        table[rank::workers] = own.table
-        # What the others have is zero here, so that the sum is each sample's own.
-        return Scores(self.accelerator.reduce(table.to(self.accelerator.device)).cpu())
-
     @property
     def train_seconds(self) -> float:
         """Seconds spent in optimizer steps, those before a resume included."""
@@ -238,24 +232,18 @@ class TrialTrainer(SteppedTrainer):
 
     @property
     def curve(self) -> list[dict[str, Any]]:
-        """{step, loss} and {step, eval_loss, …} in the order they came, resumed parts included."""
-        kept = ("loss", "eval_loss", "exact_match", "token_accuracy")
+        """{step, loss} and {step, eval_loss, …} in the order they came, resumed parts included.
+
+        A score that is another's exponential is left out.
+        """
+        scores = ((name, METRICS[name]) for name in self.objective.metrics)
+        kept = ("loss", *(n for n, it in scores if isinstance(it, Score) and not it.exponential_of))
         points = ({k: e[k] for k in ("step", *kept) if k in e} for e in self.state.log_history)
         return [point for point in points if len(point) > 1]
 
     def _to_be_saved_now(self) -> bool:
-        """Whether the machines are about to go; every worker comes to the same answer."""
-        done = self.state.global_step - self._clock.first_step
-        if self.warned is None or done % self._asks_every:
-            return False
-        if done == _STEPS_TO_TIME:
-            own = torch.tensor(self._clock.elapsed / done, device=self.accelerator.device)
-            seconds = float(self.accelerator.reduce(own, "mean"))
-            self._asks_every = max(1, round(_SECONDS_BETWEEN_QUESTIONS / max(seconds, 1e-6)))
-        if not self.warned():
-            return False
-        self.warned = None
-        return True
+        steps = self.state.global_step - self._clock.first_step
+        return self._preemption.save_now(self.accelerator, steps, self._clock)
 
     # --- checkpoints ----------------------------------------------------------------------
 
@@ -311,7 +299,7 @@ class TrialTrainer(SteppedTrainer):
             )
             save_progress(progress, Path(directory))
             if self.base_scores is not None:
-                save_tensors({"table": self.base_scores.table}, Path(directory), _BASE_SCORES)
+                save_tensors({"table": self.base_scores}, Path(directory), _BASE_SCORES)
 
     def read_weights(self, checkpoint: str) -> None:
         self.resumed_weights = load_tensors(Path(checkpoint), _WEIGHTS)
@@ -333,7 +321,7 @@ class TrialTrainer(SteppedTrainer):
             resume_schedule(self.lr_scheduler, progress)
             self._clock.before = progress.train_seconds
             if self.base_scores is None and (directory / f"{_BASE_SCORES}.safetensors").exists():
-                self.base_scores = Scores(load_tensors(directory, _BASE_SCORES)["table"])
+                self.base_scores = load_tensors(directory, _BASE_SCORES)["table"]
         self.resumed_weights = {}
         return prepared
 

@@ -20,6 +20,7 @@ from rayfin.heartbeat import beat, pause
 from rayfin.methods import attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
+from rayfin.objectives import objective_of
 from rayfin.paths import StoragePath, unfinished_writes, write_directory_whole, write_text
 from rayfin.statuses import Status
 from rayfin.training.checkpoint import (
@@ -132,8 +133,8 @@ def _train(
         from rayfin.training.batches import samples_of
         from rayfin.training.initialization import initialize
         from rayfin.training.parallel_strategies import parallel_strategy
-        from rayfin.training.scoring import all_metrics
         from rayfin.training.trainer import TrialTrainer
+        from rayfin.training.trial_inputs import TrialCallbacks, TrialData
 
     started = time.perf_counter()
     checkpoints = location / "checkpoints"
@@ -153,7 +154,7 @@ def _train(
         trainer: TrialTrainer, status: Status, adapter: StoragePath | None = None
     ) -> TrialResult:
         metrics = {
-            **all_metrics(trainer.scores, trainer.base_scores),
+            **trainer.objective.all_scores(trainer.scores, trainer.base_scores),
             "train_seconds": trainer.train_seconds,
             "wall_seconds": time.perf_counter() - started,
             "tokens_per_second": trainer.tokens_per_second,
@@ -172,22 +173,29 @@ def _train(
             spec.method,
             spec.train.max_steps,
             locate(spec.model),
+            task_type=objective_of(spec.train).task_type,
             keep_dtype=strategy.keeps_dtype,
         )
     trainer: TrialTrainer | None = None
+
+    def evaluated() -> bool | None:
+        assert trainer is not None
+        return report(stands(trainer, "running"))
+
     try:
         beat("preparing the training", bulk=True)
         trainer = TrialTrainer(
             model,
-            method=spec.method,
+            spec,
+            TrialData(
+                planned=samples_of(spec, data, strategy.share, warm.reader(spec)),
+                held_out=data.eval,
+                pad_token_id=pad_token_id(tokenizer),
+                base_scores=base_scores,
+            ),
+            TrialCallbacks(evaluated, warned),
             parallel=strategy,
-            planned=samples_of(spec, data, strategy.share, warm.reader(spec.model)),
-            held_out=data.eval,
-            pad_token_id=pad_token_id(tokenizer),
             checkpoints=checkpoints,
-            on_evaluation=lambda trainer: report(stands(trainer, "running")),
-            base_scores=base_scores,
-            warned=warned,
         )
         if trainer.args.should_save:
             for left in (staging(checkpoints), *unfinished_writes(location.path / "adapter")):

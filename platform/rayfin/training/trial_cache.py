@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rayfin.config import DataConfig, ModelConfig
@@ -12,17 +13,19 @@ from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
 from rayfin.data.stream_reader import StreamReader, read_in_process
 from rayfin.hardware import Hardware
 from rayfin.heartbeat import beat
-from rayfin.models import Base, ModelFacts, base_of, describe_model, load_base, load_tokenizer
-from rayfin.training.scoring import Scores, score
+from rayfin.models import Base, Head, ModelFacts, base_of, describe_model, load_base, load_tokenizer
+from rayfin.objectives import Objective, objective_of
+from rayfin.training.scoring import score
 from rayfin.training.spec import TrialSpec
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 @dataclass
 class _Base:
-    key: tuple[str, int | None, str]
+    key: tuple[object, ...]
     model: PreTrainedModel
 
 
@@ -36,7 +39,7 @@ class TrialCache:
     def __init__(
         self,
         corpora: dict[DataConfig, Corpus] | None = None,
-        reader: Callable[[ModelConfig], StreamReader] | None = None,
+        reader: Callable[[ModelConfig, Objective], StreamReader] | None = None,
     ) -> None:
         """`reader`: makes what reads streamed data, other than in this process."""
         self._reader = reader
@@ -44,9 +47,9 @@ class TrialCache:
         self._facts: dict[ModelConfig, ModelFacts] = {}
         self._origins: dict[ModelConfig, Base] = {}
         self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
-        self._tokenized: dict[tuple[DataConfig, ModelConfig], TokenizedCorpus] = {}
+        self._tokenized: dict[tuple[object, ...], TokenizedCorpus] = {}
         self._base: _Base | None = None
-        self._base_scores: dict[tuple[object, ...], Scores] = {}
+        self._base_scores: dict[tuple[object, ...], torch.Tensor] = {}
         self.loads = 0
         """Base models loaded so far."""
 
@@ -67,29 +70,37 @@ class TrialCache:
             self._tokenizers[model] = load_tokenizer(model)
         return self._tokenizers[model]
 
-    def corpus(self, data: DataConfig) -> Corpus:
-        if data not in self._corpora:
-            self._corpora[data] = load_corpus(data)
-        return self._corpora[data]
+    def corpus(self, spec: TrialSpec) -> Corpus:
+        """Return the samples of a trial's data."""
+        if spec.data not in self._corpora:
+            self._corpora[spec.data] = load_corpus(spec.data, objective_of(spec.train))
+        return self._corpora[spec.data]
 
     def tokenized(self, spec: TrialSpec) -> TokenizedCorpus:
-        key = (spec.data, spec.model)
+        objective = objective_of(spec.train)
+        key = (spec.data, spec.model, objective.identity)
         if key not in self._tokenized:
             beat("reading and tokenising the data", bulk=True)
             self._tokenized[key] = tokenize_corpus(
-                self.corpus(spec.data), self.tokenizer(spec.model), spec.data.max_length
+                self.corpus(spec), self.tokenizer(spec.model), spec.data.max_length, objective
             )
         return self._tokenized[key]
 
-    def reader(self, model: ModelConfig) -> StreamReader:
-        """What reads streamed data for `model`."""
-        return self._reader(model) if self._reader else read_in_process(self.tokenizer(model))
+    def reader(self, spec: TrialSpec) -> StreamReader:
+        """Return what reads streamed data for a trial."""
+        objective = objective_of(spec.train)
+        if self._reader is not None:
+            return self._reader(spec.model, objective)
+        return read_in_process(self.tokenizer(spec.model), objective)
 
     def base(
         self, spec: TrialSpec, hardware: Hardware, *, on_host: bool = False
     ) -> PreTrainedModel:
         """The base model on its device (or in host memory, `on_host`), frozen, in eval mode."""
-        key = (spec.model.model_dump_json(), spec.method.quantization_bit, hardware.device)
+        bits, objective = spec.method.quantization_bit, objective_of(spec.train)
+        corpus = self.corpus(spec)
+        head = Head(objective.auto_class, objective.base_settings(chain(corpus.train, corpus.eval)))
+        key = (spec.model.model_dump_json(), bits, hardware.device, head)
         if self._base is None or self._base.key != key:
             if self._base is not None:
                 self.drop_base()
@@ -97,9 +108,8 @@ class TrialCache:
             # Those of the libraries stay: passing over them saves half a second. The base is made
             # after that, so that it can go, too.
             gc.freeze()
-            bits = spec.method.quantization_bit
             beat("loading the base model", bulk=True)
-            model = load_base(spec.model, bits, hardware.device, on_host=on_host)
+            model = load_base(spec.model, bits, hardware.device, on_host=on_host, head=head)
             self._base = _Base(key, model)
             self.loads += 1
         return self._base.model
@@ -113,13 +123,16 @@ class TrialCache:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def base_scores(self, spec: TrialSpec, hardware: Hardware) -> Scores:
-        """The untrained model's scores on the validation samples."""
-        key = (spec.model, spec.method.quantization_bit, spec.data, hardware.device)
+    def base_scores(self, spec: TrialSpec, hardware: Hardware) -> torch.Tensor:
+        """Return the table of the untrained model's scores on the held-out samples."""
+        objective = objective_of(spec.train)
+        bits = spec.method.quantization_bit
+        key = (spec.model, bits, spec.data, hardware.device, objective.identity)
         if key not in self._base_scores:
             self._base_scores[key] = score(
                 self.base(spec, hardware),
                 self.tokenized(spec).eval,
+                objective,
                 batch_size=spec.train.per_device_eval_batch_size,
                 pad_token_id=pad_token_id(self.tokenizer(spec.model)),
             )

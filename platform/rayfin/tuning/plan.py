@@ -15,6 +15,7 @@ from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_confi
 from rayfin.data import Corpus, load_corpus
 from rayfin.errors import RayfinError
 from rayfin.models import identity
+from rayfin.objectives import SFT, Objective, objective_of
 from rayfin.paths import Storage, StoragePath, write_text
 from rayfin.training import TrialSpec
 from rayfin.training.spec import absolute
@@ -71,17 +72,18 @@ class SweepPlan:
         spec = self.space.spec_of(values)
         fingerprint = spec.fingerprint(
             model_identity=self.identity(spec.model),
-            data_digest=self.corpus(spec.data).digest,
+            data_digest=self.corpus(spec.data, objective_of(spec.train)).digest,
         )
         trial_id = f"{self.sweep_id}-{fingerprint[:8]}"
         location = self.storage.trial(self.sweep_id, fingerprint[:8])
         return PlannedTrial(trial_id, fingerprint, values, spec, location)
 
-    def corpus(self, data: DataConfig) -> Corpus:
+    def corpus(self, data: DataConfig, objective: Objective = SFT) -> Corpus:
+        """Return the samples of a data set, for trials of an objective."""
         if data not in self.corpora:
             # Samples are the same at any length, and by any path: the data is read once.
             read = (c for d, c in self.corpora.items() if _samples(d) == _samples(data))
-            self.corpora[data] = next(read, None) or load_corpus(data)
+            self.corpora[data] = next(read, None) or load_corpus(data, objective)
         return self.corpora[data]
 
     @property

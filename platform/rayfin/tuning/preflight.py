@@ -14,6 +14,7 @@ from rayfin.errors import MethodError
 from rayfin.hardware import describe_hardware
 from rayfin.methods import linear_names
 from rayfin.models import check_model, load_tokenizer, max_positions, meta_model, weight_names
+from rayfin.objectives import objective_of
 from rayfin.tuning.plan import SweepPlan
 
 
@@ -33,7 +34,8 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
         return new
 
     for config in configs:
-        corpus = plan.corpus(config.data)
+        objective = objective_of(config.train)
+        corpus = plan.corpus(config.data, objective)
         if first_time(config.model, config.method.quantization_bit):
             check_model(config.model, config.method.quantization_bit)
             plan.identity(config.model)
@@ -42,7 +44,7 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
             _check_modules(config)
         if first_time(config.model, method, config.data):
             check_positions(config, max_positions(config.model))
-        if first_time(config.model, config.data):
+        if first_time(config.model, config.data, objective.identity):
             _check_lengths(config, corpus)
 
 
@@ -87,4 +89,9 @@ def check_positions(config: Config, has: int | None) -> None:
 
 def _check_lengths(config: Config, corpus: Corpus) -> None:
     if needs_length_check(corpus, config.data.max_length):
-        check_lengths(corpus, load_tokenizer(config.model), config.data.max_length)
+        check_lengths(
+            corpus,
+            load_tokenizer(config.model),
+            config.data.max_length,
+            objective_of(config.train),
+        )

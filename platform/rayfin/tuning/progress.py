@@ -13,6 +13,7 @@ from rayfin.config import Config
 from rayfin.history import TrialRecord
 from rayfin.metrics import METRICS, Score
 from rayfin.metrics import Column as MetricColumn
+from rayfin.objectives import OBJECTIVES, stage_of
 from rayfin.statuses import STATUS_COLOURS, UNFINISHED
 from rayfin.tables import Cell, Column, Rows
 from rayfin.training.spec import TrialResult
@@ -108,7 +109,8 @@ class ProgressDisplay:
 
     def _line(self, row: TrialRecord) -> str:
         cells = [self._head(row, row.status)]
-        cells += [f"{name} {_number(row, name)}" for name, _ in _columns() if name in row.metrics]
+        measured = (name for name, _ in _columns(stage_of(row.spec)) if name in row.metrics)
+        cells += [f"{name} {_number(row, name)}" for name in measured]
         if row.error:
             cells.append(row.error)
         if "recalled_from" in row.scenario:
@@ -134,6 +136,7 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
     sweep = config.sweep
     space = SearchSpace(config)
     axes = list(space.axes)
+    measured = _columns(config.train.stage, *(stage_of(row.spec) for row in rows))
     notes = [row.error or _origin(row) for row in rows]
     columns = [
         Column("#", right=True),
@@ -142,7 +145,7 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
         Column("step", right=True, leaves=2),
         *(
             Column(shown.header, right=True, leaves=0 if metric == sweep.metric else shown.leaves)
-            for metric, shown in _columns()
+            for metric, shown in measured
         ),
         *([Column("note", folds=True, leaves=1)] if any(notes) else []),
     ]
@@ -155,7 +158,7 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
                 Text(row.status, style=STATUS_COLOURS[row.status]),
                 *(_value(values[axis]) if axis in values else MISSING for axis in axes),
                 f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
-                *(_number(row, name) for name, _ in _columns()),
+                *(_number(row, name) for name, _ in measured),
                 *([note[:60]] if any(notes) else []),
             ]
         )
@@ -174,7 +177,7 @@ def evaluation_line(result: TrialResult, max_steps: int) -> str:
     """Return how a trial does: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`."""
     metrics = result.metrics
     told = [f"step {metrics['steps']}/{max_steps}"]
-    for name, column in _columns():
+    for name, column in _columns(*OBJECTIVES):
         if name in metrics:
             text = METRICS[name].in_line(metrics[name])
             score = isinstance(METRICS[name], Score)
@@ -194,9 +197,14 @@ def _origin(row: TrialRecord) -> str:
     return "from the history" if "recalled_from" in row.scenario else ""
 
 
-def _columns() -> list[tuple[str, MetricColumn]]:
-    """Return the metrics that are shown while trials run, with how each is."""
-    return [(name, metric.progress) for name, metric in METRICS.items() if metric.progress]
+def _columns(*stages: str) -> list[tuple[str, MetricColumn]]:
+    """Return the metrics that are shown while trials of these objectives run, with how each is."""
+    scores = {name for stage in stages for name in OBJECTIVES[stage].metrics}
+    return [
+        (name, metric.progress)
+        for name, metric in METRICS.items()
+        if metric.progress and (name in scores or not isinstance(metric, Score))
+    ]
 
 
 def _share(row: TrialRecord) -> float:

@@ -15,6 +15,7 @@ from rayfin.heartbeat import hang_position
 from rayfin.history import History, TrialRecord, now
 from rayfin.history.driver import DRIVER, this_driver, without_driver
 from rayfin.history.versions import package_versions
+from rayfin.objectives import main_metric, stage_of
 from rayfin.paths import StoragePath
 from rayfin.statuses import Status
 from rayfin.training.checkpoint import clear_checkpoints
@@ -133,12 +134,13 @@ def sweep_of(planned: PlannedTrial) -> str:
 def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
     """Return `row` with a TrialResult (as a dictionary) in it.
 
-    A finished one without a loss is failed.
+    A finished one without its main score is failed.
     """
     status, error = outcome["status"], outcome["error"]
     metrics = {k: v for k, v in outcome["metrics"].items() if _sound(v)}
-    if status == "finished" and "eval_loss" not in metrics:
-        status, error = "failed", f"eval_loss is {outcome['metrics'].get('eval_loss')}"
+    score = main_metric(stage_of(row.spec))
+    if status == "finished" and score not in metrics:
+        status, error = "failed", f"{score} is {outcome['metrics'].get(score)}"
     driver = {DRIVER: this_driver()} if status == "running" else {}
     return row.updated(
         status=status,

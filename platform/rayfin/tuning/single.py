@@ -13,6 +13,7 @@ from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.heartbeat import busy, watched
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted, mark_lost_trials
+from rayfin.objectives import objective_of
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.combination import check_combination
@@ -73,7 +74,9 @@ def _train(
 
         show(f"looking through {config.data.path}")
         data = TrialSpec.of(config).data
-        plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(data)
+        plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(
+            data, objective_of(config.train)
+        )
     check_run(plan, [config], cluster)
     mark_lost_trials(history)
     for note in plan.notes:

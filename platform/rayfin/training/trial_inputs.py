@@ -1,0 +1,33 @@
+"""What a trial's trainer is given beside its specification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from rayfin.samples import TokenizedSample
+from rayfin.training.batches import PlannedSamples, StreamedSamples
+
+
+@dataclass(frozen=True)
+class TrialData:
+    """What a trial is trained on, and what it is scored on."""
+
+    planned: PlannedSamples | StreamedSamples
+    held_out: list[TokenizedSample]
+    pad_token_id: int
+    base_scores: torch.Tensor | None
+    """The untrained model's table of scores; None has the workers compute it together."""
+
+
+@dataclass(frozen=True)
+class TrialCallbacks:
+    """What a trial asks of whoever runs it."""
+
+    evaluated: Callable[[], bool | None]
+    """Called at each evaluation; returns False to stop the trial."""
+    preempted: Callable[[], bool] | None = None
+    """Whether this trial's machines are about to be taken away, asked by all workers together every
+    few seconds; a checkpoint is saved then, once."""
