@@ -182,6 +182,8 @@ def detect_shape(rows: Sequence[Row], config: DataConfig) -> str:
     # Nothing fits: say what is wrong by the shape that the first row seems to be meant as.
     first = rows[0]
     if first.problem is None and (near := nearest_shape(first.value, ignore)):
+        if near == "preference":  # whether it may be trained on comes first
+            return near
         reason = str(RowStatistics(ignore).convert(first, near))
     else:
         reason = first.problem or _unknown_columns(first.value)

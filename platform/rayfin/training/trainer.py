@@ -176,7 +176,7 @@ class TrialTrainer(SteppedTrainer):
             beat("recording an evaluation", bulk=True)
         else:
             pause()  # for the first worker
-        if not last and self._any_worker(self._evaluated() is False):
+        if not last and self._any_worker(self._evaluated(self) is False):
             self.stopped = True
             self.control.should_training_stop = True
         beat("evaluated")

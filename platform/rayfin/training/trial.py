@@ -177,11 +177,6 @@ def _train(
             keep_dtype=strategy.keeps_dtype,
         )
     trainer: TrialTrainer | None = None
-
-    def evaluated() -> bool | None:
-        assert trainer is not None
-        return report(stands(trainer, "running"))
-
     try:
         beat("preparing the training", bulk=True)
         trainer = TrialTrainer(
@@ -193,7 +188,7 @@ def _train(
                 pad_token_id=pad_token_id(tokenizer),
                 base_scores=base_scores,
             ),
-            TrialCallbacks(evaluated, warned),
+            TrialCallbacks(lambda trainer: report(stands(trainer, "running")), warned),
             parallel=strategy,
             checkpoints=checkpoints,
         )

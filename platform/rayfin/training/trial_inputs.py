@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,8 +27,11 @@ class TrialData:
 class TrialCallbacks:
     """What a trial asks of whoever runs it."""
 
-    evaluated: Callable[[], bool | None]
-    """Called at each evaluation; returns False to stop the trial."""
+    evaluated: Callable[[Any], bool | None]
+    """Called with the trainer at each evaluation; returns False to stop the trial.
+
+    It must not hold the trainer itself: the model would outlive the trial in a cycle.
+    """
     preempted: Callable[[], bool] | None = None
     """Whether this trial's machines are about to be taken away, asked by all workers together every
     few seconds; a checkpoint is saved then, once."""
