@@ -29,7 +29,7 @@ Cell = str | Text
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A column of a table, and how it gives way where there is little room."""
 
     name: str
@@ -41,7 +41,7 @@ class Column:
     """Columns with the largest number are left out first; those with 0 never are."""
 
 
-class Rows:
+class TextTable:
     """A table that is laid out for the width of the terminal when it is printed.
 
     Where there is little room, headers continue in a second line first, then cells that may; then
@@ -50,7 +50,7 @@ class Rows:
     """
 
     def __init__(
-        self, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], *, title: str = ""
+        self, columns: Sequence[TableColumn], rows: Sequence[Sequence[Cell]], *, title: str = ""
     ) -> None:
         self._columns, self._title = columns, title
         # Text, so that brackets in a name or path are not taken for markup.

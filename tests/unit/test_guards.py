@@ -48,9 +48,6 @@ ORDER = (
 )
 RANK = {part: rank for rank, group in enumerate(ORDER) for part in group}
 
-# Parts whose modules still have import cycles.
-CYCLIC = {"serving"}
-
 # These also run where only torch, transformers and peft are installed.
 RAY_FREE = ("rayfin.training", "rayfin.serving.engine")
 RAY_USERS = ("rayfin.training.workers", "rayfin.training.member", "rayfin.training.streams")
@@ -153,8 +150,6 @@ def test_modules_have_no_import_cycle() -> None:
     files = {module_name(path): path for path in MODULES}
     graph: dict[str, set[str]] = {}
     for name, path in files.items():
-        if part_of(name) in CYCLIC:
-            continue
         found = graph.setdefault(name, set())
         for _, imported in imports(path):
             module = imported if imported in files else imported.rpartition(".")[0]

@@ -9,8 +9,8 @@ import pytest
 from rayfin.advisor.answer import (
     Choice,
     Feasibility,
+    PredictionInterval,
     Predictions,
-    Range,
     Recommendation,
     TradeOffPoint,
 )
@@ -28,8 +28,8 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
               train_seconds=taken, memory_bytes=1e9, front=n == 0)
         for n, taken in enumerate(seconds)
     ]  # fmt: skip
-    spot = Range(low=0.1, expected=0.2, high=0.4)
-    time = Range(low=1, expected=seconds[0], high=1e9)
+    spot = PredictionInterval(low=0.1, expected=0.2, high=0.4)
+    time = PredictionInterval(low=1, expected=seconds[0], high=1e9)
     predictions = Predictions(
         shortfall=spot, divergence=0, memory_bytes=time, train_seconds=time, first_token_ms=time
     )

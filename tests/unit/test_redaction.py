@@ -13,7 +13,7 @@ from rayfin.config import load_config, load_serve_config
 from rayfin.errors import ConfigError, HistoryError, StorageError
 from rayfin.evaluation import write_sweep_report
 from rayfin.history import History, TrialRecord, now
-from rayfin.history.connect import parse_url, shown, without_password
+from rayfin.history.connect import parse_url, shown_url, without_password
 from rayfin.objects import ObjectPath
 from rayfin.paths import Storage
 from rayfin.redaction import redact, redact_url, redacted
@@ -124,7 +124,7 @@ def test_an_error_holds_none_wherever_it_goes(caplog: pytest.LogCaptureFixture) 
 def test_a_history_is_shown_and_kept_without(url: str) -> None:
     if "c@db" not in url and not url.endswith("@x"):  # those are no URLs at all
         parsed = parse_url(url)
-        assert SECRET not in shown(parsed) and SECRET not in without_password(url)
+        assert SECRET not in shown_url(parsed) and SECRET not in without_password(url)
     closed = url.replace("@db/", "@127.0.0.1:1/").replace("//db/", "//127.0.0.1:1/")
     with pytest.raises(HistoryError) as told:
         History.open(closed)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rayfin.cli import main
 from rayfin.config import load_config
 from rayfin.history import History, TrialRecord
-from rayfin.tables import Column, Rows
+from rayfin.tables import TableColumn, TextTable
 from rayfin.tuning.progress import trials_table
 
 SETTINGS = {
@@ -25,13 +25,13 @@ SETTINGS = {
 }
 
 
-def at(width: int, table: Rows) -> list[str]:
+def at(width: int, table: TextTable) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
     console.print(table)
     return console.file.getvalue().splitlines()  # type: ignore[attr-defined,no-any-return]
 
 
-def a_sweep(error: str | None = None) -> Rows:
+def a_sweep(error: str | None = None) -> TextTable:
     config = load_config(None, ["model.name=tiny", f"sweep.parameters={json.dumps(SETTINGS)}"])
     spec = config.model_dump(mode="json")
     for name, [value] in SETTINGS.items():
@@ -70,20 +70,26 @@ def test_no_header_and_no_number_is_cut(width: int, error: str | None) -> None:
 
 
 def test_what_is_left_out_is_named_least_important_first() -> None:
-    columns = [Column("name"), Column("first_to_go", leaves=2), Column("second", leaves=1)]
+    columns = [
+        TableColumn("name"),
+        TableColumn("first_to_go", leaves=2),
+        TableColumn("second", leaves=1),
+    ]
     rows = [["x" * 20, "y" * 20, "z" * 20]]
-    assert "not shown" not in "".join(at(80, Rows(columns, rows)))
-    at_50 = at(50, Rows(columns, rows))
+    assert "not shown" not in "".join(at(80, TextTable(columns, rows)))
+    at_50 = at(50, TextTable(columns, rows))
     said = " ".join(" ".join(at_50).split())
     assert said.endswith("not shown in 50 columns: first_to_go; --json shows all")
     assert "z" * 20 in at_50[2]
-    at_30 = at(30, Rows(columns, rows))
+    at_30 = at(30, TextTable(columns, rows))
     assert "30 columns: second, first_to_go;" in " ".join(" ".join(at_30).split())
-    assert at(10, Rows(columns, rows))[0] == "name: "  # a block of lines, where nothing else helps
+    assert (
+        at(10, TextTable(columns, rows))[0] == "name: "
+    )  # a block of lines, where nothing else helps
 
 
 def test_brackets_are_text() -> None:
-    table = Rows([Column("path")], [["[bold]x[/bold]"]])
+    table = TextTable([TableColumn("path")], [["[bold]x[/bold]"]])
     assert at(40, table)[2] == "[bold]x[/bold]"
 
 

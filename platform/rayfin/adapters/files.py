@@ -60,7 +60,7 @@ _TOKENIZER = (
 
 
 @dataclass(frozen=True)
-class Facts:
+class AdapterFacts:
     """What an adapter's own files say about it; `base_model` is None where they don't say."""
 
     peft_type: str
@@ -116,7 +116,7 @@ def list_files(directory: Path) -> dict[str, Path]:
     return files
 
 
-def inspect_files(directory: Path, files: Mapping[str, Path]) -> Facts:
+def inspect_files(directory: Path, files: Mapping[str, Path]) -> AdapterFacts:
     """Inspect an adapter's files; raises AdapterError unless configuration and weights are whole.
 
     Weights are checked by safetensors' own reader: the header parses, every tensor's bytes match
@@ -131,10 +131,10 @@ def inspect_files(directory: Path, files: Mapping[str, Path]) -> Facts:
                 "with PEFT's save_pretrained()"
             )
         weights = {"adapter_model.safetensors"}
-        facts = Facts(peft_type, _text(config.get("base_model_name_or_path")))
+        facts = AdapterFacts(peft_type, _text(config.get("base_model_name_or_path")))
     else:
         weights = _model_weights(directory, files)
-        facts = Facts(FULL, _text(read_json(files["config.json"]).get("_name_or_path")))
+        facts = AdapterFacts(FULL, _text(read_json(files["config.json"]).get("_name_or_path")))
     for name in sorted(weights):
         if name not in files:
             raise AdapterError(

@@ -17,7 +17,7 @@ class _Schema(BaseModel):
     )
 
 
-class Range(_Schema):
+class PredictionInterval(_Schema):
     """An expected value and the bounds of its 80 % interval."""
 
     low: float
@@ -28,15 +28,15 @@ class Range(_Schema):
 class Predictions(_Schema):
     """What is predicted of a run."""
 
-    shortfall: Range
+    shortfall: PredictionInterval
     """The regret: 0 is the best score known in the scenario, 1 the worst."""
     divergence: float | None
     """The probability that the training diverges, or null where no trial tells."""
-    memory_bytes: Range
+    memory_bytes: PredictionInterval
     """The peak memory of one worker, in bytes."""
-    train_seconds: Range
+    train_seconds: PredictionInterval
     """The time of all optimizer steps, in seconds."""
-    first_token_ms: Range
+    first_token_ms: PredictionInterval
     """The milliseconds from a request to its first token, if served on the same hardware."""
 
 

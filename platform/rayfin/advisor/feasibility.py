@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rayfin.advisor.answer import Feasibility, Range
+from rayfin.advisor.answer import Feasibility, PredictionInterval
 from rayfin.advisor.candidates import (
     Candidate,
     ScenarioFacts,
@@ -63,7 +63,7 @@ def assess_candidates(
     found: Sequence[Candidate],
     known: ScenarioFacts,
     measured: Sequence[MeasuredTrial],
-    first_token: Range,
+    first_token: PredictionInterval,
     fixed: Mapping[str, Any],
 ) -> list[AssessedCandidate]:
     """Estimate each candidate, changed to save memory where it must; `fixed` settings are kept.
@@ -128,7 +128,7 @@ def _seconds(hours: float | None) -> float | None:
     return None if hours is None else 3600 * hours
 
 
-def _within(value: Range | Interval, limit: float | None) -> bool | None:
+def _within(value: PredictionInterval | Interval, limit: float | None) -> bool | None:
     if limit is None:
         return None
     return True if value.high <= limit else False if value.low > limit else None
@@ -141,7 +141,7 @@ def nothing_fits(
     options: Sequence[AssessedCandidate],
     known: ScenarioFacts,
     measured: Sequence[MeasuredTrial],
-    first_token: Range,
+    first_token: PredictionInterval,
     base: Config,
 ) -> str:
     """Return one line that says why no candidate is feasible, and what would be."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
-from rayfin.advisor.answer import Range
+from rayfin.advisor.answer import PredictionInterval
 from rayfin.advisor.model_sizes import is_toy
 from rayfin.hardware import Hardware
 from rayfin.history import SERVING, TrialRecord
@@ -58,7 +58,7 @@ def _positive(value: Any) -> TypeGuard[float]:
 
 def first_token(
     facts: ModelFacts, hardware: Hardware, served: Sequence[ServingMeasurement]
-) -> Range:
+) -> PredictionInterval:
     """Return the milliseconds to the first token after a prompt of 128 tokens.
 
     Prefill takes 2 FLOPs per parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
@@ -78,4 +78,4 @@ def first_token(
     error = sum(errors) / (1 + len(errors))  # the formula counts as one measurement
     spread = _MEASURED_SPREAD if len(errors) >= 2 else _SPREAD
     middle = 1000 * formula(facts.parameters) * math.exp(error)
-    return Range(low=middle / spread, expected=middle, high=middle * spread)
+    return PredictionInterval(low=middle / spread, expected=middle, high=middle * spread)

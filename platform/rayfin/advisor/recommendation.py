@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfin.advisor import practice
-from rayfin.advisor.answer import Choice, Predictions, Range, Recommendation, TradeOffPoint
+from rayfin.advisor.answer import (
+    Choice,
+    PredictionInterval,
+    Predictions,
+    Recommendation,
+    TradeOffPoint,
+)
 from rayfin.advisor.candidates import ScenarioFacts, candidates, given_settings
 from rayfin.advisor.feasibility import AssessedCandidate, assess_candidates, feasible, nothing_fits
 from rayfin.advisor.features import COLUMNS, setting_row
@@ -111,10 +117,10 @@ def recommend(
         candidate, taken = option.candidate, option.estimate
         low, middle, high = (float(value) for value in ranges[:, at])
         predictions = Predictions(
-            shortfall=Range(low=low, expected=middle, high=high),
+            shortfall=PredictionInterval(low=low, expected=middle, high=high),
             divergence=float(diverges[at]) if learned else None,
-            memory_bytes=_range(taken.memory),
-            train_seconds=_range(taken.seconds),
+            memory_bytes=_interval(taken.memory),
+            train_seconds=_interval(taken.seconds),
             first_token_ms=latency,
         )
         supporting = [
@@ -230,8 +236,8 @@ def _unusual(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Arra
     return regrets
 
 
-def _range(interval: Any) -> Range:
-    return Range(low=interval.low, expected=interval.expected, high=interval.high)
+def _interval(interval: Any) -> PredictionInterval:
+    return PredictionInterval(low=interval.low, expected=interval.expected, high=interval.high)
 
 
 def _trade_offs(options: Sequence[AssessedCandidate], regrets: Array) -> list[TradeOffPoint]:

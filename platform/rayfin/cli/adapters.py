@@ -14,7 +14,7 @@ from rayfin.cli.places import add_places, place_config
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
-    from rayfin.tables import Rows
+    from rayfin.tables import TextTable
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -100,16 +100,16 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(versions: Iterable[AdapterVersion]) -> Rows:
-    from rayfin.tables import Column, Rows
+def _table(versions: Iterable[AdapterVersion]) -> TextTable:
+    from rayfin.tables import TableColumn, TextTable
 
     columns = [
-        Column("adapter"),
-        Column("aliases", folds=True),
-        Column("type"),
-        Column("base model", folds=True),
-        Column("metrics"),
-        Column("created (UTC)", leaves=1),
+        TableColumn("adapter"),
+        TableColumn("aliases", folds=True),
+        TableColumn("type"),
+        TableColumn("base model", folds=True),
+        TableColumn("metrics"),
+        TableColumn("created (UTC)", leaves=1),
     ]
     rows = [
         [
@@ -122,7 +122,7 @@ def _table(versions: Iterable[AdapterVersion]) -> Rows:
         ]
         for version in versions
     ]
-    return Rows(columns, rows)
+    return TextTable(columns, rows)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -133,7 +133,7 @@ def _show(args: argparse.Namespace) -> int:
         _print_json({**version.as_dict(), "versions": versions, "all_aliases": aliases})
         return 0
     from rayfin.paths import METADATA
-    from rayfin.tables import Column, Rows, output
+    from rayfin.tables import TableColumn, TextTable, output
 
     facts = {
         "adapter": version.ref,
@@ -150,7 +150,7 @@ def _show(args: argparse.Namespace) -> int:
     facts |= dict(_leaves(rest))
     facts |= {name: f"{digest['bytes']:,} bytes" for name, digest in files.items()}
     facts_table = [[key, value] for key, value in facts.items() if value]
-    output().print(Rows([Column(""), Column("", folds=True)], facts_table))
+    output().print(TextTable([TableColumn(""), TableColumn("", folds=True)], facts_table))
     print(f"everything about it: {version.path / METADATA}")
     return 0
 

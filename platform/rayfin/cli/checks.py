@@ -187,7 +187,7 @@ def storage_place(storage: str, problems: list[str]) -> Section:
 
 def history_place(storage: str, history: str | None, problems: list[str]) -> Section:
     """Whether the history opens; a new one is made by the first trial, not here."""
-    from rayfin.history.connect import parse_url, shown
+    from rayfin.history.connect import parse_url, shown_url
     from rayfin.paths import Storage
 
     try:
@@ -196,7 +196,7 @@ def history_place(storage: str, history: str | None, problems: list[str]) -> Sec
         problems.append(str(error))
         return {"url": None, "opens": False}
     parsed = parse_url(url)
-    found: Section = {"url": shown(parsed), "opens": False}
+    found: Section = {"url": shown_url(parsed), "opens": False}
     file = Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
     try:
         # Its own section speaks of a storage that can't be written.

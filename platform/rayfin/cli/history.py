@@ -14,7 +14,7 @@ from rayfin.statuses import STATUSES
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
 if TYPE_CHECKING:
     from rayfin.history import History, SweepSummary, TrialRecord
-    from rayfin.tables import Rows
+    from rayfin.tables import TextTable
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -145,7 +145,7 @@ def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     return history
 
 
-def _print(args: argparse.Namespace, value: Any, human: Rows | str) -> None:
+def _print(args: argparse.Namespace, value: Any, human: TextTable | str) -> None:
     if args.json:
         print_json(value)
         return
@@ -155,14 +155,14 @@ def _print(args: argparse.Namespace, value: Any, human: Rows | str) -> None:
     output().print(human, markup=False, soft_wrap=isinstance(human, str))
 
 
-def _trial_table(trials: list[TrialRecord]) -> Rows | str:
+def _trial_table(trials: list[TrialRecord]) -> TextTable | str:
     if not trials:
         return "no trials"
     from rayfin.methods import METHODS, capacities
     from rayfin.metrics import METRICS as MEASURED
     from rayfin.metrics import Score
     from rayfin.objectives import DEFAULT, OBJECTIVES
-    from rayfin.tables import Column, Rows
+    from rayfin.tables import TableColumn, TextTable
 
     # Scores of other objectives than the usual one, where any of these trials has them.
     usual = OBJECTIVES[DEFAULT].metrics
@@ -177,12 +177,12 @@ def _trial_table(trials: list[TrialRecord]) -> Rows | str:
         )
     ]
     columns = [
-        Column("trial"),
-        Column("sweep", folds=True, leaves=3),  # a trial's id begins with it
-        Column("status"),
-        Column("method"),
-        Column("lr"),
-        *(Column(shown.header, right=True, leaves=shown.leaves) for _, shown in measured),
+        TableColumn("trial"),
+        TableColumn("sweep", folds=True, leaves=3),  # a trial's id begins with it
+        TableColumn("status"),
+        TableColumn("method"),
+        TableColumn("lr"),
+        *(TableColumn(shown.header, right=True, leaves=shown.leaves) for _, shown in measured),
     ]
     rows = []
     for trial in trials:
@@ -200,21 +200,21 @@ def _trial_table(trials: list[TrialRecord]) -> Rows | str:
                 *(_figure(trial.metrics.get(key), f".{it.decimals}f") for key, it in measured),
             ]
         )
-    return Rows(columns, rows)
+    return TextTable(columns, rows)
 
 
-def _sweep_table(sweeps: list[SweepSummary]) -> Rows | str:
+def _sweep_table(sweeps: list[SweepSummary]) -> TextTable | str:
     if not sweeps:
         return "no sweeps"
-    from rayfin.tables import Column, Rows
+    from rayfin.tables import TableColumn, TextTable
 
     columns = [
-        Column("sweep"),
-        Column("started", leaves=2),
-        Column("trials", right=True),
-        Column("counts", folds=True, leaves=1),
-        Column("best loss", right=True),
-        Column("best trial", leaves=1),
+        TableColumn("sweep"),
+        TableColumn("started", leaves=2),
+        TableColumn("trials", right=True),
+        TableColumn("counts", folds=True, leaves=1),
+        TableColumn("best loss", right=True),
+        TableColumn("best trial", leaves=1),
     ]
     rows = [
         [
@@ -227,11 +227,11 @@ def _sweep_table(sweeps: list[SweepSummary]) -> Rows | str:
         ]
         for sweep in sweeps
     ]
-    return Rows(columns, rows)
+    return TextTable(columns, rows)
 
 
-def _detail_table(trial: TrialRecord) -> Rows:
-    from rayfin.tables import Column, Rows
+def _detail_table(trial: TrialRecord) -> TextTable:
+    from rayfin.tables import TableColumn, TextTable
 
     rows: list[list[str]] = []
     for name, value in trial.model_dump(mode="json").items():
@@ -241,7 +241,7 @@ def _detail_table(trial: TrialRecord) -> Rows:
             rows += [[f"{name}.{key}", _short(item)] for key, item in value.items()]
         elif value is not None:
             rows.append([name, str(value)])
-    return Rows([Column(""), Column("", folds=True)], rows)
+    return TextTable([TableColumn(""), TableColumn("", folds=True)], rows)
 
 
 def _sweep_json(sweep: SweepSummary) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rayfin.config.load import (
     saved,
     with_values,
 )
-from rayfin.config.problems import leaf_names, shown
+from rayfin.config.problems import format_value, leaf_names
 from rayfin.config.schema import (
     Config,
     DataConfig,
@@ -42,12 +42,12 @@ __all__ = [
     "TrainConfig",
     "build_config",
     "dump_yaml",
+    "format_value",
     "leaf_names",
     "load_config",
     "load_serve_config",
     "parse_overrides",
     "parse_yaml",
     "saved",
-    "shown",
     "with_values",
 ]

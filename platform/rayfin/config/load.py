@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from rayfin.config.problems import describe, shown, swept_methods
+from rayfin.config.problems import describe, format_value, swept_methods
 from rayfin.config.scalars import load_yaml, setting_type, typed, typed_override
 from rayfin.config.schema import Config
 from rayfin.config.serving import ServeConfig
@@ -32,7 +32,7 @@ def load_config(
     tree, values = _tree(source, Config), parse_overrides(overrides)
     _tell_replaced(tree, values)
     if "method.type" in values and (left := _method_over(tree, values["method.type"])[1]):
-        settings = ", ".join(f"method.{name}={shown(value)}" for name, value in left.items())
+        settings = ", ".join(f"method.{name}={format_value(value)}" for name, value in left.items())
         log.warning(
             "method.type=%s has no such setting: %s; left out", values["method.type"], settings
         )

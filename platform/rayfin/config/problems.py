@@ -67,7 +67,7 @@ def describe(
                 if other == "literal_error":
                     words = re.sub(r"\b(True|False)\b", lambda found: found[0].lower(), words)
                 # Every member of a union reports a problem of its own: they are one.
-                given = "what is given" if is_secret(key) else shown(value)
+                given = "what is given" if is_secret(key) else format_value(value)
                 wanted.setdefault((key, given), []).append(words)
     for (key, given), choices in wanted.items():
         allowed = " or ".join(dict.fromkeys(choices))
@@ -89,7 +89,7 @@ def leaf_names(config: BaseModel) -> list[str]:
     return list(walk(config, ""))
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Return a value as YAML writes it, cut to 60 characters."""
     try:
         text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -117,7 +117,7 @@ def _of_another_method(key: str, value: Any, tree: Mapping[str, Any]) -> str | N
     return (
         f"{key}: method.type={own} has no such setting, and {', '.join(having)} of "
         "sweep.parameters.method.type would not get it; give it to those as an axis, "
-        f"sweep.parameters.{key}=[{shown(value)}]"
+        f"sweep.parameters.{key}=[{format_value(value)}]"
     )
 
 
@@ -149,7 +149,7 @@ def _unknown(key: str, known: list[str]) -> str:
 def _no_method(value: Any) -> str:
     given = value.get("type") if isinstance(value, Mapping) else value
     return (
-        f"method.type: {shown(given)} is not a method; allowed: {', '.join(METHODS)}"
+        f"method.type: {format_value(given)} is not a method; allowed: {', '.join(METHODS)}"
         f"{did_you_mean(str(given), METHODS)}"
     )
 

@@ -63,7 +63,7 @@ def parse_url(url: str) -> URL:
         ) from None
 
 
-def shown(url: URL) -> str:
+def shown_url(url: URL) -> str:
     """Return the URL without its password, to be shown."""
     if url.get_backend_name() == "sqlite":
         return f"sqlite:///{url.database}"
@@ -77,7 +77,7 @@ def without_password(url: str) -> str:
     """
     parsed = parse_url(url)
     if parsed.get_backend_name() == "sqlite":
-        return shown(parsed)
+        return shown_url(parsed)
     query = {name: v for name, v in parsed.query.items() if not is_secret(name, str(v))}
     # Not parsed.set(password=None), which leaves it as it is.
     place = (parsed.host, parsed.port, parsed.database)
@@ -114,7 +114,7 @@ def database_errors(url: URL) -> Iterator[None]:
         secrets = (str(url.password or ""), *options)
         message = redact(" ".join(str(cause).split()), secrets)
         raise HistoryError(
-            f"history: '{shown(url)}' can't be used: {message}; {_remedy(url, message)}"
+            f"history: '{shown_url(url)}' can't be used: {message}; {_remedy(url, message)}"
         ) from None
 
 
@@ -139,19 +139,23 @@ def _check_file(path: Path, url: URL, *, create: bool) -> None:
                 raise _not_a_history(url, "the file is no SQLite database, or is damaged")
             return
         if path.exists():
-            raise HistoryError(f"history: '{shown(url)}' is not a file; give the path of a file")
+            raise HistoryError(
+                f"history: '{shown_url(url)}' is not a file; give the path of a file"
+            )
         if not create:
             raise HistoryError(
-                f"history: '{shown(url)}' does not exist; run a trial first, "
+                f"history: '{shown_url(url)}' does not exist; run a trial first, "
                 "or name the right one with storage=DIR or history=URL"
             )
         if not path.parent.is_dir():
             raise HistoryError(
-                f"history: '{shown(url)}' can't be made, its directory does not exist; "
+                f"history: '{shown_url(url)}' can't be made, its directory does not exist; "
                 f"make '{path.parent}' first"
             )
     except OSError as error:
-        raise HistoryError(f"history: '{shown(url)}' can't be read ({error.strerror})") from error
+        raise HistoryError(
+            f"history: '{shown_url(url)}' can't be read ({error.strerror})"
+        ) from error
 
 
 def _sqlite_engine(url: URL) -> Engine:
@@ -193,7 +197,7 @@ def _postgresql_engine(url: URL) -> Engine:
         return create_engine(url, connect_args=options, pool_pre_ping=True)
     except ImportError as error:
         raise HistoryError(
-            f"history: '{shown(url)}' needs psycopg, which can't be imported ({error}); "
+            f"history: '{shown_url(url)}' needs psycopg, which can't be imported ({error}); "
             "pip install 'rayfin[postgres]'"
         ) from None
 
@@ -204,7 +208,7 @@ def _ensure_schema(engine: Engine, url: URL, *, create: bool) -> None:
             return
     if not create:
         raise HistoryError(
-            f"history: '{shown(url)}' holds no rayfin history yet; "
+            f"history: '{shown_url(url)}' holds no rayfin history yet; "
             "run a trial first, or name another"
         )
     with writing(engine).begin() as connection:
@@ -229,14 +233,16 @@ def _holds_history(connection: Connection, url: URL) -> bool:
         raise _not_a_history(url, f"its schema version is {version!r}")
     if int(version) > SCHEMA_VERSION:
         raise HistoryError(
-            f"history: '{shown(url)}' has schema version {version}, this rayfin knows up to "
+            f"history: '{shown_url(url)}' has schema version {version}, this rayfin knows up to "
             f"{SCHEMA_VERSION}; upgrade rayfin, or name another history"
         )
     return True
 
 
 def _not_a_history(url: URL, why: str) -> HistoryError:
-    return HistoryError(f"history: '{shown(url)}' is not a rayfin history ({why}); name another")
+    return HistoryError(
+        f"history: '{shown_url(url)}' is not a rayfin history ({why}); name another"
+    )
 
 
 def _remedy(url: URL, message: str) -> str:

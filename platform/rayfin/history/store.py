@@ -12,7 +12,14 @@ from typing import Any, Literal, Self
 from sqlalchemy import URL, Connection, Engine, Row, Select, extract, func, select
 
 from rayfin.errors import HistoryError, did_you_mean
-from rayfin.history.connect import connect, database_errors, lock_writers, parse_url, shown, writing
+from rayfin.history.connect import (
+    connect,
+    database_errors,
+    lock_writers,
+    parse_url,
+    shown_url,
+    writing,
+)
 from rayfin.history.record import TrialRecord, finite
 from rayfin.history.tables import TRIALS
 from rayfin.statuses import STATUSES, Status
@@ -68,7 +75,7 @@ class History:
     @property
     def shown_url(self) -> str:
         """The URL without the password, to be printed."""
-        return shown(self._url)
+        return shown_url(self._url)
 
     def put(self, record: TrialRecord) -> None:
         """Insert a record, or replace the one with the same trial_id."""

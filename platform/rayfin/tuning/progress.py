@@ -15,7 +15,7 @@ from rayfin.metrics import METRICS, Score
 from rayfin.metrics import Column as MetricColumn
 from rayfin.objectives import OBJECTIVES, stage_of
 from rayfin.statuses import STATUS_COLOURS, UNFINISHED
-from rayfin.tables import Cell, Column, Rows
+from rayfin.tables import Cell, TableColumn, TextTable
 from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.space import SearchSpace
@@ -123,7 +123,7 @@ class ProgressDisplay:
         position = list(self._rows).index(row.trial_id) + 1
         return f"trial {position}/{self._total} {what:8}  {settings(self._config, row)}".rstrip()
 
-    def _render(self) -> Rows:
+    def _render(self) -> TextTable:
         eta = self.eta_seconds()
         elapsed = _duration(time.monotonic() - self._started)
         left = f", ETA {_duration(eta)}" if eta is not None else ""
@@ -131,7 +131,7 @@ class ProgressDisplay:
         return trials_table(self._config, list(self._rows.values()), title=title)
 
 
-def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = "") -> Rows:
+def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = "") -> TextTable:
     """Return a table of all trials of a sweep, one a line."""
     sweep = config.sweep
     space = SearchSpace(config)
@@ -139,15 +139,17 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
     measured = _columns(config.train.stage, *(stage_of(row.spec) for row in rows))
     notes = [row.error or _origin(row) for row in rows]
     columns = [
-        Column("#", right=True),
-        Column("status"),
-        *(Column(axis.partition(".")[2], right=True, folds=True) for axis in axes),
-        Column("step", right=True, leaves=2),
+        TableColumn("#", right=True),
+        TableColumn("status"),
+        *(TableColumn(axis.partition(".")[2], right=True, folds=True) for axis in axes),
+        TableColumn("step", right=True, leaves=2),
         *(
-            Column(shown.header, right=True, leaves=0 if metric == sweep.metric else shown.leaves)
+            TableColumn(
+                shown.header, right=True, leaves=0 if metric == sweep.metric else shown.leaves
+            )
             for metric, shown in measured
         ),
-        *([Column("note", folds=True, leaves=1)] if any(notes) else []),
+        *([TableColumn("note", folds=True, leaves=1)] if any(notes) else []),
     ]
     cells: list[list[Cell]] = []
     for number, (row, note) in enumerate(zip(rows, notes, strict=True), 1):
@@ -162,7 +164,7 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
                 *([note[:60]] if any(notes) else []),
             ]
         )
-    return Rows(columns, cells, title=title)
+    return TextTable(columns, cells, title=title)
 
 
 def few_settings(config: Config, distinct: int) -> str | None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rayfin.config import Config, Space, leaf_names, shown
+from rayfin.config import Config, Space, format_value, leaf_names
 from rayfin.errors import ConfigError, MethodError, did_you_mean, listed
 from rayfin.methods import METHODS
 from rayfin.training.combination import check_combination
@@ -133,7 +133,7 @@ def _check_methods(space: SearchSpace) -> None:
     for method in swept:
         if not isinstance(method, str) or method not in METHODS:
             raise ConfigError(
-                f"sweep.parameters.{METHOD}: {shown(method)} is not a method; allowed: "
+                f"sweep.parameters.{METHOD}: {format_value(method)} is not a method; allowed: "
                 f"{', '.join(METHODS)}{did_you_mean(str(method), METHODS)}"
             )
     for name in sorted(config.method.model_fields_set - {"type"}):

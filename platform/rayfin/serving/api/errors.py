@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from rayfin.config.problems import shown
+from rayfin.config.problems import format_value
 from rayfin.errors import (
     AdapterError,
     AdapterNotFound,
@@ -171,7 +171,7 @@ def describe_invalid(error: ValidationError) -> ApiError:
                 if kind in _MEASURED:
                     words = _MEASURED[kind].format(**problem["ctx"]).lower()
                 # Every member of a union has its say: they are one problem.
-                choices = wanted.setdefault((field, shown(problem["input"])), [])
+                choices = wanted.setdefault((field, format_value(problem["input"])), [])
                 if words not in choices:
                     choices.append(words)
     for (field, given), choices in wanted.items():
