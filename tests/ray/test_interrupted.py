@@ -7,7 +7,6 @@ import os
 import pickle
 import random
 import signal
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import pytest
 from rayfin.adapters import Registry
 from rayfin.cli import main
 from rayfin.history import TrialRecord
+from rayfin.training.spec import TrialResult
+from rayfin.tuning.plan import PlannedTrial
 from rayfin.tuning.record import Recorder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -160,13 +161,13 @@ def killed_before_it_is_recorded(number: int, lab: Any, monkeypatch: pytest.Monk
     """That trial's process is killed after it has told its end, and before anything knows of it."""
     reports = Recorder.reports
 
-    def report(self: Recorder, trial: Mapping[str, Any], outcome: Mapping[str, Any]) -> None:
-        last = [row.trial_id for row in lab.rows()[number : number + 1]] == [trial["trial_id"]]
-        if last and outcome["status"] == "finished":
-            worker = psutil.Process(outcome["scenario"]["worker"]["pid"])
+    def report(self: Recorder, trial: PlannedTrial, result: TrialResult) -> None:
+        last = [row.trial_id for row in lab.rows()[number : number + 1]] == [trial.trial_id]
+        if last and result.status == "finished":
+            worker = psutil.Process(result.scenario["worker"]["pid"])
             worker.kill()
             worker.wait(60)
-        reports(self, trial, outcome)
+        reports(self, trial, result)
 
     monkeypatch.setattr(Recorder, "reports", report)
 

@@ -21,7 +21,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage, StoragePath
 from rayfin.training import trial as running
 from rayfin.tuning import single, worker
-from rayfin.tuning.plan import TRIAL, PlannedTrial
+from rayfin.tuning.plan import RESULT, TRIAL, PlannedTrial
 from rayfin.tuning.rows import died, started
 from rayfin.tuning.single import train_once
 
@@ -127,7 +127,7 @@ def test_a_trial_that_hangs_while_it_is_stopped_is_named_by_the_next_one(
         for name in ("s-a", "s-b")
     )
     trial = OnCpu({TRIAL: first})
-    assert trial.train()["outcome"]["status"] == "running"
+    assert trial.train()[RESULT].status == "running"
     until(lambda: watch.thread not in heartbeat._beats)  # the sweep's word may take its time
     config = {TRIAL: second}
     reset = threading.Thread(target=trial.reset_config, args=(config,), daemon=True)

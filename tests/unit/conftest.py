@@ -37,11 +37,11 @@ def train_here(
     while (trial := search.suggest("it")) is not None:
 
         def report(result: TrialResult, trial: PlannedTrial = trial) -> None:
-            recorder.reports(trial, result.as_dict())
+            recorder.reports(trial, result)
 
         recorder.starts(trial)
         result = run_trial(
             trial.spec, report, location=trial.location, hardware=hardware, warm=warm
         )
-        recorder.reports(trial, result.as_dict())
+        recorder.reports(trial, result)
         search.tell("it", result.metrics.get("eval_loss"))

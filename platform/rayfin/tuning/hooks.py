@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 
 from rayfin.compat.ray_tune import count_deaths_as_failures
 from rayfin.tuning.lost_nodes import LostNodeWatch
-from rayfin.tuning.plan import TRIAL
+from rayfin.tuning.plan import RESULT, TRIAL
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.search import HistorySearch
 
@@ -106,7 +106,7 @@ class TuneRecorder(_Unpickled, ray.tune.Callback):
         result: dict[str, Any],
         **info: Any,
     ) -> None:
-        self._recorder.reports(trial.config[TRIAL], result["outcome"])
+        self._recorder.reports(trial.config[TRIAL], result[RESULT])
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

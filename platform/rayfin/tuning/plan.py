@@ -26,6 +26,9 @@ _CONFIG = "config.yaml"
 TRIAL = "trial"
 """The one key of a Tune trial's configuration, which holds the PlannedTrial."""
 
+RESULT = "result"
+"""The key of what a Tune trial reports that holds the TrialResult; the others are for Tune."""
+
 
 @dataclass(frozen=True)
 class PlannedTrial:

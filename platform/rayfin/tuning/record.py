@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
 
 from rayfin.errors import HistoryError
 from rayfin.heartbeat import busy
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted
+from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import PlannedTrial
-from rayfin.tuning.rows import died, ended, let_checkpoints_go, started, with_outcome
+from rayfin.tuning.rows import died, ended, let_checkpoints_go, started, with_result
 
 OnRecord = Callable[[TrialRecord], None]
 OnRestart = Callable[[TrialRecord, str], None]
@@ -49,12 +49,12 @@ class Recorder:
         if trial.trial_id not in self._rows:  # else it goes on after its process died
             self._put(self._row(trial))
 
-    def reports(self, trial: PlannedTrial, outcome: Mapping[str, Any]) -> None:
-        """Record how a trial stands; `outcome` is a TrialResult as a dictionary."""
-        if outcome["storage_failed"]:  # its row stays as it is: the trial goes on with a resume
-            self.storage_error = outcome["error"]
+    def reports(self, trial: PlannedTrial, result: TrialResult) -> None:
+        """Record how a trial stands, or how it ended."""
+        if result.storage_failed:  # its row stays as it is: the trial goes on with a resume
+            self.storage_error = result.error
             return
-        self._put(with_outcome(self._row(trial), outcome))
+        self._put(with_result(self._row(trial), result))
 
     def completes(self, trial: PlannedTrial) -> None:
         row = self._row(trial)

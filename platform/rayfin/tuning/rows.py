@@ -6,7 +6,6 @@ import contextlib
 import logging
 import math
 import re
-from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
@@ -19,7 +18,7 @@ from rayfin.objectives import main_metric, stage_of
 from rayfin.paths import StoragePath
 from rayfin.statuses import Status
 from rayfin.training.checkpoint import clear_checkpoints
-from rayfin.training.spec import MEMORY_MONITOR
+from rayfin.training.spec import MEMORY_MONITOR, TrialResult
 from rayfin.tuning.plan import PlannedTrial
 
 log = logging.getLogger(__name__)
@@ -131,22 +130,19 @@ def sweep_of(planned: PlannedTrial) -> str:
     return planned.trial_id.rpartition("-")[0]
 
 
-def with_outcome(row: TrialRecord, outcome: Mapping[str, Any]) -> TrialRecord:
-    """Return `row` with a TrialResult (as a dictionary) in it.
-
-    A finished one without its main score is failed.
-    """
-    status, error = outcome["status"], outcome["error"]
-    metrics = {k: v for k, v in outcome["metrics"].items() if _sound(v)}
+def with_result(row: TrialRecord, result: TrialResult) -> TrialRecord:
+    """Return `row` with a trial's result in it; a finished one without its main score is failed."""
+    status, error = result.status, result.error
+    metrics = {k: v for k, v in result.metrics.items() if _sound(v)}
     score = main_metric(stage_of(row.spec))
     if status == "finished" and score not in metrics:
-        status, error = "failed", f"{score} is {outcome['metrics'].get(score)}"
+        status, error = "failed", f"{score} is {result.metrics.get(score)}"
     driver = {DRIVER: this_driver()} if status == "running" else {}
     return row.updated(
         status=status,
         metrics=metrics or row.metrics,
-        curve=[p for p in outcome["curve"] if all(map(_sound, p.values()))] or row.curve,
-        scenario=(outcome["scenario"] or without_driver(row)) | driver,
+        curve=[p for p in result.curve if all(map(_sound, p.values()))] or row.curve,
+        scenario=(result.scenario or without_driver(row)) | driver,
         error=error,
     )
 
@@ -165,7 +161,7 @@ def died(row: TrialRecord, reason: str | None) -> TrialRecord:
 
 
 def ended(row: TrialRecord, status: Status, error: str | None = None) -> TrialRecord:
-    """Return the row of a trial that ended without an outcome of its own."""
+    """Return the row of a trial that ended without a result of its own."""
     return row.updated(status=status, error=error, scenario=without_driver(row))
 
 

@@ -24,7 +24,7 @@ from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
-from rayfin.tuning.rows import ended, let_checkpoints_go, started, usable, with_outcome
+from rayfin.tuning.rows import ended, let_checkpoints_go, started, usable, with_result
 from rayfin.watchdog import WHERE
 
 RUNS = "train"
@@ -139,13 +139,13 @@ def _train_row(
         nonlocal row
         if result.storage_failed:  # the same command goes on
             raise StorageError(result.error or "storage: it can't be written")
-        row = with_outcome(row, result.as_dict())
+        row = with_result(row, result)
         with busy("recording the result"):
             history.put(row)
 
     def report(result: TrialResult) -> None:
         nonlocal row  # a group that dies leaves what it had reported
-        row = with_outcome(row, result.as_dict())
+        row = with_result(row, result)
         with busy("recording an evaluation"):
             history.put(row)
         # Whoever reads what is shown may take their time.

@@ -6,6 +6,7 @@ import os
 import queue
 import socket
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
@@ -21,7 +22,7 @@ from rayfin.heartbeat import pause, watched
 from rayfin.statuses import FAILED
 from rayfin.training.spec import Report, TrialLeft, TrialResult
 from rayfin.training.strategies import WorkerLayout
-from rayfin.tuning.plan import TRIAL, PlannedTrial
+from rayfin.tuning.plan import RESULT, TRIAL, PlannedTrial
 
 if TYPE_CHECKING:
     from rayfin.training.trial_cache import TrialCache
@@ -54,11 +55,10 @@ class _TrialTrainable(ray.tune.Trainable):
             raise TrialError(f"the trial's thread ended: {result!r}")
         self._waiting = result.status == "running"
         flat = {"step": result.metrics.get("steps", 0), "done": not self._waiting}
-        outcome = result.as_dict()
         if result.scenario:
             worker = self.facts() | result.scenario.get("worker", {})
-            outcome["scenario"] = result.scenario | {"worker": worker}
-        return flat | _numbers(result) | {"outcome": outcome}
+            result = replace(result, scenario=result.scenario | {"worker": worker})
+        return flat | _numbers(result) | {RESULT: result}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         # Tune has no answer to a reset that fails, and would never start the trial anew.
