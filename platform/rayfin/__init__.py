@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from rayfin.library.advice import recommend as recommend
     from rayfin.library.deployments import Server as Server
     from rayfin.library.deployments import serve as serve
-    from rayfin.library.places import open_history as open_history
-    from rayfin.library.places import open_registry as open_registry
     from rayfin.library.results import SweepResult as SweepResult
     from rayfin.library.results import TrainResult as TrainResult
+    from rayfin.library.stores import open_history as open_history
+    from rayfin.library.stores import open_registry as open_registry
     from rayfin.library.trials import sweep as sweep
     from rayfin.library.trials import train as train
 
@@ -43,8 +43,8 @@ _MODULES = {
     "UsageError": "rayfin.errors",
     "estimate": "rayfin.library.advice",
     "load_config": "rayfin.config",
-    "open_history": "rayfin.library.places",
-    "open_registry": "rayfin.library.places",
+    "open_history": "rayfin.library.stores",
+    "open_registry": "rayfin.library.stores",
     "recommend": "rayfin.library.advice",
     "script": "rayfin.cli.script",
     "serve": "rayfin.library.deployments",

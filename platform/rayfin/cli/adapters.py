@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.cli import add_adapter
 from rayfin.cli.parser import print_json
-from rayfin.cli.places import add_places, place_config
+from rayfin.cli.storage_arguments import add_storage_arguments, storage_config
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
@@ -59,7 +59,7 @@ def _verb(
     if optional_ref is not None:
         every = "default: every version"
         parser.add_argument("ref", metavar=optional_ref, nargs="?", help=every)
-    add_places(parser, "storage")
+    add_storage_arguments(parser, "storage")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.set_defaults(handler=handler)
     return parser
@@ -70,7 +70,7 @@ def _registry(args: argparse.Namespace) -> Registry:
     from rayfin.paths import Storage
 
     # Not Storage.open: looking must not make directories.
-    return Registry(Storage.at(place_config(args).registry_storage).adapters)
+    return Registry(Storage.at(storage_config(args).registry_storage).adapters)
 
 
 def _list(args: argparse.Namespace) -> int:

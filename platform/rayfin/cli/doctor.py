@@ -6,14 +6,14 @@ import argparse
 from typing import Any
 
 from rayfin.cli.parser import print_json
-from rayfin.cli.places import add_places, place_config
+from rayfin.cli.storage_arguments import add_storage_arguments, storage_config
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds `doctor`, whose `handler` returns 0 where nothing is wrong and 1 where something is."""
     summary = "what is installed, which devices, what would be used, what is wrong"
     parser = subparsers.add_parser("doctor", help=summary, description=summary.capitalize())
-    add_places(parser, "storage and history")
+    add_storage_arguments(parser, "storage and history")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.set_defaults(handler=_doctor)
 
@@ -23,7 +23,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
     storage, history = "./runs", None
     if args.settings:  # else not even the configuration's own libraries need be there
-        config = place_config(args)
+        config = storage_config(args)
         storage, history = config.storage, config.history
     sections, problems = examine(storage, history)
     if args.json or not _print(sections, problems):

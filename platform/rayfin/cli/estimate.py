@@ -32,7 +32,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, whether the configuration fits or not; nothing is written anywhere."""
+    """Print the estimate; returns exit code 0, whether the configuration fits or not."""
     from rayfin.config import load_config
     from rayfin.hardware import describe_hardware
     from rayfin.library.advice import estimate
@@ -94,7 +94,7 @@ def show_bytes(value: float) -> str:
 
 
 def _ground(found: Estimate) -> str:
-    """What the figures rest on."""
+    """Return what the figures rest on."""
     if not found.trials:
         such = "such a device" if found.strategy is None else f"such devices under {found.strategy}"
         return f"by formula alone: no trial on {such} has been measured yet"

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 INCOMPLETE = 3
-"""Exit code: what was trained is whole and recorded, and a step that follows it failed."""
+"""The exit code where what was trained is whole and recorded, and a step after it failed."""
 
 
 def configuration(args: argparse.Namespace) -> Config:
@@ -53,7 +53,7 @@ def print_failed(result: SweepResult | TrainResult) -> None:
 
 
 def comparison(row: TrialRecord) -> list[tuple[str, float, float]]:
-    """(metric, base model's, trained model's) for every metric that both have."""
+    """Return (metric, base model's, trained model's) for every metric that both have."""
     return [
         (name, row.metrics[BASE + name], row.metrics[name])
         for name in score_names()
@@ -62,5 +62,5 @@ def comparison(row: TrialRecord) -> list[tuple[str, float, float]]:
 
 
 def comparison_lines(row: TrialRecord) -> list[str]:
-    """Aligned lines for people."""
+    """Return the metrics of the base model and of the adapter as aligned lines."""
     return [f"  {name:15} {base:9.4f} -> {ours:9.4f}" for name, base, ours in comparison(row)]

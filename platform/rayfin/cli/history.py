@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rayfin.cli.parser import print_json
-from rayfin.cli.places import add_places, place_config
+from rayfin.cli.storage_arguments import add_storage_arguments, storage_config
 from rayfin.statuses import STATUSES
 
 # What runs at `rayfin --help` stays light: the history and its database load inside the handlers.
@@ -64,7 +64,7 @@ def _verb(
         parser.add_argument("trial", metavar="TRIAL", help=trial)
     if path is not None:
         parser.add_argument("path", metavar="FILE", help=path)
-    add_places(parser, "storage and history")
+    add_storage_arguments(parser, "storage and history")
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
     parser.set_defaults(handler=handler)
     return parser
@@ -134,10 +134,10 @@ def import_trials(args: argparse.Namespace) -> int:
 def _open(args: argparse.Namespace, *, create: bool = False) -> History:
     from rayfin.history import History
     from rayfin.history.driver import mark_lost_trials
-    from rayfin.library.places import history_url
+    from rayfin.library.stores import history_url
     from rayfin.paths import Storage
 
-    config = place_config(args)
+    config = storage_config(args)
     if create and config.history is None:  # reading must not leave an empty storage behind
         Storage.open(config.storage)
     history = History.open(history_url(config), create=create)

@@ -53,7 +53,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0, or 1 where nothing fits: with one line on stderr that says what would.
+    """Print the recommendation; returns exit code 0, or 1 where nothing fits.
+
+    One line on standard error says what would fit.
 
     With --json the answer is printed either way, its `nothing_fits` the same line. Nothing is
     trained, and nothing is written where nothing fits.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rayfin.serving.model_names import RegistryListing
 
 _SHOWN = 3
-"""Versions that a line names."""
+"""A line names so many versions."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,7 +41,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: served until it was stopped, and ended all requests that it had."""
+    """Serve until it is stopped, and end all requests; returns exit code 0."""
     from rayfin.config import load_serve_config
     from rayfin.library.deployments import serve
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set; what is ignored stays so."""
+    """Yield an event that Ctrl-C, SIGTERM and SIGHUP set; what is ignored stays so."""
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {
@@ -128,7 +128,7 @@ def _engines(deployed: RunningDeployment) -> dict[str, Any]:
 
 
 def _where(deployed: RunningDeployment) -> str:
-    """What the engines run on, and how much each of them takes."""
+    """Return what the engines run on, and how much each of them takes."""
     engine, placement = deployed.config.engine, deployed.placement
     least, most = deployed.config.deployment.replicas, deployed.config.deployment.most_replicas
     count = f"{least} to {most}" if most > least else f"{least}"
@@ -143,7 +143,7 @@ def _where(deployed: RunningDeployment) -> str:
 
 
 def _refused(listing: RegistryListing, unreadable: int) -> str:
-    """How many versions are not served, and why."""
+    """Return how many versions are not served, and why."""
     kinds: dict[str, list[str]] = {}
     for version, refusal in listing.refused.items():
         kinds.setdefault(refusal.what, []).append(version.ref)

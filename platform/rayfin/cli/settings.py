@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 _OF_DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-"""Endings that no configuration has."""
+"""Endings of data files, which no configuration has."""
 
 
 class ShowSettings(argparse.Action):
-    """Prints the settings, as wide as --help is, and ends the command as that does."""
+    """The action of --settings: prints the settings, as wide as --help is, and ends the command."""
 
     kind: Kind = "experiment"
 
@@ -38,7 +38,7 @@ class ShowSettings(argparse.Action):
 
 
 class ShowServeSettings(ShowSettings):
-    """Prints the settings of a deployment."""
+    """The action of --settings for a deployment."""
 
     kind: Kind = "deployment"
 
@@ -47,7 +47,7 @@ class ShowServeSettings(ShowSettings):
 
 
 def add_settings(parser: argparse.ArgumentParser, show: type[ShowSettings] = ShowSettings) -> None:
-    """The arguments `[config.yaml] [section.key=value …]`, and `--settings`, which lists them."""
+    """Add the arguments `[config.yaml] [section.key=value …]`, and `--settings`."""
     settings = parser.add_argument(
         "settings",
         nargs="*",
@@ -65,7 +65,7 @@ def add_settings(parser: argparse.ArgumentParser, show: type[ShowSettings] = Sho
 
 
 def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Returns the configuration file that goes first, if there is one, and the overrides.
+    """Return the configuration file that goes first, if there is one, and the overrides.
 
     Raises UsageError for a file of data, which a setting names.
     """
@@ -79,7 +79,7 @@ def split_settings(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
 
 
 def settings_lines() -> Iterator[str]:
-    """Yields the settings of an experiment as lines for people, a section at a time."""
+    """Yield the settings of an experiment as lines for people, a section at a time."""
     from rayfin.config import Config, PublishConfig
     from rayfin.methods import METHODS
 
@@ -98,7 +98,7 @@ def settings_lines() -> Iterator[str]:
 
 
 def serve_settings_lines() -> Iterator[str]:
-    """Yields the settings of a deployment as lines for people, a section at a time."""
+    """Yield the settings of a deployment as lines for people, a section at a time."""
     from rayfin.config import ServeConfig
 
     for name, field in ServeConfig.model_fields.items():
@@ -106,7 +106,7 @@ def serve_settings_lines() -> Iterator[str]:
 
 
 def _top(name: str, field: FieldInfo) -> Iterator[str]:
-    """Yields a section, or a setting that is in none."""
+    """Yield a section, or a setting that is in none."""
     if field.description:
         yield from ("", f"{name} = {_plain(field.default)}", f"      {_folded(field.description)}")
     else:
@@ -114,7 +114,7 @@ def _top(name: str, field: FieldInfo) -> Iterator[str]:
 
 
 def _alike(methods: Mapping[str, type[BaseModel]]) -> list[tuple[list[str], type[BaseModel]]]:
-    """Methods that have the same settings, together."""
+    """Return the methods with their settings, those that have the same ones together."""
     groups: dict[str, tuple[list[str], type[BaseModel]]] = {}
     for kind, model in methods.items():
         text = "\n".join(_section("method", model, ""))
@@ -141,7 +141,7 @@ def _setting(key: str, field: FieldInfo) -> Iterator[str]:
 
 
 def _values(annotation: Any) -> str:
-    """`auto | float32 | …` for a choice; empty where the default says what is wanted."""
+    """Return `auto | float32 | …` for a choice; empty where the default says what is wanted."""
     if get_origin(annotation) is Literal:
         return " | ".join(map(_plain, get_args(annotation)))
     return ""
@@ -152,7 +152,7 @@ def _folded(text: str | None) -> str:
 
 
 def _wrapped(line: str, width: int) -> str:
-    """Breaks a line between words; what goes on is under the meaning that the line begins."""
+    """Break a line between words; what goes on is under the meaning that the line begins."""
     start = re.match(r" *(\S+ {2,})?", line)
     assert start is not None
     lines = textwrap.wrap(

@@ -31,8 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: all is done; 1: no trial finished; 3: the trials and the report are there, and
-    publishing or the sample answers failed; 130: interrupted.
+    """Run a sweep and print its result; returns the exit code.
+
+    0: all is done; 1: no trial finished; 3: the trials and the report are there, and publishing or
+    the sample answers failed; 130: interrupted.
     """
     from rayfin.library.trials import sweep
 

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0: trained, or already in the history; 1: failed; 3: trained, and not published."""
+    """Train and print the result; returns the exit code.
+
+    0: trained, or already in the history; 1: failed; 3: trained, and not published.
+    """
     from rayfin.library.trials import train
 
     config = experiment.configuration(args)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.library.experiment import ConfigSource, configuration, read_data
 from rayfin.library.messages import notes_to
-from rayfin.library.places import begun_history
 from rayfin.library.process import prepare_process
+from rayfin.library.stores import begun_history
 
 if TYPE_CHECKING:
     from rayfin.advisor.answer import Recommendation

@@ -1,4 +1,4 @@
-"""What a sweep and a single training share: the places that they use, and publishing the result."""
+"""What a sweep and a training share: storage, history and registry, and publishing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rayfin.config import Config, load_config
 from rayfin.errors import RayfinError
 from rayfin.library.messages import Say
-from rayfin.library.places import history_url
+from rayfin.library.stores import history_url
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
@@ -66,7 +66,7 @@ class Experiment:
 
     @classmethod
     def open(cls, config: Config) -> Experiment:
-        """Open all places; raises UsageErrors for those that can't be used, before any work."""
+        """Open all of them; raises UsageErrors for what can't be used, before any work is done."""
         from rayfin.adapters import Registry, check_alias, check_name
         from rayfin.history import History
         from rayfin.paths import Storage
