@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,6 +80,24 @@ def test_without_progress_nothing_is_shown_and_nothing_is_lost(
     with rayfin.open_history("runs") as history:
         assert [row.trial_id for row in history.trials()] == [result.trial.trial_id]
     assert rayfin.open_registry("runs").list() == ()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"hardware": "single-gpu"}, "hardware='single-gpu' .*did you mean 'single_gpu'"),
+        ({"latency": "low"}, "latency='low' must be one of strict, normal"),
+        ({"priority": "speed"}, "priority='speed' must be one of quality, cost, latency"),
+        ({"k": 0}, "k=0 must be 1 or more"),
+        ({"num_gpus": -1}, "num_gpus=-1 must be 0 or more"),
+    ],
+)
+def test_what_can_t_be_meant_of_a_scenario_is_refused(
+    here: Path, told: dict[str, Any], said: str
+) -> None:
+    """The command line's parser does so; here nothing else would."""
+    with pytest.raises(rayfin.UsageError, match=said):
+        rayfin.recommend(CONFIG, **told)
 
 
 def test_a_history_that_is_not_there_is_not_made(here: Path) -> None:

@@ -150,7 +150,8 @@ def spaces(draw: st.DrawFn) -> Config:
     fields = sorted(WRITTEN.keys() & METHODS[base].model_fields.keys())
     kept = draw(st.lists(st.sampled_from(fields), unique=True)) if fields else []
     method = {"type": base} | {name: WRITTEN[name] for name in kept}
-    return load_config({"method": method, "sweep": {"parameters": axes}})
+    train = {"weight_decay": 0.1, "eval_steps": 2}
+    return load_config({"method": method, "train": train, "sweep": {"parameters": axes}})
 
 
 @given(spaces(), st.randoms(use_true_random=False))

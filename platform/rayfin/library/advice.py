@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from rayfin.errors import ConfigError, did_you_mean
 from rayfin.library.experiment import ConfigSource, configuration, read_data
 from rayfin.library.messages import notes_to
 from rayfin.library.process import prepare_process
@@ -57,8 +59,20 @@ def recommend(
         "budget_hours": budget_hours,
         "priority": priority,
     }
+    for name, allowed in _choices().items():
+        if known[name] is not None and known[name] not in allowed:
+            near = did_you_mean(str(known[name]), allowed)
+            raise ConfigError(f"{name}='{known[name]}' must be one of {', '.join(allowed)}{near}")
     config = configuration(config)
     return answer(config, scenario_facts(config, known, progress=progress), k)
+
+
+def _choices() -> Mapping[str, tuple[str, ...]]:
+    """Return the values that what is told of a scenario may have."""
+    from rayfin.advisor.scenario import HardwareClass, Latency, Priority
+
+    kinds = {"hardware": HardwareClass, "latency": Latency, "priority": Priority}
+    return {name: get_args(kind) for name, kind in kinds.items()}
 
 
 def scenario_facts(
@@ -100,7 +114,6 @@ def scenario_facts(
 def answer(config: Config, facts: ScenarioFacts, k: int = 3) -> Recommendation:
     """Recommend `k` variants of `config` for a scenario; raises ConfigError for k below 1."""
     from rayfin.advisor import recommendation
-    from rayfin.errors import ConfigError
 
     if k < 1:
         raise ConfigError(f"k={k} must be 1 or more: it is the number of configurations")
