@@ -26,7 +26,7 @@ _CONFIG = "config.yaml"
 TRIAL = "trial"
 """The one key of a Tune trial's configuration, which holds the PlannedTrial."""
 
-RESULT = "result"
+RESULT = "trial_result"
 """The key of what a Tune trial reports that holds the TrialResult; the others are for Tune."""
 
 
