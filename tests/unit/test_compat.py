@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import pkgutil
 import re
+import tomllib
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 
 import rayfin
 from rayfin import compat
@@ -114,6 +117,32 @@ def test_public_names_of_the_trainer_s_steps_are_not_trainer_s_own() -> None:
 
     added = {name for name in vars(SteppedTrainer) if not name.startswith("_")} - {"save_model"}
     assert added and [name for name in added if hasattr(Trainer, name)] == []
+
+
+# --- the versions that were tested ------------------------------------------------------------
+
+# Versions that run beside those of constraints.txt: vLLM's, and what it brings instead.
+ALSO_RUN = {"vllm": "0.32", "transformers": "5.19", "fastapi": "0.136"}
+
+
+def test_ranges_begin_and_end_with_what_was_tested() -> None:
+    root = SOURCE.parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line and line[0] != "#")
+    tested = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    private = {name.package.replace("_", "-") for name in private_names()}
+    every = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
+    assert private - {Requirement(line).name for line in every} == set()
+    for requirement in map(Requirement, every):
+        name = requirement.name.lower()
+        bounds = {bound.operator: bound.version for bound in requirement.specifier}
+        pin = tested.get(name, ALSO_RUN.get(name, ""))
+        major, minor = pin.split(".")[:2]
+        floor = ALSO_RUN.get(name, f"{major}.{minor}")
+        ends = {f"{major}.{int(minor) + 1}"} | (set() if name in private else {str(int(major) + 1)})
+        assert bounds[">="] == floor, f"{requirement}: {floor} is what was run"
+        assert bounds["<"] in ends, f"{requirement}: what was run ends before {' or '.join(ends)}"
 
 
 # --- no private use elsewhere -----------------------------------------------------------------

@@ -52,6 +52,14 @@ STEPS = (
         parameters=("checkpoint",),
     ),
     _step(
+        "Trainer.save_model",
+        needed_to="write what is trained alike for every strategy",
+        parameters=("output_dir", "_internal_call"),
+    ),
+)
+"""What `SteppedTrainer` overrides."""
+FSDP_STEPS = (
+    _step(
         "Trainer._sync_replicated_trainable_parameters",
         needed_to="average an adapter's gradients in one message",
         parameters=("model",),
@@ -61,13 +69,8 @@ STEPS = (
         needed_to="sum gradients on each worker until the last batch of a step",
         parameters=(),
     ),
-    _step(
-        "Trainer.save_model",
-        needed_to="write what is trained alike for every strategy",
-        parameters=("output_dir", "_internal_call"),
-    ),
 )
-"""What `SteppedTrainer` overrides."""
+"""What it overrides for FSDP alone, which needs transformers 5.23 for it."""
 _SHARDED = _name(
     "transformers",
     "PreTrainedModel._is_distributed_loading_by_transformers",
@@ -172,8 +175,12 @@ class SteppedTrainer(Trainer):
 
 
 def mark_sharded(model: Any) -> None:
-    """Has Trainer take `model` as it is: it neither moves nor wraps one that is sharded by then."""
-    _SHARDED.get()
+    """Has Trainer take `model` as it is: it neither moves nor wraps one that is sharded by then.
+
+    Raises DependencyError where Transformers would reduce the gradients of such a model otherwise.
+    """
+    for step in (*FSDP_STEPS, _SHARDED):
+        step.check()
     model._is_distributed_loading_by_transformers = True
 
 
