@@ -19,9 +19,9 @@ class Section(BaseModel):
 
 
 class OneOf:
-    """Annotation of a text that must be one of the names that a registry has when it is checked.
+    """Annotates a text that must be one of the names in a registry at the time of validation.
 
-    It is refused as a `Literal` of those names would be.
+    Errors are those of a `Literal` of these names.
     """
 
     def __init__(self, names: Callable[[], Iterable[str]]) -> None:
@@ -42,5 +42,5 @@ class OneOf:
 
 
 def registered_names(field: FieldInfo) -> tuple[str, ...]:
-    """The names that a setting annotated with `OneOf` may have; empty for other settings."""
+    """Return the names that a setting annotated with `OneOf` takes, none for other settings."""
     return tuple(name for it in field.metadata if isinstance(it, OneOf) for name in it.names())

@@ -2,10 +2,10 @@
 profile the data."""
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import BadRow
 from rayfin.data.load import load_corpus
 from rayfin.data.profile import DataProfile
 from rayfin.data.render import render_prompt, turn_end
+from rayfin.data.rows import BadRow
 from rayfin.data.survey import survey_corpus
 from rayfin.data.tokenization import (
     TokenizedCorpus,

@@ -15,8 +15,7 @@ from rayfin.data.columns import (
     ignore_setting,
     names_in,
 )
-from rayfin.data.examples import BadRow
-from rayfin.data.rows import Row
+from rayfin.data.rows import BadRow, Row
 from rayfin.data.shapes import fitting_shape, nearest_shape, to_example
 from rayfin.data.splits import Split, SplitSelection
 from rayfin.errors import DataError, did_you_mean

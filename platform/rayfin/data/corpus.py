@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rayfin.data.examples import HELD_OUT, BadRow
+from rayfin.data.rows import BadRow
+from rayfin.data.splits import HELD_OUT
 from rayfin.data.stream import Stream
 from rayfin.samples import Example
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rayfin.config.schema import DataConfig
+from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
 from rayfin.data.conversion import (
     RowStatistics,
     alternative_to,
@@ -18,8 +19,8 @@ from rayfin.data.conversion import (
     no_valid_row_error,
 )
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import EVAL_SALT, ORDER_SALT, BadRow, content_hash
 from rayfin.data.pydocs import pydocs_examples
+from rayfin.data.rows import BadRow
 from rayfin.data.sources import find_splits, read_rows
 from rayfin.data.splits import SplitSelection
 from rayfin.data.survey import survey_corpus

@@ -45,6 +45,23 @@ class Row:
     """The number of lines within quoted cells that look like rows of their own."""
 
 
+@dataclass(frozen=True)
+class BadRow:
+    """A row that can't be used, and why.
+
+    Lines are counted from 1; in Parquet files and JSON arrays, rows are counted instead.
+    """
+
+    file: str
+    line: int
+    reason: str
+    rows: int = 1
+    """The number of rows lost with it: an open quote swallows the rows after it."""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.reason}"
+
+
 def open_source(path: Path) -> IO[bytes]:
     """Open a file for reading; a .gz is decompressed, and UTF-16 and UTF-32 become UTF-8.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.config.schema import DataConfig
-from rayfin.data.examples import HELD_OUT
 from rayfin.errors import DataError, did_you_mean, listed
 
 KEYWORDS: dict[str, tuple[str, ...]] = {
@@ -23,6 +22,9 @@ KEYWORDS: dict[str, tuple[str, ...]] = {
 These are the words of the datasets library (`datasets.data_files`), which counts eval as test and
 has no words that end in set.
 """
+
+HELD_OUT = "held_out"
+"""The name of the evaluation split where its rows were held out of the training data."""
 
 ALL = "all"
 """The value of data.split that joins all splits into one."""

@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from rayfin.data.examples import EVAL_SALT, content_hash
+from rayfin.data.content_hash import EVAL_SALT, content_hash
 from rayfin.samples import Example
 
 

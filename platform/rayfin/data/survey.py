@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 from rayfin.config.schema import DataConfig
+from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
 from rayfin.data.conversion import (
     RowStatistics,
     alternative_to,
@@ -22,9 +23,8 @@ from rayfin.data.conversion import (
     no_valid_row_error,
 )
 from rayfin.data.corpus import Corpus
-from rayfin.data.examples import EVAL_SALT, ORDER_SALT, BadRow, content_hash
 from rayfin.data.file_ranges import count_lines_before, file_ranges, read_range
-from rayfin.data.rows import Row
+from rayfin.data.rows import BadRow, Row
 from rayfin.data.sources import find_splits
 from rayfin.data.splits import Split, SplitSelection
 from rayfin.data.stream import FileRange, Stream

@@ -146,7 +146,7 @@ class TrialRecord(BaseModel):
 
 
 def _plain(value: Any, where: str) -> Any:
-    """`value` as plain JSON data; raises HistoryError naming the place of what isn't."""
+    """Return a value as plain JSON; raises HistoryError, which says where it is not."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
