@@ -5,11 +5,13 @@ import importlib.util
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -45,6 +47,12 @@ def helper(name: str) -> ModuleType:
 def rounding() -> ModuleType:
     """How far results may lie apart: rounding.py."""
     return helper("rounding")
+
+
+@pytest.fixture(scope="session")
+def processes() -> ModuleType:
+    """Ending what a test has started, and reading from it, within bounds: processes.py."""
+    return helper("processes")
 
 
 @pytest.fixture(scope="session")
@@ -133,6 +141,30 @@ def moment() -> random.Random:
     seed = time.time_ns()
     print(f"the moments are those of random.Random({seed})")
     return random.Random(seed)
+
+
+GOLDEN = Path(__file__).with_name("golden")
+
+
+@pytest.fixture
+def storage_v1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What commit fd5c07d left in a directory, which is the current one: see golden/README.md.
+
+    The history's rows say where it was made; they are changed to say where it lies now.
+    """
+    directory = tmp_path / "storage_v1"
+    with tarfile.open(GOLDEN / "storage_v1.tar.xz") as archive:
+        archive.extractall(directory, filter="data")
+    with closing(sqlite3.connect(directory / "runs" / "history.sqlite")) as history, history:
+        names = "SELECT t.name, c.name FROM sqlite_master t, pragma_table_info(t.name) c"
+        for table, column in history.execute(f"{names} WHERE t.type = 'table'").fetchall():
+            history.execute(
+                f'UPDATE "{table}" SET "{column}" = replace("{column}", ?, ?) '
+                f"WHERE typeof(\"{column}\") = 'text'",
+                ("/golden/", f"{directory}/"),
+            )
+    monkeypatch.chdir(directory)
+    return directory
 
 
 BUCKET = "s3://rayfin-test"

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,7 +22,7 @@ def wanting() -> str:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_own_machines_from_up_to_down() -> None:
+def test_own_machines_from_up_to_down(processes: ModuleType) -> None:
     if lacks := wanting():
         pytest.skip(f"a cluster over SSH to loopback can't be had, for want of {lacks}")
     command = [sys.executable, str(CLUSTER / "try_local.py")]
@@ -31,6 +32,6 @@ def test_own_machines_from_up_to_down() -> None:
     try:
         printed, _ = process.communicate(timeout=PATIENCE)
     finally:
-        process.kill()
+        processes.end_family(process)
     assert process.returncode == 0, printed
     assert "finished on head" in printed and "finished on worker" in printed, printed

@@ -471,13 +471,13 @@ def test_what_outlives_its_driver_is_ended_and_nobody_who_has_its_number_since()
     watcher = subprocess.Popen([sys.executable, "-S", "-E", program, *told], stdin=subprocess.PIPE)
     try:
         assert watcher.poll() is None and outliving.poll() is None
-        watcher.communicate()  # the driver ends
+        watcher.communicate(timeout=60)  # the driver ends
         assert watcher.returncode == 0 and outliving.wait(10) == -signal.SIGKILL
         assert other.poll() is None
     finally:
-        for process in (outliving, other):
+        for process in (outliving, other, watcher):
             process.kill()
-            process.wait()
+            process.wait(60)
 
 
 # --- the worker -------------------------------------------------------------------------------

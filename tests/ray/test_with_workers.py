@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,21 @@ def cluster() -> Iterator[Cluster]:
     made.shutdown()
 
 
-def start(cluster: Cluster, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def start(cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, which does not outlive the block."""
+    process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         env=os.environ | {"RAY_ADDRESS": cluster.address},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.terminate()  # it ends what it runs, too
+        process.communicate(timeout=60)
 
 
 def requested() -> Any:

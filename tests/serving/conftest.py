@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import httpx
@@ -40,6 +40,8 @@ from rayfin.serving.engine.vllm_backend import Lora, sampling_arguments
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
+STARTS = 240.0
+"""Seconds within which a deployment is there, or says why not."""
 PROMPT = "Hello"
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 LINEAR: dict[str, Any] = {"target_modules": "all-linear", **TASK}
@@ -238,8 +240,12 @@ serve.run(build_app(load_serve_config(None, sys.argv[2:])), name=APP, route_pref
 class Service:
     """The command as it runs, and what a client and an administrator do to it."""
 
-    def __init__(self, model: str, storage: Path, **settings: Any) -> None:
-        """`settings` of the engine, beside two replicas on half a CPU each, and two of the API."""
+    def __init__(self, processes: ModuleType, model: str, storage: Path, **settings: Any) -> None:
+        """`settings` of the engine, beside two replicas on half a CPU each, and two of the API.
+
+        `processes`: processes.py.
+        """
+        self._processes = processes
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -266,13 +272,12 @@ class Service:
             env=environment,
             start_new_session=True,
         )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
+        try:
+            self.told: dict[str, Any] = json.loads(self._processes.Lines(self.process).next(STARTS))
+        except BaseException as error:  # also of a test that ran out of time
             errors = self.errors()
             self._end()  # what stays open would fail the next test too
-            raise AssertionError(f"it did not start:\n{errors}")
-        self.told: dict[str, Any] = json.loads(line)
+            raise AssertionError(f"it did not start:\n{errors}") from error
         self.model: str = self.told["base"]
         self.given = [f"{key}={value}" for key, value in given.items()]
         self.http = self.client()
@@ -423,11 +428,12 @@ class Service:
         self._end()
 
     def _end(self) -> None:
-        if self.process.poll() is None:
-            self.stop(signal.SIGTERM)
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self._log.close()
+        try:
+            if self.process.poll() is None:
+                self.stop(signal.SIGTERM)
+        finally:
+            self._processes.end_family(self.process)
+            self._log.close()
 
 
 _GAUGES = {f"rayfin_engine_{name}" for name in ("waiting", "running", "host_bytes", "table_bytes")}

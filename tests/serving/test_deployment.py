@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -74,6 +75,7 @@ def service(
     tiny: str,
     tiny_adapters: dict[str, AdapterSource],
     tmp_path_factory: pytest.TempPathFactory,
+    processes: ModuleType,
 ) -> Iterator[Any]:
     storage = tmp_path_factory.mktemp("served")
     registry = Registry(storage / "adapters")
@@ -81,7 +83,7 @@ def service(
         history.put(trial("made-red"))
     registry.publish("red", tiny_adapters["lora"].path, {"trial_id": "made-red"}, alias="prod")
     registry.publish("blue", tiny_adapters["ia3"].path)
-    service = lab.Service(tiny, storage, max_rows=ROWS, max_queue=QUEUE, max_length=4096)
+    service = lab.Service(processes, tiny, storage, max_rows=ROWS, max_queue=QUEUE, max_length=4096)
     yield service
     service.close()
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import httpx
@@ -117,7 +118,11 @@ class Administrator:
 
 @pytest.fixture(scope="module")
 def service(
-    lab: Any, tiny: str, tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
+    lab: Any,
+    tiny: str,
+    tiny_tokenizer: Any,
+    processes: ModuleType,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[tuple[Any, Administrator]]:
     folder = tmp_path_factory.mktemp("words")
     draw = random.Random(0)
@@ -130,7 +135,9 @@ def service(
         torch.set_num_threads(threads)
     storage = tmp_path_factory.mktemp("served")
     administrator = Administrator(Registry(storage / "adapters"), trained)
-    service = lab.Service(tiny, storage, slots=SLOTS, max_rows=16, max_queue=64, max_length=128)
+    service = lab.Service(
+        processes, tiny, storage, slots=SLOTS, max_rows=16, max_queue=64, max_length=128
+    )
     yield service, administrator
     service.close()
 

@@ -303,7 +303,7 @@ class Forks:
         self._process = None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(60)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()

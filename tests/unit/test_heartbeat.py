@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -170,8 +171,10 @@ with watched(0.5, lambda where: None, trace=sys.argv[1], notice="failed: hung in
 """
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@contextmanager
+def start(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the block, also where it is suspended at its end."""
+    process = subprocess.Popen(
         [sys.executable, "-c", WATCHED, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
@@ -179,6 +182,11 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=PATIENCE)
 
 
 def test_a_process_whose_lock_is_held_is_ended_and_one_that_is_suspended_is_not(

@@ -60,7 +60,7 @@ def names(directory: Path) -> set[str]:
 def test_importing_models_loads_no_heavy_library() -> None:
     code = "import sys, rayfin.models; print({'torch', 'transformers', 'ray'} & set(sys.modules))"
     process = start(code)
-    assert process.communicate()[0].strip() == "set()"
+    assert process.communicate(timeout=60)[0].strip() == "set()"
 
 
 def test_tiny_is_made_once_and_found_again(cache: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_killed_conversion_leaves_nothing(cache: Path) -> None:
     killed = start(HALTING_BUILD)
     assert first_line(killed) == "building"
     killed.kill()
-    killed.communicate()
+    killed.communicate(timeout=60)
     assert not (cache / "tiny-1").exists()
     locate(TINY)
     assert names(cache) == {"tiny-1", ".tiny-1.lock"}

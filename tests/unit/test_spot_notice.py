@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -155,12 +156,11 @@ class Machine:
 
 
 @pytest.fixture
-def machine(tmp_path: Path) -> Iterator[Machine]:
+def machine(tmp_path: Path, processes: ModuleType) -> Iterator[Machine]:
     made = Machine(tmp_path)
     yield made
     for process in made.processes:
-        process.kill()
-        process.communicate()
+        processes.end_family(process)
 
 
 def notice(seconds: float) -> str:
