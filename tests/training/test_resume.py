@@ -29,7 +29,7 @@ from rayfin.training.spec import TrialResult
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
 from rayfin.training.trial_cache import TrialCache
-from rayfin.tuning.alone import alone
+from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.single import train_once
 
 
@@ -261,7 +261,7 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
         (directory,) = tmp_path.glob("sweeps/train/trials/*")
         assert latest_checkpoint(StoragePath(directory / "checkpoints")) is None
         with (
-            alone(StoragePath(directory), "", ""),
+            driver_lock(StoragePath(directory), "", ""),
             pytest.raises(ConfigError, match="another process"),
         ):
             run(rerun=True)

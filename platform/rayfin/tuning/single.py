@@ -19,7 +19,7 @@ from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.combination import check_combination
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
-from rayfin.tuning.alone import alone
+from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.driver_watch import watched_driver
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
@@ -86,11 +86,11 @@ def _train(
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
     otherwise = "wait for its end, or change the configuration: train.seed=1, say, is another run"
-    with alone(trial.location, trial.trial_id, otherwise):
-        return _train_alone(plan, trial, history, cluster, show)
+    with driver_lock(trial.location, trial.trial_id, otherwise):
+        return _train_locked(plan, trial, history, cluster, show)
 
 
-def _train_alone(
+def _train_locked(
     plan: SweepPlan,
     trial: PlannedTrial,
     history: History,

@@ -13,7 +13,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.history.driver import mark_lost_trials
 from rayfin.paths import Storage, StoragePath
 from rayfin.statuses import ENDED, SCORED, UNFINISHED
-from rayfin.tuning.alone import alone
+from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.edges import edge_notes
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
@@ -89,7 +89,7 @@ def run_sweep(
     notes = (*options.notes, *space_notes(plan.space))
     options.progress.tell((*plan.notes, *notes))
     otherwise = "wait for its end, or leave --resume out to start another"
-    with alone(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
+    with driver_lock(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
         # Not before: another driver may have gone on with this sweep until now.
         mark_lost_trials(history)
         rows = history.trials(sweep_id=plan.sweep_id)

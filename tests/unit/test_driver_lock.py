@@ -18,9 +18,9 @@ from rayfin.errors import ConfigError
 from rayfin.history import History
 from rayfin.objects import ObjectPath
 from rayfin.paths import Storage, StoragePath
-from rayfin.tuning import alone as alone_module
+from rayfin.tuning import driver_lock as lock_module
 from rayfin.tuning import sweep, tune
-from rayfin.tuning.alone import alone
+from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.plan import SweepPlan, new_plan
 from rayfin.tuning.rows import started
 from rayfin.tuning.sweep import SweepOptions, run_sweep
@@ -29,13 +29,13 @@ HOLD = """
 import os, sys, threading
 from rayfin.history import driver
 from rayfin.paths import StoragePath
-from rayfin.tuning.alone import alone
+from rayfin.tuning.driver_lock import driver_lock
 location, cache, host = sys.argv[1:]
 os.environ["RAYFIN_CACHE"] = cache
 if host:
     machine = driver._machine() | {"host": host}
     driver._machine = lambda: machine
-with alone(StoragePath.at(location), "", ""):
+with driver_lock(StoragePath.at(location), "", ""):
     print("holds", flush=True)
     threading.Event().wait()
 """
@@ -88,7 +88,7 @@ def test_a_second_driver_of_a_sweep_is_told_who_holds_it_and_a_killed_one_bars_n
     assert f" on {socket.gethostname()}, since 20" in said
     assert "wait for its end, or leave --resume out" in said
     assert (plan.location.path / "config.yaml").read_bytes() == saved
-    with alone(plan.location, "", ""):
+    with driver_lock(plan.location, "", ""):
         pass
 
 
@@ -105,10 +105,10 @@ def test_what_another_driver_has_ended_by_the_time_it_leaves_is_not_run_again(
         def just_in_time(*args: Any) -> Iterator[None]:
             metrics = {"eval_loss": 1.0, "steps": plan.config.train.max_steps}
             history.put(row.updated(status="finished", metrics=metrics))
-            with alone(*args):
+            with driver_lock(*args):
                 yield
 
-        monkeypatch.setattr(sweep, "alone", just_in_time)
+        monkeypatch.setattr(sweep, "driver_lock", just_in_time)
         monkeypatch.setattr(tune, "run_trials", lambda *_, **__: pytest.fail("it trains"))
         result = run_sweep(plan.config, history, plan.storage, SweepOptions(resume=True))
     assert [row.status for row in result.trials] == ["finished"]
@@ -119,16 +119,16 @@ def test_in_a_bucket_a_driver_on_another_machine_holds_it_until_it_is_silent_for
 ) -> None:
     location = StoragePath.at(bucket)
     with another_driver(location, tmp_path / "there", "elsewhere") as pid:
-        with pytest.raises(ConfigError) as told, alone(location, "sweep x", "wait"):
+        with pytest.raises(ConfigError) as told, driver_lock(location, "sweep x", "wait"):
             pass
         assert f"sweep x is running in another process (process {pid} on elsewhere, since 20" in (
             str(told.value)
         )
         assert "if it was killed, the file counts for nothing 60 s later" in str(told.value)
-    with pytest.raises(ConfigError, match="on elsewhere"), alone(location, "sweep x", "wait"):
+    with pytest.raises(ConfigError, match="on elsewhere"), driver_lock(location, "sweep x", "wait"):
         pass
-    monkeypatch.setattr(alone_module, "_FORGOTTEN_AFTER", -1.0)
-    with alone(location, "sweep x", "wait"):
+    monkeypatch.setattr(lock_module, "_FORGOTTEN_AFTER", -1.0)
+    with driver_lock(location, "sweep x", "wait"):
         pass
     assert location.objects is not None
     assert (location.objects / "drivers").modification_times() == {}
@@ -141,10 +141,10 @@ def test_in_a_bucket_a_driver_of_this_machine_that_was_killed_bars_nobody(
     with (
         another_driver(location, tmp_path / "there"),
         pytest.raises(ConfigError, match=f" on {socket.gethostname()}, since"),
-        alone(location, "", ""),
+        driver_lock(location, "", ""),
     ):
         pass
-    with alone(location, "", ""):
+    with driver_lock(location, "", ""):
         pass
 
 
@@ -158,21 +158,21 @@ def test_in_a_bucket_who_comes_while_another_looks_gives_way(
     def other_comes_first(drivers: ObjectPath) -> dict[str, float]:
         if not came:
             came.append(True)
-            with pytest.raises(ConfigError), alone(there, "", ""):
+            with pytest.raises(ConfigError), driver_lock(there, "", ""):
                 pass
         return written(drivers)
 
     monkeypatch.setattr(ObjectPath, "modification_times", other_comes_first)
-    with alone(here, "", ""):
+    with driver_lock(here, "", ""):
         assert came
 
 
 def test_in_a_bucket_a_driver_renews_its_file(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone_module, "_RENEWED_EVERY", 0.01)
+    monkeypatch.setattr(lock_module, "_RENEWED_EVERY", 0.01)
     location = StoragePath.at(bucket)
     assert location.objects is not None
     drivers = location.objects / "drivers"
-    with alone(location, "", ""):
+    with driver_lock(location, "", ""):
         (own,) = drivers.modification_times()
         (drivers / own).remove()
         while own not in drivers.modification_times():

@@ -23,14 +23,14 @@ _FORGOTTEN_AFTER = 60.0
 
 
 @contextmanager
-def alone(location: StoragePath, what: str, remedy: str) -> Iterator[None]:
+def driver_lock(location: StoragePath, what: str, remedy: str) -> Iterator[None]:
     """Holds the sweep or trial at `location` for the time of the block.
 
     Raises ConfigError where another process holds it: `what` is running, in which process and since
     when, and the `remedy`.
 
     On this machine, and on a disk that several machines share, the kernel keeps the lock and takes
-    it from a process that ends, however it ends. A bucket has no locks; see `_alone_in_bucket`.
+    it from a process that ends, however it ends. A bucket has no locks; see `_lock_in_bucket`.
     """
     driver = this_driver() | {"since": datetime.now(UTC).isoformat(sep=" ", timespec="seconds")}
     lock, note = FileLock(location.path / ".lock", timeout=0), location.path / ".driver.json"
@@ -54,7 +54,7 @@ def alone(location: StoragePath, what: str, remedy: str) -> Iterator[None]:
         if location.objects is None:
             yield
         else:
-            with _alone_in_bucket(location.objects / "drivers", driver, what, remedy):
+            with _lock_in_bucket(location.objects / "drivers", driver, what, remedy):
                 yield
     finally:
         with suppress(OSError):
@@ -63,7 +63,7 @@ def alone(location: StoragePath, what: str, remedy: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_in_bucket(
+def _lock_in_bucket(
     drivers: ObjectPath, driver: Mapping[str, Any], what: str, remedy: str
 ) -> Iterator[None]:
     """Keeps a file among those of all drivers, renews it, and gives way to any other that is fresh.
