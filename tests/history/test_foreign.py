@@ -102,6 +102,14 @@ def test_every_kind_of_column_finds_its_place(history, tmp_path):
     assert trial.sweep_id == "runs-of-may"
 
 
+def test_a_name_that_two_methods_use_is_the_methods_own(history, tmp_path):
+    table = "method,r,alpha,rank_dropout,eval_loss\nLoHa,4,6,none,1\nDoRA,4,6,,1.5\n"
+    import_history(history, csv(tmp_path, table))
+    found = {trial.spec["method"]["type"]: trial.spec["method"] for trial in history.trials()}
+    assert found["loha"] == {"type": "loha", "r": 4, "alpha": 6.0}
+    assert found["dora"] == {"type": "dora", "r": 4, "lora_alpha": 6.0}
+
+
 @pytest.mark.parametrize("text", ["lr;eval_loss\n1;2\n", "\ufefflr\teval_loss\r\n1\t2\r\n"])
 def test_semicolons_tabs_and_a_byte_order_mark_are_fine(history, tmp_path, text):
     trial = one(history, csv(tmp_path, text))

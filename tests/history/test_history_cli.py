@@ -38,6 +38,14 @@ def test_list_shows_the_newest_first(storage, capsys):
     assert "1.0300" in out
 
 
+def test_list_does_not_call_a_block_size_a_rank(tmp_path, record, capsys):
+    with History.open(Storage.open(tmp_path / "runs").history_url) as history:
+        method = {"type": "oft", "oft_block_size": 32}
+        history.put(record(1, spec={"method": method, "train": {"learning_rate": 2e-4}}))
+    assert run("list", f"storage={tmp_path / 'runs'}") == 0
+    assert "oft block 32" in capsys.readouterr().out
+
+
 def test_list_filters_and_speaks_json(storage, capsys):
     run("list", f"storage={storage}", "--json", "--sweep", "sweep-a", "--status", "finished")
     (trial,) = json.loads(capsys.readouterr().out)

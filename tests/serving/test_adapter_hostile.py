@@ -316,7 +316,7 @@ TENSORS: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "VeRA of no layer": (
         "vera",
         lambda tensors: [tensors.pop(name) for name in list(tensors) if "lambda" in name],
-        "has shape",
+        "no tensor of an adapted layer",
     ),
     "VeRA too large together": ("vera", filled(3e38), "range of float32"),
     "more than a prompt": ("prompt", put("x", torch.ones(1)), "does not serve the tensor 'x'"),

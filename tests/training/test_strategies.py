@@ -71,8 +71,13 @@ SEEN: dict[str, list[Strategy]] = {
     "p_tuning": ["ddp", "fsdp"],
     "pissa": ["ddp"],
     "LoRA+": ["ddp", "fsdp"],
+    "tables": list(STRATEGIES),
 }
-OF_LORA = {"pissa": {"init_lora_weights": "pissa"}, "LoRA+": {"loraplus_lr_ratio": 4}}
+OF_LORA: dict[str, dict[str, Any]] = {
+    "pissa": {"init_lora_weights": "pissa"},
+    "LoRA+": {"loraplus_lr_ratio": 4},
+    "tables": {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
 
 
 @pytest.mark.parametrize("name", SEEN)

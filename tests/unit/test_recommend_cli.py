@@ -396,6 +396,14 @@ def test_the_scaffold_is_read_back(
     assert "rayfin train train.yaml" in notes and answer["choices"][0]["method"] in notes
 
 
+def test_the_scaffold_serves_the_ranks_that_pissa_saves(capfd: pytest.CaptureFixture[str]) -> None:
+    fixed = ("method.type=lora", "method.init_lora_weights=pissa", "method.r=64")
+    answered(capfd, *fixed, "--scaffold", "mine")
+    sweep = load_config(Path("mine/sweep.yaml"), [])
+    serve = load_serve_config(Path("mine/serve.yaml"), [])
+    assert serve.engine.max_rank == 2 * max(sweep.sweep.parameters["method.r"])
+
+
 def test_the_scaffold_holds_no_password(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

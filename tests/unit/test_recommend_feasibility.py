@@ -9,6 +9,7 @@ import pytest
 
 from rayfin.advisor import Scenario
 from rayfin.advisor.answer import Recommendation
+from rayfin.advisor.candidates import candidates, tighter
 from rayfin.advisor.estimate import estimate
 from rayfin.advisor.knowledge import Knowledge
 from rayfin.advisor.recommendation import ScenarioFacts, recommend
@@ -220,3 +221,17 @@ def test_where_some_settings_may_fit_only_these_are_choices() -> None:
                 f"may not fit the device's memory: expected are {needs / 2**30:.1f} of 80.0 GiB"
             )
             assert expected in choice.risks
+
+
+def test_what_needs_whole_weights_is_not_offered_four_bits() -> None:
+    """PiSSA takes a part of the base's weights; LoRA's answer for the same machine is quantised."""
+    pissa = ("method.type=lora", "method.init_lora_weights=pissa")
+    for given, bits in ((pissa, {None}), (pissa[:1], {None, 4})):
+        base = load_config({"model": {"name": "tiny"}, "data": {"path": "pydocs"}}, list(given))
+        place = where("llama-3.1-8b", gpus(80))
+        offered = [
+            changes.get("method.quantization_bit")
+            for option in candidates(base, place)
+            for changes in tighter(option, {})
+        ]
+        assert set(offered) == bits

@@ -234,6 +234,27 @@ def test_every_method_has_a_place_and_its_usual_rate_is_zero(kind: str) -> None:
     assert found["steps"] == pytest.approx(math.log2(60))
 
 
+def test_what_changes_how_lora_learns_has_a_place_of_its_own() -> None:
+    plain = setting(LORA)
+    assert plain is not None
+    idle = {"loraplus_lr_ratio": 1, "rank_pattern": {}, "init_lora_weights": True}
+    assert setting(LORA | idle) == pytest.approx(plain, nan_ok=True)
+    changes: list[dict[str, Any]] = [
+        *({"init_lora_weights": init} for init in ("pissa", "olora", "loftq", "eva")),
+        {"loraplus_lr_ratio": 16},
+        {"modules_to_save": ["lm_head"]},
+        {"exclude_modules": ["k_proj"]},
+        {"layers_to_transform": [1]},
+        {"rank_pattern": {"k_proj": 4}},
+        {"alpha_pattern": {"k_proj": 4}},
+    ]
+    places = {(row["method_x"], row["method_y"]) for c in changes if (row := setting(LORA | c))}
+    others = {method.coordinates for method in METHODS.values()}
+    assert len(places) == len(changes) and not places & others
+    assert all(max(map(abs, place)) < 1.5 for place in places), "whose rate is a share of LoRA's"
+    assert setting(LORA | {"init_lora_weights": [], "loraplus_lr_ratio": "x"}) is not None
+
+
 def test_the_columns_of_a_setting() -> None:
     train = {"learning_rate": 2e-3, "per_device_train_batch_size": 4, "max_steps": 64}
     found = setting(LORA | {"lora_dropout": 0.1}, train)

@@ -172,3 +172,23 @@ def test_what_a_whole_section_takes_the_place_of_is_named(
         "train={…} is the whole section: left out learning_rate",
         "sweep.parameters={…} is the whole section: left out method.r",
     ]
+
+
+# --- names of modules and their values ----------------------------------------------------------
+
+
+def test_one_modules_rank_is_set_by_its_dotted_name(tmp_path: Path) -> None:
+    own = ["method.rank_pattern.layers.0.mlp.up_proj=16", "method.rank_pattern.q_proj=3"]
+    written = in_file(tmp_path, "method: {type: lora, rank_pattern: {q_proj: 2, v_proj: 4}}", *own)
+    pattern = written.method.model_dump()["rank_pattern"]
+    assert pattern == {"q_proj": 3, "v_proj": 4, "layers.0.mlp.up_proj": 16}
+
+
+def test_a_space_that_a_mapping_lacks_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"put a space after the colon, as in {q_proj: 16}$"):
+        load_config(None, ["method.type=lora", "method.rank_pattern={q_proj:16}"])
+
+
+def test_choices_are_named_as_they_are_written() -> None:
+    with pytest.raises(ConfigError, match=r"it should be true, 'gaussian', "):
+        load_config(None, ["method.type=lora", "method.init_lora_weights=pisa"])

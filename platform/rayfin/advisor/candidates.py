@@ -93,6 +93,7 @@ def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
                 if name == "method.type" or name not in fixed
             }
             try:
+                settings = _unquantized_where_it_must(base, settings)
                 config = _within_positions(with_values(base, settings), known.facts, fixed)
                 check_combination(config)
                 check_scaling(config)
@@ -148,6 +149,14 @@ def with_changes(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
     if not changes:
         return option
     return Candidate(with_values(option.config, changes), {**option.settings, **changes})
+
+
+def _unquantized_where_it_must(base: Config, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `settings` without 4 bits where what was given of the method takes whole weights."""
+    name, config = "method.quantization_bit", with_values(base, settings)
+    if name not in settings or not any(config.method.refusals(config.train.max_steps)):
+        return settings
+    return {key: value for key, value in settings.items() if key != name}
 
 
 def _within_positions(config: Config, facts: ModelFacts, fixed: Mapping[str, Any]) -> Config:

@@ -52,9 +52,9 @@ class AdaloraConfig(LowRankMethod):
     def rank(self) -> int:
         return self.init_r
 
-    def extra_parameters(self, linear: Linear) -> int:
-        """A singular value for each rank."""
-        return self.init_r
+    def layer_parameters(self, linear: Linear, rank: int) -> float:
+        """With a singular value for each rank."""
+        return super().layer_parameters(linear, rank) + rank
 
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
         """The first tenth of the steps at full rank and the last quarter at the target, with the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rayfin.errors import MethodError
@@ -125,31 +125,34 @@ class LowRankMethod(MethodConfig):
             if not any(is_named(name, one) for one in self.modules_to_save or ()):
                 yield name, linear, {self.rank: blocks}
 
-    def extra_parameters(self, linear: Linear) -> int:
-        """Trained parameters of one layer beside A and B."""
-        return 0
+    def layer_parameters(self, linear: Linear, rank: int) -> float:
+        """Trained parameters of one layer: by default those of A and B."""
+        return rank * (linear.inputs + linear.outputs)
 
-    def extra_activations(self, linear: Linear) -> int:
-        """Numbers a token that autograd keeps of one layer, beside A's input and output."""
-        return 0
+    def layer_activations(self, linear: Linear, rank: int) -> float:
+        """Numbers a token that autograd keeps of one layer, beside A's input: A's output."""
+        return rank
+
+    def layer_weights(self, linear: Linear) -> float:
+        """Numbers that autograd keeps of one layer, however many the tokens, in float32."""
+        return 0.0
+
+    def layer_flops(self, linear: Linear, rank: int) -> float:
+        """FLOPs a token: products with A and B forward, to their inputs, and to their weights."""
+        return 6 * self.layer_parameters(linear, rank)
+
+    def _over_layers(self, of: Callable[[Linear, int], float], sizes: Sizes) -> float:
+        return sum(
+            blocks * of(linear, rank)
+            for _, linear, ranks in self.adapted(sizes)
+            for rank, blocks in ranks.items()
+        )
 
     def trained_parameters(self, sizes: Sizes) -> int:
-        return round(self.update_parameters(sizes) + self._saved_parameters(sizes))
-
-    def update_parameters(self, sizes: Sizes) -> float:
-        """Trained parameters without those of modules_to_save."""
-        total = 0.0
-        for _, linear, ranks in self.adapted(sizes):
-            for rank, blocks in ranks.items():
-                total += blocks * rank * (linear.inputs + linear.outputs)
-                total += blocks * self.extra_parameters(linear)
-        return total
-
-    def _saved_parameters(self, sizes: Sizes) -> float:
-        return sum(whole_module(name, sizes) for name in self.modules_to_save or ())
+        saved = sum(whole_module(name, sizes) for name in self.modules_to_save or ())
+        return round(self._over_layers(self.layer_parameters, sizes) + saved)
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
-        numbers = 0.0
         inputs: dict[str, float] = {}
         for name, linear, ranks in self.adapted(sizes):
             share = sum(ranks.values()) / sizes.num_layers
@@ -157,13 +160,17 @@ class LowRankMethod(MethodConfig):
             copied = getattr(self, "lora_dropout", 0) > 0 or mixed_precision
             if copied or linear.reads != "heads":  # attention's output, which is kept already
                 inputs[name if copied else linear.reads] = share * linear.inputs
-            for rank, blocks in ranks.items():
-                numbers += blocks / sizes.num_layers * (rank + self.extra_activations(linear))
-        return numbers + sum(inputs.values())
+        of_layers = self._over_layers(self.layer_activations, sizes) / sizes.num_layers
+        return of_layers + sum(inputs.values())
+
+    def kept_weights(self, sizes: Sizes) -> float:
+        return (
+            self._over_layers(lambda linear, _: self.layer_weights(linear), sizes)
+            / sizes.num_layers
+        )
 
     def flops_per_token(self, sizes: Sizes) -> float:
-        """Products with A and B forward, to their inputs, and to their weights."""
-        return 6 * self.update_parameters(sizes)
+        return self._over_layers(self.layer_flops, sizes)
 
 
 class PeftNamedMethod(LowRankMethod):

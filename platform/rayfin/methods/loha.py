@@ -8,9 +8,8 @@ from pydantic import Field
 
 from rayfin.methods.adapted import PeftNamedMethod
 from rayfin.methods.base import register
-from rayfin.methods.layers import targets
+from rayfin.methods.layers import Linear
 from rayfin.methods.rates import Rate
-from rayfin.sizes import Sizes
 
 
 @register
@@ -43,14 +42,13 @@ class LohaConfig(PeftNamedMethod):
             "ZeRO-3 has a part; use deepspeed-zero2, fsdp or ddp"
         )
 
-    def update_parameters(self, sizes: Sizes) -> float:
-        return 2 * super().update_parameters(sizes)
+    def layer_parameters(self, linear: Linear, rank: int) -> float:
+        return 2 * super().layer_parameters(linear, rank)
 
-    def kept_weights(self, sizes: Sizes) -> float:
-        """The product of each layer, made anew in each step."""
-        found = targets(self.target_modules, sizes)
-        return sum(blocks * it.inputs * it.outputs for _, it, blocks in found) / sizes.num_layers
+    def layer_weights(self, linear: Linear) -> float:
+        """The product, made anew in each step."""
+        return linear.inputs * linear.outputs
 
-    def flops_per_token(self, sizes: Sizes) -> float:
-        """Products with those, forward, to their inputs, and to them."""
-        return 6 * self.kept_weights(sizes) * sizes.num_layers
+    def layer_flops(self, linear: Linear, rank: int) -> float:
+        """FLOPs a token: products with that, forward, to their inputs, and to it."""
+        return 6 * linear.inputs * linear.outputs

@@ -65,13 +65,13 @@ class DoraConfig(LowRankConfig):
     def _variant(self) -> dict[str, Any]:
         return {"use_dora": True}
 
-    def extra_parameters(self, linear: Linear) -> int:
-        """A magnitude for each output."""
-        return linear.outputs
+    def layer_parameters(self, linear: Linear, rank: int) -> float:
+        """With a magnitude for each output."""
+        return super().layer_parameters(linear, rank) + linear.outputs
 
-    def extra_activations(self, linear: Linear) -> int:
-        """A magnitude's gradient needs both products."""
-        return 2 * linear.outputs
+    def layer_activations(self, linear: Linear, rank: int) -> float:
+        """With both products, which a magnitude's gradient needs."""
+        return rank + 2 * linear.outputs
 
 
 @register

@@ -8,9 +8,8 @@ from pydantic import Field
 
 from rayfin.methods.adapted import PeftNamedMethod
 from rayfin.methods.base import register
-from rayfin.methods.layers import Linear, targets
+from rayfin.methods.layers import Linear
 from rayfin.methods.rates import Rate
-from rayfin.sizes import Sizes
 
 
 @register
@@ -34,18 +33,16 @@ class OftConfig(PeftNamedMethod):
     module_dropout: float = Field(0.0, ge=0, lt=1)
     """Share of the blocks that a training step leaves unrotated."""
 
-    def update_parameters(self, sizes: Sizes) -> float:
-        found = targets(self.target_modules, sizes)
-        return sum(n * it.inputs * (self._block(it) - 1) / 2 for _, it, n in found)
+    def layer_parameters(self, linear: Linear, rank: int) -> float:
+        return linear.inputs * (self._block(linear) - 1) / 2
 
-    def kept_weights(self, sizes: Sizes) -> float:
+    def layer_weights(self, linear: Linear) -> float:
         """A rotation is a series in a matrix of each block: three of its powers, and the sum."""
-        found = targets(self.target_modules, sizes)
-        return sum(4 * n * it.inputs * self._block(it) for _, it, n in found) / sizes.num_layers
+        return 4 * linear.inputs * self._block(linear)
 
-    def flops_per_token(self, sizes: Sizes) -> float:
-        """Products with the rotations, forward, to their inputs, and to them."""
-        return 6 * self.kept_weights(sizes) * sizes.num_layers / 4
+    def layer_flops(self, linear: Linear, rank: int) -> float:
+        """FLOPs a token: products with the rotations, forward, to their inputs, and to them."""
+        return 6 * linear.inputs * self._block(linear)
 
     def _block(self, linear: Linear) -> int:
         divisors = (n for n in range(1, linear.inputs + 1) if linear.inputs % n == 0)

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rayfin.methods.adapted import PeftNamedMethod
 from rayfin.methods.base import register
-from rayfin.methods.layers import targets
+from rayfin.methods.layers import Linear
 from rayfin.methods.rates import Rate
 from rayfin.sizes import Sizes
 
@@ -33,14 +33,13 @@ class VeraConfig(PeftNamedMethod):
     d_initial: float = Field(0.1, gt=0)
     """What the factors of the ranks begin with."""
 
-    def update_parameters(self, sizes: Sizes) -> float:
-        found = targets(self.target_modules, sizes)
-        return sum(blocks * (it.outputs + self.r) for _, it, blocks in found)
+    def layer_parameters(self, linear: Linear, rank: int) -> float:
+        return linear.outputs + rank
+
+    def layer_flops(self, linear: Linear, rank: int) -> float:
+        """FLOPs a token: products with both matrices forward, and to their inputs."""
+        return 4 * rank * (linear.inputs + linear.outputs)
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
-        return self.update_parameters(sizes) / sizes.num_layers  # what each factor multiplies
-
-    def flops_per_token(self, sizes: Sizes) -> float:
-        """Products with both matrices forward, and to their inputs."""
-        found = targets(self.target_modules, sizes)
-        return sum(4 * blocks * self.r * (it.inputs + it.outputs) for _, it, blocks in found)
+        """Numbers a token of one block: what each factor multiplies."""
+        return self._over_layers(self.layer_parameters, sizes) / sizes.num_layers

@@ -45,9 +45,9 @@ _ADALORA_ONLY = words(
 )
 _VERA = COMMON | words(
     "r vera_dropout d_initial projection_prng_key save_projection init_weights bias",
-    "layers_to_transform layers_pattern",
+    "layers_to_transform layers_pattern modules_to_save",
 )
-_VERA_PAIR = ("base_model.vera_A", "base_model.vera_B")
+_A, _B = "base_model.vera_A", "base_model.vera_B"
 _IA3 = COMMON | words("feedforward_modules init_ia3_weights")
 # Initialisations that leave the base as it is; PiSSA, CorDA, OLoRA, LoftQ and LoRA-GA change it.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -181,24 +181,22 @@ def _vera(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) 
     """Read VeRA (arXiv:2310.11454): b * (B (d * (A x))), where A and B are the first columns and
     rows of a pair that all layers share.
     """
-    settings.expect_nothing_else(_VERA | {SETTING})
+    settings.expect_nothing_else(_VERA)
     settings.expect("bias", None, "none")
     settings.expect("save_projection", True)
     check_rank(settings, r := settings.integer("r", 1, MAX_RANK), base.max_rank)
-    suffixes = {".vera_lambda_d": "d", ".vera_lambda_b": "b"}
-    weights.aside |= set(_VERA_PAIR)
-    modules = modules_of(weights, suffixes, base.linears)
-    most_in = max((base.linears[module][0] for module in modules), default=0)
-    most_out = max((base.linears[module][1] for module in modules), default=0)
-    weights.check(dict(zip(_VERA_PAIR, ((r, most_in), (most_out, r)), strict=True)))
-    for module, parts in modules.items():
-        weights.check({parts["d"]: (r,), parts["b"]: (base.linears[module][1],)})
-    a, b = (weights.read(name) for name in _VERA_PAIR)
+    weights.aside |= {_A, _B}
+    modules = modules_of(weights, {".vera_lambda_d": "d", ".vera_lambda_b": "b"}, base.linears)
+    inputs, outputs = zip(*(base.linears[module] for module in modules), strict=True)
+    shapes: dict[str, tuple[int, ...]] = {_A: (r, max(inputs)), _B: (max(outputs), r)}
+    for parts, out in zip(modules.values(), outputs, strict=True):
+        shapes |= {parts["d"]: (r,), parts["b"]: (out,)}
+    weights.check(shapes)
+    a, b = weights.read(_A), weights.read(_B)
     lora = {}
-    for module, parts in modules.items():
-        inputs, outputs = base.linears[module]
-        ours = weights.read(parts["d"])[:, None] * a[:, :inputs]
-        lora[module] = _low_rank(ours, weights.read(parts["b"])[:, None] * b[:outputs])
+    for (module, parts), ins, out in zip(modules.items(), inputs, outputs, strict=True):
+        d, own = (weights.read(parts[part])[:, None] for part in "db")
+        lora[module] = _low_rank(d * a[:, :ins], own * b[:out])
     return {"lora": lora}
 
 

@@ -91,9 +91,11 @@ def modules_of(
 ) -> dict[str, dict[str, str]]:
     """Returns module name in the base -> part -> tensor name, for all tensors but those `aside`.
 
-    Raises AdapterError for modules that the base lacks.
+    Raises AdapterError for modules that the base lacks, and where there are none.
     """
     modules = weights.by_module(suffixes)
+    if not modules:
+        raise weights.error("its file has no tensor of an adapted layer; save or copy it again")
     for module in modules:
         if module not in linears:
             raise weights.error(
