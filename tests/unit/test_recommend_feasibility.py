@@ -9,7 +9,7 @@ import pytest
 
 from rayfin.advisor import Scenario
 from rayfin.advisor.answer import Recommendation
-from rayfin.advisor.candidates import candidates, tighter
+from rayfin.advisor.candidates import candidates, memory_savings
 from rayfin.advisor.estimate import estimate
 from rayfin.advisor.knowledge import Knowledge
 from rayfin.advisor.recommendation import ScenarioFacts, recommend
@@ -232,6 +232,6 @@ def test_what_needs_whole_weights_is_not_offered_four_bits() -> None:
         offered = [
             changes.get("method.quantization_bit")
             for option in candidates(base, place)
-            for changes in tighter(option, {})
+            for changes in memory_savings(option, {})
         ]
         assert set(offered) == bits
