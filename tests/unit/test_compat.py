@@ -66,7 +66,7 @@ def test_a_name_that_moved_is_told_with_what_it_is_for(monkeypatch: pytest.Monke
         pass
     assert f"ray {version('ray')} has no ray._private.services.ConsolePopen" in str(told.value)
     assert "needs to start Ray's processes in sessions of their own" in str(told.value)
-    assert "(see rayfin/compat/ray.py); run: pip install 'ray[" in str(told.value)
+    assert "(see rayfin/compat/ray.py); run: pip install 'ray[serve,train,tune]" in str(told.value)
     from ray._private import parameter
 
     assert isinstance(parameter.RayParams, type)  # what had been replaced by then is back

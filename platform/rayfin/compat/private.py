@@ -125,7 +125,10 @@ _DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub"}
 
 
 def tested(distribution: str) -> str:
-    """Returns the requirement on a distribution, with the versions that rayfin was tested with."""
+    """Returns the requirement on a distribution with the minor version that rayfin was tested with.
+
+    That is the last one before the upper bound of rayfin's own requirement.
+    """
     from packaging.requirements import Requirement
 
     try:
@@ -133,7 +136,11 @@ def tested(distribution: str) -> str:
     except metadata.PackageNotFoundError:  # it runs from its source
         lines = []
     for requirement in map(Requirement, lines):
-        if requirement.name.replace("_", "-").lower() == distribution:
-            requirement.marker = None
-            return str(requirement)
+        if requirement.name.lower() == distribution:
+            extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+            for bound in requirement.specifier:
+                major, dot, minor = bound.version.partition(".")
+                if bound.operator == "<" and dot:
+                    return f"{distribution}{extras}=={major}.{int(minor) - 1}.*"
+            return f"{distribution}{extras}{requirement.specifier}"
     return distribution

@@ -56,9 +56,6 @@ STEPS = (
         needed_to="write what is trained alike for every strategy",
         parameters=("output_dir", "_internal_call"),
     ),
-)
-"""What `SteppedTrainer` overrides."""
-FSDP_STEPS = (
     _step(
         "Trainer._sync_replicated_trainable_parameters",
         needed_to="average an adapter's gradients in one message",
@@ -70,7 +67,7 @@ FSDP_STEPS = (
         parameters=(),
     ),
 )
-"""What it overrides for FSDP alone, which needs transformers 5.23 for it."""
+"""What `SteppedTrainer` overrides."""
 _SHARDED = _name(
     "transformers",
     "PreTrainedModel._is_distributed_loading_by_transformers",
@@ -175,12 +172,8 @@ class SteppedTrainer(Trainer):
 
 
 def mark_sharded(model: Any) -> None:
-    """Has Trainer take `model` as it is: it neither moves nor wraps one that is sharded by then.
-
-    Raises DependencyError where Transformers would reduce the gradients of such a model otherwise.
-    """
-    for step in (*FSDP_STEPS, _SHARDED):
-        step.check()
+    """Has Trainer take `model` as it is: it neither moves nor wraps one that is sharded by then."""
+    _SHARDED.get()
     model._is_distributed_loading_by_transformers = True
 
 
