@@ -111,6 +111,8 @@ def register(*metrics: Metric) -> None:
         if METRICS.get(metric.name, metric) != metric:
             raise TypeError(f"another metric has the name {metric.name}; give this one its own")
         METRICS[metric.name] = metric
+    for name in [name for name, metric in METRICS.items() if not isinstance(metric, Score)]:
+        METRICS[name] = METRICS.pop(name)  # scores stand before all else
 
 
 def score_names() -> tuple[str, ...]:

@@ -88,7 +88,9 @@ class SettingsCompleter:
 def _settings(kind: Kind) -> dict[str, FieldInfo]:
     """Dotted name -> field; of `method` those of all methods."""
     from rayfin.config import Config, PublishConfig, ServeConfig
+    from rayfin.config.schema import train_section
     from rayfin.methods import METHODS
+    from rayfin.objectives import OBJECTIVES
 
     if kind == "storage":
         return {"storage": Config.model_fields["storage"]}
@@ -99,6 +101,8 @@ def _settings(kind: Kind) -> dict[str, FieldInfo]:
         sections: Iterable[type[BaseModel]]
         if name == "method":
             sections = METHODS.values()
+        elif name == "train":
+            sections = map(train_section, OBJECTIVES)
         elif name == "publish":
             sections = (PublishConfig,)
         elif field.description:

@@ -82,6 +82,7 @@ def settings_lines() -> Iterator[str]:
     """Yield the settings of an experiment as lines for people, a section at a time."""
     from rayfin.config import Config, PublishConfig
     from rayfin.methods import METHODS
+    from rayfin.objectives import OBJECTIVES
 
     for name, field in Config.model_fields.items():
         if name == "method":
@@ -90,6 +91,11 @@ def settings_lines() -> Iterator[str]:
                 yield f"  {kind:15}{_folded(method.__doc__)}"
             for kinds, model in _alike(METHODS):
                 yield from _section("method", model, f"method, of type {', '.join(kinds)}")
+        elif name == "train":
+            yield from _top(name, field)
+            for stage, objective in OBJECTIVES.items():
+                if objective.settings_class.model_fields:
+                    yield from _section(name, objective.settings_class, f"train, of stage {stage}")
         elif name == "publish":
             title = f"publish = null  {_folded(field.description)}"
             yield from _section(name, PublishConfig, title)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from rayfin.config.schema import Config, PublishConfig
 from rayfin.errors import did_you_mean
 from rayfin.methods import METHODS
+from rayfin.objectives import OBJECTIVES
 from rayfin.redaction import is_secret
 
 # pydantic's own messages for these name Python classes.
@@ -159,6 +160,10 @@ def _known_keys(tree: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
         return [*leaf_names(kind()), *kind.model_fields]
     method = tree.get("method")
     type_ = method.get("type") if isinstance(method, Mapping) else None
-    defaults = Config.model_validate({"method": {"type": type_}} if type_ in METHODS else {})
+    train = tree.get("train")
+    stage = train.get("stage") if isinstance(train, Mapping) else None
+    known = {"method": {"type": type_}} if type_ in METHODS else {}
+    known |= {"train": {"stage": stage}} if stage in OBJECTIVES else {}
+    defaults = Config.model_validate(known)
     publish = [f"publish.{name}" for name in PublishConfig.model_fields]
     return [*leaf_names(defaults), *Config.model_fields, *publish]

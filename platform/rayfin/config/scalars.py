@@ -19,8 +19,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from rayfin.config.schema import Space
+from rayfin.config.schema import Space, TrainConfig, train_section
 from rayfin.methods import METHODS, MethodConfig
+from rayfin.objectives import OBJECTIVES
 
 _NULL = ("", "~", "null", "Null", "NULL")
 _INTEGER = re.compile(r"[+-]?\d{1,400}")
@@ -180,6 +181,8 @@ def _core(text: str, wanted: SettingType) -> Any:
 
 def _members(model: type[BaseModel]) -> Iterable[type[BaseModel]]:
     """Return the sections that a section of this type may be: for a method, all registered ones."""
+    if model is TrainConfig:
+        return dict.fromkeys(map(train_section, OBJECTIVES))
     return METHODS.values() if model is MethodConfig else (model,)
 
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    create_model,
+    model_validator,
+)
 
 from rayfin.methods import MethodConfig
 from rayfin.metrics import score_names, score_of
@@ -54,6 +63,13 @@ class DataConfig(Section):
 
 
 class TrainConfig(Section):
+    """How a trial is trained.
+
+    Validated as itself, this class takes the settings of any registered objective, by its `stage`.
+    """
+
+    model_config = ConfigDict(polymorphic_serialization=True)
+
     stage: Annotated[str, OneOf(lambda: OBJECTIVES)] = DEFAULT
     """The objective: what the training is for. sft is supervised fine-tuning."""
     learning_rate: float = Field(2e-4, gt=0)
@@ -87,6 +103,20 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the initialisation, the order of samples and dropout."""
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_the_objective(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        stage = value.get("stage") if isinstance(value, Mapping) else None
+        if cls is not TrainConfig or not isinstance(stage, str):
+            return handler(value)
+        section: Any = train_section(stage)
+        found: Self = handler(value) if section is TrainConfig else section.model_validate(value)
+        return found
+
+    def __reduce__(self) -> Any:
+        """Pickles by the settings: an objective's section is made in the process that needs it."""
+        return TrainConfig.model_validate, (self.model_dump(exclude_unset=True),)
+
     @property
     def evaluate_every(self) -> int:
         """Steps between evaluations."""
@@ -96,6 +126,20 @@ class TrainConfig(Section):
     def save_every(self) -> int:
         """Steps between checkpoints."""
         return self.save_steps or self.evaluate_every
+
+
+def train_section(stage: str) -> type[TrainConfig]:
+    """Return the section `train` of an objective; the general one for a name that is none."""
+    objective = OBJECTIVES.get(stage)
+    if objective is None or not objective.settings_class.model_fields:
+        return TrainConfig
+    return _section_with(objective.settings_class)
+
+
+@functools.cache
+def _section_with(settings: type[Section]) -> type[TrainConfig]:
+    bases: Any = (settings, TrainConfig)
+    return cast("type[TrainConfig]", create_model("TrainConfig", __base__=bases))
 
 
 Strategy = Literal["auto", "ddp", "fsdp", "deepspeed-zero1", "deepspeed-zero2", "deepspeed-zero3"]

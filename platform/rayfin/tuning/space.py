@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rayfin.config import Config, MethodConfig, Space, with_values
+from rayfin.config import Config, MethodConfig, Space, TrainConfig, with_values
 from rayfin.methods import METHODS
 from rayfin.training import TrialSpec
 
@@ -172,6 +172,8 @@ class SearchSpace:
     def _section(self, name: str, given: Values) -> Any:
         """Return a section with some of its settings given; raises ValidationError."""
         written = self._written[name]
+        if name == "train":
+            return TrainConfig.model_validate(written | given)
         if name != "method":
             return type(getattr(self.config, name)).model_validate(written | given)
         kind = given.get("type", self._method)
