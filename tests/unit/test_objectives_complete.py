@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import transformers
+from rich.console import Console
 
 from rayfin import objectives
 from rayfin.cli.completion import SettingsCompleter
@@ -31,7 +33,7 @@ from rayfin.training.trial import run_trial
 from rayfin.training.trial_cache import TrialCache
 from rayfin.tuning.plan import new_plan
 from rayfin.tuning.progress import evaluation_line, trials_table
-from rayfin.tuning.rows import started, with_outcome
+from rayfin.tuning.rows import started, with_result
 from rayfin.tuning.space import SearchSpace
 from rayfin.tuning.space_check import check_space
 from rayfin.tuning.sweep import best_trial
@@ -220,7 +222,7 @@ def test_a_file_makes_an_objective_that_trains_resumes_and_is_swept_and_reported
             planned = plan.trial({"train.smoothing": smoothing})
             result = run_trial(planned.spec, tell, location=planned.location, warm=cache)
             assert (result.status, result.error) == ("finished", None)
-            history.put(with_outcome(started(planned), result.as_dict()))
+            history.put(with_result(started(planned), result))
         rows = history.trials(sweep_id=plan.sweep_id)
     assert len({row.fingerprint for row in rows}) == 2
     best = best_trial(rows, config.sweep.metric, config.sweep.direction)
@@ -229,8 +231,10 @@ def test_a_file_makes_an_objective_that_trains_resumes_and_is_swept_and_reported
     assert best.curve[-1] == {"step": 6, "first_right": 1.0}
     assert "eval_loss" not in best.metrics
     assert told[0].startswith("step 2/6  first_right ") and "eval_loss" not in told[0]
-    headers = [column.header for column in trials_table(config, rows).columns]
-    assert "first_right" in headers and "eval_loss" not in headers
+    console = Console(width=120, file=io.StringIO())
+    console.print(trials_table(config, rows))
+    table = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "first_right" in table and "1.0000" in table and "eval_loss" not in table
     page = write_sweep_report(tmp_path / "report.html", rows, config=config, best=best).read_text()
     assert "begins 6 of 6 held-out samples rightly, the base model 0" in page
     assert "First token right" in page
