@@ -1,11 +1,13 @@
 """rayfin: a Ray-based distributed experiment platform for parameter-efficient fine-tuning.
 
-Importing it loads neither torch nor ray, nor any part of rayfin: what is named here is loaded when
-it is first used. The guide to it is docs/library.md.
+Importing it loads neither torch nor ray, nor any other part of rayfin: what is named here is loaded
+when it is first used. The guide to it is docs/library.md.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from rayfin.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from rayfin.advisor.answer import Recommendation as Recommendation
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from rayfin.library.stores import open_registry as open_registry
     from rayfin.library.trials import sweep as sweep
     from rayfin.library.trials import train as train
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "Config": "rayfin.config",

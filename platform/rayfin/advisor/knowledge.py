@@ -20,7 +20,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-from rayfin import __version__
 from rayfin.advisor.answer import SupportingTrial
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.kernel import Hyperparameters
@@ -33,6 +32,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.methods import capacities
 from rayfin.metrics import score_names
 from rayfin.paths import cache_dir, write_text
+from rayfin.version import __version__
 
 REFERENCE = "reference.jsonl.gz"
 """The trials that come with rayfin; experiments/reference_history.py made them."""

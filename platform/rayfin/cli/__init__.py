@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rayfin import __version__
 from rayfin.cli import (
     adapters,
     chat,
@@ -24,6 +23,7 @@ from rayfin.cli import (
 from rayfin.cli.ending import errors_as_lines, exit_code
 from rayfin.cli.parser import Parser
 from rayfin.cli.signals import ends_as_by_ctrl_c
+from rayfin.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

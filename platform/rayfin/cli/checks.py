@@ -21,10 +21,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from rayfin import __version__
 from rayfin.cli.device_checks import Section, devices, trial
 from rayfin.errors import HistoryError, RayfinError, StorageError
 from rayfin.redaction import redact, redact_url, redacted
+from rayfin.version import __version__
 
 OPTIONAL = {
     "psycopg": "rayfin[postgres]",

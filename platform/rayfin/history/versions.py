@@ -6,7 +6,7 @@ import platform
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
-from rayfin import __version__
+from rayfin.version import __version__
 
 PACKAGES = (
     "ray",

@@ -10,7 +10,6 @@ from fastapi import FastAPI, Security
 from fastapi.security import HTTPBearer
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rayfin import __version__
 from rayfin.config.serving import ServeConfig
 from rayfin.errors import Overloaded
 from rayfin.serving.api.admin import admin_routes
@@ -32,6 +31,7 @@ from rayfin.serving.api.schema import (
 )
 from rayfin.serving.api.service import Service
 from rayfin.serving.model_names import ModelNames
+from rayfin.version import __version__
 
 
 def create_app(
