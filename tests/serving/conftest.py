@@ -272,8 +272,9 @@ class Service:
             env=environment,
             start_new_session=True,
         )
+        self.lines = processes.Lines(self.process)
         try:
-            self.told: dict[str, Any] = json.loads(self._processes.Lines(self.process).next(STARTS))
+            self.told: dict[str, Any] = json.loads(self.lines.next(STARTS))
         except BaseException as error:  # also of a test that ran out of time
             errors = self.errors()
             self._end()  # what stays open would fail the next test too

@@ -638,7 +638,7 @@ def test_requests_at_work_end_before_it_stops(service: Any, says: Says) -> None:
     refused = Counter(others.result())
     assert {status for status, _ in refused} == {503} and refused[503, "unavailable"] > 1, refused
     assert "Traceback" not in service.errors()
-    assert service.process.stdout.read() == "", "what Ray tells belongs to standard error"
+    assert service.lines.next() == "", "what Ray tells belongs to standard error"
 
 
 def test_what_it_measured_is_in_the_history(service: Any) -> None:
