@@ -1,4 +1,4 @@
-"""A laboratory for sweeps: real drivers in processes of their own, on a tiny model and file."""
+"""A laboratory for sweeps runs real drivers in their own processes, on a tiny model and file."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ processes = load(ROOT / "tests" / "processes.py")
 
 
 def until(true: Callable[[], Any], runs: Callable[[], None]) -> Any:
-    """Returns the first true answer, asked again and again.
+    """Ask again and again, and return the first true answer.
 
-    `runs` raises where none will come any more.
+    `runs` raises when none can come any more. Raises AssertionError after `PATIENCE` seconds.
     """
     give_up = time.monotonic() + PATIENCE
     while not (answer := true()):
@@ -56,8 +56,9 @@ def until(true: Callable[[], Any], runs: Callable[[], None]) -> Any:
 
 
 class Meanwhile(threading.Thread):
-    """What a thread does to a command that this process runs in the block; its errors are raised
-    when the block ends.
+    """A thread that acts on a command which this process runs in the block.
+
+    Its errors are raised when the block ends.
     """
 
     def __init__(self, act: Callable[[Meanwhile], None]) -> None:
@@ -72,7 +73,7 @@ class Meanwhile(threading.Thread):
             self._error = error
 
     def until(self, true: Callable[[], Any]) -> Any:
-        """Returns the first true answer, asked again and again while the block lasts."""
+        """Ask again and again while the block lasts, and return the first true answer."""
 
         def runs() -> None:
             assert not self._over.is_set(), "ended too early"
@@ -91,7 +92,7 @@ class Meanwhile(threading.Thread):
 
 
 class Driver:
-    """A rayfin command that runs; its output is read when it has ended."""
+    """A running rayfin command, whose output is read when it has ended."""
 
     def __init__(self, lab: Lab, arguments: list[str]) -> None:
         self.lab = lab
@@ -116,7 +117,7 @@ class Driver:
         processes.end_family(self.process)
 
     def until(self, true: Callable[[], Any]) -> Any:
-        """The first true answer, asked again and again while the driver runs."""
+        """Ask again and again while the driver runs, and return the first true answer."""
 
         def runs() -> None:
             assert self.process.poll() is None, f"ended too early:\n{self._errors()}"
@@ -124,14 +125,14 @@ class Driver:
         return until(true, runs)
 
     def _errors(self) -> str:
-        """What it has said; not all of it where something that it started still has the pipe."""
+        """Return its errors, or those so far when a process that it started still has the pipe."""
         try:
             return self.process.communicate(timeout=PATIENCE)[1]
         except subprocess.TimeoutExpired as error:
             return (error.stderr or b"").decode(errors="replace")
 
     def amid(self, *, finished: int, step: int = 1) -> TrialRecord:
-        """Waits for so many finished trials and one that runs and has saved `step`; the latter."""
+        """Wait for so many finished trials and a running one that has saved `step`; return it."""
 
         def running() -> TrialRecord | None:
             rows = self.lab.rows()
@@ -144,7 +145,7 @@ class Driver:
         return row
 
     def kill(self) -> None:
-        """SIGKILL, and waits until all of Ray's processes have noticed and ended by themselves."""
+        """Send SIGKILL, and wait until all of Ray's processes have noticed and ended."""
         assert not self.lab.enter, "it would be `nsenter` that is killed, and not the driver"
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
@@ -153,12 +154,14 @@ class Driver:
         assert left == [], "processes outlive their driver"
 
     def interrupt(self) -> int:
-        """Ctrl-C in a terminal: all processes of the session are told."""
+        """Interrupt all processes of its session, as Ctrl-C in a terminal does; return its code."""
         os.killpg(self.process.pid, signal.SIGINT)
         return self.end()
 
 
 class Lab:
+    """A directory with data, and the commands that run in it."""
+
     def __init__(self, root: Path) -> None:
         self.root = root
         self.storage = root / "runs"
@@ -182,7 +185,7 @@ class Lab:
 
     @property
     def settings(self) -> list[str]:
-        """A LoRA trial on the tiny model; where it is written. No report loads the model again."""
+        """Return a LoRA trial on the tiny model; no report loads the model again."""
         return [
             "model.name=tiny",
             "method.type=lora",
@@ -194,20 +197,20 @@ class Lab:
         ]
 
     def script(self, name: str, *arguments: str) -> Driver:
-        """Starts experiments/`name`."""
+        """Start experiments/`name`."""
         return self._start([str(ROOT / "experiments" / name), *self.settings, *arguments])
 
     def rayfin(self, verb: str, *arguments: str) -> Driver:
-        """Starts `rayfin verb`."""
+        """Start `rayfin verb`."""
         return self._start(["-m", "rayfin", verb, *self.settings, *arguments])
 
     def program(self, text: str, *arguments: str) -> Driver:
-        """Starts Python with a program of its own."""
+        """Start Python with this program."""
         return self._start(["-c", text, *arguments])
 
     @staticmethod
     def here(command: Callable[[], int]) -> int:
-        """Runs a command in this process, on the Ray that it has; returns the exit code.
+        """Run a command in this process, on the Ray that it has, and return the exit code.
 
         Ctrl-C finds Python's own handler, whatever another test's library has left.
         """
@@ -222,11 +225,11 @@ class Lab:
                 signal.signal(signal.SIGINT, before)
 
     def rayfin_here(self, *words: str) -> int:
-        """Runs `rayfin` with these words alone, in this process; returns the exit code."""
+        """Run `rayfin` with these words alone in this process, and return the exit code."""
         return self.here(lambda: main(words))
 
     def script_here(self, name: str, *arguments: str) -> int:
-        """Runs experiments/`name` in this process; returns the exit code."""
+        """Run experiments/`name` in this process, and return the exit code."""
 
         def command() -> int:
             with pytest.MonkeyPatch.context() as patch:
@@ -258,15 +261,15 @@ class Lab:
 
     @staticmethod
     def meanwhile(act: Callable[[Meanwhile], None]) -> Meanwhile:
-        """A block in which a thread does `act`."""
+        """Return a block during which a thread does `act`."""
         return Meanwhile(act)
 
     def typed(self, *words: str) -> Driver:
-        """Starts `rayfin` with these words alone."""
+        """Start `rayfin` with these words alone."""
         return self._start(["-m", "rayfin", *words])
 
     def disk(self, name: str) -> dict[str, str]:
-        """The environment of a machine with a disk of its own: none sees another's copies."""
+        """Return the environment of a machine whose disk no other machine sees."""
         own = self.root / name
         own.mkdir(exist_ok=True)
         for shared in ("models", "kernels"):
@@ -275,12 +278,12 @@ class Lab:
         return {"RAYFIN_CACHE": str(own)}
 
     def in_bucket(self, place: str) -> list[str]:
-        """Settings: the runs in a bucket, the history where `rows` reads it."""
+        """Return settings that put runs into a bucket, and the history where `rows` reads it."""
         self.storage.mkdir(exist_ok=True)
         return [f"storage={place}", f"history=sqlite:///{self.storage / 'history.sqlite'}"]
 
     def rows(self) -> list[TrialRecord]:
-        """The history's rows; who asks again and again reads them only when they have changed."""
+        """Return the history's rows, which are read again only when they have changed."""
         file = self.storage / "history.sqlite"
         state: list[tuple[int, int]] = []
         for at in (file, file.with_name(f"{file.name}-wal")):
@@ -298,7 +301,7 @@ class Lab:
 
     @staticmethod
     def checkpoints(row: TrialRecord) -> list[StoragePath]:
-        """The whole ones, the newest last."""
+        """Return the trial's whole checkpoints, the newest last."""
         assert row.directory is not None
         place = StoragePath.at(row.directory) / "checkpoints"
         found = [place / name for name in place.names()]
@@ -310,12 +313,12 @@ class Lab:
 
     @staticmethod
     def saved(row: TrialRecord) -> int:
-        """The step of its newest checkpoint; 0 where it has none."""
+        """Return the step of the trial's newest checkpoint, or 0 when it has none."""
         return max(map(Lab._step, Lab.checkpoints(row)), default=0)
 
     @staticmethod
     def processes(title: str) -> list[psutil.Process]:
-        """What this process started and is named so: Ray names a process for what it runs."""
+        """Return descendants of this process by title: Ray names a process for what it runs."""
         found = []
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):  # it has just ended
@@ -325,7 +328,10 @@ class Lab:
 
     @staticmethod
     def mark(row: TrialRecord) -> float:
-        """Writes a loss that no training gives into the checkpoint; who resumes from it has it."""
+        """Write a loss into the checkpoint that no training gives, and return it.
+
+        A trial that resumes from there reports it.
+        """
         checkpoint = Lab.checkpoints(row)[-1]
         assert checkpoint.download()
         path = checkpoint.path / "trainer_state.json"
@@ -340,6 +346,7 @@ class Lab:
 
     @staticmethod
     def losses(row: TrialRecord) -> list[float]:
+        """Return the training losses of the trial's curve."""
         return [point["loss"] for point in row.curve if "loss" in point]
 
     def close(self) -> None:
@@ -358,7 +365,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module")
 def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Cables, and machines to plug in; Ray on them asks for a token."""
+    """A network to plug machines into; Ray on them asks for a token."""
     nodes = load(Path(__file__).with_name("nodes.py"))
     if (lacking := nodes.missing()) is not None:
         pytest.skip(f"machines can't be played here, for want of {lacking}")
@@ -375,7 +382,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[str]:
-    """A Ray cluster of two CPUs in this process; its address."""
+    """Start a Ray cluster of two CPUs in this process; the value is its address."""
     import ray
 
     from rayfin.tuning.cluster import ray_cluster

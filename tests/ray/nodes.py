@@ -1,4 +1,4 @@
-"""Machines played by namespaces: each has its own address, host name, processes and /tmp/ray.
+"""Namespaces play machines: each has its own address, host name, processes and /tmp/ray.
 
 A network is a switch and the nodes that are plugged into it. No interface, namespace or file has a
 name outside of it, so that any number of networks can be there at once. Every node is the
@@ -36,7 +36,7 @@ cli()
 
 
 def missing() -> str | None:
-    """What this machine lacks for it."""
+    """Return what this machine lacks for playing others, or None."""
     if sys.platform != "linux":
         return "Linux"
     if lacking := [name for name in _NEEDED if not _tool(name)]:
@@ -52,7 +52,7 @@ class Space:
     """Namespaces that last until `end`, and everything that was started in them."""
 
     def __init__(self, kinds: Sequence[str], script: str, directory: Path) -> None:
-        """`script` sets them up, in sh."""
+        """Create namespaces of these kinds; `script`, in sh, sets them up."""
         # The shell, and not cat in its place: the first process of a namespace inherits orphans.
         script = f"set -e; {script}; echo ready; cat; :"
         self._holder = subprocess.Popen(
@@ -73,16 +73,16 @@ class Space:
         self.enter = [_tool("nsenter"), f"--target={first.pid}", *names, "--wd"]
 
     def ip(self, words: str) -> None:
-        """`ip` on this network; process ids are those of the caller."""
+        """Run `ip` on this network; process ids in `words` are those of the caller."""
         _run([_tool("nsenter"), f"--target={self.first}", "--net", _tool("ip"), *words.split()])
 
     @property
     def first(self) -> int:
-        """The process that all others of these namespaces descend from."""
+        """The id of the process from which all others of these namespaces descend."""
         return self._first.pid
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """Those whose name begins so: Ray names a process for what it runs."""
+        """Return the processes whose name begins so: Ray names a process for what it runs."""
         found = []
         for process in self._first.children(recursive=True):
             try:
@@ -94,10 +94,11 @@ class Space:
 
     @property
     def lives(self) -> bool:
+        """Whether it has not been ended."""
         return self._holder.poll() is None
 
     def end(self) -> None:
-        """SIGKILL to all processes in here, as when a machine loses its power."""
+        """Send SIGKILL to all processes in here, as when a machine loses its power, and wait."""
         if self.lives:
             self._first.kill()
         for process in (*self._started, self._holder):
@@ -109,7 +110,7 @@ class Space:
 
 
 class Node(Space):
-    """A machine."""
+    """A machine, which has no network before `plug_in`."""
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Node(Space):
         directory: Path,
         environment: Mapping[str, str],
     ) -> None:
-        """`environment`: of what is started in here."""
+        """Set up a machine; what is started in here has this environment."""
         self.name, self.number, self.address = name, number, f"{_SUBNET}.{number}"
         self.environment = dict(environment)
         self._switch = switch
@@ -135,6 +136,7 @@ class Node(Space):
         self._port = f"port{self.first}"
 
     def plug_in(self) -> None:
+        """Connect it to the switch, under its address."""
         self._switch.ip(f"link add {self._port} type veth peer name eth0 netns {self.first}")
         self._switch.ip(f"link set {self._port} master switch up")
         self.ip(f"address add {self.address}/24 dev eth0")
@@ -160,7 +162,7 @@ class Node(Space):
         return process
 
     def hide(self, directory: Path) -> None:
-        """From now on this machine has nothing there."""
+        """Let this machine see an empty directory there from now on."""
         _run([*self.enter, _tool("mount"), "-t", "tmpfs", "tmpfs", str(directory)])
 
     @property
@@ -187,7 +189,7 @@ class Node(Space):
         _run(command, self.environment | settings)
 
     def cut(self) -> None:
-        """Pulls the cable: what is sent is lost, and no one is told."""
+        """Pull the cable: what is sent from now on is lost, and no one is told."""
         self._switch.ip(f"link set {self._port} down")
 
 
@@ -195,19 +197,19 @@ class Network:
     """A switch and its nodes."""
 
     def __init__(self, lab: Any) -> None:
-        """`lab`: a directory, and the environment that all machines have in common."""
+        """`lab` has a directory, and the environment that all machines have in common."""
         self.lab = lab
         self.nodes: list[Node] = []
         script = "ip link set lo up; ip link add switch type bridge; ip link set switch up"
         self._switch = Space(("net",), script, lab.root)
 
     def add(self, name: str) -> Node:
-        """A machine, with a disk of its own beside what all see."""
+        """Plug in a machine with its own disk, beside the directories that all see; return it."""
         environment = self.lab.environment | self.lab.disk(name)
         return self._plug_in(name, self._next_number, environment)
 
     def start_again(self, node: Node) -> Node:
-        """A machine that has ended, with its name, its address and its disk."""
+        """Return another machine with the name, the address and the disk of one that has ended."""
         return self._plug_in(node.name, node.number, node.environment)
 
     def start_ray(self, node: Node, head: Node | None = None, **settings: str) -> Node:
@@ -247,15 +249,17 @@ class Network:
 
     @property
     def living(self) -> list[Node]:
+        """The machines that have not been ended."""
         return [node for node in self.nodes if node.lives]
 
     def end(self) -> None:
+        """End all machines and the switch."""
         for space in (*reversed(self.nodes), self._switch):
             space.end()
 
 
 def _run(command: list[str], environment: Mapping[str, str] | None = None) -> None:
-    """Raises RuntimeError with what the command wrote, where it failed."""
+    """Run a command; raises RuntimeError with what it wrote when it fails."""
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
