@@ -80,6 +80,7 @@ OF_LORA: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # plain PEFT's
 @pytest.mark.parametrize("name", SEEN)
 def test_every_strategy_gives_the_losses_of_one_process(lab: Any, name: str) -> None:
     method, settings = ("lora", OF_LORA[name]) if name in OF_LORA else (name, {})

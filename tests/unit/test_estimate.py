@@ -109,6 +109,11 @@ MEASURED_WORKERS = [
 ]
 
 
+# The same of methods whose formulas were made without trials: batches of 4, samples of at most 65
+# tokens, share of completions 0.0575.
+MEASURED_ALONE = [("vera", 1485), ("loha", 2452), ("oft", 1444)]
+
+
 def config(**overrides: Any) -> Config:
     """`method__r=4` is method.r=4."""
     named = {key.replace("__", ".", 1): value for key, value in overrides.items()}
@@ -437,6 +442,17 @@ def test_what_workers_took_is_within_what_the_formula_allows(
     )
     found = estimate(settings, SMOLLM2, CPU, profile=LengthFacts(41.983, 49, 65, 0.055))
     assert found.memory.low < peak * 2**20 < found.memory.high
+
+
+@pytest.mark.parametrize(("method", "peak"), MEASURED_ALONE)
+def test_formulas_alone_are_near_what_was_measured(method: str, peak: int) -> None:
+    settings = config(
+        method__type=method,
+        train__per_device_train_batch_size=4,
+        train__per_device_eval_batch_size=4,
+    )
+    parts = memory_of(settings, SMOLLM2, device="cpu", tokens=65, completion_share=0.0575)
+    assert parts.total == pytest.approx(peak * 2**20, rel=0.06)
 
 
 def test_what_strategy_auto_takes_is_told_with_its_memory() -> None:

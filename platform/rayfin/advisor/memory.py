@@ -144,8 +144,8 @@ def _training_step(
     # tokens with a loss only (rayfin.objectives.sft).
     logits = 3 * _FLOAT32 * rows * share * facts.vocab_size
     used = kept + max(logits, _in_flight(config, facts, rows, width))
-    low_rank = config.method.trains == "low rank"
-    return used * ((_HEAP if low_rank else _OTHER_HEAP) if device == "cpu" else 1)
+    heap = _HEAP if config.method.fragments_heap else _OTHER_HEAP
+    return used * (heap if device == "cpu" else 1)
 
 
 def _evaluation(

@@ -24,7 +24,7 @@ __all__ = [
 
 
 def load_all() -> None:
-    """Imports every module of this package, so that a method is there once its file is."""
+    """Import every module of this package, so that a method is there once its file is."""
     for module in pkgutil.iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
 

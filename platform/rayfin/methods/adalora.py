@@ -53,12 +53,12 @@ class AdaloraConfig(LowRankMethod):
         return self.init_r
 
     def layer_parameters(self, linear: Linear, rank: int) -> float:
-        """With a singular value for each rank."""
+        """Return the number of trained parameters: those of A and B, and the singular values."""
         return super().layer_parameters(linear, rank) + rank
 
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
-        """The first tenth of the steps at full rank and the last quarter at the target, with the
-        cubic schedule of arXiv:2303.10512 between."""
+        """Return a schedule with full rank for the first tenth of the steps and the target rank for
+        the last quarter; between them it is the cubic one of arXiv:2303.10512."""
         import peft
 
         return peft.AdaLoraConfig(
@@ -98,7 +98,7 @@ class AdaloraConfig(LowRankMethod):
             )
 
     def regularizer(self, model: torch.nn.Module) -> torch.Tensor | None:
-        """The orthogonality penalty, mean over matrices of ||P P^T - I||_F.
+        """Return the orthogonality penalty, the mean over matrices of ||P P^T - I||_F.
 
         Equation 4 of arXiv:2303.10512. PEFT adds it to a loss that the model itself computes; ours
         is computed outside.
@@ -116,12 +116,12 @@ class AdaloraConfig(LowRankMethod):
         return self.orth_reg_weight * torch.stack(norms).mean()
 
     def after_optimizer_step(self, model: torch.nn.Module, step: int) -> None:
-        """Moves the rank budget: after the update, while the gradients are still there."""
+        """Move the rank budget after the update, while the gradients are still there."""
         model.base_model.update_and_allocate(step)  # type: ignore[operator,union-attr]
 
     @classmethod
     def state_beside(cls, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Importance scores and masks of ranks: an adapter file has the masked ranks cut off."""
+        """Return importance scores and masks of ranks, which an adapter file lacks."""
         import torch
 
         if (allocator := _rank_allocator(model)) is None:
@@ -147,7 +147,7 @@ class AdaloraConfig(LowRankMethod):
 
     @classmethod
     def usual(cls, rank: int, length: int) -> dict[str, Any]:
-        # Half as much again to begin with: PEFT's defaults, 12 and 8.
+        # The initial rank is half as much again: PEFT's defaults, 12 and 8.
         return {
             "init_r": rank * 3 // 2,
             "target_r": rank,
@@ -173,7 +173,7 @@ def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _rank_allocator(model: torch.nn.Module):  # type: ignore[no-untyped-def]
-    """PEFT's RankAllocator where `model` is AdaLoRA's."""
+    """Return PEFT's RankAllocator; None where `model` is not AdaLoRA's."""
     if ADAPTER not in getattr(model, "peft_config", {}):
         return None
     return getattr(model.base_model, "rankallocator", None)

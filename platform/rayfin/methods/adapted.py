@@ -1,4 +1,4 @@
-"""What methods that adapt linear layers share."""
+"""The base classes of methods that adapt linear layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 TARGET_MODULES = "all-linear"
-"""What low-rank methods adapt: every linear layer but the output head.
+"""The modules that low-rank methods adapt: every linear layer but the output head.
 
 QLoRA needed all of them to match full fine-tuning, and LoRA Without Regret finds that attention
 alone does worse even at a rank that makes up for the parameters.
@@ -25,13 +25,14 @@ alone does worse even at a rank that makes up for the parameters.
 
 
 class LowRankMethod(MethodConfig):
-    """What methods with an update B A share, whatever their settings are called."""
+    """A method with an update B A of linear layers, whatever its settings are called."""
 
     trains: ClassVar[Trained] = "low rank"
     quantized_base = True
     packing = True
     gradient_checkpointing = True
     merging = True
+    fragments_heap = True
     # 32 whatever the rank, the default of LoRA Without Regret's authors (tinker-cookbook); QLoRA
     # too keeps one, 16. With alpha / r the best learning rate then hardly moves with the rank. The
     # other convention, alpha = 2 r (PEFT's comparison), is the same at rank 16 and takes larger
@@ -55,7 +56,7 @@ class LowRankMethod(MethodConfig):
         return int(getattr(self, str(self.capacity)))
 
     def computed(self) -> dict[str, Any]:
-        """Names in any order are the same computation."""
+        """Return the settings without later ones at their defaults, and names in one order."""
         found = super().computed()
         for name in self.later:
             if isinstance(found[name], list):
@@ -79,7 +80,7 @@ class LowRankMethod(MethodConfig):
             self._check_saved(weights, linear_modules(base))
 
     def _targeted(self, names: Iterable[str]) -> list[str]:
-        """Those of `names`, of linear modules, that get an update."""
+        """Return those of `names`, which are linear modules', that get an update."""
         named, saved = self.target_modules, self.modules_to_save or ()
         return [
             name
@@ -120,25 +121,25 @@ class LowRankMethod(MethodConfig):
     # --- sizes --------------------------------------------------------------------------------
 
     def adapted(self, sizes: Sizes) -> Iterator[tuple[str, Linear, dict[int, float]]]:
-        """Each kind of adapted layer: its name, and for each rank how many blocks have it."""
+        """Yield each kind of adapted layer, with its name and the number of blocks by rank."""
         for name, linear, blocks in targets(self.target_modules, sizes):
             if not any(is_named(name, one) for one in self.modules_to_save or ()):
                 yield name, linear, {self.rank: blocks}
 
     def layer_parameters(self, linear: Linear, rank: int) -> float:
-        """Trained parameters of one layer: by default those of A and B."""
+        """Return the number of trained parameters of one layer: by default those of A and B."""
         return rank * (linear.inputs + linear.outputs)
 
     def layer_activations(self, linear: Linear, rank: int) -> float:
-        """Numbers a token that autograd keeps of one layer, beside A's input: A's output."""
+        """Return the numbers a token that autograd keeps beside A's input: A's output."""
         return rank
 
     def layer_weights(self, linear: Linear) -> float:
-        """Numbers that autograd keeps of one layer, however many the tokens, in float32."""
+        """Return the float32 numbers that autograd keeps of one layer, however many the tokens."""
         return 0.0
 
     def layer_flops(self, linear: Linear, rank: int) -> float:
-        """FLOPs a token: products with A and B forward, to their inputs, and to their weights."""
+        """Return FLOPs a token: products with A and B forward, and of both gradients."""
         return 6 * self.layer_parameters(linear, rank)
 
     def _over_layers(self, of: Callable[[Linear, int], float], sizes: Sizes) -> float:
@@ -194,12 +195,12 @@ class PeftNamedMethod(LowRankMethod):
 
     @classmethod
     def usual(cls, rank: int, length: int) -> dict[str, Any]:
-        """PEFT's own defaults."""
+        """Return PEFT's own defaults."""
         capacity = str(cls.capacity)
         default = cls.model_fields[capacity].default
         return {capacity: default, "target_modules": TARGET_MODULES}
 
 
 def whole(value: float) -> float | int:
-    """PEFT (and vLLM's reader of its files) declare lora_alpha as int."""
+    """Return a whole number as int, as PEFT and vLLM's reader declare lora_alpha."""
     return int(value) if value == int(value) else value

@@ -1,4 +1,4 @@
-"""From a method's settings to a trainable model, and back to the untouched base."""
+"""Attach a method to a base model, and detach it again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def attach(
     task_type: str = "CAUSAL_LM",
     keep_dtype: bool = False,
 ) -> torch.nn.Module:
-    """`base` made trainable in place: a PeftModel, or for full fine-tuning the base itself.
+    """Make `base` trainable in place, and return a PeftModel, or the base itself for method full.
 
     `task_type` is PEFT's, which the trial's objective names. Trained parameters are float32
     whatever the base is: AdamW's updates vanish in bfloat16. `keep_dtype` leaves the base's own as
@@ -104,7 +104,7 @@ def detach(model: torch.nn.Module) -> None:
 
 
 def _adapted_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Names and modules that PEFT put in the place of the base's own."""
+    """Return names and modules that PEFT put in place of the base's own."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -130,7 +130,7 @@ def _compute_in_float32(wrapper: Any) -> None:
 
 
 def _keep_scales(layer: Any, *_: Any) -> None:
-    """Gives the 8-bit weight under `layer` its scales back, if it lost them.
+    """Give the 8-bit weight under `layer` its scales back, if it lost them.
 
     DoRA on CPU replaces the weight at every call by a copy without them (peft 0.21,
     dequantize_module_weight), and bitsandbytes takes them from there on the next call.

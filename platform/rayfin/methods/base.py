@@ -1,4 +1,4 @@
-"""What a fine-tuning method is to rayfin, and the registry of those that there are.
+"""The base class of fine-tuning methods, and the registry of all methods.
 
 A method is a class in one module beside this one: its settings are the class' fields, all else
 that rayfin knows of it are class variables and methods. `register` puts it into METHODS, where the
@@ -32,7 +32,7 @@ Trained = Literal[
 
 
 class Incompatibility(NamedTuple):
-    """Why settings can't work together; each part completes a sentence."""
+    """The reason why settings can't work together; each field completes a sentence."""
 
     what: str
     """The setting and its value."""
@@ -58,7 +58,7 @@ class MethodConfig(Section):
     title: ClassVar[str]
     """The method's name in sentences."""
     order: ClassVar[int]
-    """Its place in lists of methods, which also chooses its colour and mark in charts."""
+    """Its position in lists of methods, which also chooses its colour and mark in charts."""
     trains: ClassVar[Trained]
     quantized_base: ClassVar[bool]
     """Can train over a 4-bit or 8-bit base."""
@@ -72,7 +72,7 @@ class MethodConfig(Section):
     rate: ClassVar[Rate]
     """The learning rate to start from, with its source."""
     coordinates: ClassVar[tuple[float, float]]
-    """Where the learned model places it beside the others.
+    """The coordinates of the method in the learned model.
 
     Methods that share how they change the base lie close: what was learned of one is taken for the
     other until its own trials say otherwise. Those whose rate is a share of LoRA's have both
@@ -81,6 +81,8 @@ class MethodConfig(Section):
 
     changes_base: ClassVar[bool] = False
     """Training writes to the base model's own weights, so the next trial can't have them."""
+    fragments_heap: ClassVar[bool] = False
+    """Its training makes many small tensors, between which a heap on CPU keeps holes."""
     virtual_tokens: ClassVar[bool] = False
     """It learns tokens, or their keys and values, that stand before every sequence."""
     capacity: ClassVar[str | None] = None
@@ -115,7 +117,7 @@ class MethodConfig(Section):
     # --- training -----------------------------------------------------------------------------
 
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig | None:
-        """PEFT's configuration; None where the base's own weights are trained.
+        """Return PEFT's configuration; None where the base's own weights are trained.
 
         `max_steps` are the optimizer steps of the training, for methods with a schedule, and
         `tokenizer_path` is the directory of the base's tokenizer.
@@ -123,16 +125,16 @@ class MethodConfig(Section):
         raise NotImplementedError
 
     def refusals(self, max_steps: int) -> Iterator[Incompatibility]:
-        """What of these settings can't work, in a training of so many optimizer steps."""
+        """Yield what of these settings can't work in a training of `max_steps` steps."""
         return iter(())
 
     def strategy_refusal(self, strategy: str) -> str | None:
-        """Why a `scaling.strategy` can't train it, with what can; None where nothing is known."""
+        """Return why `scaling.strategy` can't train it, and what can; None where it can."""
         return None
 
     @property
     def depends_on_base(self) -> bool:
-        """Whether `check_base` has anything to look for."""
+        """Whether `check_base` has anything to check."""
         return False
 
     def check_base(self, base: torch.nn.Module) -> None:
@@ -142,7 +144,7 @@ class MethodConfig(Section):
         """
 
     def computed(self) -> dict[str, Any]:
-        """The settings that a trial's fingerprint is made of: equal for equal computations.
+        """Return the settings that a trial's fingerprint is made of: equal for equal computations.
 
         Settings that others leave without effect are at their defaults.
         """
@@ -150,11 +152,11 @@ class MethodConfig(Section):
 
     @classmethod
     def _idle(cls, idle: bool, *names: str) -> dict[str, Any]:
-        """The defaults of settings that are without effect where `idle`, for `computed`."""
+        """Return the defaults of settings that are without effect where `idle`, for `computed`."""
         return {name: cls.model_fields[name].default for name in names if idle}
 
     def attached(self, model: torch.nn.Module) -> None:
-        """Called once PEFT has made `model` of the base."""
+        """Run once PEFT has attached the method; `model` is PEFT's."""
 
     def initialize(
         self, model: torch.nn.Module, weights: Callable[[], Path], batches: Batches
@@ -165,54 +167,57 @@ class MethodConfig(Section):
         """
 
     def regularizer(self, model: torch.nn.Module) -> torch.Tensor | None:
-        """What is added to the loss; None where nothing is."""
+        """Return what is added to the loss; None where nothing is."""
         return None
 
     def rate_factor(self, parameter: str) -> float:
-        """What the learning rate of the trained parameter of this name is multiplied by."""
+        """Return the factor of the learning rate for the trained parameter of this name."""
         return 1.0
 
     def after_optimizer_step(self, model: torch.nn.Module, step: int) -> None:
-        """Called after each optimizer step, with the gradients still there."""
+        """Run after each optimizer step, while the gradients are still there."""
 
     @property
     def alters_base(self) -> bool:
-        """Attaching it changes the base's own weights, so the next trial can't have them."""
+        """Whether a trial changes the base's own weights, so that the next one can't have them."""
         return self.changes_base
 
     def finish_saving(self, model: torch.nn.Module, directory: Path) -> None:
-        """Called with the saved adapter, to make of it one for the base as it was."""
+        """Rewrite the saved adapter in `directory`, where it has to fit the base as it was."""
 
     @classmethod
     def state_beside(cls, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """What a resumed training needs beside the trained parameters; empty for other models."""
+        """Return what a resumed training needs beside the trained parameters, by name.
+
+        The result is empty for models of other methods.
+        """
         return {}
 
     @classmethod
     def load_state_beside(cls, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-        """Puts `state_beside` back; does nothing to other models."""
+        """Put `state_beside` back; do nothing to models of other methods."""
 
     # --- sizes, by formula --------------------------------------------------------------------
 
     def trained_parameters(self, sizes: Sizes) -> int:
-        """Number of parameters that are attached and trained."""
+        """Return the number of parameters that are attached and trained."""
         raise NotImplementedError
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
-        """Numbers a token that autograd keeps of one block, beside those of a frozen one."""
+        """Return the numbers a token that autograd keeps of a block beside a frozen one's."""
         return 0.0
 
     def kept_weights(self, sizes: Sizes) -> float:
-        """Numbers that autograd keeps of one block, however many the tokens, in float32."""
+        """Return the float32 numbers that autograd keeps of a block, however many the tokens."""
         return 0.0
 
     def flops_per_token(self, sizes: Sizes) -> float:
-        """FLOPs that it adds to a training step of the base, a token."""
+        """Return the FLOPs a token that it adds to a training step of the base."""
         return 0.0
 
     @property
     def rank(self) -> int:
-        """Rank of its update matrices as training begins; 0 where it has none."""
+        """The rank of its update matrices when training starts; 0 where it has none."""
         return 0
 
     @property
@@ -222,17 +227,17 @@ class MethodConfig(Section):
 
     @property
     def served_bits(self) -> int | None:
-        """Bits of the base's weights without which the adapter is not exact; None where any are."""
+        """The bits of the base's weights without which an adapter is not exact; None for any."""
         return None
 
     @property
     def row_tokens(self) -> int:
-        """Tokens that stand in every row of a batch beside the data's."""
+        """The number of tokens in every row of a batch beside the data's."""
         return 0
 
     @property
     def positions(self) -> int:
-        """Positions of the base model that it takes from the data."""
+        """The number of the base model's positions that it takes from the data."""
         return 0
 
     # --- what the learned model sees ------------------------------------------------------------
@@ -249,12 +254,12 @@ class MethodConfig(Section):
 
     @classmethod
     def usual(cls, rank: int, length: int) -> dict[str, Any]:
-        """Settings to start from: `rank` by the device's memory, `length` in tokens a sample."""
+        """Return settings to start from: `rank` fits the device's memory, `length` is in tokens."""
         return {}
 
     @classmethod
     def of_capacity(cls, capacity: int) -> dict[str, Any]:
-        """The settings that change together for another capacity."""
+        """Return the settings that change together for another capacity."""
         return {} if cls.capacity is None else {cls.capacity: capacity}
 
     @classmethod
@@ -265,7 +270,7 @@ class MethodConfig(Section):
 
     @classmethod
     def is_pefts(cls, name: str, config: Mapping[str, Any], bits: int | None) -> bool:
-        """Whether an adapter_config.json is of this method.
+        """Return whether an adapter_config.json is of this method.
 
         `name` is its peft_type, spelled as rayfin spells methods; `bits` are the base's, where it
         was quantised.
@@ -276,13 +281,13 @@ class MethodConfig(Section):
 M = TypeVar("M", bound=MethodConfig)
 
 METHODS: dict[str, type[MethodConfig]] = {}
-"""Every method by its `method.type`, in the order of their places."""
+"""Every method by its `method.type`, by `order`."""
 
 
 def register(method: type[M]) -> type[M]:
-    """Adds a method to METHODS.
+    """Add a method to METHODS.
 
-    Raises TypeError for one that lacks a fact, or has another's name or place.
+    Raises TypeError for one that lacks a fact, or has another's name or order.
     """
     name = name_of(method)
     lacks = [fact for fact in _facts() if not hasattr(method, fact)]
@@ -291,7 +296,7 @@ def register(method: type[M]) -> type[M]:
     for other in METHODS.values():
         if name == name_of(other) or other.order == method.order:
             raise TypeError(
-                f"method {name} has the name or place {method.order} of {name_of(other)}, which "
+                f"method {name} has the name or order {method.order} of {name_of(other)}, which "
                 "is registered; give it its own"
             )
     METHODS[name] = method
@@ -301,21 +306,21 @@ def register(method: type[M]) -> type[M]:
 
 
 def name_of(method: type[MethodConfig]) -> str:
-    """The one value of a method's `type`."""
+    """Return the one value of a method's `type`."""
     (name,) = get_args(method.model_fields["type"].annotation)
     return str(name)
 
 
 def methods_that(supports: str) -> str:
-    """Names of the methods with a given support, for error messages."""
+    """Return the names of the methods with a given support, for error messages."""
     return ", ".join(name for name, method in METHODS.items() if getattr(method, supports))
 
 
 def capacities() -> tuple[str, ...]:
-    """The settings that hold a method's capacity, each once."""
+    """Return the settings that hold a method's capacity, each once."""
     return tuple(dict.fromkeys(m.capacity for m in METHODS.values() if m.capacity is not None))
 
 
 def _facts() -> list[str]:
-    """Class variables that every method has to give."""
+    """Return the class variables that every method has to give."""
     return [name for name in sorted(MethodConfig.__class_vars__) if not hasattr(MethodConfig, name)]

@@ -78,19 +78,19 @@ class Ia3Config(MethodConfig):
         return sum(blocks / sizes.num_layers * factors for factors, blocks in self._factors(sizes))
 
     def _factors(self, sizes: Sizes) -> Iterator[tuple[int, float]]:
-        """Factors of each kind of layer, and the number of blocks that have one of it."""
+        """Yield the number of factors of each kind of layer, and how many blocks have one."""
         names = _pefts_choice(sizes) if self.target_modules is None else self.target_modules
         for name, linear, blocks in targets(names, sizes):
             yield linear.inputs if self._scales_inputs(name, linear) else linear.outputs, blocks
 
     def _scales_inputs(self, name: str, linear: Linear) -> bool:
-        """Whether the layer is a feed-forward one."""
+        """Return whether the layer is a feed-forward one."""
         forward = self.feedforward_modules
         return linear.reads == "wide" if forward is None else name in forward
 
 
 def _pefts_choice(sizes: Sizes) -> tuple[str, ...]:
-    """By architecture (TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)."""
+    """Return the modules by architecture (TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)."""
     names = tuple(block_linears(sizes))
     if "q_proj" not in names:
         return names[0], names[-1]

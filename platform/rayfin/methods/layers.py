@@ -28,7 +28,7 @@ _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
 
 
 def block_linears(sizes: Sizes) -> dict[str, Linear]:
-    """The linear layers of one block by the end of their names; Llama's, where none other fits."""
+    """Return the linear layers of one block by the ends of their names: Llama's by default."""
     hidden, wide = sizes.hidden_size, sizes.intermediate_size
     heads = sizes.num_attention_heads * sizes.head_dim
     shared = sizes.num_key_value_heads * sizes.head_dim
@@ -46,7 +46,7 @@ def block_linears(sizes: Sizes) -> dict[str, Linear]:
 
 
 def targets(names: str | Iterable[str], sizes: Sizes) -> Iterator[tuple[str, Linear, float]]:
-    """Name, linear layer and number of blocks for all that `names`, or `all-linear`, adapts.
+    """Yield name, linear layer and number of blocks for all that `names`, or `all-linear`, adapts.
 
     A name that the table of `block_linears` lacks counts as a square matrix of the hidden width.
     """

@@ -46,9 +46,9 @@ class LohaConfig(PeftNamedMethod):
         return 2 * super().layer_parameters(linear, rank)
 
     def layer_weights(self, linear: Linear) -> float:
-        """The product, made anew in each step."""
+        """Return the numbers of the product, which is made anew in each step."""
         return linear.inputs * linear.outputs
 
     def layer_flops(self, linear: Linear, rank: int) -> float:
-        """FLOPs a token: products with that, forward, to their inputs, and to it."""
+        """Return FLOPs a token: products with that, forward, to their inputs, and to it."""
         return 6 * linear.inputs * linear.outputs

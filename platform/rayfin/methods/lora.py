@@ -66,11 +66,11 @@ class DoraConfig(LowRankConfig):
         return {"use_dora": True}
 
     def layer_parameters(self, linear: Linear, rank: int) -> float:
-        """With a magnitude for each output."""
+        """Return the number of trained parameters, a magnitude for each output among them."""
         return super().layer_parameters(linear, rank) + linear.outputs
 
     def layer_activations(self, linear: Linear, rank: int) -> float:
-        """With both products, which a magnitude's gradient needs."""
+        """Return A's output and both products, which a magnitude's gradient needs."""
         return rank + 2 * linear.outputs
 
 

@@ -1,4 +1,4 @@
-"""What LoRA and its variants share: an update B A beside the weights of adapted linear layers."""
+"""The base class of LoRA and its variants: an update B A beside weights of linear layers."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ class LowRankConfig(LowRankMethod):
         return self._left_out(partial(is_named, name), layer_of(name))
 
     def _left_out(self, meant: Callable[[str], bool], layer: int | None) -> bool:
-        """Whether a targeted module, which `meant` says the names of, gets no update."""
+        """Return whether a targeted module, of whose names `meant` knows, gets no update."""
         layers = self.layers_to_transform
         return any(map(meant, self.exclude_modules or ())) or (
             layers is not None and layer not in layers
@@ -236,7 +236,7 @@ class LowRankConfig(LowRankMethod):
         return None
 
     def computed(self) -> dict[str, Any]:
-        """Settings that say what others say already don't count."""
+        """Return the settings without those that say what others say already."""
         same: dict[str, Any] = {
             "rank_pattern": {n: r for n, r in self.rank_pattern.items() if r != self.r},
             "alpha_pattern": {n: a for n, a in self.alpha_pattern.items() if a != self.lora_alpha},
@@ -296,7 +296,7 @@ class LowRankConfig(LowRankMethod):
         return (self.loraplus_lr_ratio or 1.0) if ".lora_B." in parameter else 1.0
 
     def _variant(self) -> dict[str, Any]:
-        """What switches the variant on in PEFT."""
+        """Return what switches the variant on in PEFT."""
         return {}
 
     @classmethod

@@ -23,6 +23,7 @@ class OftConfig(PeftNamedMethod):
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
     coordinates = (0.6, 0.6)
     conv1d = False
+    fragments_heap = False
     capacity = "oft_block_size"
     capacity_label = "block "
     pefts = "OFTConfig"
@@ -37,11 +38,11 @@ class OftConfig(PeftNamedMethod):
         return linear.inputs * (self._block(linear) - 1) / 2
 
     def layer_weights(self, linear: Linear) -> float:
-        """A rotation is a series in a matrix of each block: three of its powers, and the sum."""
+        """Count a rotation as a series in a block's matrix: three of its powers, and the sum."""
         return 4 * linear.inputs * self._block(linear)
 
     def layer_flops(self, linear: Linear, rank: int) -> float:
-        """FLOPs a token: products with the rotations, forward, to their inputs, and to them."""
+        """Return FLOPs a token: products with the rotations forward, and of both gradients."""
         return 6 * linear.inputs * self._block(linear)
 
     def _block(self, linear: Linear) -> int:

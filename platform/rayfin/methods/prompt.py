@@ -86,7 +86,7 @@ class PTuningConfig(PromptLearningConfig):
         return super().computed() | self._idle(mlp, "encoder_num_layers", "encoder_dropout")
 
     def trained_parameters(self, sizes: Sizes) -> int:
-        """Parameters of PEFT's PromptEncoder: an embedding, then an MLP, or an LSTM and an MLP."""
+        """Count PEFT's PromptEncoder: an embedding, then an MLP, or an LSTM and an MLP."""
         width = sizes.hidden_size
         embedding = self.num_virtual_tokens * width
         hidden = self.encoder_hidden_size or width
@@ -122,7 +122,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     @property
     def row_tokens(self) -> int:
-        """None: the prefix is in the cache."""
+        """The number is 0, as the prefix is in the cache."""
         return 0
 
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:

@@ -25,7 +25,7 @@ PEFT's quicktour, 1e-3 for Llama-3.2-1B; 5e-4 lies between, a convention and not
 
 
 def lora_rate(model_size_b: float | None = None) -> float:
-    """LoRA's rate for a model of so many billions of parameters; None takes that of 2 to 20."""
+    """Return LoRA's rate for a model of so many billions of parameters; None means 2 to 20."""
     size = 7.0 if model_size_b is None else model_size_b
     return next(rate for below, rate in _LORA if size < below)
 
@@ -39,14 +39,14 @@ class Rate:
     """
 
     value: float = 1.0
-    """The rate for every size of model; where `of_lora`, the share of LoRA's rate."""
+    """The rate for every size of model, or the share of LoRA's rate where `of_lora`."""
     of_lora: bool = False
     spread: float = 5.0
     """Sources' rates are at most this factor above or below."""
     source: str
 
     def at(self, model_size_b: float | None = None) -> float:
-        """The rate for a model of so many billions of parameters; None takes that of 2 to 20."""
+        """Return the rate for a model of so many billions of parameters; None means 2 to 20."""
         if not self.of_lora:
             return self.value
         # 2e-4 * 0.1 is not 2e-5 to the last digit, and people read this number.

@@ -1,4 +1,4 @@
-"""Everything a method must carry over a restart, as one flat dictionary of tensors."""
+"""The state that a method carries over a restart, as one flat dictionary of tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def training_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters by name, and what their method needs beside them.
+    """Return the trained parameters by name, and what their method needs beside them.
 
     An adapter file is not enough to go on from: P-Tuning's, say, holds the prompt encoder's output
     only.
@@ -27,7 +27,7 @@ def training_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_training_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Puts `training_state` back; raises KeyError where `state` is of another model."""
+    """Put `training_state` back; raise KeyError where `state` is of another model."""
     import torch
 
     with torch.no_grad():

@@ -22,6 +22,7 @@ class VeraConfig(PeftNamedMethod):
     engines = ("transformers",)
     rate = Rate(value=2e-3, source="PEFT's comparison has 1e-3, and 3e-3 for the variant PVeRA")
     coordinates = (0.4, 1.6)
+    fragments_heap = False
     capacity = "r"
     pefts = "VeraConfig"
 
@@ -31,15 +32,15 @@ class VeraConfig(PeftNamedMethod):
     vera_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the shared matrices."""
     d_initial: float = Field(0.1, gt=0)
-    """What the factors of the ranks begin with."""
+    """The initial value of the factors of the ranks."""
 
     def layer_parameters(self, linear: Linear, rank: int) -> float:
         return linear.outputs + rank
 
     def layer_flops(self, linear: Linear, rank: int) -> float:
-        """FLOPs a token: products with both matrices forward, and to their inputs."""
+        """Return FLOPs a token: products with both matrices forward, and to their inputs."""
         return 4 * rank * (linear.inputs + linear.outputs)
 
     def kept_activations(self, sizes: Sizes, *, mixed_precision: bool) -> float:
-        """Numbers a token of one block: what each factor multiplies."""
+        """Return the numbers a token of one block: what each factor multiplies."""
         return self._over_layers(self.layer_parameters, sizes) / sizes.num_layers
