@@ -1,4 +1,4 @@
-"""What each of several workers holds of a trial under each strategy, in bytes: by formula.
+"""Formulas for the bytes that each of several workers holds of a trial under each strategy.
 
 ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, section 5; FSDP: Zhao et al. 2023,
 arXiv:2304.11277. Only what adds up to more than a layer is counted.
@@ -46,7 +46,7 @@ class WorkerBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class UnshardedBytes:
-    """A trial's numbers, before anything is shared."""
+    """The sizes of a whole trial, before anything is shared."""
 
     linear: float
     """Bytes of the blocks' linear weights as they are loaded, quantised or not."""
@@ -88,7 +88,7 @@ class UnshardedBytes:
 
 
 def base_width(method: MethodConfig, strategy: Strategy, dtype: str, device: Device) -> int:
-    """Bytes of a base weight that is not quantised: as `rayfin.models.load_base` loads them."""
+    """Returns the bytes of a base weight that is not quantised, as `load_base` loads it."""
     if method.trains == "weights" and not strategy.startswith("deepspeed"):
         return _FLOAT32  # `attach` makes what is trained float32
     if dtype != "auto":
@@ -97,7 +97,7 @@ def base_width(method: MethodConfig, strategy: Strategy, dtype: str, device: Dev
 
 
 def _ddp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
-    """Gradients are gathered in buckets beside them, where there is somebody to average with."""
+    """Returns what DDP holds: several workers gather gradients in buckets beside them."""
     return WorkerBytes(
         whole.weights,
         0.0 if whole.full else _FLOAT32 * whole.trained,
@@ -107,7 +107,7 @@ def _ddp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
 
 
 def _fsdp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
-    """A block at work and the next are gathered, and all that is in no block from first to last.
+    """Returns what FSDP holds: a block at work and the next are gathered, and what is in no block.
 
     A frozen base is gathered as it lies. What is trained is float32, and gathered as products take
     it; a block's gradients leave for their owners when the next block's are there.
@@ -131,8 +131,8 @@ def _fsdp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
 
 
 def _zero(stage: int, whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
-    """The optimizer has float32 copies of its part beside AdamW's moments, for a step also of the
-    gradients, which else are as products take them.
+    """Returns what ZeRO holds: float32 copies of the optimizer's part beside AdamW's moments, and
+    in a step also of the gradients, which otherwise have the type of the products.
     """
     part = whole.trained / workers
     weights, adapter = whole.weights, 0.0 if whole.full else whole.computed * whole.trained
@@ -160,5 +160,5 @@ _HELD: dict[Strategy, Callable[[UnshardedBytes, int, bool], WorkerBytes]] = {
 def held(
     strategy: Strategy, whole: UnshardedBytes, *, workers: int, offload: bool = False
 ) -> WorkerBytes:
-    """What one of `workers` holds; `offload`: whether its own part is in host memory instead."""
+    """Returns what one of `workers` holds; with `offload`, its own part is in host memory."""
     return _HELD[strategy](whole, workers, offload)

@@ -1,4 +1,4 @@
-"""How several workers share one trial: what each strategy is for, and what it can't do."""
+"""The strategies by which several workers share one trial, and what each of them can't do."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class WorkerLayout:
     own: Mapping[str, Any] | None = None
     """The user's own settings of DeepSpeed or FSDP."""
     why: str = "asked for"
-    """What chose the strategy."""
+    """Why it has this strategy."""
 
     @classmethod
     def of(cls, scaling: ScalingConfig) -> WorkerLayout:
@@ -55,7 +55,7 @@ class WorkerLayout:
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker takes of an optimizer step."""
+    """The part of an optimizer step that one worker takes."""
 
     batch_size: int
     accumulation: int
@@ -67,7 +67,7 @@ def needs_group(scaling: ScalingConfig) -> bool:
 
 
 def share_of_step(train: TrainConfig, workers: int) -> Share:
-    """The same samples make an optimizer step, however many workers share them.
+    """Returns what each worker takes of an optimizer step, which has the same samples for any.
 
     Each takes as many at once as divide its part evenly, at most per_device_train_batch_size.
     Raises ConfigError where the samples can't be shared evenly.
@@ -89,7 +89,7 @@ def share_of_step(train: TrainConfig, workers: int) -> Share:
 
 
 def refusal(strategy: Strategy, method: MethodConfig) -> str | None:
-    """Why `strategy` can't train `method`, with what can; None where nothing speaks against it."""
+    """Returns why `strategy` can't train `method`, and what can; None where it can."""
     bits = method.quantization_bit
     if (own := method.strategy_refusal(strategy)) is not None:
         return own
@@ -174,7 +174,7 @@ def _installed(package: str) -> bool:
 
 @cache
 def verified() -> dict[str, dict[str, list[str]]]:
-    """Device -> strategy -> methods that were seen to train as one process does.
+    """Returns, by device and strategy, the methods that were seen to train as one process does.
 
     Written by experiments/strategy_table.py, never by hand.
     """
@@ -192,7 +192,7 @@ def choose(
     here: int,
     dtype: str = "auto",
 ) -> tuple[Strategy, str]:
-    """(strategy, why) for scaling.strategy=auto: the simplest that fits the memory of a worker.
+    """Returns the simplest strategy that fits the memory of a worker, and why (for `auto`).
 
     `here`: how many of the `workers` share the memory of a machine that has no GPU; `dtype`: that
     of the base, model.dtype. Activations are not counted, but have room left for them. Only what

@@ -18,7 +18,7 @@ from rayfin.errors import ConfigError, did_you_mean
 Settings = dict[str, Any]
 
 LARGEST_BUCKET = 500_000_000
-"""Gradients that DeepSpeed sends at a time at most: its own default of reduce_bucket_size."""
+"""The most gradients that DeepSpeed sends at a time: its default of reduce_bucket_size."""
 
 _OWNER = {
     "train_batch_size": "train.per_device_train_batch_size and train.gradient_accumulation_steps",
@@ -34,7 +34,7 @@ _OWNER = {
     "cpu_offload": "scaling.cpu_offload",
     "activation_checkpointing": "train.gradient_checkpointing",
 }
-"""A setting of theirs -> where rayfin has it."""
+"""Settings of DeepSpeed and FSDP, and where rayfin has each of them."""
 
 _REFUSED = {
     "optimizer": "rayfin trains with AdamW: train.learning_rate, train.weight_decay",
@@ -62,7 +62,7 @@ _FSDP_KEYS = frozenset(
 
 
 def read_own(path: str, strategy: Strategy | None = None) -> Settings:
-    """The user's file; raises ConfigError where it can't be read or used with `strategy`."""
+    """Reads the user's file; raises ConfigError where it can't be read or used with `strategy`."""
     try:
         own = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -132,7 +132,7 @@ def deepspeed_settings(
     precision: str,
     offload: bool,
 ) -> Settings:
-    """What DeepSpeed is started with: `precision` is float32, bfloat16 or float16.
+    """Returns what DeepSpeed is started with; `precision` is float32, bfloat16 or float16.
 
     Raises ConfigError where `own` sets what rayfin sets, and otherwise.
     """
@@ -159,7 +159,7 @@ def deepspeed_settings(
 
 
 def lay_over(generated: Settings, own: Mapping[str, Any], where: str = "") -> Settings:
-    """`generated` with what `own` adds; raises ConfigError where it says something else."""
+    """Returns `generated` with what `own` adds; raises ConfigError where the two disagree."""
     merged = dict(generated)
     for key, value in own.items():
         name = f"{where}{key}"
@@ -178,7 +178,7 @@ def lay_over(generated: Settings, own: Mapping[str, Any], where: str = "") -> Se
 
 
 def _same_offload(name: str, value: Any, mine: Any) -> bool:
-    """A file that offloads, or says that it does not, agrees with cpu_offload however it is put."""
+    """Whether a file offloads just as cpu_offload does, however it says so."""
     if not name.rpartition(".")[2].startswith("offload_") or not isinstance(value, Mapping):
         return False
     return (value.get("device", "none") == "none") == (mine is None) and (

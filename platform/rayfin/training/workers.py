@@ -1,4 +1,4 @@
-"""The same trials in a Ray Train worker group: several processes, one optimizer step."""
+"""Trials in a Ray Train worker group: several processes that take an optimizer step together."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from rayfin.training.trial_queue import GroupEnded, Job, TrialQueue, WorkerRepor
 log = logging.getLogger(__name__)
 
 _PREEMPTIONS = 20
-"""Times that a trial starts again because its machines were taken away; Ray Train has no limit."""
+"""How often a trial starts again because its machines were taken away; Ray has no limit."""
 
 _ANSWER_SECONDS = 120
-"""Without an answer after which a worker counts as hanging; Ray's own are 600."""
+"""Seconds without an answer after which a worker counts as hanging; Ray's default is 600."""
 _START_SECONDS = 30
-"""Until it is said that there is no room; also how long Ctrl-C may wait for an answer then."""
+"""Seconds until Ray Train says that there is no room; Ctrl-C may wait as long for an answer."""
 
 
 class WorkerGroup:
@@ -63,7 +63,7 @@ class WorkerGroup:
         hang_minutes: float = ScalingSettings().hang_timeout_minutes,
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """`resources`: of each process. One that gets no further for `hang_minutes` ends them all.
+        """Takes the `resources` of each process; one without progress for `hang_minutes` ends all.
 
         `waiting` is called twice a minute while the cluster has no room for all of them, and raises
         where that has lasted for too long.
@@ -90,7 +90,7 @@ class WorkerGroup:
     def train(
         self, spec: TrialSpec, report: Report, *, location: StoragePath, max_failures: int = 1
     ) -> TrialResult:
-        """`run_trial` on all processes, as one.
+        """Runs a trial on all processes, as `run_trial` does on one.
 
         Everything that `run_trial` promises holds: errors become a result, `report` may stop the
         trial, and a group that lost a worker, or Ray Train's controller, starts again
@@ -119,7 +119,7 @@ class WorkerGroup:
                 job.held.remove_file()
 
     def close(self, held: StoragePath | None = None) -> None:
-        """Ends the processes: when they are done, or at once, where a file says what they hold."""
+        """Ends the processes when they are done, or at once where a file says what they hold."""
         with suppress(RayError):  # it has died: so will the workers, who ask it
             ray.get(self._queue.close.remote())
         if held is not None:
@@ -164,7 +164,7 @@ class WorkerGroup:
                 hopeless = hopeless or event.hopeless
 
     def _last_words(self, job: Job) -> str | None:
-        """Where a worker stood that hung and had to be ended from outside; None where none was."""
+        """Returns where a worker stood that had to be ended from outside; None if none had to."""
         for rank in range(self._group.size):
             if (where := hang_position(trace_of(job, rank))) is not None:
                 return f"worker {rank}: {TrialHung.ended_at(where)}"
@@ -181,7 +181,7 @@ class WorkerGroup:
         _give_back(job.held)  # what a controller that was killed could not
 
     def _run(self, directory: Path) -> None:
-        """The processes' life, in a thread: Ray Train returns when they have ended."""
+        """Runs the processes, in a thread of its own, until all of them have ended."""
         error: str | None = None
         how: dict[str, bool] = {}
         try:
