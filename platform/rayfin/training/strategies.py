@@ -67,7 +67,7 @@ def needs_group(scaling: ScalingConfig) -> bool:
 
 
 def share_of_step(train: TrainConfig, workers: int) -> Share:
-    """Returns what each worker takes of an optimizer step, which has the same samples for any.
+    """Returns what each worker takes of a step, whose samples are the same for any number of them.
 
     Each takes as many at once as divide its part evenly, at most per_device_train_batch_size.
     Raises ConfigError where the samples can't be shared evenly.
