@@ -11,7 +11,7 @@ import pytest
 
 from rayfin.advisor.chart_marks import LIGHT
 from rayfin.config import load_config
-from rayfin.evaluation import Sample, write_sweep_report
+from rayfin.evaluation import Sample, SweepOutcome, write_sweep_report
 from rayfin.history.record import TrialRecord
 from rayfin.methods import METHODS
 
@@ -123,7 +123,9 @@ def report(tmp_path, rows, **options):
     best = min(finished, key=lambda row: row.metrics["eval_loss"]) if finished else None
     options.setdefault("samples", [Sample(EVIL, EVIL, EVIL, EVIL)])
     options.setdefault("config", CONFIG)
-    return write_sweep_report(tmp_path / "report.html", rows, best=best, **options)
+    beside = {key: options.pop(key) for key in ("samples", "notes") if key in options}
+    outcome = SweepOutcome(rows, best=best, **options)
+    return write_sweep_report(tmp_path / "report.html", outcome, **beside)
 
 
 def probed(page, script):

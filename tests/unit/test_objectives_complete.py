@@ -21,7 +21,7 @@ from rayfin.cli.settings import settings_lines
 from rayfin.config import Config, build_config, dump_yaml, load_config, parse_yaml
 from rayfin.data.columns import COLUMNS
 from rayfin.errors import ConfigError, DataError
-from rayfin.evaluation.report import write_sweep_report
+from rayfin.evaluation import SweepOutcome, write_sweep_report
 from rayfin.history import History, TrialRecord
 from rayfin.metrics import METRICS, Score
 from rayfin.objectives import OBJECTIVES, Objective, register
@@ -235,7 +235,9 @@ def test_a_file_makes_an_objective_that_trains_resumes_and_is_swept_and_reported
     console.print(trials_table(config, rows))
     table = console.file.getvalue()  # type: ignore[attr-defined]
     assert "first_right" in table and "1.0000" in table and "eval_loss" not in table
-    page = write_sweep_report(tmp_path / "report.html", rows, config=config, best=best).read_text()
+    page = write_sweep_report(
+        tmp_path / "report.html", SweepOutcome(rows, config, best)
+    ).read_text()
     assert "begins 6 of 6 held-out samples rightly, the base model 0" in page
     assert "First token right" in page
 

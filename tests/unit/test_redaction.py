@@ -11,7 +11,7 @@ import pytest
 from rayfin.cli import main
 from rayfin.config import load_config, load_serve_config
 from rayfin.errors import ConfigError, HistoryError, StorageError
-from rayfin.evaluation import write_sweep_report
+from rayfin.evaluation import SweepOutcome, write_sweep_report
 from rayfin.history import History, TrialRecord, now
 from rayfin.history.connect import parse_url, shown_url, without_password
 from rayfin.objects import ObjectPath
@@ -142,7 +142,7 @@ def test_a_sweep_writes_none_down_and_is_found_again(url: str, tmp_path: Path) -
         updated_at=now(), error=f"OSError: {url} is down",
     )  # fmt: skip
     assert SECRET not in row.model_dump_json()
-    write_sweep_report(plan.location.path / "report.html", [], config=config, best=None)
+    write_sweep_report(plan.location.path / "report.html", SweepOutcome([], config, None))
     for path in filter(Path.is_file, plan.location.path.rglob("*")):
         assert SECRET not in path.read_text(), path
     assert find_resumable(config, Storage.open(tmp_path)) == plan

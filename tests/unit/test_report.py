@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from rayfin.config import load_config
-from rayfin.evaluation import Sample, parameter_importance, write_sweep_report
+from rayfin.evaluation import Sample, SweepOutcome, parameter_importance, write_sweep_report
 from rayfin.evaluation.quantities import show_number, show_quantity
 from rayfin.history.record import TrialRecord
 
@@ -61,7 +61,9 @@ def history(count, seed=0):
 def written(tmp_path, trials, **options):
     options.setdefault("config", config())
     options.setdefault("best", None)
-    return write_sweep_report(tmp_path / "report.html", trials, **options).read_text("utf-8")
+    beside = {key: options.pop(key) for key in ("samples", "notes") if key in options}
+    outcome = SweepOutcome(trials, **options)
+    return write_sweep_report(tmp_path / "report.html", outcome, **beside).read_text("utf-8")
 
 
 def data_of(page):

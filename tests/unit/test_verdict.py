@@ -8,7 +8,7 @@ import pytest
 
 from rayfin.config import load_config
 from rayfin.evaluation.change import change_of, paired_shares, t_quantile, wilson
-from rayfin.evaluation.verdict import sweep_verdict
+from rayfin.evaluation.verdict import SweepOutcome, sweep_verdict
 from rayfin.history.record import TrialRecord
 
 START = datetime(2025, 3, 4, 12, tzinfo=UTC)
@@ -47,7 +47,7 @@ def trial(number=0, status="finished", samples=60, without=(), **metrics):
 
 def verdict(trials, metric="eval_loss", best=0, **options):
     chosen = None if best is None else trials[best]
-    return sweep_verdict(trials, config(metric), chosen, **options)
+    return sweep_verdict(SweepOutcome(trials, config(metric), chosen, **options))
 
 
 # --- intervals ----------------------------------------------------------------------------

@@ -2,5 +2,6 @@
 
 from rayfin.evaluation.importance import parameter_importance
 from rayfin.evaluation.report import Sample, write_sweep_report
+from rayfin.evaluation.verdict import SweepOutcome
 
-__all__ = ["Sample", "parameter_importance", "write_sweep_report"]
+__all__ = ["Sample", "SweepOutcome", "parameter_importance", "write_sweep_report"]

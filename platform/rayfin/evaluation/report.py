@@ -38,7 +38,7 @@ from rayfin.evaluation.quantities import (
     show_seconds,
     show_setting,
 )
-from rayfin.evaluation.verdict import sweep_verdict
+from rayfin.evaluation.verdict import SweepOutcome, sweep_verdict
 from rayfin.history.record import finite
 from rayfin.metrics import BASE, FIGURES, METRICS, score_names
 from rayfin.paths import Storage, write_text
@@ -63,21 +63,17 @@ class Sample:
 
 def write_sweep_report(
     path: Path,
-    trials: Sequence[TrialRecord],
+    outcome: SweepOutcome,
     *,
-    config: Config,
-    best: TrialRecord | None,
     samples: Sequence[Sample] = (),
-    adapter: str | None = None,
-    interrupted: bool = False,
     notes: Sequence[str] = (),
 ) -> Path:
-    """Writes the report of a sweep to `path` and returns it; `adapter` is `name@version`.
+    """Write the report of a sweep to `path`, and return it.
 
-    Trials in any state are welcome, also none at all. `notes` are sentences that follow those of
-    `sweep_notes`: what only the caller knows, not the rows.
+    `notes` are sentences that follow those of `sweep_notes`: what only the caller knows, not the
+    rows.
     """
-    trials = ordered(trials)
+    trials, config, best = ordered(outcome.trials), outcome.config, outcome.best
     environment = Environment(
         loader=PackageLoader("rayfin.evaluation", "assets"),
         autoescape=True,
@@ -88,8 +84,8 @@ def write_sweep_report(
     page = environment.get_template("report.html.j2").render(
         **_assets(),
         **_header(trials, config),
-        verdict=sweep_verdict(trials, config, best, adapter=adapter, interrupted=interrupted),
-        best=_best(trials, best, config, adapter),
+        verdict=sweep_verdict(outcome),
+        best=_best(trials, best, config, outcome.adapter),
         notes=[redact(note) for note in [*sweep_notes(trials, config), *notes]],
         importance=_importance(trials, config),
         samples=samples,

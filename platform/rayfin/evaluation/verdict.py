@@ -61,19 +61,23 @@ class Verdict:
         return asdict(self)
 
 
-def sweep_verdict(
-    trials: Sequence[TrialRecord],
-    config: Config,
-    best: TrialRecord | None,
-    *,
-    adapter: str | None = None,
-    interrupted: bool = False,
-) -> Verdict:
-    """Says how the best of `trials` compares with the base model on the sweep's metric.
+@dataclass(frozen=True)
+class SweepOutcome:
+    """A sweep as it ended, or stands: what its verdict and its report are made from."""
 
-    `adapter` is `name@version` of what was published.
-    """
-    trials = ordered(trials)
+    trials: Sequence[TrialRecord]
+    """Trials in any state and order; there may be none."""
+    config: Config
+    best: TrialRecord | None
+    adapter: str | None = None
+    """`name@version` of what was published."""
+    interrupted: bool = False
+
+
+def sweep_verdict(outcome: SweepOutcome) -> Verdict:
+    """Return how the best trial of a sweep compares with the base model on the sweep's metric."""
+    config, best, interrupted = outcome.config, outcome.best, outcome.interrupted
+    adapter, trials = outcome.adapter, ordered(outcome.trials)
     if best is None:
         return _nothing(trials, interrupted)
     metric = config.sweep.metric
@@ -87,18 +91,18 @@ def sweep_verdict(
             "less on new ones."
         )
     if change is None:
-        outcome: Outcome = "no base"
+        found: Outcome = "no base"
         sentence = (
             f"{who} {_scores(metric, best.metrics[metric], None)}; the base model was not scored, "
             "so there is nothing to compare it with."
         )
     else:
-        outcome = _outcome(change)
+        found = _outcome(change)
         sentence = f"{who} {_compared(change)}."
     return Verdict(
-        outcome,
+        found,
         sentence,
-        _next(outcome, config, change, best, adapter, interrupted),
+        _next(found, config, change, best, adapter, interrupted),
         caution,
         change,
     )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
     from rayfin.config import Config
     from rayfin.evaluation.report import Sample
+    from rayfin.evaluation.verdict import SweepOutcome
     from rayfin.history import TrialRecord
     from rayfin.tuning.sweep import EndedSweep
 
@@ -86,13 +87,7 @@ def _result(
 ) -> SweepResult:
     from rayfin.evaluation.verdict import sweep_verdict
 
-    verdict = sweep_verdict(
-        ended.trials,
-        experiment.config,
-        ended.best,
-        adapter=published.ref if published else None,
-        interrupted=ended.interrupted,
-    )
+    verdict = sweep_verdict(_outcome(experiment, ended, published))
     return SweepResult(
         config=experiment.config,
         sweep_id=ended.plan.sweep_id,
@@ -108,6 +103,15 @@ def _result(
     )
 
 
+def _outcome(
+    experiment: Experiment, ended: EndedSweep, published: AdapterVersion | None
+) -> SweepOutcome:
+    from rayfin.evaluation.verdict import SweepOutcome
+
+    adapter = published.ref if published else None
+    return SweepOutcome(ended.trials, experiment.config, ended.best, adapter, ended.interrupted)
+
+
 def _write_report(
     experiment: Experiment,
     ended: EndedSweep,
@@ -121,12 +125,8 @@ def _write_report(
     try:
         write_sweep_report(
             report.path,
-            ended.trials,
-            config=experiment.config,
-            best=ended.best,
+            _outcome(experiment, ended, published),
             samples=samples,
-            adapter=published.ref if published else None,
-            interrupted=ended.interrupted,
             notes=ended.notes,
         )
     except OSError as error:

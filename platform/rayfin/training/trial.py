@@ -10,6 +10,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +60,10 @@ def run_trial(
     group: WorkerLayout | None = None,
     warned: Callable[[], bool] | None = None,
 ) -> TrialResult:
-    """Trains `spec` in this process and returns how it ended; errors become a result, not a raise.
+    """Train `spec` in this process and return how it ended; errors become a result, not a raise.
 
-    Resumes from the newest checkpoint in `location`. On success the adapter lies in
-    `place/adapter`; the checkpoints stay until whoever records the result lets them go, or a
+    It resumes from the newest checkpoint in `location`. On success the adapter lies in
+    `location/adapter`; the checkpoints stay until whoever records the result lets them go, or a
     trial whose end nobody heard of would begin anew. `report` gets the trial at each evaluation but
     the last, and stops it by returning False. In a Ray Train worker group every worker calls this
     with the same arguments; `group` says of what size it is, and how it shares the trial. `warned`:
@@ -82,16 +83,8 @@ def run_trial(
                 scenario["hardware"] |= {"strategy": group.strategy, "strategy_why": group.why}
                 scenario["hardware"] |= {"cpu_offload": group.cpu_offload}
             scenario["data"] = warm.tokenized(spec).profile.as_dict()
-        return _train(
-            spec,
-            report,
-            location,
-            hardware=hardware,
-            warm=warm,
-            scenario=scenario,
-            group=group,
-            warned=warned,
-        )
+        worker = _Worker(hardware, warm, group, warned)
+        return _train(spec, report, location, worker, scenario)
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
         warm.drop_base()
@@ -111,17 +104,24 @@ def run_trial(
         )
 
 
+@dataclass(frozen=True)
+class _Worker:
+    """The process that trains, alone or as one of several."""
+
+    hardware: Hardware
+    cache: TrialCache
+    layout: WorkerLayout
+    preempted: Callable[[], bool] | None
+
+
 def _train(
     spec: TrialSpec,
     report: Report,
     location: StoragePath,
-    *,
-    hardware: Hardware,
-    warm: TrialCache,
+    worker: _Worker,
     scenario: dict[str, Any],
-    group: WorkerLayout,
-    warned: Callable[[], bool] | None,
 ) -> TrialResult:
+    hardware, cache, layout = worker.hardware, worker.cache, worker.layout
     with collector_paused():
         if (
             hardware.device == "cpu"
@@ -141,14 +141,14 @@ def _train(
     release_memory()  # of the worker's trial before, which by now nobody holds
     peak = PeakMemory(hardware.device)
     with collector_paused():
-        data, tokenizer = warm.tokenized(spec), warm.tokenizer(spec.model)
-        strategy = parallel_strategy(group, hardware, spec.train)
+        data, tokenizer = cache.tokenized(spec), cache.tokenizer(spec.model)
+        strategy = parallel_strategy(layout, hardware, spec.train)
         # Alone, the scores are kept from trial to trial; several workers share the work of them,
         # and a base that is to be sharded is not loaded whole for them.
-        alone = group.size == 1 and not strategy.on_host
-        base_scores = warm.base_scores(spec, hardware) if alone else None
+        alone = layout.size == 1 and not strategy.on_host
+        base_scores = cache.base_scores(spec, hardware) if alone else None
         with strategy.loading():
-            base = warm.base(spec, hardware, on_host=strategy.on_host)
+            base = cache.base(spec, hardware, on_host=strategy.on_host)
 
     def stands(
         trainer: TrialTrainer, status: Status, adapter: StoragePath | None = None
@@ -183,12 +183,12 @@ def _train(
             model,
             spec,
             TrialData(
-                planned=samples_of(spec, data, strategy.share, warm.reader(spec)),
+                planned=samples_of(spec, data, strategy.share, cache.reader(spec)),
                 held_out=data.eval,
                 pad_token_id=pad_token_id(tokenizer),
                 base_scores=base_scores,
             ),
-            TrialCallbacks(lambda trainer: report(stands(trainer, "running")), warned),
+            TrialCallbacks(lambda trainer: report(stands(trainer, "running")), worker.preempted),
             parallel=strategy,
             checkpoints=checkpoints,
         )
@@ -198,14 +198,14 @@ def _train(
         resumed = _resumed(checkpoints, trainer)
         if resumed is None:
             beat("initializing the method", bulk=True)
-            initialize(model, spec, data, warm)
+            initialize(model, spec, data, cache)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        adapter = _finish(trainer, model, tokenizer, data.ends, location, warm.origin(spec.model))
+        adapter = _finish(trainer, model, tokenizer, data.ends, location, cache.origin(spec.model))
         checkpoints.remove_local_copy()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
         changed = spec.method.alters_base or strategy.on_host
-        _give_back(model, trainer, warm, changed=changed)
+        _give_back(model, trainer, cache, changed=changed)
 
 
 def _resumed(checkpoints: StoragePath, trainer: TrialTrainer) -> Path | None:
