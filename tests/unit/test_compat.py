@@ -19,10 +19,10 @@ from packaging.requirements import Requirement
 
 import rayfin
 from rayfin import compat
-from rayfin.compat import ray as compat_ray
 from rayfin.compat.bitsandbytes import import_bitsandbytes
 from rayfin.compat.private import PrivateName
 from rayfin.errors import DependencyError
+from rayfin.tuning.local_ray import local_ray
 
 # By the packages themselves, as they are imported.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,7 +62,7 @@ def test_private_names_are_where_rayfin_uses_them() -> None:
 
 def test_a_name_that_moved_is_told_with_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("ray._private.services.ConsolePopen")
-    with pytest.raises(DependencyError) as told, compat_ray.few_processes():
+    with pytest.raises(DependencyError) as told, local_ray(1):
         pass
     assert f"ray {version('ray')} has no ray._private.services.ConsolePopen" in str(told.value)
     assert "needs to start Ray's processes in sessions of their own" in str(told.value)

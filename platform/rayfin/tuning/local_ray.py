@@ -23,7 +23,7 @@ from rayfin.compat.ray import (
     few_processes,
     read_settings_again,
 )
-from rayfin.errors import RayfinError
+from rayfin.errors import DependencyError, RayfinError
 from rayfin.tuning import end_with_driver
 from rayfin.tuning.no_start import certain_reasons, why_no_start
 
@@ -81,6 +81,8 @@ def _start(num_cpus: int) -> None:
                     logging_level=logging.ERROR,
                 )
             return
+        except DependencyError:
+            raise  # it says what is wrong, and nothing has started
         # Ray raises what happens to go wrong first, and may exit.
         except (Exception, SystemExit) as error:
             # What it started would stay until this process ends.
