@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rayfin.adapters import Registry
 from rayfin.config import ModelConfig
 from rayfin.errors import AdapterError
 from rayfin.hardware import describe_hardware
@@ -122,9 +124,10 @@ def test_an_adapter_that_took_from_the_base_is_one_for_the_base_as_it_was(
     assert finished.result.metrics["base_eval_loss"] == base
 
 
-def test_an_adapter_by_loftq_is_served_over_four_bits_alone(lab: Any) -> None:
+def test_an_adapter_by_loftq_is_served_over_four_bits_alone(lab: Any, tmp_path: Path) -> None:
     finished = lab.finish(lab.spec("loftq"))
-    source = AdapterSource("mine@1", finished.adapter)
+    published = Registry(tmp_path).publish("mine", finished.adapter)
+    source = AdapterSource("mine@1", published.path)
     layout = BaseLayout.of(lab.warm.base(finished.spec, describe_hardware()), base_of(TINY))
     for bits in (None, 8):
         with pytest.raises(AdapterError, match=r"lost to 4 bits .* engine.quantization_bit=4$"):
