@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import MethodError
@@ -73,6 +74,21 @@ def attach(
     for _, wrapper in _saved_modules(model):
         _compute_in_float32(wrapper)
     return model
+
+
+@contextmanager
+def frozen_kept(model: torch.nn.Module) -> Iterator[None]:
+    """Have what is frozen of a model frozen afterwards, too.
+
+    PEFT lets all of an adapter train when it puts it on again (`disable_adapter`), what a method
+    has frozen of it included.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def detach(model: torch.nn.Module) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import MethodError
-from rayfin.methods.attach import ADAPTER
+from rayfin.methods.attach import ADAPTER, frozen_kept
 from rayfin.methods.base import Batches
 
 if TYPE_CHECKING:
@@ -184,15 +184,16 @@ def explain_variance(model: torch.nn.Module, rank: int, batches: Batches) -> Non
     def forward(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
         model(**{key: batch[key] for key in ("input_ids", "attention_mask")}, use_cache=False)
 
-    found = peft.get_eva_state_dict(
-        model,
-        _Bounded(batches, rank),
-        config,
-        forward_fn=forward,
-        adapter_name=ADAPTER,
-        gather_distributed_inputs=False,  # every worker has the same batches
-        show_progress_bar=False,
-    )
+    with frozen_kept(model):  # PEFT takes the adapter off, and puts it on again
+        found = peft.get_eva_state_dict(
+            model,
+            _Bounded(batches, rank),
+            config,
+            forward_fn=forward,
+            adapter_name=ADAPTER,
+            gather_distributed_inputs=False,  # every worker has the same batches
+            show_progress_bar=False,
+        )
     with torch.no_grad():
         for name, directions in found.items():
             model.get_submodule(name).lora_A[ADAPTER].weight.copy_(directions)  # type: ignore[index,union-attr]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rayfin.methods.attach import frozen_kept
 from rayfin.samples import NO_LOSS, TokenizedSample
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def adapter_disabled(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     if not hasattr(inner, "disable_adapter"):
         yield inner
         return
-    with inner.disable_adapter():
+    with frozen_kept(inner), inner.disable_adapter():
         yield inner
 
 

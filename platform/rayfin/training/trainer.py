@@ -23,6 +23,7 @@ from rayfin.heartbeat import beat, pause
 from rayfin.metrics import METRICS, Score
 from rayfin.objectives import Objective, objective_of
 from rayfin.objectives.base import Batch
+from rayfin.objectives.tensors import adapter_disabled
 from rayfin.paths import StoragePath
 from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator
@@ -206,7 +207,7 @@ class TrialTrainer(SteppedTrainer):
         if self.base_scores is not None:
             return
         if not self.method.alters_base:
-            with self.trained.disable_adapter():  # type: ignore[operator]
+            with adapter_disabled(self.trained):
                 self.base_scores = self._score()
         elif self.state.global_step == 0:  # nothing has been trained yet
             self.base_scores = self._score()
