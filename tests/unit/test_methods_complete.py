@@ -8,11 +8,12 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from pydantic import create_model
 
 from rayfin import methods
@@ -29,7 +30,10 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import describe_hardware
 from rayfin.history.imported import method_name
 from rayfin.methods import METHODS, MethodConfig, register
+from rayfin.methods.attach import attach
+from rayfin.methods.initialization import explain_variance
 from rayfin.models import base_of, describe_model, load_base
+from rayfin.objectives.tensors import adapter_disabled
 from rayfin.paths import StoragePath
 from rayfin.serving.engine.adapter import _READERS, BaseLayout, read_adapter
 from rayfin.serving.engine.request import AdapterSource
@@ -212,3 +216,20 @@ def test_a_method_that_lacks_a_fact_is_not_registered(halved: str) -> None:
         with pytest.raises(TypeError, match=rf"{taken} .* of halved, which is registered"):
             register(create_model("Other", __base__=METHODS[halved], type=(Literal[taken], ...)))  # type: ignore[call-overload]
     assert list(METHODS) == before
+
+
+def test_what_a_method_has_frozen_of_an_adapter_stays_frozen() -> None:
+    """PEFT would let all of it train once it is on again."""
+    lora = build_config({"method": {"type": "lora", "r": 2}}, {}).method
+    model = attach(load_base(TINY, None, "cpu"), lora, 1, "")
+    matrices = {name: it for name, it in model.named_parameters() if ".lora_" in name}
+    for name, parameter in matrices.items():
+        parameter.requires_grad_(".lora_A." not in name)
+    ids = torch.arange(8)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    with adapter_disabled(model):
+        pass
+    explain_variance(model, 2, lambda _: repeat(batch))
+    assert {n for n, it in matrices.items() if it.requires_grad} == {
+        n for n in matrices if ".lora_B." in n
+    }
