@@ -148,6 +148,34 @@ def kill_workers(command: Any, lab: Any) -> None:
     command.mark = lab.mark(command.victim)
 
 
+@pytest.mark.long
+def test_a_sweep_that_an_earlier_rayfin_left_half_done_goes_on(
+    storage_v1: Path, lab: Any, cluster: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lab.storage = storage_v1 / "runs"
+    before = {row.trial_id: row for row in lab.rows()}
+    *finished, left = [row for row in before.values() if row.sweep_id != "train"]
+    assert [row.status for row in finished] == ["finished"] * 2 and left.status == "interrupted"
+    marked = lab.mark(left)
+    assert lab.rayfin_here("sweep", "sweep.yaml", "--resume") == 0
+
+    after = {row.trial_id: row for row in lab.rows()}
+    went_on, (added,) = after[left.trial_id], after.keys() - before.keys()
+    assert went_on.status == "finished" and went_on.fingerprint == left.fingerprint
+    assert lab.losses(went_on)[0] == marked, "it started anew, and not from its checkpoint"
+    assert all(after[row.trial_id] == row for row in before.values() if row is not left)
+    assert after[added].status == "finished" and after[added].sweep_id == left.sweep_id
+    spaces = [(r, rate) for r in (1, 2) for rate in (1e-3, 2e-3)]
+    trained = [row.spec for row in after.values() if row.sweep_id == left.sweep_id]
+    found = [(spec["method"]["r"], spec["train"]["learning_rate"]) for spec in trained]
+    assert sorted(found) == spaces
+
+    # Another sweep of the same space has nothing left to train: fingerprints are what they were.
+    capsys.readouterr()
+    assert lab.rayfin_here("sweep", "sweep.yaml") == 0
+    assert capsys.readouterr().err.count("from the history (") == 4
+
+
 def training(lab: Any, trial: int, but: int) -> TrialRecord | None:
     """That trial, if it runs, in another process than `but`, and has a checkpoint to go on from."""
     for row in lab.rows()[trial : trial + 1]:

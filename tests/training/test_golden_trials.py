@@ -68,3 +68,14 @@ def test_what_an_earlier_rayfin_has_trained_is_known_and_not_trained_again(
         found.add(line.partition("already in the history as ")[2].partition(";")[0])
     assert found == {row.trial_id for row in list(before.values())[:7]}
     assert not steps_taken and rows(storage_v1) == before
+
+
+def test_trials_of_an_earlier_sweep_answer_another_one(
+    storage_v1: Path, steps_taken: list[int]
+) -> None:
+    """Nothing is left to train in the half of the space that the sweep had come through."""
+    before = rows(storage_v1)
+    assert (
+        main(["sweep", "sweep.yaml", "sweep.parameters.method.r=[1]", "sweep.num_samples=2"]) == 0
+    )
+    assert not steps_taken and rows(storage_v1) == before
