@@ -71,11 +71,12 @@ def test_what_an_earlier_rayfin_has_trained_is_known_and_not_trained_again(
 
 
 def test_trials_of_an_earlier_sweep_answer_another_one(
-    storage_v1: Path, steps_taken: list[int]
+    storage_v1: Path, steps_taken: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is left to train in the half of the space that the sweep had come through."""
     before = rows(storage_v1)
-    assert (
-        main(["sweep", "sweep.yaml", "sweep.parameters.method.r=[1]", "sweep.num_samples=2"]) == 0
-    )
-    assert not steps_taken and rows(storage_v1) == before
+    words = ["sweep", "sweep.yaml", "sweep.parameters.method.r=[1]", "sweep.num_samples=2"]
+    assert main(words) == 0
+    assert not steps_taken and capsys.readouterr().err.count("from the history (") == 2
+    after = rows(storage_v1)
+    assert {key: after[key] for key in before} == before
