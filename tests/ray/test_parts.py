@@ -381,7 +381,7 @@ def test_a_trial_of_others_that_can_t_be_reached_is_trained_here(
     """As of a bucket to which this machine has no way; the history is shared."""
     with History.open(plan.storage.history_url) as history:
         history.put(ended(plan, 2, directory="elsewhere://bucket/trial"))
-        assert usable(history, plan.trial({"method.r": 2, "train.seed": 0})) is None
+        assert usable(history, plan.trial({"method.r": 2, "train.seed": 0}), "eval_loss") is None
     assert "can't be taken from the history: storage: 'elsewhere://bucket/trial'" in caplog.text
 
 

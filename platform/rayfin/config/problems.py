@@ -60,7 +60,8 @@ def describe(
             case "unknown_method":
                 sentences.append(_no_method(value))
             case "value_error":
-                sentences.append(f"{key}: {problem['ctx']['error']}")
+                # A problem of several sections has no key, and names them itself.
+                sentences.append(f"{key}: {problem['ctx']['error']}".removeprefix(": "))
             case "missing":
                 sentences.append(f"{key}: is missing; give it a value")
             case other:

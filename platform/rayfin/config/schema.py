@@ -229,15 +229,6 @@ class SweepConfig(Section):
         """Where better values of the metric lie."""
         return score_of(self.metric).direction
 
-    @model_validator(mode="after")
-    def _towards_better(self) -> SweepConfig:
-        if self.mode not in ("auto", self.direction):
-            raise ValueError(
-                f"mode {self.mode} would look for the worst {self.metric}; "
-                f"set sweep.mode={self.direction}, or leave it out"
-            )
-        return self
-
 
 class PublishConfig(Section):
     name: str = Field(pattern=ADAPTER_NAME)
@@ -266,11 +257,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _metric_of_the_objective(self) -> Config:
-        """Has a sweep that names no metric take that of its objective."""
+        """Fill in the metric of a sweep that names none, and refuse a mode that seeks its worst."""
         default = main_metric(self.train.stage)
         if "metric" not in self.sweep.model_fields_set and self.sweep.metric != default:
+            sweep = self.sweep.model_copy(update={"metric": default})
+            sweep.model_fields_set.discard("metric")  # nobody wrote it
             # A frozen section is replaced, before anybody has seen it.
-            self.__dict__["sweep"] = self.sweep.model_copy(update={"metric": default})
+            self.__dict__["sweep"] = sweep
+        if self.sweep.mode not in ("auto", self.sweep.direction):
+            raise ValueError(
+                f"sweep: mode {self.sweep.mode} would look for the worst {self.sweep.metric}; "
+                f"set sweep.mode={self.sweep.direction}, or leave it out"
+            )
         return self
 
     @property

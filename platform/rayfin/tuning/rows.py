@@ -45,10 +45,10 @@ def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialR
     )
 
 
-def usable(history: History, trial: PlannedTrial, metric: str = "eval_loss") -> TrialRecord | None:
+def usable(history: History, trial: PlannedTrial, metric: str) -> TrialRecord | None:
     """Return the finished trial of the history that makes training `trial` needless, or None.
 
-    Its adapter is there, too.
+    It has the score `metric`, and its adapter is there.
     """
     earlier = history.finished(trial.fingerprint)
     if earlier is None or earlier.directory is None or metric not in earlier.metrics:

@@ -13,7 +13,7 @@ from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.heartbeat import busy, watched
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted, mark_lost_trials
-from rayfin.objectives import objective_of
+from rayfin.objectives import main_metric, objective_of
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.combination import check_combination
@@ -82,7 +82,8 @@ def _train(
     for note in plan.notes:
         show(note)
     trial = plan.trial({})
-    if not rerun and (earlier := usable(history, trial)) is not None:
+    metric = main_metric(config.train.stage)
+    if not rerun and (earlier := usable(history, trial, metric)) is not None:
         show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
     otherwise = "wait for its end, or change the configuration: train.seed=1, say, is another run"
