@@ -13,6 +13,7 @@ import pytest
 
 import rayfin
 from rayfin.config import dump_yaml, load_config
+from rayfin.tuning.progress import ProgressDisplay
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "platform" / "rayfin" / "library"
@@ -70,8 +71,12 @@ def test_without_progress_nothing_is_shown_and_nothing_is_lost(
 ) -> None:
     rayfin.estimate(CONFIG, progress=False)
     assert "data: 1 of 13 rows are bad" in caplog.text
+    caplog.clear()
     result = rayfin.train(CONFIG, progress=False)
     assert capfd.readouterr() == ("", "")
+    assert "1 of 13 rows are bad" in caplog.text and "step 2/2" not in caplog.text
+    rayfin.train(CONFIG, progress=False)
+    assert f"already in the history as {result.trial.trial_id}" in caplog.text
     assert result.trial.status == "finished" and result.published is None
     assert any("1 of 13 rows are bad" in note for note in result.trial.notes)
     again = rayfin.train(rayfin.load_config(CONFIG))
@@ -80,6 +85,25 @@ def test_without_progress_nothing_is_shown_and_nothing_is_lost(
     with rayfin.open_history("runs") as history:
         assert [row.trial_id for row in history.trials()] == [result.trial.trial_id]
     assert rayfin.open_registry("runs").list() == ()
+
+
+def test_a_sweep_without_progress_tells_the_log_what_is_to_be_known(
+    here: Path,
+    without_ray: None,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    axes = {"num_samples": 1, "report_samples": 0, "parameters": {"method.r": [4]}}
+    config = CONFIG | {"sweep": axes, "train": {"max_steps": 1}}
+    result = rayfin.sweep(config, progress=False, notes=["a note of the script's"])
+    assert [trial.status for trial in result.trials] == ["finished"]
+    assert capfd.readouterr() == ("", "")
+    for note in ("1 of 13 rows are bad", "a note of the script's"):
+        assert caplog.text.count(note) == 1
+    assert "trial 1/1" not in caplog.text
+    display = ProgressDisplay.silent()
+    display.say("no answer for 30 minutes")
+    assert "no answer for 30 minutes" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def notes_to(shown: bool) -> Say:
     """Return what takes the lines that a user should know: standard error, or the log.
 
     Where progress is switched off they are warnings of Python's `logging`, as nothing that is told
-    of somebody's data may be lost.
+    of somebody's data, or of why a training waits or ends, may be lost.
     """
     return _print if shown else log.warning
 

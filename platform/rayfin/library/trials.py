@@ -35,7 +35,8 @@ def sweep(
     - `resume`: carry on with the newest sweep that the same configuration started, if there is one.
     - `rerun`: train also what the history already holds as finished.
     - `address`: of a running Ray cluster; None is $RAY_ADDRESS, or Ray on this machine.
-    - `progress`: show on standard error how the trials do.
+    - `progress`: show on standard error how the trials do. Without it, what there is to know of the
+      data and of the sweep comes as warnings of Python's `logging`.
     - `notes`: lines to be told at the start and in the report beside the sweep's own.
 
     Ctrl-C ends the sweep in order, with `interrupted` set in the result. Trials that fail are rows
@@ -161,7 +162,8 @@ def train(
     - `rerun`: train also what the history already holds as finished.
     - `address`: of a running Ray cluster, for scaling.num_workers above 1; None is $RAY_ADDRESS,
       or Ray on this machine. One worker trains in this process, without Ray.
-    - `progress`: show each evaluation on standard error.
+    - `progress`: show each evaluation on standard error. Without it, what there is to know of the
+      data and of the training comes as warnings of Python's `logging`.
 
     A training that fails is a row of the history, and no error: see `trial.status` and
     `trial.error` of the result. Raises UsageErrors before any work is done, and where the storage
@@ -179,6 +181,7 @@ def train(
             rerun=rerun,
             address=address,
             show=progress_to(progress),
+            note=notes_to(progress),
         )
     failures = Failures()
     published: AdapterVersion | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -20,6 +21,8 @@ from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.space import SearchSpace
 
+log = logging.getLogger(__name__)
+
 MISSING = "–"
 """What stands in place of a setting that a trial's method doesn't have."""
 
@@ -27,8 +30,12 @@ MISSING = "–"
 class ProgressDisplay:
     """A table that redraws in a terminal; elsewhere one line whenever a trial starts or ends."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, note: Callable[[str], None] | None = None
+    ) -> None:
+        """`note` takes the lines that a user should know; by default they are shown as well."""
         self.console = console or Console(stderr=True, highlight=False)
+        self._note = note or self._show
         self._live: Live | None = None
         self._rows: dict[str, TrialRecord] = {}
         self._before: set[str] = set()
@@ -36,8 +43,8 @@ class ProgressDisplay:
 
     @classmethod
     def silent(cls) -> ProgressDisplay:
-        """Return a display that shows nothing."""
-        return cls(Console(quiet=True))
+        """Return a display that shows nothing; what a user should know goes to the log."""
+        return cls(Console(quiet=True), log.warning)
 
     def begin(
         self, plan: SweepPlan, known: Sequence[TrialRecord], distinct: int | None = None
@@ -54,7 +61,7 @@ class ProgressDisplay:
         carried = f", {len(known)} trials already done" if known else ""
         few = few_settings(plan.config, self._total)
         what = f"{few}; each is trained once" if few else f"{self._total} trials"
-        self.say(f"sweep {plan.sweep_id}: {what}{carried}")
+        self._show(f"sweep {plan.sweep_id}: {what}{carried}")
         if self.console.is_terminal:
             self._live = Live(
                 get_renderable=self._render, console=self.console, refresh_per_second=2
@@ -73,7 +80,7 @@ class ProgressDisplay:
         before = self._rows.get(row.trial_id)
         self._rows[row.trial_id] = row
         if self._live is None and (before is None or row.status != "running"):
-            self.say(self._line(row))
+            self._show(self._line(row))
 
     def restart(self, row: TrialRecord, error: str) -> None:
         """Say that a trial goes on after its process died."""
@@ -82,6 +89,10 @@ class ProgressDisplay:
         )
 
     def say(self, line: str) -> None:
+        """Tell the user what they should know, also where no progress is shown."""
+        self._note(line)
+
+    def _show(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False)
 
     def end(self) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rayfin.config import Config
 from rayfin.errors import HardwareError, HistoryError, StorageError, TrialHung
@@ -34,6 +35,16 @@ _LAST_WORDS_SECONDS = 10.0
 """The row and the message of a trial that hangs may take so long."""
 
 
+@dataclass(frozen=True)
+class _Say:
+    """What takes a training's lines for the user."""
+
+    show: Callable[[str], None]
+    """Takes those that say how far it is."""
+    note: Callable[[str], None]
+    """Takes those that a user should know."""
+
+
 def train_once(
     config: Config,
     *,
@@ -42,11 +53,14 @@ def train_once(
     rerun: bool = False,
     address: str | None = None,
     show: Callable[[str], None] = print,
+    note: Callable[[str], None] | None = None,
 ) -> TrialRecord:
     """Train `config` as it stands and record it; the same run is carried on where it was killed.
 
-    A run that the history holds as finished is returned as it is, unless `rerun`.
+    A run that the history holds as finished is returned as it is, unless `rerun`. `show` gets lines
+    that say how far the training is, `note` those that a user should know; it is `show` by default.
     """
+    say = _Say(show, note or show)
     check_combination(config)
     check_scaling(config)
     plan = SweepPlan(RUNS, config, storage)
@@ -57,8 +71,8 @@ def train_once(
         from rayfin.tuning.cluster import ray_cluster
 
         with ray_cluster(cluster):
-            return _train(plan, history, rerun, cluster, show)
-    return _train(plan, history, rerun, cluster, show)
+            return _train(plan, history, rerun, cluster, say)
+    return _train(plan, history, rerun, cluster, say)
 
 
 def _train(
@@ -66,13 +80,13 @@ def _train(
     history: History,
     rerun: bool,
     cluster: str | None,
-    show: Callable[[str], None],
+    say: _Say,
 ) -> TrialRecord:
     config = plan.config
     if config.data.streaming:
         from rayfin.training.streams import survey_on_ray
 
-        show(f"looking through {config.data.path}")
+        say.show(f"looking through {config.data.path}")
         data = TrialSpec.of(config).data
         plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(
             data, objective_of(config.train)
@@ -80,15 +94,15 @@ def _train(
     check_run(plan, [config], cluster)
     mark_lost_trials(history)
     for note in plan.notes:
-        show(note)
+        say.note(note)
     trial = plan.trial({})
     metric = main_metric(config.train.stage)
     if not rerun and (earlier := usable(history, trial, metric)) is not None:
-        show(f"already in the history as {earlier.trial_id}; --rerun trains it again")
+        say.note(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
     otherwise = "wait for its end, or change the configuration: train.seed=1, say, is another run"
     with driver_lock(trial.location, trial.trial_id, otherwise):
-        return _train_locked(plan, trial, history, cluster, show)
+        return _train_locked(plan, trial, history, cluster, say)
 
 
 def _train_locked(
@@ -96,7 +110,7 @@ def _train_locked(
     trial: PlannedTrial,
     history: History,
     cluster: str | None,
-    show: Callable[[str], None],
+    say: _Say,
 ) -> TrialRecord:
     before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
     if before and before[0].status == "finished":
@@ -105,7 +119,7 @@ def _train_locked(
     row = started(trial, before[0].created_at if before else None)
     history.put(row)
     try:
-        return _train_row(row, plan, trial, history, cluster, show)
+        return _train_row(row, plan, trial, history, cluster, say)
     except BaseException:  # also Ctrl-C: the same command goes on
         with contextlib.suppress(HistoryError):
             history.change(trial.trial_id, _interrupted)
@@ -122,7 +136,7 @@ def _train_row(
     trial: PlannedTrial,
     history: History,
     cluster: str | None,
-    show: Callable[[str], None],
+    say: _Say,
 ) -> TrialRecord:
     config = plan.config
     in_group = needs_group(config.scaling)
@@ -134,7 +148,7 @@ def _train_row(
         for note in row.notes:
             if note not in told:
                 told.add(note)
-                show(note)
+                say.note(note)
 
     def record(result: TrialResult) -> None:
         nonlocal row
@@ -154,8 +168,8 @@ def _train_row(
         hardware = result.scenario["hardware"]
         if in_group and not strategies:
             strategies.append(hardware["strategy"])
-            show(f"strategy {hardware['strategy']}: {hardware['strategy_why']}")
-        show(evaluation_line(result, config.train.max_steps))
+            say.show(f"strategy {hardware['strategy']}: {hardware['strategy_why']}")
+        say.show(evaluation_line(result, config.train.max_steps))
 
     minutes = config.scaling.hang_timeout_minutes
     if in_group:
@@ -167,15 +181,15 @@ def _train_row(
             with ray_cluster(cluster):
                 each = worker_resources(config.scaling, nodes())
                 group = WorkerLayout.of(config.scaling)
-                lost_nodes = LostNodeWatch(each, show, processes=group.size)
+                lost_nodes = LostNodeWatch(each, say.note, processes=group.size)
 
                 def waiting() -> None:
-                    show(f"no room for {group.size} workers on the cluster; waiting")
+                    say.note(f"no room for {group.size} workers on the cluster; waiting")
                     lost_nodes.look()
 
                 again = "the same command goes on"
                 with (
-                    watched_driver(minutes, show, again),
+                    watched_driver(minutes, say.note, again),
                     WorkerGroup(
                         group,
                         resources=each,
@@ -215,12 +229,12 @@ def _train_row(
                 with contextlib.suppress(HistoryError):
                     history.put(ended(row, "failed", error))
 
-            def say() -> None:
+            def tell_why() -> None:
                 with contextlib.suppress(OSError):
-                    show(f"failed: {error}")
+                    say.note(f"failed: {error}")
 
             # The terminal or the history may be what the trial is stuck in.
-            last = [threading.Thread(target=words, daemon=True) for words in (put, say)]
+            last = [threading.Thread(target=words, daemon=True) for words in (put, tell_why)]
             for thread in last:
                 thread.start()
             for thread in last:
