@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rayfin.config import dump_yaml, load_config, load_serve_config, parse_yaml
@@ -24,6 +25,45 @@ NOT_YAML = ("a: b", "my file #2", "[a]", "{a}", "@x", "*x", "&x", "%x", "a: [", 
 def test_an_override_of_text_is_what_was_typed(text: str) -> None:
     config = load_config(None, [f"model.revision={text}", f"data.path={text}", f"history={text}"])
     assert (config.model.revision, config.data.path, config.history) == (text, text, text)
+
+
+def test_python_s_own_values_are_what_a_file_would_say() -> None:
+    rates = np.array([1e-3, 2e-3])
+    axes = {"method.r": list(2 ** np.arange(2, 5)), "method.lora_alpha": range(4, 7)}
+    config = load_config(
+        {
+            "data": {"path": Path("a") / "b.jsonl", "ignore_columns": np.array(["x"])},
+            "train": {"max_steps": np.int64(3), "packing": np.bool_(True)},
+            "sweep": {"parameters": {**axes, "train.learning_rate": rates}},
+            "storage": Path("runs"),
+        }
+    )
+    assert (config.data.path, config.data.ignore_columns) == ("a/b.jsonl", ("x",))
+    assert (config.train.max_steps, config.train.packing, config.storage) == (3, True, "runs")
+    parameters = config.sweep.parameters
+    assert parameters["method.r"] == (4, 8, 16) and parameters["method.lora_alpha"] == (4, 5, 6)
+    assert load_config(parse_yaml(dump_yaml(config), "saved")) == load_config(config)
+    assert load_serve_config({"storage": Path("runs")}).storage == "runs"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"model.name": "tiny"}, "model.name: unknown key; write {'model': {'name': …}}"),
+        (
+            {"sweep.parameters.method.r": [4]},
+            "sweep.parameters.method.r: unknown key; "
+            "write {'sweep': {'parameters': {'method.r': …}}}",
+        ),
+        ({"storage.x": 1}, "storage.x: unknown key (did you mean 'storage'?)"),
+        (42, "configuration 42 is of type int; give a Config, a mapping of sections"),
+        ([1], "configuration [1] is of type list; give a Config, a mapping of sections"),
+    ],
+)
+def test_what_python_code_gets_wrong_is_said_in_a_line(source: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(source)
+    assert str(caught.value).startswith(said)
 
 
 def in_file(folder: Path, text: str, *overrides: str) -> Any:

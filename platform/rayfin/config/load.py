@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,16 @@ def _tree(
         return {}
     if isinstance(source, BaseModel):
         return source.model_dump(mode="json", exclude_unset=True)
-    written = source if isinstance(source, Mapping) else _read_yaml(Path(source))
+    if isinstance(source, Mapping):
+        written = source
+    elif isinstance(source, str | os.PathLike):
+        written = _read_yaml(Path(source))
+    else:
+        raise ConfigError(
+            f"configuration {format_value(source)} is of type {type(source).__name__}; give a "
+            f"{kind.__name__}, a mapping of sections, as in {{'model': {{'name': 'tiny'}}}}, or "
+            "the path of a YAML file"
+        )
     return dict(typed(written, kind))
 
 

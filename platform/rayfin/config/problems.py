@@ -140,6 +140,13 @@ def _key(location: tuple[int | str, ...], tree: Mapping[str, Any]) -> str:
 
 
 def _unknown(key: str, known: list[str]) -> str:
+    axes = "sweep.parameters."
+    if key in known or key.startswith(axes):  # the setting is known: its name was written with dots
+        names = key.split(".", 2) if key.startswith(axes) else key.split(".")
+        nested = "…"
+        for name in reversed(names):
+            nested = f"{{'{name}': {nested}}}"
+        return f"{key}: unknown key; write {nested}"
     if near := did_you_mean(key, known):
         return f"{key}: unknown key{near}"
     section, dot, _ = key.rpartition(".")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import types
 from collections.abc import Iterable, Mapping
@@ -99,9 +100,12 @@ def setting_type(kind: type[BaseModel], key: str) -> SettingType:
 def typed(value: Any, kind: type[BaseModel], wanted: SettingType | None = None) -> Any:
     """Return a value that `load_yaml` read with every scalar converted to its setting's type.
 
-    `wanted` is the type of the value, by default that of a whole configuration of `kind`.
+    `wanted` is the type of the value, by default that of a whole configuration of `kind`. In a
+    value that Python code made, paths become texts, ranges and arrays lists, and numpy's numbers
+    Python's.
     """
     wanted = wanted or SettingType(models=(kind,))
+    value = _plain(value)
     if isinstance(value, Mapping):
         if wanted.axes:
             inner = {k: typed(v, kind, _axis(setting_type(kind, str(k)))) for k, v in value.items()}
@@ -133,6 +137,16 @@ def typed_override(text: str, kind: type[BaseModel], key: str) -> Any:
     if text[:1] in ("'", '"') and text[-1] == text[0] and len(text) > 1:
         return load_yaml(text)
     return typed(UnquotedScalar(text), kind, wanted)
+
+
+def _plain(value: Any) -> Any:
+    """Return what YAML would have read in place of a path, a range, or an array or its number."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, range):
+        return list(value)
+    # Only numpy's numbers and arrays, torch's tensors and their like have it.
+    return value.tolist() if callable(getattr(value, "tolist", None)) else value
 
 
 _AXES = "sweep.parameters."
