@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import sys
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +19,28 @@ import transformers
 from rich.console import Console
 
 from rayfin import objectives
+from rayfin.advisor.estimate import estimate
+from rayfin.advisor.memory import memory_of
 from rayfin.cli.completion import SettingsCompleter
 from rayfin.cli.settings import settings_lines
 from rayfin.config import Config, build_config, dump_yaml, load_config, parse_yaml
 from rayfin.data.columns import COLUMNS
-from rayfin.errors import ConfigError, DataError
+from rayfin.errors import ConfigError, DataError, ModelError
 from rayfin.evaluation import SweepOutcome, write_sweep_report
+from rayfin.hardware import describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.metrics import METRICS, Score
+from rayfin.models import describe_model, write_tiny
 from rayfin.objectives import OBJECTIVES, Objective, register
 from rayfin.paths import Storage, StoragePath
 from rayfin.training import TrialSpec
 from rayfin.training.combination import check_combination
 from rayfin.training.spec import TrialLeft, TrialResult
+from rayfin.training.strategies import check_scaling
 from rayfin.training.trial import run_trial
 from rayfin.training.trial_cache import TrialCache
 from rayfin.tuning.plan import new_plan
+from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line, trials_table
 from rayfin.tuning.rows import started, with_result
 from rayfin.tuning.space import SearchSpace
@@ -145,12 +154,22 @@ class FirstToken(Objective):
 @pytest.fixture
 def first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A file more in rayfin/objectives, and nothing else."""
-    (tmp_path / "first_token.py").write_text(FIRST_TOKEN)
-    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(tmp_path)])
+    with one_more("first_token", FIRST_TOKEN, tmp_path, monkeypatch):
+        yield "first_token"
+
+
+@contextmanager
+def one_more(
+    name: str, source: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    (directory / f"{name}.py").write_text(source)
+    monkeypatch.setattr(objectives, "__path__", [*objectives.__path__, str(directory)])
+    before = set(METRICS)
     objectives.load_all()
-    yield "first_token"
-    del OBJECTIVES["first_token"], METRICS["first_right"]
-    del sys.modules["rayfin.objectives.first_token"]
+    yield
+    del OBJECTIVES[name], sys.modules[f"rayfin.objectives.{name}"]
+    for metric in set(METRICS) - before:
+        del METRICS[metric]
 
 
 @pytest.fixture
@@ -273,3 +292,181 @@ def test_an_objective_that_lacks_a_fact_or_a_metric_is_not_registered(first_toke
     with pytest.raises(TypeError, match="first_token is registered"):
         register(OBJECTIVES[first_token])
     assert list(OBJECTIVES) == before
+
+
+# --- an objective with a companion --------------------------------------------------------
+
+DISTILL = '''
+"""Distillation: what a teacher says of each labelled token."""
+
+import torch
+from torch.nn import functional
+
+from rayfin.metrics import Column, Score
+from rayfin.metrics import register as register_metric
+from rayfin.objectives.base import Companion, Objective, register
+from rayfin.objectives.tensors import count_labels, label_logits, pad, ratio_error, sum_by_row
+from rayfin.section import Section
+
+register_metric(
+    Score(
+        name="teacher_kl", label="KL from the teacher", better="less",
+        says="is {value} nats a token from its teacher", progress=Column("teacher_kl", 4),
+    )
+)
+
+computed = []
+
+
+class DistillSettings(Section):
+    teacher: str = "tiny"
+    """The model whose predictions are learned."""
+
+
+@register
+class Distill(Objective):
+    """KL(teacher || student) at every labelled token (Hinton et al. 2015)."""
+
+    name = "distill"
+    title = "distillation"
+    shapes = ("prompt_completion", "messages")
+    packing = False
+    metrics = ("teacher_kl",)
+    columns = ("kl", "tokens")
+    settings_class = DistillSettings
+
+    def companions(self):
+        return {"teacher": Companion(self.settings.teacher)}
+
+    def collate(self, samples, pad_token_id, *, packing=False):
+        return pad(samples, pad_token_id)
+
+    def count(self, batch):
+        return count_labels(batch)
+
+    def divergences(self, model, batch):
+        teacher = self.models["teacher"]
+        computed.append((id(self), id(teacher), teacher.training))
+        with torch.no_grad():
+            taught = label_logits(teacher, batch)[0].float().log_softmax(-1)
+        logits, _, rows = label_logits(model, batch)
+        said = logits.float().log_softmax(-1)
+        return functional.kl_div(said, taught, log_target=True, reduction="none").sum(-1), rows
+
+    def loss(self, model, batch):
+        return self.divergences(model, batch)[0].sum()
+
+    def score(self, model, batch):
+        divergences, rows = self.divergences(model, batch)
+        columns = (divergences, torch.ones_like(divergences))
+        return torch.stack([sum_by_row(each, rows, len(batch["labels"])) for each in columns], 1)
+
+    def scores(self, table):
+        return {"teacher_kl": float(table[:, 0].sum() / table[:, 1].sum())}
+
+    def change(self, table, base):
+        return {"teacher_kl_change_se": ratio_error((table - base)[:, 0], table[:, 1])}
+'''
+
+
+@pytest.fixture
+def distill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with one_more("distill", DISTILL, tmp_path, monkeypatch):
+        yield "distill"
+
+
+@pytest.fixture
+def teachers(tmp_path: Path) -> list[str]:
+    """The directories of a teacher, of a copy of it, and of another one."""
+    paths = [tmp_path / name for name in ("teacher", "copied", "other")]
+    write_tiny(paths[0], seed=1)
+    shutil.copytree(paths[0], paths[1])
+    write_tiny(paths[2], seed=2)
+    return [str(path) for path in paths]
+
+
+def test_a_teacher_is_loaded_once_for_the_trials_of_a_worker(
+    distill: str, teachers: list[str], data: str, tmp_path: Path
+) -> None:
+    assert list(lacks(distill)) == []
+    computed = sys.modules["rayfin.objectives.distill"].computed
+    cache = TrialCache()
+
+    def trained(name: str, leave_at: int | None = None, **more: Any) -> TrialResult:
+        config = configured(data, **{"train.stage": distill, "train.teacher": teachers[0]} | more)
+
+        def tell(result: TrialResult) -> None:
+            if result.metrics["steps"] == leave_at:
+                raise TrialLeft
+
+        computed.clear()
+        location = StoragePath(tmp_path / name)
+        result = run_trial(TrialSpec.of(config), tell, location=location, warm=cache)
+        assert (result.status, result.error) == ("finished", None)
+        # Base scores, losses and scores: of one object and one teacher, in eval mode.
+        assert len(set(computed)) == 1 and not computed[0][2]
+        return result
+
+    whole = trained("whole")
+    assert whole.metrics["teacher_kl"] < 0.9 * whole.metrics["base_teacher_kl"]
+    assert whole.scenario["companions"]["teacher"]["parameters"] > 0
+    trained("slow", **{"train.learning_rate": 1e-4})
+    assert (cache.loads, cache.companion_loads) == (1, 1)
+
+    with pytest.raises(TrialLeft):
+        trained("left", leave_at=4)
+    resumed = trained("left")
+    assert [p for p in resumed.curve if "loss" in p] == [p for p in whole.curve if "loss" in p]
+
+    hardware = describe_hardware()
+    of = {"train.stage": distill, "train.teacher": teachers[0]}
+    kept = cache.objective(TrialSpec.of(configured(data, **of)), hardware).models["teacher"]
+    assert not kept.training and not any(p.requires_grad for p in kept.parameters())
+    first = weakref.ref(kept)
+    del kept
+    other = trained("other", **{"train.teacher": teachers[2]})
+    assert other.metrics["base_teacher_kl"] != whole.metrics["base_teacher_kl"]
+    assert (cache.loads, cache.companion_loads) == (1, 2)
+    assert first() is None
+
+
+def test_the_content_of_a_teacher_is_a_part_of_what_a_trial_is(
+    distill: str,
+    teachers: list[str],
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    of = {"train.stage": distill, "sweep.parameters.train.teacher": [*teachers, "copied"]}
+    plan = new_plan(configured(data, **of), Storage.open(str(tmp_path / "runs")))
+    monkeypatch.chdir(tmp_path)
+    trials = [plan.trial({"train.teacher": name}) for name in (*teachers, "copied")]
+    first, copied, other, relative = (trial.fingerprint for trial in trials)
+    assert first == copied == relative != other
+    # Workers run in directories of their own.
+    assert trials[3].spec.train.model_dump()["teacher"] == teachers[1]
+    plain = new_plan(configured(data, **{"train.stage": "sft"}), plan.storage).trial({})
+    assert plain.fingerprint == plain.spec.fingerprint(
+        model_identity=plan.identity(plain.spec.model),
+        data_digest=plan.corpus(plain.spec.data).digest,
+    )
+
+
+def test_a_teacher_is_looked_for_and_counted_before_anything_starts(
+    distill: str, teachers: list[str], data: str, tmp_path: Path
+) -> None:
+    storage = Storage.open(str(tmp_path / "runs"))
+    missing = configured(
+        data, **{"train.stage": distill, "train.teacher": str(tmp_path / "missing")}
+    )
+    with pytest.raises(ModelError, match=r"^train.teacher: .*missing"):
+        check_run(new_plan(missing, storage), [missing], None)
+    config = configured(data, **{"train.stage": distill, "train.teacher": teachers[0]})
+    check_run(new_plan(config, storage), [config], None)
+    facts, hardware = describe_model(config.model), describe_hardware(False)
+    counted = estimate(config, facts, hardware).parts
+    alone = memory_of(config, facts, device="cpu")
+    assert counted.weights == alone.weights + 4 * describe_model(config.model).parameters
+    sharded = config.scaling.model_copy(update={"strategy": "deepspeed-zero3"})
+    with pytest.raises(ConfigError, match=r"zero3 can't train train.stage=distill: .* use ddp"):
+        check_scaling(config.model_copy(update={"scaling": sharded}))

@@ -16,6 +16,8 @@ from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.models.facts import ModelFacts
+from rayfin.training.companions import companion_facts
+from rayfin.training.sharding import frozen_bytes
 from rayfin.training.strategies import choose, needs_group
 
 if TYPE_CHECKING:
@@ -97,7 +99,7 @@ def estimate(
     `profile` tells how long the samples are; without it, all have `tokens` tokens, or else
     data.max_length, with a loss on every token. `price_per_hour` is that of all workers together,
     which share the memory of `hardware` if it has no GPU. Raises ConfigError for impossible
-    numbers.
+    numbers, and ModelError where a companion of the objective (a teacher, say) is not there.
     """
     if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
         raise ConfigError(f"price_per_hour={price_per_hour} must be 0 or more, or left out")
@@ -105,9 +107,10 @@ def estimate(
     lengths = (
         LengthFacts.of(profile) if profile is not None else LengthFacts(length, length, length, 1.0)
     )
-    config, why = _settled(config, facts, hardware)
+    companions = companion_facts(config.train, config.model)
+    config, why = _settled(config, facts, hardware, companions)
     machine = Machine(hardware.device, hardware.device_name, hardware.cpu_count)
-    this = MeasuredTrial(config, facts, machine, lengths)
+    this = MeasuredTrial(config, facts, machine, lengths, companions=companions)
     # What one process took says little of what several take that share; and a toy model's memory
     # and time are the interpreter's.
     alike = [
@@ -151,7 +154,9 @@ def estimate(
     )
 
 
-def _settled(config: Config, facts: ModelFacts, hardware: Hardware) -> tuple[Config, str | None]:
+def _settled(
+    config: Config, facts: ModelFacts, hardware: Hardware, companions: Iterable[ModelFacts]
+) -> tuple[Config, str | None]:
     """Return the configuration with the strategy that its workers would choose, and the reason."""
     scaling = config.scaling
     if not needs_group(scaling):
@@ -159,7 +164,10 @@ def _settled(config: Config, facts: ModelFacts, hardware: Hardware) -> tuple[Con
     if scaling.strategy != "auto":
         return config, "asked for"
     size, dtype = scaling.num_workers, config.model.dtype
-    strategy, why = choose(config.method, facts, hardware, workers=size, here=size, dtype=dtype)
+    beside = sum(frozen_bytes(one, dtype, hardware.device) for one in companions)
+    strategy, why = choose(
+        config.method, facts, hardware, workers=size, here=size, dtype=dtype, beside=beside
+    )
     named = scaling.model_copy(update={"strategy": strategy})
     return config.model_copy(update={"scaling": named}), why
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +71,7 @@ class _Scenario:
     model: ModelFacts
     hardware: Machine
     data: LengthFacts
+    companions: dict[str, ModelFacts] = field(default_factory=dict)
 
 
 _SCENARIO = TypeAdapter(_Scenario)
@@ -86,6 +87,8 @@ class MeasuredTrial:
     lengths: LengthFacts
     peak_memory_bytes: float | None = None
     seconds_per_step: float | None = None
+    companions: tuple[ModelFacts, ...] = ()
+    """The frozen models that the objective uses beside the one that is trained."""
 
     # The formulas' values are needed again for every estimate that a trial corrects.
     @cached_property
@@ -99,6 +102,7 @@ class MeasuredTrial:
             device=self.machine.device,
             tokens=self.lengths.longest_of(step * train.max_steps),
             completion_share=self.lengths.completion_share,
+            companions=self.companions,
         )
 
     @cached_property
@@ -146,6 +150,7 @@ def _measured(record: TrialRecord) -> MeasuredTrial | None:
             lengths=scenario.data,
             peak_memory_bytes=_positive(record.metrics, "peak_memory_bytes"),
             seconds_per_step=seconds / steps if seconds and steps else None,
+            companions=tuple(scenario.companions.values()),
         )
         return trial if _credible(trial) else None
     except (ValidationError, RayfinError, KeyError, ArithmeticError):

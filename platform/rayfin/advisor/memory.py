@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -10,7 +11,15 @@ from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.methods.layers import block_linears
 from rayfin.models.facts import ModelFacts
-from rayfin.training.sharding import SHARDS_WEIGHTS, WIDTH, Device, UnshardedBytes, base_width, held
+from rayfin.training.sharding import (
+    SHARDS_WEIGHTS,
+    WIDTH,
+    Device,
+    UnshardedBytes,
+    base_width,
+    frozen_bytes,
+    held,
+)
 from rayfin.training.strategies import share_of_step
 
 _FLOAT32 = 4
@@ -34,7 +43,7 @@ class MemoryParts:
     """The bytes at the peak, by their use."""
 
     weights: float
-    """The base model's weights as they are loaded."""
+    """The base model's weights as they are loaded, and those of the objective's companions."""
     adapter: float
     """What a method adds to the base model, in float32; 0 for full fine-tuning."""
     gradients: float
@@ -76,13 +85,15 @@ def memory_of(
     device: Device,
     tokens: int | None = None,
     completion_share: float = 1.0,
+    companions: Sequence[ModelFacts] = (),
 ) -> MemoryParts:
     """Return the most memory that a trial of `config` holds at once, on each of its workers.
 
     It is what `peak_memory_bytes` measures: on CPU the resident memory of the process, on CUDA what
     torch has allocated. `tokens` are those of the longest sample (data.max_length by default), and
-    `completion_share` is the share of tokens with a loss. scaling.strategy=auto counts as ddp;
-    `estimate` knows which one is chosen. Raises ConfigError for impossible numbers.
+    `completion_share` is the share of tokens with a loss. `companions` are the objective's,
+    which every worker holds whole. scaling.strategy=auto counts as ddp; `estimate` knows which one
+    is chosen. Raises ConfigError for impossible numbers.
     """
     if tokens is not None and tokens < 1:
         raise ConfigError(f"tokens={tokens} must be 1 or more, or left out")
@@ -96,6 +107,8 @@ def memory_of(
     if device == "cpu" and scaling.strategy in SHARDS_WEIGHTS:
         # A worker cuts its part from a whole base, whose memory the process keeps.
         share = share._replace(weights=share.weights + whole.weights)
+    beside = sum(frozen_bytes(one, config.model.dtype, device) for one in companions)
+    share = share._replace(weights=share.weights + beside)
     return MemoryParts(
         *share,
         activations=max(

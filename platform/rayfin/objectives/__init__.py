@@ -7,6 +7,7 @@ from typing import Any
 from rayfin.objectives.base import (
     DEFAULT,
     OBJECTIVES,
+    Companion,
     Objective,
     main_metric,
     register,
@@ -18,6 +19,7 @@ __all__ = [
     "DEFAULT",
     "OBJECTIVES",
     "SFT",
+    "Companion",
     "Objective",
     "load_all",
     "main_metric",

@@ -8,7 +8,7 @@ configuration (`train.stage`), the data, training, sweeps and reports find it. I
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from rayfin.methods.base import Incompatibility, MethodConfig
 from rayfin.metrics import METRICS, Score
@@ -24,6 +24,15 @@ Tokenize = Callable[[Sequence[Example]], list[TokenizedSample]]
 
 DEFAULT = "sft"
 """The objective of a configuration that names none."""
+
+
+class Companion(NamedTuple):
+    """A frozen model that an objective uses beside the one that is trained: a teacher, say."""
+
+    name: str
+    """A bundled model, a local directory or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
 
 
 class Objective:
@@ -56,6 +65,17 @@ class Objective:
     def __init__(self, settings: Any = None) -> None:
         """Take the section `train`, which has the settings of `settings_class`."""
         self.settings = self.settings_class() if settings is None else settings
+        self.models: Mapping[str, torch.nn.Module] = {}
+        """The companions, whole, frozen, in eval mode and on the trial's device. They are there
+        where the objective computes losses and scores, and not where it encodes samples."""
+
+    def companions(self) -> Mapping[str, Companion]:
+        """Return the companions that its settings ask for, by the setting that names each.
+
+        rayfin checks that they are there, loads each once for all trials of a worker, and counts
+        their memory. In a fingerprint their content stands in the place of their names.
+        """
+        return {}
 
     def refusals(self, method: MethodConfig) -> Iterator[Incompatibility]:
         """Yield what of its settings and the method's can't work together."""

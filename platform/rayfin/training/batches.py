@@ -12,7 +12,7 @@ from rayfin.data import TokenizedCorpus, TokenizedSample
 from rayfin.data.stream import plan_sample_ranges
 from rayfin.data.stream_reader import StreamReader
 from rayfin.heartbeat import beat
-from rayfin.objectives import Objective, objective_of
+from rayfin.objectives import Objective
 from rayfin.objectives.base import Batch
 from rayfin.samples import NO_LOSS
 from rayfin.training.spec import TrialSpec
@@ -51,12 +51,15 @@ def plan_samples(
 
 
 def samples_of(
-    spec: TrialSpec, data: TokenizedCorpus, share: Share, reader: StreamReader
+    spec: TrialSpec,
+    objective: Objective,
+    data: TokenizedCorpus,
+    share: Share,
+    reader: StreamReader,
 ) -> PlannedSamples | StreamedSamples:
     """The training samples of a trial, position by position; `reader` reads what is streamed."""
     train, stream = spec.train, data.stream
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    objective = objective_of(train)
     if stream is None:
         plan = plan_samples(
             [objective.length(sample) for sample in data.train],

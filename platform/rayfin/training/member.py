@@ -16,6 +16,8 @@ from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.heartbeat import pause, watched
 from rayfin.statuses import FAILED
+from rayfin.training.companions import companion_facts
+from rayfin.training.sharding import frozen_bytes
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, choose
 from rayfin.training.streams import read_on_ray
@@ -111,7 +113,13 @@ def decided(
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     facts, dtype = warm.facts(spec.model), spec.model.dtype
-    chosen = [choose(spec.method, facts, hardware, workers=group.size, here=here, dtype=dtype)]
+    companions = companion_facts(spec.train, spec.model)
+    beside = sum(frozen_bytes(one, dtype, hardware.device) for one in companions)
+    chosen = [
+        choose(
+            spec.method, facts, hardware, workers=group.size, here=here, dtype=dtype, beside=beside
+        )
+    ]
     if group.size > 1:
         dist.broadcast_object_list(chosen, src=0)
     strategy, why = chosen[0]

@@ -96,6 +96,12 @@ def base_width(method: MethodConfig, strategy: Strategy, dtype: str, device: Dev
     return _FLOAT32 if device == "cpu" else 2
 
 
+def frozen_bytes(facts: ModelFacts, dtype: str, device: Device) -> float:
+    """Return the bytes of a whole frozen model that is not quantised; `dtype` is model.dtype."""
+    width = WIDTH[dtype] if dtype != "auto" else _FLOAT32 if device == "cpu" else 2
+    return float(width * facts.parameters)
+
+
 def _ddp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
     """Returns what DDP holds: several workers gather gradients in buckets beside them."""
     return WorkerBytes(

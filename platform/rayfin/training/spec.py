@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
+from rayfin.objectives import objective_of
 from rayfin.paths import StoragePath
 from rayfin.statuses import Status
 
@@ -32,14 +33,17 @@ class TrialSpec(Section):
             model=config.model.model_copy(update={"name": absolute(config.model.name)}),
             data=config.data.model_copy(update={"path": absolute(config.data.path)}),
             method=config.method,
-            train=config.train,
+            train=absolute_companions(config.train),
         )
 
-    def fingerprint(self, *, model_identity: str, data_digest: str) -> str:
+    def fingerprint(
+        self, *, model_identity: str, data_digest: str, companions: Mapping[str, str] | None = None
+    ) -> str:
         """Names the computation, not where it runs: 16 hex digits.
 
         The model and the data enter by their content, not by their paths, and the batches by the
-        number of samples in an optimizer step, which any number of workers share.
+        number of samples in an optimizer step, which any number of workers share. `companions` are
+        the identities of the objective's, by the settings that name them.
         """
         train = self.train.model_dump(mode="json")
         samples = train.pop("per_device_train_batch_size") * train.pop(
@@ -49,6 +53,7 @@ class TrialSpec(Section):
             del train[name]  # how often one looks, not what is computed
         if self.train.lr_scheduler_type == "constant":  # it has no warmup
             train["warmup_ratio"] = TrainConfig().warmup_ratio
+        train |= companions or {}
         computation = {
             "model": [model_identity, self.model.dtype],
             "data": [data_digest, self.data.max_length],
@@ -57,6 +62,13 @@ class TrialSpec(Section):
         }
         text = json.dumps(computation, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def absolute_companions(train: TrainConfig) -> TrainConfig:
+    """Return the section with the local paths of the objective's companions made absolute."""
+    paths = {name: absolute(it.name) for name, it in objective_of(train).companions().items()}
+    own = {name: path for name, path in paths.items() if getattr(train, name, path) != path}
+    return train.model_copy(update=own) if own else train
 
 
 def absolute(name: str) -> str:

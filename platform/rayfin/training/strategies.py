@@ -16,6 +16,7 @@ from rayfin.config.schema import Strategy
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.models import ModelFacts
+from rayfin.objectives import objective_of
 from rayfin.training.sharding import UnshardedBytes, held
 from rayfin.training.strategy_files import deepspeed_settings, read_own
 
@@ -117,6 +118,12 @@ def check_scaling(config: Config) -> None:
         raise ConfigError(
             f"scaling.strategy={strategy} can't train method.type={config.method.type}{bits}: {why}"
         )
+    if strategy == "deepspeed-zero3" and objective_of(config.train).companions():
+        raise ConfigError(
+            f"scaling.strategy={strategy} can't train train.stage={config.train.stage}: every "
+            "worker needs the frozen models beside the trained one whole, and ZeRO-3 would shard "
+            "them; use ddp, fsdp, deepspeed-zero1 or deepspeed-zero2"
+        )
     if strategy.startswith("deepspeed") and not _installed("deepspeed"):
         raise ConfigError(
             f"scaling.strategy={strategy} needs DeepSpeed, which isn't installed; run: "
@@ -191,13 +198,14 @@ def choose(
     workers: int,
     here: int,
     dtype: str = "auto",
+    beside: float = 0.0,
 ) -> tuple[Strategy, str]:
     """Returns the simplest strategy that fits the memory of a worker, and why (for `auto`).
 
     `here`: how many of the `workers` share the memory of a machine that has no GPU; `dtype`: that
-    of the base, model.dtype. Activations are not counted, but have room left for them. Only what
-    `verified` holds for the device is chosen; for GPUs, while nothing was run on any, what it holds
-    for CPUs, and `why` says so.
+    of the base, model.dtype; `beside`: bytes of the objective's companions. Activations are not
+    counted, but have room left for them. Only what `verified` holds for the device is chosen; for
+    GPUs, while nothing was run on any, what it holds for CPUs, and `why` says so.
     """
     on_gpu = hardware.device == "cuda"
     memory = hardware.device_memory if on_gpu else hardware.host_memory / here
@@ -213,7 +221,7 @@ def choose(
     needs = {}
     for strategy in usable:
         whole = UnshardedBytes.of(method, facts, strategy, dtype, hardware.device)
-        needs[strategy] = sum(held(strategy, whole, workers=workers))
+        needs[strategy] = beside + sum(held(strategy, whole, workers=workers))
     room = memory * _ROOM
     size = f"about {{:.1f}} GB of each worker's {memory / 1e9:.1f} GB"
     for strategy in usable:

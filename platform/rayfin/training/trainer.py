@@ -21,7 +21,7 @@ from rayfin.compat.transformers import SteppedTrainer
 from rayfin.errors import TrialDiverged, TrialError
 from rayfin.heartbeat import beat, pause
 from rayfin.metrics import METRICS, Score
-from rayfin.objectives import Objective, objective_of
+from rayfin.objectives import Objective
 from rayfin.objectives.base import Batch
 from rayfin.objectives.tensors import adapter_disabled
 from rayfin.paths import StoragePath
@@ -65,7 +65,7 @@ class TrialTrainer(SteppedTrainer):
         checkpoints: StoragePath,
     ) -> None:
         train, planned, method = spec.train, data.planned, spec.method
-        self.objective: Objective = objective_of(train)
+        self.objective: Objective = data.objective
         self.trainable_parameters = sum(
             element_count(p) for p in model.parameters() if p.requires_grad
         )

@@ -21,7 +21,6 @@ from rayfin.heartbeat import beat, pause
 from rayfin.methods import attach, detach
 from rayfin.models import Base, import_bitsandbytes, locate
 from rayfin.models.ends import Ends
-from rayfin.objectives import objective_of
 from rayfin.paths import StoragePath, unfinished_writes, write_directory_whole, write_text
 from rayfin.statuses import Status
 from rayfin.training.checkpoint import (
@@ -31,6 +30,7 @@ from rayfin.training.checkpoint import (
     staging,
     vouch,
 )
+from rayfin.training.companions import of_companions
 from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout
@@ -82,12 +82,14 @@ def run_trial(
             if group.size > 1 or group.strategy != "ddp":
                 scenario["hardware"] |= {"strategy": group.strategy, "strategy_why": group.why}
                 scenario["hardware"] |= {"cpu_offload": group.cpu_offload}
+            if companions := of_companions(spec.train, spec.model, warm.facts):
+                scenario["companions"] = {key: it.as_dict() for key, it in companions.items()}
             scenario["data"] = warm.tokenized(spec).profile.as_dict()
         worker = _Worker(hardware, warm, group, warned)
         return _train(spec, report, location, worker, scenario)
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
-        warm.drop_base()
+        warm.drop_models()
         failure = _classify(error)
         log.debug("trial failed", exc_info=error)
         # It may have failed of just that: a full disk, say.
@@ -145,8 +147,9 @@ def _train(
         strategy = parallel_strategy(layout, hardware, spec.train)
         # Alone, the scores are kept from trial to trial; several workers share the work of them,
         # and a base that is to be sharded is not loaded whole for them.
+        objective = cache.objective(spec, hardware)  # before ZeRO-3, say, changes how models load
         alone = layout.size == 1 and not strategy.on_host
-        base_scores = cache.base_scores(spec, hardware) if alone else None
+        base_scores = cache.base_scores(spec, objective, hardware) if alone else None
         with strategy.loading():
             base = cache.base(spec, hardware, on_host=strategy.on_host)
 
@@ -154,7 +157,7 @@ def _train(
         trainer: TrialTrainer, status: Status, adapter: StoragePath | None = None
     ) -> TrialResult:
         metrics = {
-            **trainer.objective.all_scores(trainer.scores, trainer.base_scores),
+            **objective.all_scores(trainer.scores, trainer.base_scores),
             "train_seconds": trainer.train_seconds,
             "wall_seconds": time.perf_counter() - started,
             "tokens_per_second": trainer.tokens_per_second,
@@ -173,7 +176,7 @@ def _train(
             spec.method,
             spec.train.max_steps,
             locate(spec.model),
-            task_type=objective_of(spec.train).task_type,
+            task_type=objective.task_type,
             keep_dtype=strategy.keeps_dtype,
         )
     trainer: TrialTrainer | None = None
@@ -183,7 +186,8 @@ def _train(
             model,
             spec,
             TrialData(
-                planned=samples_of(spec, data, strategy.share, cache.reader(spec)),
+                objective=objective,
+                planned=samples_of(spec, objective, data, strategy.share, cache.reader(spec)),
                 held_out=data.eval,
                 pad_token_id=pad_token_id(tokenizer),
                 base_scores=base_scores,
@@ -198,7 +202,7 @@ def _train(
         resumed = _resumed(checkpoints, trainer)
         if resumed is None:
             beat("initializing the method", bulk=True)
-            initialize(model, spec, data, cache)
+            initialize(model, spec, objective, data, cache)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         adapter = _finish(trainer, model, tokenizer, data.ends, location, cache.origin(spec.model))
         checkpoints.remove_local_copy()

@@ -1,4 +1,4 @@
-"""What a worker keeps between trials: one base model, the tokenised data, the base's own scores."""
+"""What a worker keeps between trials: models, the tokenised data, and the base's own scores."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rayfin.hardware import Hardware
 from rayfin.heartbeat import beat
 from rayfin.models import Base, Head, ModelFacts, base_of, describe_model, load_base, load_tokenizer
 from rayfin.objectives import Objective, objective_of
+from rayfin.training.companions import companion_models, of_companions
 from rayfin.training.scoring import score
 from rayfin.training.spec import TrialSpec
 
@@ -33,7 +34,7 @@ class TrialCache:
     """Loads each thing when it is first asked for, and again only when something else was.
 
     A trial borrows the base model, attaches its method to it, and takes it off again; a trial
-    that changed the weights themselves, or failed on the way, calls `drop_base`.
+    that changed the weights themselves calls `drop_base`, one that failed `drop_models`.
     """
 
     def __init__(
@@ -52,6 +53,9 @@ class TrialCache:
         self._base_scores: dict[tuple[object, ...], torch.Tensor] = {}
         self.loads = 0
         """Base models loaded so far."""
+        self._companions: dict[tuple[str, str], PreTrainedModel] = {}
+        self.companion_loads = 0
+        """Companions of objectives loaded so far."""
 
     def facts(self, model: ModelConfig) -> ModelFacts:
         if model not in self._facts:
@@ -93,6 +97,34 @@ class TrialCache:
             return self._reader(spec.model, objective)
         return read_in_process(self.tokenizer(spec.model), objective)
 
+    def objective(self, spec: TrialSpec, hardware: Hardware) -> Objective:
+        """Return the objective of one trial with its companions loaded, whole on the device.
+
+        Companions of the trial before that this one doesn't have are dropped first.
+        """
+        objective = objective_of(spec.train)
+        configs = companion_models(spec.train, spec.model)
+        keys = {name: (it.model_dump_json(), hardware.device) for name, it in configs.items()}
+        kept = {key: model for key, model in self._companions.items() if key in keys.values()}
+        if len(kept) < len(self._companions):
+            self._drop_companions(kept)
+
+        def loaded(model: ModelConfig) -> PreTrainedModel:
+            key = (model.model_dump_json(), hardware.device)
+            if key not in self._companions:
+                beat("loading a companion of the objective", bulk=True)
+                self._companions[key] = load_base(model, None, hardware.device)
+                self.companion_loads += 1
+            return self._companions[key]
+
+        objective.models = of_companions(spec.train, spec.model, loaded)
+        return objective
+
+    def _drop_companions(self, kept: dict[tuple[str, str], PreTrainedModel]) -> None:
+        self._companions = kept
+        gc.unfreeze()  # a base that was loaded after them has frozen them, too
+        _collect()
+
     def base(
         self, spec: TrialSpec, hardware: Hardware, *, on_host: bool = False
     ) -> PreTrainedModel:
@@ -116,18 +148,25 @@ class TrialCache:
 
     def drop_base(self) -> None:
         """Forgets the base model and gives its memory back."""
-        import torch
-
         self._base = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _collect()
 
-    def base_scores(self, spec: TrialSpec, hardware: Hardware) -> torch.Tensor:
-        """Return the table of the untrained model's scores on the held-out samples."""
-        objective = objective_of(spec.train)
+    def drop_models(self) -> None:
+        """Forgets the base model and all companions and gives their memory back."""
+        if self._companions:
+            self._drop_companions({})
+        self.drop_base()
+
+    def base_scores(
+        self, spec: TrialSpec, objective: Objective, hardware: Hardware
+    ) -> torch.Tensor:
+        """Return the table of the untrained model's scores on the held-out samples.
+
+        `objective` is the trial's, with its companions.
+        """
         bits = spec.method.quantization_bit
-        key = (spec.model, bits, spec.data, hardware.device, objective.identity)
+        companions = tuple(companion_models(spec.train, spec.model).items())
+        key = (spec.model, bits, spec.data, hardware.device, objective.identity, companions)
         if key not in self._base_scores:
             self._base_scores[key] = score(
                 self.base(spec, hardware),
@@ -137,6 +176,14 @@ class TrialCache:
                 pad_token_id=pad_token_id(self.tokenizer(spec.model)),
             )
         return self._base_scores[key]
+
+
+def _collect() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rayfin.objectives import Objective
 from rayfin.samples import TokenizedSample
 from rayfin.training.batches import PlannedSamples, StreamedSamples
 
@@ -16,6 +17,8 @@ from rayfin.training.batches import PlannedSamples, StreamedSamples
 class TrialData:
     """What a trial is trained on, and what it is scored on."""
 
+    objective: Objective
+    """The one object of the trial, which has its companions."""
     planned: PlannedSamples | StreamedSamples
     held_out: list[TokenizedSample]
     pad_token_id: int

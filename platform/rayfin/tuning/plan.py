@@ -18,6 +18,7 @@ from rayfin.models import identity
 from rayfin.objectives import SFT, Objective, objective_of
 from rayfin.paths import Storage, StoragePath, write_text
 from rayfin.training import TrialSpec
+from rayfin.training.companions import of_companions
 from rayfin.training.spec import absolute
 from rayfin.tuning.space import SearchSpace, Values
 
@@ -76,6 +77,7 @@ class SweepPlan:
         fingerprint = spec.fingerprint(
             model_identity=self.identity(spec.model),
             data_digest=self.corpus(spec.data, objective_of(spec.train)).digest,
+            companions=of_companions(spec.train, spec.model, self.identity),
         )
         trial_id = f"{self.sweep_id}-{fingerprint[:8]}"
         location = self.storage.trial(self.sweep_id, fingerprint[:8])

@@ -15,6 +15,7 @@ from rayfin.hardware import describe_hardware
 from rayfin.methods import linear_names
 from rayfin.models import check_model, load_tokenizer, max_positions, meta_model, weight_names
 from rayfin.objectives import objective_of
+from rayfin.training.companions import of_companions
 from rayfin.tuning.plan import SweepPlan
 
 
@@ -39,6 +40,10 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
         if first_time(config.model, config.method.quantization_bit):
             check_model(config.model, config.method.quantization_bit)
             plan.identity(config.model)
+        if first_time(config.model, objective.identity):
+            # Their content, too, is read: it enters each trial's fingerprint.
+            of_companions(config.train, config.model, lambda model: check_model(model, None))
+            of_companions(config.train, config.model, plan.identity)
         method = config.method.model_dump_json()  # a mapping among its settings has no hash
         if first_time(config.model, method):
             _check_modules(config)

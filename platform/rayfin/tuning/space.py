@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rayfin.config import Config, MethodConfig, Space, TrainConfig, with_values
 from rayfin.methods import METHODS
 from rayfin.training import TrialSpec
+from rayfin.training.spec import absolute_companions
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -154,8 +155,8 @@ class SearchSpace:
         if any(axis.startswith(("model.", "data.")) for axis in values):
             return TrialSpec.of(config)
         # Their paths are absolute already: nothing is asked of the file system.
-        base = self._base
-        return TrialSpec(model=base.model, data=base.data, method=config.method, train=config.train)
+        base, train = self._base, absolute_companions(config.train)
+        return TrialSpec(model=base.model, data=base.data, method=config.method, train=train)
 
     @cached_property
     def _base(self) -> TrialSpec:
