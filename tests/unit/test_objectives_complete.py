@@ -422,6 +422,7 @@ def test_a_teacher_is_loaded_once_for_the_trials_of_a_worker(
     of = {"train.stage": distill, "train.teacher": teachers[0]}
     kept = cache.objective(TrialSpec.of(configured(data, **of)), hardware).models["teacher"]
     assert not kept.training and not any(p.requires_grad for p in kept.parameters())
+    kept.itself = [kept]  # only the collector frees what is in a cycle
     first = weakref.ref(kept)
     del kept
     other = trained("other", **{"train.teacher": teachers[2]})
@@ -444,7 +445,9 @@ def test_the_content_of_a_teacher_is_a_part_of_what_a_trial_is(
     first, copied, other, relative = (trial.fingerprint for trial in trials)
     assert first == copied == relative != other
     # Workers run in directories of their own.
-    assert trials[3].spec.train.model_dump()["teacher"] == teachers[1]
+    alone = TrialSpec.of(configured(data, **{"train.stage": distill, "train.teacher": "copied"}))
+    for spec in (trials[3].spec, alone):
+        assert spec.train.model_dump()["teacher"] == teachers[1]
     plain = new_plan(configured(data, **{"train.stage": "sft"}), plan.storage).trial({})
     assert plain.fingerprint == plain.spec.fingerprint(
         model_identity=plan.identity(plain.spec.model),
@@ -467,6 +470,10 @@ def test_a_teacher_is_looked_for_and_counted_before_anything_starts(
     counted = estimate(config, facts, hardware).parts
     alone = memory_of(config, facts, device="cpu")
     assert counted.weights == alone.weights + 4 * describe_model(config.model).parameters
+    (Path(teachers[1]) / "tokenizer.json").unlink()
+    broken = configured(data, **{"train.stage": distill, "train.teacher": teachers[1]})
+    with pytest.raises(ModelError, match=r"^train.teacher: the tokenizer in "):
+        check_run(new_plan(broken, storage), [broken], None)
     sharded = config.scaling.model_copy(update={"strategy": "deepspeed-zero3"})
     with pytest.raises(ConfigError, match=r"zero3 can't train train.stage=distill: .* use ddp"):
         check_scaling(config.model_copy(update={"scaling": sharded}))
