@@ -18,7 +18,7 @@ class Scene:
         self.nodes: list[dict[str, float]] = []
         self.now = 0.0
         self.told: list[str] = []
-        self.stranded = LostNodeWatch(
+        self.watch = LostNodeWatch(
             need,
             self.told.append,
             processes=processes,
@@ -29,7 +29,7 @@ class Scene:
     def wait(self, seconds: float, *, running: bool = False) -> None:
         for _ in range(int(seconds / 5)):
             self.now += 5
-            self.stranded.look(running=running)
+            self.watch.look(running=running)
 
 
 def test_nodes_too_small_for_a_trial_are_waited_for_and_then_given_up() -> None:

@@ -208,12 +208,18 @@ def _sweep_table(sweeps: list[SweepSummary]) -> TextTable | str:
         return "no sweeps"
     from rayfin.tables import TableColumn, TextTable
 
+    usual = all(sweep.best_metric == "eval_loss" for sweep in sweeps)
+
+    def best(sweep: SweepSummary) -> str:
+        value = _figure(sweep.best_value, ".4f")
+        return value if usual or sweep.best_value is None else f"{sweep.best_metric} {value}"
+
     columns = [
         TableColumn("sweep"),
         TableColumn("started", leaves=2),
         TableColumn("trials", right=True),
         TableColumn("counts", folds=True, leaves=1),
-        TableColumn("best loss", right=True),
+        TableColumn("best loss" if usual else "best score", right=True),
         TableColumn("best trial", leaves=1),
     ]
     rows = [
@@ -222,7 +228,7 @@ def _sweep_table(sweeps: list[SweepSummary]) -> TextTable | str:
             f"{sweep.created_at:%Y-%m-%d %H:%M}",
             str(sweep.trials),
             ", ".join(f"{count} {status}" for status, count in sweep.counts.items()),
-            _figure(sweep.best_value, ".4f"),
+            best(sweep),
             sweep.best_trial_id or "-",
         ]
         for sweep in sweeps

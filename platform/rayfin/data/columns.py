@@ -74,7 +74,7 @@ _LABELS = (
     "which answers are good, or which class a text is of, can't be trained on yet; take the bad "
     "answers out"
 )
-_PAIRS = "preference pairs can't be trained on yet"
+_PAIRS = "rows of this format can't be preference pairs"
 _TEMPLATE = "options of the chat template can't be given by the data yet"
 _PARTIAL = "only whole turns can be left out of the learning (weight: 0)"
 _CHOICES = "is a part of the question that this format has no place for; put it into the question"

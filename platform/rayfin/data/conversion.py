@@ -13,6 +13,7 @@ from rayfin.data.columns import (
     RowReader,
     UnsupportedContent,
     ignore_setting,
+    is_blank,
     names_in,
 )
 from rayfin.data.rows import BadRow, Row
@@ -167,6 +168,13 @@ def alternative_to(split: Split, selection: SplitSelection) -> str:
     return f"; data.split={selection.train.name} evaluates on rows held out of training instead"
 
 
+def _has_pair(row: object, ignore: frozenset[str]) -> bool:
+    """Return whether both answers of a preference pair are there, readable or not."""
+    return isinstance(row, Mapping) and not any(
+        name in ignore or is_blank(row.get(name), text=True) for name in COLUMNS["preference"]
+    )
+
+
 def detect_shape(rows: Sequence[Row], config: DataConfig) -> str:
     """Return `data.format`, or for `auto` the format of the first row that has one.
 
@@ -177,7 +185,8 @@ def detect_shape(rows: Sequence[Row], config: DataConfig) -> str:
     ignore = frozenset(config.ignore_columns)
     for row in rows:
         if row.problem is None and (shape := fitting_shape(row.value, ignore)):
-            return shape
+            # A pair that can't be read is no conversation, whatever else its row has.
+            return "preference" if _has_pair(row.value, ignore) else shape
     # Nothing fits: say what is wrong by the shape that the first row seems to be meant as.
     first = rows[0]
     if first.problem is None and (near := nearest_shape(first.value, ignore)):

@@ -22,6 +22,8 @@ from rayfin.history.connect import (
 )
 from rayfin.history.record import TrialRecord, finite
 from rayfin.history.tables import TRIALS
+from rayfin.metrics import score_of
+from rayfin.objectives import main_metric, stage_of
 from rayfin.statuses import STATUSES, Status
 
 
@@ -37,6 +39,8 @@ class SweepSummary:
     best_trial_id: str | None
     best_value: float | None
     """The value of the metric in the best finished trial."""
+    best_metric: str
+    """The name of the metric."""
 
     @property
     def trials(self) -> int:
@@ -212,12 +216,24 @@ class History:
         return count, str(first), str(last), int(total or 0)
 
     def sweeps(
-        self, *, metric: str = "eval_loss", mode: Literal["min", "max"] = "min"
+        self, *, metric: str | None = None, mode: Literal["min", "max"] | None = None
     ) -> list[SweepSummary]:
-        """Return all sweeps, the oldest first; `metric` and `mode` determine the best trial."""
+        """Return all sweeps, the oldest first; `metric` and `mode` determine the best trial.
+
+        Left out, the metric is the main score of the objective of the sweep's first trial, and the
+        mode is where better values of the metric lie.
+        """
         columns = [
             TRIALS.c[n]
-            for n in ("sweep_id", "trial_id", "status", "created_at", "updated_at", "metrics")
+            for n in (
+                "sweep_id",
+                "trial_id",
+                "status",
+                "created_at",
+                "updated_at",
+                "metrics",
+                "spec",
+            )
         ]
         rows: dict[str, list[Any]] = {}
         with database_errors(self._url), self._engine.connect() as connection:
@@ -281,8 +297,12 @@ def _same(one: TrialRecord, other: TrialRecord, ignoring: Collection[str]) -> bo
 
 
 def _summary(
-    sweep_id: str, rows: list[Any], metric: str, mode: Literal["min", "max"]
+    sweep_id: str, rows: list[Any], metric: str | None, mode: Literal["min", "max"] | None
 ) -> SweepSummary:
+    if metric is None:
+        spec = rows[0].spec
+        metric = main_metric(stage_of(spec if isinstance(spec, Mapping) else {}))
+    mode = mode or score_of(metric).direction
     counts = Counter(row.status for row in rows)
     measured = [
         (value, row.trial_id)
@@ -298,4 +318,5 @@ def _summary(
         counts={status: counts[status] for status in STATUSES if counts[status]},
         best_trial_id=trial_id,
         best_value=value,
+        best_metric=metric,
     )

@@ -8,10 +8,10 @@ configuration (`train.stage`), the data, training, sweeps and reports find it. I
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, cast
 
 from rayfin.methods.base import Incompatibility, MethodConfig
-from rayfin.metrics import METRICS, Score
+from rayfin.metrics import BASE, METRICS, Score
 from rayfin.samples import NO_LOSS, Example, TokenizedSample
 from rayfin.section import Section
 
@@ -57,6 +57,10 @@ class Objective:
 
     settings_class: ClassVar[type[Section]] = Section
     """Settings of its own, which stand under `train` beside those of every objective."""
+    data_settings: ClassVar[tuple[str, ...] | None] = None
+    """Those of `settings_class` on which its tokens depend (`encode`, `truncate`); None is all."""
+    score_settings: ClassVar[tuple[str, ...] | None] = None
+    """Those on which the scores of a model depend that was not trained; None is all."""
     task_type: ClassVar[str] = "CAUSAL_LM"
     """PEFT's task type."""
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -83,9 +87,17 @@ class Objective:
 
     @property
     def identity(self) -> str:
-        """The same for objectives that make the same of the same data: name and own settings."""
-        own = {name: getattr(self.settings, name) for name in self.settings_class.model_fields}
-        return f"{self.name} {own}"
+        """The same for objectives that make the same tokens of the same data."""
+        return self._identity(self.data_settings)
+
+    @property
+    def score_identity(self) -> str:
+        """The same for objectives that give a model the same scores on the same tokens."""
+        return self._identity(self.score_settings)
+
+    def _identity(self, names: Iterable[str] | None) -> str:
+        names = self.settings_class.model_fields if names is None else names
+        return f"{self.name} { {name: getattr(self.settings, name) for name in names} }"
 
     def base_settings(self, examples: Iterable[Example]) -> dict[str, Any]:
         """Return what the base model's configuration is told beside its own: `num_labels`, say.
@@ -105,9 +117,13 @@ class Objective:
         return truncated(sample, max_length)
 
     def without_loss(self, sample: TokenizedSample) -> TokenizedSample:
-        """Return a sample of two tokens that stands in a plan for one that has nothing to learn."""
-        ids = sample["input_ids"][:2]
-        return {"input_ids": ids, "labels": [NO_LOSS] * len(ids)}
+        """Return a sample of two tokens that stands in a plan for one that has nothing to learn.
+
+        It has the lists of a sample that `truncate` returns; here they are all those of `sample`.
+        """
+        short: Any = {name: values[:2] for name, values in dict[str, Any](sample).items()}
+        short["labels"] = [NO_LOSS] * len(short["labels"])
+        return cast(TokenizedSample, short)
 
     def length(self, sample: TokenizedSample) -> int:
         """Return the number of tokens that the model computes for the sample."""
@@ -116,7 +132,11 @@ class Objective:
     def collate(
         self, samples: Sequence[TokenizedSample], pad_token_id: int, *, packing: bool = False
     ) -> Batch:
-        """Return the samples as the tensors of one batch."""
+        """Return the samples as the tensors of one batch.
+
+        `input_ids` and `attention_mask`, [rows, tokens], are among them unless `packing`: a method
+        that takes its first weights from the data (EVA) calls the model with these two.
+        """
         raise NotImplementedError
 
     # --- training -----------------------------------------------------------------------------
@@ -161,7 +181,7 @@ class Objective:
         """Return the scores of a model and of its base (`base_<metric>`), and `change`."""
         found = {} if table is None else self.scores(table)
         if base is not None:
-            found |= {f"base_{name}": value for name, value in self.scores(base).items()}
+            found |= {f"{BASE}{name}": value for name, value in self.scores(base).items()}
             found |= {} if table is None else self.change(table, base)
         return found
 

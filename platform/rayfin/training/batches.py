@@ -11,6 +11,7 @@ import torch
 from rayfin.data import TokenizedCorpus, TokenizedSample
 from rayfin.data.stream import plan_sample_ranges
 from rayfin.data.stream_reader import StreamReader
+from rayfin.errors import DataError
 from rayfin.heartbeat import beat
 from rayfin.objectives import Objective
 from rayfin.objectives.base import Batch
@@ -187,18 +188,29 @@ def batches_from_start(
 ) -> Iterator[Batch]:
     """Yield padded batches of `samples` in their order, over and over, until nobody asks.
 
-    Each has as few samples as have `labelled` tokens with a loss, or all that there are.
+    Each has as few samples as have `labelled` tokens with a loss; where all have fewer, some of
+    them again. Raises DataError where none of the samples has a token with a loss.
     """
     batch: list[TokenizedSample] = []
+    waiting = 0  # tokens with a loss in `batch`
     while True:
+        found = False
         for position in range(len(samples)):
-            batch.append(samples[position])
-            tokens = sum(label != NO_LOSS for sample in batch for label in sample["labels"])
-            if tokens >= labelled:
+            sample = samples[position]
+            batch.append(sample)
+            learned = sum(label != NO_LOSS for label in sample["labels"])
+            waiting, found = waiting + learned, found or learned > 0
+            if waiting >= labelled:
                 beat("initializing the method")
                 yield objective.collate(batch, pad_token_id)
-                batch = []
+                batch, waiting = [], 0
         samples.close()
+        if not found:
+            raise DataError(
+                f"data.max_length: no answer begins within it in the {len(samples)} samples that "
+                "the method takes its first weights from; raise data.max_length, or "
+                "train.max_steps for more samples"
+            )
 
 
 class Collator:

@@ -6,10 +6,11 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
+from rayfin.data.conversion import check_shape
 from rayfin.data.stream_reader import StreamReader, read_in_process
 from rayfin.hardware import Hardware
 from rayfin.heartbeat import beat
@@ -22,6 +23,13 @@ from rayfin.training.spec import TrialSpec
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_MOST_KEPT = 8
+"""A sweep over a setting on which the data depends would fill the memory, trial by trial."""
 
 
 @dataclass
@@ -76,19 +84,24 @@ class TrialCache:
 
     def corpus(self, spec: TrialSpec) -> Corpus:
         """Return the samples of a trial's data."""
+        objective = objective_of(spec.train)
         if spec.data not in self._corpora:
-            self._corpora[spec.data] = load_corpus(spec.data, objective_of(spec.train))
+            self._corpora[spec.data] = load_corpus(spec.data, objective)
+        # It may have been read for another objective.
+        check_shape(spec.data, self._corpora[spec.data].shape, objective)
         return self._corpora[spec.data]
 
     def tokenized(self, spec: TrialSpec) -> TokenizedCorpus:
         objective = objective_of(spec.train)
         key = (spec.data, spec.model, objective.identity)
-        if key not in self._tokenized:
+
+        def tokenize() -> TokenizedCorpus:
             beat("reading and tokenising the data", bulk=True)
-            self._tokenized[key] = tokenize_corpus(
+            return tokenize_corpus(
                 self.corpus(spec), self.tokenizer(spec.model), spec.data.max_length, objective
             )
-        return self._tokenized[key]
+
+        return _kept(self._tokenized, key, tokenize)
 
     def reader(self, spec: TrialSpec) -> StreamReader:
         """Return what reads streamed data for a trial."""
@@ -166,16 +179,27 @@ class TrialCache:
         """
         bits = spec.method.quantization_bit
         companions = tuple(companion_models(spec.train, spec.model).items())
-        key = (spec.model, bits, spec.data, hardware.device, objective.identity, companions)
-        if key not in self._base_scores:
-            self._base_scores[key] = score(
+        own = (objective.identity, objective.score_identity, companions)
+        key = (spec.model, bits, spec.data, hardware.device, *own)
+
+        def compute() -> torch.Tensor:
+            return score(
                 self.base(spec, hardware),
                 self.tokenized(spec).eval,
                 objective,
                 batch_size=spec.train.per_device_eval_batch_size,
                 pad_token_id=pad_token_id(self.tokenizer(spec.model)),
             )
-        return self._base_scores[key]
+
+        return _kept(self._base_scores, key, compute)
+
+
+def _kept(cache: dict[K, V], key: K, make: Callable[[], V]) -> V:
+    """Return the value of `key`, made where the cache lacks it; the oldest of many values goes."""
+    cache[key] = cache.pop(key) if key in cache else make()
+    while len(cache) > _MOST_KEPT:
+        del cache[next(iter(cache))]
+    return cache[key]
 
 
 def _collect() -> None:

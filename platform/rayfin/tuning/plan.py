@@ -13,6 +13,7 @@ from typing import Any
 
 from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config
 from rayfin.data import Corpus, load_corpus
+from rayfin.data.conversion import check_shape
 from rayfin.errors import RayfinError
 from rayfin.models import identity
 from rayfin.objectives import SFT, Objective, objective_of
@@ -84,11 +85,16 @@ class SweepPlan:
         return PlannedTrial(trial_id, fingerprint, values, spec, location)
 
     def corpus(self, data: DataConfig, objective: Objective = SFT) -> Corpus:
-        """Return the samples of a data set, for trials of an objective."""
+        """Return the samples of a data set, for trials of an objective.
+
+        Raises DataError for rows of a format that the objective can't train on.
+        """
         if data not in self.corpora:
             # Samples are the same at any length, and by any path: the data is read once.
             read = (c for d, c in self.corpora.items() if _samples(d) == _samples(data))
             self.corpora[data] = next(read, None) or load_corpus(data, objective)
+        # It may have been read for another objective.
+        check_shape(data, self.corpora[data].shape, objective)
         return self.corpora[data]
 
     @property

@@ -15,7 +15,7 @@ from rayfin.hardware import describe_hardware
 from rayfin.methods import linear_names
 from rayfin.models import check_model, load_tokenizer, max_positions, meta_model, weight_names
 from rayfin.objectives import objective_of
-from rayfin.training.companions import of_companions
+from rayfin.training.companions import companion_models, of_companions
 from rayfin.tuning.plan import SweepPlan
 
 
@@ -40,7 +40,7 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
         if first_time(config.model, config.method.quantization_bit):
             check_model(config.model, config.method.quantization_bit)
             plan.identity(config.model)
-        if first_time(config.model, objective.identity):
+        if first_time(config.model, tuple(companion_models(config.train, config.model).items())):
             # Their content, too, is read: it enters each trial's fingerprint.
             of_companions(config.train, config.model, lambda model: check_model(model, None))
             of_companions(config.train, config.model, plan.identity)

@@ -10,6 +10,7 @@ from typing import Any
 from rayfin.config import Config, Space, format_value, leaf_names
 from rayfin.errors import ConfigError, MethodError, did_you_mean, listed
 from rayfin.methods import METHODS
+from rayfin.objectives import OBJECTIVES
 from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
 from rayfin.tuning.space import (
@@ -49,9 +50,13 @@ def check_space(space: SearchSpace) -> None:
 
 
 def variants(space: SearchSpace) -> list[Config]:
-    """Return trials in which every method, model, data set and setting of them comes with every
-    other."""
-    return [space.config_of(values) for values in _probed(space, ("model", "data", "method"))]
+    """Return trials in which every method, model, data set, objective and setting of them comes
+    with every other."""
+    own = ["train.stage"]
+    for objective in OBJECTIVES.values():
+        own += [f"train.{name}" for name in objective.settings_class.model_fields]
+    sections = ("model", "data", "method", *own)
+    return [space.config_of(values) for values in _probed(space, sections)]
 
 
 def space_notes(space: SearchSpace) -> list[str]:
@@ -169,14 +174,14 @@ def _check_point(space: SearchSpace, values: Values) -> None:
 
 
 def _probed(space: SearchSpace, sections: Sequence[str] = SWEPT_SECTIONS) -> Iterator[Values]:
-    """Yield points of every method in which each two values of two axes of `sections` come
-    together."""
+    """Yield points of every method in which each two values of two axes come together that are in
+    `sections`, by their own name or by that of their section."""
     for method in space.methods:
         probes = {axis: _probes(choices) for axis, choices in space.axes_of(method).items()}
         first = {axis: values[0] for axis, values in probes.items()}
         first |= {METHOD: method} if space.sweeps_methods else {}
         yield first
-        varied = [name for name in probes if name.partition(".")[0] in sections]
+        varied = [name for name in probes if {name, name.partition(".")[0]} & {*sections}]
         for count in (1, 2):
             for names in itertools.combinations(varied, count):
                 for values in itertools.product(*(probes[name][1:] for name in names)):
