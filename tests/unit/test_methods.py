@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from itertools import repeat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from peft import PeftModel
 from pydantic import TypeAdapter
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from rayfin.config import Config, MethodConfig, ModelConfig, build_config
 from rayfin.errors import ConfigError, MethodError
@@ -25,6 +27,8 @@ from rayfin.methods import (
     load_training_state,
     training_state,
 )
+from rayfin.methods.attach import _compute_in_float32
+from rayfin.methods.initialization import check_rooms
 from rayfin.models import load_base, locate
 from rayfin.training.combination import check_combination
 from rayfin.training.strategies import refusal
@@ -266,6 +270,11 @@ def test_a_quantised_module_is_not_trained_whole(bits: Bits) -> None:
         ({"type": "loha"}, "type=loha can't adapt 'transformer.h.0.attn.c_attn', a Conv1D"),
         ({"type": "oft"}, "type=oft can't adapt 'transformer.h.0.attn.c_attn', a Conv1D"),
         ({"type": "lora", "init_lora_weights": "olora"}, "can't decompose .*; use pissa"),
+        ({"type": "qlora", "init_lora_weights": "loftq"}, "lost part .* can't compute; use eva"),
+        (
+            {"type": "qlora", "init_lora_weights": "loftq", "target_modules": ["attn.c_proj"]},
+            "loftq: 'transformer.h.0.attn.c_proj' is a Conv1D .* use eva, or leave it out",
+        ),
     ],
 )
 def test_what_cannot_adapt_conv1d_says_so_of_a_model_without_weights(
@@ -278,6 +287,15 @@ def test_what_cannot_adapt_conv1d_says_so_of_a_model_without_weights(
     with pytest.raises(MethodError, match=said):
         method(**settings).check_base(base)
     method("lora", init_lora_weights="pissa", modules_to_save=["ln_f"]).check_base(base)
+
+
+def test_a_quantised_conv1d_is_known_for_one() -> None:
+    """Transformers puts a layer of bitsandbytes in its place, whose weight is transposed."""
+    proxy = torch.nn.Linear(8, 8)
+    proxy.source_cls = Conv1D  # type: ignore[assignment]
+    with pytest.raises(MethodError, match="loftq: 'c_proj' is a Conv1D"):
+        check_rooms("loftq", {"c_proj": proxy}, lambda _: 4)
+    check_rooms("eva", {"c_proj": proxy}, lambda _: 4)
 
 
 def test_loftq_makes_up_for_most_of_what_four_bits_lost() -> None:
@@ -317,6 +335,17 @@ def test_a_module_that_is_trained_whole_stands_in_a_base_of_another_type(names: 
     train(model, settings, 0, 2)
     detach(model)
     assert_same(before, snapshot(base))
+
+
+def test_a_module_that_is_trained_whole_is_computed_in_the_type_that_it_was_cast_to() -> None:
+    """DeepSpeed casts the whole model to bfloat16 once the adapter is attached."""
+    own = torch.nn.Linear(4, 4)
+    wrapper = SimpleNamespace(
+        modules_to_save={"default": own}, original_module=torch.nn.Linear(4, 4).bfloat16()
+    )
+    _compute_in_float32(wrapper)
+    inputs = torch.ones(1, 4, dtype=torch.bfloat16)
+    assert own(inputs).dtype == own.bfloat16()(inputs).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("pattern", ["q_proj|k_proj", ".*", ""])

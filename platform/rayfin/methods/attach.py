@@ -134,11 +134,13 @@ def _saved_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def _compute_in_float32(wrapper: Any) -> None:
-    """Let a trained copy of a module stand in a base of any type: its weights are float32."""
+    """Let a trained copy of a module, whose weights are float32, stand in a base of any type."""
     own, dtype = wrapper.modules_to_save[ADAPTER], wrapper.original_module.weight.dtype
 
-    def widen(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(arg.float() if arg.is_floating_point() else arg for arg in args)
+    def widen(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # DeepSpeed casts the copy to 16 bits later, and keeps float32 ones aside.
+        current: Any = module.weight.dtype
+        return tuple(arg.to(current) if arg.is_floating_point() else arg for arg in args)
 
     if dtype.itemsize < own.weight.dtype.itemsize:
         own.register_forward_pre_hook(widen)

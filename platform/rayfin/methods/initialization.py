@@ -30,10 +30,17 @@ _MOST_BATCHES = 1000
 def check_rooms(kind: str, linears: Mapping[str, Any], rank_of: Callable[[str], int]) -> None:
     """Raise MethodError for a layer that has fewer such matrices' rows than its rank.
 
-    And for OLoRA of a Conv1D, whose weight PEFT would take for its transpose.
+    It is raised for OLoRA and LoftQ of a Conv1D, too, whose weight lies transposed in the file.
     """
     for name, module in linears.items():
         conv1d = type(module).__name__ == "Conv1D"
+        # Once it is quantised, bitsandbytes' layer stands in its place, and says of which it was.
+        stored = getattr(module, "source_cls", type(module)).__name__
+        if stored == "Conv1D" and kind == "loftq":
+            raise MethodError(
+                f"method.init_lora_weights=loftq: {name!r} is a Conv1D as models like GPT-2 have "
+                "them, whose lost part rayfin can't compute; use eva, or leave it out"
+            )
         if conv1d and kind == "olora":
             raise MethodError(
                 f"method.init_lora_weights=olora: PEFT can't decompose {name!r}, a Conv1D as "
