@@ -123,7 +123,7 @@ def plain_peft_loss(trial: TrialRecord, adapter: str) -> float:
     base = load_base(spec.model, spec.method.quantization_bit, "cpu")
     adapted = PeftModel.from_pretrained(base, adapter)
     scores = score(adapted, samples, SFT, batch_size=8, pad_token_id=tokenizer.pad_token_id)
-    return scores.metrics()["eval_loss"]
+    return SFT.scores(scores)["eval_loss"]
 
 
 def test_a_trial_that_cannot_fit_or_runs_out_of_memory_costs_no_other(

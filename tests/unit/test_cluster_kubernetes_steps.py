@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rayfin.config import Config, load_config, load_serve_config, parse_yaml
+from rayfin.config import Config, load_config, load_serve_config
 from rayfin.history.connect import parse_url
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def swept(command: str) -> Config:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return load_config(parse_yaml(module.DEFAULTS, "defaults"), settings)
+    return load_config(module.CONFIG, settings)
 
 
 def test_the_sweep_waits_for_as_many_gpus_as_may_come() -> None:
