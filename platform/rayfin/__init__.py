@@ -12,7 +12,7 @@ from rayfin.version import __version__ as __version__
 if TYPE_CHECKING:
     from rayfin.advisor.answer import Recommendation as Recommendation
     from rayfin.advisor.estimate import Estimate as Estimate
-    from rayfin.cli.script import script as script
+    from rayfin.cli.scripts import script as script
     from rayfin.config import Config as Config
     from rayfin.config import ServeConfig as ServeConfig
     from rayfin.config import Space as Space
@@ -46,7 +46,7 @@ _MODULES = {
     "open_history": "rayfin.library.stores",
     "open_registry": "rayfin.library.stores",
     "recommend": "rayfin.library.advice",
-    "script": "rayfin.cli.script",
+    "script": "rayfin.cli.scripts",
     "serve": "rayfin.library.deployments",
     "sweep": "rayfin.library.trials",
     "train": "rayfin.library.trials",
@@ -63,4 +63,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    own = {name for name in globals() if name.startswith("_")}
+    return sorted({*own, *_MODULES})

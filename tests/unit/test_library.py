@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import json
 import runpy
 import sys
@@ -31,7 +32,7 @@ def test_what_type_checkers_know_is_what_there_is() -> None:
     assert imported == rayfin._MODULES
     for name, module in imported.items():
         assert getattr(rayfin, name) is getattr(sys.modules[str(module)], name)  # type: ignore[index]
-    assert imported.keys() <= set(dir(rayfin))
+    assert imported.keys() == {name for name in dir(rayfin) if not name.startswith("_")}
     with pytest.raises(AttributeError, match="no attribute 'sweeep'"):
         _ = rayfin.sweeep  # type: ignore[attr-defined]
 
@@ -72,7 +73,10 @@ def test_without_progress_nothing_is_shown_and_nothing_is_lost(
     rayfin.estimate(CONFIG, progress=False)
     assert "data: 1 of 13 rows are bad" in caplog.text
     caplog.clear()
+    gc.unfreeze()  # the tests' own
     result = rayfin.train(CONFIG, progress=False)
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
     assert capfd.readouterr() == ("", "")
     assert "1 of 13 rows are bad" in caplog.text and "step 2/2" not in caplog.text
     rayfin.train(CONFIG, progress=False)
@@ -172,6 +176,35 @@ def test_a_script_takes_the_command_line_s_settings_and_ends_as_a_command(
     assert run("method.r=4", "storage=runs", "publish.name=x", "publish.storage=rows.jsonl") == 3
     out, err = capfd.readouterr()
     assert "Trained" in out and "and after it" not in out and "not published as 'x'" in err
+
+
+OLD_SCRIPT = """
+from rayfin.cli import script
+
+DEFAULTS = '''
+model: {name: tiny}
+data: {path: rows.jsonl, on_bad_row: skip}
+method: {type: lora}
+train: {max_steps: 1}
+scaling: {use_gpu: false}
+'''
+
+raise SystemExit(script("train", DEFAULTS, __doc__ or ""))
+"""
+
+
+def test_a_script_of_earlier_versions_still_runs(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("old.py").write_text(OLD_SCRIPT)
+    for words, code in ((["method.r=4", "--json"], 0), (["method.rr=4"], 2)):
+        monkeypatch.setattr(sys, "argv", ["old.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path("old.py", run_name="__main__")
+        assert ended.value.code == code
+    out, err = capfd.readouterr()
+    assert json.loads(out)["trial"]["spec"]["method"]["r"] == 4
+    assert "did you mean 'method.r'?" in err
 
 
 def test_a_configuration_that_was_made_before_is_a_source_as_well() -> None:

@@ -6,6 +6,7 @@ Nothing heavy is imported before a verb runs, so that `rayfin --help` answers at
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from rayfin.cli import (
     adapters,
@@ -49,6 +50,21 @@ def build_parser() -> Parser:
     for module in (*modules, completion):
         module.register(verbs)
     return parser
+
+
+def script(command: Literal["sweep", "train"], defaults: str, description: str) -> int:
+    """Run a script of earlier versions, which has its configuration as YAML.
+
+    New scripts use `rayfin.script` (docs/library.md). Returns 0; ends the process for other codes.
+    """
+    from rayfin.cli import scripts
+    from rayfin.config import parse_yaml
+    from rayfin.library.trials import sweep, train
+
+    run: Any = {"sweep": sweep, "train": train}[command]
+    with scripts.script(command, parse_yaml(defaults, "DEFAULTS"), description) as opened:
+        opened.show(run(opened.config, **opened.options))
+    return 0
 
 
 def guarded(command: Callable[[], int]) -> int:

@@ -100,7 +100,7 @@ class TrialResult:
     """Whether it failed of its storage (a full disk, say), as any other trial would have."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as Ray and JSON carry them."""
+        """Return the result as plain values for JSON, with the location of the adapter as text."""
         return asdict(self) | {"adapter": str(self.adapter) if self.adapter else None}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rayfin.config import Config
@@ -61,6 +62,32 @@ def train_once(
     that say how far the training is, `note` those that a user should know; it is `show` by default.
     """
     say = _Say(show, note or show)
+    with _collector_as_it_was():
+        return _train_once(config, history, storage, rerun, address, say)
+
+
+@contextlib.contextmanager
+def _collector_as_it_was() -> Iterator[None]:
+    """Give back to the garbage collector what the block hides from it (`TrialCache.base`).
+
+    The process may be a notebook's, which goes on with its own work.
+    """
+    frozen = gc.get_freeze_count()
+    try:
+        yield
+    finally:
+        if not frozen:  # else they are the process's own, too, and can't be told apart
+            gc.unfreeze()
+
+
+def _train_once(
+    config: Config,
+    history: History,
+    storage: Storage,
+    rerun: bool,
+    address: str | None,
+    say: _Say,
+) -> TrialRecord:
     check_combination(config)
     check_scaling(config)
     plan = SweepPlan(RUNS, config, storage)

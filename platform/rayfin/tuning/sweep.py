@@ -43,7 +43,8 @@ class EndedSweep:
     best: TrialRecord | None
     interrupted: bool
     notes: tuple[str, ...] = ()
-    """What is to be known of its space: what not every trial has, and that it has few settings."""
+    """Lines on the space: settings that only some trials have, a space that has fewer settings than
+    `sweep.num_samples`, and a best value at the edge of its range."""
 
     @property
     def location(self) -> StoragePath:

@@ -95,7 +95,7 @@ class _TrialTrainable(ray.tune.Trainable):
         self._thread.start()
 
     def _end(self, order: _Order) -> bool:
-        """End the trial at its next evaluation, and waits until what it used is free again.
+        """End the trial at its next evaluation, and wait until what it used is free again.
 
         Returns False where the trial hangs, before or meanwhile.
         """
