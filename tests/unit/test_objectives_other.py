@@ -20,6 +20,7 @@ from rayfin.data.stream import plan_sample_ranges
 from rayfin.data.tokenization import tokenize_corpus
 from rayfin.errors import ConfigError, DataError
 from rayfin.hardware import describe_hardware
+from rayfin.history import now
 from rayfin.metrics import METRICS, Column, Score
 from rayfin.metrics import register as register_metric
 from rayfin.objectives import OBJECTIVES, SFT, objective_of, register
@@ -196,6 +197,14 @@ def test_a_sweep_in_the_history_has_the_best_trial_of_its_objective(
         history.put(
             trial.updated(
                 trial_id="worse", metrics=trial.metrics | {"right_tokens": -1.0, "eval_loss": 0.1}
+            )
+        )
+        history.put(
+            trial.updated(
+                trial_id="of-sft",
+                created_at=now(),
+                spec=trial.spec | {"train": {}},
+                metrics={"right_tokens": 2.0, "eval_loss": 0.1},
             )
         )
         (sweep,) = history.sweeps()

@@ -220,8 +220,8 @@ class History:
     ) -> list[SweepSummary]:
         """Return all sweeps, the oldest first; `metric` and `mode` determine the best trial.
 
-        Left out, the metric is the main score of the objective of the sweep's first trial, and the
-        mode is where better values of the metric lie.
+        Left out, the metric is the main score of the objective of the sweep's first trial, and only
+        trials of that objective are compared; the mode is where better values of the metric lie.
         """
         columns = [
             TRIALS.c[n]
@@ -299,14 +299,16 @@ def _same(one: TrialRecord, other: TrialRecord, ignoring: Collection[str]) -> bo
 def _summary(
     sweep_id: str, rows: list[Any], metric: str | None, mode: Literal["min", "max"] | None
 ) -> SweepSummary:
-    if metric is None:
-        spec = rows[0].spec
-        metric = main_metric(stage_of(spec if isinstance(spec, Mapping) else {}))
-    mode = mode or score_of(metric).direction
     counts = Counter(row.status for row in rows)
+    compared = rows
+    if metric is None:
+        stages = [stage_of(row.spec if isinstance(row.spec, Mapping) else {}) for row in rows]
+        metric = main_metric(stages[0])
+        compared = [row for row, stage in zip(rows, stages, strict=True) if stage == stages[0]]
+    mode = mode or score_of(metric).direction
     measured = [
         (value, row.trial_id)
-        for row in rows
+        for row in compared
         if row.status == "finished" and (value := finite(row.metrics.get(metric))) is not None
     ]
     pick = min if mode == "min" else max
