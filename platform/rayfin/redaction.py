@@ -30,9 +30,12 @@ _SECRET = re.compile(
     r"|signature|^sig$|^auth|(^|[._-])keys?$",
     re.IGNORECASE,
 )
-# As in `password=hush host=db`, which a driver's message may repeat.
+# As in `password=hush host=db`, which a driver's message may repeat; but neither where a file is
+# (`password_file=…`, `GOOGLE_APPLICATION_CREDENTIALS=/…`) nor the shell's directory (`PWD=/…`).
 _SETTING = re.compile(
-    rf"(?P<name>\b\w*(?:{_NAMES}|(?:admin|auth|access)_token)\w*)"
+    r"(?P<name>\b(?!\w*_(?:file|path)\b)"
+    r"(?!(?:(?:old)?pwd|\w*credentials)[\"']?\s*[=:]\s*[\"']?(?:~|\.{1,2})?/)"
+    rf"\w*(?:{_NAMES}|(?:admin|auth|access)_token)\w*)"
     r"(?P<equals>\s*=\s*|[\"']\s*:\s*(?=[\"']))(?P<value>'[^']*'|\"[^\"]*\"|[^\s,;&)}\]'\"]+)",
     re.IGNORECASE,
 )

@@ -7,7 +7,7 @@ import pkgutil
 import re
 import tomllib
 from collections.abc import Iterator
-from importlib import import_module
+from importlib import import_module, metadata, reload
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,12 @@ from packaging.requirements import Requirement
 
 import rayfin
 from rayfin import compat
+from rayfin.cli import main
 from rayfin.compat.bitsandbytes import import_bitsandbytes
 from rayfin.compat.private import PrivateName
+from rayfin.compat.versions import TRAINS_WITH, check_trainer
 from rayfin.errors import DependencyError
+from rayfin.history import History
 from rayfin.tuning.local_ray import local_ray
 
 # By the packages themselves, as they are imported.
@@ -110,6 +113,49 @@ def test_an_attribute_that_objects_no_longer_have_is_told() -> None:
         name.of(object())
 
 
+def test_what_a_package_lacks_for_its_import_is_told_as_that(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A name "moved" only where the package can be imported and has none."""
+    (tmp_path / "needs_cuda.py").write_text(
+        "raise ImportError('libcudart.so.12: cannot open shared object file')"
+    )
+    (tmp_path / "needs_other.py").write_text("import no_such_other_package")
+    (tmp_path / "is_there").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def told(module: str) -> str:
+        with pytest.raises(DependencyError) as error:
+            PrivateName("rayfin.compat.x", module, "name", needed_to="run", instead="none").get()
+        return str(error.value)
+
+    reason = "libcudart.so.12: cannot open shared object file"
+    assert f"can't be imported ({reason})" in told("needs_cuda")
+    assert "can't be imported (No module named 'no_such_other_package')" in told("needs_other")
+    assert "has no is_there.moved.within.name, which" in told("is_there.moved.within")
+
+
+def test_a_transformers_that_only_serves_is_refused_before_a_sweep_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import rayfin.compat.transformers as trainer
+
+    found = {"transformers": "5.22.1"}
+    monkeypatch.setattr(metadata, "version", lambda name: found.get(name) or version(name))
+    told = "transformers 5.22.1 is enough to serve, but training needs 5.23; run"
+    with pytest.raises(DependencyError, match=re.escape(told)):
+        reload(trainer)
+    storage = tmp_path / "storage"
+    settings = [f"storage={storage}", "model.name=tiny", "sweep.parameters={method.r: [2]}"]
+    assert main(["sweep", *settings]) == 2
+    assert told in capsys.readouterr().err
+    assert [*storage.rglob("sweep-*")] == []
+    with History.open(f"sqlite:///{storage}/history.sqlite") as history:
+        assert history.trials() == []
+    found["transformers"] = "5.23.0.dev0"
+    check_trainer()
+
+
 def test_public_names_of_the_trainer_s_steps_are_not_trainer_s_own() -> None:
     from transformers import Trainer
 
@@ -123,6 +169,8 @@ def test_public_names_of_the_trainer_s_steps_are_not_trainer_s_own() -> None:
 
 # Versions that run beside those of constraints.txt: vLLM's, and what it brings instead.
 ALSO_RUN = {"vllm": "0.32", "transformers": "5.19", "fastapi": "0.136"}
+# Who has a newer version of what keeps secrets is not sent back to an older one.
+NO_LAST = {"cryptography"}
 
 
 def test_ranges_begin_and_end_with_what_was_tested() -> None:
@@ -131,6 +179,7 @@ def test_ranges_begin_and_end_with_what_was_tested() -> None:
     lines = (root / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line and line[0] != "#")
     tested = {name.lower().replace("_", "-"): version for name, version in pins.items()}
+    assert ".".join(map(str, TRAINS_WITH)) == tested["transformers"].rpartition(".")[0]
     private = {name.package.replace("_", "-") for name in private_names()}
     every = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     assert private - {Requirement(line).name for line in every} == set()
@@ -142,6 +191,9 @@ def test_ranges_begin_and_end_with_what_was_tested() -> None:
         floor = ALSO_RUN.get(name, f"{major}.{minor}")
         ends = {f"{major}.{int(minor) + 1}"} | (set() if name in private else {str(int(major) + 1)})
         assert bounds[">="] == floor, f"{requirement}: {floor} is what was run"
+        if name in NO_LAST:
+            assert "<" not in bounds, f"{requirement}: it has no upper bound"
+            continue
         assert bounds["<"] in ends, f"{requirement}: what was run ends before {' or '.join(ends)}"
 
 

@@ -106,8 +106,16 @@ class PrivateName:
 
     def _at(self, path: list[str]) -> Any:
         try:
-            return reduce(getattr, path, import_module(self.module))
-        except (ImportError, AttributeError) as error:
+            module = import_module(self.module)
+        except ImportError as error:
+            missing = error.name if isinstance(error, ModuleNotFoundError) else None
+            if missing and f"{self.module}.".startswith(f"{missing}."):
+                raise self.moved("has no") from error
+            reason = " ".join(str(error).split())
+            raise self.moved(f"can't be imported ({reason}) for") from error
+        try:
+            return reduce(getattr, path, module)
+        except AttributeError as error:
             raise self.moved("has no") from error
 
     def _check_assigned(self) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from rayfin.compat.private import PrivateName
+from rayfin.compat.versions import check_trainer
 
 _name = partial(PrivateName, __name__)
 _step = partial(_name, "transformers", instead="a documented method of Trainer to override")
@@ -81,6 +82,7 @@ _WHOLE_LAYERS = _name(
     instead="a public list of a model's layer classes",
 )
 
+check_trainer()
 # A step that was renamed would no longer be called, and nothing would say so.
 for _one in STEPS:
     _one.check()

@@ -10,6 +10,7 @@ from rayfin.data import load_corpus, render_prompt, turn_end
 from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
 from rayfin.methods import METHODS
+from rayfin.methods.attach import tied_weights_apart
 from rayfin.models import Head, load_base, load_tokenizer
 from rayfin.models.ends import Ends, end_token_ids
 from rayfin.objectives import OBJECTIVES, stage_of
@@ -61,7 +62,9 @@ def answer_samples(
             return [_answer(model, tokenizer, prompt, ends, max_new_tokens) for prompt in prompts]
 
         before = answers(base)
-        after = answers(PeftModel.from_pretrained(base, str(adapter)).eval())
+        with tied_weights_apart(row.spec["method"].get("modules_to_save")):
+            adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
+        after = answers(adapted)
     return [
         Sample(
             _question(example.messages), example.messages[-1]["content"], base_said, adapter_said

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from rayfin.compat.peft import rank_allocator
 from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, whole
 from rayfin.methods.attach import ADAPTER
 from rayfin.methods.base import Incompatibility, register
@@ -124,7 +125,7 @@ class AdaloraConfig(LowRankMethod):
         """Return importance scores and masks of ranks, which an adapter file lacks."""
         import torch
 
-        if (allocator := _rank_allocator(model)) is None:
+        if (allocator := rank_allocator(model, ADAPTER)) is None:
             return {}
         state: dict[str, torch.Tensor] = {}
         for kind in _IMPORTANCE:
@@ -136,7 +137,7 @@ class AdaloraConfig(LowRankMethod):
 
     @classmethod
     def load_state_beside(cls, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-        if (allocator := _rank_allocator(model)) is None:
+        if (allocator := rank_allocator(model, ADAPTER)) is None:
             return
         device = next(model.parameters()).device
         for kind in _IMPORTANCE:
@@ -170,10 +171,3 @@ def _under(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
         for name, tensor in state.items()
         if name.startswith(prefix)
     }
-
-
-def _rank_allocator(model: torch.nn.Module):  # type: ignore[no-untyped-def]
-    """Return PEFT's RankAllocator; None where `model` is not AdaLoRA's."""
-    if ADAPTER not in getattr(model, "peft_config", {}):
-        return None
-    return getattr(model.base_model, "rankallocator", None)

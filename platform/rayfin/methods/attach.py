@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rayfin.compat.peft import adapted_layers, forget_adapters, saved_modules
 from rayfin.errors import MethodError
 from rayfin.methods.base import MethodConfig
 
@@ -43,10 +44,7 @@ def attach(
         return base
     config.task_type = peft.TaskType(task_type)
     try:
-        with warnings.catch_warnings():
-            if getattr(settings, "modules_to_save", None):
-                # Tied embeddings and head are trained, saved, served and merged apart.
-                warnings.filterwarnings("ignore", ".*tie_word_embeddings=True")
+        with tied_weights_apart(getattr(settings, "modules_to_save", None)):
             model: torch.nn.Module = peft.get_peft_model(base, config, adapter_name=ADAPTER)
     except ValueError as error:
         if (
@@ -68,12 +66,24 @@ def attach(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
     settings.attached(model)
-    for _, layer in _adapted_layers(model):
+    for _, layer in adapted_layers(model):
         # The hook goes with the layer when the adapter is taken off.
         layer.register_forward_pre_hook(_keep_scales)
-    for _, wrapper in _saved_modules(model):
+    for _, wrapper in saved_modules(model):
         _compute_in_float32(wrapper)
     return model
+
+
+@contextmanager
+def tied_weights_apart(modules_to_save: object) -> Iterator[None]:
+    """Leave out PEFT's warning of tied embeddings where a method has `modules_to_save`.
+
+    A head that is tied to the embeddings is then trained, saved, served and merged apart from them.
+    """
+    with warnings.catch_warnings():
+        if modules_to_save:
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings=True")
+        yield
 
 
 @contextmanager
@@ -103,34 +113,18 @@ def detach(model: torch.nn.Module) -> None:
         return
     base: Any = model.get_base_model()
     # PEFT's own `unload` does the same, but refuses IA3 over a quantised base.
-    for name, layer in _adapted_layers(base):
+    for name, layer in adapted_layers(base):
         _keep_scales(layer)
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, layer.get_base_layer())
-    for name, wrapper in _saved_modules(base):
+    for name, wrapper in saved_modules(base):
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, wrapper.original_module)
     base.requires_grad_(False).eval()
     # Recomputation is a switch on the base, with a hook on its embedding.
     base.activation_checkpointing_disable()
     base.disable_input_require_grads()
-    # PEFT leaves its mark on the base: the next get_peft_model would warn of a second adapter.
-    if hasattr(base, "peft_config"):
-        del base.peft_config
-
-
-def _adapted_layers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Return names and modules that PEFT put in place of the base's own."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-
-
-def _saved_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """Return names and modules of what PEFT put around modules that are trained whole."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    forget_adapters(base)
 
 
 def _compute_in_float32(wrapper: Any) -> None:

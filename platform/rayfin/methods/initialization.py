@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.compat.peft import initialize_from_weight
 from rayfin.errors import MethodError
 from rayfin.methods.attach import ADAPTER, frozen_kept
 from rayfin.methods.base import Batches
@@ -72,10 +73,7 @@ def take_out_of_base(model: torch.nn.Module, kind: str) -> None:
         base = layer.get_base_layer()
         whole = base.weight.data
         base.weight.data = whole.clone()  # PEFT may write to it
-        if kind == "olora":
-            layer.olora_init(ADAPTER)
-        else:
-            layer.pissa_init(ADAPTER, kind)
+        initialize_from_weight(layer, ADAPTER, kind)
         base.weight.data = whole
         for matrix, full_name in _matrices(name, layer):
             matrix.weight.data = matrix.weight.data.float().contiguous()

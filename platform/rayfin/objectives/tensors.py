@@ -107,11 +107,6 @@ def adapter_disabled(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
         yield inner
 
 
-def mean_error(change: torch.Tensor) -> float:
-    """Return the standard error of the mean of `change` [samples], at least 2 samples."""
-    return float(change.std() / len(change) ** 0.5)
-
-
 def ratio_error(change: torch.Tensor, weights: torch.Tensor) -> float:
     """Return the standard error of sum(change) / sum(weights), both [samples].
 

@@ -28,6 +28,7 @@ from rayfin.paths import Storage, StoragePath
 from rayfin.serving import proxy
 from rayfin.serving.api.app import create_app
 from rayfin.serving.api.history_metrics import HistoryMetrics
+from rayfin.serving.compatibility import served_names
 from rayfin.serving.engine_replica import EngineReplica
 from rayfin.serving.model_names import ModelNames
 from rayfin.serving.placement import Placement, place_engines
@@ -60,9 +61,6 @@ class ApiReplica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Return the API; Serve calls this on the event loop that requests come on."""
-        # It imports torch, which the process that starts a deployment can do without.
-        from rayfin.serving.compatibility import served_names
-
         config = self._config
         engine = RemoteEngine(self._engines, config, load_tokenizer(config.model))
         # Not opened: a replica that starts while the disk is away must not make the directory anew.

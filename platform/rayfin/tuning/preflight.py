@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rayfin.compat.versions import check_trainer
 from rayfin.config import Config
 from rayfin.data import Corpus, check_lengths, needs_length_check
 from rayfin.errors import MethodError
@@ -20,11 +21,12 @@ from rayfin.tuning.plan import SweepPlan
 
 
 def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -> None:
-    """Raises a UsageError for a device, data, model or module that isn't there.
+    """Raise a UsageError for a device, data, model or module that isn't there.
 
     `configs` are the variants of `plan.config` to look at; `cluster` is where they will run, None
-    for this machine.
+    for this machine. Raise DependencyError where the installed Transformers can't train.
     """
+    check_trainer()
     if plan.config.scaling.use_gpu is True and cluster is None:
         describe_hardware(use_gpu=True)
     seen: set[tuple[object, ...]] = set()

@@ -29,7 +29,7 @@ from rayfin.serving.timed_executor import TimedExecutor
 _READ_SECONDS = 10.0
 """Time for a look at the registry; a disk that takes longer is as good as away."""
 _COLLECT_SECONDS = 3.0
-"""Time for the history_metrics of all replicas; whoever scrapes them waits for 10 s by default."""
+"""Time for the metrics of all replicas; whoever scrapes them waits for 10 s by default."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Service:
     health_checks: TimedExecutor
     """Looks at the registry for /health, which wait behind no request's."""
     metric_reads: TimedExecutor
-    """Collects the history_metrics for /metrics, from Ray's head where there is one."""
+    """Collects the metrics for /metrics, from Ray's head where there is one."""
     availability: AvailabilityLog = field(
         default_factory=lambda: AvailabilityLog("the registry of adapters")
     )

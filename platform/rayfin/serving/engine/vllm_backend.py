@@ -64,7 +64,7 @@ class VllmBackend(Protocol):
 
 
 class Vllm:
-    """vLLM itself: the only place that imports it (0.11 or newer)."""
+    """vLLM itself: the only place that imports it."""
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         require_vllm()
