@@ -1,4 +1,4 @@
-"""What rayfin uses of other packages that they keep to themselves, behind public names.
+"""Private interfaces of other packages that rayfin uses, behind public names.
 
 A module for each package declares its private names (`PrivateName`), each with what rayfin needs it
 for and what public interface would replace it, and offers functions and classes over them. No other

@@ -17,7 +17,7 @@ _RESET = partial(PrivateName, __name__)(
 
 
 def start_deepspeed_state(backend: str) -> None:
-    """Makes Accelerate's state of this process anew, for DeepSpeed over a `backend` of torch's.
+    """Make Accelerate's state of this process anew, for DeepSpeed over a `backend` of torch's.
 
     Accelerate takes DeepSpeed for a thing of GPUs, unless its state is made by hand.
     """

@@ -1,4 +1,4 @@
-"""bitsandbytes without the compiler that it would load and not use, and computing as it stores."""
+"""bitsandbytes' private names: what loads a compiler, warns, and repacks weights."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _IMPORTING = threading.Lock()
 
 
 def import_bitsandbytes() -> None:
-    """Imports bitsandbytes; to be called before PEFT is imported, which imports it where it is.
+    """Import bitsandbytes; call this before PEFT is imported, which imports it where it is.
 
     bitsandbytes (0.50) wraps four fallback kernels in `torch.compile` as it is imported. That loads
     the compiler (torch._inductor.compile_fx): 1.5 of the 5.6 seconds that a worker's imports take,
@@ -89,7 +89,7 @@ def import_bitsandbytes() -> None:
 
 
 def without_packing(model: Module) -> None:
-    """Has 4-bit layers of `model` keep their weights as they are, on any processor.
+    """Have 4-bit layers of `model` keep their weights as they are, on any processor.
 
     On those with bfloat16 bitsandbytes (0.50) repacks them in place at the first call without
     gradients, for a product that rounds to bfloat16 and has no derivative: a model that was
@@ -103,7 +103,7 @@ def without_packing(model: Module) -> None:
 
 
 def unpacked(data: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
-    """Returns 4-bit weights and their state as `dequantize_4bit` takes them, repacked or not.
+    """Return 4-bit weights and their state as `dequantize_4bit` takes them, repacked or not.
 
     On CPUs with AVX512-BF16 the first call of a layer shuffles its weights, and flattens their
     scales. The library's way back changes the state that it is given, and its nested branch rounds.
@@ -119,5 +119,5 @@ def unpacked(data: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
 
 
 def no_cast_warnings() -> None:
-    """Leaves out what 8-bit layers would say at every call: that they cast, which is their job."""
+    """Leave out what 8-bit layers would say at every call: that they cast, which is their job."""
     logging.getLogger(_CAST_WARNING.module).setLevel(logging.ERROR)

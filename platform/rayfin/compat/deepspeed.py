@@ -67,19 +67,19 @@ _OWN_PART = _name(
 
 
 def element_count(parameter: torch.nn.Parameter) -> int:
-    """Returns the elements of a whole parameter, of which ZeRO-3 may leave none on this worker."""
+    """Return the elements of a whole parameter, of which ZeRO-3 may leave none on this worker."""
     count: int = getattr(parameter, "ds_numel", parameter.numel())
     return count
 
 
 def part_size(parameter: Any) -> int:
-    """Returns the elements of each worker's part of a ZeRO-3 parameter, padding included."""
+    """Return the elements of each worker's part of a ZeRO-3 parameter, padding included."""
     size: int = _OWN_PART.of(parameter).ds_numel
     return size
 
 
 def make_optimizer_state(optimizer: Any, stage: int, moments: Iterable[str]) -> None:
-    """Makes the state of the AdamW in a ZeRO optimizer of `stage` as its first step would.
+    """Make the state of the AdamW in a ZeRO optimizer of `stage` as its first step would.
 
     DeepSpeed (0.19) notes where the moments are after the first group's first step, when the
     second group has none yet, and never again.
@@ -99,12 +99,12 @@ def make_optimizer_state(optimizer: Any, stage: int, moments: Iterable[str]) -> 
 
 
 def leave_out_shared_memory_operator() -> None:
-    """Keeps DeepSpeed from compiling a C++ operator (half a minute) that only inference calls."""
+    """Keep DeepSpeed from compiling a C++ operator (half a minute) that only inference calls."""
     _OPERATORS.get()["deepspeed_shm_comm"] = False
 
 
 def zero_settings() -> set[str]:
-    """Returns the names that a section `zero_optimization` may have, aliases included."""
+    """Return the names that a section `zero_optimization` may have, aliases included."""
     logging.disable(logging.WARNING)  # that this machine has no GPU, where only a file is read
     try:
         fields = _SETTINGS.get()

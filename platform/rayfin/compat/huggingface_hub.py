@@ -21,6 +21,6 @@ _DATASETS = _OFFLINE(module="datasets.config")
 
 @contextmanager
 def cache_only() -> Iterator[None]:
-    """Has neither the hub's client nor `datasets` ask the hub within the block."""
+    """Have neither the hub's client nor `datasets` ask the hub within the block."""
     with _CLIENT.replaced(True), _DATASETS.replaced(True):
         yield

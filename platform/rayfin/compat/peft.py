@@ -53,13 +53,13 @@ _OLORA = _INITIALIZE(
 
 
 def adapted_layers(model: Any) -> list[tuple[str, Any]]:
-    """Return names and modules that PEFT put in place of the base's own."""
+    """Return names and modules of the layers that PEFT put in place of the base's own."""
     kind = _LAYER.get()
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 
 
 def saved_modules(model: Any) -> list[tuple[str, Any]]:
-    """Return names and modules of what PEFT put around modules that are trained whole."""
+    """Return names and wrappers of the modules that are trained whole."""
     kind = _SAVED.get()
     return [(name, module) for name, module in model.named_modules() if isinstance(module, kind)]
 

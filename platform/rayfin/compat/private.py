@@ -44,11 +44,11 @@ class PrivateName:
         return self.module.partition(".")[0]
 
     def get(self) -> Any:
-        """Returns what has this name; raises DependencyError where nothing has it."""
+        """Return what has this name; raise DependencyError where nothing has it."""
         return self._at(self.name.split("."))
 
     def of(self, instance: Any) -> Any:
-        """Returns this attribute of `instance`; raises DependencyError where it has none."""
+        """Return this attribute of `instance`; raise DependencyError where it has none."""
         try:
             return getattr(instance, self.name.rpartition(".")[2])
         except AttributeError as error:
@@ -56,9 +56,9 @@ class PrivateName:
 
     @contextmanager
     def replaced(self, value: Any) -> Iterator[None]:
-        """Has `value` in its place within the block, for all threads of the process.
+        """Put `value` in its place within the block, for all threads of the process.
 
-        Raises DependencyError where nothing has this name.
+        Raise DependencyError where nothing has this name.
         """
         before = self.replace(value)
         try:
@@ -67,9 +67,9 @@ class PrivateName:
             self.replace(before)
 
     def replace(self, value: Any) -> Any:
-        """Puts `value` in its place and returns what was there.
+        """Put `value` in its place and return what was there.
 
-        Raises DependencyError where nothing has this name.
+        Raise DependencyError where nothing has this name.
         """
         *path, last = self.name.split(".")
         before = self.get()
@@ -77,7 +77,7 @@ class PrivateName:
         return before
 
     def check(self) -> None:
-        """Raises DependencyError unless it is there with the parameters that rayfin gives it."""
+        """Raise DependencyError unless it is there with the parameters that rayfin gives it."""
         if self.on_instances:
             self._check_assigned()
             return
@@ -92,7 +92,7 @@ class PrivateName:
             raise self.moved(f"has no parameter {missing[0]} for")
 
     def moved(self, how: str) -> DependencyError:
-        """Returns the error that says what the installed version does otherwise (`has no`, ...)."""
+        """Return the error that says what the installed version does otherwise (`has no`, ...)."""
         distribution = _DISTRIBUTIONS.get(self.package, self.package)
         try:
             installed = metadata.version(distribution)
@@ -133,7 +133,7 @@ _DISTRIBUTIONS = {"huggingface_hub": "huggingface-hub"}
 
 
 def tested(distribution: str) -> str:
-    """Returns the requirement on a distribution with the minor version that rayfin was tested with.
+    """Return the requirement on a distribution with the minor version that rayfin was tested with.
 
     That is the last one before the upper bound of rayfin's own requirement.
     """

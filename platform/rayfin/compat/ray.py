@@ -81,7 +81,7 @@ _POPEN = _name(
 
 @contextmanager
 def messages_to(handle: Callable[[Mapping[str, Any], bool], None]) -> Iterator[None]:
-    """Hands what Ray tells its driver to `handle` within the block, and prints none of it.
+    """Hand what Ray tells its driver to `handle` within the block, and print none of it.
 
     The first argument has the messages under `lines`; the second is whether to leave out a prefix.
     """
@@ -90,7 +90,7 @@ def messages_to(handle: Callable[[Mapping[str, Any], bool], None]) -> Iterator[N
 
 
 def draining_nodes() -> set[str]:
-    """Returns the ids of the nodes that are about to be taken away; one question to Ray."""
+    """Return the ids of the nodes that are about to be taken away; one question to Ray."""
     return set(_DRAINING.get()())
 
 
@@ -98,23 +98,23 @@ def draining_nodes() -> set[str]:
 
 
 def put_value(key: str, value: bytes, namespace: str, *, overwrite: bool) -> bool:
-    """Writes a value, and returns whether the key was there already."""
+    """Write a value, and return whether the key was there already."""
     return bool(_PUT.get()(key, value, overwrite, namespace=namespace))
 
 
 def get_value(key: str, namespace: str) -> bytes | None:
-    """Returns the value of a key; None where there is none."""
+    """Return the value of a key; None where there is none."""
     value: bytes | None = _GET.get()(key, namespace=namespace)
     return value
 
 
 def list_keys(prefix: str, namespace: str) -> list[str]:
-    """Returns all keys that begin with `prefix`, sorted."""
+    """Return all keys that begin with `prefix`, sorted."""
     return sorted(key.decode() for key in _LIST.get()(prefix, namespace=namespace))
 
 
 def delete_key(key: str, namespace: str) -> None:
-    """Removes a key and its value; one that isn't there is no error."""
+    """Remove a key and its value; one that isn't there is no error."""
     _DELETE.get()(key, namespace=namespace)
 
 
@@ -122,7 +122,7 @@ def delete_key(key: str, namespace: str) -> None:
 
 
 def clusters_variable() -> str:
-    """Returns the environment variable by which Ray binds to loopback where it is "0".
+    """Return the environment variable by which Ray binds to loopback where it is "0".
 
     It is the one for macOS and Windows, where a firewall would ask otherwise. Ray's node then is
     127.0.0.1, which no other node can join.
@@ -133,20 +133,20 @@ def clusters_variable() -> str:
 
 @contextmanager
 def clusters_allowed(allowed: bool) -> Iterator[None]:
-    """Has Ray bind to loopback within the block unless `allowed`, whatever it read on import."""
+    """Have Ray bind to loopback within the block unless `allowed`, whatever it read on import."""
     with _CLUSTERS.replaced(allowed):
         yield
 
 
 def read_settings_again() -> None:
-    """Has Ray's compiled part read its settings and the token from the environment anew."""
+    """Have Ray's compiled part read its settings and the token from the environment anew."""
     _CONFIG.get()("")
     _TOKEN.get()().reset_cache()
 
 
 @contextmanager
 def few_processes() -> Iterator[None]:
-    """Has Ray start fewer processes within the block, and each in a session of its own.
+    """Have Ray start fewer processes within the block, and each in a session of its own.
 
     Nobody reads what its dashboard, autoscaler and log monitor offer here, and each is a Python
     process: of the 4.2 seconds of processor time that such a Ray takes to start they are 1.6.

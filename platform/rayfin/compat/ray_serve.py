@@ -42,5 +42,5 @@ _SETTINGS = (
 
 
 def delete_application(name: str) -> None:
-    """Begins to take an application down, and does not wait for it."""
+    """Begin to take an application down, without waiting for it."""
     _DELETE.get()(name, _blocking=False)

@@ -86,7 +86,7 @@ else:
 
 
 def set_group_timeouts(*, answer: int, start: int) -> None:
-    """Sets times in seconds that the environment does not set, for controllers of this process.
+    """Set times in seconds that the environment does not set, for controllers of this process.
 
     `answer`: without an answer after which a worker counts as hanging. `start`: until a group that
     finds no room fails.
@@ -96,7 +96,7 @@ def set_group_timeouts(*, answer: int, start: int) -> None:
 
 
 def found_no_room(failure: Exception) -> bool:
-    """Whether a trainer failed because its workers found no room on the cluster in time."""
+    """Return whether a trainer failed because its workers found no room on the cluster in time."""
     return isinstance(getattr(failure, "controller_failure", None), _NO_ROOM.get())
 
 
@@ -125,13 +125,13 @@ class _NoAutoscaler(FixedScalingPolicy):
     """A group of a fixed size whose needs no autoscaler is told of."""
 
     def _send_resource_request(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def _maybe_send_resource_request(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def _cancel_resource_request(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class TorchOnRaysNetwork(TorchConfig):
@@ -154,7 +154,7 @@ class _Backend(TorchBackend):
 
 
 def _choose_interface() -> None:
-    """Names Ray's network interface to Gloo on a worker; what the user has set stays."""
+    """Name Ray's network interface to Gloo on a worker; what the user has set stays."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family == socket.AF_INET and a.address == address for a in addresses):

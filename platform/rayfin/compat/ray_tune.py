@@ -28,7 +28,7 @@ _FAILED = _name(
 
 
 def record_rung(scheduler: Any, trial_id: str, step: int, value: float) -> None:
-    """Tells an AsyncHyperBandScheduler what a trial had reached at `step`.
+    """Tell an AsyncHyperBandScheduler what a trial had reached at `step`.
 
     `value` is the metric, or its negative where less is better.
     """
@@ -38,7 +38,7 @@ def record_rung(scheduler: Any, trial_id: str, step: int, value: float) -> None:
 
 
 def count_deaths_as_failures() -> None:
-    """Has Tune count every death of a trial's process as a failure of that trial alone.
+    """Have Tune count every death of a trial's process as a failure of that trial alone.
 
     It ends the whole sweep for a kind of death that it has no case for, such as that of a process
     which Ray's memory monitor ended. The change is to Tune's class, and stays.

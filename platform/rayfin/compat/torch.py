@@ -41,7 +41,7 @@ _PRODUCT = _name(
 
 
 def set_schedule(scheduler: Any, step: int, rates: list[float]) -> None:
-    """Sets a schedule to `step`, and the learning rates of its optimizer's groups to `rates`."""
+    """Set a schedule to `step`, and the learning rates of its optimizer's groups to `rates`."""
     _STEPS_TAKEN.of(scheduler)
     _LAST_RATES.of(scheduler)
     scheduler.last_epoch = step
@@ -52,7 +52,7 @@ def set_schedule(scheduler: Any, step: int, rates: list[float]) -> None:
 
 
 def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Returns float32 weights [out, in] in oneDNN's own order, for `packed_product`."""
+    """Return float32 weights [out, in] in oneDNN's own order, for `packed_product`."""
     packed: torch.Tensor = _REORDER.get()(weight)
     return packed
 
@@ -60,6 +60,6 @@ def pack_linear_weight(weight: torch.Tensor) -> torch.Tensor:
 def packed_product(
     hidden: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns hidden W^T + bias [tokens, out] for hidden [tokens, in] and packed weights."""
+    """Return hidden W^T + bias [tokens, out] for hidden [tokens, in] and packed weights."""
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")
     return result

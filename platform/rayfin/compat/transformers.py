@@ -95,46 +95,46 @@ class SteppedTrainer(Trainer):
     """
 
     def write_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint of the state as it is."""
+        """Write a checkpoint of the state as it is."""
         super()._save_checkpoint(model, trial)
 
     def checkpoints_directory(self) -> str:
-        """Returns the directory in which `write_checkpoint` makes one of its own."""
+        """Return the directory in which `write_checkpoint` makes one of its own."""
         return super()._get_output_dir(None)
 
     def write_weights(self, directory: str | None) -> None:
-        """Writes what is trained; called on all workers, without a directory where none writes."""
+        """Write what is trained; called on all workers, without a directory where none writes."""
         super().save_model(directory, _internal_call=True)
 
     def write_optimizer_state(self, directory: str) -> None:
-        """Writes the state of the optimizer and its schedule; called on all workers."""
+        """Write the state of the optimizer and its schedule; called on all workers."""
         super()._save_optimizer_and_scheduler(directory)
 
     def read_weights(self, checkpoint: str) -> None:
-        """Reads what is trained from a checkpoint."""
+        """Read what is trained from a checkpoint."""
         super()._load_from_checkpoint(checkpoint)
 
     def read_scaler(self, checkpoint: str) -> None:
-        """Reads the scale of float16's gradients from a checkpoint."""
+        """Read the scale of float16's gradients from a checkpoint."""
         super()._load_scaler(checkpoint)
 
     def read_random_states(self, checkpoint: str | None) -> None:
-        """Sets this worker's random states to those of a checkpoint."""
+        """Set this worker's random states to those of a checkpoint."""
         super()._load_rng_state(checkpoint)
 
     def prepare_training(self, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
-        """Makes the optimizer, and wraps the model; reads the optimizer's state of a checkpoint."""
+        """Make the optimizer, and wrap the model; read the optimizer's state of a checkpoint."""
         whole: Any = super()
         return whole._prepare_for_training(max_steps, loader, checkpoint)
 
     def average_adapter_gradients(self, model: nn.Module) -> None:
-        """Sees to equal gradients of an adapter that is whole on each worker of FSDP."""
+        """Average the gradients of an adapter that is whole on each worker of FSDP."""
         whole: Any = super()
         whole._sync_replicated_trainable_parameters(model)
 
     @contextmanager
     def without_gradient_reduction(self) -> Iterator[None]:
-        """Inside, FSDP leaves gradients on each worker."""
+        """Have FSDP leave gradients on each worker within the block."""
         whole: Any = super()
         with whole._defer_fsdp_gradient_reduction():
             yield
@@ -174,12 +174,12 @@ class SteppedTrainer(Trainer):
 
 
 def mark_sharded(model: Any) -> None:
-    """Has Trainer take `model` as it is: it neither moves nor wraps one that is sharded by then."""
+    """Have Trainer neither move nor wrap `model`, which is sharded by then."""
     _SHARDED.get()
     model._is_distributed_loading_by_transformers = True
 
 
 def layer_classes(model: Any) -> list[str]:
-    """Returns the names of the classes of a model's layers."""
+    """Return the names of the classes of a model's layers."""
     names: list[str] | None = _WHOLE_LAYERS.of(model)
     return sorted(names or ())

@@ -50,5 +50,5 @@ HttpProtocol = HttpToolsProtocol
 
 
 def use_protocol(path: str) -> None:
-    """Makes the class at `module:name` the protocol of servers that ask for none by name."""
+    """Make the class at `module:name` the protocol of servers that ask for none by name."""
     _PROTOCOLS.get()["auto"] = path

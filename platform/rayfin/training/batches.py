@@ -27,7 +27,7 @@ _WINDOW = 16
 def plan_samples(
     lengths: Sequence[int], *, batch_size: int, max_steps: int, seed: int, group_by_length: bool
 ) -> list[int]:
-    """Indices of `max_steps * batch_size` samples in the order they are trained on.
+    """Return the indices of `max_steps * batch_size` samples in the order of training.
 
     Every epoch is a new shuffle; the plan depends on its arguments alone, so that a resumed or
     moved trial goes on with the very samples it would have seen.
@@ -101,7 +101,7 @@ class PlannedSamples(torch.utils.data.Dataset[TokenizedSample]):
         plan: Sequence[int],
         length: Callable[[TokenizedSample], int],
     ) -> None:
-        """`length`: the number of tokens that the model computes for a sample."""
+        """Take `length`, which counts the tokens that the model computes for a sample."""
         self.samples, self.plan, self.length = samples, plan, length
 
     def __len__(self) -> int:
@@ -111,11 +111,11 @@ class PlannedSamples(torch.utils.data.Dataset[TokenizedSample]):
         return self.samples[self.plan[position]]
 
     def tokens(self, start: int, stop: int) -> int:
-        """Tokens in the samples from `start` to `stop` of the plan."""
+        """Return the number of tokens in the samples from `start` to `stop` of the plan."""
         return sum(self.length(self.samples[i]) for i in self.plan[start:stop])
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: nothing is open."""
 
 
 class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
@@ -135,9 +135,10 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
         workers: int,
         length: Callable[[TokenizedSample], int],
     ) -> None:
-        """`read`: (lanes, first step) -> (lane, sample); `batch_size`: of one worker.
+        """Take `read`, which maps (lanes, first step) to pairs (lane, sample).
 
-        `length`: the number of tokens that the model computes for a sample.
+        `batch_size` is that of one worker; `length` counts the tokens that the model computes for
+        a sample.
         """
         self.length = length
         self.read, self.samples_per_step, self.max_steps = read, samples_per_step, max_steps
@@ -168,12 +169,12 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
         return sample
 
     def tokens(self, start: int, stop: int) -> int:
-        """Tokens in the samples from position `start` to `stop`, by this worker's share of them."""
+        """Estimate the tokens from position `start` to `stop` by this worker's share of them."""
         steps = range(start // self.samples_per_step, stop // self.samples_per_step)
         return sum(self._tokens[step] for step in steps) * self.workers
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """End what reads ahead."""
         if isinstance(self._source, Generator):
             self._source.close()
         self._source = None
@@ -189,7 +190,7 @@ def batches_from_start(
     """Yield padded batches of `samples` in their order, over and over, until nobody asks.
 
     Each has as few samples as have `labelled` tokens with a loss; where all have fewer, some of
-    them again. Raises DataError where none of the samples has a token with a loss.
+    them again. Raise DataError where none of the samples has a token with a loss.
     """
     batch: list[TokenizedSample] = []
     waiting = 0  # tokens with a loss in `batch`

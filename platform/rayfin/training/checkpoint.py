@@ -35,7 +35,7 @@ _SUMS = "sums.json"
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """What a checkpoint holds beside tensors and Transformers' own state."""
+    """The part of a checkpoint that is neither tensors nor Transformers' own state."""
 
     train_seconds: float
     schedule_steps: int
@@ -48,7 +48,7 @@ def staging(location: StoragePath) -> Path:
 
 
 def latest_checkpoint(location: StoragePath) -> Path | None:
-    """The newest whole checkpoint at `location`; leftovers of a killed write don't count.
+    """Return the newest whole checkpoint at `location`; leftovers of a killed write don't count.
 
     One whose files are not as they were written (a torn disk, a lost block) is passed over.
     """
@@ -72,7 +72,7 @@ def _step(name: str) -> int:
 
 
 def _damaged(checkpoint: Path) -> str | None:
-    """What is not as it was written, or None."""
+    """Return what is not as it was written, or None."""
     try:
         sums: dict[str, list[int]] = json.loads((checkpoint / _SUMS).read_text(encoding="utf-8"))
         changed = (
@@ -84,7 +84,7 @@ def _damaged(checkpoint: Path) -> str | None:
 
 
 def publish_checkpoint(location: StoragePath, name: str) -> None:
-    """Makes a staged checkpoint the newest one, and drops all but the one before it.
+    """Make a staged checkpoint the newest one, and drop all but the one before it.
 
     Where the newest turns out to be torn, the one before it is there.
     """
@@ -106,7 +106,10 @@ def publish_checkpoint(location: StoragePath, name: str) -> None:
 
 
 def clear_checkpoints(location: StoragePath) -> None:
-    """Removes them all; renamed first, so that a killed removal leaves none that looks whole."""
+    """Remove all checkpoints.
+
+    Each is renamed first, so that a killed removal leaves none that looks whole.
+    """
     if location.objects is not None:
         for checkpoint in _checkpoints(location):
             checkpoint.remove()
@@ -137,7 +140,7 @@ def save_progress(progress: TrainingProgress, directory: Path) -> None:
 
 
 def load_progress(directory: Path) -> TrainingProgress:
-    """What a checkpoint holds beside tensors; what other versions wrote there is passed over."""
+    """Return the progress in a checkpoint; what other versions wrote there is passed over."""
     values = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
     return TrainingProgress(
         **{field.name: values[field.name] for field in fields(TrainingProgress)}
@@ -151,7 +154,7 @@ def save_adapter(
     ends: Ends,
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """A plain PEFT adapter (or, for full fine-tuning, a plain model) with its tokenizer.
+    """Write a plain PEFT adapter (or, for full fine-tuning, a plain model) with its tokenizer.
 
     `ends`, which it was taught, are in rayfin.json; a plain model's tokens are also in its
     generation_config.json, where whoever runs it looks. `weights`: the whole model's, where
@@ -180,7 +183,7 @@ def save_adapter(
 
 
 def _add_ends(generation: Any, ends: Ends) -> None:
-    """Adds to the tokens that end what a model generates, one or a list, those of `ends`."""
+    """Add those of `ends` to the tokens, one or a list, that end what a model generates."""
     known = generation.eos_token_id
     listed = known if isinstance(known, list) else [] if known is None else [known]
     if added := [token for token in ends.token_ids if token not in listed]:

@@ -1,4 +1,4 @@
-"""What workers that train a trial together do: load, shard, and read back what is trained."""
+"""The steps of workers that train a trial together: load, shard, and read back what is trained."""
 
 from __future__ import annotations
 
@@ -40,51 +40,51 @@ class ParallelStrategy:
 
     @property
     def precision(self) -> str:
-        """Returns the type in which products are computed."""
+        """Return the type in which products are computed."""
         if self.hardware.device == "cpu":
             return "float32"
         return "bfloat16" if self.hardware.bf16 else "float16"
 
     def arguments(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Returns what TrainingArguments need beside rayfin's own settings, to train `model`."""
+        """Return what TrainingArguments need beside rayfin's own settings, to train `model`."""
         return {"use_cpu": self.hardware.device == "cpu"}
 
     def loading(self) -> AbstractContextManager[None]:
-        """Returns the context in which the base is loaded."""
+        """Return the context in which the base is loaded."""
         return nullcontext()
 
     def shard(self, model: torch.nn.Module) -> None:
-        """Gives this worker its part of `model`, before a trainer has it."""
+        """Give this worker its part of `model`, before a trainer has it."""
 
     def prepared(self, optimizer: Any) -> None:
-        """Called with the trainer's optimizer, once that is made and the model is wrapped."""
+        """Take the trainer's optimizer, once that is made and the model is wrapped."""
 
     def average_gradients(self, model: torch.nn.Module) -> None:
-        """Averages them over the workers, after the last backward pass of a step.
+        """Average the gradients over the workers, after the last backward pass of a step.
 
-        Does nothing where a wrapper around the model does it by itself.
+        This does nothing where a wrapper around the model does it by itself.
         """
 
     def whole(self, model: torch.nn.Module) -> AbstractContextManager[None]:
-        """Returns a context in which the adapter's parameters are whole on rank 0.
+        """Return a context in which the adapter's parameters are whole on rank 0.
 
         All workers must enter it.
         """
         return nullcontext()
 
     def weights(self, model: torch.nn.Module) -> Tensors:
-        """Returns all that is trained, whole on rank 0.
+        """Return all that is trained, whole on rank 0.
 
         All workers must call it where `gathers`.
         """
         return training_state(model)
 
     def load_weights(self, model: torch.nn.Module, weights: Tensors) -> None:
-        """Puts `weights` back; all workers must call it, before the trainer wraps `model`."""
+        """Put `weights` back; all workers must call it, before the trainer wraps `model`."""
         load_training_state(model, weights)
 
     def moments(self, model: torch.nn.Module, optimizer: Any) -> Tensors:
-        """Returns AdamW's state of `model`, `<moment>/<parameter>`, and `step`; see `weights`.
+        """Return AdamW's state of `model`, `<moment>/<parameter>`, and `step`; see `weights`.
 
         `optimizer` is the trainer's, in the wrappers of Accelerate.
         """
@@ -104,7 +104,7 @@ class ParallelStrategy:
         moments: Mapping[str, torch.Tensor],
         weights: Mapping[str, torch.Tensor],
     ) -> None:
-        """Puts `moments` back into the optimizer that the trainer has just made.
+        """Put `moments` back into the optimizer that the trainer has just made.
 
         `weights` are those that `load_weights` has put back, for an optimizer with copies of them.
         """
@@ -120,21 +120,21 @@ class ParallelStrategy:
         inner.load_state_dict({"state": state, "param_groups": groups})
 
     def _assemble(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns a tensor of the optimizer as one whole."""
+        """Return a tensor of the optimizer as one whole."""
         return tensor
 
     def _part(self, whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Returns what this worker keeps of a whole tensor beside `parameter`."""
+        """Return what this worker keeps of a whole tensor beside `parameter`."""
         return whole.to(parameter.device)
 
 
 def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    """Returns the names and parameters that are trained."""
+    """Return the names and parameters that are trained."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns PyTorch's own optimizer, without the wrappers of Accelerate."""
+    """Return PyTorch's own optimizer, without the wrappers of Accelerate."""
     while not type(optimizer).__module__.startswith("torch."):
         optimizer = optimizer.optimizer
     found: torch.optim.Optimizer = optimizer

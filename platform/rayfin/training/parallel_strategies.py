@@ -1,4 +1,4 @@
-"""The chooser of what trains a trial's workers together, above the strategies themselves."""
+"""Choose the strategy by which workers train a trial together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rayfin.training.strategies import WorkerLayout
 def parallel_strategy(
     layout: WorkerLayout, hardware: Hardware, train: TrainConfig
 ) -> ParallelStrategy:
-    """Returns the strategy that `layout` names, which must not be `auto` any more."""
+    """Return the strategy that `layout` names, which must not be `auto` any more."""
     if layout.strategy == "fsdp":
         from rayfin.training.fsdp import FullyShardedStrategy
 

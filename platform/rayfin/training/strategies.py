@@ -63,15 +63,18 @@ class Share:
 
 
 def needs_group(scaling: ScalingConfig) -> bool:
-    """Whether a trial needs processes of its own: one alone shards nothing, but may offload."""
+    """Return whether a trial needs processes of its own.
+
+    One process alone shards nothing, but may offload.
+    """
     return scaling.num_workers > 1 or scaling.strategy not in ("auto", "ddp")
 
 
 def share_of_step(train: TrainConfig, workers: int) -> Share:
-    """Returns what each worker takes of a step, whose samples are the same for any number of them.
+    """Return what each worker takes of a step, whose samples are the same for any number of them.
 
     Each takes as many at once as divide its part evenly, at most per_device_train_batch_size.
-    Raises ConfigError where the samples can't be shared evenly.
+    Raise ConfigError where the samples can't be shared evenly.
     """
     samples = train.per_device_train_batch_size * train.gradient_accumulation_steps
     if samples % workers:
@@ -90,7 +93,7 @@ def share_of_step(train: TrainConfig, workers: int) -> Share:
 
 
 def refusal(strategy: Strategy, method: MethodConfig) -> str | None:
-    """Returns why `strategy` can't train `method`, and what can; None where it can."""
+    """Return why `strategy` can't train `method`, and what can; None where it can."""
     bits = method.quantization_bit
     if (own := method.strategy_refusal(strategy)) is not None:
         return own
@@ -108,7 +111,7 @@ def refusal(strategy: Strategy, method: MethodConfig) -> str | None:
 
 
 def check_scaling(config: Config) -> None:
-    """Raises ConfigError for a strategy that can't train `config`, before anything is launched."""
+    """Raise ConfigError for a strategy that can't train `config`, before anything is launched."""
     scaling = config.scaling
     share_of_step(config.train, scaling.num_workers)
     strategy = scaling.strategy
@@ -152,7 +155,7 @@ def check_scaling(config: Config) -> None:
 
 
 def _check_agreement(config: Config, own: Mapping[str, Any]) -> None:
-    """Raises ConfigError where `own` says something else than rayfin would on any device."""
+    """Raise ConfigError where `own` says something else than rayfin would on any device."""
     share = share_of_step(config.train, config.scaling.num_workers)
     problems: list[ConfigError] = []
     for precision in ("float32", "bfloat16", "float16"):
@@ -181,7 +184,7 @@ def _installed(package: str) -> bool:
 
 @cache
 def verified() -> dict[str, dict[str, list[str]]]:
-    """Returns, by device and strategy, the methods that were seen to train as one process does.
+    """Return, by device and strategy, the methods that were seen to train as one process does.
 
     Written by experiments/strategy_table.py, never by hand.
     """
@@ -200,7 +203,7 @@ def choose(
     dtype: str = "auto",
     beside: float = 0.0,
 ) -> tuple[Strategy, str]:
-    """Returns the simplest strategy that fits the memory of a worker, and why (for `auto`).
+    """Return the simplest strategy that fits the memory of a worker, and why (for `auto`).
 
     `here`: how many of the `workers` share the memory of a machine that has no GPU; `dtype`: that
     of the base, model.dtype; `beside`: bytes of the objective's companions. Activations are not

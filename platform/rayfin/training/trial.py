@@ -213,7 +213,7 @@ def _train(
 
 
 def _resumed(checkpoints: StoragePath, trainer: TrialTrainer) -> Path | None:
-    """What all workers go on from: the checkpoint that the first one finds whole."""
+    """Return what all workers go on from: the checkpoint that the first one finds whole."""
     first = trainer.accelerator.process_index == 0
     _beat_of_first("reading the checkpoint", first)
     if trainer.accelerator.num_processes == 1:
@@ -242,7 +242,7 @@ def _finish(
     location: StoragePath,
     origin: Base,
 ) -> StoragePath | None:
-    """Writes the adapter of a finished trial; lets the checkpoints go of one that was stopped."""
+    """Write the adapter of a finished trial; remove the checkpoints of one that was stopped."""
     adapter = location / "adapter"
     strategy = trainer.parallel
     if not trainer.stopped:
@@ -266,7 +266,7 @@ def _finish(
 
 
 def _beat_of_first(doing: str, first: bool) -> None:
-    """What one worker does in bulk, while the others wait for it."""
+    """Note what the first worker does in bulk; the others note that they wait for it."""
     if first:
         beat(doing, bulk=True)
     else:
@@ -276,7 +276,7 @@ def _beat_of_first(doing: str, first: bool) -> None:
 def _give_back(
     model: torch.nn.Module, trainer: TrialTrainer | None, warm: TrialCache, *, changed: bool
 ) -> None:
-    """Returns the base model to the worker, or drops it if its weights were trained."""
+    """Give the base model back to the worker, or drop it if its weights were trained."""
     if changed:
         warm.drop_base()
     else:
@@ -290,7 +290,7 @@ def _give_back(
 
 
 def _is_full(error: BaseException) -> bool:
-    """Whether a disk is full or can't be written, in the words of whoever tried."""
+    """Return whether a disk is full or can't be written, in the words of whoever tried."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     if full or any(words in str(error) for words in _DISK_FULL):
         return True
@@ -299,7 +299,7 @@ def _is_full(error: BaseException) -> bool:
 
 
 def _classify(error: Exception) -> RayfinError:
-    """The error as one line a person can act on."""
+    """Return the error as one line that a person can act on."""
     import torch
 
     text = " ".join(str(error).split()) or type(error).__name__

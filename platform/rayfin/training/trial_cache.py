@@ -50,7 +50,7 @@ class TrialCache:
         corpora: dict[DataConfig, Corpus] | None = None,
         reader: Callable[[ModelConfig, Objective], StreamReader] | None = None,
     ) -> None:
-        """`reader`: makes what reads streamed data, other than in this process."""
+        """Take `reader`, which makes what reads streamed data elsewhere than in this process."""
         self._reader = reader
         self._corpora = dict(corpora or {})
         self._facts: dict[ModelConfig, ModelFacts] = {}
@@ -72,7 +72,7 @@ class TrialCache:
         return self._facts[model]
 
     def origin(self, model: ModelConfig) -> Base:
-        """What an adapter that is trained on `model` is to say of its base."""
+        """Return what an adapter that is trained on `model` is to say of its base."""
         if model not in self._origins:
             self._origins[model] = base_of(model)
         return self._origins[model]
@@ -141,7 +141,7 @@ class TrialCache:
     def base(
         self, spec: TrialSpec, hardware: Hardware, *, on_host: bool = False
     ) -> PreTrainedModel:
-        """The base model on its device (or in host memory, `on_host`), frozen, in eval mode."""
+        """Return the base model, frozen, in eval mode; in host memory if `on_host`."""
         bits, objective = spec.method.quantization_bit, objective_of(spec.train)
         corpus = self.corpus(spec)
         head = Head(objective.auto_class, objective.base_settings(chain(corpus.train, corpus.eval)))
@@ -160,12 +160,12 @@ class TrialCache:
         return self._base.model
 
     def drop_base(self) -> None:
-        """Forgets the base model and gives its memory back."""
+        """Forget the base model and give its memory back."""
         self._base = None
         _collect()
 
     def drop_models(self) -> None:
-        """Forgets the base model and all companions and gives their memory back."""
+        """Forget the base model and all companions and give their memory back."""
         if self._companions:
             self._drop_companions({})
         self.drop_base()
@@ -211,7 +211,7 @@ def _collect() -> None:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """`load_tokenizer` guarantees one; this tells the type checker."""
+    """Return the id of the padding token, which `load_tokenizer` guarantees."""
     token = tokenizer.pad_token_id
     assert isinstance(token, int)
     return token

@@ -51,7 +51,7 @@ class GroupEnded:
 
 
 class TrialQueue:
-    """Becomes an actor, so that it outlives the workers, and waits without a thread for each.
+    """An actor, so that it outlives the workers, and waits without a thread for each of them.
 
     Every report waits for an answer of its own, so that a worker that is killed while it waits
     takes no other's.
@@ -69,20 +69,20 @@ class TrialQueue:
         self._placement_groups: set[str] = set()
 
     async def begin(self, placement_group: str) -> None:
-        """A worker starts; `placement_group` (hex) is what it and its like hold."""
+        """Note that a worker starts; `placement_group` (hex) is what the group holds."""
         self._failed.clear()  # those were another attempt's
         self._placement_groups.add(placement_group)
         await self._write_held()
 
     async def next_job(self, after: int) -> Job | None:
-        """The trial whose number is greater, once there is one; None where no more will come."""
+        """Wait for a trial numbered above `after`, and return it; None where no more will come."""
         async with self._changed:
             await self._changed.wait_for(lambda: not self._open or self._is_after(after))
             self._taken = self._open
             return self._job if self._open else None
 
     async def hand_in(self, rank: int, result: TrialResult) -> bool:
-        """The caller's word on `result`: whether to go on."""
+        """Hand a `result` to the caller, and return whether to go on."""
         hopeless = False
         if result.status in FAILED:
             self._failed.add(rank)
@@ -94,7 +94,7 @@ class TrialQueue:
         return await answer
 
     async def give(self, job: Job | None) -> None:
-        """The trial from now on; None: there is none for the moment."""
+        """Set the trial from now on; None where there is none for the moment."""
         async with self._changed:
             self._job, self._taken = job, False
             self._failed.clear()
@@ -108,11 +108,11 @@ class TrialQueue:
         self._answers[ticket].set_result(go_on)
 
     async def ended(self, error: str | None, **how: bool) -> None:
-        """`how`: what else there is to say of it, by `GroupEnded`'s names."""
+        """Note that the group has ended; `how` are further fields of `GroupEnded`."""
         await self._events.put(GroupEnded(error, self._taken, **how))
 
     async def close(self) -> None:
-        """No worker that asks from now on has work to do."""
+        """Have every worker that asks from now on told that there is no more to do."""
         async with self._changed:
             self._open = False
             self._changed.notify_all()

@@ -63,7 +63,7 @@ class WorkerGroup:
         hang_minutes: float = ScalingSettings().hang_timeout_minutes,
         waiting: Callable[[], None] = lambda: None,
     ) -> None:
-        """Takes the `resources` of each process; one without progress for `hang_minutes` ends all.
+        """Take the `resources` of each process; one without progress for `hang_minutes` ends all.
 
         `waiting` is called twice a minute while the cluster has no room for all of them, and raises
         where that has lasted for too long.
@@ -90,12 +90,12 @@ class WorkerGroup:
     def train(
         self, spec: TrialSpec, report: Report, *, location: StoragePath, max_failures: int = 1
     ) -> TrialResult:
-        """Runs a trial on all processes, as `run_trial` does on one.
+        """Run a trial on all processes, as `run_trial` does on one.
 
         Everything that `run_trial` promises holds: errors become a result, `report` may stop the
         trial, and a group that lost a worker, or Ray Train's controller, starts again
         (`max_failures` times) from the newest checkpoint, which must lie on storage that all nodes
-        see. Where a node is about to be taken away, a checkpoint is saved at once. Raises whatever
+        see. Where a node is about to be taken away, a checkpoint is saved at once. Raise whatever
         `report` or `waiting` raises, and TrialError where the actor through which they speak dies:
         the processes end where they stand then, and the trial stays as its checkpoints have it.
         """
@@ -119,7 +119,7 @@ class WorkerGroup:
                 job.held.remove_file()
 
     def close(self, held: StoragePath | None = None) -> None:
-        """Ends the processes when they are done, or at once where a file says what they hold."""
+        """End the processes when they are done, or at once where a file says what they hold."""
         with suppress(RayError):  # it has died: so will the workers, who ask it
             ray.get(self._queue.close.remote())
         if held is not None:
@@ -164,7 +164,7 @@ class WorkerGroup:
                 hopeless = hopeless or event.hopeless
 
     def _last_words(self, job: Job) -> str | None:
-        """Returns where a worker stood that had to be ended from outside; None if none had to."""
+        """Return where a worker stood that had to be ended from outside; None if none had to."""
         for rank in range(self._group.size):
             if (where := hang_position(trace_of(job, rank))) is not None:
                 return f"worker {rank}: {TrialHung.ended_at(where)}"
@@ -181,7 +181,7 @@ class WorkerGroup:
         _give_back(job.held)  # what a controller that was killed could not
 
     def _run(self, directory: Path) -> None:
-        """Runs the processes, in a thread of its own, until all of them have ended."""
+        """Run the processes, in a thread of its own, until all of them have ended."""
         error: str | None = None
         how: dict[str, bool] = {}
         try:
@@ -227,7 +227,7 @@ def _give_back(held: StoragePath) -> None:
 
 
 def give_back(held: StoragePath) -> None:
-    """Gives the resources back that the file names, which ends what still runs on them.
+    """Give back the resources that the file names, which ends what still runs on them.
 
     Ray takes a placement group from whom its controller's death left it only when the whole
     program ends, and the next group would wait until then.

@@ -40,7 +40,7 @@ class ZeroStrategy(ParallelStrategy):
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What DeepSpeed is started with."""
+        """Return what DeepSpeed is started with."""
         return deepspeed_settings(
             self.group.strategy,
             self.group.own,
@@ -53,7 +53,7 @@ class ZeroStrategy(ParallelStrategy):
         )
 
     def settings_for(self, model: torch.nn.Module) -> dict[str, Any]:
-        """Returns `settings`, with a buffer for gradients that is no larger than `model` can use.
+        """Return `settings`, with a buffer for gradients that is no larger than `model` can use.
 
         DeepSpeed allocates it whole, by default two gigabytes for the few megabytes of an adapter.
         """
@@ -149,7 +149,7 @@ class ZeroStrategy(ParallelStrategy):
             state["step"] = torch.full_like(step, taken) if kept else int(taken)
 
     def _put(self, parameter: torch.nn.Parameter, whole: torch.Tensor, moment: str | None) -> None:
-        """Writes this worker's part of a float32 weight, or of a moment."""
+        """Write this worker's part of a float32 weight, or of a moment."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -175,6 +175,6 @@ class ZeroStrategy(ParallelStrategy):
 
 
 def _flat(optimizer: Any) -> torch.optim.Optimizer:
-    """Returns the AdamW over this worker's flat parts, without its two wrappers."""
+    """Return the AdamW over this worker's flat parts, without its two wrappers."""
     found: torch.optim.Optimizer = optimizer.optimizer.optimizer
     return found

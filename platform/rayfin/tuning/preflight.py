@@ -1,4 +1,4 @@
-"""Whatever would make every trial fail, found before a history row is written or Ray starts.
+"""Find what would make every trial fail, before a history row is written or Ray starts.
 
 Where all is well this takes milliseconds: torch and transformers are loaded only to be sure of, and
 to explain, what the files alone leave in doubt.
@@ -74,7 +74,7 @@ def _check_modules(config: Config) -> None:
 
 
 def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:
-    """Returns the targets that PEFT would not find, by a module's whole name or its last parts."""
+    """Return the targets that PEFT would not find, by a module's whole name or its last parts."""
     return [
         target
         for target in targets
@@ -83,7 +83,7 @@ def _without_a_match(targets: Iterable[str], modules: list[str]) -> list[str]:
 
 
 def check_positions(config: Config, has: int | None) -> None:
-    """Raises MethodError where samples are longer than the positions that the model `has`."""
+    """Raise MethodError where samples are longer than the positions that the model `has`."""
     tokens = config.method.positions
     if has is None or config.data.max_length + tokens <= has:
         return
