@@ -226,12 +226,35 @@ def test_where_some_settings_may_fit_only_these_are_choices() -> None:
 def test_what_needs_whole_weights_is_not_offered_four_bits() -> None:
     """PiSSA takes a part of the base's weights; LoRA's answer for the same machine is quantised."""
     pissa = ("method.type=lora", "method.init_lora_weights=pissa")
-    for given, bits in ((pissa, {None}), (pissa[:1], {None, 4})):
+    for given, bits in (
+        (pissa, {None}),
+        (pissa[:1], {None, 4}),
+        ((*pissa[:1], "method.modules_to_save=[lm_head]"), {None, 4}),
+        ((*pissa[:1], "method.modules_to_save=[lm_head,self_attn.q_proj]"), {None}),
+        ((*pissa[:1], "method.modules_to_save=[model.layers.1.mlp.up_proj]"), {None}),
+    ):
         base = load_config({"model": {"name": "tiny"}, "data": {"path": "pydocs"}}, list(given))
         place = where("llama-3.1-8b", gpus(80))
         offered = [
             changes.get("method.quantization_bit")
             for option in candidates(base, place)
-            for changes in memory_savings(option, {})
+            for changes in memory_savings(option, {}, place.facts)
         ]
         assert set(offered) == bits
+
+
+@pytest.mark.parametrize(("saved", "bits"), [("lm_head", {4}), ("self_attn.q_proj", {None})])
+def test_a_linear_module_to_train_whole_leaves_no_quantised_candidate(
+    saved: str, bits: set[int | None]
+) -> None:
+    model, known = {"name": "tiny"}, where("llama-3.1-70b", gpus(24))
+
+    def options(kind: str) -> set[int | None]:
+        given = [f"method.type={kind}", f"method.modules_to_save=[{saved}]"]
+        base = load_config({"model": model, "data": {"path": "pydocs"}}, given)
+        return {option.config.method.quantization_bit for option in candidates(base, known)}
+
+    assert options("dora") == bits
+    if None in bits:
+        with pytest.raises(ConfigError, match="have no gradient in 4 bits; use"):
+            options("qlora")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -253,6 +254,39 @@ def test_what_changes_how_lora_learns_has_a_place_of_its_own() -> None:
     assert len(places) == len(changes) and not places & others
     assert all(max(map(abs, place)) < 1.5 for place in places), "whose rate is a share of LoRA's"
     assert setting(LORA | {"init_lora_weights": [], "loraplus_lr_ratio": "x"}) is not None
+
+
+def test_no_two_sets_of_settings_have_the_same_coordinates() -> None:
+    """What one setting moves, others must not move back: LoRA+ would be learned from as LoRA."""
+    settings: dict[str, Any] = {
+        "loraplus_lr_ratio": 16,
+        "modules_to_save": ["lm_head"],
+        "exclude_modules": ["k_proj"],
+        "layers_to_transform": [1],
+        "rank_pattern": {"k_proj": 4},
+        "alpha_pattern": {"k_proj": 4},
+    }
+    inits = (True, "pissa", "olora", "loftq", "eva")
+    places: dict[tuple[float, ...], list[Any]] = {}
+    few: list[tuple[float, float]] = []
+    for kind, method in METHODS.items():
+        own = {name: value for name, value in settings.items() if name in method.model_fields}
+        chosen = inits if "init_lora_weights" in method.model_fields else (True,)
+        for number, init in itertools.product(range(len(own) + 1), chosen):
+            for names in itertools.combinations(own, number):
+                x, y = method.coordinates_of(
+                    {"init_lora_weights": init} | {name: own[name] for name in names}
+                )
+                places.setdefault((round(x, 3), round(y, 3)), []).append((kind, init, *names))
+                if number + (init is not True) <= 2:
+                    few.append((x, y))
+                assert (max(x, y) < 1.5) == (max(method.coordinates) < 1.5)
+    assert not [same for same in places.values() if len(same) > 1]
+    assert len(places) > 4 * len(inits) * 2 ** len(settings)
+    points = np.array(few)
+    apart = np.linalg.norm(points[:, None] - points[None], axis=2) + 9 * np.eye(len(points))
+    assert apart.min() > 0.009, "with at most two such settings"
+    assert METHODS["lora"].coordinates_of({}) == (0.0, 0.0)
 
 
 def test_the_columns_of_a_setting() -> None:

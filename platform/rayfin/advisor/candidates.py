@@ -15,6 +15,7 @@ from rayfin.config import Config, with_values
 from rayfin.errors import ConfigError, MethodError, RayfinError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
+from rayfin.methods.layers import names_linear
 from rayfin.models.facts import ModelFacts
 from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
@@ -93,8 +94,9 @@ def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
                 if name == "method.type" or name not in fixed
             }
             try:
-                settings = _unquantized_where_it_must(base, settings)
+                settings = _unquantized_where_it_must(base, settings, known.facts)
                 config = _within_positions(with_values(base, settings), known.facts, fixed)
+                _check_saved(config, known.facts)
                 check_combination(config)
                 check_scaling(config)
                 check_positions(config, known.facts.max_position_embeddings)
@@ -110,7 +112,9 @@ def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
     return list(found.values())
 
 
-def memory_savings(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def memory_savings(
+    option: Candidate, fixed: Mapping[str, Any], facts: ModelFacts
+) -> Iterator[dict[str, Any]]:
     """Yield changes to a candidate that save memory, the cheapest first; `fixed` settings are kept.
 
     The samples of a step stay the same: fewer are scored at once, fewer are trained on at once,
@@ -120,7 +124,7 @@ def memory_savings(option: Candidate, fixed: Mapping[str, Any]) -> Iterator[dict
     bits: list[dict[str, Any]] = [{}]
     four = {"method.quantization_bit": 4}
     free = not method.quantization_bit and not four.keys() & fixed.keys()
-    if method.quantized_base and free:
+    if method.quantized_base and free and not _trains_linear_whole(option.config, facts):
         quantized = with_changes(option, four).config.method
         if not any(quantized.refusals(train.max_steps)):  # as of PiSSA, which needs whole weights
             bits.append(four)
@@ -151,10 +155,32 @@ def with_changes(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
     return Candidate(with_values(option.config, changes), {**option.settings, **changes})
 
 
-def _unquantized_where_it_must(base: Config, settings: dict[str, Any]) -> dict[str, Any]:
+def _trains_linear_whole(config: Config, facts: ModelFacts) -> bool:
+    """Return whether `modules_to_save` names a linear module, which 4 or 8 bits leave no gradient.
+
+    MethodConfig.check_base refuses these, once there is a base.
+    """
+    saved: Sequence[str] = getattr(config.method, "modules_to_save", None) or ()
+    return any(names_linear(name, facts) for name in saved)
+
+
+def _check_saved(config: Config, facts: ModelFacts) -> None:
+    """Raise MethodError for a quantised base of which a linear module is to be trained whole."""
+    if config.method.quantization_bit and _trains_linear_whole(config, facts):
+        raise MethodError(
+            "method.modules_to_save names a linear module, and those have no gradient in "
+            f"{config.method.quantization_bit} bits; use method.quantization_bit=null, or name the "
+            "output head, the embeddings or norms"
+        )
+
+
+def _unquantized_where_it_must(
+    base: Config, settings: dict[str, Any], facts: ModelFacts
+) -> dict[str, Any]:
     """Return `settings` without 4 bits where what was given of the method takes whole weights."""
     name, config = "method.quantization_bit", with_values(base, settings)
-    if name not in settings or not any(config.method.refusals(config.train.max_steps)):
+    refused = any(config.method.refusals(config.train.max_steps))
+    if name not in settings or not (refused or _trains_linear_whole(config, facts)):
         return settings
     return {key: value for key, value in settings.items() if key != name}
 

@@ -103,7 +103,7 @@ def _fitted(
     taken = _estimate(candidate, known, measured)
     if taken.fits is True:
         return best, taken
-    for changes in memory_savings(candidate, fixed):
+    for changes in memory_savings(candidate, fixed, known.facts):
         less = _estimate(with_changes(candidate, changes), known, measured)
         if less.fits is True:
             return changes, less

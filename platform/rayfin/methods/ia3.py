@@ -9,7 +9,7 @@ from pydantic import field_validator, model_validator
 
 from rayfin.methods.base import MethodConfig, register
 from rayfin.methods.layers import Linear, block_linears, targets
-from rayfin.methods.module_names import Names, listed
+from rayfin.methods.module_names import Names, is_named, listed
 from rayfin.methods.rates import Rate
 from rayfin.sizes import Sizes
 
@@ -80,13 +80,18 @@ class Ia3Config(MethodConfig):
     def _factors(self, sizes: Sizes) -> Iterator[tuple[int, float]]:
         """Yield the number of factors of each kind of layer, and how many blocks have one."""
         names = _pefts_choice(sizes) if self.target_modules is None else self.target_modules
-        for name, linear, blocks in targets(names, sizes):
-            yield linear.inputs if self._scales_inputs(name, linear) else linear.outputs, blocks
+        for name, linear, layers, share in targets(names, sizes):
+            factors = linear.inputs if self._scales_inputs(name, linear) else linear.outputs
+            yield factors, len(layers) * share
 
     def _scales_inputs(self, name: str, linear: Linear) -> bool:
         """Return whether the layer is a feed-forward one."""
         forward = self.feedforward_modules
-        return linear.reads == "wide" if forward is None else name in forward
+        return (
+            linear.reads == "wide"
+            if forward is None
+            else any(is_named(name, one) for one in forward)
+        )
 
 
 def _pefts_choice(sizes: Sizes) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from rayfin.methods.module_names import layer_of, may_be_named
 from rayfin.sizes import Sizes
 
 
@@ -45,42 +46,64 @@ def block_linears(sizes: Sizes) -> dict[str, Linear]:
     return {**attention, "o_proj": output, "gate_proj": up, "up_proj": up, "down_proj": down}
 
 
-def targets(names: str | Iterable[str], sizes: Sizes) -> Iterator[tuple[str, Linear, float]]:
-    """Yield name, linear layer and number of blocks for all that `names`, or `all-linear`, adapts.
+class Target(NamedTuple):
+    """A kind of linear layer that is adapted, and in which blocks it is."""
+
+    name: str
+    """The end of its modules' names."""
+    linear: Linear
+    layers: tuple[int | None, ...]
+    """The numbers of its blocks; None where it is in none."""
+    share: float = 1.0
+    """The linear layers of this kind in each of these blocks."""
+
+
+def targets(names: str | Iterable[str], sizes: Sizes) -> Iterator[Target]:
+    """Yield each kind of linear layer that `names`, or `all-linear`, adapts, a module once.
 
     A name that the table of `block_linears` lacks counts as a square matrix of the hidden width.
     """
-    linears, layers = block_linears(sizes), float(sizes.num_layers)
+    linears, blocks = block_linears(sizes), range(sizes.num_layers)
     if names == "all-linear":
-        known = layers * sum(linear.inputs * linear.outputs for linear in linears.values())
+        known = len(blocks) * sum(linear.inputs * linear.outputs for linear in linears.values())
         # Of an architecture that the table lacks (experts, say) the weights still tell how many.
         share = sizes.linear_parameters / known
-        yield from ((name, linear, layers * share) for name, linear in linears.items())
+        yield from (Target(name, linear, tuple(blocks), share) for name, linear in linears.items())
         return
-    for name in names:
-        if name.rpartition(".")[2] == "lm_head":
-            yield name, Linear("head", sizes.hidden_size, sizes.vocab_size), 1.0
-            continue
+    names = tuple(dict.fromkeys(names))
+    for end, linear in linears.items():
         # PEFT compares ends: `q_proj` is every block's, `layers.3.self_attn.q_proj` only one's.
-        blocks = 1.0 if any(part.isdigit() for part in name.split(".")) else layers
-        ends = [
-            linear
-            for end, linear in linears.items()
-            if end == name or end.endswith(f".{name}") or name.endswith(f".{end}")
-        ]
-        for linear in ends or [Linear(name, sizes.hidden_size, sizes.hidden_size)]:
-            yield name, linear, blocks
+        if layers := tuple(n for n in blocks if any(may_be_named(end, n, one) for one in names)):
+            yield Target(end, linear, layers)
+    if any(name.rpartition(".")[2] == "lm_head" for name in names):
+        yield Target("lm_head", Linear("head", sizes.hidden_size, sizes.vocab_size), (None,))
+    for name in names:
+        if name.rpartition(".")[2] != "lm_head" and not names_linear(name, sizes):
+            only = layer_of(name)
+            square = Linear(name, sizes.hidden_size, sizes.hidden_size)
+            yield Target(name, square, tuple(blocks) if only is None else (only,))
 
 
-def whole_module(name: str, sizes: Sizes) -> float:
-    """Return the number of weights in all modules that `name` names: linear layers, tables, norms.
+def names_linear(name: str, sizes: Sizes) -> bool:
+    """Return whether `name` names linear layers of blocks."""
+    return any(may_be_named(end, layer_of(name), name) for end in block_linears(sizes))
 
-    Biases are not counted, which are a thousandth of them.
+
+def whole_modules(names: Iterable[str], sizes: Sizes) -> int:
+    """Return the number of weights in all modules that `names` name: linear layers, tables, norms.
+
+    A module that several names name is counted once. Biases are not counted, which are a thousandth
+    of them.
     """
-    end = name.rpartition(".")[2]
-    if end in _TABLES:
-        return sizes.vocab_size * sizes.hidden_size
-    if any(end == linear.rpartition(".")[2] for linear in block_linears(sizes)):
-        return sum(n * it.inputs * it.outputs for _, it, n in targets((name,), sizes))
-    once = end in _FINAL_NORMS or any(part.isdigit() for part in name.split("."))
-    return sizes.hidden_size * (1 if once else sizes.num_layers)
+    names, found = tuple(names), 0
+    for target in targets([name for name in names if names_linear(name, sizes)], sizes):
+        found += len(target.layers) * target.linear.inputs * target.linear.outputs
+    others: set[tuple[str, int | None]] = set()
+    for name in names:
+        if not names_linear(name, sizes):
+            end, only = name.rpartition(".")[2], layer_of(name)
+            once = end in (*_TABLES, *_FINAL_NORMS) or only is not None
+            others |= {(end, layer) for layer in ([only] if once else range(sizes.num_layers))}
+    for end, _ in others:
+        found += sizes.hidden_size * (sizes.vocab_size if end in _TABLES else 1)
+    return found

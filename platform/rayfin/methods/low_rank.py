@@ -14,39 +14,20 @@ from rayfin.methods import initialization
 from rayfin.methods.adapted import TARGET_MODULES, LowRankMethod, whole
 from rayfin.methods.attach import linear_modules
 from rayfin.methods.base import Batches, Incompatibility, name_of
-from rayfin.methods.layers import Linear
 from rayfin.methods.module_names import (
     Name,
     Names,
     is_named,
     layer_of,
     listed,
-    may_be_named,
     own_value,
 )
-from rayfin.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
 
 Index = Annotated[int, Field(ge=0)]
-
-_MOVES: dict[str, tuple[float, float]] = {
-    "pissa": (-0.2, 0.0),
-    "pissa_niter_16": (-0.2, 0.0),
-    "olora": (-0.2, 0.05),
-    "loftq": (-0.1, -0.05),
-    "eva": (-0.1, 0.05),
-    "loraplus_lr_ratio": (-0.05, -0.1),
-    "modules_to_save": (0.15, 0.1),
-    "exclude_modules": (0.05, -0.05),
-    "layers_to_transform": (0.05, -0.1),
-    "rank_pattern": (0.05, 0.05),
-    "alpha_pattern": (0.05, 0.1),
-}
-"""How far a trial with such a setting lies from one without: a convention. Methods of LoRA's family
-are 0.2 apart, and the learned model takes a distance of 1 for a difference."""
 
 
 class LowRankConfig(LowRankMethod):
@@ -109,17 +90,11 @@ class LowRankConfig(LowRankMethod):
         """Whether `initialize` sets the first weights."""
         return self.init_lora_weights not in (True, "gaussian")
 
-    def adapted(self, sizes: Sizes) -> Iterator[tuple[str, Linear, dict[int, float]]]:
-        for name, linear, ranks in super().adapted(sizes):
-            only = layer_of(name)
-            layers = range(sizes.num_layers) if only is None else [only]
-            blocks, found = sum(ranks.values()), dict[int, float]()
-            for layer in layers:
-                meant = partial(may_be_named, name, layer)
-                if not self._left_out(meant, layer):
-                    rank = own_value(self.rank_pattern, meant) or self.r
-                    found[rank] = found.get(rank, 0.0) + blocks / len(layers)
-            yield name, linear, found
+    def _rank_of(self, meant: Callable[[str], bool], layer: int | None) -> int | None:
+        rank = super()._rank_of(meant, layer)
+        if rank is None or self._left_out(meant, layer):
+            return None
+        return own_value(self.rank_pattern, meant) or rank
 
     @property
     def depends_on_base(self) -> bool:
@@ -300,15 +275,12 @@ class LowRankConfig(LowRankMethod):
         return {}
 
     @classmethod
-    def coordinates_of(cls, settings: Mapping[str, Any]) -> tuple[float, float]:
-        x, y = cls.coordinates
-        written = {name for name in cls.later if settings.get(name)}
+    def _moving(cls, settings: Mapping[str, Any]) -> set[str]:
+        found = super()._moving(settings) - {"init_lora_weights"}
         if settings.get("loraplus_lr_ratio") == 1:
-            written.discard("loraplus_lr_ratio")
-        for name in (*sorted(written), settings.get("init_lora_weights")):
-            move = _MOVES.get(name, (0.0, 0.0)) if isinstance(name, str) else (0.0, 0.0)
-            x, y = x + move[0], y + move[1]
-        return x, y
+            found.discard("loraplus_lr_ratio")
+        init = settings.get("init_lora_weights")
+        return found | ({init} if isinstance(init, str) else set())
 
     @classmethod
     def usual(cls, rank: int, length: int) -> dict[str, Any]:

@@ -29,8 +29,11 @@ def is_named(module: str, name: str) -> bool:
     return module == name or module.endswith(f".{name}")
 
 
-def may_be_named(end: str, layer: int, name: str) -> bool:
-    """Return whether `name` may be that of the module in `layer` whose name has this end."""
+def may_be_named(end: str, layer: int | None, name: str) -> bool:
+    """Return whether `name` may be that of the module in `layer` whose name has this end.
+
+    `layer` is None for a module that is in none.
+    """
     same = name == end or name.endswith(f".{end}") or end.endswith(f".{name}")
     return same and layer_of(name) in (None, layer)
 
