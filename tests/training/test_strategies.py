@@ -211,6 +211,33 @@ def test_deepspeed_s_buffer_is_no_larger_than_what_is_trained(
     assert zero.settings_for(model)["zero_optimization"]["reduce_bucket_size"] == bucket
 
 
+def test_zero_keeps_what_a_method_needs_beside_what_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Counting(METHODS["lora"]):  # type: ignore[misc,name-defined]
+        @classmethod
+        def state_beside(cls, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+            return {"counts": model.counts}  # type: ignore[dict-item]
+
+        @classmethod
+        def load_state_beside(cls, model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+            model.counts = state["counts"]
+
+    monkeypatch.setitem(METHODS, "counting", Counting)
+    monkeypatch.setattr("deepspeed.utils.safe_get_full_fp32_param", lambda parameter: parameter)
+    zero = ZeroStrategy(WorkerLayout(2, "deepspeed-zero2"), describe_hardware(False), TrainConfig())
+    model, fresh = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    model.counts, fresh.counts = torch.tensor([3, 5]), torch.tensor([0, 0])
+    found = []
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        found.append(zero.weights(model))
+    assert set(found[0]) == {"weight", "bias", "counts"} and not found[1]
+    zero.load_weights(fresh, found[0])
+    assert torch.equal(fresh.counts, model.counts)
+    assert torch.equal(fresh.weight, model.weight)
+
+
 def test_what_is_refused_has_a_reason_and_a_way_out() -> None:
     refused = [
         (strategy, name, why)

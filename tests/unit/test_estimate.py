@@ -382,6 +382,16 @@ def test_full_fine_tuning_is_float32_and_has_no_adapter() -> None:
     assert parts.adapter == 0
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora"])
+def test_the_first_matrices_that_were_taken_out_of_the_base_are_counted_on_cpu(init: str) -> None:
+    def adapter(init: str, device: Literal["cpu", "cuda"]) -> float:
+        settings = config(method__init_lora_weights=init)
+        return memory_of(settings, SMOLLM2, device=device).adapter
+
+    assert adapter(init, "cpu") == 2 * adapter("eva", "cpu") > 0
+    assert adapter(init, "cuda") == adapter("eva", "cuda")  # in the host's memory, not the GPU's
+
+
 # Gigabytes of 7.5 B parameters on 64 GPUs in 16 bits: figure 1 of the ZeRO paper. The rest is of
 # DeepSpeed's own: its bucket, and for stage 3 the weights that it keeps gathered.
 BILLIONS, OWN = 7.5e9, 2 * 5e8 + 4 * 7.5e9 / 64

@@ -109,6 +109,9 @@ def memory_of(
         share = share._replace(weights=share.weights + whole.weights)
     beside = sum(frozen_bytes(one, config.model.dtype, device) for one in companions)
     share = share._replace(weights=share.weights + beside)
+    if device == "cpu":  # where the host's memory is the device's
+        kept = _FLOAT32 * config.method.host_parameters(facts)
+        share = share._replace(adapter=share.adapter + kept)
     return MemoryParts(
         *share,
         activations=max(

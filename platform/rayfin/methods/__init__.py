@@ -5,7 +5,12 @@ from importlib import import_module
 
 from rayfin.methods.attach import attach, detach, linear_modules, linear_names
 from rayfin.methods.base import METHODS, MethodConfig, capacities, methods_that, register
-from rayfin.methods.state import load_training_state, training_state
+from rayfin.methods.state import (
+    load_state_beside,
+    load_training_state,
+    state_beside,
+    training_state,
+)
 
 __all__ = [
     "METHODS",
@@ -16,9 +21,11 @@ __all__ = [
     "linear_modules",
     "linear_names",
     "load_all",
+    "load_state_beside",
     "load_training_state",
     "methods_that",
     "register",
+    "state_beside",
     "training_state",
 ]
 

@@ -211,6 +211,10 @@ class MethodConfig(Section):
         """Return the float32 numbers that autograd keeps of a block, however many the tokens."""
         return 0.0
 
+    def host_parameters(self, sizes: Sizes) -> float:
+        """Return the float32 numbers that stay in host memory beside what is trained."""
+        return 0.0
+
     def flops_per_token(self, sizes: Sizes) -> float:
         """Return the FLOPs a token that it adds to a training step of the base."""
         return 0.0

@@ -22,6 +22,7 @@ from rayfin.methods.module_names import (
     listed,
     own_value,
 )
+from rayfin.sizes import Sizes
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +80,10 @@ class LowRankConfig(LowRankMethod):
     def alters_base(self) -> bool:
         """PiSSA and OLoRA take the first values of their matrices out of the base's weights."""
         return self.init_lora_weights in ("pissa", "pissa_niter_16", "olora")
+
+    def host_parameters(self, sizes: Sizes) -> float:
+        """Count the first A and B of PiSSA and OLoRA, which go into every checkpoint."""
+        return self._over_layers(self.layer_parameters, sizes) if self.alters_base else 0.0
 
     @property
     def served_bits(self) -> int | None:

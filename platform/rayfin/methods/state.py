@@ -21,9 +21,16 @@ def training_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+    state |= state_beside(model)
+    return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+
+
+def state_beside(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a method needs beside the trained parameters, as it lies on its device."""
+    state: dict[str, torch.Tensor] = {}
     for method in METHODS.values():
         state |= method.state_beside(model)
-    return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+    return state
 
 
 def load_training_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -34,5 +41,10 @@ def load_training_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) 
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter.copy_(state[name])
+    load_state_beside(model, state)
+
+
+def load_state_beside(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put `state_beside` back from a `training_state`."""
     for method in METHODS.values():
         method.load_state_beside(model, state)

@@ -20,6 +20,7 @@ from rayfin.compat.deepspeed import (
 )
 from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
+from rayfin.methods import load_state_beside, state_beside
 from rayfin.training.parallel import MOMENTS, ParallelStrategy, Tensors, trained
 from rayfin.training.strategies import WorkerLayout
 from rayfin.training.strategy_files import LARGEST_BUCKET, deepspeed_settings
@@ -108,12 +109,15 @@ class ZeroStrategy(ParallelStrategy):
             whole = safe_get_full_fp32_param(parameter)
             if dist.get_rank() == 0:
                 found[name] = whole.float().cpu().contiguous()
+        if dist.get_rank() == 0:
+            found |= {n: t.cpu().contiguous() for n, t in state_beside(model).items()}
         return found
 
     def load_weights(self, model: torch.nn.Module, weights: Tensors) -> None:
         for name, parameter in trained(model):
             with self._gathered([parameter], write=True), torch.no_grad():
                 parameter.copy_(weights[name])
+        load_state_beside(model, weights)
 
     def moments(self, model: torch.nn.Module, optimizer: Any) -> Tensors:
         from deepspeed.utils import safe_get_full_optimizer_state
