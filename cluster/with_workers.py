@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -33,7 +34,7 @@ def main() -> int:
     name, amount = args.resource
     ray.init(address="auto", log_to_driver=False)
     # The request stands, and is paid for, until it is taken back: by `ray job stop` too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _stop)
     request_resources(bundles=[{name: amount}] * args.count)
     try:
         found = wait_for(args.count, name, amount, args.patience)
@@ -43,10 +44,35 @@ def main() -> int:
         if found < args.count:
             # The command would not use what comes later, and it would be paid for.
             request_resources(bundles=[{name: amount}] * found)
-        return subprocess.run(args.command, check=False).returncode
+        return run(args.command)
     finally:
         request_resources(bundles=[])
         ray.shutdown()
+
+
+_STOPPED = 143
+"""The exit code of what SIGTERM ends."""
+
+
+def _stop(*_: object) -> None:
+    sys.exit(_STOPPED)
+
+
+def run(command: Sequence[str]) -> int:
+    """Run the command and return its exit code; SIGTERM ends both, whenever it comes."""
+    asked: list[int] = []
+    # An exception amid the start would leave a process that nobody knows of.
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    process = subprocess.Popen(command)
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        if asked:
+            _stop()
+        return process.wait()
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
 
 
 def parse_resource(text: str) -> tuple[str, float]:

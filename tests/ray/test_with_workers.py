@@ -32,7 +32,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 @contextmanager
-def start(cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def start(processes: Any, cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The command, which does not outlive the block."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
@@ -44,8 +44,7 @@ def start(cluster: Cluster, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.terminate()  # it ends what it runs, too
-        process.communicate(timeout=60)
+        processes.end_family(process)
 
 
 def requested() -> Any:
@@ -58,8 +57,8 @@ def line(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.ray
-def test_a_stopped_job_lets_go_of_its_workers(cluster: Cluster) -> None:
-    with start(cluster, "1", "CPU", "--", "sleep", "300") as process:
+def test_a_stopped_job_lets_go_of_its_workers(processes: Any, cluster: Cluster) -> None:
+    with start(processes, cluster, "1", "CPU", "--", "sleep", "300") as process:
         assert line(process) == "1 of 1 times CPU=1 are there"
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
@@ -67,8 +66,8 @@ def test_a_stopped_job_lets_go_of_its_workers(cluster: Cluster) -> None:
 
 
 @pytest.mark.ray
-def test_the_command_starts_when_the_workers_are_there(cluster: Cluster) -> None:
-    with start(cluster, "2", "CPU", "--", "sh", "-c", "echo started; exit 7") as process:
+def test_the_command_starts_when_the_workers_are_there(processes: Any, cluster: Cluster) -> None:
+    with start(processes, cluster, "2", "CPU", "--", "sh", "-c", "echo started; exit 7") as process:
         assert line(process) == "1 of 2 times CPU=1 are there"
         assert requested() == b'[{"CPU": 1.0}, {"CPU": 1.0}]'
         cluster.add_node(num_cpus=1)

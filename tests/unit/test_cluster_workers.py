@@ -1,7 +1,10 @@
 """cluster/with_workers.py, on nodes that are made up; tests/ray/ has it on a Ray that grows."""
 
 import importlib.util
+import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,9 +26,9 @@ class Seen:
     def request(self, bundles: Bundles) -> None:
         self.requests.append(bundles)
 
-    def run(self, command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    def run(self, command: list[str]) -> int:
         self.standing = self.requests[-1]
-        return subprocess.CompletedProcess(command, 7)
+        return 7
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def seen(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Seen:
         monkeypatch.setattr(script.ray, name, lambda *_, value=value, **__: value)
     monkeypatch.setattr(script, "request_resources", made.request)
     monkeypatch.setattr(script.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(script.subprocess, "run", made.run)
+    monkeypatch.setattr(script, "run", made.run)
     return made
 
 
@@ -90,3 +93,38 @@ def test_without_any_the_command_does_not_run(
     assert capsys.readouterr().out == "0 of 2 times TPU=1 are there\n"
     assert seen.standing is None
     assert seen.requests == [[{"TPU": 1.0}] * 2, []]
+
+
+def test_a_stop_while_the_command_starts_ends_it(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    command = [sys.executable, "-c", "import time; time.sleep(300)"]
+
+    def start(command: list[str]) -> subprocess.Popen[bytes]:
+        """Start it, and be told to stop before anybody has the process in hand."""
+        started.append(real(command))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[0]
+
+    real = subprocess.Popen
+    before = signal.signal(signal.SIGTERM, script._stop)
+    try:
+        monkeypatch.setattr(script.subprocess, "Popen", start)
+        with pytest.raises(SystemExit) as ended:
+            script.run(command)
+        assert ended.value.code == 143
+        assert started[0].poll() == -signal.SIGKILL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def test_the_command_s_exit_code_is_returned(script: ModuleType) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert script.run([sys.executable, "-c", "raise SystemExit(7)"]) == 7
+    finally:
+        signal.signal(signal.SIGTERM, before)
