@@ -19,7 +19,7 @@ class Example:
     unlearned: tuple[int, ...] = ()
     """Indices of the assistant turns before the last one that are excluded from the loss."""
     rejected: tuple[ChatTurn, ...] = ()
-    """The same conversation with the rejected answer, where the row is a preference pair."""
+    """A preference pair's conversation with the rejected answer; empty for every other row."""
 
     def canonical(self) -> str:
         """Return the content as JSON, which is the same for equal samples of any file."""

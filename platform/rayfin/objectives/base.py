@@ -87,12 +87,12 @@ class Objective:
 
     @property
     def identity(self) -> str:
-        """The same for objectives that make the same tokens of the same data."""
+        """Return a text that two objectives share if they make the same tokens of the same data."""
         return self._identity(self.data_settings)
 
     @property
     def score_identity(self) -> str:
-        """The same for objectives that give a model the same scores on the same tokens."""
+        """Return a text that two objectives share if they score a model alike on equal tokens."""
         return self._identity(self.score_settings)
 
     def _identity(self, names: Iterable[str] | None) -> str:

@@ -75,7 +75,7 @@ class SupervisedFineTuning(Objective):
         }
 
     def change(self, table: torch.Tensor, base: torch.Tensor) -> dict[str, float]:
-        """See `Objective`; the changes of fewer than 2 samples have no standard error."""
+        """Return what `Objective.change` does; fewer than 2 samples have no standard errors."""
         found: dict[str, float] = {
             f"exact_match{ONLY_BASE}": int((_exact(base) & ~_exact(table)).sum())
         }
