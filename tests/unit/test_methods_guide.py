@@ -40,6 +40,23 @@ def test_what_is_refused_is_said_as_shown(here: Path, capfd: pytest.CaptureFixtu
         assert re.fullmatch(pattern, capfd.readouterr().err.strip()), pattern
 
 
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("target_modules=[q_prj]", r"its linear modules are [^;]*q_proj, [^;]*or use all-linear"),
+        ("modules_to_save=[lm_haed]", r"its modules are [^;]*lm_head, [^;]*v_proj"),
+        ("exclude_modules=[q_prj]", r"its modules are [^;]*q_proj, [^;]*v_proj"),
+    ],
+)
+def test_a_module_that_is_not_there_is_refused_with_those_that_may_be_named(
+    here: Path, capfd: pytest.CaptureFixture[str], setting: str, named: str
+) -> None:
+    assert main(["train", *QUICK, "method.type=lora", f"method.{setting}"]) == 2
+    assert re.fullmatch(
+        rf"rayfin: .*is no module of 'tiny'; {named}", capfd.readouterr().err.strip()
+    )
+
+
 @pytest.mark.parametrize("method", ["loha", "oft"])
 def test_what_no_engine_reads_is_published_refused_and_merged(here: Path, method: str) -> None:
     from transformers import AutoModelForCausalLM

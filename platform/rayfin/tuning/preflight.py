@@ -65,9 +65,13 @@ def _check_modules(config: Config) -> None:
         base = meta_model(config.model)
         modules = [name for name, module in base.named_modules() if hasattr(module, "weight")]
         if unknown := _without_a_match(names, modules):
+            if setting == "target_modules":
+                there = f"its linear modules are {', '.join(linear_names(base))}, or use all-linear"
+            else:  # any module may be excluded or trained whole, and none stands for all
+                last_parts = sorted({name.rpartition(".")[2] for name in modules})
+                there = f"its modules are {', '.join(last_parts)}"
             raise MethodError(
-                f"method.{setting}: '{unknown[0]}' is no module of '{config.model.name}'; "
-                f"its linear modules are {', '.join(linear_names(base))}, or use all-linear"
+                f"method.{setting}: '{unknown[0]}' is no module of '{config.model.name}'; {there}"
             )
     if config.method.depends_on_base:
         config.method.check_base(meta_model(config.model))
