@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
-ChatTurn = dict[str, str]
-"""One turn of a conversation: `role` (system, user or assistant) and `content`."""
+ChatTurn = dict[str, Any]
+"""One turn of a conversation: `role` (system, user, assistant or tool) and `content`, a string.
+
+An assistant's turn may have `tool_calls`, a list of objects with `type` (function), `function`
+(an object of `name` and `arguments`, an object too), and `id` where the data has one; its content
+is empty where it says nothing beside them. A tool's turn, which answers a call, may have `name` and
+`tool_call_id`.
+"""
+
+Tool = dict[str, Any]
+"""A function that a model may call, as JSON schema: `type` (function) and `function`."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +30,28 @@ class Example:
     """Indices of the assistant turns before the last one that are excluded from the loss."""
     rejected: tuple[ChatTurn, ...] = ()
     """A preference pair's conversation with the rejected answer; empty for every other row."""
+    tools: tuple[Tool, ...] = ()
+    """The functions that the assistant may call."""
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether tools are offered, called, or answer."""
+        turns = (*self.messages, *self.rejected)
+        return bool(self.tools) or any("tool_calls" in t or t["role"] == "tool" for t in turns)
 
     def canonical(self) -> str:
         """Return the content as JSON, which is the same for equal samples of any file."""
-        more = {"unlearned": self.unlearned, "rejected": self.rejected}
+        if self.text is not None:
+            return _canonical(self.text)
+        messages = _with_texts(self.messages)
+        more = {
+            "unlearned": self.unlearned,
+            "rejected": _with_texts(self.rejected),
+            "tools": [_ordered(tool) for tool in self.tools],
+        }
         if used := {name: value for name, value in more.items() if value}:
-            return _canonical({"messages": self.messages} | used)
-        return _canonical(self.text if self.text is not None else self.messages)
+            return _canonical({"messages": messages} | used)
+        return _canonical(messages)
 
     @classmethod
     def from_canonical(cls, canonical: str) -> Example:
@@ -36,16 +61,19 @@ class Example:
                 return cls(text=text)
             case dict(fields):
                 return cls(
-                    messages=tuple(fields["messages"]),
+                    messages=_with_objects(fields["messages"]),
                     unlearned=tuple(fields.get("unlearned", ())),
-                    rejected=tuple(fields.get("rejected", ())),
+                    rejected=_with_objects(fields.get("rejected", ())),
+                    tools=tuple(map(json.loads, fields.get("tools", ()))),
                 )
             case messages:
-                return cls(messages=tuple(messages))
+                return cls(messages=_with_objects(messages))
 
     def canonical_prompt(self) -> str:
         """Return the content before the last answer as JSON; for a plain text, all of it."""
-        return _canonical(self.text if self.text is not None else self.messages[:-1])
+        if self.text is not None:
+            return _canonical(self.text)
+        return _canonical(_with_texts(self.messages[:-1]))
 
 
 NO_LOSS = -100
@@ -67,3 +95,36 @@ _ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 def _canonical(value: object) -> str:
     return _ENCODER.encode(value)
+
+
+# Templates write tools and arguments in the order of their keys, which the canonical form would
+# sort; there they are JSON texts, as OpenAI writes arguments.
+def _ordered(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _with_texts(messages: Sequence[ChatTurn]) -> Sequence[ChatTurn]:
+    return _with_arguments(messages, _ordered)
+
+
+def _with_objects(messages: Sequence[ChatTurn]) -> tuple[ChatTurn, ...]:
+    return tuple(_with_arguments(messages, json.loads))
+
+
+def _with_arguments(
+    messages: Sequence[ChatTurn], change: Callable[[Any], object]
+) -> Sequence[ChatTurn]:
+    """Return the turns with the arguments of their tool calls changed."""
+    if not any("tool_calls" in message for message in messages):
+        return messages
+    return [
+        message | {"tool_calls": [_with_argument(call, change) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
+def _with_argument(call: dict[str, Any], change: Callable[[Any], object]) -> dict[str, Any]:
+    function = call["function"]
+    return call | {"function": function | {"arguments": change(function["arguments"])}}

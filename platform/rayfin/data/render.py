@@ -61,6 +61,11 @@ def render_conversations(
     template rewrites earlier turns (drops their reasoning, for example), only the last turn is
     learned. Raises DataError where the text does not begin with what generation would be given.
     """
+    if any(example.uses_tools for example in conversations):
+        raise DataError(
+            "data: samples with tools can't be rendered yet; leave out the columns of tools with "
+            "data.ignore_columns=[tools], and take conversations with tool calls out"
+        )
     turns = [learned_turns(example) for example in conversations]
     pairs = list(zip((example.messages for example in conversations), turns, strict=True))
     prompts = iter(
