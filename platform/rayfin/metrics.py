@@ -18,6 +18,8 @@ BASE = "base_"
 """Before a score's name: the same score of the base model."""
 CHANGE_ERROR = "_change_se"
 """After a score's name: the standard error of its change from the base model."""
+GENERATIONS = "generations"
+"""The key of a curve's point for what the model answered then to a few held-out questions."""
 ONLY_BASE = "_only_base"
 """After a paired score's name: the number of samples that only the base model fulfils."""
 

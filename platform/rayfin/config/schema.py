@@ -103,6 +103,10 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the initialisation, the order of samples and dropout."""
 
+    sample_generations: int = Field(0, ge=0)
+    """Held-out questions that the model answers at each evaluation, always the same ones; shown in
+    the terminal, the trackers and the report. The training stays the same, bit for bit."""
+
     @model_validator(mode="wrap")
     @classmethod
     def _of_the_objective(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:

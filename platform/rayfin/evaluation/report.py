@@ -44,6 +44,7 @@ from rayfin.metrics import BASE, FIGURES, METRICS, score_names
 from rayfin.paths import Storage, write_text
 from rayfin.redaction import redact
 from rayfin.statuses import ENDED, STATUS_WORDS, UNFINISHED
+from rayfin.tuning.generations import generations_of
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
@@ -89,6 +90,7 @@ def write_sweep_report(
         notes=[redact(note) for note in [*sweep_notes(trials, config), *notes]],
         importance=_importance(trials, config),
         samples=samples,
+        generations=_generations(best),
         table=_table(trials, config, best),
         data=_json(chart_data(trials, config, best)),
         least_trials=LEAST_TRIALS,
@@ -239,6 +241,19 @@ def _compare(key: str, trial: TrialRecord) -> dict[str, str] | None:
         row["interval"] = show_between(key, change.low, change.high)
         row["verdict"] = "better" if change.low > 0 else "worse" if change.high < 0 else ""
     return row
+
+
+def _generations(best: TrialRecord | None) -> list[dict[str, Any]]:
+    """A held-out question of train.sample_generations each, with the answers by their steps."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for step, answers in generations_of(best.curve) if best is not None else ():
+        for one in answers:
+            question = one["prompt"], one["reference"]
+            found.setdefault(question, []).append({"step": step, **one})
+    return [
+        {"prompt": prompt, "reference": reference, "answers": answers}
+        for (prompt, reference), answers in found.items()
+    ]
 
 
 def _importance(trials: Sequence[TrialRecord], config: Config) -> dict[str, Any]:

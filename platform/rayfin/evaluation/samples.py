@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 from rayfin.config import DataConfig, ModelConfig
@@ -14,11 +13,11 @@ from rayfin.methods.attach import tied_weights_apart
 from rayfin.models import Head, load_base, load_tokenizer
 from rayfin.models.ends import Ends, end_token_ids
 from rayfin.objectives import OBJECTIVES, stage_of
+from rayfin.training.generation import answer, question
 from rayfin.tuning.rows import adapter_place
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerFast
 
     from rayfin.history import TrialRecord
 
@@ -59,45 +58,13 @@ def answer_samples(
         ends = turn_end(tokenizer) | Ends(end_token_ids(model_config, tokenizer))
 
         def answers(model: torch.nn.Module) -> list[str]:
-            return [_answer(model, tokenizer, prompt, ends, max_new_tokens) for prompt in prompts]
+            return [answer(model, tokenizer, it, ends, max_new_tokens).text for it in prompts]
 
         before = answers(base)
         with tied_weights_apart(row.spec["method"].get("modules_to_save")):
             adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
         after = answers(adapted)
     return [
-        Sample(
-            _question(example.messages), example.messages[-1]["content"], base_said, adapter_said
-        )
+        Sample(question(example.messages), example.messages[-1]["content"], base_said, adapter_said)
         for example, base_said, adapter_said in zip(examples, before, after, strict=True)
     ]
-
-
-def _question(messages: tuple[dict[str, str], ...]) -> str:
-    return next((m["content"] for m in reversed(messages) if m["role"] == "user"), "")
-
-
-def _answer(
-    model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerFast,
-    prompt: str,
-    ends: Ends,
-    max_new_tokens: int,
-) -> str:
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    device = next(model.parameters()).device
-    output = model.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"].to(device),
-        attention_mask=inputs["attention_mask"].to(device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=list(ends.token_ids) or None,
-        **({"stop_strings": list(ends.texts), "tokenizer": tokenizer} if ends.texts else {}),
-    )
-    new = output[0, inputs["input_ids"].shape[1] :].tolist()
-    said = list(takewhile(lambda token: token not in ends.token_ids, new))
-    text = str(tokenizer.decode(said, skip_special_tokens=True))
-    for end_text in ends.texts:
-        text = text.partition(end_text)[0]
-    return text.strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rayfin.config import Config
 from rayfin.errors import ConfigError, MethodError
 from rayfin.methods import methods_that
-from rayfin.objectives import objective_of
+from rayfin.objectives import Objective, objective_of
 
 
 def check_combination(config: Config) -> None:
@@ -46,6 +46,12 @@ def check_combination(config: Config) -> None:
     if train.packing and not objective.packing:
         refuse_objective(
             "train.packing=true", "its samples can't share a row", "use train.packing=false"
+        )
+    if train.sample_generations and objective.auto_class != Objective.auto_class:
+        refuse_objective(
+            f"train.sample_generations={train.sample_generations}",
+            "its model answers in no words",
+            "use train.sample_generations=0",
         )
     if config.sweep.metric not in objective.metrics:
         refuse_objective(

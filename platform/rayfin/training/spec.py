@@ -49,8 +49,10 @@ class TrialSpec(Section):
         samples = train.pop("per_device_train_batch_size") * train.pop(
             "gradient_accumulation_steps"
         )
-        for name in ("per_device_eval_batch_size", "eval_steps", "save_steps"):
-            del train[name]  # how often one looks, not what is computed
+        for name in (
+            *("per_device_eval_batch_size", "eval_steps", "save_steps", "sample_generations"),
+        ):
+            del train[name]  # how often one looks and at what, not what is computed
         if self.train.lr_scheduler_type == "constant":  # it has no warmup
             train["warmup_ratio"] = TrainConfig().warmup_ratio
         train |= companions or {}
@@ -87,7 +89,9 @@ class TrialResult:
     `metrics`: the objective's scores (eval_loss, exact_match, …), the same with `base_` of the
     untrained model, how sure the change is (`Objective.change`), train_seconds (optimizer steps
     only), wall_seconds, tokens_per_second, peak_memory_bytes, trainable_parameters, steps.
-    `curve`: points {step, loss} and {step, eval_loss, exact_match, …}.
+    `curve`: points {step, loss, learning_rate}, {step, eval_loss, exact_match, …} and, where
+    train.sample_generations asks for them, {step, generations}: the answers that the model gave,
+    each with its prompt, the data's own answer (reference) and whether the model ended it.
     """
 
     status: Status

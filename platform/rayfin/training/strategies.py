@@ -121,6 +121,12 @@ def check_scaling(config: Config) -> None:
         raise ConfigError(
             f"scaling.strategy={strategy} can't train method.type={config.method.type}{bits}: {why}"
         )
+    if config.train.sample_generations and strategy in ("fsdp", "deepspeed-zero3"):
+        raise ConfigError(
+            f"train.sample_generations={config.train.sample_generations} can't work with "
+            f"scaling.strategy={strategy}: it shards the model, and no worker can run it alone; "
+            "use train.sample_generations=0, or scaling.strategy=ddp"
+        )
     if strategy == "deepspeed-zero3" and objective_of(config.train).companions():
         raise ConfigError(
             f"scaling.strategy={strategy} can't train train.stage={config.train.stage}: every "

@@ -20,7 +20,7 @@ from rayfin.compat.deepspeed import element_count
 from rayfin.compat.transformers import SteppedTrainer
 from rayfin.errors import TrialDiverged, TrialError
 from rayfin.heartbeat import beat, pause
-from rayfin.metrics import METRICS, Score
+from rayfin.metrics import GENERATIONS, METRICS
 from rayfin.objectives import Objective
 from rayfin.objectives.base import Batch
 from rayfin.objectives.tensors import adapter_disabled
@@ -37,6 +37,7 @@ from rayfin.training.checkpoint import (
     staging,
 )
 from rayfin.training.clock import Clock
+from rayfin.training.curve import curve_of
 from rayfin.training.flow import Flow
 from rayfin.training.learning_rates import divide_groups, resume_schedule
 from rayfin.training.parallel import ParallelStrategy
@@ -88,7 +89,7 @@ class TrialTrainer(SteppedTrainer):
         self._preemption = PreemptionWatch(callbacks.preempted)
         self.trained: torch.nn.Module = model  # as it was given: never wrapped, never None
         self.pad_token_id, self.checkpoints = data.pad_token_id, checkpoints
-        self._evaluated = callbacks.evaluated
+        self._evaluated, self._generate = callbacks.evaluated, data.generate
         self.planned = planned
         self.samples_per_step = len(planned) // train.max_steps
         self.scores: torch.Tensor | None = None
@@ -171,6 +172,7 @@ class TrialTrainer(SteppedTrainer):
         self.scores = self._score()
         metrics = self.objective.scores(self.scores)
         self.log(dict(metrics))
+        self._generate_samples()
         # The last evaluation is not asked about: it goes into the result.
         last = self.state.global_step >= self.train_config.max_steps
         if self.accelerator.is_main_process:  # who is told pauses where it waits for an answer
@@ -186,6 +188,15 @@ class TrialTrainer(SteppedTrainer):
         )
         self._clock.start()
         return metrics
+
+    def _generate_samples(self) -> None:
+        """Note what the model answers now to a few held-out questions, on the first worker."""
+        if self._generate is None or not self.accelerator.is_main_process:
+            return
+        with self.accelerator.autocast():
+            answers = self._generate(self.trained)
+        logged: list[dict[str, Any]] = self.state.log_history
+        logged.append({"step": self.state.global_step, GENERATIONS: answers})
 
     def _score(self) -> torch.Tensor:
         return score_together(
@@ -233,14 +244,8 @@ class TrialTrainer(SteppedTrainer):
 
     @property
     def curve(self) -> list[dict[str, Any]]:
-        """{step, loss} and {step, eval_loss, …} in the order they came, resumed parts included.
-
-        A score that is another's exponential is left out.
-        """
-        scores = ((name, METRICS[name]) for name in self.objective.metrics)
-        kept = ("loss", *(n for n, it in scores if isinstance(it, Score) and not it.exponential_of))
-        points = ({k: e[k] for k in ("step", *kept) if k in e} for e in self.state.log_history)
-        return [point for point in points if len(point) > 1]
+        """What was measured so far, resumed parts included, as `TrialResult.curve` has it."""
+        return curve_of(self.state.log_history, self.objective.metrics)
 
     def _to_be_saved_now(self) -> bool:
         steps = self.state.global_step - self._clock.first_step

@@ -133,6 +133,7 @@ def _train(
         from transformers import set_seed
 
         from rayfin.training.batches import samples_of
+        from rayfin.training.generation import sample_generator
         from rayfin.training.initialization import initialize
         from rayfin.training.parallel_strategies import parallel_strategy
         from rayfin.training.trainer import TrialTrainer
@@ -152,6 +153,9 @@ def _train(
         base_scores = cache.base_scores(spec, objective, hardware) if alone else None
         with strategy.loading():
             base = cache.base(spec, hardware, on_host=strategy.on_host)
+
+        generate, notes = sample_generator(spec, cache, strategy)
+        scenario["data"]["notes"] = [*scenario["data"]["notes"], *notes]
 
     def stands(
         trainer: TrialTrainer, status: Status, adapter: StoragePath | None = None
@@ -191,6 +195,7 @@ def _train(
                 held_out=data.eval,
                 pad_token_id=pad_token_id(tokenizer),
                 base_scores=base_scores,
+                generate=generate,
             ),
             TrialCallbacks(lambda trainer: report(stands(trainer, "running")), worker.preempted),
             parallel=strategy,

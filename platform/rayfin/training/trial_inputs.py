@@ -11,6 +11,7 @@ import torch
 from rayfin.objectives import Objective
 from rayfin.samples import TokenizedSample
 from rayfin.training.batches import PlannedSamples, StreamedSamples
+from rayfin.training.generation import Generate
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class TrialData:
     pad_token_id: int
     base_scores: torch.Tensor | None
     """The untrained model's table of scores; None has the workers compute it together."""
+    generate: Generate | None = None
+    """What answers a few held-out questions at each evaluation, on the first worker."""
 
 
 @dataclass(frozen=True)

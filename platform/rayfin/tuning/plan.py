@@ -145,7 +145,9 @@ def _what(config: Config) -> dict[str, Any]:
     # A swept method's defaults are each trial's own: what was written of it is what counts.
     swept = "method.type" in config.sweep.parameters
     method = config.method.model_dump(mode="json", exclude_unset=swept)
-    return TrialSpec.of(config).model_dump(mode="json") | {"method": method, "sweep": sweep}
+    spec = TrialSpec.of(config).model_dump(mode="json")
+    del spec["train"]["sample_generations"]
+    return spec | {"method": method, "sweep": sweep}
 
 
 def _samples(data: DataConfig) -> DataConfig:

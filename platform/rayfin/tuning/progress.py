@@ -18,6 +18,7 @@ from rayfin.objectives import OBJECTIVES, stage_of
 from rayfin.statuses import STATUS_COLOURS, UNFINISHED
 from rayfin.tables import Cell, TableColumn, TextTable
 from rayfin.training.spec import TrialResult
+from rayfin.tuning.generations import generation_lines
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.space import SearchSpace
 
@@ -81,6 +82,12 @@ class ProgressDisplay:
         self._rows[row.trial_id] = row
         if self._live is None and (before is None or row.status != "running"):
             self._show(self._line(row))
+        lines = list(generation_lines(row.curve)) if row.status == "finished" else []
+        if lines and "recalled_from" not in row.scenario:
+            if self._live is not None:  # they stand above the table
+                self._show(self._head(row, "answers"))
+            for line in lines:
+                self._show(line)
 
     def restart(self, row: TrialRecord, error: str) -> None:
         """Say that a trial goes on after its process died."""

@@ -23,6 +23,7 @@ from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.driver_watch import watched_driver
+from rayfin.tuning.generations import generation_lines
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
@@ -177,6 +178,10 @@ def _train_row(
                 told.add(note)
                 say.note(note)
 
+    def show_answers(result: TrialResult) -> None:
+        for line in generation_lines(result.curve):
+            say.show(line)
+
     def record(result: TrialResult) -> None:
         nonlocal row
         if result.storage_failed:  # the same command goes on
@@ -184,6 +189,7 @@ def _train_row(
         row = with_result(row, result)
         with busy("recording the result"):
             history.put(row)
+        show_answers(result)
 
     def report(result: TrialResult) -> None:
         nonlocal row  # a group that dies leaves what it had reported
@@ -197,6 +203,7 @@ def _train_row(
             strategies.append(hardware["strategy"])
             say.show(f"strategy {hardware['strategy']}: {hardware['strategy_why']}")
         say.show(evaluation_line(result, config.train.max_steps))
+        show_answers(result)
 
     minutes = config.scaling.hang_timeout_minutes
     if in_group:
