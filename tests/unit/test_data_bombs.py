@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rayfin.config.schema import DataConfig
+from rayfin.config.data import DataConfig
 from rayfin.data import load_corpus
 from rayfin.errors import DataError
 
@@ -66,7 +66,7 @@ def test_the_rows_after_a_line_that_is_too_long_are_used(tmp_path: Path, streami
 READER = """
 import json, sys
 from pathlib import Path
-from rayfin.config.schema import DataConfig
+from rayfin.config.data import DataConfig
 from rayfin.data import load_corpus
 from rayfin.errors import DataError
 

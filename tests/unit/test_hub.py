@@ -11,7 +11,8 @@ from threading import Event, Thread
 import pytest
 
 from rayfin import hub
-from rayfin.config.schema import DataConfig, ModelConfig
+from rayfin.config.data import DataConfig
+from rayfin.config.schema import ModelConfig
 from rayfin.data import load_corpus
 from rayfin.errors import DataError, ModelError
 from rayfin.models import locate

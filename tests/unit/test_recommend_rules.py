@@ -11,7 +11,8 @@ import pytest
 
 from rayfin.advisor import RULES, Scenario, recommend_text, rule_for
 from rayfin.advisor import scenario as scenarios
-from rayfin.config.schema import DataConfig, ModelConfig
+from rayfin.config.data import DataConfig
+from rayfin.config.schema import ModelConfig
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 

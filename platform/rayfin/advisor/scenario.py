@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from rayfin.config.schema import DataConfig, ModelConfig
+from rayfin.config.data import DataConfig
+from rayfin.config.schema import ModelConfig
 from rayfin.errors import ConfigError
 from rayfin.hardware import describe_hardware
 

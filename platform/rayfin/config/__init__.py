@@ -1,5 +1,6 @@
 """One configuration for every command: frozen pydantic models, YAML and dotted overrides."""
 
+from rayfin.config.data import DataConfig
 from rayfin.config.load import (
     build_config,
     dump_yaml,
@@ -13,7 +14,6 @@ from rayfin.config.load import (
 from rayfin.config.problems import format_value, leaf_names
 from rayfin.config.schema import (
     Config,
-    DataConfig,
     ModelConfig,
     PublishConfig,
     ScalingConfig,

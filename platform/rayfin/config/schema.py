@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from rayfin.config.data import DataConfig
 from rayfin.methods import MethodConfig
 from rayfin.metrics import score_names, score_of
 from rayfin.objectives import DEFAULT, OBJECTIVES, main_metric
@@ -30,36 +31,6 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights of the base model; auto is float32 on CPU and bfloat16 on GPUs that have it."""
-
-
-class DataConfig(Section):
-    path: str = Field("pydocs", min_length=1)
-    """`pydocs`, a file (JSONL, JSON, CSV, Parquet), a directory of such files, or a hub id."""
-    split: str | None = Field(None, min_length=1)
-    """The one split of a directory or hub data set to use, or `all` taken as one; null trains on
-    train and evaluates on validation or test, where they are there."""
-    format: Literal[
-        "auto",
-        "messages",
-        "instruction",
-        "conversations",
-        "prompt_completion",
-        "text",
-        "preference",
-    ] = "auto"
-    """Shape of the rows; auto looks at the first valid row."""
-    max_length: int = Field(256, ge=8)
-    """Tokens kept of one sample."""
-    val_size: float = Field(0.1, gt=0, lt=1)
-    """Share of the samples held out for evaluation, where the data has no split for it."""
-    max_samples: int | None = Field(None, ge=2)
-    """Use a deterministic sample of this many rows; of each split, where there are several."""
-    on_bad_row: Literal["error", "skip"] = "error"
-    """Stop at a row that can't be used, or leave it out and count it."""
-    ignore_columns: tuple[Annotated[str, Field(min_length=1)], ...] = ()
-    """Columns, and keys of turns (messages.name), to be left out of account without a word."""
-    streaming: bool = False
-    """Read and tokenise while training, through Ray Data: JSON Lines and Parquet of any size."""
 
 
 class TrainConfig(Section):

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rayfin.config.schema import DataConfig
+from rayfin.config.data import DataConfig
 from rayfin.data.columns import (
     COLUMNS,
     RowProblem,

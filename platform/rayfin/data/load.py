@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rayfin.config.schema import DataConfig
+from rayfin.config.data import DataConfig
 from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
 from rayfin.data.conversion import (
     RowStatistics,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rayfin.config.schema import DataConfig
+from rayfin.config.data import DataConfig
 from rayfin.data.folders import directory_splits
 from rayfin.data.readers import allowed_names, is_readable, read_file
 from rayfin.data.rows import Row

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayfin.config.schema import DataConfig
+from rayfin.config.data import DataConfig
 from rayfin.errors import DataError, did_you_mean, listed
 
 KEYWORDS: dict[str, tuple[str, ...]] = {

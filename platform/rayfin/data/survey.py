@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from rayfin.config.schema import DataConfig
+from rayfin.config.data import DataConfig
 from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
 from rayfin.data.conversion import (
     RowStatistics,
