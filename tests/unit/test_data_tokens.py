@@ -215,6 +215,7 @@ def test_profile() -> None:
         "digest": "digest",
         "source": "source",
         "eval_split": "held_out",
+        "sources": [],
         "eval_rows_in_train": 0,
         "notes": [],
     }

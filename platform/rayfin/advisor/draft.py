@@ -17,6 +17,7 @@ from rayfin.advisor.scenario import Scenario
 from rayfin.config import (
     Config,
     PublishConfig,
+    Section,
     Space,
     build_config,
     load_config,
@@ -99,7 +100,7 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     )
     settings = {
         "model.name": config.model.name,
-        "data.path": config.data.path,
+        **({} if config.data.sources else {"data.path": config.data.path}),
         "data.max_length": length,
         "data.val_size": config.data.val_size,
         **practiced,
@@ -199,7 +200,12 @@ def _value(leaf: str, value: Any) -> Iterator[str]:
 
 
 def _inline(value: Any) -> str:
-    plain = list(value) if isinstance(value, tuple) else value
+    plain = value
+    if isinstance(value, tuple):
+        plain = [
+            each.model_dump(exclude_unset=True) if isinstance(each, Section) else each
+            for each in value
+        ]
     text = yaml.safe_dump(
         plain, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True
     )

@@ -180,8 +180,10 @@ def _more_room(
     least: Estimate, known: ScenarioFacts, measured: Sequence[MeasuredTrial], base: Config
 ) -> Iterator[str]:
     """Yield single changes that would make something fit, the smallest first."""
-    fixed = sorted(given_settings(base).keys() - {"model.name", "model.revision", "data.path"})
-    free = build_config({"model": base.model.model_dump(), "data": {"path": base.data.path}}, {})
+    data = base.data.model_dump(include={"path", "sources"}, exclude_unset=True)
+    named = {"model.name", "model.revision", "data.path", "data.sources"}
+    fixed = sorted(given_settings(base).keys() - named)
+    free = build_config({"model": base.model.model_dump(), "data": data}, {})
     loose = [name for name in fixed if name.startswith(("method.", "train.", "data.", "scaling."))]
     if loose and (method := _fits(free, known, measured)):
         yield f"without {', '.join(loose)} ({method} does)"

@@ -18,7 +18,7 @@ Kind = Literal["experiment", "deployment", "storage", "storage and history"]
 _SHELLS = ("bash", "zsh", "fish")
 _AXIS = "sweep.parameters."
 _SWEPT = ("model.", "data.", "method.", "train.")
-_PATHS = ("data.path", "model.name", "scaling.strategy_config")
+_PATHS = ("data.path", "data.eval_path", "model.name", "scaling.strategy_config")
 _DIRECTORIES = ("storage", "publish.storage")
 
 

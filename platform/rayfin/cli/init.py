@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
 
     file, settings = split_settings(args.settings)
     config = load_config(file, settings)
-    if "data" not in config.model_fields_set or "path" not in config.data.model_fields_set:
+    if "data" not in config.model_fields_set or not (
+        {"path", "sources"} & config.data.model_fields_set
+    ):
         raise UsageError("init looks at your data; name them with data.path=FILE")
     if args.output.exists():
         raise StorageError(f"'{args.output}' exists; give another with --output FILE")

@@ -111,7 +111,7 @@ def _print(
     from rich.text import Text
 
     console = Console(highlight=False, soft_wrap=True)
-    what = f"{config.model.name} on {config.data.path}, {hardware.device_name}"
+    what = f"{config.model.name} on {config.data.title}, {hardware.device_name}"
     console.print(Text(what, style="bold"))
     console.print(Text(answer.explanation))
     for choice in answer.choices:

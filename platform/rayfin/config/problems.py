@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rayfin.config.schema import Config, PublishConfig
+from rayfin.config.sources import SourceConfig
 from rayfin.errors import did_you_mean
 from rayfin.methods import METHODS
 from rayfin.objectives import OBJECTIVES
@@ -174,4 +175,12 @@ def _known_keys(tree: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
     known |= {"train": {"stage": stage}} if stage in OBJECTIVES else {}
     defaults = Config.model_validate(known)
     publish = [f"publish.{name}" for name in PublishConfig.model_fields]
-    return [*leaf_names(defaults), *Config.model_fields, *publish]
+    return [*leaf_names(defaults), *Config.model_fields, *publish, *_source_keys(tree)]
+
+
+def _source_keys(tree: Mapping[str, Any]) -> list[str]:
+    """Return the dotted settings of the sources of data in a nested configuration."""
+    data = tree.get("data")
+    sources = data.get("sources") if isinstance(data, Mapping) else None
+    count = len(sources) if isinstance(sources, (list, tuple)) else 0
+    return [f"data.sources.{n}.{name}" for n in range(count) for name in SourceConfig.model_fields]

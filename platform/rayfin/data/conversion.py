@@ -138,8 +138,12 @@ def bad_rows_error(first: BadRow, bad: int, rows: int) -> DataError:
 
 
 def check_shape(config: DataConfig, shape: str, objective: Objective) -> None:
-    """Raise DataError for rows of a format that the objective can't train on."""
-    if shape in objective.shapes:
+    """Raise DataError for rows of a format that the objective can't train on.
+
+    `shape` may be several formats, separated by commas, as that of a corpus.
+    """
+    shape = next((each for each in shape.split(", ") if each not in objective.shapes), "")
+    if not shape:
         return
     has = f"rows of format {shape}"
     remedy = f"give rows of format {' or '.join(objective.shapes)}"
@@ -148,8 +152,8 @@ def check_shape(config: DataConfig, shape: str, objective: Objective) -> None:
         if "prompt_completion" in objective.shapes:
             remedy = "give the chosen answers as prompt and completion"
     raise DataError(
-        f"data.path: '{config.path}' has {has}, which train.stage={objective.name} can't train on; "
-        f"{remedy}"
+        f"data.path: '{config.title}' has {has}, which train.stage={objective.name} can't train "
+        f"on; {remedy}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rayfin.data.mixture import SourceUse
 from rayfin.data.rows import BadRow
 from rayfin.data.splits import HELD_OUT
 from rayfin.data.stream import Stream
@@ -17,7 +18,7 @@ class Corpus:
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
     shape: str
-    """The format of the rows, as `data.format` names it."""
+    """The format of the rows, as `data.format` names it; of several, each once, with commas."""
     digest: str
     """A hash of both splits and their order."""
     source: str
@@ -28,6 +29,8 @@ class Corpus:
     """The name of the split that `eval` was taken from."""
     eval_rows_in_train: int = 0
     """The number of samples of `eval` that also occur in the training data."""
+    sources: tuple[SourceUse, ...] = ()
+    """What is taken of each of data.sources; empty for data.path."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the user should know about how the data was read, one line each."""
     stream: Stream | None = None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from rayfin.data.columnar import count_row_groups, read_parquet
-from rayfin.data.readers import parse_lines, read_errors
+from rayfin.data.readers import parse_lines, read_errors, read_file
 from rayfin.data.rows import Row, lines_of, marked_encoding, skip_line
 from rayfin.data.splits import Split
 from rayfin.data.stream import FileRange
@@ -18,11 +18,11 @@ _MAX_BYTES, _MIN_BYTES, _RANGES = 2**20, 2**14, 4096
 _STREAMABLE = (".jsonl", ".ndjson", ".parquet")
 
 
-def file_ranges(split: Split) -> list[FileRange]:
+def file_ranges(split: Split, *, source: int = 0, whole: bool = False) -> list[FileRange]:
     """Return the ranges that hold the rows of a split, in order.
 
-    They depend on the names and sizes of the files only. Raises DataError where a file can't be
-    read in parts.
+    They depend on the names and sizes of the files only. A file that can't be read in parts is one
+    range with `whole`, and else a DataError. `source` is the number that the ranges bear.
     """
     if split.tables:
         raise DataError(
@@ -30,34 +30,44 @@ def file_ranges(split: Split) -> list[FileRange]:
             "files and give their directory as data.path, or set data.streaming=false"
         )
     files = [file.absolute() for file in split.files]  # other processes read them, too
-    for file in files:
-        if file.suffix.lower() not in _STREAMABLE:
-            raise DataError(
-                f"data.streaming=true: '{file}' can't be read in parts; give "
-                f"{', '.join(_STREAMABLE)} (unpack .gz, and bring others into one of these), or "
-                "set data.streaming=false"
-            )
-        with read_errors(file), file.open("rb") as start:
-            encoding = marked_encoding(start.read(4))
-        if encoding is not None and file.suffix.lower() != ".parquet":
-            raise DataError(
-                f"data.streaming=true: '{file}' is {encoding.upper()}, which can't be read in "
-                f"parts; convert it with iconv -f {encoding} -t utf-8, or set data.streaming=false"
-            )
+    problems = {file: problem for file in files if (problem := _unreadable_in_parts(file))}
+    if problems and not whole:
+        file, problem = next(iter(problems.items()))
+        raise DataError(f"data.streaming=true: '{file}' {problem}, or set data.streaming=false")
     total = sum(f.stat().st_size for f in files if f.suffix.lower() != ".parquet")
     size = min(max(total // _RANGES, _MIN_BYTES), _MAX_BYTES)
     found: list[FileRange] = []
     for file in files:
-        if file.suffix.lower() == ".parquet":
+        if file in problems:
+            found.append(FileRange(str(file), 0, file.stat().st_size, source, whole=True))
+        elif file.suffix.lower() == ".parquet":
             with read_errors(file):
                 groups = count_row_groups(file)
-            found += [FileRange(str(file), group, group + 1) for group in range(groups)]
+            found += [FileRange(str(file), each, each + 1, source) for each in range(groups)]
         else:
             end = file.stat().st_size
             found += [
-                FileRange(str(file), start, min(start + size, end)) for start in range(0, end, size)
+                FileRange(str(file), start, min(start + size, end), source)
+                for start in range(0, end, size)
             ]
     return found
+
+
+def _unreadable_in_parts(file: Path) -> str | None:
+    """Return why a file can't be read in parts, and what would make it so."""
+    if file.suffix.lower() not in _STREAMABLE:
+        return (
+            f"can't be read in parts; give {', '.join(_STREAMABLE)} (unpack .gz, and bring others "
+            "into one of these)"
+        )
+    with read_errors(file), file.open("rb") as start:
+        encoding = marked_encoding(start.read(4))
+    if encoding is None or file.suffix.lower() == ".parquet":
+        return None
+    return (
+        f"is {encoding.upper()}, which can't be read in parts; convert it with "
+        f"iconv -f {encoding} -t utf-8"
+    )
 
 
 def read_range(file_range: FileRange, ignore: Collection[str] = ()) -> Iterator[Row]:
@@ -67,7 +77,9 @@ def read_range(file_range: FileRange, ignore: Collection[str] = ()) -> Iterator[
     """
     path = Path(file_range.file)
     with read_errors(path):
-        if file_range.is_parquet:
+        if file_range.whole:
+            yield from read_file(path, ignore)
+        elif file_range.is_parquet:
             yield from read_parquet(path, ignore, range(file_range.start, file_range.stop))
         else:
             starts_file = file_range.start == 0

@@ -6,19 +6,17 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any
 
-import yaml
-
+from rayfin.data.card import card_configuration, card_patterns, matching_files
 from rayfin.data.readers import allowed_names, is_readable
 from rayfin.data.splits import KEYWORDS, Split, kinds_in
 from rayfin.errors import DataError, listed
 
 # `split-00000-of-00012.parquet`: what the hub and the datasets library write.
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b.*")
-_CARD = re.compile(r"---[ ]*\n(?P<metadata>.*?)\n---[ ]*(\n|$)", re.DOTALL)
 _MOST_NAMED = 3
 _OTHER_FORMATS = re.compile(
     r"(?!(readme|license|licence|requirements)\.).*\.(txt|xlsx?|ods|feather|orc|avro|tfrecord|np[yz]|"
@@ -29,28 +27,71 @@ _OTHER_FORMATS = re.compile(
 
 
 def directory_splits(
-    root: Path, *, together: bool = False
+    root: Path,
+    *,
+    together: bool = False,
+    name: str | None = None,
+    without: Collection[str] = frozenset(),
 ) -> tuple[list[Split], list[Split], list[str]]:
     """Return (the splits with names, the files without a split's name, notes).
 
-    Raises DataError where the directory lists missing files, and, unless all splits are joined
-    (`together`), where a name stands for more than one split.
+    `name` is the configuration to take of those that the directory's card lists. Files whose
+    resolved paths are in `without` are left out, and noted, where a split has others. Raises
+    DataError where the directory lists missing files or has no such configuration, and, unless all
+    splits are joined (`together`), where a file's name stands for more than one split.
     """
     files = data_below(root)
     saved = _object_of(root / "dataset_dict.json").get("splits")
     if isinstance(saved, list):  # what DatasetDict.save_to_disk writes
+        _check_saved_name(root, files, name)
         folders = {str(name): root / str(name) for name in saved}
         named = {name: data_below(each) if each.is_dir() else [] for name, each in folders.items()}
         _check_there(root / "dataset_dict.json", named)
     else:
-        named = _by_card(root, files, together) or _by_names(root, files, together)
+        named = _by_card(root, files, together, name)
+        if not named:
+            _check_saved_name(root, files, name)
+            named = _by_names(root, files, together)
     taken = {file for some in named.values() for file in some}
-    others = [file for file in files if file not in taken]
-    splits = [Split(name, _shown(root, some), tuple(some)) for name, some in named.items()]
+    # The files of other configurations are other data sets.
+    others = [file for file in files if file not in taken] if name is None else []
+    left_out: list[Path] = []
+
+    def split(name: str, files: Sequence[Path]) -> Split:
+        kept = [file for file in files if not without or str(file.resolve()) not in without]
+        if kept and len(kept) < len(files):
+            left_out.extend(file for file in files if file not in kept)
+            files = kept
+        return Split(name, _shown(root, files), tuple(files))
+
+    splits = [split(name, some) for name, some in named.items()]
+    unnamed = [split("", others)] if others else []
+    notes: list[str] = []
+    if left_out:
+        notes.append(f"data: not trained on: {_shown(root, left_out)} (data.eval_path)")
     return (
         sorted(splits, key=_rank),
-        [Split("", _shown(root, others), tuple(others))] if others else [],
-        _unread_settings(root) + _unread_formats(root),
+        unnamed,
+        [*notes, *_unread_settings(root), *_unread_formats(root)],
+    )
+
+
+def _check_saved_name(root: Path, files: Sequence[Path], name: str | None) -> None:
+    """Raise DataError for a configuration that a directory without a card's list is not of."""
+    if name is None:
+        return
+    infos = {root / "dataset_info.json", *(file.parent / "dataset_info.json" for file in files)}
+    saved = {str(found) for info in infos if (found := _object_of(info).get("config_name"))}
+    if name in saved:
+        return
+    has = (
+        f"it was saved of configuration {listed(sorted(saved))}"
+        if saved
+        else ("it has no README.md that lists configurations")
+    )
+    raise DataError(
+        f"data.name: '{name}' can't be had of directory '{root}': {has}; leave data.name out, or "
+        "give the directory of that configuration as data.path"
     )
 
 
@@ -181,77 +222,27 @@ def _split_of(file: Path, with_directories: bool, together: bool) -> str | None:
     return None
 
 
-def _by_card(root: Path, files: Sequence[Path], together: bool) -> dict[str, list[Path]]:
-    """Return the splits that a hub repository's README.md lists, if any."""
-    try:
-        card = _CARD.match((root / "README.md").read_text(encoding="utf-8"))
-        metadata = yaml.safe_load(card["metadata"]) if card else None
-    except (OSError, ValueError, yaml.YAMLError):
+def _by_card(
+    root: Path, files: Sequence[Path], together: bool, name: str | None
+) -> dict[str, list[Path]]:
+    """Return the splits that a hub repository's README.md lists, if any.
+
+    `name` is the configuration to take of several.
+    """
+    config = card_configuration(root, name)
+    if config is None:
         return {}
-    configs = metadata.get("configs") if isinstance(metadata, dict) else None
-    if not isinstance(configs, list):
-        return {}
-    subsets = [
-        each
-        for each in configs
-        if isinstance(each, dict) and ("data_files" in each or each.get("data_dir"))
-    ]
-    default = [
-        each for each in subsets if each.get("default") or each.get("config_name") == "default"
-    ]
-    if len(subsets) > 1 and not default:
-        names = ", ".join(str(each.get("config_name")) for each in subsets)
-        raise DataError(
-            f"data.path: '{root}/README.md' lists several subsets ({names}), which are data sets "
-            "of their own; give the directory or the files of one as data.path"
-        )
-    named: dict[str, list[Path]] = {}
-    for config in (default or subsets)[:1]:
-        folder = str(config.get("data_dir") or "")
-        if "data_files" not in config:
-            below = [file for file in files if file.is_relative_to(root / folder)]
-            named = _by_names(root / folder, below, together) or {
-                "train" if below else folder: below
-            }
-            continue
-        for split, patterns in _patterns(config["data_files"]):
-            matching = _matching(root, folder, patterns)
+    folder = str(config.get("data_dir") or "")
+    if "data_files" not in config:
+        below = [file for file in files if file.is_relative_to(root / folder)]
+        named = _by_names(root / folder, below, together) or {"train" if below else folder: below}
+    else:
+        named = {}
+        for split, patterns in card_patterns(config["data_files"]):
+            matching = matching_files(root, folder, patterns)
             named[split] = [file for file in files if file in matching]
     _check_there(root / "README.md", named)
     return named
-
-
-def _patterns(data_files: Any) -> Iterator[tuple[str, list[Any]]]:
-    """Yield (split, patterns of its files) of a card's `data_files`, in any of its forms."""
-
-    def all_in(value: Any) -> list[Any]:
-        return value if isinstance(value, list) else [value]
-
-    if isinstance(data_files, dict):
-        yield from ((str(split), all_in(value)) for split, value in data_files.items())
-    elif isinstance(data_files, list) and all(isinstance(each, dict) for each in data_files):
-        yield from ((str(each.get("split")), all_in(each.get("path"))) for each in data_files)
-    else:
-        yield "train", all_in(data_files)
-
-
-def _matching(root: Path, folder: str, patterns: Sequence[Any]) -> set[Path]:
-    """Return the files that a card's patterns match; raises DataError for an unusable pattern."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        try:
-            path = PurePosixPath(folder, pattern)
-            if path.is_absolute():
-                continue
-            # A last ** is of directories only in Python's patterns, and of files in a card's.
-            found.update(root.glob(str(path / "*" if path.name == "**" else path)))
-        except (TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"data.path: '{root}/README.md' gives {pattern!r:.80} as data_files, which is no "
-                "pattern of files (such as data/train/*.jsonl); mend it there, or give the files "
-                "as data.path"
-            ) from error
-    return found
 
 
 def _unread_settings(root: Path) -> list[str]:

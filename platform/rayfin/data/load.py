@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rayfin.config.data import DataConfig
@@ -14,15 +15,21 @@ from rayfin.data.conversion import (
     alternative_to,
     bad_rows_error,
     check_shape,
-    detect_shape,
     empty_split_error,
     no_valid_row_error,
 )
 from rayfin.data.corpus import Corpus
-from rayfin.data.pydocs import pydocs_examples
+from rayfin.data.mixture import (
+    eval_split_of,
+    samples_to_take,
+    source_hash,
+    source_notes,
+    source_uses,
+    training_samples,
+)
 from rayfin.data.rows import BadRow
-from rayfin.data.sources import find_splits, read_rows
-from rayfin.data.splits import SplitSelection
+from rayfin.data.sources import Source, Sources, find_sources, read_rows
+from rayfin.data.splits import Split
 from rayfin.data.survey import survey_corpus
 from rayfin.errors import DataError
 from rayfin.objectives import SFT, Objective
@@ -30,78 +37,157 @@ from rayfin.samples import Example
 
 
 def load_corpus(config: DataConfig, objective: Objective = SFT) -> Corpus:
-    """Return the samples of `config.path`, sampled and split the same way every time.
+    """Return the samples of `config.path` or `config.sources`, the same way every time.
 
-    The data's own splits are those that `find_splits` returns; for data without any, see
+    The data's own splits are those that `find_sources` returns; for data without any, see
     `hold_out`. Order and split depend on the samples' content only, never on their order in the
-    files: they are sorted by a hash of the content, and `max_samples` keeps the first of each
-    split. That is a random sample, whereas the head of a file may hold a single class. With
-    `config.streaming` the corpus is what `survey_corpus` returns. Raises DataError, also for rows
-    of a format that `objective` can't train on.
+    files: they are sorted by a hash of the content, and `max_samples` and the sources' weights
+    keep the first of each split. That is a random sample, whereas the head of a file may hold a
+    single class. With `config.streaming` the corpus is what `survey_corpus` returns. Raises
+    DataError, also for rows of a format that `objective` can't train on.
     """
     if config.streaming:
         return survey_corpus(config, objective=objective)
-    selection, statistics = find_splits(config), RowStatistics(frozenset(config.ignore_columns))
-    if config.path == "pydocs":
-        samples = _Samples(tuple(pydocs_examples()), (), "messages")
-    else:
-        samples = _convert_splits(config, selection, statistics, objective)
-    statistics.check_ignored()
-    return _corpus(config, selection, samples, statistics)
+    sources, reader = find_sources(config), _Reader(config, objective)
+    parts = [reader.source(source) for source in sources.train]
+    evaluation = reader.evaluation(sources.evaluation)
+    reader.finish()
+    return _corpus(config, sources, parts, evaluation, reader)
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """The samples of both splits, in the order of their files."""
+    """The samples of one source, in their order."""
 
     train: tuple[Example, ...]
-    eval: tuple[Example, ...]
-    shape: str
-    skipped: tuple[BadRow, ...] = ()
+    eval: tuple[Example, ...] = ()
+    """Those of its own evaluation split, if it has one."""
+
+
+class _Reader:
+    """Converts the rows of sources to samples, and remembers what is to be said of the rows."""
+
+    def __init__(self, config: DataConfig, objective: Objective) -> None:
+        self._config, self._objective = config, objective
+        self.statistics = RowStatistics(frozenset(config.ignore_columns))
+        self.bad: list[BadRow] = []
+        self.shapes: dict[str, None] = {}
+        """The formats of the rows, each once, in the order of the sources."""
+
+    def source(self, source: Source) -> _Samples:
+        """Return the samples of a source, with those of its own evaluation split."""
+        selection = source.selection
+        with source.errors():
+            train, shape = self._split(source, selection.train)
+            # What data.eval_path names may be of another format.
+            if selection.eval is None or self._config.eval_path is not None:
+                return _Samples(train)
+            held_out, _ = self._split(source, selection.eval, shape)
+            return _Samples(train, held_out)
+
+    def evaluation(self, source: Source | None) -> tuple[Example, ...] | None:
+        """Return the samples of data.eval_path, None where it is not given."""
+        if source is None:
+            return None
+        with source.errors():
+            return self._split(source, source.selection.train)[0]
+
+    def finish(self) -> None:
+        """Raise DataError for bad rows that are not to be skipped, or an unknown ignored column."""
+        if self.bad and self._config.on_bad_row == "error":
+            count = sum(each.rows for each in self.bad)
+            raise bad_rows_error(self.bad[0], count, self.statistics.rows)
+        self.statistics.check_ignored()
+
+    def notes(self) -> tuple[str, ...]:
+        """Return a line on each thing that is to be said of the rows."""
+        skipped = sum(each.rows for each in self.bad)
+        return self.statistics.notes(skipped, self.bad[0] if self.bad else None)
+
+    def _split(
+        self, source: Source, split: Split, shape: str = ""
+    ) -> tuple[tuple[Example, ...], str]:
+        """Return the samples of a split and their format, which is `shape` where that is given."""
+        statistics = RowStatistics(self.statistics.ignore)
+        rows = list(read_rows(split, statistics.ignore))
+        alternative = alternative_to(split, source.selection)
+        if not rows:
+            raise empty_split_error(source.config, split, alternative)
+        shape = shape or source.shape(rows)
+        check_shape(source.config, shape, self._objective)
+        self.shapes[shape] = None
+        examples, before = list[Example](), len(self.bad)
+        for row in rows:
+            example = statistics.convert(row, shape)
+            if isinstance(example, Example):
+                examples.append(example)
+            else:
+                self.bad.append(BadRow(row.file, row.line, example, row.rows))
+        self.statistics.add(statistics)
+        if not examples:
+            raise no_valid_row_error(source.config, self.bad[before], alternative)
+        return _ordered(examples), shape
 
 
 def _corpus(
-    config: DataConfig, selection: SplitSelection, samples: _Samples, statistics: RowStatistics
+    config: DataConfig,
+    sources: Sources,
+    parts: Sequence[_Samples],
+    evaluation: tuple[Example, ...] | None,
+    reader: _Reader,
 ) -> Corpus:
-    if len(samples.train + samples.eval) < 2:
-        raise DataError(
-            f"data.path: '{config.path}' has {len(samples.train)} usable row; "
-            "training and evaluation need at least 2"
-        )
-    all_train, all_eval = _ordered(samples.train), _ordered(samples.eval)
-    train, held_out = all_train[: config.max_samples], all_eval[: config.max_samples]
-    if selection.eval is not None:
-        trained = {example.canonical() for example in train}
-        common = sum(example.canonical() in trained for example in held_out)
-    elif len({example.canonical() for example in train}) == 1:
-        raise DataError(
-            f"data.path: '{config.path}': all {len(train)} rows are the same; "
-            "give at least 2 different ones"
-        )
-    else:
-        train, held_out = hold_out(train, config.val_size)
-        common = 0
-    # The first sample is in every subset, and few new ones of a growing file come before it: the
-    # share of equal first samples is that of common samples (MinHash; Broder 1997).
-    source = min(_order_key(each) for each in all_train[:1] + all_eval[:1])[:32]
-    bad = samples.skipped
+    rows = [len(part.train) for part in parts]
+    taken = training_samples(sources, rows, config.max_samples)
+    train = [part.train[:count] for part, count in zip(parts, taken, strict=True)]
+    scored = samples_to_take(
+        [len(part.eval) for part in parts], [None] * len(parts), config.max_samples
+    )
+    held_out = [part.eval[:count] for part, count in zip(parts, scored, strict=True)]
+    if evaluation is None:
+        own = [bool(part.eval) for part in parts]
+        pairs = _hold_out_of_each(config, train, own)
+        train = [each for each, _ in pairs]
+        held_out = [mine + held for mine, (_, held) in zip(held_out, pairs, strict=True)]
+        if not any(held_out):
+            raise _nothing_held_out(config, train)
+    all_train, all_held = _joined(train), _joined(held_out)
+    if evaluation is not None:
+        all_held = evaluation[: config.max_samples]
+    common = 0
+    if len(parts) > 1 or parts[0].eval or evaluation is not None:
+        trained = {example.canonical() for example in all_train}
+        common = sum(example.canonical() in trained for example in all_held)
+    uses = source_uses(sources, rows, list(map(len, train)), list(map(len, held_out)))
+    notes = source_notes(
+        sources,
+        uses,
+        trained=len(all_train),
+        evaluated=len(all_held),
+        common=common,
+        val_size=config.val_size,
+    )
+    bad = tuple(reader.bad)
+    firsts = [min(map(_order_key, part.train[:1] + part.eval[:1])) for part in parts]
     return Corpus(
-        train,
-        held_out,
-        samples.shape,
-        _digest(train, held_out),
-        source,
+        all_train,
+        all_held,
+        ", ".join(reader.shapes),
+        _digest(all_train, all_held),
+        source_hash(firsts, rows, taken),
         bad,
-        eval_split=selection.eval_split,
+        eval_split=eval_split_of(sources),
         eval_rows_in_train=common,
-        notes=(
-            *selection.notes(len(train), len(held_out), common, config.val_size),
-            *statistics.notes(sum(each.rows for each in bad), bad[0] if bad else None),
-        ),
+        sources=uses,
+        notes=(*notes, *reader.notes()),
     )
 
 
-def _ordered(examples: Sequence[Example]) -> tuple[Example, ...]:
+def _joined(parts: Sequence[tuple[Example, ...]]) -> tuple[Example, ...]:
+    """Return the samples of several sources, each in order, in one order."""
+    return parts[0] if len(parts) == 1 else _ordered(itertools.chain.from_iterable(parts))
+
+
+def _ordered(examples: Iterable[Example]) -> tuple[Example, ...]:
     return tuple(sorted(examples, key=_order_key))
 
 
@@ -121,9 +207,7 @@ def hold_out(
     prompt whose samples would not all fit is passed over. Where all prompts are equal, equal
     samples stay together instead; at least two samples must differ.
     """
-    keyed: Callable[[Example], str] = Example.canonical_prompt
-    if len({keyed(example) for example in examples}) == 1:
-        keyed = Example.canonical
+    keyed = _group_key(examples)
     groups: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
         groups[content_hash(EVAL_SALT, keyed(example))].append(example)
@@ -141,35 +225,68 @@ def hold_out(
     return tuple(e for e, held in pairs if not held), tuple(e for e, held in pairs if held)
 
 
-def _convert_splits(
-    config: DataConfig,
-    selection: SplitSelection,
-    statistics: RowStatistics,
-    objective: Objective,
-) -> _Samples:
-    shape = ""
-    found: list[tuple[Example, ...]] = []
-    bad: list[BadRow] = []
-    for split in filter(None, (selection.train, selection.eval)):
-        rows = list(read_rows(split, statistics.ignore))
-        if not rows:
-            raise empty_split_error(config, split, alternative_to(split, selection))
-        shape = shape or detect_shape(rows, config)
-        check_shape(config, shape, objective)
-        examples, before = list[Example](), len(bad)
-        for row in rows:
-            example = statistics.convert(row, shape)
-            if isinstance(example, Example):
-                examples.append(example)
-            else:
-                bad.append(BadRow(row.file, row.line, example, row.rows))
-        if not examples:
-            raise no_valid_row_error(config, bad[before], alternative_to(split, selection))
-        found.append(tuple(examples))
-    if bad and config.on_bad_row == "error":
-        raise bad_rows_error(bad[0], sum(each.rows for each in bad), statistics.rows)
-    train, held_out = found if selection.eval else (found[0], ())
-    return _Samples(train, held_out, shape, tuple(bad))
+def _group_key(examples: Sequence[Example]) -> Callable[[Example], str]:
+    """Return what is equal for examples that stay together: the prompt, unless it is always the
+    same."""
+    prompts = {example.canonical_prompt() for example in examples}
+    return Example.canonical if len(prompts) == 1 else Example.canonical_prompt
+
+
+def _hold_out_of_each(
+    config: DataConfig, parts: Sequence[tuple[Example, ...]], own: Sequence[bool]
+) -> list[tuple[tuple[Example, ...], tuple[Example, ...]]]:
+    """Divide the samples of each source into (train, eval), but for sources with an `own` split.
+
+    What is held out of one source is not trained on in another, either. Raises DataError where no
+    source has two different samples.
+    """
+    pairs = [
+        hold_out(part, config.val_size)
+        if not has_own and len({example.canonical() for example in part}) > 1
+        else (part, ())
+        for part, has_own in zip(parts, own, strict=True)
+    ]
+    if len(pairs) == 1:
+        return pairs
+    held = {
+        key(example)
+        for part, (_, held_out) in zip(parts, pairs, strict=True)
+        for key in [_group_key(part)]
+        for example in held_out
+    }
+
+    def without_held(train: tuple[Example, ...]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+        shared = [bool({e.canonical(), e.canonical_prompt()} & held) for e in train]
+        if all(shared):  # nothing would be left to train on
+            return train, ()
+        both = list(zip(train, shared, strict=True))
+        return tuple(e for e, moved in both if not moved), tuple(e for e, moved in both if moved)
+
+    moved = [
+        (train, ()) if has_own else without_held(train)
+        for (train, _), has_own in zip(pairs, own, strict=True)
+    ]
+    return [
+        (train, held_out + more) for (_, held_out), (train, more) in zip(pairs, moved, strict=True)
+    ]
+
+
+def _nothing_held_out(config: DataConfig, parts: Sequence[tuple[Example, ...]]) -> DataError:
+    """Return the error for data of which nothing can be held out."""
+    if config.sources:
+        return DataError(
+            "data.sources: none has two different rows, of which one could be held out; give more "
+            "rows, or rows to evaluate on as data.eval_path"
+        )
+    if len(parts[0]) < 2:
+        return DataError(
+            f"data.path: '{config.path}' has {len(parts[0])} usable row; "
+            "training and evaluation need at least 2"
+        )
+    return DataError(
+        f"data.path: '{config.path}': all {len(parts[0])} rows are the same; "
+        "give at least 2 different ones"
+    )
 
 
 def _digest(train: Sequence[Example], held_out: Sequence[Example]) -> str:

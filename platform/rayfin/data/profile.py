@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rayfin.data.corpus import Corpus
+from rayfin.data.mixture import SourceUse
 from rayfin.samples import NO_LOSS, TokenizedSample
 
 
@@ -22,7 +23,7 @@ class DataProfile:
     skipped_rows: int
     """The number of bad rows that were left out."""
     shape: str
-    """The format of the rows, as `data.format` names it."""
+    """The format of the rows, as `data.format` names it; of several, each once, with commas."""
     tokens_per_sample_mean: float
     tokens_per_sample_p50: int
     tokens_per_sample_p95: int
@@ -51,12 +52,15 @@ class DataProfile:
     """The name of the evaluation split, or `held_out` for rows held out of training."""
     eval_rows_in_train: int
     """The number of evaluation samples that also occur in the training data."""
+    sources: tuple[SourceUse, ...]
+    """What is taken of each of data.sources; empty for data.path."""
     notes: tuple[str, ...]
     """What the user should know about how the data was read, one line each."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the profile as JSON stores it."""
-        return asdict(self) | {"notes": list(self.notes)}  # as JSON gives it back
+        lists = {"sources": [asdict(each) for each in self.sources], "notes": list(self.notes)}
+        return asdict(self) | lists  # as JSON gives it back
 
 
 def profile_of(
@@ -105,6 +109,7 @@ def profile_of(
         source=corpus.source,
         eval_split=corpus.eval_split,
         eval_rows_in_train=corpus.eval_rows_in_train,
+        sources=corpus.sources,
         notes=(*corpus.notes, *notes),
     )
 

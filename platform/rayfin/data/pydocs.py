@@ -12,7 +12,9 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rayfin.errors import DataError
 from rayfin.samples import Example
@@ -62,6 +64,13 @@ def pydocs_examples() -> tuple[Example, ...]:
             "without them; use another Python, or give a file"
         )
     return examples
+
+
+class PydocsRows:
+    """The examples as rows of format messages; they are made when the rows are asked for."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({"messages": list(example.messages)} for example in pydocs_examples())
 
 
 def _sentences() -> dict[str, dict[str, str]]:

@@ -51,6 +51,13 @@ class Split:
         found = kinds_in(self.name)
         return found[0] if len(found) == 1 else None
 
+    @property
+    def identity(self) -> frozenset[str]:
+        """What the rows are read from: the same for the same files, by whatever paths."""
+        return frozenset(
+            [*(str(file.resolve()) for file in self.files), *(name for name, _ in self.tables)]
+        )
+
 
 @dataclass(frozen=True)
 class SplitSelection:
@@ -77,37 +84,27 @@ class SplitSelection:
         """
         return [
             *self._used(train, evaluated, val_size),
-            *self._common(evaluated, common),
-            *map(_not_read, self.unread),
-            *self.extra_notes,
+            *common_rows(evaluated, common),
+            *self.unread_notes(),
         ]
+
+    def unread_notes(self) -> list[str]:
+        """Return a line on each split and file that is not read."""
+        return [*map(_not_read, self.unread), *self.extra_notes]
 
     def _used(self, train: int, evaluated: int, val_size: float) -> list[str]:
         if self.eval is None:
             if not self.train.description:  # one file: there was nothing to choose
                 return []
             return [
-                f"data: trains on {_rows(train)} of {self.train.description}, "
-                f"evaluates on {_rows(evaluated)} held out (data.val_size={val_size:g})"
+                f"data: trains on {count_rows(train)} of {self.train.description}, "
+                f"evaluates on {count_rows(evaluated)} held out (data.val_size={val_size:g})"
             ]
         used = (
-            f"data: trains on {_rows(train)} of {self.train.description}, "
-            f"evaluates on {_rows(evaluated)} of {self.eval.description}"
+            f"data: trains on {count_rows(train)} of {self.train.description}, "
+            f"evaluates on {count_rows(evaluated)} of {self.eval.description}"
         )
-        if val_size == DataConfig.model_fields["val_size"].default:
-            return [used]
-        return [
-            used,
-            f"data: data.val_size={val_size:g} has no effect: nothing is held out of training",
-        ]
-
-    def _common(self, evaluated: int, common: int) -> list[str]:
-        if not common:
-            return []
-        return [
-            f"data: {common} of the {_rows(evaluated)} evaluated on are trained on, too: "
-            "the scores of these say nothing of new data"
-        ]
+        return [used, *unused_val_size(val_size)]
 
 
 def _not_read(split: Split) -> str:
@@ -119,7 +116,25 @@ def _not_read(split: Split) -> str:
     return f"data: not read: {split.description}{f' (split {split.name})' if split.files else ''}"
 
 
-def _rows(count: int) -> str:
+def unused_val_size(val_size: float) -> list[str]:
+    """Return a line on data.val_size where it was given and nothing is held out."""
+    if val_size == DataConfig.model_fields["val_size"].default:
+        return []
+    return [f"data: data.val_size={val_size:g} has no effect: nothing is held out of training"]
+
+
+def common_rows(evaluated: int, common: int) -> list[str]:
+    """Return a line on the `common` of the rows evaluated on that are trained on, too, if any."""
+    if not common:
+        return []
+    return [
+        f"data: {common} of the {count_rows(evaluated)} evaluated on are trained on, too: "
+        "the scores of these say nothing of new data"
+    ]
+
+
+def count_rows(count: int) -> str:
+    """Return a number of rows in words."""
     return f"{count} row" if count == 1 else f"{count} rows"
 
 
@@ -175,6 +190,23 @@ def select_splits(
         evaluated, one = [], None
     unread = [each for each in everything if each not in train and each not in evaluated]
     return SplitSelection(train[0], one, tuple(unread))
+
+
+def select_evaluated(
+    path: str, splits: Sequence[Split], others: Sequence[Split], wanted: str | None
+) -> SplitSelection:
+    """Choose what data.eval_path evaluates on, which is the `train` of what is returned.
+
+    It is the first of validation, eval and test that is there, or else everything. `wanted` is the
+    split that the path of a hub data set names.
+    """
+    if wanted is not None:
+        return _only(path, splits, others, wanted)
+    for kind in list(KEYWORDS)[1:]:
+        if chosen := _of_kind(splits, kind):
+            rest = [each for each in (*splits, *others) if each not in chosen]
+            return SplitSelection(joined(kind, chosen), unread=tuple(rest))
+    return SplitSelection(joined("", [*splits, *others]))
 
 
 def _only(

@@ -25,6 +25,10 @@ class FileRange:
     file: str
     start: int
     stop: int
+    source: int = 0
+    """The number of the source that the file belongs to."""
+    whole: bool = False
+    """Whether this is all of a file that can't be read in parts."""
 
     @property
     def is_parquet(self) -> bool:
@@ -33,26 +37,33 @@ class FileRange:
 
 
 @dataclass(frozen=True)
-class Stream:
-    """A streamed data set: its file ranges, and which of its samples are held out."""
+class StreamSource:
+    """How the rows of one source of streamed data are read, and which of them are held out."""
 
     shape: str
     """The format of the rows, as `data.format` names it."""
-    ranges: tuple[FileRange, ...]
-    rows: tuple[int, ...]
-    """The number of training samples in each range."""
-    eval_hash_limit: str
-    """Samples whose hash is at most this one are held out for evaluation."""
-    hashes_prompt: bool
-    """Whether the prompt is hashed; where almost all prompts are equal, the whole sample is."""
-    bad_rows: int
     ignore: frozenset[str] = frozenset()
     """The columns, and keys of turns, that are ignored."""
+    eval_hash_limit: str = ""
+    """Samples whose hash is at most this one are held out for evaluation; empty holds out none."""
+    hashes_prompt: bool = False
+    """Whether the prompt is hashed; where almost all prompts are equal, the whole sample is."""
 
     def is_held_out(self, example: Example) -> bool:
         """Whether a sample is held out for evaluation."""
         content = example.canonical_prompt() if self.hashes_prompt else example.canonical()
         return content_hash(EVAL_SALT, content) <= self.eval_hash_limit
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A streamed data set: its sources and their file ranges."""
+
+    sources: tuple[StreamSource, ...]
+    ranges: tuple[FileRange, ...]
+    rows: tuple[int, ...]
+    """The number of samples of each range that an epoch trains on."""
+    bad_rows: int
 
 
 @dataclass(frozen=True)

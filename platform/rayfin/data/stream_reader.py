@@ -37,12 +37,13 @@ def tokenize_range(
     A sample whose answer lies beyond `max_length` keeps two tokens and no loss, so that it still
     occupies its place in the plan.
     """
-    statistics = RowStatistics(stream.ignore)
+    source = stream.sources[samples.file_range.source]
+    statistics = RowStatistics(source.ignore)
     examples = [
         example
-        for row in read_range(samples.file_range, stream.ignore)
-        if isinstance(example := statistics.convert(row, stream.shape), Example)
-        and not stream.is_held_out(example)
+        for row in read_range(samples.file_range, source.ignore)
+        if isinstance(example := statistics.convert(row, source.shape), Example)
+        and not source.is_held_out(example)
     ]
     random.Random(f"{seed}/{samples.epoch}/{samples.number}").shuffle(examples)
     tokenize = partial(tokenize_examples, tokenizer=tokenizer)

@@ -1,96 +1,35 @@
-"""One pass over a data set that is too large to hold: what is in it, and what is held out."""
+"""One pass over data that is too large to hold: what is in it, and what is held out."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rayfin.config.data import DataConfig
-from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
-from rayfin.data.conversion import (
-    RowStatistics,
-    alternative_to,
-    bad_rows_error,
-    check_shape,
-    detect_shape,
-    empty_split_error,
-    no_valid_row_error,
-)
+from rayfin.data.conversion import RowStatistics
 from rayfin.data.corpus import Corpus
-from rayfin.data.file_ranges import count_lines_before, file_ranges, read_range
-from rayfin.data.rows import BadRow, Row
-from rayfin.data.sources import find_splits
-from rayfin.data.splits import Split, SplitSelection
-from rayfin.data.stream import FileRange, Stream
+from rayfin.data.mixture import (
+    eval_split_of,
+    samples_to_take,
+    source_hash,
+    source_notes,
+    source_uses,
+    training_samples,
+)
+from rayfin.data.range_survey import MAX_HELD_OUT, SAMPLED, HashedExample
+from rayfin.data.sources import Sources, find_sources
+from rayfin.data.split_survey import MapBatches, SurveyedSplit, open_split, survey_split
+from rayfin.data.stream import Stream, StreamSource
 from rayfin.errors import DataError
 from rayfin.objectives import SFT, Objective
 from rayfin.samples import Example
 
-MAX_HELD_OUT = 1000
-"""The most samples held out of a streamed data set: each evaluation scores them all."""
-
-_SAMPLED = 500
-"""The number of training samples that stand for all of them in the data's profile."""
-
-_HASHES_KEPT = MAX_HELD_OUT + _SAMPLED + 1
-_BATCH_BYTES = 2**25
-_ROWS_TO_DETECT_SHAPE = 1000
-
-
-class HashedExample(NamedTuple):
-    """A sample in canonical form, the range that it is in, and the hash it is ordered by."""
-
-    hash: str
-    number: int
-    content: str
-
-
-@dataclass
-class RangeSurvey:
-    """What some file ranges contain, by their numbers; of the samples, only a few are kept."""
-
-    counts: dict[int, int] = field(default_factory=dict)
-    """The number of valid samples in each range."""
-    digests: dict[int, str] = field(default_factory=dict)
-    """A hash of the samples in each range."""
-    by_prompt: list[HashedExample] = field(default_factory=list)
-    """The samples with the smallest hashes of their prompts."""
-    by_content: list[HashedExample] = field(default_factory=list)
-    """The samples with the smallest hashes of their contents."""
-    source: str = "g"  # greater than every hash
-    """The smallest hash of the samples' order."""
-    found: set[str] = field(default_factory=set)
-    """Those of the wanted hashes that samples here have."""
-    bad: int = 0
-    """The number of bad rows."""
-    first_bad: tuple[int, int, str] | None = None
-    """The first bad row: its range, its line in the range, and the reason."""
-    first: BadRow | None = None
-    """The first bad row with its line in the file; set once all ranges have been surveyed."""
-    statistics: RowStatistics = field(default_factory=RowStatistics)
-
-    def add(self, other: RangeSurvey) -> None:
-        """Add the survey of later ranges to this one."""
-        self.counts |= other.counts
-        self.digests |= other.digests
-        self.by_prompt = heapq.nsmallest(_HASHES_KEPT, self.by_prompt + other.by_prompt)
-        self.by_content = heapq.nsmallest(_HASHES_KEPT, self.by_content + other.by_content)
-        self.source = min(self.source, other.source)
-        self.found |= other.found
-        self.bad += other.bad
-        self.statistics.add(other.statistics)
-        self.first_bad = self.first_bad or other.first_bad
-
-
-SurveyBatch = Callable[[list[int]], RangeSurvey]
-MapBatches = Callable[[SurveyBatch, Sequence[list[int]]], Iterable[RangeSurvey]]
-"""Calls a function with each batch of range numbers; the results come in the batches' order."""
+_LEAST_OF_RANGE = 8
+"""The samples that are at least taken of a range where only some of a source are: a range is read
+as a whole, which is not worth it for fewer."""
 
 
 def survey_corpus(
@@ -98,188 +37,131 @@ def survey_corpus(
 ) -> Corpus:
     """Return the corpus of a streamed data set: `eval` complete, `train` a sample of `stream`.
 
-    The samples whose prompts have the smallest hashes are held out: round(val_size * n), at most
-    `MAX_HELD_OUT`; samples with the same prompt stay together. Raises DataError, also for the first
-    bad row, before anything is trained.
+    Of each source without a split to evaluate on, the samples whose prompts have the smallest
+    hashes are held out: round(val_size * n) of the n that are taken of it, at most `MAX_HELD_OUT`
+    of all sources; samples with the same prompt stay together. Raises DataError, also for the
+    first bad row, before anything is trained.
     """
-    if config.path == "pydocs" or config.max_samples is not None:
-        what = "data.path=pydocs" if config.path == "pydocs" else "data.max_samples"
+    _check_large(config)
+    sources = find_sources(config)
+    opened = [
+        open_split(source, source.selection.train, objective, number=number)
+        for number, source in enumerate(sources.train)
+    ]
+    evaluated = _evaluated(sources, opened, objective, map_batches)
+    wanted = frozenset(each.hash for split in evaluated for each in _scored(split))
+    train = [survey_split(each, map_batches, wanted) for each in opened]
+    rows = [split.rows for split in train]
+    taken = training_samples(sources, rows, None)
+    most = samples_to_take(taken, [None] * len(taken), MAX_HELD_OUT)
+    own = {split.ranges[0].source for split in evaluated} if sources.evaluation is None else None
+    parts = [
+        _take(split, count, 0 if own is None or number in own else _to_hold_out(config, count, cap))
+        for number, (split, count, cap) in enumerate(zip(train, taken, most, strict=True))
+    ]
+    if not evaluated and not any(part.held_out for part in parts):
+        raise _nothing_held_out(config, train)
+    return _corpus(config, sources, train, evaluated, parts, taken)
+
+
+def _check_large(config: DataConfig) -> None:
+    """Raise DataError for what makes a set that needs no streaming."""
+    paths = [config.eval_path, *(source.path for source in config.sources)]
+    if not config.sources:
+        paths.append(config.path)
+    small = "data.path=pydocs" if "pydocs" in paths else ""
+    if config.max_samples is not None:
+        small = small or "data.max_samples"
+    if small:
         raise DataError(
-            f"data.streaming=true: {what} makes a set that fits into memory; leave one of the two"
+            f"data.streaming=true: {small} makes a set that fits into memory; leave one of the two"
         )
-    selection = find_splits(config)
-    ranges = file_ranges(selection.train)
-    shape = detect_shape(_first_rows(config, selection, selection.train, ranges), config)
-    check_shape(config, shape, objective)
-    if selection.eval is None:
-        train = _survey_all(config, ranges, shape, map_batches)
-        stream, held_out = _hold_out(config, ranges, shape, train)
-        return _corpus(config, selection, stream, [train], held_out)
-    eval_ranges = file_ranges(selection.eval)
-    _first_rows(config, selection, selection.eval, eval_ranges)
-    alternative = alternative_to(selection.eval, selection)
-    evaluated = _survey_all(config, eval_ranges, shape, map_batches, alternative=alternative)
-    held_out = evaluated.by_content[:MAX_HELD_OUT]
-    wanted = frozenset(each.hash for each in held_out)
-    train = _survey_all(config, ranges, shape, map_batches, wanted)
-    stream = Stream(
-        shape=shape,
-        ranges=tuple(ranges),
-        rows=tuple(train.counts[n] for n in range(len(ranges))),
-        eval_hash_limit="",  # less than every hash: all of the train split is trained on
-        hashes_prompt=False,
-        bad_rows=train.bad + evaluated.bad,
-        ignore=train.statistics.ignore,
-    )
-    return _corpus(config, selection, stream, [train, evaluated], held_out)
 
 
-def _survey_all(
-    config: DataConfig,
-    ranges: Sequence[FileRange],
-    shape: str,
+def _evaluated(
+    sources: Sources,
+    train: Sequence[SurveyedSplit],
+    objective: Objective,
     map_batches: MapBatches,
-    wanted: frozenset[str] = frozenset(),
-    alternative: str = "",
-) -> RangeSurvey:
-    """Survey all ranges; raises DataError for bad rows unless they are to be skipped."""
-    ignore = frozenset(config.ignore_columns)
-    total = RangeSurvey(statistics=RowStatistics(ignore))
-    survey_batch = partial(survey_ranges, ranges, shape, ignore, wanted=wanted)
-    for survey in map_batches(survey_batch, _batches(ranges)):
-        total.add(survey)
-    rows = sum(total.counts.values())
-    if total.first_bad is not None:
-        number, line, reason = total.first_bad
-        line += count_lines_before(ranges, ranges[number])
-        total.first = BadRow(ranges[number].file, line, reason)
-        if not rows:
-            raise no_valid_row_error(config, total.first, alternative)
-        if config.on_bad_row == "error":
-            raise bad_rows_error(total.first, total.bad, rows + total.bad)
-    return total
-
-
-def survey_ranges(
-    ranges: Sequence[FileRange],
-    shape: str,
-    ignore: frozenset[str],
-    numbers: Sequence[int],
-    wanted: frozenset[str] = frozenset(),
-) -> RangeSurvey:
-    """Survey the ranges of these numbers, looking for samples with the `wanted` content hashes."""
-    survey = RangeSurvey(statistics=RowStatistics(ignore))
-    by_prompt, by_content = _SmallestHashes(), _SmallestHashes()
-    for number in numbers:
-        digest, count = hashlib.sha256(), 0
-        for row in read_range(ranges[number], ignore):
-            example = survey.statistics.convert(row, shape)
-            if not isinstance(example, Example):
-                survey.bad += 1
-                survey.first_bad = survey.first_bad or (number, row.line, example)
-                continue
-            content = example.canonical()
-            count += 1
-            digest.update(f"{content}\n".encode())
-            survey.source = min(survey.source, content_hash(ORDER_SALT, content))
-            prompt_hash = content_hash(EVAL_SALT, example.canonical_prompt())
-            by_prompt.add(HashedExample(prompt_hash, number, content))
-            eval_hash = content_hash(EVAL_SALT, content)
-            by_content.add(HashedExample(eval_hash, number, content))
-            if eval_hash in wanted:
-                survey.found.add(eval_hash)
-        survey.counts[number], survey.digests[number] = count, digest.hexdigest()
-    survey.by_prompt, survey.by_content = by_prompt.smallest(), by_content.smallest()
-    return survey
-
-
-class _SmallestHashes:
-    """Collects the examples with the smallest hashes, holding a few times as many at most."""
-
-    def __init__(self) -> None:
-        self._held: list[HashedExample] = []
-        self._largest: HashedExample | None = None
-
-    def add(self, example: HashedExample) -> None:
-        if self._largest is None or example < self._largest:
-            self._held.append(example)
-            if len(self._held) > 4 * _HASHES_KEPT:
-                self._held = self.smallest()
-                self._largest = self._held[-1]
-
-    def smallest(self) -> list[HashedExample]:
-        return heapq.nsmallest(_HASHES_KEPT, self._held)
-
-
-def _hold_out(
-    config: DataConfig, ranges: Sequence[FileRange], shape: str, survey: RangeSurvey
-) -> tuple[Stream, Sequence[HashedExample]]:
-    """Return the stream of data without an evaluation split, and the samples held out of it."""
-    rows = sum(survey.counts.values())
-    if rows < 2 or len({each.content for each in survey.by_content}) == 1:
-        raise DataError(
-            f"data.path: '{config.path}' has {rows} usable rows, and not two different ones; "
-            "training and evaluation need at least 2"
+) -> list[SurveyedSplit]:
+    """Return the splits that bring what is evaluated on, looked through."""
+    if (chosen := sources.evaluation) is not None:
+        opened = open_split(chosen, chosen.selection.train, objective)
+        return [survey_split(opened, map_batches)]
+    return [
+        survey_split(
+            open_split(each.source, split, objective, number=number, shape=each.shape), map_batches
         )
-    count = min(max(round(config.val_size * rows), 1), rows - 1, MAX_HELD_OUT)
-    held_out = _first_groups(survey.by_prompt, count)
-    hashes_prompt = bool(held_out)
-    # Where not even one prompt's samples fit, only equal samples are kept together instead.
-    held_out = held_out or _first_groups(survey.by_content, count)
-    held_out = held_out or [e for e in survey.by_content if e.hash == survey.by_content[0].hash]
-    if len(held_out) == len(survey.by_content):
-        raise DataError(
-            f"data.path: '{config.path}': almost all of its {rows} rows are the same; "
-            "give different ones"
-        )
-    taken = Counter(each.number for each in held_out)
-    stream = Stream(
-        shape=shape,
-        ranges=tuple(ranges),
-        rows=tuple(survey.counts[n] - taken[n] for n in range(len(ranges))),
-        eval_hash_limit=held_out[-1].hash,
-        hashes_prompt=hashes_prompt,
-        bad_rows=survey.bad,
-        ignore=survey.statistics.ignore,
-    )
-    return stream, held_out
+        for number, each in enumerate(train)
+        if (split := each.source.selection.eval) is not None
+    ]
 
 
-def _corpus(
-    config: DataConfig,
-    selection: SplitSelection,
-    stream: Stream,
-    surveys: Sequence[RangeSurvey],
-    held_out: Sequence[HashedExample],
-) -> Corpus:
-    """Build the corpus from the surveys of the train split and of the eval split, if any."""
-    digest = hashlib.sha256(f"{stream.eval_hash_limit} {stream.hashes_prompt}\n".encode())
-    statistics = RowStatistics(frozenset(config.ignore_columns))
-    for survey in surveys:
-        digest.update(b"eval\n" if survey is not surveys[0] else b"")
-        for number in sorted(survey.digests):
-            digest.update(survey.digests[number].encode())
-        statistics.add(survey.statistics)
-    statistics.check_ignored()
-    examples = (Example.from_canonical(each.content) for each in surveys[0].by_content)
-    sample = itertools.islice((e for e in examples if not stream.is_held_out(e)), _SAMPLED)
-    bad = tuple(survey.first for survey in surveys if survey.first is not None)
-    common = sum(each.hash in surveys[0].found for each in held_out)
-    return Corpus(
-        train=tuple(sample),
-        eval=tuple(Example.from_canonical(each.content) for each in held_out),
-        shape=stream.shape,
-        digest=digest.hexdigest()[:32],
-        source=min(survey.source for survey in surveys)[:32],
-        skipped=bad,
-        eval_split=selection.eval_split,
-        eval_rows_in_train=common,
-        notes=(
-            *selection.notes(sum(stream.rows), len(held_out), common, config.val_size),
-            *statistics.notes(stream.bad_rows, bad[0] if bad else None),
-        ),
-        stream=stream,
+def _scored(split: SurveyedSplit) -> list[HashedExample]:
+    """Return the samples of a split that are evaluated on."""
+    return split.survey.by_content[:MAX_HELD_OUT]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What is taken of one source."""
+
+    source: StreamSource
+    rows: list[int]
+    """The number of training samples of each of its ranges."""
+    held_out: Sequence[HashedExample] = ()
+
+
+def _to_hold_out(config: DataConfig, count: int, most: int) -> int:
+    return min(max(round(config.val_size * count), 1), count - 1, max(most, 1))
+
+
+def _take(split: SurveyedSplit, count: int, to_hold_out: int) -> _Part:
+    """Return what is taken of a source: `count` samples, with those that are held out.
+
+    Where samples can't be told apart, none is held out.
+    """
+    ignore, survey = frozenset(split.source.config.ignore_columns), split.survey
+    held_out: Sequence[HashedExample] = ()
+    hashes_prompt = False
+    if to_hold_out > 0 and len({each.content for each in survey.by_content}) > 1:
+        held_out = _first_groups(survey.by_prompt, to_hold_out)
+        hashes_prompt = bool(held_out)
+        # Where not even one prompt's samples fit, only equal samples are kept together instead.
+        held_out = held_out or _first_groups(survey.by_content, to_hold_out)
+        first = survey.by_content[0].hash
+        held_out = held_out or [each for each in survey.by_content if each.hash == first]
+        if len(held_out) == len(survey.by_content):
+            raise DataError(
+                f"{split.source.setting}.path: '{split.source.config.path}': almost all of its "
+                f"{split.rows} rows are the same; give different ones"
+            )
+    held = Counter(each.number for each in held_out)
+    numbers = range(len(split.ranges))
+    rows = _spread(
+        [survey.counts[n] - held[n] for n in numbers],
+        sorted(numbers, key=lambda n: survey.digests[n]),
+        count - len(held_out),
     )
+    limit = held_out[-1].hash if held_out else ""  # an empty one is less than every hash
+    return _Part(StreamSource(split.shape, ignore, limit, hashes_prompt), rows, held_out)
+
+
+def _spread(rows: list[int], order: Sequence[int], wanted: int) -> list[int]:
+    """Return how many of the rows of each range are taken, `wanted` in all.
+
+    Ranges come in an order that depends on their content.
+    """
+    if wanted >= sum(rows):
+        return rows
+    taken = [0] * len(rows)
+    most = max(_LEAST_OF_RANGE, -(-wanted // len(rows)))
+    while wanted:
+        for number in order:
+            more = min(most, rows[number] - taken[number], wanted)
+            taken[number] += more
+            wanted -= more
+    return taken
 
 
 def _first_groups(ordered: Sequence[HashedExample], most: int) -> Sequence[HashedExample]:
@@ -290,25 +172,134 @@ def _first_groups(ordered: Sequence[HashedExample], most: int) -> Sequence[Hashe
     return ordered[:count]
 
 
-def _batches(ranges: Sequence[FileRange]) -> list[list[int]]:
-    """Return the ranges' numbers in batches of about 32 MB of lines, or of one row group, each."""
-    batches: list[list[int]] = []
-    size = _BATCH_BYTES
-    for number, file_range in enumerate(ranges):
-        if size >= _BATCH_BYTES or file_range.is_parquet:
-            batches.append([])
-            size = 0
-        batches[-1].append(number)
-        size += file_range.stop - file_range.start
-    return batches
+def _nothing_held_out(config: DataConfig, train: Sequence[SurveyedSplit]) -> DataError:
+    """Return the error for data of which nothing can be held out."""
+    if config.sources:
+        return DataError(
+            "data.sources: none has two different rows, of which one could be held out; give more "
+            "rows, or rows to evaluate on as data.eval_path"
+        )
+    return DataError(
+        f"data.path: '{config.path}' has {train[0].rows} usable rows, and not two different ones; "
+        "training and evaluation need at least 2"
+    )
 
 
-def _first_rows(
-    config: DataConfig, selection: SplitSelection, split: Split, ranges: Sequence[FileRange]
-) -> list[Row]:
-    ignore = frozenset(config.ignore_columns)
-    rows = itertools.chain.from_iterable(read_range(each, ignore) for each in ranges)
-    found = list(itertools.islice(rows, _ROWS_TO_DETECT_SHAPE))
-    if not found:
-        raise empty_split_error(config, split, alternative_to(split, selection))
-    return found
+def _corpus(
+    config: DataConfig,
+    sources: Sources,
+    train: Sequence[SurveyedSplit],
+    evaluated: Sequence[SurveyedSplit],
+    parts: Sequence[_Part],
+    taken: Sequence[int],
+) -> Corpus:
+    """Build the corpus from what was found in the sources and in what they are evaluated on."""
+    every = [*train, *evaluated]
+    statistics = RowStatistics(frozenset(config.ignore_columns))
+    for split in every:
+        statistics.add(split.survey.statistics)
+    statistics.check_ignored()
+    held_out = [list(part.held_out) for part in parts]
+    for split in evaluated if sources.evaluation is None else ():
+        held_out[split.ranges[0].source] = _scored(split)
+    scored = sorted(itertools.chain.from_iterable(held_out))
+    if sources.evaluation is not None:
+        scored = _scored(evaluated[0])
+    common = sum(any(each.hash in split.survey.found for split in train) for each in scored)
+    rows = [split.rows for split in train]
+    trained = [sum(part.rows) for part in parts]
+    notes = source_notes(
+        sources,
+        uses := source_uses(sources, rows, trained, list(map(len, held_out))),
+        trained=sum(trained),
+        evaluated=len(scored),
+        common=common,
+        val_size=config.val_size,
+    )
+    stream = Stream(
+        sources=tuple(part.source for part in parts),
+        ranges=tuple(each for split in train for each in split.ranges),
+        rows=tuple(count for part in parts for count in part.rows),
+        bad_rows=sum(split.survey.bad for split in every),
+    )
+    bad = tuple(first for split in every if (first := split.survey.first) is not None)
+    return Corpus(
+        train=_sample(train, parts, trained),
+        eval=tuple(Example.from_canonical(each.content) for each in scored),
+        shape=", ".join(dict.fromkeys(split.shape for split in every)),
+        digest=_digest(train, evaluated, parts),
+        source=source_hash(_first_hashes(sources, train, evaluated), rows, taken),
+        skipped=bad,
+        eval_split=eval_split_of(sources),
+        eval_rows_in_train=common,
+        sources=uses,
+        notes=(
+            *notes,
+            *_limit_notes(sources, evaluated, parts),
+            *statistics.notes(stream.bad_rows, bad[0] if bad else None),
+        ),
+        stream=stream,
+    )
+
+
+def _first_hashes(
+    sources: Sources, train: Sequence[SurveyedSplit], evaluated: Sequence[SurveyedSplit]
+) -> list[str]:
+    """Return the smallest hash of the samples of each source, its own evaluation split included."""
+    firsts = [split.survey.source for split in train]
+    for split in evaluated if sources.evaluation is None else ():
+        number = split.ranges[0].source
+        firsts[number] = min(firsts[number], split.survey.source)
+    return firsts
+
+
+def _limit_notes(
+    sources: Sources, evaluated: Sequence[SurveyedSplit], parts: Sequence[_Part]
+) -> list[str]:
+    """Return a line on each thing that is not done because the data is large."""
+    lines = [
+        f"data: {split.rows - MAX_HELD_OUT} of the {split.rows} rows of "
+        f"{split.split.description} are not evaluated on: of streamed data at most {MAX_HELD_OUT} "
+        "are, chosen by their hash"
+        for split in evaluated
+        if split.rows > MAX_HELD_OUT
+    ]
+    if len(parts) > 1 and any(part.held_out for part in parts):
+        lines.append(
+            "data: not looked for, as the data is streamed: rows held out of one source that "
+            "another one trains on; where sources overlap, give data.eval_path"
+        )
+    return lines
+
+
+def _digest(
+    train: Sequence[SurveyedSplit], evaluated: Sequence[SurveyedSplit], parts: Sequence[_Part]
+) -> str:
+    """Return a hash of all samples, in their order, and of which of them are trained on."""
+    digest = hashlib.sha256()
+    for split, part in zip(train, parts, strict=True):
+        digest.update(f"{part.source.eval_hash_limit} {part.source.hashes_prompt}\n".encode())
+        if len(parts) > 1:
+            digest.update(f"{sum(part.rows)}\n".encode())
+        _add_digests(digest, split)
+    for split in evaluated:
+        digest.update(b"eval\n")
+        _add_digests(digest, split)
+    return digest.hexdigest()[:32]
+
+
+def _add_digests(digest: hashlib._Hash, split: SurveyedSplit) -> None:
+    for number in sorted(split.survey.digests):
+        digest.update(split.survey.digests[number].encode())
+
+
+def _sample(
+    train: Sequence[SurveyedSplit], parts: Sequence[_Part], trained: Sequence[int]
+) -> tuple[Example, ...]:
+    """Return some training samples of all sources, as many of each as it has in an epoch."""
+    shares = samples_to_take(trained, [None] * len(trained), SAMPLED)
+    found: list[Example] = []
+    for split, part, most in zip(train, parts, shares, strict=True):
+        examples = (Example.from_canonical(each.content) for each in split.survey.by_content)
+        found += itertools.islice((e for e in examples if not part.source.is_held_out(e)), most)
+    return tuple(found)

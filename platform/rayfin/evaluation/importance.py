@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rayfin.config import DataConfig, ModelConfig, Section
 from rayfin.evaluation.quantities import setting
 from rayfin.history.record import finite
 
@@ -28,9 +29,20 @@ def comparable_trials(trials: Sequence[TrialRecord], metric: str) -> list[TrialR
     groups: dict[str, list[TrialRecord]] = {}
     for trial in trials:
         if trial.status == "finished" and finite(trial.metrics.get(metric)) is not None:
-            scenario = [trial.spec.get("model"), trial.spec.get("data")]
+            scenario = [
+                _written(trial.spec.get(name), kind)
+                for name, kind in (("model", ModelConfig), ("data", DataConfig))
+            ]
             groups.setdefault(json.dumps(scenario, sort_keys=True), []).append(trial)
     return max(groups.values(), key=len, default=[])
+
+
+def _written(section: Any, kind: type[Section]) -> Any:
+    """Return a section without the settings at their defaults, which older records may lack."""
+    defaults = kind().model_dump(mode="json")
+    if not isinstance(section, dict):
+        return section
+    return {k: v for k, v in section.items() if k not in defaults or v != defaults[k]}
 
 
 def parameter_importance(

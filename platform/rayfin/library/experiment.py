@@ -161,5 +161,5 @@ def adapter_name(config: Config) -> str:
     """Return the name to publish under: the one given, else that of the data."""
     if config.publish is not None:
         return config.publish.name
-    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(config.data.path).stem)
+    stem = re.sub(r"[^A-Za-z0-9._-]", "-", Path(config.data.first_path).stem)
     return stem.lstrip("._-")[:64] or "adapter"

@@ -31,7 +31,7 @@ class TrialSpec(Section):
         """Local paths become absolute: Ray's workers run in directories of their own."""
         return cls(
             model=config.model.model_copy(update={"name": absolute(config.model.name)}),
-            data=config.data.model_copy(update={"path": absolute(config.data.path)}),
+            data=config.data.with_paths(absolute),
             method=config.method,
             train=absolute_companions(config.train),
         )

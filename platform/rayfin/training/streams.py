@@ -13,9 +13,10 @@ import ray.exceptions
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedSample, survey_corpus
+from rayfin.data.range_survey import RangeSurvey
+from rayfin.data.split_survey import SurveyBatch
 from rayfin.data.stream import FileRange, SampleRange, Stream
 from rayfin.data.stream_reader import StreamReader, tokenize_range
-from rayfin.data.survey import RangeSurvey, SurveyBatch
 from rayfin.models import load_tokenizer
 from rayfin.objectives import SFT, Objective
 

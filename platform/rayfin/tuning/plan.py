@@ -115,7 +115,7 @@ def new_plan(config: Config, storage: Storage) -> SweepPlan:
 
 def _subject(config: Config) -> str:
     """Return what a sweep's name begins with."""
-    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data.path).stem).strip("-") or "sweep"
+    stem = re.sub(r"[^A-Za-z0-9]+", "-", Path(config.data.first_path).stem).strip("-") or "sweep"
     return f"{stem}-{config.method.type}".replace("_", "-")
 
 
@@ -151,7 +151,7 @@ def _what(config: Config) -> dict[str, Any]:
 
 
 def _samples(data: DataConfig) -> DataConfig:
-    return data.model_copy(update={"max_length": 0, "path": absolute(data.path)})
+    return data.with_paths(absolute).model_copy(update={"max_length": 0})
 
 
 # Hashing a large local model's headers takes a moment, and every trial asks.

@@ -114,7 +114,7 @@ def _train(
     if config.data.streaming:
         from rayfin.training.streams import survey_on_ray
 
-        say.show(f"looking through {config.data.path}")
+        say.show(f"looking through {config.data.title}")
         data = TrialSpec.of(config).data
         plan.corpora[data] = plan.corpora[config.data] = survey_on_ray(
             data, objective_of(config.train)
