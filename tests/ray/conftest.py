@@ -27,7 +27,10 @@ from rayfin.paths import StoragePath, cache_dir
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
-PATIENCE = 120.0
+PATIENCE = 240.0
+"""Seconds in which a running command does the next thing that a test waits for."""
+END = 270.0
+"""Seconds in which one that a test waits for has ended; below pytest's own bound of 600."""
 
 
 def load(path: Path) -> Any:
@@ -107,9 +110,17 @@ class Driver:
         )
         self.out = self.err = ""
 
-    def end(self) -> int:
-        """Wait until it ends of itself, and return its exit code."""
-        self.out, self.err = self.process.communicate(timeout=PATIENCE)
+    def end(self, bound: float = END) -> int:
+        """Wait until it ends of itself, and return its exit code.
+
+        The bound is there for what hangs: how long training takes, a busy machine decides. Raises
+        AssertionError with the errors so far when it has not ended after `bound` seconds.
+        """
+        try:
+            self.out, self.err = self.process.communicate(timeout=bound)
+        except subprocess.TimeoutExpired as error:
+            said = (error.stderr or b"").decode(errors="replace")
+            raise AssertionError(f"not ended after {bound:g} seconds:\n{said}") from None
         return self.process.returncode
 
     def close(self) -> None:
@@ -352,8 +363,7 @@ class Lab:
     def close(self) -> None:
         """End what a failed test left running."""
         for driver in self._drivers:
-            if driver.process.poll() is None:
-                driver.close()
+            driver.close()  # one that has ended, too: its pipes may be open
 
 
 @pytest.fixture
