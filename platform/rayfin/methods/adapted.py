@@ -227,6 +227,8 @@ class PeftNamedMethod(LowRankMethod):
     """A method whose settings are those of one of PEFT's configurations, by the same names."""
 
     usual_alpha = None
+    fragments_heap = False
+    capacity = "r"
     pefts: ClassVar[str]
     """The class of PEFT's configuration."""
 

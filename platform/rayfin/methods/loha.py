@@ -23,7 +23,7 @@ class LohaConfig(PeftNamedMethod):
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
     coordinates = (0.4, -0.4)
     conv1d = False
-    capacity = "r"
+    fragments_heap = True
     pefts = "LoHaConfig"
 
     type: Literal["loha"]

@@ -23,7 +23,6 @@ class OftConfig(PeftNamedMethod):
     rate = Rate(of_lora=True, source="PEFT's comparison gives it LoRA's rate")
     coordinates = (0.6, 0.6)
     conv1d = False
-    fragments_heap = False
     capacity = "oft_block_size"
     capacity_label = "block "
     pefts = "OFTConfig"

@@ -178,9 +178,7 @@ def _adalora(
 
 
 def _vera(settings: AdapterSettings, weights: AdapterWeights, base: BaseLayout) -> dict[str, Any]:
-    """Read VeRA (arXiv:2310.11454): b * (B (d * (A x))), where A and B are the first columns and
-    rows of a pair that all layers share.
-    """
+    """Read VeRA (arXiv:2310.11454): b * (B (d * (A x))), cut from a pair that all layers share."""
     settings.expect_nothing_else(_VERA)
     settings.expect("bias", None, "none")
     settings.expect("save_projection", True)
