@@ -17,6 +17,7 @@ from rayfin.training import TrialResult, TrialSpec
 FREE = {"per_device_eval_batch_size", "eval_steps", "save_steps", "stage"}
 OTHER: dict[str, Any] = {
     "lr_scheduler_type": "linear",
+    "train_on": "last",
     "target_modules": ["q_proj"],
     "feedforward_modules": ["down_proj"],
     "prompt_tuning_init": "RANDOM",

@@ -245,7 +245,7 @@ def test_streamed_samples_keep_the_lists_of_their_objective(
     table = _tokenize(
         pa.Table.from_pylist([asdict(each) for each in ranges]),
         replace(stream, ranges=(), rows=()),
-        spec.model,
+        spec,
         WithWeights(),
         0,
         48,

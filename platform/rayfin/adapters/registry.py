@@ -28,12 +28,13 @@ from rayfin.adapters.metadata import trusted_metadata
 from rayfin.adapters.ref import LATEST, AdapterRef, check_alias, check_name
 from rayfin.errors import AdapterError, StorageError
 from rayfin.models.bases import BASE_BITS, BASE_IDENTITY
+from rayfin.models.chat_templates import CHAT_TEMPLATE
 from rayfin.models.ends import END_OF_TURN
 from rayfin.paths import METADATA, digest_files, write_directory_whole, write_json
 
 _LOCK_SECONDS = 600
 # Keys of a rayfin.json beside what is published that go on with it.
-_CARRIED = ("base_model", BASE_IDENTITY, BASE_BITS, END_OF_TURN)
+_CARRIED = ("base_model", BASE_IDENTITY, BASE_BITS, CHAT_TEMPLATE, END_OF_TURN)
 # What a killed writer leaves in an adapter's directory: a version not yet in its place or on its
 # way out, or the next aliases.json.
 _LEFTOVER = re.compile(r"\.([1-9][0-9]*|aliases\.json)-.+")

@@ -136,10 +136,13 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
 
 
 def _lengths(config: Config, corpus: Corpus) -> SampleLengths:
+    from rayfin.data.token_settings import TokenSettings
     from rayfin.data.tokenization import tokenize_examples
 
     some = [*corpus.train[:_SAMPLED], *corpus.eval[: _SAMPLED // 4]]
-    tokens = tokenize_examples(some, load_tokenizer(config.model))
+    settings = TokenSettings.of(config.data, config.train)
+    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    tokens = tokenize_examples([settings.with_system(each) for each in some], tokenizer)
     return SampleLengths.of([len(sample["input_ids"]) for sample in tokens])
 
 

@@ -12,6 +12,7 @@ from rayfin.advisor.estimate import Estimate, estimate
 from rayfin.advisor.knowledge import measured_trials
 from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.config import Config, with_values
+from rayfin.data.token_settings import TokenSettings
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.history import History
 from rayfin.models import describe_model
@@ -72,7 +73,8 @@ class MemoryCheck:
         return measured_trials(self._history)
 
     def _profile(self, config: Config, corpus: Corpus) -> DataProfile:
-        key = (config.data, config.model, objective_of(config.train).identity)
+        settings = TokenSettings.of(config.data, config.train)
+        key = (config.data, config.model, objective_of(config.train).identity, settings)
         if key not in self._profiles:
             self._profiles[key] = sampled_profile(config, corpus)
         return self._profiles[key]
@@ -85,7 +87,9 @@ def sampled_profile(config: Config, corpus: Corpus) -> DataProfile:
 
     some = replace(corpus, train=corpus.train[:_SAMPLES], eval=corpus.eval[: _SAMPLES // 4])
     length, objective = config.data.max_length, objective_of(config.train)
-    return tokenize_corpus(some, load_tokenizer(config.model), length, objective).profile
+    tokenizer = load_tokenizer(config.model, config.data.chat_template)
+    settings = TokenSettings.of(config.data, config.train)
+    return tokenize_corpus(some, tokenizer, length, objective, settings).profile
 
 
 def _share(hardware: Hardware, config: Config) -> Hardware:

@@ -18,7 +18,10 @@ Kind = Literal["experiment", "deployment", "storage", "storage and history"]
 _SHELLS = ("bash", "zsh", "fish")
 _AXIS = "sweep.parameters."
 _SWEPT = ("model.", "data.", "method.", "train.")
-_PATHS = ("data.path", "data.eval_path", "model.name", "scaling.strategy_config")
+_PATHS = (
+    *("data.path", "data.eval_path", "data.chat_template"),
+    *("model.name", "scaling.strategy_config"),
+)
 _DIRECTORIES = ("storage", "publish.storage")
 
 
@@ -129,6 +132,10 @@ def _values(name: str, field: FieldInfo | None, begun: str) -> Iterator[str]:
         yield from BUNDLED
     elif name == "data.path":
         yield "pydocs"
+    elif name == "data.chat_template":
+        from rayfin.models.chat_templates import template_names
+
+        yield from template_names()
     if name in _PATHS:
         yield from _paths(begun, None)
     elif name in _DIRECTORIES:

@@ -27,6 +27,13 @@ class DataConfig(Section):
     """Shape of the rows; auto looks at the first valid row."""
     max_length: int = Field(256, ge=8)
     """Tokens kept of one sample."""
+    truncation: Literal["right", "left", "drop"] = "right"
+    """Where a longer sample is cut: right, at its end; left, earlier turns and the question's
+    beginning; drop leaves it out."""
+    chat_template: str | None = Field(None, min_length=1)
+    """A chat template in place of the model's own: a name (chatml, llama3, …) or a Jinja file."""
+    system: str | None = Field(None, min_length=1)
+    """The system message of conversations that have none."""
     val_size: float = Field(0.1, gt=0, lt=1)
     """Share of the samples held out for evaluation, where the data has no split for it."""
     max_samples: int | None = Field(None, ge=2)

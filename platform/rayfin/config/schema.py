@@ -65,6 +65,8 @@ class TrainConfig(Section):
     """Decoupled weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
+    train_on: Literal["all", "last"] = "all"
+    """The assistant's turns of a conversation that have loss: all of them, or the last one."""
     packing: bool = False
     """Put several samples into one sequence, kept apart by position ids."""
     group_by_length: bool = True

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.render import learned_turns, turn_end
-from rayfin.models.ends import Ends
+from rayfin.data.render import learned_turns, probed, turn_end
+from rayfin.data.token_settings import DEFAULTS, TokenSettings
+from rayfin.models.chat_templates import template_label, unknown_special_tokens
+from rayfin.models.ends import PROBES, Ends
 from rayfin.samples import NO_LOSS, Example, TokenizedSample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_MANY = 0.05
+"""The share of cut samples above which their note says how many that is."""
 
 
 def learned_ends(
@@ -54,7 +59,11 @@ def missing_end_note(
 
 
 def unlearned_notes(
-    corpus: Corpus, samples: Sequence[TokenizedSample], kept: int, max_length: int
+    corpus: Corpus,
+    samples: Sequence[TokenizedSample],
+    kept: int,
+    max_length: int,
+    settings: TokenSettings = DEFAULTS,
 ) -> tuple[str, ...]:
     """Return a line for each reason why something of the data is not learned.
 
@@ -63,30 +72,81 @@ def unlearned_notes(
     """
     count = len(samples)
     shown = f"{count} samples" if corpus.stream is None else f"a sample of {count}"
-    notes = []
-    pairs = zip([*corpus.train, *corpus.eval], samples, strict=True)
-    last_only = sum(
-        len(learned_turns(example)) > 1 and _is_one_span(sample["labels"])
-        for example, sample in pairs
-        if example.text is None
-    )
-    if last_only:
-        notes.append(
-            f"data: of {last_only} of {shown} only the last answer is learned, as the model's chat "
-            "template writes earlier ones otherwise"
-        )
+    notes: list[str] = []
+    if settings.train_on == "all":
+        notes += _rewritten_notes(corpus, samples, shown)
     lengths = [len(sample["input_ids"]) for sample in samples]
     if max(lengths) > max_length:
         cut, dropped = sum(length > max_length for length in lengths), count - kept
+        many = "" if cut <= _MANY * count else f" ({cut / count:.0%}, more than {_MANY:.0%})"
+        if settings.truncation == "drop":
+            notes.append(
+                f"data: {cut} of {shown}{many} left out (data.truncation=drop), as they have more "
+                f"tokens than data.max_length={max_length}; data.max_length={max(lengths)} keeps "
+                "all"
+            )
+            return tuple(notes)
+        side = " at their beginning" if settings.truncation == "left" else ""
         lost = f", and {dropped} left out, as nothing of an answer remains" if dropped else ""
         notes.append(
-            f"data: {cut} of {shown} cut at data.max_length={max_length}{lost}; "
+            f"data: {cut} of {shown}{many} cut{side} at data.max_length={max_length}{lost}; "
             f"data.max_length={max(lengths)} cuts none"
         )
     return tuple(notes)
 
 
-def _is_one_span(labels: Sequence[int]) -> bool:
-    """Whether the labels are one contiguous span; between two answers there is a question."""
-    learned = [index for index, label in enumerate(labels) if label != NO_LOSS]
-    return bool(learned) and learned[-1] - learned[0] + 1 == len(learned)
+def template_notes(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, settings: TokenSettings
+) -> tuple[str, ...]:
+    """Return what is to be told of a chat template that was chosen, and of a default system."""
+    talks = [each for each in (*corpus.train, *corpus.eval) if each.text is None]
+    written = settings.of_conversations()
+    if written and not talks:
+        return (f"data: {', '.join(written)} has no effect, as the data are plain texts",)
+    notes: list[str] = []
+    if settings.system is not None:
+        given = sum(settings.with_system(example) is not example for example in talks)
+        notes.append(
+            f"data: {given} of {len(talks)} conversations had no system message and have "
+            "data.system; give it in requests to the adapter, too"
+            if given
+            else "data: data.system has no effect, as every conversation has a system message"
+        )
+    if settings.chat_template is not None:
+        shown = probed(PROBES[0], tokenizer)
+        if unknown := unknown_special_tokens(shown, tokenizer):
+            notes.append(
+                f"data: data.chat_template={template_label(settings.chat_template)} writes "
+                f"{', '.join(unknown)}, which the model's tokenizer has no tokens for: they are "
+                "learned, and end answers, as plain text"
+            )
+    return tuple(notes)
+
+
+def _rewritten_notes(
+    corpus: Corpus, samples: Sequence[TokenizedSample], shown: str
+) -> Iterator[str]:
+    """Yield how many samples have answers that the chat template writes otherwise later on."""
+    last_only = some = 0
+    pairs = zip([*corpus.train, *corpus.eval], samples, strict=True)
+    for example, sample in pairs:
+        if example.text is None and (turns := len(learned_turns(example))) > 1:
+            spans = _count_spans(sample["labels"])
+            last_only += spans == 1
+            some += 1 < spans < turns
+    if last_only:
+        yield (
+            f"data: of {last_only} of {shown} only the last answer is learned, as the model's chat "
+            "template writes earlier ones otherwise"
+        )
+    if some:
+        yield (
+            f"data: of {some} of {shown} some earlier answers are not learned, as the model's chat "
+            "template writes them otherwise once others follow"
+        )
+
+
+def _count_spans(labels: Sequence[int]) -> int:
+    """Return the number of spans with loss; between two answers there is a question."""
+    pairs = zip([NO_LOSS, *labels], labels, strict=False)
+    return sum(before == NO_LOSS != label for before, label in pairs)

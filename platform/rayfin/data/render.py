@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rayfin.data.tools import check_tools, refuse_tools
 from rayfin.errors import DataError
-from rayfin.models.ends import PROBES, Ends, leaves_open, turn_ends
-from rayfin.samples import ChatTurn, Example
+from rayfin.models.chat_templates import begins_with_bos
+from rayfin.models.ends import PROBES, Ends, after_answer, leaves_open, turn_ends
+from rayfin.samples import ChatTurn, Example, Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -41,53 +43,51 @@ class RenderedConversation:
         return self.text[: self.answer]
 
 
-def render_prompt(messages: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFast) -> str:
+def render_prompt(
+    messages: Sequence[ChatTurn],
+    tokenizer: PreTrainedTokenizerFast,
+    tools: Sequence[Tool] = (),
+) -> str:
     """Return the text that generation starts from: all before the last answer, and its opening.
 
     Tokenise it with `add_special_tokens=False`, as the text holds the special tokens already.
     """
     before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    return render_texts([before], tokenizer, opens=True)[0]
+    return render_texts([before], tokenizer, opens=True, tools=[tools])[0]
 
 
 def render_conversations(
-    conversations: Sequence[Example], tokenizer: PreTrainedTokenizerFast
+    conversations: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    last_only: bool = False,
 ) -> list[RenderedConversation]:
     """Render conversations as text, with the spans of their learned assistant turns.
 
     A span includes the end of the turn. It is the difference between two renderings: up to the turn
     with the generation prompt, and with the turn. What ends the last turn (`turn_end`) is added
-    where the template writes nothing there, as no answer would be taught to end otherwise. Where a
-    template rewrites earlier turns (drops their reasoning, for example), only the last turn is
-    learned. Raises DataError where the text does not begin with what generation would be given.
+    where the template writes nothing there, as no answer would be taught to end otherwise. An
+    earlier turn that the template writes otherwise once others follow (without its reasoning, for
+    example) is not learned, and none is with `last_only`. Raises DataError where the text does not
+    begin with what generation would be given, and for tools that the template leaves out.
     """
-    if any(example.uses_tools for example in conversations):
-        raise DataError(
-            "data: samples with tools can't be rendered yet; leave out the columns of tools with "
-            "data.ignore_columns=[tools], and take conversations with tool calls out"
-        )
-    turns = [learned_turns(example) for example in conversations]
-    pairs = list(zip((example.messages for example in conversations), turns, strict=True))
-    prompts = iter(
-        render_texts([m[:turn] for m, of in pairs for turn in of], tokenizer, opens=True)
-    )
-    wholes = iter(render_texts([m[: turn + 1] for m, of in pairs for turn in of], tokenizer))
-    endings, added = _end_of_turn_tokens(tokenizer), _unwritten_end(tokenizer)
-    return [
-        _with_spans([(next(prompts), next(wholes)) for _ in of], endings, added) for of in turns
+    check_tools(conversations, lambda example: _whole(example, tokenizer))
+    turns = [learned_turns(example)[-1 if last_only else 0 :] for example in conversations]
+    pairs = [
+        (example, turn) for example, its in zip(conversations, turns, strict=True) for turn in its
     ]
+    tools = [example.tools for example, _ in pairs]
+    before = [example.messages[:turn] for example, turn in pairs]
+    prompts = iter(render_texts(before, tokenizer, opens=True, tools=tools))
+    until = [example.messages[: turn + 1] for example, turn in pairs]
+    wholes = iter(render_texts(until, tokenizer, tools=tools))
+    ending = _TurnEnding(tokenizer)
+    return [_with_spans([(next(prompts), next(wholes)) for _ in its], ending) for its in turns]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> Ends:
     """Return what ends an answer in a conversation, as the tokenizer's own template writes it."""
-    return turn_ends((_probed(probe, tokenizer) for probe in PROBES), tokenizer)
-
-
-def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer puts its bos token before a text by itself."""
-    return tokenizer.bos_token_id is not None and (
-        tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    )
+    return turn_ends((probed(probe, tokenizer) for probe in PROBES), tokenizer)
 
 
 def learned_turns(example: Example) -> list[int]:
@@ -101,53 +101,70 @@ def learned_turns(example: Example) -> list[int]:
     ]
 
 
-def _unwritten_end(tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return what ends an answer where the template writes nothing after the last, else ''."""
-    if not leaves_open(_probed(PROBES[0], tokenizer)):
-        return ""
-    return "".join(tokenizer.convert_ids_to_tokens(list(turn_end(tokenizer).token_ids)))
-
-
-def _probed(probe: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFast) -> str:
+def probed(probe: Sequence[ChatTurn], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a conversation as the template writes it, or an empty text where it refuses it."""
     try:
         return render_texts([probe], tokenizer)[0]
     except DataError:  # a template that refuses such a conversation shows nothing
         return ""
 
 
-def _with_spans(
-    renderings: list[tuple[str, str]], endings: tuple[str, ...], added: str
-) -> RenderedConversation:
-    """Return a conversation of (prompt, whole) renderings of each turn, with `added` at its end.
+class _TurnEnding:
+    """What a tokenizer's template writes after an answer, and how much of it ends the answer."""
 
-    `added` is learned after earlier answers, too, where the text has it there.
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        added = tokenizer.added_tokens_decoder
+        special = [token.content for token in added.values() if token.special]
+        self._tokens = tuple(
+            token for token in {*special, *tokenizer.all_special_tokens} if token.strip()
+        )
+        shown, ends = probed(PROBES[0], tokenizer), turn_end(tokenizer)
+        named = "".join(tokenizer.convert_ids_to_tokens(list(ends.token_ids)))
+        self.added = named if leaves_open(shown) else ""
+        """What ends an answer where the template writes nothing after the last, else ''."""
+        self._after = after_answer(shown)
+        # A template may write more where a conversation ends (Phi-3: <|end|>, and <|endoftext|>).
+        found = self._after.find(named) if named else -1
+        self._kept = found + len(named) if found >= 0 else len(self._after.rstrip())
+
+    def end(self, whole: str, start: int) -> int:
+        """Return where the turn that begins at `start` and ends a rendering is at its end.
+
+        White space after its end token is left out, and what a template writes after it where the
+        conversation ends.
+        """
+        answered = len(whole) - len(self._after)
+        if self._kept and answered >= start and whole.endswith(self._after):
+            return answered + self._kept
+        trimmed = whole[start:].rstrip()
+        return start + len(trimmed) if trimmed.endswith(self._tokens) else len(whole)
+
+
+def _with_spans(renderings: list[tuple[str, str]], ending: _TurnEnding) -> RenderedConversation:
+    """Return a conversation of (prompt, whole) renderings of each turn, with its end added.
+
+    The end is learned after earlier answers, too, where the text has it there.
     """
-    text = renderings[-1][1] + added
-    renderings = [
-        (of, whole + added if text.startswith(whole + added) else whole) for of, whole in renderings
-    ]
-    last_prompt = renderings[-1][0]
+    added, (last_prompt, last_whole) = ending.added, renderings[-1]
+    text = last_whole + added
     if not text.startswith(last_prompt) or len(text) <= len(last_prompt):
         raise DataError(
             "data: the chat template's text of a conversation doesn't begin with its generation "
             f"prompt (...{last_prompt[-40:]!r}), so the answer can't be told from the question; "
-            "use a model whose template keeps the two the same"
+            "use a model whose template keeps the two the same, or another data.chat_template"
         )
-    nested = all(text.startswith(whole) and whole.startswith(of) for of, whole in renderings)
-    learned = renderings if nested else renderings[-1:]
-    spans = tuple((len(of), _end_of_turn(whole, len(of), endings)) for of, whole in learned)
-    return RenderedConversation(text, len(last_prompt), spans)
+    spans = []
+    for prompt, whole in renderings:
+        ended = whole + added if text.startswith(whole + added) else whole
+        end = ending.end(ended, len(prompt))
+        # What precedes the turn is what generation would be given, and the turn what it would say.
+        if len(prompt) < end and ended.startswith(prompt) and text.startswith(ended[:end]):
+            spans.append((len(prompt), end))
+    return RenderedConversation(text, len(last_prompt), tuple(spans))
 
 
-def _end_of_turn(whole: str, start: int, endings: tuple[str, ...]) -> int:
-    """Return where the turn from `start` on ends, without the white space after its end token."""
-    trimmed = whole[start:].rstrip()
-    return start + len(trimmed) if trimmed.endswith(endings) else len(whole)
-
-
-def _end_of_turn_tokens(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return tuple(token for token in {*added, *tokenizer.all_special_tokens} if token.strip())
+def _whole(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
+    return render_texts([example.messages], tokenizer, tools=[example.tools])[0]
 
 
 def render_texts(
@@ -155,25 +172,51 @@ def render_texts(
     tokenizer: PreTrainedTokenizerFast,
     *,
     opens: bool = False,
+    tools: Sequence[Sequence[Tool]] = (),
 ) -> list[str]:
     """Render conversations as text; `opens` adds the beginning of the assistant's next turn.
 
-    Raises DataError where the chat template refuses a conversation.
+    `tools` are those of each conversation, or none at all. Raises DataError where the chat template
+    refuses a conversation.
     """
     if not conversations:
         return []
     if not tokenizer.chat_template:
+        refuse_tools(conversations, tools)
         bos = str(tokenizer.bos_token) if begins_with_bos(tokenizer) else ""
         eos = str(tokenizer.eos_token or "")
         return [bos + _plain(messages, eos, opens) for messages in conversations]
-    lists = [list(messages) for messages in conversations]
+    texts = [""] * len(conversations)
+    groups: dict[int, list[int]] = {}  # those that share their tools, or have none, are one batch
+    for index in range(len(conversations)):
+        key = id(tools[index]) if tools and tools[index] else 0
+        groups.setdefault(key, []).append(index)
+    for key, group in groups.items():
+        lists = [list(conversations[index]) for index in group]
+        offered = tools[group[0]] if key else ()
+        for index, text in zip(group, _templated(lists, tokenizer, offered, opens), strict=True):
+            texts[index] = text
+    return texts
+
+
+def _templated(
+    conversations: list[list[ChatTurn]],
+    tokenizer: PreTrainedTokenizerFast,
+    tools: Sequence[Tool],
+    opens: bool,
+) -> list[str]:
     try:
-        texts = tokenizer.apply_chat_template(lists, tokenize=False, add_generation_prompt=opens)
+        texts = tokenizer.apply_chat_template(
+            conversations,
+            tools=[*tools] if tools else None,
+            tokenize=False,
+            add_generation_prompt=opens,
+        )
     except Exception as error:  # a template is a program: it raises what it likes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data: the model's chat template refuses a conversation ({reason:.200}); "
-            "change the order of roles as it asks, or use another model"
+            f"data: the chat template refuses a conversation ({reason:.200}); change the order of "
+            "roles as it asks, or use another model or data.chat_template"
         ) from error
     return [str(text) for text in texts]
 

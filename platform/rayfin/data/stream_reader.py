@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from rayfin.data.conversion import RowStatistics
 from rayfin.data.file_ranges import read_range
+from rayfin.data.fitting import fit_samples
 from rayfin.data.stream import SampleRange, Stream
-from rayfin.data.tokenization import tokenize_examples
+from rayfin.data.token_settings import DEFAULTS, TokenSettings
+from rayfin.data.tokenization import encode_examples
 from rayfin.objectives import Objective
 from rayfin.samples import Example, TokenizedSample
 
@@ -28,14 +30,15 @@ def tokenize_range(
     samples: SampleRange,
     tokenizer: PreTrainedTokenizerFast,
     objective: Objective,
+    settings: TokenSettings = DEFAULTS,
     *,
     seed: int,
     max_length: int,
 ) -> list[TokenizedSample]:
     """Return the samples of a range, cut to `max_length` tokens.
 
-    A sample whose answer lies beyond `max_length` keeps two tokens and no loss, so that it still
-    occupies its place in the plan.
+    A sample whose answer lies beyond `max_length`, or that is left out, keeps two tokens and no
+    loss, so that it still occupies its place in the plan.
     """
     source = stream.sources[samples.file_range.source]
     statistics = RowStatistics(source.ignore)
@@ -46,15 +49,26 @@ def tokenize_range(
         and not source.is_held_out(example)
     ]
     random.Random(f"{seed}/{samples.epoch}/{samples.number}").shuffle(examples)
-    tokenize = partial(tokenize_examples, tokenizer=tokenizer)
-    encoded = objective.encode(examples[samples.start : samples.stop], tokenize)
+    examples = examples[samples.start : samples.stop]
+    encode = partial(encode_examples, tokenizer=tokenizer, objective=objective, settings=settings)
+    wholes = encode(examples)
+    fit = fit_samples(
+        examples,
+        wholes,
+        encode=encode,
+        max_length=max_length,
+        objective=objective,
+        settings=settings,
+    )
     return [
-        objective.truncate(sample, max_length) or objective.without_loss(sample)
-        for sample in encoded
+        objective.without_loss(whole) if sample is None else sample
+        for sample, whole in zip(fit, wholes, strict=True)
     ]
 
 
-def read_in_process(tokenizer: PreTrainedTokenizerFast, objective: Objective) -> StreamReader:
+def read_in_process(
+    tokenizer: PreTrainedTokenizerFast, objective: Objective, settings: TokenSettings = DEFAULTS
+) -> StreamReader:
     """Return a reader that reads and tokenises in this process, each range when it is needed."""
 
     def read(
@@ -62,7 +76,7 @@ def read_in_process(tokenizer: PreTrainedTokenizerFast, objective: Objective) ->
     ) -> Iterator[tuple[int, TokenizedSample]]:
         for each in ranges:
             tokenized = tokenize_range(
-                stream, each, tokenizer, objective, seed=seed, max_length=max_length
+                stream, each, tokenizer, objective, settings, seed=seed, max_length=max_length
             )
             for sample in tokenized:
                 yield each.lane, sample

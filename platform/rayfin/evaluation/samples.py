@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import load_corpus, render_prompt, turn_end
+from rayfin.data.token_settings import TokenSettings
 from rayfin.evaluation.report import Sample
 from rayfin.hardware import describe_hardware
 from rayfin.methods import METHODS
@@ -13,7 +14,7 @@ from rayfin.methods.attach import tied_weights_apart
 from rayfin.models import Head, load_base, load_tokenizer
 from rayfin.models.ends import Ends, end_token_ids
 from rayfin.objectives import OBJECTIVES, stage_of
-from rayfin.training.generation import answer, question
+from rayfin.training.generation import answer, question, turn_text
 from rayfin.tuning.rows import adapter_place
 
 if TYPE_CHECKING:
@@ -42,19 +43,20 @@ def answer_samples(
     if objective.auto_class != Head().auto_class:
         return []
     held_out = load_corpus(data, objective).eval
-    examples = [example for example in held_out if example.messages][:count]
+    settings = TokenSettings(data.chat_template, data.system)
+    examples = [settings.with_system(it) for it in held_out if it.messages][:count]
     if not examples:
         return []
     with adapter_place(row).reading_copy() as adapter:
         if adapter is None or not (adapter / "adapter_config.json").exists():
             return []
         model_config = ModelConfig.model_validate(row.spec["model"])
-        tokenizer = load_tokenizer(model_config)
+        tokenizer = load_tokenizer(model_config, data.chat_template)
         device = describe_hardware(use_gpu).device
         base = load_base(model_config, row.spec["method"]["quantization_bit"], device)
         from peft import PeftModel  # after the base: see import_bitsandbytes
 
-        prompts = [render_prompt(example.messages, tokenizer) for example in examples]
+        prompts = [render_prompt(it.messages, tokenizer, it.tools) for it in examples]
         ends = turn_end(tokenizer) | Ends(end_token_ids(model_config, tokenizer))
 
         def answers(model: torch.nn.Module) -> list[str]:
@@ -65,6 +67,6 @@ def answer_samples(
             adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
         after = answers(adapted)
     return [
-        Sample(question(example.messages), example.messages[-1]["content"], base_said, adapter_said)
-        for example, base_said, adapter_said in zip(examples, before, after, strict=True)
+        Sample(question(it.messages), turn_text(it.messages[-1]), base_said, adapter_said)
+        for it, base_said, adapter_said in zip(examples, before, after, strict=True)
     ]

@@ -107,13 +107,13 @@ def turn_ends(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
     training adds it there.
     """
     first, *following = texts
-    after = _after_answer(first)
+    after = after_answer(first)
     if (end := _first_added(after, tokenizer)) is not None:
         return Ends((end,))
     if text := after.strip():
         return Ends(texts=(text,)) if len(text) <= _MAX_TEXT else Ends()
     for text in following:
-        between, found, _ = _after_answer(text).partition(_NEXT)
+        between, found, _ = after_answer(text).partition(_NEXT)
         if found and (end := _first_added(between, tokenizer)) is not None:
             return Ends((end,))
     eos = tokenizer.eos_token_id
@@ -122,10 +122,10 @@ def turn_ends(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> Ends:
 
 def leaves_open(text: str) -> bool:
     """Whether the rendering of the first of `PROBES` ends with its answer and white space."""
-    return _ANSWER in text and not _after_answer(text).strip()
+    return _ANSWER in text and not after_answer(text).strip()
 
 
-def _after_answer(text: str) -> str:
+def after_answer(text: str) -> str:
     """Return what follows the answer of a probe, or '' where the template changed the answer."""
     return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
 

@@ -14,6 +14,7 @@ from rayfin.compat.bitsandbytes import (
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import HardwareError, ModelError
 from rayfin.models.bundled import BUNDLED
+from rayfin.models.chat_templates import set_chat_template
 from rayfin.models.checkpoint import REPLACE, check_causal, check_loadable, read_config
 from rayfin.models.quiet import no_progress_bars
 from rayfin.models.source import is_hub, model_directory
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
 Device = Literal["cpu", "cuda"]
 
 
-def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
-    """Return the tokenizer, which pads on the right and has a pad token; raises ModelError."""
+def load_tokenizer(
+    config: ModelConfig, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, which pads on the right and has a pad token.
+
+    `chat_template`, a name or a file as `data.chat_template` gives it, takes the place of the
+    model's own. Raises ModelError, and DataError for a template that can't be used.
+    """
     from transformers import AutoTokenizer
 
     directory = model_directory(config, weights=False)
@@ -50,7 +57,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerFast:
             "name one of them in its tokenizer_config.json"
         )
     tokenizer.padding_side = "right"
-    return cast("PreTrainedTokenizerFast", tokenizer)
+    loaded = cast("PreTrainedTokenizerFast", tokenizer)
+    if chat_template is not None:
+        set_chat_template(loaded, chat_template)
+    return loaded
 
 
 def check_model(config: ModelConfig, quantization_bit: Literal[4, 8] | None) -> None:

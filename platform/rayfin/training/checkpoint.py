@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.models import BASE_BITS, BASE_IDENTITY, Base
+from rayfin.models.chat_templates import CHAT_TEMPLATE, template_label
 from rayfin.models.ends import END_OF_TURN, Ends
 from rayfin.models.quiet import no_progress_bars
 from rayfin.objects import checksum_of, checksums_of
@@ -153,10 +154,12 @@ def save_adapter(
     directory: Path,
     ends: Ends,
     weights: dict[str, torch.Tensor] | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a plain PEFT adapter (or, for full fine-tuning, a plain model) with its tokenizer.
 
-    `ends`, which it was taught, are in rayfin.json; a plain model's tokens are also in its
+    `ends`, which it was taught, are in rayfin.json, as is the name of a `chat_template` that is not
+    the base's own; a plain model's tokens are also in its
     generation_config.json, where whoever runs it looks. `weights`: the whole model's, where
     `model` itself has a part of them only.
     """
@@ -179,7 +182,10 @@ def save_adapter(
             warnings.filterwarnings("ignore", ".*tensor\\(s\\) have invalid shape", PeftWarning)
         model.save_pretrained(os.fspath(directory), **options)  # type: ignore[operator]
     tokenizer.save_pretrained(os.fspath(directory))
-    write_json(directory / METADATA, {END_OF_TURN: ends.as_json(tokenizer)})
+    told: dict[str, Any] = {END_OF_TURN: ends.as_json(tokenizer)}
+    if chat_template is not None:
+        told[CHAT_TEMPLATE] = template_label(chat_template)
+    write_json(directory / METADATA, told)
 
 
 def _add_ends(generation: Any, ends: Ends) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rayfin.data import render_prompt, turn_end
+from rayfin.data.token_settings import TokenSettings
 from rayfin.heartbeat import beat
 from rayfin.models import max_positions
 from rayfin.models.ends import Ends, end_token_ids
+from rayfin.samples import ChatTurn
 from rayfin.training.spec import TrialSpec
 
 if TYPE_CHECKING:
@@ -80,9 +83,15 @@ def answer(
     return Answer(text.strip(), ended)
 
 
-def question(messages: Sequence[dict[str, str]]) -> str:
+def question(messages: Sequence[ChatTurn]) -> str:
     """Return the last turn of the user in a conversation."""
     return next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
+
+
+def turn_text(turn: ChatTurn) -> str:
+    """Return the text of an answer as the data has it, and its tool calls as JSON."""
+    calls = [json.dumps(call["function"]) for call in turn.get("tool_calls", ())]
+    return "\n".join(filter(None, (turn["content"], *calls)))
 
 
 def sample_generator(
@@ -101,7 +110,7 @@ def sample_generator(
     if strategy.together:
         why = f"{strategy.group.strategy} shards the model, and no worker can run it alone"
         return None, (f"{asked}: nothing is generated, as {why}; scaling.strategy=ddp can",)
-    tokenizer = cache.tokenizer(spec.model)
+    tokenizer = cache.tokenizer(spec)
     questions = list(islice(_questions(spec, cache.corpus(spec).eval, tokenizer), count))
     notes: tuple[str, ...] = ()
     if (found := len(questions)) < count:
@@ -141,11 +150,12 @@ def _questions(
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     positions = max_positions(spec.model)
-    for example in examples:
+    settings = TokenSettings.of(spec.data, spec.train)
+    for example in map(settings.with_system, examples):
         if not example.messages:
             continue
-        prompt = render_prompt(example.messages, tokenizer)
-        reference = example.messages[-1]["content"]
+        prompt = render_prompt(example.messages, tokenizer, example.tools)
+        reference = turn_text(example.messages[-1])
         if (taken := tokens(prompt)) >= spec.data.max_length:
             continue
         room = LONGEST if positions is None else positions - spec.method.positions - taken

@@ -29,7 +29,7 @@ def initialize(
         # One worker that takes the whole step: the others see the same samples.
         whole = Share(train.per_device_train_batch_size, train.gradient_accumulation_steps)
         samples = samples_of(spec, objective, data, whole, warm.reader(spec))
-        padding = pad_token_id(warm.tokenizer(spec.model))
+        padding = pad_token_id(warm.tokenizer(spec))
         try:
             yield from batches_from_start(samples, objective, padding, labelled)
         finally:

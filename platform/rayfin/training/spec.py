@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
+from rayfin.models.chat_templates import template_digest, template_names
 from rayfin.objectives import objective_of
 from rayfin.paths import StoragePath
 from rayfin.statuses import Status
@@ -31,7 +32,7 @@ class TrialSpec(Section):
         """Local paths become absolute: Ray's workers run in directories of their own."""
         return cls(
             model=config.model.model_copy(update={"name": absolute(config.model.name)}),
-            data=config.data.with_paths(absolute),
+            data=_absolute_data(config.data),
             method=config.method,
             train=absolute_companions(config.train),
         )
@@ -55,15 +56,35 @@ class TrialSpec(Section):
             del train[name]  # how often one looks and at what, not what is computed
         if self.train.lr_scheduler_type == "constant":  # it has no warmup
             train["warmup_ratio"] = TrainConfig().warmup_ratio
+        if self.train.train_on == "all":
+            del train["train_on"]  # as it was before there was a choice
         train |= companions or {}
         computation = {
             "model": [model_identity, self.model.dtype],
-            "data": [data_digest, self.data.max_length],
+            "data": [data_digest, self.data.max_length, *self._tokens()],
             "method": self.method.computed(),
             "train": train | {"samples_per_step": samples},
         }
         text = json.dumps(computation, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _tokens(self) -> list[dict[str, str]]:
+        """Return how the samples become tokens, where that isn't the model's and rayfin's way."""
+        data = self.data
+        ways = {
+            "chat_template": data.chat_template and template_digest(data.chat_template),
+            "system": data.system,
+            "truncation": data.truncation if data.truncation != "right" else None,
+        }
+        written = {name: way for name, way in ways.items() if way is not None}
+        return [written] if written else []
+
+
+def _absolute_data(data: DataConfig) -> DataConfig:
+    template = data.chat_template
+    if template is not None and template not in template_names():
+        template = absolute(template)
+    return data.with_paths(absolute).model_copy(update={"chat_template": template})
 
 
 def absolute_companions(train: TrainConfig) -> TrainConfig:

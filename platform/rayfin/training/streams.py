@@ -11,14 +11,16 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from rayfin.config import DataConfig, ModelConfig
+from rayfin.config import DataConfig
 from rayfin.data import Corpus, TokenizedSample, survey_corpus
 from rayfin.data.range_survey import RangeSurvey
 from rayfin.data.split_survey import SurveyBatch
 from rayfin.data.stream import FileRange, SampleRange, Stream
 from rayfin.data.stream_reader import StreamReader, tokenize_range
+from rayfin.data.token_settings import TokenSettings
 from rayfin.models import load_tokenizer
-from rayfin.objectives import SFT, Objective
+from rayfin.objectives import SFT, Objective, objective_of
+from rayfin.training.spec import TrialSpec
 
 # Tokens that are made and not yet trained on; a task yields some hundred samples.
 _OBJECT_STORE_BYTES = 2**28
@@ -57,8 +59,8 @@ def _call(survey: SurveyBatch, batch: list[int]) -> RangeSurvey:
     return survey(batch)
 
 
-def read_on_ray(model: ModelConfig, objective: Objective) -> StreamReader:
-    """Return a reader whose ranges are read and tokenised by Ray Data, ahead of the training.
+def read_on_ray(spec: TrialSpec) -> StreamReader:
+    """Return a trial's reader, whose ranges are read and tokenised by Ray Data ahead of training.
 
     Its one process takes none of the cluster's CPUs, as the training may hold all of them.
     """
@@ -69,14 +71,14 @@ def read_on_ray(model: ModelConfig, objective: Objective) -> StreamReader:
         import ray.data  # here, as few trials stream
 
         _prepare()
-        rules = replace(stream, ranges=(), rows=())
+        rules, objective = replace(stream, ranges=(), rows=()), objective_of(spec.train)
         for first in range(0, len(ranges), _MAX_RANGES_QUEUED):
             some = [asdict(each) for each in ranges[first : first + _MAX_RANGES_QUEUED]]
             waiting = ray.data.from_items(
                 some, override_num_blocks=-(-len(some) // _RANGES_PER_TASK)
             )
             samples = waiting.map_batches(
-                lambda batch: _tokenize(batch, rules, model, objective, seed, max_length),
+                lambda batch: _tokenize(batch, rules, spec, objective, seed, max_length),
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=0,
@@ -97,7 +99,7 @@ _tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 def _tokenize(
     batch: Any,
     stream: Stream,
-    model: ModelConfig,
+    spec: TrialSpec,
     objective: Objective,
     seed: int,
     max_length: int,
@@ -105,12 +107,15 @@ def _tokenize(
     """Turn a table of sample ranges into a table of their tokenised samples."""
     import pyarrow as pa
 
+    tokenizer = _tokenizer(spec.model, spec.data.chat_template)
+    settings = TokenSettings.of(spec.data, spec.train)
+
     lanes: list[int] = []
     samples: list[Any] = []
     for row in batch.to_pylist():
         each = SampleRange(**row | {"file_range": FileRange(**row["file_range"])})
         samples += tokenize_range(
-            stream, each, _tokenizer(model), objective, seed=seed, max_length=max_length
+            stream, each, tokenizer, objective, settings, seed=seed, max_length=max_length
         )
         lanes += [each.lane] * (len(samples) - len(lanes))
     tokens = pa.list_(pa.int32())

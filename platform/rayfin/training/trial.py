@@ -144,7 +144,7 @@ def _train(
     release_memory()  # of the worker's trial before, which by now nobody holds
     peak = PeakMemory(hardware.device)
     with collector_paused():
-        data, tokenizer = cache.tokenized(spec), cache.tokenizer(spec.model)
+        data, tokenizer = cache.tokenized(spec), cache.tokenizer(spec)
         strategy = parallel_strategy(layout, hardware, spec.train)
         # Alone, the scores are kept from trial to trial; several workers share the work of them,
         # and a base that is to be sharded is not loaded whole for them.
@@ -209,7 +209,8 @@ def _train(
             beat("initializing the method", bulk=True)
             initialize(model, spec, objective, data, cache)
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        adapter = _finish(trainer, model, tokenizer, data.ends, location, cache.origin(spec.model))
+        template, origin = spec.data.chat_template, cache.origin(spec.model)
+        adapter = _finish(trainer, model, tokenizer, data.ends, location, origin, template)
         checkpoints.remove_local_copy()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
@@ -246,6 +247,7 @@ def _finish(
     ends: Ends,
     location: StoragePath,
     origin: Base,
+    chat_template: str | None,
 ) -> StoragePath | None:
     """Write the adapter of a finished trial; remove the checkpoints of one that was stopped."""
     adapter = location / "adapter"
@@ -259,7 +261,7 @@ def _finish(
             if trainer.args.should_save:
                 shutil.rmtree(adapter.path, ignore_errors=True)
                 with write_directory_whole(adapter.path) as temporary:
-                    save_adapter(model, tokenizer, temporary, ends, weights)
+                    save_adapter(model, tokenizer, temporary, ends, weights, chat_template)
                     trainer.method.finish_saving(model, temporary)
                     vouch(temporary, origin, trainer.method.served_bits)
                 adapter.upload()

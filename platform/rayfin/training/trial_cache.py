@@ -12,6 +12,7 @@ from rayfin.config import DataConfig, ModelConfig
 from rayfin.data import Corpus, TokenizedCorpus, load_corpus, tokenize_corpus
 from rayfin.data.conversion import check_shape
 from rayfin.data.stream_reader import StreamReader, read_in_process
+from rayfin.data.token_settings import TokenSettings
 from rayfin.hardware import Hardware
 from rayfin.heartbeat import beat
 from rayfin.models import Base, Head, ModelFacts, base_of, describe_model, load_base, load_tokenizer
@@ -48,14 +49,14 @@ class TrialCache:
     def __init__(
         self,
         corpora: dict[DataConfig, Corpus] | None = None,
-        reader: Callable[[ModelConfig, Objective], StreamReader] | None = None,
+        reader: Callable[[TrialSpec], StreamReader] | None = None,
     ) -> None:
         """Take `reader`, which makes what reads streamed data elsewhere than in this process."""
         self._reader = reader
         self._corpora = dict(corpora or {})
         self._facts: dict[ModelConfig, ModelFacts] = {}
         self._origins: dict[ModelConfig, Base] = {}
-        self._tokenizers: dict[ModelConfig, PreTrainedTokenizerFast] = {}
+        self._tokenizers: dict[tuple[ModelConfig, str | None], PreTrainedTokenizerFast] = {}
         self._tokenized: dict[tuple[object, ...], TokenizedCorpus] = {}
         self._base: _Base | None = None
         self._base_scores: dict[tuple[object, ...], torch.Tensor] = {}
@@ -77,10 +78,12 @@ class TrialCache:
             self._origins[model] = base_of(model)
         return self._origins[model]
 
-    def tokenizer(self, model: ModelConfig) -> PreTrainedTokenizerFast:
-        if model not in self._tokenizers:
-            self._tokenizers[model] = load_tokenizer(model)
-        return self._tokenizers[model]
+    def tokenizer(self, spec: TrialSpec) -> PreTrainedTokenizerFast:
+        """Return the tokenizer of a trial's model, with the chat template of the trial."""
+        key = (spec.model, spec.data.chat_template)
+        if key not in self._tokenizers:
+            self._tokenizers[key] = load_tokenizer(*key)
+        return self._tokenizers[key]
 
     def corpus(self, spec: TrialSpec) -> Corpus:
         """Return the samples of a trial's data."""
@@ -93,22 +96,22 @@ class TrialCache:
 
     def tokenized(self, spec: TrialSpec) -> TokenizedCorpus:
         objective = objective_of(spec.train)
-        key = (spec.data, spec.model, objective.identity)
+        settings = TokenSettings.of(spec.data, spec.train)
+        key = (spec.data, spec.model, objective.identity, settings)
 
         def tokenize() -> TokenizedCorpus:
             beat("reading and tokenising the data", bulk=True)
-            return tokenize_corpus(
-                self.corpus(spec), self.tokenizer(spec.model), spec.data.max_length, objective
-            )
+            corpus, tokenizer = self.corpus(spec), self.tokenizer(spec)
+            return tokenize_corpus(corpus, tokenizer, spec.data.max_length, objective, settings)
 
         return _kept(self._tokenized, key, tokenize)
 
     def reader(self, spec: TrialSpec) -> StreamReader:
         """Return what reads streamed data for a trial."""
-        objective = objective_of(spec.train)
         if self._reader is not None:
-            return self._reader(spec.model, objective)
-        return read_in_process(self.tokenizer(spec.model), objective)
+            return self._reader(spec)
+        settings = TokenSettings.of(spec.data, spec.train)
+        return read_in_process(self.tokenizer(spec), objective_of(spec.train), settings)
 
     def objective(self, spec: TrialSpec, hardware: Hardware) -> Objective:
         """Return the objective of one trial with its companions loaded, whole on the device.
@@ -180,7 +183,8 @@ class TrialCache:
         bits = spec.method.quantization_bit
         companions = tuple(companion_models(spec.train, spec.model).items())
         own = (objective.identity, objective.score_identity, companions)
-        key = (spec.model, bits, spec.data, hardware.device, *own)
+        settings = TokenSettings.of(spec.data, spec.train)
+        key = (spec.model, bits, spec.data, settings, hardware.device, *own)
 
         def compute() -> torch.Tensor:
             return score(
@@ -188,7 +192,7 @@ class TrialCache:
                 self.tokenized(spec).eval,
                 objective,
                 batch_size=spec.train.per_device_eval_batch_size,
-                pad_token_id=pad_token_id(self.tokenizer(spec.model)),
+                pad_token_id=pad_token_id(self.tokenizer(spec)),
             )
 
         return _kept(self._base_scores, key, compute)

@@ -151,7 +151,8 @@ def _what(config: Config) -> dict[str, Any]:
 
 
 def _samples(data: DataConfig) -> DataConfig:
-    return data.with_paths(absolute).model_copy(update={"max_length": 0})
+    tokens = {"max_length": 0, "truncation": "right", "chat_template": None, "system": None}
+    return data.with_paths(absolute).model_copy(update=tokens)
 
 
 # Hashing a large local model's headers takes a moment, and every trial asks.

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from rayfin.compat.versions import check_trainer
 from rayfin.config import Config
 from rayfin.data import Corpus, check_lengths, needs_length_check
+from rayfin.data.token_settings import TokenSettings
 from rayfin.errors import MethodError
 from rayfin.hardware import describe_hardware
 from rayfin.methods import linear_names
@@ -51,8 +52,9 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
             _check_modules(config)
         if first_time(config.model, method, config.data):
             check_positions(config, max_positions(config.model))
-        if first_time(config.model, config.data, objective.identity):
-            _check_lengths(config, corpus)
+        settings = TokenSettings.of(config.data, config.train)
+        if first_time(config.model, config.data, objective.identity, settings):
+            _check_lengths(config, corpus, settings)
 
 
 def _check_modules(config: Config) -> None:
@@ -98,11 +100,9 @@ def check_positions(config: Config, has: int | None) -> None:
     )
 
 
-def _check_lengths(config: Config, corpus: Corpus) -> None:
-    if needs_length_check(corpus, config.data.max_length):
-        check_lengths(
-            corpus,
-            load_tokenizer(config.model),
-            config.data.max_length,
-            objective_of(config.train),
-        )
+def _check_lengths(config: Config, corpus: Corpus, settings: TokenSettings) -> None:
+    """Raise DataError where samples or their chat template leave nothing to train on."""
+    length = config.data.max_length
+    if config.data.chat_template is not None or needs_length_check(corpus, length, settings):
+        tokenizer = load_tokenizer(config.model, config.data.chat_template)
+        check_lengths(corpus, tokenizer, length, objective_of(config.train), settings)

@@ -12,12 +12,10 @@ from functools import partial
 from typing import Any, cast
 
 from rayfin.errors import AdapterError
+from rayfin.models.chat_templates import MAX_TEMPLATE
 from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.engine.vocabulary import SETTINGS, named_token
 from rayfin.serving.timed_executor import TimedExecutor
-
-MAX_TEMPLATE = 64 * 2**10
-"""The most characters of a chat template; the longest in use have about 20,000."""
 
 _MAX_FILE = 8 * 2**20
 _REMEMBERED = 1024

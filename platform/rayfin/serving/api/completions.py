@@ -49,8 +49,10 @@ def completion_routes(service: Service) -> APIRouter:
         if service.log is not None and service.log.text:
             record_of(request).prompt = [m.model_dump(exclude_none=True) for m in body.messages]
 
+        tools = None if body.tool_choice == "none" else body.tools
+
         async def prompts(named: ResolvedModel) -> list[TokenIds]:
-            return [await service.prompts.of_chat(named.source, body.messages)]
+            return [await service.prompts.of_chat(named.source, body.messages, tools)]
 
         asked = GenerationRequest(
             body,

@@ -78,8 +78,10 @@ def model_routes(service: Service) -> APIRouter:
             raise ApiError(400, "give one of prompt and messages", param="prompt")
         model = names.base_name if body.model is None else body.model
         named = await service.resolve(model, key)
+        if body.tools and body.messages is None:
+            raise ApiError(400, "tools go with messages", param="tools")
         if body.messages is not None:
-            ids = await service.prompts.of_chat(named.source, body.messages)
+            ids = await service.prompts.of_chat(named.source, body.messages, body.tools)
         else:
             special = body.add_special_tokens is not False
             ids = await service.prompts.of_text(body.prompt or "", special_tokens=special)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 from rayfin.errors import RequestError
@@ -31,9 +32,15 @@ class Prompts:
         self._backend.no_padding()
         self._templates = templates
 
-    async def of_chat(self, source: AdapterSource | None, messages: list[Message]) -> TokenIds:
+    async def of_chat(
+        self,
+        source: AdapterSource | None,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+    ) -> TokenIds:
         """Raises RequestError, AdapterError or Overloaded."""
-        text = await self._templates.render(source, [as_template_takes(m) for m in messages])
+        conversation = [as_template_takes(message) for message in messages]
+        text = await self._templates.render(source, conversation, tools or None)
         # The template has written the special tokens.
         return await self.of_text(text, special_tokens=False)
 
@@ -58,7 +65,7 @@ class Prompts:
 
 def as_template_takes(message: Message) -> dict[str, Any]:
     """Return a message for a chat template: its parts joined, and nothing that is null."""
-    content = message.content
+    content, calls = message.content, message.tool_calls
     if isinstance(content, list):
         content = "\n".join(part.text for part in content)
     fields = {
@@ -66,11 +73,25 @@ def as_template_takes(message: Message) -> dict[str, Any]:
         # Templates add it to texts; a call of tools has none.
         "content": content or "",
         "name": message.name,
-        "tool_calls": message.tool_calls,
+        "tool_calls": None if calls is None else [_with_arguments(call) for call in calls],
         "tool_call_id": message.tool_call_id,
         "reasoning_content": message.reasoning_content,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call whose arguments are an object, as in training; OpenAI's are its JSON."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    if not isinstance(arguments, dict):
+        return call
+    return call | {"function": function | {"arguments": arguments}}
 
 
 def _separate(prompt: CompletionPrompt) -> list[str] | list[list[int]]:

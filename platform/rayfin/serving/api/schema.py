@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from rayfin.serving.engine.request import MAX_STOP_TOKENS, MAX_STOPS, MAX_TOP_LOGPROBS
@@ -116,10 +116,31 @@ class Message(Body):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
+def _is_function(tool: dict[str, Any]) -> dict[str, Any]:
+    """Check a tool and leave it as it is: templates write its keys in the order that they have."""
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if tool.get("type") != "function" or not isinstance(name, str) or not name:
+        raise PydanticCustomError(
+            "tool", "a tool is {'type': 'function', 'function': {'name': …, 'parameters': …}}"
+        )
+    return tool
+
+
+Tools = Annotated[
+    list[Annotated[dict[str, Any], AfterValidator(_is_function)]],
+    Field(max_length=128, fail_fast=True),
+]
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
     messages: Messages
+    tools: Tools | None = None
+    """Given to the chat template; calls come back as the text that the model wrote."""
+    tool_choice: Literal["auto", "none"] | None = None
+    """`none` leaves the tools out of the prompt."""
     max_completion_tokens: int | None = Field(None, ge=1)
     """Goes before max_tokens; without both, an answer may fill engine.max_length."""
     logprobs: bool | None = None
@@ -152,6 +173,8 @@ class TokenizeBody(Body):
     """Whose chat template; null is the base's."""
     prompt: str | None = None
     messages: Messages | None = None
+    tools: Tools | None = None
+    """Of a conversation."""
     add_special_tokens: bool | None = None
     """Of a text: with the tokens that the tokenizer puts around it; null is true."""
 

@@ -35,6 +35,7 @@ def render(
     special_tokens: dict[str, Any],
     *,
     opens: bool = True,
+    tools: list[dict[str, Any]] | None = None,
 ) -> str:
     """Render a conversation by `template`; `opens` adds the opening of the next answer.
 
@@ -44,6 +45,7 @@ def render(
 
     rendered: Any = render_jinja_template(
         conversations=[messages],
+        tools=[*tools] if tools is not None else None,
         chat_template=template,
         add_generation_prompt=opens,
         **special_tokens,
@@ -99,7 +101,13 @@ def _serve(at: mmap.mmap) -> None:
 
 def _render(job: dict[str, Any]) -> dict[str, str]:
     try:
-        text = render(job["template"], job["messages"], job["special_tokens"], opens=job["opens"])
+        text = render(
+            job["template"],
+            job["messages"],
+            job["special_tokens"],
+            opens=job["opens"],
+            tools=job["tools"],
+        )
     except Exception as error:  # noqa: BLE001  # whatever a template raises is its answer
         return {"error": f"{type(error).__name__}: {error}"[:300]}
     if len(text) > _MAX_OUTPUT:

@@ -46,6 +46,7 @@ _PATIENCE = 60.0
 _START_SECONDS = 300.0
 
 Conversation = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
 
 
 class Templates:
@@ -55,20 +56,35 @@ class Templates:
         self, tokenizer: PreTrainedTokenizerFast, seconds: float, own: AdapterTokenizers
     ) -> None:
         self._base = _base_template(tokenizer)
+        self._base_for_tools = _base_template(tokenizer, tools=[{}])
         self._special_tokens = {
             name: str(token) for name, token in tokenizer.special_tokens_map.items()
         }
         self._tokenizer = tokenizer
         self._own = own
         self._ends: OrderedDict[str | None, Ends] = OrderedDict()
+        self._write_tools: OrderedDict[AdapterSource | None, bool] = OrderedDict()
         self._apart = SubprocessRenderer(seconds)
 
-    async def render(self, source: AdapterSource | None, messages: Conversation) -> str:
+    async def render(
+        self, source: AdapterSource | None, messages: Conversation, tools: Tools | None = None
+    ) -> str:
         """Return the text of a conversation, with the opening of the next answer.
 
-        Raises RequestError, AdapterError or Overloaded.
+        Raises RequestError, also where the template leaves `tools` out, AdapterError or Overloaded.
         """
-        return await self._write(source, messages, opens=True)
+        text = await self._write(source, messages, opens=True, tools=tools)
+        if tools and source not in self._write_tools:
+            if text == await self._write(source, messages, opens=True):
+                whose = "the base model" if source is None else f"'{source.ref}'"
+                raise RequestError(
+                    f"the chat template of {whose} writes no tools; leave 'tools' out, or serve an "
+                    "adapter that was trained with tools"
+                )
+            self._write_tools[source] = True
+            while len(self._write_tools) > _REMEMBERED:
+                self._write_tools.popitem(last=False)
+        return text
 
     async def ends(self, source: AdapterSource | None) -> Ends:
         """Returns what the template ends an answer with; raises AdapterError or Overloaded."""
@@ -93,7 +109,12 @@ class Templates:
             return ""
 
     async def _write(
-        self, source: AdapterSource | None, messages: Conversation, *, opens: bool
+        self,
+        source: AdapterSource | None,
+        messages: Conversation,
+        *,
+        opens: bool,
+        tools: Tools | None = None,
     ) -> str:
         own = None if source is None else (await self._own.of(source)).template
         template = own or self._base
@@ -106,9 +127,15 @@ class Templates:
         tokens = self._special_tokens
         if template != self._base:
             assert source is not None
-            return await self._apart.render(source.ref, template, messages, tokens, opens=opens)
+            return await self._apart.render(
+                source.ref, template, messages, tokens, opens=opens, tools=tools
+            )
+        if tools:  # of several templates, one may be for tools
+            template = self._base_for_tools or template
         try:
-            return await asyncio.to_thread(render, template, messages, tokens, opens=opens)
+            return await asyncio.to_thread(
+                render, template, messages, tokens, opens=opens, tools=tools
+            )
         except Exception as error:  # whatever a template raises is about these messages
             raise _refusal("the base model", f"{type(error).__name__}: {error}") from error
 
@@ -144,6 +171,7 @@ class SubprocessRenderer:
         special_tokens: dict[str, str],
         *,
         opens: bool = True,
+        tools: Tools | None = None,
     ) -> str:
         """Returns the conversation as `template` writes it.
 
@@ -159,6 +187,7 @@ class SubprocessRenderer:
             "messages": messages,
             "special_tokens": special_tokens,
             "opens": opens,
+            "tools": tools,
             "seconds": self._seconds,
         }
         self._waiting += 1
@@ -232,11 +261,11 @@ class SubprocessRenderer:
         self._process = self._stop = None
 
 
-def _base_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
+def _base_template(tokenizer: PreTrainedTokenizerFast, tools: Tools | None = None) -> str | None:
     if not tokenizer.chat_template:
         return None
     try:
-        return str(tokenizer.get_chat_template())
+        return str(tokenizer.get_chat_template(tools=tools))
     except ValueError:  # several, and none of them the default
         return None
 

@@ -1,0 +1,93 @@
+"""Refuse tools, calls and results that a chat template would leave out of the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rayfin.errors import DataError
+from rayfin.samples import ChatTurn, Example, Tool
+
+_MARK = "qzmarkqz"
+_WAY_OUT = (
+    "set data.chat_template to one that writes tools (hermes, llama3, mistral or a file of your "
+    "own), or leave tools out of the data with data.ignore_columns=[tools] and without such turns"
+)
+
+
+def check_tools(examples: Sequence[Example], render: Callable[[Example], str]) -> None:
+    """Raise DataError where `render` writes the same without a sample's tools, calls or results.
+
+    The first example that has each of them is looked at, as templates treat all alike.
+    """
+    if not any(example.uses_tools for example in examples):
+        return
+    for what, change in _CHANGES.items():
+        pairs = ((example, change(example)) for example in examples)
+        found = next(((e, changed) for e, changed in pairs if changed is not None), None)
+        if found is None:
+            continue
+        written = render(found[0])
+        try:
+            same = render(found[1]) == written
+        except DataError:
+            same = False  # the template has looked at it
+        if same:
+            raise DataError(f"data: the chat template leaves out {what} of the samples; {_WAY_OUT}")
+
+
+def refuse_tools(
+    conversations: Iterable[Sequence[ChatTurn]], tools: Iterable[Sequence[Tool]]
+) -> None:
+    """Raise DataError where a model without a chat template is given tools, calls or results."""
+    if any(tools) or any(Example(messages=tuple(it)).uses_tools for it in conversations):
+        raise DataError(
+            f"data: the samples have tools, and the model has no chat template; {_WAY_OUT}"
+        )
+
+
+def _without_tools(example: Example) -> Example | None:
+    return replace(example, tools=()) if example.tools else None
+
+
+def _renamed_call(example: Example) -> Example | None:
+    return _with_call(example, lambda function: {"name": _MARK})
+
+
+def _changed_arguments(example: Example) -> Example | None:
+    return _with_call(example, lambda function: {"arguments": {_MARK: 1}})
+
+
+def _changed_result(example: Example) -> Example | None:
+    return _with_turn(example, lambda turn: {"content": _MARK} if turn["role"] == "tool" else None)
+
+
+def _with_call(example: Example, change: Callable[[Any], dict[str, Any]]) -> Example | None:
+    def changed(turn: ChatTurn) -> dict[str, Any] | None:
+        if not turn.get("tool_calls"):
+            return None
+        call, *rest = turn["tool_calls"]
+        function = call["function"]
+        return {"tool_calls": [call | {"function": function | change(function)}, *rest]}
+
+    return _with_turn(example, changed)
+
+
+def _with_turn(
+    example: Example, change: Callable[[ChatTurn], dict[str, Any] | None]
+) -> Example | None:
+    """Return the example with the first turn for which there is a change, changed; else None."""
+    for index, turn in enumerate(example.messages):
+        if (new := change(turn)) is not None:
+            before, after = example.messages[:index], example.messages[index + 1 :]
+            return replace(example, messages=(*before, turn | new, *after))
+    return None
+
+
+_CHANGES: dict[str, Callable[[Example], Example | None]] = {
+    "the tools": _without_tools,
+    "the tool calls": _renamed_call,
+    "the arguments of tool calls": _changed_arguments,
+    "the results of tools": _changed_result,
+}

@@ -1,0 +1,245 @@
+"""What is cut, what is left out, which turns have loss, and the default system message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from rayfin.config import Config, ModelConfig, TrainConfig
+from rayfin.config.data import DataConfig
+from rayfin.data import Corpus, Example, check_lengths, needs_length_check, tokenize_corpus
+from rayfin.data.token_settings import TokenSettings
+from rayfin.data.tokenization import tokenize_examples
+from rayfin.errors import DataError
+from rayfin.models import load_tokenizer
+from rayfin.models.chat_templates import read_chat_template
+from rayfin.objectives import SFT
+from rayfin.samples import NO_LOSS, TokenizedSample
+from rayfin.training import TrialSpec
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER = {"role": "user", "content": "Where does the long and winding road lead to?"}
+ANSWER = {"role": "assistant", "content": "To your door."}
+AGAIN = {"role": "user", "content": "And then?"}
+LAST = {"role": "assistant", "content": "No further."}
+TALK = Example((SYSTEM, USER, ANSWER, AGAIN, LAST))
+SHORT = Example((USER, ANSWER))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return load_tokenizer(ModelConfig(name="tiny"))
+
+
+def corpus_of(*examples: Example) -> Corpus:
+    return Corpus(examples[:-1], examples[-1:], "messages", "digest", "source")
+
+
+def encode(tokenizer: Any, *examples: Example) -> list[TokenizedSample]:
+    return tokenize_examples(examples, tokenizer)
+
+
+def cut(tokenizer: Any, example: Example, length: int, **settings: Any) -> TokenizedSample:
+    corpus = corpus_of(example, example)
+    return tokenize_corpus(corpus, tokenizer, length, SFT, TokenSettings(**settings)).eval[0]
+
+
+def learned(sample: TokenizedSample, tokenizer: Any) -> str:
+    return str(tokenizer.decode([label for label in sample["labels"] if label != NO_LOSS]))
+
+
+def test_left_leaves_out_the_earliest_turns_and_keeps_the_system_message(tokenizer: Any) -> None:
+    later = Example((SYSTEM, AGAIN, LAST))
+    (whole,), (short,) = encode(tokenizer, TALK), encode(tokenizer, later)
+    for length in (len(whole["input_ids"]) - 1, len(short["input_ids"])):
+        assert cut(tokenizer, TALK, length, truncation="left") == short
+    assert cut(tokenizer, TALK, len(whole["input_ids"]), truncation="left") == whole
+
+
+def test_left_then_cuts_the_beginning_of_the_question(tokenizer: Any) -> None:
+    (whole,) = encode(tokenizer, Example((SYSTEM, USER, ANSWER)))
+    for less in (1, 7, 30):
+        length = len(whole["input_ids"]) - less
+        sample = cut(tokenizer, Example((SYSTEM, USER, ANSWER)), length, truncation="left")
+        asked = USER | {"content": USER["content"][less:]}  # a token a byte
+        assert sample == encode(tokenizer, Example((SYSTEM, asked, ANSWER)))[0]
+    # Nothing but the answer could be cut: it is, at the right, as there is nothing else.
+    shortest = len(
+        encode(tokenizer, Example((SYSTEM, {**USER, "content": "?"}, ANSWER)))[0]["labels"]
+    )
+    sample = cut(
+        tokenizer, Example((SYSTEM, USER, ANSWER)), length=shortest + 40, truncation="left"
+    )
+    assert learned(sample, tokenizer) == "To your door.<|im_end|>"
+
+
+def test_left_keeps_the_end_of_a_plain_text(tokenizer: Any) -> None:
+    text = Example(text="once upon a time there was a princess")
+    sample = cut(tokenizer, text, 10, truncation="left")
+    assert tokenizer.decode(sample["input_ids"]) == " princess<|im_end|>"
+    assert tokenizer.decode(cut(tokenizer, text, 10)["input_ids"]) == "once upon "
+
+
+def test_left_keeps_which_turns_are_not_learned(tokenizer: Any) -> None:
+    talk = Example((USER, ANSWER, AGAIN, ANSWER, AGAIN, LAST), unlearned=(3,))
+    length = len(encode(tokenizer, talk)[0]["input_ids"]) - 1
+    sample = cut(tokenizer, talk, length, truncation="left")
+    assert sample == encode(tokenizer, Example((AGAIN, ANSWER, AGAIN, LAST), unlearned=(1,)))[0]
+
+
+@pytest.mark.parametrize("truncation", ["right", "left", "drop"])
+def test_what_is_cut_and_left_out_is_counted_and_told(truncation: str, tokenizer: Any) -> None:
+    length = len(encode(tokenizer, TALK)[0]["input_ids"]) - 1
+    corpus = corpus_of(TALK, *[SHORT] * 9)
+    settings = TokenSettings(truncation=truncation)  # type: ignore[arg-type]
+    data = tokenize_corpus(corpus, tokenizer, length, SFT, settings)
+    dropped = truncation == "drop"
+    assert (data.profile.truncated, data.profile.dropped) == (not dropped, dropped)
+    assert len(data.train) == 9 - dropped
+    (note,) = data.profile.notes
+    what = {
+        "right": "cut at data.max_length",
+        "left": "cut at their beginning at data.max_length",
+        "drop": "left out (data.truncation=drop)",
+    }
+    assert note.startswith(f"data: 1 of 10 samples (10%, more than 5%) {what[truncation]}")
+    many = corpus_of(TALK, *[SHORT] * 19)  # exactly 5 %
+    (note,) = tokenize_corpus(many, tokenizer, length, SFT, settings).profile.notes
+    assert note.startswith(f"data: 1 of 20 samples {what[truncation]}")
+
+
+def test_drop_without_a_sample_left_is_refused_before_anything_starts(tokenizer: Any) -> None:
+    settings = TokenSettings(truncation="drop")
+    corpus, length = corpus_of(TALK, SHORT), len(encode(tokenizer, SHORT)[0]["input_ids"])
+    whole = len(encode(tokenizer, TALK)[0]["input_ids"])
+    for check in (tokenize_corpus, check_lengths):
+        with pytest.raises(DataError, match=f"all of the train split at {length}; give .*{whole}"):
+            check(corpus, tokenizer, length, SFT, settings)
+        check(corpus, tokenizer, whole, SFT, settings)
+    assert needs_length_check(corpus, length, settings)
+
+
+def test_loss_on_the_last_turn_alone(tokenizer: Any) -> None:
+    both = cut(tokenizer, TALK, 500)
+    last = cut(tokenizer, TALK, 500, train_on="last")
+    assert learned(both, tokenizer) == "To your door.<|im_end|>No further.<|im_end|>"
+    assert learned(last, tokenizer) == "No further.<|im_end|>"
+    assert last["input_ids"] == both["input_ids"]
+    profile = tokenize_corpus(
+        corpus_of(TALK, TALK), tokenizer, 500, SFT, TokenSettings(train_on="last")
+    ).profile
+    assert profile.notes == ()  # nobody is told that a template keeps one from learning the rest
+
+
+def test_a_default_system_message_is_for_conversations_without_one(tokenizer: Any) -> None:
+    settings = TokenSettings(system="Be brief.")
+    without = Example((USER, ANSWER, AGAIN, ANSWER, AGAIN, LAST), unlearned=(3,))
+    data = tokenize_corpus(corpus_of(without, TALK), tokenizer, 500, SFT, settings)
+    (given,) = data.train
+    assert given == encode(tokenizer, Example((SYSTEM, *without.messages), unlearned=(4,)))[0]
+    assert data.eval == encode(tokenizer, TALK)
+    (note,) = data.profile.notes
+    assert note.startswith("data: 1 of 2 conversations had no system message and have data.system")
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "note"),
+    [
+        ({"system": "x"}, (TALK, TALK), "data.system has no effect, as every conversation has"),
+        ({"system": "x", "train_on": "last"}, None, "data.system, train.train_on has no effect"),
+        ({"chat_template": "zephyr"}, None, "data.chat_template has no effect, as the data are"),
+    ],
+)
+def test_a_setting_without_effect_is_named(
+    settings: dict[str, Any], examples: tuple[Example, ...] | None, note: str, tokenizer: Any
+) -> None:
+    corpus = corpus_of(*(examples or (Example(text="a text"), Example(text="another"))))
+    notes = tokenize_corpus(corpus, tokenizer, 500, SFT, TokenSettings(**settings)).profile.notes
+    assert [each for each in notes if note in each], notes
+
+
+def test_a_template_of_other_tokens_than_the_tokenizers_is_named() -> None:
+    for name, unknown in (("phi", "<|user|>, <|end|>, <|assistant|>"), ("chatml", None)):
+        tokenizer = load_tokenizer(ModelConfig(name="tiny"), name)
+        settings = TokenSettings(chat_template=name)
+        data = tokenize_corpus(corpus_of(SHORT, SHORT), tokenizer, 500, SFT, settings)
+        assert len(data.profile.notes) == (unknown is not None)
+        if unknown is not None:
+            assert f"chat_template={name} writes {unknown}, which" in data.profile.notes[0]
+            assert learned(data.train[0], tokenizer) == "To your door.<|end|>"
+            assert data.ends.texts == ("<|end|>",)
+
+
+def test_a_template_is_a_name_or_a_file(tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    assert load_tokenizer(ModelConfig(name="tiny"), str(own)).chat_template == own.read_text()
+    assert "im_start" in read_chat_template("chatml")
+    broken, empty = tmp_path / "broken.jinja", tmp_path / "empty.jinja"
+    broken.write_text("{% for m in messages %}\n{{ m.content }")
+    empty.write_text("\n")
+    for setting, message in {
+        "chatlm": "'chatlm' is neither a file nor one of alpaca, .*did you mean 'chatml'",
+        str(tmp_path / "none.jinja"): "there is no file '.*none.jinja'; give one that is there",
+        str(tmp_path): "there is no file",
+        str(broken): "is no Jinja template .*line 2",
+        str(empty): "has 1 characters; a template has 1 to",
+    }.items():
+        with pytest.raises(DataError, match=message) as error:
+            read_chat_template(setting)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"data": {"chat_template": "chatml"}},
+        {"data": {"system": "Be brief."}},
+        {"data": {"truncation": "left"}},
+        {"data": {"truncation": "drop"}},
+        {"train": {"train_on": "last"}},
+    ],
+    ids=str,
+)
+def test_what_changes_the_tokens_enters_the_fingerprint(sections: dict[str, Any]) -> None:
+    def fingerprint(sections: dict[str, Any]) -> str:
+        spec = TrialSpec.of(Config.model_validate(sections))
+        return spec.fingerprint(model_identity="tiny@1", data_digest="d")
+
+    assert fingerprint(sections) != fingerprint({})
+    defaults = {"data": {"truncation": "right"}, "train": {"train_on": "all"}}
+    assert fingerprint(defaults) == fingerprint({})
+
+
+def test_a_template_enters_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fingerprint(name: str) -> str:
+        spec = TrialSpec.of(Config(data=DataConfig(chat_template=name)))
+        assert spec.data.chat_template == ("chatml" if name == "chatml" else str(tmp_path / name))
+        return spec.fingerprint(model_identity="tiny@1", data_digest="d")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("one.jinja", "copy.jinja"):
+        Path(name).write_text(read_chat_template("chatml"))
+    Path("other.jinja").write_text(read_chat_template("phi"))
+    assert fingerprint("one.jinja") == fingerprint("copy.jinja") == fingerprint("chatml")
+    assert fingerprint("other.jinja") != fingerprint("one.jinja")
+
+
+def test_the_settings_are_those_of_the_configuration() -> None:
+    data = DataConfig(chat_template="phi", system="s", truncation="left")
+    found = TokenSettings.of(data, TrainConfig(train_on="last"))
+    assert found == TokenSettings("phi", "s", "last", "left")
+
+
+def test_the_end_is_learned_where_the_pad_token_is_the_end_token(tokenizer: Any) -> None:
+    end = tokenizer.eos_token_id
+    samples = encode(tokenizer, SHORT, Example((AGAIN, LAST)))
+    batch = SFT.collate(samples, end)
+    assert batch["input_ids"][1].tolist().count(end) > 2  # the question's, the answer's, padding
+    for row, sample in zip(batch["labels"].tolist(), samples, strict=True):
+        assert [label for label in row if label != NO_LOSS][-1] == end
+        assert row.count(end) == 1
+        assert row[: len(sample["labels"])] == sample["labels"]
