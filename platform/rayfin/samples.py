@@ -104,27 +104,32 @@ def _ordered(value: object) -> str:
 
 
 def _with_texts(messages: Sequence[ChatTurn]) -> Sequence[ChatTurn]:
-    return _with_arguments(messages, _ordered)
+    def written(call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        return call | {"function": function | {"arguments": _ordered(function["arguments"])}}
+
+    return _with_calls(messages, written)
 
 
 def _with_objects(messages: Sequence[ChatTurn]) -> tuple[ChatTurn, ...]:
-    return tuple(_with_arguments(messages, json.loads))
+    def restored(call: dict[str, Any]) -> dict[str, Any]:
+        name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+        own = {"id": call["id"]} if "id" in call else {}
+        function = {"name": name, "arguments": arguments}
+        return {**own, "type": call["type"], "function": function}
+
+    return tuple(_with_calls(messages, restored))
 
 
-def _with_arguments(
-    messages: Sequence[ChatTurn], change: Callable[[Any], object]
+def _with_calls(
+    messages: Sequence[ChatTurn], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Sequence[ChatTurn]:
-    """Return the turns with the arguments of their tool calls changed."""
+    """Return the turns with their tool calls changed."""
     if not any("tool_calls" in message for message in messages):
         return messages
     return [
-        message | {"tool_calls": [_with_argument(call, change) for call in message["tool_calls"]]}
+        message | {"tool_calls": [change(call) for call in message["tool_calls"]]}
         if "tool_calls" in message
         else message
         for message in messages
     ]
-
-
-def _with_argument(call: dict[str, Any], change: Callable[[Any], object]) -> dict[str, Any]:
-    function = call["function"]
-    return call | {"function": function | {"arguments": change(function["arguments"])}}

@@ -147,7 +147,8 @@ def test_whatever_is_added_to_a_row_is_used_refused_or_named(
         ("source", "web", "not used, and not trained on: source (1 of 4 rows)"),
         ("data", [0.5], "not used, and not trained on: data (1 of 4 rows)"),
         ("system", "Be brief.", "used"),
-        ("tools", [{"name": "f"}], ":2: tools: tool calls can't be trained on yet"),
+        ("tools", [{"name": "f"}], "used"),
+        ("tools", [{"title": "f"}], ":2: tools[0] must be a function"),
         ("label", False, ":2: label: which answers are good"),
         ("source", None, "nothing"),
         ("tools", None, "nothing"),
@@ -199,33 +200,33 @@ def test_what_stands_beside_the_only_list_is_each_rows(tmp_path: Path) -> None:
     assert corpus.train[0].messages[0] == {"role": "system", "content": "Be brief."}
     assert "not trained on: version; where" in corpus.notes[0]
     path.write_text(json.dumps({"functions": "f()", "data": rows}))
-    assert "o.json:1: functions: tool calls can't be trained on" in outcome(path)[1]
+    assert "o.json:1: functions is no JSON: 'f()'; data.ignore_columns=[fun" in outcome(path)[1]
 
 
 def test_ignored_columns_and_keys_are_as_if_they_were_not_there(tmp_path: Path) -> None:
     rows = [
-        {"messages": said(q, a, name="x", tool_calls=[{"id": 1}]), "tools": "f()", "system": "S"}
+        {"messages": said(q, a, name="x", thinking="?"), "label": 1, "system": "S"}
         for q, a in PAIRS
     ]
     path = write(tmp_path / "a.jsonl", rows)
     assert (
-        "messages.tool_calls and messages" not in (told := outcome(path)[1])
-        and "data.ignore_columns=[messages.tool_calls,tools] trains on the rest of the row" in told
+        "messages.thinking and messages" not in (told := outcome(path)[1])
+        and "data.ignore_columns=[label,messages.thinking] trains on the rest of the row" in told
     )
-    partly = load(path, "data.ignore_columns=[messages.tool_calls,tools]")
+    partly = load(path, "data.ignore_columns=[messages.thinking,label]")
     assert [m["role"] for m in partly.train[0].messages] == ["system", "user", "assistant"]
     assert (
         "not trained on: messages.name; where that is meant, set data.ignore_c" in partly.notes[0]
     )
-    every = "data.ignore_columns=[messages.tool_calls,messages.name,tools,system]"
+    every = "data.ignore_columns=[messages.thinking,messages.name,label,system]"
     bare = [{"messages": said(q, a)} for q, a in PAIRS]
     for kind in ("a.jsonl", "a.csv", "a.parquet"):
         corpus = load(write(tmp_path / kind, rows), every)
         assert corpus.digest == load(write(tmp_path / f"bare.{kind}", bare)).digest
         assert corpus.notes == ()
-    with pytest.raises(DataError, match=r"no row has 'tolls' \(did you mean 'tools'\?\); the rows"):
-        load(path, "data.ignore_columns=[tolls,tools,messages.tool_calls]")
-    with pytest.raises(DataError, match="no row has 'x'; leave it out"):
+    with pytest.raises(DataError, match=r"no row has 'lable' \(did you mean 'label'\?\); the rows"):
+        load(path, "data.ignore_columns=[lable,label,messages.thinking]")
+    with pytest.raises(DataError, match="no row has 'x'"):
         load(Path("pydocs"), "data.ignore_columns=[x]")
 
 
@@ -352,7 +353,7 @@ def test_turns_as_json_text_in_a_cell_are_turns(
             row[columns[0]][1]["weight"] = weight
     expected = load(write(tmp_path / "a.jsonl", rows))
     corpus = load(write(tmp_path / "a.csv", rows))
-    assert (corpus.digest, corpus.notes) == (expected.digest, ())
+    assert (corpus.digest, corpus.notes) == (expected.digest, expected.notes)
     assert {each.unlearned for each in corpus.train} == {() if weight is None else (1,)}
     listed = [{"prompt": f"[{n}]", "completion": '[{"a": 1}]'} for n in range(4)]
     first = load(write(tmp_path / "a.jsonl", listed)).train[0].messages
@@ -362,8 +363,8 @@ def test_turns_as_json_text_in_a_cell_are_turns(
 def test_keys_of_turns_and_reasons_have_the_columns_name_as_it_was_written(tmp_path: Path) -> None:
     rows: list[Row] = [{"question": said(q, name="x"), "answer": a} for q, a in PAIRS]
     path = write(tmp_path / "a.jsonl", rows)
-    assert "not trained on: question.name; where" in load(path).notes[0]
-    assert load(path, "data.ignore_columns=[question.name]").notes == ()
+    assert "not trained on: question.name; where" in load(path).notes[1]
+    assert len(load(path, "data.ignore_columns=[question.name]").notes) == 1
     for row, reason in [
         ({"instruction": "q", "context": ["c"], "response": "a"}, "context must be a string, not"),
         ({"instruction": "q", "response": 4}, "response must be a string, not a number"),
@@ -380,7 +381,8 @@ def test_cells_that_stand_for_no_value(tmp_path: Path, ending: str, nothing: str
     names = ("input", "system", "history", "context", "system_prompt", "other")
     rows = [{**row, **dict.fromkeys(names, nothing)} for row in plain]
     corpus = load(write(tmp_path / f"a.{ending}", rows))
-    assert (corpus.digest, corpus.notes) == (load(write(tmp_path / "b.jsonl", plain)).digest, ())
+    expected = load(write(tmp_path / "b.jsonl", plain))
+    assert (corpus.digest, corpus.notes) == (expected.digest, expected.notes)
     # In JSON these are words, and so they are where a column must have some.
     words = load(write(tmp_path / "a.jsonl", [{**row, "input": nothing} for row in plain]))
     assert words.train[0].messages[0]["content"].endswith(f"\n\n{nothing}")
@@ -408,13 +410,19 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> N
     ("row", "reason"),
     [
         (
-            {"messages": said("q", None, tool_calls=[{"id": 1}]), "tools": "f"},
-            "tools and messages.tool_calls: tool calls can't be trained on yet; nor can what "
-            "remains be learned: messages[1].content is missing",
+            {"messages": said("q", None, thinking="?"), "label": 1},
+            "label and messages.thinking: which answers are good, or which class a text is of, "
+            "can't be trained on yet; take the bad answers out; reasoning beside an answer can't "
+            "be trained on yet; put it into the content; nor can what remains be learned: "
+            "messages[1].content is missing",
         ),
         (
-            {"messages": [*said("q", "a"), {"role": "tool", "content": "4"}, *said("q", "a")]},
-            "messages[2].role is 'tool': tool calls can't be trained on yet; take such conv",
+            {"messages": said("q", None, tool_calls=[{"id": 1}]), "tools": [{"name": "f"}]},
+            "messages[1].tool_calls[0] names no function; give name and arguments",
+        ),
+        (
+            {"text": "t", "tools": [{"name": "f"}]},
+            "tools: this format has no place for tools; data.ignore_columns=[tools] trains",
         ),
         (
             {"messages": said([{"type": "image_url", "image_url": {}}], "a"), "text": "rendered"},

@@ -150,13 +150,16 @@ def turns(*pairs: tuple[object, object]) -> dict[str, object]:
         (b'{"messages": "\xff"}', "not UTF-8 (byte 0xff)"),
         (b"[1]", "must be an object, not a list"),
         (b"[" * 100_000, "can't be read"),
-        (b'{"other": 1}', "messages missing: format messages needs messages; found other"),
+        (
+            b'{"other": 1}',
+            "messages missing: format messages needs messages (or conversation, dialogue); found o",
+        ),
         (b'{"messages": null}', "messages missing"),
         (b'{"messages": 3}', "must be a list of turns, not a number"),
         (b'{"messages": []}', "messages is empty"),
         (b'{"messages": [7]}', "messages[0] must be an object, not a number"),
         (b'{"messages": [{"role": "user"}]}', "messages[0].content is missing"),
-        (turns(("tool", "x")), "messages[0].role is 'tool': tool calls can't be trained on yet"),
+        (turns(("tool", "x")), "messages has a tool turn that follows no assistant turn"),
         (turns(("user", "x"), ("assistant", " \n")), "messages[1].content is empty"),
         (turns(("user", "x"), ("assistant", 4)), "messages[1].content must be a string, not a num"),
         (turns(("user", "x"), ("assistant", ["y"])), "content[0] must be an object, not a string"),
@@ -232,7 +235,7 @@ def test_bad_csv_rows_are_named_by_the_line_they_begin_on(tmp_path: Path) -> Non
     assert [(bad.line, bad.reason) for bad in corpus.skipped] == [
         (4, "has 3 cells where the header has 2"),
         (5, "has 1 cells where the header has 2"),
-        (6, "not UTF-8 (byte 0xff); perhaps iconv -f windows-1252 -t utf-8 makes it so"),
+        (6, "not UTF-8 (byte 0xff); if the file is windows-1252, set data.encoding=windows-1252"),
         (7, "holds a NUL character"),
         (8, "output is empty"),
         (

@@ -54,7 +54,13 @@ def test_directories_and_splits(
     assert data["notes"] == next(iter(shown.values()))
 
 
-@pytest.mark.parametrize("section", ["What is not learned", "Rows that are left out"])
+@pytest.mark.parametrize(
+    "section",
+    [
+        *("Layouts of rows", "What is not learned", "Rows that are left out"),
+        "Files and encodings",
+    ],
+)
 def test_columns_and_rows(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -72,12 +78,23 @@ def test_columns_and_rows(
     long = [{**row, "prompt": row["prompt"] * (20 if n == 2 else 1)} for n, row in enumerate(plain)]
     long[4]["completion"] *= 100
     for name, rows in {
-        "tools": [{**row, "tools": [{"name": "f"}]} for row in plain],
+        "labels": [{**row, "label": True} for row in plain],
+        "mails": [{"mail": row["prompt"], "reply": f"it is {n}"} for n, row in enumerate(plain)],
         "tickets": tickets,
         "long": [*long, {"prompt": "no answer"}],
     }.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)
         Path(f"{name}.jsonl").write_text(text)
+    for name, encoding, rows in (
+        ("faq", "utf-8", ["Question,Answer", *(f"q {n},a {n}" for n in range(8))]),
+        (
+            "chinese",
+            "gb18030",
+            ["prompt,completion", *(f"第{n}个问题是什么？,是的。" for n in range(8))],
+        ),
+        ("italian", "windows-1252", ["prompt,completion", *(f"è {n}?,più" for n in range(8))]),
+    ):
+        Path(f"{name}.csv").write_text("\n".join(rows), encoding=encoding)
     shown = list(shown_in(section))
     assert shown
     for command, lines in shown:

@@ -36,29 +36,6 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, name: str, encodin
     assert samples(tmp_path / name) == {row["prompt"]: row["completion"] for row in CHINESE}
 
 
-@pytest.mark.parametrize(
-    ("text", "encoding", "wanted"),
-    [
-        ("的代码，完", "gb18030", "iconv -f gb18030 -t utf-8"),
-        ("naïve café", "windows-1252", "iconv -f windows-1252 -t utf-8"),
-        ("plain", "utf-16-le", "iconv -f utf-16le -t utf-8"),
-    ],
-)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-def test_other_encodings_get_the_command_that_mends_them(
-    tmp_path: Path, name: str, text: str, encoding: str, wanted: str
-) -> None:
-    rows = [{"prompt": f"{text} {n}", "completion": text} for n in range(3)]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / name).write_bytes(lines.encode(encoding))
-    with pytest.raises(DataError, match=r":1: not UTF-8") as caught:
-        samples(tmp_path / name)
-    assert wanted in str(caught.value)
-    assert "columns" not in str(caught.value)
-    (tmp_path / name).write_bytes(lines.encode(encoding).decode(encoding).encode())
-    assert len(samples(tmp_path / name)) == 3
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 @pytest.mark.parametrize(
     "text",

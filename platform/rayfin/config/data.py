@@ -22,9 +22,14 @@ class DataConfig(Section):
     eval_path: str | None = Field(None, min_length=1)
     """What to evaluate on, in any layout: a file, a directory or a hub id, as data.path."""
     sources: tuple[SourceConfig, ...] = ()
-    """Several sources in the place of data.path: a list of {path, weight, split, name, format}."""
+    """Several sources in the place of data.path: a list of {path, weight, split, name, format,
+    columns}."""
     format: DataFormat = "auto"
     """Shape of the rows; auto looks at the first valid row."""
+    columns: dict[str, str] = {}  # noqa: RUF012
+    """Names of a format's columns (prompt, completion, messages, …) -> those of the table's."""
+    encoding: str | None = Field(None, min_length=1)
+    """Encoding of text files without a byte order mark; null is UTF-8, or what the bytes say."""
     max_length: int = Field(256, ge=8)
     """Tokens kept of one sample."""
     truncation: Literal["right", "left", "drop"] = "right"
@@ -44,6 +49,10 @@ class DataConfig(Section):
     """Columns, and keys of turns (messages.name), to be left out of account without a word."""
     streaming: bool = False
     """Read and tokenise while training, through Ray Data: JSON Lines and Parquet of any size."""
+
+    def __hash__(self) -> int:
+        """Hash the settings by their JSON, as mappings have no hash of their own."""
+        return hash(self.model_dump_json())
 
     @model_validator(mode="after")
     def _sources_alone(self) -> DataConfig:

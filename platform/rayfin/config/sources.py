@@ -32,3 +32,9 @@ class SourceConfig(Section):
     """The configuration of a hub data set."""
     format: DataFormat = "auto"
     """Shape of the rows; auto looks at the first valid row."""
+    columns: dict[str, str] = {}  # noqa: RUF012
+    """Names of a format's columns (prompt, completion, messages, …) -> those of the table's."""
+
+    def __hash__(self) -> int:
+        """Hash the settings by their JSON, as mappings have no hash of their own."""
+        return hash(self.model_dump_json())

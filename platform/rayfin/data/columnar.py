@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.data.columns import NAMED, USED
+from rayfin.data.row_settings import NO_SETTINGS, RowSettings
 from rayfin.data.rows import Row
+from rayfin.data.tool_calls import without_nulls_of_calls
 from rayfin.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 _FILE_FORMAT = b"ARROW1"
+_CALLS = ("tools", "functions", "tool_calls", "function_call")
 _SOMETHING = "..."
 """Stands for a value of a column that is not used: only whether there is one matters."""
 
@@ -36,11 +39,11 @@ def count_row_groups(path: Path) -> int:
 
 
 def read_parquet(
-    path: Path, ignore: Collection[str] = (), groups: Sequence[int] | None = None
+    path: Path, settings: RowSettings = NO_SETTINGS, groups: Sequence[int] | None = None
 ) -> Iterator[Row]:
     """Yield the rows of a Parquet file, or of these row `groups` of it.
 
-    The columns in `ignore` are not read.
+    The columns that `settings` ignores are not read.
     """
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -50,19 +53,19 @@ def read_parquet(
         parquet = pq.ParquetFile(path)
         names = parquet.schema_arrow.names
         _check_column_names(path, names)
-        wanted = [name for name in names if name not in ignore]
+        wanted = [name for name in names if name not in settings.ignore]
         for batch in parquet.iter_batches(row_groups=groups, columns=wanted):
             nothing = pa.nulls(batch.num_rows)
             columns = [batch.column(n) if n in wanted else nothing for n in names]
             yield pa.RecordBatch.from_arrays(columns, names=names)
 
-    yield from _table_rows(path, "Parquet", batches(), ignore)
+    yield from _table_rows(path, "Parquet", batches(), settings)
 
 
-def read_arrow(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
+def read_arrow(path: Path, settings: RowSettings = NO_SETTINGS) -> Iterator[Row]:
     """Yield the rows of a file in Arrow's stream format or its file format.
 
-    The columns in `ignore` hold None.
+    The columns that `settings` ignores hold None.
     """
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -77,7 +80,7 @@ def read_arrow(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
             elif magic:
                 yield from pa.ipc.open_stream(source)
 
-    yield from _table_rows(path, "Arrow", batches(), ignore)
+    yield from _table_rows(path, "Arrow", batches(), settings)
 
 
 def _check_column_names(path: Path, names: Sequence[str]) -> None:
@@ -90,9 +93,9 @@ def _check_column_names(path: Path, names: Sequence[str]) -> None:
 
 
 def _table_rows(
-    path: Path, kind: str, batches: Iterable[pa.RecordBatch], ignore: Collection[str]
+    path: Path, kind: str, batches: Iterable[pa.RecordBatch], settings: RowSettings
 ) -> Iterator[Row]:
-    """Yield the rows of a table; the columns in `ignore` hold None.
+    """Yield the rows of a table; the columns that `settings` ignores hold None.
 
     Unused values are not converted to Python objects, as they may be large. Raises DataError where
     a column is there twice.
@@ -104,13 +107,15 @@ def _table_rows(
         for batch in batches:
             _check_column_names(path, batch.schema.names)
             light = pa.RecordBatch.from_arrays(
-                [_without_unused(name, batch.column(name), ignore) for name in batch.schema.names],
+                [_without_unused(n, batch.column(n), settings) for n in batch.schema.names],
                 names=batch.schema.names,
             )
+            calls = _has_calls(light.schema)
             for index in range(batch.num_rows):
                 number += 1
                 try:
-                    yield Row(str(path), number, light.slice(index, 1).to_pylist()[0])
+                    value = light.slice(index, 1).to_pylist()[0]
+                    yield Row(str(path), number, without_nulls_of_calls(value) if calls else value)
                 except UnicodeDecodeError:
                     yield Row(str(path), number, problem="not UTF-8")
     except pa.ArrowException as error:
@@ -118,14 +123,23 @@ def _table_rows(
         yield Row(str(path), number + 1, problem=f"broken {kind}: {reason}")
 
 
-def _without_unused(name: str, column: pa.Array, ignore: Collection[str]) -> pa.Array:
+def _has_calls(schema: pa.Schema) -> bool:
+    """Whether a table has objects that describe tools or call them."""
+    return any(
+        "struct" in str(field.type) and any(name in f"{field.name} {field.type}" for name in _CALLS)
+        for field in schema
+    )
+
+
+def _without_unused(name: str, column: pa.Array, settings: RowSettings) -> pa.Array:
     """Return a column whose values are used as it is, and else only whether rows have a value."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if name in ignore:
+    if name in settings.ignore:
         return pa.nulls(len(column))
-    if name in USED or (name in NAMED and "binary" not in str(column.type)):
+    plain = (settings.column_of(name) or name).strip().casefold()
+    if plain in USED or (plain in NAMED and "binary" not in str(column.type)):
         return column
     has: Any = column.is_valid()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):

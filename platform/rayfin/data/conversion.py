@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rayfin.config.data import DataConfig
-from rayfin.data.columns import (
-    COLUMNS,
+from rayfin.data.columns import COLUMNS, OPTIONAL, is_blank
+from rayfin.data.row_reader import (
     RowProblem,
     RowReader,
     UnsupportedContent,
     ignore_setting,
-    is_blank,
     names_in,
 )
+from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
 from rayfin.data.shapes import fitting_shape, nearest_shape, to_example
 from rayfin.data.splits import Split, SplitSelection
+from rayfin.data.suggestions import suggestion
 from rayfin.errors import DataError, did_you_mean
 from rayfin.objectives import Objective
 from rayfin.samples import Example
@@ -28,8 +29,7 @@ from rayfin.samples import Example
 class RowStatistics:
     """Converts rows to examples, and counts them and what of them is not used."""
 
-    ignore: frozenset[str] = frozenset()
-    """The columns, and keys of turns, that are ignored."""
+    settings: RowSettings = field(default_factory=RowSettings)
     rows: int = 0
     """The number of rows that were read, bad ones included."""
     samples: int = 0
@@ -37,36 +37,50 @@ class RowStatistics:
     unused: Counter[str] = field(default_factory=Counter)
     """The number of rows with each unused column, or key of turns (`messages.name`)."""
     names: set[str] = field(default_factory=set)
-    """The names of all columns and keys; filled only where some are ignored."""
+    """The names of all columns and keys; filled only where settings name some."""
+    other_names: set[tuple[str, str, str]] = field(default_factory=set)
+    """(format, column, name) of the columns that were recognised by another name."""
+    columns: set[tuple[str, str]] = field(default_factory=set)
+    """(format's column, name) of the columns that settings name."""
+    encodings: dict[str, str] = field(default_factory=dict)
+    """The encoding of each file that is not UTF-8."""
     row_like_lines: int = 0
     """The number of lines within quoted cells that look like rows of their own."""
     suspect_rows: list[str] = field(default_factory=list)
     """FILE:LINE of each row that has such lines."""
 
+    def __post_init__(self) -> None:
+        self.columns.update(self.settings.columns)
+
     def convert(self, row: Row, shape: str) -> Example | str:
         """Return the row as an example, or the reason why it can't be one."""
         self.rows += row.rows
+        if row.encoding:
+            self.encodings[row.file] = row.encoding
         if row.problem is not None:
             return row.problem
         if row.row_like_lines:
             self.row_like_lines += row.row_like_lines
             self.suspect_rows.append(f"{row.file}:{row.line}")
-        if self.ignore:
+        if self.settings.ignore or self.settings.columns:
             self.names.update(names_in(row.value))
-        reader = RowReader(self.ignore)
+        reader = RowReader(self.settings)
         try:
             example = to_example(row.value, shape, reader)
         except UnsupportedContent as problem:
             return str(problem)
         except RowProblem as problem:
-            other = fitting_shape(row.value, self.ignore)
+            other = fitting_shape(row.value, self.settings)
             if other is not None and other != shape:
                 return (
                     f"has format {other}, but the data has format {shape}; all rows need the same"
                 )
             return str(problem)
         self.samples += 1
-        self.unused.update(reader.unused)
+        if reader.unused:
+            self.unused.update(reader.unused)
+        if reader.other_names:
+            self.other_names.update((shape, *pair) for pair in reader.other_names.items())
         return example
 
     def add(self, other: RowStatistics) -> None:
@@ -75,21 +89,25 @@ class RowStatistics:
         self.samples += other.samples
         self.unused += other.unused
         self.names |= other.names
+        self.other_names |= other.other_names
+        self.columns |= other.columns
+        self.encodings |= other.encodings
         self.row_like_lines += other.row_like_lines
         self.suspect_rows += other.suspect_rows
 
     def notes(self, skipped: int, first: BadRow | None) -> tuple[str, ...]:
-        """Return a line on each of: unused columns, suspect quotes, and rows that are left out.
+        """Return a line on each of: what was guessed (encodings, names of columns), unused columns,
+        suspect quotes, and rows that are left out.
 
         `skipped` is the number of bad rows, and `first` the first of them.
         """
-        notes = []
+        notes = [*self._encoding_notes(), *self._name_notes()]
         if self.unused:
             names = sorted(self.unused)
             some = {n: f" ({self.unused[n]} of {self.samples} rows)" for n in names}
-            # A name may be anything, and goes to a terminal.
-            shown = {n: n if n.isprintable() else ascii(n)[1:-1] for n in names}
-            listed = ", ".join(shown[n] + some[n] * (self.unused[n] < self.samples) for n in names)
+            listed = ", ".join(
+                printable(n) + some[n] * (self.unused[n] < self.samples) for n in names
+            )
             notes.append(
                 f"data: not used, and not trained on: {listed}; where that is meant, set "
                 f"{ignore_setting(names)}"
@@ -105,14 +123,39 @@ class RowStatistics:
             notes.append(f"data: {skipped} of {self.rows} rows are bad and left out, first {first}")
         return tuple(notes)
 
-    def check_ignored(self) -> None:
-        """Raise DataError for a name in data.ignore_columns that no row has."""
-        for name in sorted(self.ignore - self.names):
-            has = f"the rows have {', '.join(sorted(self.names)[:20])}" if self.names else ""
-            raise DataError(
-                f"data.ignore_columns: no row has '{name}'{did_you_mean(name, self.names)}; "
-                f"{has or 'leave it out'}"
-            )
+    def _encoding_notes(self) -> Iterator[str]:
+        for encoding in sorted(set(self.encodings.values())):
+            files = sorted(name for name, of in self.encodings.items() if of == encoding)
+            more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+            yield f"data: {files[0]}{more} read as {encoding.upper()}"
+
+    def _name_notes(self) -> Iterator[str]:
+        for shape in sorted({shape for shape, _, _ in self.other_names}):
+            pairs = [pair for of, *pair in self.other_names if of == shape]
+            order = (*COLUMNS[shape], *OPTIONAL[shape])
+            pairs.sort(key=lambda pair: (order.index(pair[0]), pair[1]))
+            listed = ", ".join(f"{column}={printable(name.strip())}" for column, name in pairs)
+            yield f"data: read as {shape} ({listed})"
+
+    def check_names(self) -> None:
+        """Raise DataError for a name in data.ignore_columns or data.columns that no row has."""
+        for name in sorted(self.settings.ignore - self.names):
+            raise _unknown_name("data.ignore_columns", name, self.names)
+        for column, name in sorted(self.columns):
+            if name not in self.names:
+                raise _unknown_name(f"data.columns.{column}", name, self.names)
+
+
+def printable(name: str) -> str:
+    """Return a name as it may be shown: it may be anything, and goes to a terminal."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
+def _unknown_name(setting: str, name: str, names: Collection[str]) -> DataError:
+    has = f"the rows have {', '.join(map(printable, sorted(names)[:20]))}" if names else ""
+    return DataError(
+        f"{setting}: no row has '{name}'{did_you_mean(name, names)}; {has or 'leave it out'}"
+    )
 
 
 def _unknown_columns(row: object) -> str:
@@ -121,7 +164,10 @@ def _unknown_columns(row: object) -> str:
     if not isinstance(row, Mapping):
         return "a row must be an object with columns"
     have = ", ".join(str(name) for name in list(row)[:8]) or "none"
-    return f"it has none of the known columns: rename {have} to those of a format: {need}"
+    return (
+        f"it has none of the known columns: rename {have} to those of a format: {need}"
+        f"{suggestion(row)}"
+    )
 
 
 def no_valid_row_error(config: DataConfig, first: BadRow, instead: str = "") -> DataError:
@@ -172,31 +218,46 @@ def alternative_to(split: Split, selection: SplitSelection) -> str:
     return f"; data.split={selection.train.name} evaluates on rows held out of training instead"
 
 
-def _has_pair(row: object, ignore: frozenset[str]) -> bool:
+def _has_pair(row: object, settings: RowSettings) -> bool:
     """Return whether both answers of a preference pair are there, readable or not."""
-    return isinstance(row, Mapping) and not any(
-        name in ignore or is_blank(row.get(name), text=True) for name in COLUMNS["preference"]
-    )
+    if not isinstance(row, Mapping):
+        return False
+    names = [settings.name_of(column) for column in COLUMNS["preference"]]
+    return not any(n in settings.ignore or is_blank(row.get(n), text=True) for n in names)
 
 
 def detect_shape(rows: Sequence[Row], config: DataConfig) -> str:
     """Return `data.format`, or for `auto` the format of the first row that has one.
 
-    Raises DataError where no row has one.
+    Raises DataError where no row has one, or a column that data.columns gives and a format needs.
     """
+    settings = RowSettings.of(config)
+    _check_needed(rows, settings)
     if config.format != "auto":
         return config.format
-    ignore = frozenset(config.ignore_columns)
     for row in rows:
-        if row.problem is None and (shape := fitting_shape(row.value, ignore)):
+        if row.problem is None and (shape := fitting_shape(row.value, settings)):
             # A pair that can't be read is no conversation, whatever else its row has.
-            return "preference" if _has_pair(row.value, ignore) else shape
+            return "preference" if _has_pair(row.value, settings) else shape
     # Nothing fits: say what is wrong by the shape that the first row seems to be meant as.
     first = rows[0]
-    if first.problem is None and (near := nearest_shape(first.value, ignore)):
+    if first.problem is None and (near := nearest_shape(first.value, settings)):
         if near == "preference":  # whether it may be trained on comes first
             return near
-        reason = str(RowStatistics(ignore).convert(first, near))
+        reason = str(RowStatistics(settings).convert(first, near))
+        if not settings.columns and " missing: format " in reason:
+            reason += suggestion(first.value, answered=True)
     else:
         reason = first.problem or _unknown_columns(first.value)
     raise no_valid_row_error(config, BadRow(first.file, first.line, reason))
+
+
+def _check_needed(rows: Sequence[Row], settings: RowSettings) -> None:
+    needed = {column for columns in COLUMNS.values() for column in columns}
+    for column, name in settings.columns:
+        if column not in needed:  # a row further on may have it
+            continue
+        if not any(isinstance(row.value, Mapping) and name in row.value for row in rows):
+            objects = (row.value for row in rows[:1000] if isinstance(row.value, Mapping))
+            names = {str(each) for value in objects for each in value}
+            raise _unknown_name(f"data.columns.{column}", name, names)

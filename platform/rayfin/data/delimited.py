@@ -4,45 +4,64 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import IO
 
-from rayfin.data.columns import NOT_NEEDED
-from rayfin.data.rows import Row, not_utf8, open_source
+from rayfin.data.columns import NOT_NEEDED, USED
+from rayfin.data.row_settings import RowSettings
+from rayfin.data.rows import Row, not_utf8
 
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?', re.IGNORECASE)
 _LARGEST_CELL = 2**27
 _NO_VALUE = ("null", "NaN")
 """The texts that databases and pandas write into a cell without a value."""
 
 
-def read_csv(path: Path) -> Iterator[Row]:
-    """Return the rows of a CSV file, delimited by commas, semicolons or tabs."""
-    text = _read_text(path)
-    first = text.partition("\n")[0]
-    if "\t" in first and "," not in first:  # what spreadsheets write as "Unicode text"
-        return iter(_tab_separated(str(path), text))
-    # A semicolon is what spreadsheets write in much of Europe.
-    return _rows(str(path), text, ";" if ";" in first and "," not in first else ",")
+def read_csv(file: str, source: IO[bytes], settings: RowSettings) -> Iterator[Row]:
+    """Return the rows of a CSV file, delimited by commas, semicolons, tabs or bars."""
+    text = _read_text(source)
+    first, _, rest = text.partition("\n")
+    if separator := _SEPARATOR_LINE.fullmatch(first):  # what Excel is told the delimiter by
+        return _rows(file, rest, separator[1], settings, before=1)
+    delimiter = _delimiter_of(first)
+    if delimiter == "\t":  # what spreadsheets write as "Unicode text"
+        return iter(_tab_separated(file, text, settings))
+    return _rows(file, text, delimiter, settings)
 
 
-def read_tsv(path: Path) -> Iterator[Row]:
+def read_tsv(file: str, source: IO[bytes], settings: RowSettings) -> Iterator[Row]:
     """Return the rows of a TSV file."""
-    return iter(_tab_separated(str(path), _read_text(path)))
+    return iter(_tab_separated(file, _read_text(source), settings))
 
 
-def _read_text(path: Path) -> str:
+def _read_text(source: IO[bytes]) -> str:
     csv.field_size_limit(max(csv.field_size_limit(), _LARGEST_CELL))
     # surrogateescape: a byte that is not UTF-8 spoils its own row, not the rest of the file.
-    with open_source(path) as raw:
-        return raw.read().decode("utf-8-sig", errors="surrogateescape")
+    return source.read().decode("utf-8-sig", errors="surrogateescape")
 
 
-def _tab_separated(file: str, text: str) -> list[Row]:
+def _delimiter_of(header: str) -> str:
+    """Return the delimiter that divides a header into the most names that formats have.
+
+    Where that decides nothing, it is the first that the header has of a comma, a tab, a semicolon
+    (what spreadsheets write in much of Europe) and a bar.
+    """
+    there = [each for each in ",\t;|" if each in header]
+
+    def known(delimiter: str) -> int:
+        cells = (cell.strip(' "\r').casefold() for cell in header.split(delimiter))
+        return sum(cell in USED for cell in cells)
+
+    return max(there, key=known, default=",")
+
+
+def _tab_separated(file: str, text: str, settings: RowSettings) -> list[Row]:
     """Read quotes as characters, unless the file shows that they enclose its cells."""
-    plain = list(_rows(file, text, "\t", quotes=False))
+    plain = list(_rows(file, text, "\t", settings, quotes=False))
     if '"' not in text:
         return plain
-    quoted = list(_rows(file, text, "\t"))
+    quoted = list(_rows(file, text, "\t", settings))
     lost = [sum(row.rows for row in rows if row.problem) for rows in (plain, quoted)]
     if lost[0] != lost[1]:
         return plain if lost[0] < lost[1] else quoted
@@ -61,7 +80,16 @@ def _shows_quotes(plain: list[Row]) -> bool:
     )
 
 
-def _rows(file: str, text: str, delimiter: str, quotes: bool = True) -> Iterator[Row]:
+def _rows(
+    file: str,
+    text: str,
+    delimiter: str,
+    settings: RowSettings,
+    *,
+    quotes: bool = True,
+    before: int = 0,
+) -> Iterator[Row]:
+    """Yield the rows of a table whose first line is its header; `before` lines come before it."""
     lines = io.StringIO(text, newline="").readlines()
     reader = csv.reader(
         lines,
@@ -70,14 +98,16 @@ def _rows(file: str, text: str, delimiter: str, quotes: bool = True) -> Iterator
         strict=True,
     )
     header: list[str] | None = None
+    may_lack: list[bool] = []
     while True:
-        line = reader.line_num + 1
+        begin = reader.line_num
+        line = begin + 1 + before
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield _broken(file, line, lines[line - 1 : reader.line_num], delimiter, str(error))
+            yield _broken(file, line, lines[begin : reader.line_num], delimiter, str(error))
             if header is None:
                 return
             continue
@@ -90,10 +120,11 @@ def _rows(file: str, text: str, delimiter: str, quotes: bool = True) -> Iterator
                 return
         elif header is None:
             header = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
+            may_lack = [(settings.column_of(n) or n).casefold() in NOT_NEEDED for n in header]
         else:
             value = {
-                name: None if name in NOT_NEEDED and cell in _NO_VALUE else cell
-                for name, cell in zip(header, cells, strict=True)
+                name: None if lacks and cell in _NO_VALUE else cell
+                for name, cell, lacks in zip(header, cells, may_lack, strict=True)
             }
             yield Row(file, line, value, row_like_lines=_row_like_lines(cells, header, delimiter))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rayfin.data.columnar import count_row_groups, read_parquet
+from rayfin.data.encodings import marked_encoding
 from rayfin.data.readers import parse_lines, read_errors, read_file
-from rayfin.data.rows import Row, lines_of, marked_encoding, skip_line
+from rayfin.data.row_settings import NO_SETTINGS, RowSettings
+from rayfin.data.rows import Row, lines_of, skip_line
 from rayfin.data.splits import Split
 from rayfin.data.stream import FileRange
 from rayfin.errors import DataError
@@ -70,20 +72,25 @@ def _unreadable_in_parts(file: Path) -> str | None:
     )
 
 
-def read_range(file_range: FileRange, ignore: Collection[str] = ()) -> Iterator[Row]:
+def read_range(file_range: FileRange, settings: RowSettings = NO_SETTINGS) -> Iterator[Row]:
     """Yield the rows of a range; their lines are counted from 1 at its start.
 
-    The columns in `ignore` are not read where that saves work. See `count_lines_before`.
+    The columns that `settings` ignores are not read where that saves work. See
+    `count_lines_before`.
     """
     path = Path(file_range.file)
     with read_errors(path):
         if file_range.whole:
-            yield from read_file(path, ignore)
+            yield from read_file(path, settings)
         elif file_range.is_parquet:
-            yield from read_parquet(path, ignore, range(file_range.start, file_range.stop))
+            yield from read_parquet(path, settings, range(file_range.start, file_range.stop))
         else:
-            starts_file = file_range.start == 0
-            yield from parse_lines(file_range.file, _lines(file_range), first=starts_file)
+            yield from parse_lines(
+                file_range.file,
+                _lines(file_range),
+                first=file_range.start == 0,
+                encoding=settings.encoding,
+            )
 
 
 def count_lines_before(ranges: Sequence[FileRange], file_range: FileRange) -> int:

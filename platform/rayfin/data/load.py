@@ -27,6 +27,7 @@ from rayfin.data.mixture import (
     source_uses,
     training_samples,
 )
+from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow
 from rayfin.data.sources import Source, Sources, find_sources, read_rows
 from rayfin.data.splits import Split
@@ -69,7 +70,7 @@ class _Reader:
 
     def __init__(self, config: DataConfig, objective: Objective) -> None:
         self._config, self._objective = config, objective
-        self.statistics = RowStatistics(frozenset(config.ignore_columns))
+        self.statistics = RowStatistics(RowSettings.of(config))
         self.bad: list[BadRow] = []
         self.shapes: dict[str, None] = {}
         """The formats of the rows, each once, in the order of the sources."""
@@ -93,11 +94,11 @@ class _Reader:
             return self._split(source, source.selection.train)[0]
 
     def finish(self) -> None:
-        """Raise DataError for bad rows that are not to be skipped, or an unknown ignored column."""
+        """Raise DataError for bad rows that are not to be skipped, or an unknown column."""
         if self.bad and self._config.on_bad_row == "error":
             count = sum(each.rows for each in self.bad)
             raise bad_rows_error(self.bad[0], count, self.statistics.rows)
-        self.statistics.check_ignored()
+        self.statistics.check_names()
 
     def notes(self) -> tuple[str, ...]:
         """Return a line on each thing that is to be said of the rows."""
@@ -108,8 +109,8 @@ class _Reader:
         self, source: Source, split: Split, shape: str = ""
     ) -> tuple[tuple[Example, ...], str]:
         """Return the samples of a split and their format, which is `shape` where that is given."""
-        statistics = RowStatistics(self.statistics.ignore)
-        rows = list(read_rows(split, statistics.ignore))
+        statistics = RowStatistics(RowSettings.of(source.config))
+        rows = list(read_rows(split, statistics.settings))
         alternative = alternative_to(split, source.selection)
         if not rows:
             raise empty_split_error(source.config, split, alternative)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
 from rayfin.data.conversion import RowStatistics
 from rayfin.data.file_ranges import read_range
+from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow
 from rayfin.data.stream import FileRange
 from rayfin.samples import Example
@@ -73,16 +74,16 @@ class RangeSurvey:
 def survey_ranges(
     ranges: Sequence[FileRange],
     shape: str,
-    ignore: frozenset[str],
+    settings: RowSettings,
     numbers: Sequence[int],
     wanted: frozenset[str] = frozenset(),
 ) -> RangeSurvey:
     """Survey the ranges of these numbers, looking for samples with the `wanted` content hashes."""
-    survey = RangeSurvey(statistics=RowStatistics(ignore))
+    survey = RangeSurvey(statistics=RowStatistics(settings))
     by_prompt, by_content = _SmallestHashes(), _SmallestHashes()
     for number in numbers:
         digest, count = hashlib.sha256(), 0
-        for row in read_range(ranges[number], ignore):
+        for row in read_range(ranges[number], settings):
             example = survey.statistics.convert(row, shape)
             if not isinstance(example, Example):
                 survey.bad += 1

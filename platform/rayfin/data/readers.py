@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import math
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rayfin.data.columnar import read_arrow, read_parquet
 from rayfin.data.columns import NEEDED
 from rayfin.data.delimited import read_csv, read_tsv
-from rayfin.data.rows import LONGEST_LINE, Row, is_cut, lines_of, not_utf8, open_source
+from rayfin.data.row_settings import NO_SETTINGS, RowSettings
+from rayfin.data.rows import LONGEST_LINE, PACKED, Row, is_cut, lines_of, not_utf8, open_source
 from rayfin.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -23,17 +26,22 @@ _CONSTANTS = {"NaN": None, "Infinity": math.inf, "-Infinity": -math.inf}
 _NEXT_VALUE = re.compile(r"[\s,]*(?=[^\s,])")
 
 
-def read_file(path: Path, ignore: Collection[str] = ()) -> Iterator[Row]:
+def read_file(path: Path, settings: RowSettings = NO_SETTINGS) -> Iterator[Row]:
     """Yield the rows of a file; raises DataError where the system can't read it.
 
-    The columns in `ignore` are not read where that saves work.
+    The columns that `settings` ignores are not read where that saves work.
     """
     ending = _ending(path)
     with read_errors(path):
         if ending in _TABLES:
-            yield from _TABLES[ending](path, ignore)
-        else:
-            yield from _TEXTS[ending](path)
+            yield from _TABLES[ending](path, settings)
+            return
+        source, encoding = open_source(path, settings.encoding)
+        with source:
+            rows = _TEXTS[ending](str(path), source, settings)
+            if encoding:
+                yield from (row._replace(encoding=encoding) for row in islice(rows, 1))
+            yield from rows
 
 
 @contextmanager
@@ -41,7 +49,7 @@ def read_errors(path: Path) -> Iterator[None]:
     """Raise a DataError for what the system raises on a file that can't be read."""
     try:
         yield
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(
             f"data.path: '{path}' can't be read ({reason}); check that the file is whole "
@@ -49,32 +57,41 @@ def read_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with open_source(path) as lines:
-        first = next((n for n in lines_of(lines) if n.removeprefix(_BYTE_ORDER_MARK).strip()), b"")
-        lines.seek(0)
-        if is_cut(first):  # a list may be as long as the file
-            by_line = not first[:8].removeprefix(_BYTE_ORDER_MARK).startswith(b"[")
-        else:
-            start = first.removeprefix(_BYTE_ORDER_MARK)
-            by_line = isinstance(_parsed(str(path), 1, start).value, dict)
-        del first
-        if by_line:
-            yield from parse_lines(str(path), lines_of(lines))
-        else:  # a list, objects over several lines, or a broken first line
-            yield from _whole(str(path), lines.read().removeprefix(_BYTE_ORDER_MARK))
+def _read_jsonl(file: str, lines: IO[bytes], _: RowSettings) -> Iterator[Row]:
+    first = next((n for n in lines_of(lines) if n.removeprefix(_BYTE_ORDER_MARK).strip()), b"")
+    lines.seek(0)
+    if is_cut(first):  # a list may be as long as the file
+        by_line = not first[:8].removeprefix(_BYTE_ORDER_MARK).startswith(b"[")
+    else:
+        start = first.removeprefix(_BYTE_ORDER_MARK)
+        by_line = isinstance(_parsed(file, 1, start).value, dict)
+    del first
+    if by_line:
+        yield from parse_lines(file, lines_of(lines))
+    else:  # a list, objects over several lines, or a broken first line
+        yield from _whole(file, lines.read().removeprefix(_BYTE_ORDER_MARK))
 
 
-def parse_lines(file: str, lines: Iterable[bytes], *, first: bool = True) -> Iterator[Row]:
+def parse_lines(
+    file: str, lines: Iterable[bytes], *, first: bool = True, encoding: str | None = None
+) -> Iterator[Row]:
     """Yield the rows of JSON Lines, which may end in commas.
 
-    `first` says that the lines are those at the start of the file.
+    `first` says that the lines are those at the start of the file; `encoding` is theirs where it is
+    not UTF-8.
     """
     for number, line in enumerate(lines, 1):
         if is_cut(line):
             yield Row(file, number, problem=_too_long())
             continue
         raw = line.removeprefix(_BYTE_ORDER_MARK) if first and number == 1 else line
+        if encoding is not None:
+            try:
+                raw = raw.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                problem = f"not {encoding} (byte {raw[error.start]:#04x}); see data.encoding"
+                yield Row(file, number, problem=problem)
+                continue
         if raw.strip():
             yield _parsed(file, number, raw)
 
@@ -94,7 +111,7 @@ def _parsed(file: str, line: int, raw: bytes) -> Row:
     except json.JSONDecodeError as error:
         if b"\0" in raw:
             order = "le" if raw[1:2] == b"\0" else "be"  # without a mark; the first byte is ASCII
-            problem = f"not UTF-8; perhaps iconv -f utf-16{order} -t utf-8 makes it so"
+            problem = f"not UTF-8; if the file is utf-16-{order}, set data.encoding=utf-16-{order}"
         elif raw.strip() in (b"{", b"["):
             problem = "broken JSON: an object must be on one line; jq -c . puts it there"
         else:
@@ -104,14 +121,16 @@ def _parsed(file: str, line: int, raw: bytes) -> Row:
         return Row(file, line, problem=f"JSON that can't be read: {error}")
 
 
+# NaN is no JSON, but what pandas makes of a missing value; a number it can't be here.
+_DECODER = json.JSONDecoder(parse_constant=_CONSTANTS.get)
+
+
 def _json(text: str) -> object:
-    # NaN is no JSON, but what pandas makes of a missing value; a number it can't be here.
-    return json.loads(text, parse_constant=_CONSTANTS.get)
+    return _DECODER.decode(text)
 
 
-def _read_json(path: Path) -> Iterator[Row]:
-    with open_source(path) as source:
-        yield from _whole(str(path), source.read().removeprefix(_BYTE_ORDER_MARK))
+def _read_json(file: str, source: IO[bytes], _: RowSettings) -> Iterator[Row]:
+    return _whole(file, source.read().removeprefix(_BYTE_ORDER_MARK))
 
 
 def _whole(file: str, raw: bytes) -> Iterator[Row]:
@@ -162,34 +181,33 @@ def _listed(whole: dict[str, Any]) -> list[Any]:
 def _one_by_one(file: str, raw: bytes) -> list[Row]:
     """Return objects that span several lines, with or without commas; empty if there are none."""
     text, at, rows = raw.decode(), 0, list[Row]()
-    decoder = json.JSONDecoder(parse_constant=_CONSTANTS.get)
     while start := _NEXT_VALUE.match(text, at):
         try:
-            value, at = decoder.raw_decode(text, start.end())
+            value, at = _DECODER.raw_decode(text, start.end())
         except (ValueError, RecursionError):
             return []
         rows.append(Row(file, text.count("\n", 0, start.end()) + 1, value))
     return rows
 
 
-_TEXTS: dict[str, Callable[[Path], Iterator[Row]]] = {
+_TEXTS: dict[str, Callable[[str, IO[bytes], RowSettings], Iterator[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".json": _read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,
 }
-_TABLES: dict[str, Callable[[Path, Collection[str]], Iterator[Row]]] = {
+_TABLES: dict[str, Callable[[Path, RowSettings], Iterator[Row]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
 
 
 def _ending(path: Path) -> str:
-    """Return the suffix that tells the format of a file, without a .gz after it."""
+    """Return the suffix that tells the format of a file, without that of its compression."""
     ending = path.suffix.lower()
     inner = Path(path.stem).suffix.lower()
-    return inner if ending == ".gz" and inner in _TEXTS else ending
+    return inner if ending in PACKED and inner in _TEXTS else ending
 
 
 def is_readable(path: Path) -> bool:

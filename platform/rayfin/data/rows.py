@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
 import gzip
 import io
-import re
+import lzma
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
+from rayfin.data.encodings import (
+    find_encoding,
+    is_mostly_utf8,
+    marked_encoding,
+    possible_encodings,
+    wide_encoding,
+)
 from rayfin.errors import DataError
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-
 LONGEST_LINE = 64 * 2**20
 """The most bytes of a JSON line; a longer one is a bad row, as it is not held in memory."""
 
-_READ_SIZE = 2**20
+_READ_SIZE, _SAMPLE = 2**20, 2**23
 # Gzip makes at most about 1000 bytes of one; of text in a natural language it makes 3 to 10.
 _LEAST_UNPACKED, _MOST_TIMES = 64 * 2**20, 100
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of a file: its value, or the problem that kept it from being read."""
 
     file: str
@@ -43,6 +43,8 @@ class Row:
     """More than one where a problem, such as an open quote, made several rows one."""
     row_like_lines: int = 0
     """The number of lines within quoted cells that look like rows of their own."""
+    encoding: str = ""
+    """Of the first row of a file that is not UTF-8, the encoding of the file."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +64,79 @@ class BadRow:
         return f"{self.file}:{self.line}: {self.reason}"
 
 
-def open_source(path: Path) -> IO[bytes]:
-    """Open a file for reading; a .gz is decompressed, and UTF-16 and UTF-32 become UTF-8.
+PACKED = (".gz", ".zst", ".bz2", ".xz")
+"""The suffixes of compressed files that are read."""
 
-    Raises UnicodeDecodeError where a file has the byte order mark of UTF-16 or UTF-32 but is not in
-    that encoding. Reading raises DataError where a small .gz unpacks to so much that it must be
-    meant to fill the memory.
+
+def open_source(path: Path, encoding: str | None = None) -> tuple[IO[bytes], str]:
+    """Open a text file for reading as UTF-8; a compressed one is decompressed.
+
+    `encoding` is that of a file without a byte order mark; None is what its bytes say. Returns the
+    encoding too where it is another one that the file tells, else an empty text. Raises DataError
+    where a file is not in the `encoding`, and UnicodeDecodeError where it has the byte order mark
+    of UTF-16 or UTF-32 but is not in that encoding. Reading raises DataError where a small
+    compressed file unpacks to so much that it must be meant to fill the memory.
     """
-    packed = path.suffix.lower() == ".gz"
+    packed = path.suffix.lower() in PACKED
     source = cast("IO[bytes]", io.BufferedReader(_Unpacked(path)) if packed else path.open("rb"))
-    encoding = marked_encoding(source.read(4))
+    start = source.read(4)
     source.seek(0)
-    if encoding is None:
-        return source
+    found = marked_encoding(start)
+    if found is None and not start.startswith(codecs.BOM_UTF8) and encoding != "utf-8":
+        found = encoding or _told_encoding(source)
+        source.seek(0)
+    if found is None:
+        return source, ""
     with source:
-        return io.BytesIO(source.read().decode(encoding).encode())
+        raw = source.read()
+    try:
+        text = raw.decode(found)
+    except UnicodeDecodeError as error:
+        if marked_encoding(start):
+            raise
+        if encoding is None:  # some rows are broken
+            return io.BytesIO(raw), ""
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"data.encoding: '{path}' is not {encoding} (byte {raw[error.start]:#04x} in line "
+            f"{line}); mend that line, or give the file's encoding"
+        ) from None
+    if found == encoding and is_mostly_utf8(raw[:_SAMPLE]):
+        raise DataError(
+            f"data.encoding: '{path}' is UTF-8 rather than {encoding}; give the files of each "
+            "encoding on their own, or convert one with iconv"
+        )
+    shown = "" if found == encoding else found
+    return io.BytesIO(text.removeprefix("\ufeff").encode()), shown
+
+
+def _told_encoding(source: IO[bytes]) -> str | None:
+    """Return the encoding other than UTF-8 that the bytes of a source tell with certainty."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    piece = source.read(_READ_SIZE)
+    if b"\0" in piece:
+        return wide_encoding(piece)
+    while piece:
+        try:
+            if not decoder.decode(piece).isascii():
+                return None  # so much of it is UTF-8 by no accident
+        except UnicodeDecodeError:
+            found = find_encoding(piece + source.read(_SAMPLE))
+            return found.name if found is not None and found.certain else None
+        piece = source.read(_READ_SIZE)
+    return None
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a .gz file, up to a multiple of the file's own size."""
+    """The content of a compressed file, up to a multiple of the file's own size."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._file = path, gzip.GzipFile(path)
+        self._path = path
         self._most = max(_LEAST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+        self._open()
+
+    def _open(self) -> None:
+        self._at, self._file = 0, _decompressing(self._path)
 
     def readable(self) -> bool:
         return True
@@ -93,21 +145,42 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
+        if whence == io.SEEK_SET and offset == 0:
+            if self._at:
+                self._file.close()
+                self._open()
+        elif whence != io.SEEK_CUR or offset:
+            raise io.UnsupportedOperation("only the start of a compressed file can be sought")
+        return self._at
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
-        count = self._file.readinto(buffer)
-        if self._file.tell() > self._most:
+        piece = self._file.read(len(memoryview(buffer)))
+        memoryview(buffer)[: len(piece)] = piece
+        self._at += len(piece)
+        if self._at > self._most:
             raise DataError(
                 f"data.path: '{self._path}' unpacks to more than {_MOST_TIMES} times its size "
-                f"({self._most:,} bytes are allowed); if that is right, unpack it with gunzip and "
-                "give the unpacked file"
+                f"({self._most:,} bytes are allowed); if that is right, unpack it (with gunzip, "
+                "say) and give the unpacked file"
             )
-        return count
+        return len(piece)
 
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _decompressing(path: Path) -> IO[bytes]:
+    match path.suffix.lower():
+        case ".gz":
+            return cast("IO[bytes]", gzip.GzipFile(path))
+        case ".bz2":
+            return cast("IO[bytes]", bz2.BZ2File(path))
+        case ".xz":
+            return cast("IO[bytes]", lzma.LZMAFile(path))
+    import pyarrow as pa
+
+    return cast("IO[bytes]", pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 
 def lines_of(source: IO[bytes], stop: int | None = None) -> Iterator[bytes]:
@@ -134,28 +207,12 @@ def is_cut(line: bytes) -> bool:
     return len(line) > LONGEST_LINE
 
 
-def marked_encoding(start: bytes) -> str | None:
-    """Return the encoding other than UTF-8 that a byte order mark at a file's start announces."""
-    # The mark of UTF-32 begins with that of UTF-16.
-    for mark, encoding in _MARKS:
-        if start.startswith(mark):
-            return encoding
-    return None
-
-
 def not_utf8(raw: bytes, byte: int) -> str:
-    """Return why bytes are no UTF-8 text, with the command that most likely converts them."""
-    high = re.findall(rb"[\x80-\xff]+", raw)
-    # Chinese characters have two bytes, and stand together; of Western text most high bytes are
-    # alone.
-    together = sum(len(run) for run in high if len(run) > 1) > len(b"".join(high)) / 2
-    encoding = "gb18030" if together and _decodes(raw, "gb18030") else "windows-1252"
-    return f"not UTF-8 (byte {byte:#04x}); perhaps iconv -f {encoding} -t utf-8 makes it so"
-
-
-def _decodes(raw: bytes, encoding: str) -> bool:
-    try:
-        raw.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
+    """Return why a row's bytes are no UTF-8 text, with the setting that most likely reads them."""
+    if found := find_encoding(raw):
+        remedy = f"if the file is {found.name}, set data.encoding={found.name}"
+    else:
+        names = possible_encodings(raw) if not is_mostly_utf8(raw) else []
+        possible = f" ({' or '.join(names)}, perhaps)" if names else ""
+        remedy = f"mend the row, or give the file's encoding as data.encoding{possible}"
+    return f"not UTF-8 (byte {byte:#04x}); {remedy}"

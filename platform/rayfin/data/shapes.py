@@ -6,27 +6,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from rayfin.data.columns import (
-    COLUMNS,
-    OTHER_NAMES,
-    TURN_KEYS,
-    RowProblem,
-    RowReader,
-    UnsupportedContent,
-    parsed_list,
-)
-from rayfin.data.turns import Turn, as_list, conversation, kind, string, turns
-from rayfin.samples import Example
+from rayfin.data.columns import COLUMNS, OTHER_NAMES, SPEAKER_KEYS, parsed_list
+from rayfin.data.row_reader import RowProblem, RowReader, UnsupportedContent, ignore_setting
+from rayfin.data.row_settings import RowSettings
+from rayfin.data.tool_calls import tools_of
+from rayfin.data.turns import Turn, as_list, conversation, is_pair, kind, string, turns
+from rayfin.samples import Example, Tool
 
 
-def fitting_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | None:
+def fitting_shape(row: object, settings: RowSettings) -> str | None:
     """Return the first format that fits the row, or None.
 
     A row with unsupported content has a format, too.
     """
-    for shape in COLUMNS:
+    for shape in settings.shapes():
         try:
-            to_example(row, shape, RowReader(ignore))
+            to_example(row, shape, RowReader(settings))
         except UnsupportedContent:
             return shape
         except RowProblem:
@@ -35,17 +30,22 @@ def fitting_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | No
     return None
 
 
-def nearest_shape(row: object, ignore: frozenset[str] = frozenset()) -> str | None:
+def nearest_shape(row: object, settings: RowSettings) -> str | None:
     """Return the format whose columns the row has the largest share of, or None if it has none."""
     if not isinstance(row, Mapping):
         return None
-    has = {name for name, value in row.items() if name not in ignore and value is not None}
+    has = {
+        settings.column_of(name) or name
+        for name, value in row.items()
+        if name not in settings.ignore and value is not None
+    }
+    plain = {name.strip().casefold() for name in has}
 
     def share(shape: str) -> float:
-        named = has | {name for other, name in OTHER_NAMES.get(shape, {}).items() if other in has}
+        named = has | plain | {of for other, of in OTHER_NAMES[shape].items() if other in plain}
         return len(named & set(COLUMNS[shape])) / len(COLUMNS[shape])
 
-    best = max(COLUMNS, key=share)
+    best = max(settings.shapes(), key=share)
     return best if share(best) > 0 else None
 
 
@@ -54,12 +54,16 @@ def to_example(row: object, shape: str, reader: RowReader | None = None) -> Exam
 
     `reader` knows what of the row to ignore, and records what is not used.
     """
+    if isinstance(row, list) and shape == "messages" and _is_turns(row):
+        row = {"messages": row}
     if not isinstance(row, Mapping):
         raise RowProblem(f"a row must be an object, not {kind(row)}")
     reader = reader or RowReader()
     columns = reader.columns(row, shape)
     try:
         example = _READERS[shape](columns, reader)
+        if "tools" in columns:
+            example = replace(example, tools=_tools(columns["tools"], reader))
     except RowProblem as problem:
         if reader.unsupported:
             raise reader.unsupported_error(problem) from None
@@ -70,16 +74,17 @@ def to_example(row: object, shape: str, reader: RowReader | None = None) -> Exam
 
 
 def _from_messages(row: Mapping[str, Any], reader: RowReader) -> Example:
-    return _with_system(row, turns(row["messages"], "messages", reader), "messages", reader)
+    said = turns(row["messages"], reader.name_in_row("messages"), reader)
+    return _with_system(row, said, "messages", reader)
 
 
 def _from_conversations(row: Mapping[str, Any], reader: RowReader) -> Example:
-    said = turns(row["conversations"], "conversations", reader)
+    said = turns(row["conversations"], reader.name_in_row("conversations"), reader)
     return _with_system(row, said, "conversations", reader)
 
 
 def _from_instruction(row: Mapping[str, Any], reader: RowReader) -> Example:
-    question = string(row["instruction"], "instruction")
+    question = string(row["instruction"], reader.name_in_row("instruction"))
     if "input" in row:
         question = f"{question}\n\n{string(row['input'], reader.name_in_row('input'))}"
     answer = Turn("assistant", string(row["output"], reader.name_in_row("output")))
@@ -94,7 +99,7 @@ def _from_prompt_completion(row: Mapping[str, Any], reader: RowReader) -> Exampl
 
 
 def _from_text(row: Mapping[str, Any], reader: RowReader) -> Example:
-    return Example(text=string(row["text"], "text"))
+    return Example(text=string(row["text"], reader.name_in_row("text")))
 
 
 def _from_preference(row: Mapping[str, Any], reader: RowReader) -> Example:
@@ -102,7 +107,8 @@ def _from_preference(row: Mapping[str, Any], reader: RowReader) -> Example:
     rejected = [*prompt, *_said(row["rejected"], "rejected", "assistant", reader)]
     chosen = [*prompt, *_said(row["chosen"], "chosen", "assistant", reader)]
     return replace(
-        conversation(chosen, "chosen"), rejected=conversation(rejected, "rejected").messages
+        conversation(chosen, reader.name_in_row("chosen")),
+        rejected=conversation(rejected, reader.name_in_row("rejected")).messages,
     )
 
 
@@ -114,6 +120,15 @@ _READERS: dict[str, Callable[[Mapping[str, Any], RowReader], Example]] = {
     "text": _from_text,
     "preference": _from_preference,
 }
+
+
+def _tools(value: object, reader: RowReader) -> tuple[Tool, ...]:
+    name = reader.name_in_row("tools")
+    try:
+        return tools_of(value, name)
+    except RowProblem as problem:
+        rest = f"{ignore_setting([name])} trains on the rest of the row"
+        raise RowProblem(f"{problem}; {rest}") from None
 
 
 def _with_system(
@@ -137,10 +152,11 @@ def _with_system(
 def _history(row: Mapping[str, Any], reader: RowReader) -> list[Turn]:
     """Return the earlier turns, given as pairs of question and answer or as a list of turns."""
     earlier: list[Turn] = []
-    for number, each in enumerate(as_list(row.get("history", []), "history")):
+    name = reader.name_in_row("history")
+    for number, each in enumerate(as_list(row.get("history", []), name)):
         if isinstance(each, Mapping):
-            return turns(row["history"], "history", reader)
-        where = f"history[{number}]"
+            return turns(row["history"], name, reader)
+        where = f"{name}[{number}]"
         if not isinstance(each, (list, tuple)) or len(each) != 2:
             raise RowProblem(f"{where} must be a pair [question, answer], not {kind(each)}")
         earlier += [Turn("user", string(each[0], where)), Turn("assistant", string(each[1], where))]
@@ -157,7 +173,7 @@ def _said(value: object, column: str, role: str, reader: RowReader) -> list[Turn
 
 def _is_turns(value: list[Any]) -> bool:
     """Whether all items of a list name a speaker; another list may be the text of a question."""
-    speakers = {pair[0] for pair in TURN_KEYS}
     return bool(value) and all(
-        isinstance(each, Mapping) and speakers & each.keys() for each in value
+        isinstance(each, Mapping) and (not each.keys().isdisjoint(SPEAKER_KEYS) or is_pair(each))
+        for each in value
     )

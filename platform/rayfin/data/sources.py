@@ -14,8 +14,10 @@ from rayfin.data.conversion import RowStatistics, detect_shape
 from rayfin.data.folders import directory_splits
 from rayfin.data.pydocs import PydocsRows
 from rayfin.data.readers import allowed_names, is_readable, read_file
+from rayfin.data.row_settings import NO_SETTINGS, RowSettings
 from rayfin.data.rows import Row
 from rayfin.data.splits import ALL, Split, SplitSelection, select_evaluated, select_splits
+from rayfin.data.tool_calls import without_nulls_of_calls
 from rayfin.errors import DataError
 from rayfin.hub import REMEDY, HubUnreachable, dataset_access
 from rayfin.samples import Example
@@ -54,7 +56,7 @@ class Source:
         """
         written = self.config.format
         if self.setting == EVAL_PATH and written != "auto":
-            statistics = RowStatistics(frozenset(self.config.ignore_columns))
+            statistics = RowStatistics(RowSettings.of(self.config))
             if not any(isinstance(statistics.convert(row, written), Example) for row in rows):
                 return detect_shape(rows, self.config.model_copy(update={"format": "auto"}))
         return detect_shape(rows, self.config)
@@ -213,16 +215,16 @@ def find_splits(
     return replace(chosen, extra_notes=tuple(notes))
 
 
-def read_rows(split: Split, ignore: Collection[str] = ()) -> Iterator[Row]:
+def read_rows(split: Split, settings: RowSettings = NO_SETTINGS) -> Iterator[Row]:
     """Yield all rows of a split in order; a row that can't be read holds the reason.
 
-    The columns in `ignore` are not read where that saves work.
+    The columns that `settings` ignores are not read where that saves work.
     """
     for file in split.files:
-        yield from read_file(file, ignore)
+        yield from read_file(file, settings)
     for name, rows in split.tables:
         for number, value in enumerate(rows, 1):
-            yield Row(name, number, value)
+            yield Row(name, number, without_nulls_of_calls(value))
 
 
 def _one_file(config: DataConfig, file: Path) -> SplitSelection:

@@ -18,6 +18,7 @@ from rayfin.data.conversion import (
 )
 from rayfin.data.file_ranges import count_lines_before, file_ranges, read_range
 from rayfin.data.range_survey import RangeSurvey, survey_ranges
+from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
 from rayfin.data.sources import EVAL_PATH, Source
 from rayfin.data.splits import Split
@@ -59,8 +60,8 @@ def open_split(
     """
     with source.errors():
         ranges = file_ranges(split, source=number, whole=source.setting == EVAL_PATH)
-        ignore = frozenset(source.config.ignore_columns)
-        rows = itertools.chain.from_iterable(read_range(each, ignore) for each in ranges)
+        settings = RowSettings.of(source.config)
+        rows = itertools.chain.from_iterable(read_range(each, settings) for each in ranges)
         first: list[Row] = list(itertools.islice(rows, _ROWS_TO_DETECT_SHAPE))
         if not first:
             instead = alternative_to(split, source.selection)
@@ -78,9 +79,9 @@ def survey_split(
     Raises DataError for bad rows unless they are to be skipped.
     """
     config, ranges = opened.source.config, opened.ranges
-    ignore = frozenset(config.ignore_columns)
-    total = RangeSurvey(statistics=RowStatistics(ignore))
-    survey_batch = partial(survey_ranges, ranges, opened.shape, ignore, wanted=wanted)
+    settings = RowSettings.of(config)
+    total = RangeSurvey(statistics=RowStatistics(settings))
+    survey_batch = partial(survey_ranges, ranges, opened.shape, settings, wanted=wanted)
     with opened.source.errors():
         for survey in map_batches(survey_batch, _batches(ranges)):
             total.add(survey)

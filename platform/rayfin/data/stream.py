@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from rayfin.data.content_hash import EVAL_SALT, content_hash
+from rayfin.data.row_settings import NO_SETTINGS, RowSettings
 from rayfin.samples import Example
 
 
@@ -42,8 +43,8 @@ class StreamSource:
 
     shape: str
     """The format of the rows, as `data.format` names it."""
-    ignore: frozenset[str] = frozenset()
-    """The columns, and keys of turns, that are ignored."""
+    settings: RowSettings = NO_SETTINGS
+    """How the rows are read."""
     eval_hash_limit: str = ""
     """Samples whose hash is at most this one are held out for evaluation; empty holds out none."""
     hashes_prompt: bool = False

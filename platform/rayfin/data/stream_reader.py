@@ -41,10 +41,10 @@ def tokenize_range(
     loss, so that it still occupies its place in the plan.
     """
     source = stream.sources[samples.file_range.source]
-    statistics = RowStatistics(source.ignore)
+    statistics = RowStatistics(source.settings)
     examples = [
         example
-        for row in read_range(samples.file_range, source.ignore)
+        for row in read_range(samples.file_range, source.settings)
         if isinstance(example := statistics.convert(row, source.shape), Example)
         and not source.is_held_out(example)
     ]

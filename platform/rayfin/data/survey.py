@@ -20,6 +20,7 @@ from rayfin.data.mixture import (
     training_samples,
 )
 from rayfin.data.range_survey import MAX_HELD_OUT, SAMPLED, HashedExample
+from rayfin.data.row_settings import RowSettings
 from rayfin.data.sources import Sources, find_sources
 from rayfin.data.split_survey import MapBatches, SurveyedSplit, open_split, survey_split
 from rayfin.data.stream import Stream, StreamSource
@@ -121,7 +122,7 @@ def _take(split: SurveyedSplit, count: int, to_hold_out: int) -> _Part:
 
     Where samples can't be told apart, none is held out.
     """
-    ignore, survey = frozenset(split.source.config.ignore_columns), split.survey
+    settings, survey = RowSettings.of(split.source.config), split.survey
     held_out: Sequence[HashedExample] = ()
     hashes_prompt = False
     if to_hold_out > 0 and len({each.content for each in survey.by_content}) > 1:
@@ -144,7 +145,7 @@ def _take(split: SurveyedSplit, count: int, to_hold_out: int) -> _Part:
         count - len(held_out),
     )
     limit = held_out[-1].hash if held_out else ""  # an empty one is less than every hash
-    return _Part(StreamSource(split.shape, ignore, limit, hashes_prompt), rows, held_out)
+    return _Part(StreamSource(split.shape, settings, limit, hashes_prompt), rows, held_out)
 
 
 def _spread(rows: list[int], order: Sequence[int], wanted: int) -> list[int]:
@@ -195,10 +196,10 @@ def _corpus(
 ) -> Corpus:
     """Build the corpus from what was found in the sources and in what they are evaluated on."""
     every = [*train, *evaluated]
-    statistics = RowStatistics(frozenset(config.ignore_columns))
+    statistics = RowStatistics(RowSettings.of(config))
     for split in every:
         statistics.add(split.survey.statistics)
-    statistics.check_ignored()
+    statistics.check_names()
     held_out = [list(part.held_out) for part in parts]
     for split in evaluated if sources.evaluation is None else ():
         held_out[split.ranges[0].source] = _scored(split)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rayfin.data.columns import (
+    CALL_KEYS,
+    CONTENT_KEYS,
     LEARN_KEYS,
+    PAIR_KEYS,
+    RESULT_KEYS,
+    SPEAKER_KEYS,
     SPEAKERS,
-    TOOL_SPEAKERS,
-    TURN_KEYS,
-    RowProblem,
-    RowReader,
-    UnsupportedContent,
+    is_blank,
     is_missing,
 )
+from rayfin.data.row_reader import RowProblem, RowReader, UnsupportedContent
+from rayfin.data.tool_calls import calls_of
 from rayfin.samples import ChatTurn, Example
 
-_USED = {pair: frozenset((*pair, *LEARN_KEYS)) for pair in TURN_KEYS}
+_MORE_KEYS = {"assistant": CALL_KEYS, "tool": RESULT_KEYS}
+"""The keys that only the turns of some roles have."""
+
+_SHOWN_SPEAKERS = ("system", "developer", "user", "human", "assistant", "gpt", "tool")
+
 _PART_KEYS = frozenset(("type", "text"))
 _KINDS = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
 
@@ -29,19 +37,46 @@ class Turn(NamedTuple):
     role: str
     content: str
     learned: bool = True
+    more: Mapping[str, Any] = {}
+    """What a chat message has beside its role and content: tool calls, or which one it answers."""
 
     def message(self) -> ChatTurn:
         """Return the turn as a chat message."""
-        return {"role": self.role, "content": self.content}
+        return {"role": self.role, "content": self.content, **self.more}
 
 
 def turns(value: object, column: str, reader: RowReader) -> list[Turn]:
     """Return the turns of a column, without the empty system turn that exports often have."""
-    found = [
-        _turn(turn, column, f"{column}[{number}]", reader)
-        for number, turn in enumerate(as_list(value, column))
-    ]
-    return [turn for turn in found if turn.content.strip()]
+    found: list[Turn] = []
+    for number, turn in enumerate(as_list(value, column)):
+        where = f"{column}[{number}]"
+        if is_pair(turn):
+            found += _pair(turn, column, where, reader)
+        else:
+            found.append(_turn(turn, column, where, reader))
+    return [turn for turn in found if turn.role != "system" or turn.content.strip()]
+
+
+def is_pair(turn: object) -> bool:
+    """Whether an object holds a question and its answer, by keys such as human and assistant."""
+    return (
+        isinstance(turn, Mapping)
+        and turn.keys().isdisjoint(SPEAKER_KEYS)
+        and {"user", "assistant"} <= {PAIR_KEYS.get(key) for key in turn}
+    )
+
+
+def _pair(pair: Mapping[str, Any], column: str, where: str, reader: RowReader) -> list[Turn]:
+    """Return the turns of a question and its answer, and of the system prompt beside them."""
+    given = reader.keys(pair, column, {*PAIR_KEYS, "system"})
+    said = {}
+    for key, value in given.items():
+        role = PAIR_KEYS.get(key, key)
+        if role in said:
+            raise RowProblem(f"{where} has two keys for the {role}'s turn; give one of them")
+        if role != "system" or not is_blank(value):
+            said[role] = string(value, f"{where}.{key}")
+    return [Turn(role, said[role]) for role in ("system", "user", "assistant") if role in said]
 
 
 def conversation(said: Sequence[Turn], column: str) -> Example:
@@ -51,11 +86,17 @@ def conversation(said: Sequence[Turn], column: str) -> Example:
     """
     if not said:
         raise RowProblem(f"{column} is empty")
+    said = _with_one_system_turn(said)
     if any(turn.role == "system" for turn in said[1:]):
         raise RowProblem(
             f"{column} has a system turn that is not the first; put its words into the user turn "
             "after it"
         )
+    before = ""
+    for turn in said:
+        if turn.role == "tool" and before not in ("assistant", "tool"):
+            raise RowProblem(f"{column} has a tool turn that follows no assistant turn")
+        before = turn.role
     if said[-1].role != "assistant":
         raise RowProblem(
             f"{column} ends with a {said[-1].role} turn, not an assistant turn; take out what "
@@ -74,6 +115,14 @@ def conversation(said: Sequence[Turn], column: str) -> Example:
     return Example(tuple(turn.message() for turn in said), unlearned=tuple(unlearned))
 
 
+def _with_one_system_turn(said: Sequence[Turn]) -> Sequence[Turn]:
+    """Return the turns with the system turns that they begin with joined into one."""
+    count = next((n for n, turn in enumerate(said) if turn.role != "system"), len(said))
+    if count < 2:
+        return said
+    return [Turn("system", "\n\n".join(turn.content for turn in said[:count])), *said[count:]]
+
+
 def as_list(value: object, column: str) -> Sequence[Any]:
     """Return a list of turns, also from its JSON text, which is all that a CSV cell can hold."""
     if isinstance(value, str):
@@ -89,26 +138,64 @@ def as_list(value: object, column: str) -> Sequence[Any]:
 def _turn(turn: object, column: str, where: str, reader: RowReader) -> Turn:
     if not isinstance(turn, Mapping):
         raise RowProblem(f"{where} must be an object, not {kind(turn)}")
-    pair = TURN_KEYS[1] if column == "conversations" else TURN_KEYS[0]
-    pair = next((keys for keys in TURN_KEYS if turn.get(keys[0]) is not None), pair)
-    given = reader.keys(turn, column, _USED[pair])
-    speaker = given.get(pair[0])
-    for key in pair[:1] if speaker in TOOL_SPEAKERS else pair:
-        if is_missing(given.get(key)):
-            raise RowProblem(f"{where}.{key} is missing")
-    if speaker in TOOL_SPEAKERS:
-        raise UnsupportedContent(
-            f"{where}.{pair[0]} is {speaker!r}: tool calls can't be trained on yet; take such "
-            "conversations out"
-        )
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        allowed = ", ".join(SPEAKERS)
-        raise RowProblem(f"{where}.{pair[0]} is {speaker!r:.40}; allowed are {allowed}")
-    role, place = SPEAKERS[speaker], f"{where}.{pair[1]}"
-    content = _text(given[pair[1]], f"{column}.{pair[1]}", place, reader)
-    content = string(content, place, may_be_empty=role == "system")
-    says = len(given) > len(pair)  # whether it is learned
-    return Turn(role, content, _is_learned(given, role, where) if says else True)
+    speaker_key, key = (_key(turn, keys, column) for keys in (SPEAKER_KEYS, CONTENT_KEYS))
+    speaker = turn.get(speaker_key)
+    role = SPEAKERS.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    calls = role == "call"
+    role = "assistant" if calls else role
+    given = reader.keys(turn, column, _used_keys(speaker_key, key, role))
+    if is_missing(given.get(speaker_key)):
+        raise RowProblem(f"{where}.{speaker_key} is missing")
+    if role is None:
+        allowed = ", ".join(_SHOWN_SPEAKERS)
+        raise RowProblem(f"{where}.{speaker_key} is {speaker!r:.40}; allowed are {allowed}")
+    place = f"{where}.{key}"
+    more = _more(given, role, column, where, reader)
+    content = given.get(key)
+    if is_missing(content):
+        if not calls and "tool_calls" not in more:
+            raise RowProblem(f"{place} is missing")
+        content = ""
+    if calls and "tool_calls" not in more:
+        more["tool_calls"] = calls_of(content, f"{column}.{key}", place, reader)
+        content = ""
+    content = _text(content, f"{column}.{key}", place, reader)
+    content = string(
+        content, place, may_be_empty=role in ("system", "tool") or "tool_calls" in more
+    )
+    learned = _is_learned(given, role, where) if len(given) > 2 else True
+    return Turn(role, content, learned, more)
+
+
+@functools.cache
+def _used_keys(speaker_key: str, content_key: str, role: str | None) -> frozenset[str]:
+    more = _MORE_KEYS.get(role, ()) if role else ()
+    return frozenset((speaker_key, content_key, *LEARN_KEYS, *more))
+
+
+def _key(turn: Mapping[str, Any], keys: Sequence[str], column: str) -> str:
+    """Return which of these keys a turn has a value at; where none, the one that is usual there."""
+    usual = 1 if column == "conversations" else 0
+    return next((key for key in keys if turn.get(key) is not None), keys[usual])
+
+
+def _more(
+    given: Mapping[str, Any], role: str, column: str, where: str, reader: RowReader
+) -> dict[str, Any]:
+    """Return the tool calls of an assistant's turn, or which call a tool's turn answers."""
+    more: dict[str, Any] = {}
+    if role == "assistant":
+        for key in CALL_KEYS:
+            if is_blank(given.get(key), text=True):
+                continue
+            if more:
+                raise RowProblem(f"{where} has {' and '.join(CALL_KEYS)}; give one of them")
+            more["tool_calls"] = calls_of(given[key], f"{column}.{key}", f"{where}.{key}", reader)
+    elif role == "tool":
+        for key in RESULT_KEYS:
+            if not is_blank(given.get(key)):
+                more[key] = string(given[key], f"{where}.{key}")
+    return more
 
 
 def _text(content: object, name: str, where: str, reader: RowReader) -> object:

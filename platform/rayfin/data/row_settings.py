@@ -1,0 +1,107 @@
+"""What the user says of a table's rows: the names of its columns, and those to leave out."""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass, field
+
+from rayfin.config.data import DataConfig
+from rayfin.data.columns import COLUMNS, OPTIONAL
+from rayfin.errors import DataError, did_you_mean
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """The settings by which rows are read: data.columns, data.ignore_columns, data.encoding."""
+
+    ignore: frozenset[str] = frozenset()
+    """The columns, and keys of turns, that are ignored."""
+    columns: tuple[tuple[str, str], ...] = ()
+    """(a format's column, the name that it has in the table) of each that the user named."""
+    encoding: str | None = None
+    """The encoding of text files; None is what their bytes say."""
+    named: frozenset[str] = field(init=False)
+    """The formats' columns that the user named."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "named", frozenset(column for column, _ in self.columns))
+
+    @classmethod
+    def of(cls, config: DataConfig) -> RowSettings:
+        """Return the settings of a configuration; raises DataError where they can't be meant."""
+        _check_columns(config)
+        if config.encoding is not None:
+            _check_encoding(config.encoding, config.streaming)
+        return cls(frozenset(config.ignore_columns), tuple(config.columns.items()), config.encoding)
+
+    def column_of(self, name: str) -> str | None:
+        """Return the format's column that a column of the table is, None for one that is no one's.
+
+        A column that the user did not name is its own, unless the user named another for it.
+        """
+        for column, own in self.columns:
+            if own == name:
+                return column
+        return None if name in self.named else name
+
+    def name_of(self, column: str) -> str:
+        """Return the name that the user gave a format's column in the table, or its own."""
+        return next((own for each, own in self.columns if each == column), column)
+
+    def shapes(self) -> list[str]:
+        """Return the formats that have all of the columns that the user named."""
+        return [shape for shape in COLUMNS if self.named <= _columns_of(shape)]
+
+
+NO_SETTINGS = RowSettings()
+"""The settings where the user gave none."""
+
+
+def _columns_of(shape: str) -> set[str]:
+    return {*COLUMNS[shape], *OPTIONAL[shape]}
+
+
+def _check_columns(config: DataConfig) -> None:
+    known = sorted({column for shape in COLUMNS for column in _columns_of(shape)})
+    for column in config.columns:
+        if column not in known:
+            raise DataError(
+                f"data.columns: '{column}' is no column of a format{did_you_mean(column, known)}; "
+                f"give {', '.join(known)} the names that they have in the table"
+            )
+    owners: dict[str, str] = {}
+    for column, name in config.columns.items():
+        if name in owners:
+            raise DataError(
+                f"data.columns: {owners[name]} and {column} are both '{name}'; give each a column "
+                "of its own"
+            )
+        if name in config.ignore_columns:
+            raise DataError(
+                f"data.columns: {column} is '{name}', which data.ignore_columns leaves out; take "
+                "it out of one of the two"
+            )
+        owners[name] = column
+    shapes = COLUMNS if config.format == "auto" else [config.format]
+    if not any(config.columns.keys() <= _columns_of(shape) for shape in shapes):
+        formats = "; ".join(f"{s}: {', '.join(sorted(_columns_of(s)))}" for s in shapes)
+        raise DataError(
+            f"data.columns: no format has {' and '.join(config.columns)} together; what each has "
+            f"is {formats}"
+        )
+
+
+def _check_encoding(name: str, streaming: bool) -> None:
+    try:
+        line_end = "\n".encode(codecs.lookup(name).name)  # LookupError for a codec of no text
+    except LookupError:
+        raise DataError(
+            f"data.encoding: '{name}' is no encoding of text that Python knows; give utf-8, "
+            "utf-16, gb18030, big5, shift_jis, euc_kr, windows-1252, windows-1251, …, or leave "
+            "it out"
+        ) from None
+    if streaming and line_end != b"\n":
+        raise DataError(
+            f"data.encoding: '{name}' can't be read in parts; convert the files with iconv -f "
+            f"{name} -t utf-8, or set data.streaming=false"
+        )
