@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import SchedulerType
 
 from rayfin.config import Config
+from rayfin.config.optimizers import OPTIMIZERS
 from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
 from rayfin.paths import Storage, StoragePath
 from rayfin.training import TrialSpec
 from rayfin.training.checkpoint import latest_checkpoint, load_progress
+from rayfin.training.optimization import check_optimization
 from rayfin.training.spec import TrialResult
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial import run_trial
@@ -56,10 +59,10 @@ def kill_in_a_step(lab: Any, specs: list[TrialSpec]) -> list[tuple[Path, int]]:
     jobs = [
         {
             "spec": saved_at_every_step(spec).model_dump_json(),
-            "directory": str(lab.root / f"killed-{spec.model.name}-{spec.method.type}-{number}"),
+            "directory": str(lab.root / f"killed-{spec.method.type}-{number}"),
             "step": random.randint(1, spec.train.max_steps - 1),
         }
-        for number, spec in enumerate(specs)
+        for number, spec in enumerate(specs, len(list(lab.root.iterdir())))
     ]
     for job in jobs:
         Path(job["directory"]).mkdir()
@@ -119,6 +122,58 @@ def test_after_a_kill_all_is_as_in_a_whole_run(
     every_method: str, lab: Any, killed: dict[str, tuple[Path, int]], steps_taken: list[int]
 ) -> None:
     assert_goes_on(lab, lab.spec(every_method), *killed[every_method], steps_taken)
+
+
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": 1}
+PLATEAU |= {"lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 0.5}}
+GREEDY = {"lr_scheduler_type": "greedy", "eval_steps": 1}
+GREEDY |= {"lr_scheduler_kwargs": {"patience": 1, "min_lr": 1e-4, "factor": 0.5, "smooth": True}}
+MOMENTUM = {"optim": "sgd", "optim_args": "momentum=0.9,nesterov=true", "learning_rate": 0.1}
+RATES = {"sgd": 0.1, "lion_8bit": 1e-3, "lion_32bit": 1e-3, "ademamix_8bit": 1e-3, "ademamix": 1e-3}
+# Of a rank with which a matrix has the 4,096 numbers from which bitsandbytes keeps 8 bits.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adamw_8bit": {"optim": "adamw_8bit", "adam_beta2": 0.95},
+    "adafactor": {"optim": "adafactor", "lr_scheduler_type": "inverse_sqrt", "warmup_steps": 2},
+    "noise": {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1, **MOMENTUM},
+    "plateau": PLATEAU,
+}
+LONG: dict[str, dict[str, Any]] = {
+    **{
+        name: {"optim": name, "learning_rate": RATES.get(name, 1e-2)}
+        for name, facts in OPTIMIZERS.items()
+        if not facts.paged
+        and name not in ("adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "adafactor")
+    },
+    "greedy": GREEDY,
+    "cosine_with_restarts": {"lr_scheduler_kwargs": {"num_cycles": 2}},
+    "polynomial": {"lr_scheduler_kwargs": {"power": 2.0}},
+    "cosine_with_min_lr": {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    "cosine_warmup_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-4}},
+    "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 3}, "warmup_steps": 2},
+    "noise on virtual tokens": {"neftune_noise_alpha": 5.0},
+}
+for _name in SchedulerType:
+    if _name.value in LONG:
+        LONG[_name.value] |= {"lr_scheduler_type": _name.value}
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize(
+    "option", [*OPTIONS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
+)
+def test_an_optimizer_a_schedule_or_noise_goes_on_as_in_a_whole_run(
+    option: str, lab: Any, steps_taken: list[int]
+) -> None:
+    method, train = "lora", {**OPTIONS, **LONG}[option]
+    settings: dict[str, Any] = {"r": 64, "lora_dropout": 0.1}
+    if option == "noise on virtual tokens":
+        method, settings = "p_tuning", {}
+    spec = lab.spec(method, settings, **train)
+    check_optimization(Config(**{part: getattr(spec, part) for part in type(spec).model_fields}))
+    ((directory, step),) = kill_in_a_step(lab, [spec])
+    assert_goes_on(lab, spec, directory, step, steps_taken)
+    metrics = lab.finish(saved_at_every_step(spec)).result.metrics
+    assert metrics["eval_loss"] != metrics["base_eval_loss"]
 
 
 def test_a_kill_at_any_touch_of_a_file_leaves_a_trial_that_goes_on(lab: Any) -> None:

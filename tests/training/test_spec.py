@@ -18,6 +18,11 @@ FREE = {"per_device_eval_batch_size", "eval_steps", "save_steps", "stage"}
 OTHER: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "train_on": "last",
+    "optim": "sgd",
+    "optim_args": "momentum=0.9",
+    "lr_scheduler_kwargs": {"num_cycles": 1.5},
+    "warmup_steps": 4,
+    "neftune_noise_alpha": 5.0,
     "target_modules": ["q_proj"],
     "feedforward_modules": ["down_proj"],
     "prompt_tuning_init": "RANDOM",
@@ -100,6 +105,7 @@ def test_model_data_and_length_enter_by_content() -> None:
     assert fingerprint({}, data_digest="e") != plain
     assert fingerprint({"data": {"max_length": 99}}) != plain
     assert fingerprint({"model": {"dtype": "bfloat16"}}) != plain
+    assert fingerprint({"model": {"attn_implementation": "eager"}}) != plain
 
 
 @pytest.mark.parametrize(
@@ -142,6 +148,10 @@ def test_where_it_runs_does_not_enter(sections: dict[str, Any]) -> None:
             {"train": {"lr_scheduler_type": "constant"}},
         ),
         (
+            {"train": {"optim": "adamw_bnb_8bit"}},
+            {"train": {"optim": "adamw_8bit"}},
+        ),
+        (
             {
                 "method": {
                     "type": "lora",
@@ -164,12 +174,25 @@ def test_where_it_runs_does_not_enter(sections: dict[str, Any]) -> None:
             },
         ),
     ],
-    ids=["lora over 4 bit", "MLP encoder", "no projection", "no text", "constant rate", "orders"],
+    ids=[
+        "lora over 4 bit",
+        "MLP encoder",
+        "no projection",
+        "no text",
+        "constant rate",
+        "alias",
+        "orders",
+    ],
 )
 def test_what_others_leave_without_effect_does_not_enter(
     sections: dict[str, Any], same: dict[str, Any]
 ) -> None:
     assert fingerprint(sections) == fingerprint(same)
+
+
+def test_evaluations_enter_where_the_learning_rate_follows_them() -> None:
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": 3}
+    assert fingerprint({"train": plateau}) != fingerprint({"train": plateau | {"eval_steps": 4}})
 
 
 def test_batches_enter_through_the_samples_of_a_step() -> None:

@@ -18,6 +18,7 @@ from rayfin.advisor.features import model_row
 from rayfin.advisor.knowledge import Knowledge
 from rayfin.advisor.practice import learning_rate
 from rayfin.advisor.sweep_advisor import SweepAdvisor, advisor_for_sweep, scenario_of
+from rayfin.advisor.trial_table import TrialTable
 from rayfin.config import load_config
 from rayfin.errors import ConfigError
 from rayfin.history import History, TrialRecord
@@ -217,6 +218,32 @@ def test_axes_that_it_does_not_know_are_left_to_others(tmp_path: Path, search: s
             return
         with pytest.raises(ConfigError, match=r"nothing about sweep\.parameters\.train\.weight"):
             advisor_for_sweep(plan, history)
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["train.optim=lion_8bit", "train.lr_scheduler_type=polynomial", "train.adam_beta2=0.9"],
+)
+def test_what_was_trained_otherwise_than_by_adamw_is_not_taken_for_it(
+    tmp_path: Path, other: str
+) -> None:
+    name, value = other.removeprefix("train.").split("=")
+    rows = past(BEST)
+    trained = [
+        row.model_copy(update={"spec": {**row.spec, "train": {**row.spec["train"], name: value}}})
+        for row in rows
+    ]
+    assert len(TrialTable.of([*rows, *trained])) == len(rows)
+    plans = {search: plan_of(tmp_path, f"sweep.search={search}", other) for search in SEARCHES}
+    with History.open(plans["auto"].storage.history_url) as history:
+        for row in rows:
+            history.put(row)
+        assert advisor_for_sweep(plans["auto"], history) is None
+        with pytest.raises(ConfigError, match=f"none with this train.{name}"):
+            advisor_for_sweep(plans["advisor"], history)
+
+
+SEARCHES = ("auto", "advisor")
 
 
 def test_it_chooses_among_points_of_which_each_has_the_axes_of_its_method(tmp_path: Path) -> None:

@@ -74,6 +74,14 @@ OFFLOAD = "scaling.cpu_offload=true"
             ["scaling.strategy=fsdp", "method.type=lora", "method.quantization_bit=8"],
             "with 8-bit weights.*quantization_bit=4",
         ),
+        (
+            ["scaling.strategy=deepspeed-zero2", "method.type=lora", "train.optim=lion_8bit"],
+            "adamw_torch_fused and adamw_torch, not train.optim=lion_8bit; .*or ddp or fsdp, where",
+        ),
+        (
+            ["scaling.strategy=fsdp", "method.type=full", "train.optim=adafactor"],
+            "not train.optim=adafactor.*or ddp, where",
+        ),
         ([OFFLOAD], "strategy=auto.*name one of fsdp"),
         ([OFFLOAD, "scaling.strategy=ddp"], "strategy=ddp.*name one of fsdp"),
         ([OFFLOAD, "scaling.strategy=fsdp", "scaling.use_gpu=false"], "leave it out"),

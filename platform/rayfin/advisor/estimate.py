@@ -167,7 +167,14 @@ def _settled(
     size, dtype = scaling.num_workers, config.model.dtype
     beside = sum(frozen_bytes(one, dtype, hardware.device) for one in companions)
     strategy, why = choose(
-        config.method, facts, hardware, workers=size, here=size, dtype=dtype, beside=beside
+        config.method,
+        facts,
+        hardware,
+        workers=size,
+        here=size,
+        train=config.train,
+        dtype=dtype,
+        beside=beside,
     )
     named = scaling.model_copy(update={"strategy": strategy})
     return config.model_copy(update={"scaling": named}), why

@@ -5,10 +5,17 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from rayfin.advisor.kernel import Columns
 from rayfin.advisor.model_names import facts_from_name
+from rayfin.config import TrainConfig
+from rayfin.config.optimizers import (
+    ADAM_SETTINGS,
+    DEFAULT_OPTIMIZER,
+    PLAIN_SCHEDULES,
+    Schedule,
+)
 from rayfin.history import TrialRecord
 from rayfin.history.record import finite
 from rayfin.methods import METHODS, capacities
@@ -68,6 +75,27 @@ _LINEAR_LAYERS = 7  # of a Llama-like block: query, key, value, output, gate, up
 def code(text: str) -> float:
     """Return a number for a text: equal texts have equal numbers, different ones almost never."""
     return float(zlib.crc32(text.encode(errors="replace")))
+
+
+_OTHER_SCHEDULES = {*get_args(Schedule)} - {*PLAIN_SCHEDULES}
+_UNLEARNED = (*ADAM_SETTINGS, "optim_args", "lr_scheduler_kwargs")
+_UNLEARNED_TOO = ("neftune_noise_alpha", "label_smoothing_factor")
+
+
+def unlearned(train: Mapping[str, Any]) -> str | None:
+    """Return a setting under `train` whose trials are not those of AdamW as it comes, or None.
+
+    The learned model has no column for it: a rate that suits Lion would be taken for AdamW's.
+    """
+    if "adamw" not in str(train.get("optim") or DEFAULT_OPTIMIZER).lower():
+        return "optim"
+    if str(train.get("lr_scheduler_type")) in _OTHER_SCHEDULES:
+        return "lr_scheduler_type"
+    for name in (*_UNLEARNED, *_UNLEARNED_TOO):
+        default = TrainConfig.model_fields[name].get_default(call_default_factory=True)
+        if train.get(name) not in (None, default):
+            return name
+    return None
 
 
 def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
@@ -156,7 +184,12 @@ def model_name(spec: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
 
 
 def row_of(record: TrialRecord) -> dict[str, float] | None:
-    """Return all columns of a trial, or None where no trial can have run with its setting."""
+    """Return all columns of a trial, or None for one that says nothing of a setting.
+
+    No trial can have run with it, or it was trained otherwise than the columns tell (`unlearned`).
+    """
+    if unlearned(_section(record.spec, "train")) is not None:
+        return None
     setting = setting_row(record.spec)
     if setting is None:
         return None

@@ -152,6 +152,9 @@ def _measured(record: TrialRecord) -> MeasuredTrial | None:
             seconds_per_step=seconds / steps if seconds and steps else None,
             companions=tuple(scenario.companions.values()),
         )
+        usual = trial.config.model.attn_implementation in ("auto", "sdpa")
+        if not usual or trial.config.train.use_liger_kernel:
+            return None  # other kernels take other times, and another memory
         return trial if _credible(trial) else None
     except (ValidationError, RayfinError, KeyError, ArithmeticError):
         return None

@@ -102,7 +102,9 @@ def memory_of(
     scaling = config.scaling
     longest = config.data.max_length if tokens is None else min(tokens, config.data.max_length)
     length = longest + config.method.row_tokens
-    whole = UnshardedBytes.of(config.method, facts, scaling.strategy, config.model.dtype, device)
+    whole = UnshardedBytes.of(
+        config.method, facts, scaling.strategy, config.model.dtype, device, config.train
+    )
     share = held(scaling.strategy, whole, workers=scaling.num_workers, offload=scaling.cpu_offload)
     if device == "cpu" and scaling.strategy in SHARDS_WEIGHTS:
         # A worker cuts its part from a whole base, whose memory the process keeps.

@@ -20,7 +20,7 @@ from rayfin.advisor.answer import (
 )
 from rayfin.advisor.candidates import ScenarioFacts, candidates, given_settings
 from rayfin.advisor.feasibility import AssessedCandidate, assess_candidates, feasible, nothing_fits
-from rayfin.advisor.features import COLUMNS, setting_row
+from rayfin.advisor.features import COLUMNS, setting_row, unlearned
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.knowledge import Knowledge, knowledge_of
 from rayfin.advisor.latency import first_token
@@ -33,7 +33,8 @@ from rayfin.advisor.quality_model import (
 )
 from rayfin.advisor.rules import recommend_text, rule_for
 from rayfin.advisor.wording import deployment, explanation, reasons, risks
-from rayfin.config import Config
+from rayfin.config import Config, format_value
+from rayfin.errors import ConfigError
 from rayfin.history import History
 from rayfin.methods import METHODS, capacities
 
@@ -71,6 +72,11 @@ def recommend(
     """
     knowledge = history if isinstance(history, Knowledge) else knowledge_of(history)
     base = config or Config()
+    if (other := unlearned(base.train.model_dump(mode="json"))) is not None:
+        raise ConfigError(
+            f"train.{other}={format_value(getattr(base.train, other))}: the advisor knows trials "
+            f"of AdamW as it comes, whose rates don't suit it; leave train.{other} out"
+        )
     columns = _columns(known, knowledge.quality_model)
     latency = first_token(known.facts, known.hardware, knowledge.served)
     every = assess_candidates(

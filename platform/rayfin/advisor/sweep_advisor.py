@@ -23,6 +23,7 @@ from rayfin.advisor.features import (
     model_row,
     octaves,
     setting_row,
+    unlearned,
 )
 from rayfin.advisor.gaussian_process import GaussianProcess, Observations
 from rayfin.advisor.kernel import Array, Hyperparameters
@@ -69,7 +70,13 @@ def advisor_for_sweep(plan: SweepPlan, history: History) -> SweepAdvisor | None:
             f"sweep.search=advisor: it learns nothing about sweep.parameters.{unknown[0]}, only "
             f"about {', '.join(sorted(known))}; use sweep.search=tpe, or leave the axis out"
         )
-    if unknown:
+    other = unlearned(plan.config.train.model_dump(mode="json"))
+    if other and sweep.search == "advisor":
+        raise ConfigError(
+            f"sweep.search=advisor: it knows trials of AdamW as it comes, and none with this "
+            f"train.{other}; use sweep.search=tpe, or leave train.{other} out"
+        )
+    if unknown or other:
         return None
     advisor = SweepAdvisor(_past(plan, history), scenario_of(plan), sweep.metric, seed=sweep.seed)
     if sweep.search == "auto" and advisor.relevance(plan.space) < LEARNED:

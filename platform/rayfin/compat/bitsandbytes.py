@@ -118,6 +118,20 @@ def unpacked(data: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
     return data, state
 
 
+def forget_optimizers() -> None:
+    """Drop what bitsandbytes keeps in the process of the optimizers that it has made.
+
+    It knows the parameters that Transformers has it leave in 32 bits (those of embeddings) by their
+    `id` and place, which the next trial's parameters may have, too, and it never lets go of paged
+    memory.
+    """
+    if "bitsandbytes.optim" in sys.modules:
+        optimizers: Any = sys.modules["bitsandbytes.optim"]
+        functional: Any = sys.modules["bitsandbytes.functional"]
+        optimizers.GlobalOptimManager.get_instance().initialize()
+        functional.GlobalPageManager.get_instance().initialize()
+
+
 def no_cast_warnings() -> None:
     """Leave out what 8-bit layers would say at every call: that they cast, which is their job."""
     logging.getLogger(_CAST_WARNING.module).setLevel(logging.ERROR)

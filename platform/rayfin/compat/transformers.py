@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 
 from rayfin.compat.private import PrivateName
 from rayfin.compat.versions import check_trainer
@@ -183,3 +185,31 @@ def layer_classes(model: Any) -> list[str]:
     """Return the names of the classes of a model's layers."""
     names: list[str] | None = _WHOLE_LAYERS.of(model)
     return sorted(names or ())
+
+
+def missing_for_optimizer(name: str) -> str | None:
+    """Return what keeps Transformers from making one of its optimizers; None for no name of its.
+
+    It says itself which package is missing. Where none is, the answer is that rayfin does without.
+    """
+    if name not in {it.value for it in OptimizerNames}:
+        return None
+    arguments: Any = SimpleNamespace(
+        optim=OptimizerNames(name),
+        optim_args=None,
+        optim_target_modules=None,
+        learning_rate=1.0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        adam_epsilon=1e-8,
+        weight_decay=0.0,
+        warmup_steps=0,
+    )
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        return " ".join(str(error).split()).rstrip(".")
+    except Exception as error:  # noqa: BLE001 - of a package that is there, or a failed import
+        reason = " ".join(str(error).split()).rstrip(".")
+        return reason if "import" in reason or "nstall" in reason else "rayfin can't resume it"
+    return "rayfin can't resume it"

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from rayfin.config.data import DataConfig
+from rayfin.config.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS, Schedule, check_name
 from rayfin.methods import MethodConfig
 from rayfin.metrics import score_names, score_of
 from rayfin.objectives import DEFAULT, OBJECTIVES, main_metric
@@ -31,6 +32,16 @@ class ModelConfig(Section):
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights of the base model; auto is float32 on CPU and bfloat16 on GPUs that have it."""
+    attn_implementation: Literal[
+        "auto",
+        "sdpa",
+        "eager",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flex_attention",
+    ] = "auto"
+    """How training computes attention, by Transformers' names; auto is PyTorch's fused one (sdpa)
+    where the architecture has it. Flash and flex attention need a GPU."""
 
 
 class TrainConfig(Section):
@@ -57,12 +68,29 @@ class TrainConfig(Section):
     """Steps between evaluations; null takes a quarter of max_steps."""
     save_steps: int | None = Field(None, ge=1)
     """Steps between checkpoints; null takes eval_steps."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    """Course of the learning rate."""
+    optim: Annotated[str, OneOf(lambda: OPTIMIZERS), BeforeValidator(check_name)] = (
+        DEFAULT_OPTIMIZER
+    )
+    """Optimizer, by Transformers' names."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment of AdamW, AdEMAMix and Lion."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of the second moment of AdamW and AdEMAMix, and of Lion's only one."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """What AdamW and AdEMAMix add to the denominator."""
+    optim_args: str | None = Field(None, min_length=1)
+    """Arguments of some other optimizers, as in momentum=0.9,nesterov=true."""
+    lr_scheduler_type: Schedule = "cosine"
+    """Course of the learning rate, by Transformers' names."""
+    lr_scheduler_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    """Arguments of the schedule, as in {min_lr_rate: 0.1}."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     """Share of max_steps in which the learning rate rises."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Steps in which the learning rate rises; null takes warmup_ratio."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of AdamW."""
+    """Weight decay: decoupled in AdamW, AdEMAMix, Lion and Adafactor, and added to the gradient in
+    the others."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are clipped to this norm."""
     train_on: Literal["all", "last"] = "all"
@@ -71,6 +99,12 @@ class TrainConfig(Section):
     """Put several samples into one sequence, kept apart by position ids."""
     group_by_length: bool = True
     """Batch samples of similar length, so that little is padded."""
+    neftune_noise_alpha: float | None = Field(None, gt=0)
+    """Noise on the token embeddings while training (NEFTune); 5 to 15 is usual, null is none."""
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    """Share of a label's probability that is spread over all tokens, in the training loss only."""
+    use_liger_kernel: bool = False
+    """Use Liger's Triton kernels for norms, rotary embeddings and feed-forward layers, on GPUs."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -229,6 +229,15 @@ class ServeConfig(Section):
     history: str | None = Field(None, repr=False)
     """URL of the history that serving figures go back to; null is the SQLite file under storage."""
 
+    @model_validator(mode="after")
+    def _attention_is_its_own(self) -> ServeConfig:
+        if (given := self.model.attn_implementation) != "auto":
+            raise ValueError(
+                f"model.attn_implementation={given} is for training: the engine computes attention "
+                "itself; leave it out"
+            )
+        return self
+
     @property
     def served_name(self) -> str:
         """The name of the base model for clients, which is never a path on this machine."""

@@ -98,7 +98,8 @@ def load_base(
     model ends in; a language model's head where it is None.
 
     4 bits are NF4 with double quantisation (Dettmers et al. 2023, QLoRA), 8 bits LLM.int8(),
-    both by bitsandbytes. Attention is PyTorch's fused one where the architecture has it.
+    both by bitsandbytes. Attention is PyTorch's fused one where the architecture has it, or that
+    of model.attn_implementation.
     """
     import torch
     import transformers
@@ -111,6 +112,8 @@ def load_base(
     elif quantization_bit is not None:
         # Without a map, transformers sends quantised weights to a GPU if it finds one.
         options["device_map"] = {"": "cpu"}
+    if config.attn_implementation != "auto":
+        options["attn_implementation"] = config.attn_implementation
     dtype = dtype_on(config, device)
     if quantization_bit is not None:
         options["quantization_config"] = _quantization(quantization_bit, dtype, on_host)

@@ -50,6 +50,8 @@ class Objective:
     """The formats of rows that it trains on (`rayfin.data.columns`)."""
     packing: ClassVar[bool]
     """Whether several samples can be trained on in one row."""
+    label_smoothing: ClassVar[bool] = False
+    """Whether its loss heeds train.label_smoothing_factor."""
     metrics: ClassVar[tuple[str, ...]]
     """The scores that it measures; a sweep takes the first unless it is told another."""
     columns: ClassVar[tuple[str, ...]]

@@ -35,6 +35,7 @@ class SupervisedFineTuning(Objective):
     title = "supervised fine-tuning"
     shapes = ("messages", "conversations", "instruction", "prompt_completion", "text")
     packing = True
+    label_smoothing = True
     metrics = ("eval_loss", "perplexity", "exact_match", "token_accuracy")
     columns = ("loss", "tokens", "correct")
     # The loss in nats, summed over the sample's labelled tokens; their number; and how many of
@@ -52,7 +53,11 @@ class SupervisedFineTuning(Objective):
         from torch.nn import functional
 
         logits, targets, _ = label_logits(model, batch)
-        return functional.cross_entropy(logits.float(), targets, reduction="sum")
+        # Of the training loss only: `score` stays comparable between trials.
+        smoothing = getattr(self.settings, "label_smoothing_factor", 0.0)
+        return functional.cross_entropy(
+            logits.float(), targets, reduction="sum", label_smoothing=smoothing
+        )
 
     def score(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         import torch

@@ -9,6 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from rayfin.training.parallel import ParallelStrategy
+from rayfin.training.schedules import EVALUATED
 
 
 def training_arguments(
@@ -16,17 +17,26 @@ def training_arguments(
 ) -> TrainingArguments:
     """Evaluation, saving and the order of samples are ours; all else is Transformers'."""
     train, cuda = parallel.train, parallel.hardware.device == "cuda"
+    evaluated = train.lr_scheduler_type in EVALUATED  # `TrialTrainer` makes that schedule
     return TrainingArguments(
         output_dir=os.fspath(directory),
         max_steps=train.max_steps,
         learning_rate=train.learning_rate,
         per_device_train_batch_size=parallel.share.batch_size,
         gradient_accumulation_steps=parallel.share.accumulation,
-        lr_scheduler_type=train.lr_scheduler_type,
-        warmup_steps=train.warmup_ratio,
+        optim=train.optim,
+        optim_args=train.optim_args,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        lr_scheduler_type="constant" if evaluated else train.lr_scheduler_type,
+        lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs) or None,
+        metric_for_best_model="eval_loss" if evaluated else None,
+        warmup_steps=train.warmup_ratio if train.warmup_steps is None else train.warmup_steps,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         activation_checkpointing=train.gradient_checkpointing,
+        use_liger_kernel=train.use_liger_kernel,
         seed=train.seed,
         bf16=parallel.precision == "bfloat16",
         fp16=parallel.precision == "float16",

@@ -1,8 +1,8 @@
 """Finding, reading and ending a trial's checkpoints; each directory is whole or absent.
 
-A checkpoint is of no strategy and no number of workers: safetensors hold what is trained and
-AdamW's moments, whole and by name, and JSON the rest, a sum of every file included. Only the random
-states are pickled, by Transformers, and read as plain values (`weights_only`).
+A checkpoint is of no strategy and no number of workers: safetensors hold what is trained and the
+optimizer's state, whole and by name, and JSON the rest, a sum of every file included. Only the
+random states are pickled, by Transformers, and read as plain values (`weights_only`).
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class TrainingProgress:
     train_seconds: float
     schedule_steps: int
     learning_rate: float
+    schedule: dict[str, Any] | None = None
+    """The state of a schedule that follows the evaluations, and no function of the steps is."""
 
 
 def staging(location: StoragePath) -> Path:
@@ -137,15 +139,15 @@ def load_tensors(directory: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def save_progress(progress: TrainingProgress, directory: Path) -> None:
-    write_json(directory / _PROGRESS, asdict(progress))
+    told = {name: value for name, value in asdict(progress).items() if value is not None}
+    write_json(directory / _PROGRESS, told)
 
 
 def load_progress(directory: Path) -> TrainingProgress:
     """Return the progress in a checkpoint; what other versions wrote there is passed over."""
     values = json.loads((directory / _PROGRESS).read_text(encoding="utf-8"))
-    return TrainingProgress(
-        **{field.name: values[field.name] for field in fields(TrainingProgress)}
-    )
+    known = {field.name for field in fields(TrainingProgress)}
+    return TrainingProgress(**{name: values[name] for name in values if name in known})
 
 
 def save_adapter(

@@ -6,6 +6,7 @@ from rayfin.config import Config
 from rayfin.errors import ConfigError, MethodError
 from rayfin.methods import methods_that
 from rayfin.objectives import Objective, objective_of
+from rayfin.training.optimization import check_optimization
 
 
 def check_combination(config: Config) -> None:
@@ -59,6 +60,7 @@ def check_combination(config: Config) -> None:
             "it is not measured there",
             f"use one of {', '.join(objective.metrics)}",
         )
+    check_optimization(config)
     if method.virtual_tokens:
         tokens = method.positions
         if tokens >= config.data.max_length:

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rayfin.compat.transformers import layer_classes, mark_sharded
 from rayfin.errors import ConfigError
-from rayfin.training.parallel import ParallelStrategy, Tensors
+from rayfin.training.optimizer_state import Tensors
+from rayfin.training.parallel import ParallelStrategy
 
 
 class FullyShardedStrategy(ParallelStrategy):

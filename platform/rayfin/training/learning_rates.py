@@ -32,7 +32,14 @@ def divide_groups(
 
 
 def resume_schedule(scheduler: Any, progress: TrainingProgress) -> None:
-    """Sets where learning rates stand: their schedule is a function of the steps alone."""
+    """Set where learning rates stand: by the steps alone, or as a schedule says of itself."""
+    if progress.schedule is not None:
+        scheduler.load_state_dict(progress.schedule)
+        for group, rate in zip(
+            scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True
+        ):
+            group["lr"] = rate
+        return
     groups = scheduler.optimizer.param_groups
     first = groups[0]["initial_lr"]
     rates = [

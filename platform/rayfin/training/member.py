@@ -117,7 +117,14 @@ def decided(
     beside = sum(frozen_bytes(one, dtype, hardware.device) for one in companions)
     chosen = [
         choose(
-            spec.method, facts, hardware, workers=group.size, here=here, dtype=dtype, beside=beside
+            spec.method,
+            facts,
+            hardware,
+            workers=group.size,
+            here=here,
+            train=spec.train,
+            dtype=dtype,
+            beside=beside,
         )
     ]
     if group.size > 1:

@@ -11,9 +11,9 @@ import torch
 from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
 from rayfin.methods import load_training_state, training_state
+from rayfin.training.optimizer_state import Tensors, named_state, states_of
 from rayfin.training.strategies import WorkerLayout, share_of_step
 
-Tensors = dict[str, torch.Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of every trained number, by PyTorch's names."""
 
@@ -84,18 +84,14 @@ class ParallelStrategy:
         load_training_state(model, weights)
 
     def moments(self, model: torch.nn.Module, optimizer: Any) -> Tensors:
-        """Return AdamW's state of `model`, `<moment>/<parameter>`, and `step`; see `weights`.
+        """Return the optimizer's state of `model`, whole and by name; see `weights`.
 
-        `optimizer` is the trainer's, in the wrappers of Accelerate.
+        `optimizer` is the trainer's, in the wrappers of Accelerate; `optimizer_state` says by which
+        names.
         """
         state = _inner(optimizer).state
-        found: Tensors = {}
-        for name, parameter in trained(model):
-            kept = state[parameter]
-            found["step"] = torch.tensor(float(kept["step"]))
-            for moment in MOMENTS:
-                found[f"{moment}/{name}"] = self._assemble(kept[moment]).float().cpu()
-        return found
+        kept = {name: state[p] for name, p in trained(model) if p in state}
+        return named_state(kept, self._assemble)
 
     def load_moments(
         self,
@@ -109,13 +105,10 @@ class ParallelStrategy:
         `weights` are those that `load_weights` has put back, for an optimizer with copies of them.
         """
         inner = _inner(optimizer)
+        states = states_of(dict(trained(model)), moments, self._part)
         names = {parameter: name for name, parameter in trained(model)}
         numbered = (p for group in inner.param_groups for p in group["params"])
-        state = {
-            number: {"step": moments["step"].clone()}
-            | {m: self._part(moments[f"{m}/{names[p]}"], p) for m in MOMENTS}
-            for number, p in enumerate(numbered)
-        }
+        state = {n: states[names[p]] for n, p in enumerate(numbered) if names[p] in states}
         groups = inner.state_dict()["param_groups"]
         inner.load_state_dict({"state": state, "param_groups": groups})
 
@@ -134,8 +127,8 @@ def trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """Return PyTorch's own optimizer, without the wrappers of Accelerate."""
-    while not type(optimizer).__module__.startswith("torch."):
-        optimizer = optimizer.optimizer
+    """Return the optimizer itself, without the wrappers of Accelerate."""
+    while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = wrapped
     found: torch.optim.Optimizer = optimizer
     return found

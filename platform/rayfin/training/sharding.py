@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-from rayfin.config import MethodConfig
+from rayfin.config import MethodConfig, TrainConfig
+from rayfin.config.optimizers import OPTIMIZERS
 from rayfin.config.schema import Strategy
 from rayfin.models.facts import ModelFacts
 from rayfin.training.strategy_files import LARGEST_BUCKET
@@ -27,8 +28,10 @@ _FLOAT32 = 4
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight: 4 bits, an 8-bit constant for 64 of them, and a float32 for 256 such constants (double
 quantisation: arXiv:2305.14314, section 3)."""
-_ADAMW_BYTES = 8
-"""A trained parameter: two moments in float32, as torch's AdamW keeps them."""
+_8BIT_BYTES = 1 + 4 / 256
+"""A number of an 8-bit optimizer, with a float32 scale for every 256 (arXiv:2110.02861)."""
+_LEAST_8BIT = 4096
+"""Numbers of a tensor from which bitsandbytes keeps its state in 8 bits: its min_8bit_size."""
 
 _LIVE = 1e9
 """Weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters."""
@@ -59,10 +62,18 @@ class UnshardedBytes:
     """Whether these are the model's own."""
     computed: int
     """Bytes of a number that products take: 2 where there is mixed precision."""
+    state: float
+    """Bytes that the optimizer keeps for each number that is trained."""
 
     @classmethod
     def of(
-        cls, method: MethodConfig, facts: ModelFacts, strategy: Strategy, dtype: str, device: Device
+        cls,
+        method: MethodConfig,
+        facts: ModelFacts,
+        strategy: Strategy,
+        dtype: str,
+        device: Device,
+        train: TrainConfig,
     ) -> UnshardedBytes:
         """`dtype`: model.dtype."""
         width, bits = base_width(method, strategy, dtype, device), method.quantization_bit
@@ -75,6 +86,7 @@ class UnshardedBytes:
             trained=method.trained_parameters(facts),
             full=method.trains == "weights",
             computed=2 if device == "cuda" else _FLOAT32,
+            state=optimizer_bytes(train, method, facts),
         )
 
     @property
@@ -85,6 +97,24 @@ class UnshardedBytes:
     def bucket(self) -> float:
         """Bytes of gradients on their way to the others; rayfin.training.zero sets their size."""
         return self.computed * min(self.trained, LARGEST_BUCKET)
+
+
+def optimizer_bytes(train: TrainConfig, method: MethodConfig, facts: ModelFacts) -> float:
+    """Return the bytes that the optimizer keeps for each number that is trained.
+
+    A trained tensor counts as a matrix of the method's rank or tokens, and of the model's width.
+    """
+    known = OPTIMIZERS[train.optim]
+    if method.capacity is not None:
+        side = int(getattr(method, method.capacity))
+    else:
+        side = facts.hidden_size if method.trains == "weights" else 1
+    if known.moments is None:  # a mean for each row and column: arXiv:1804.04235, section 3
+        return _FLOAT32 * (1 / side + 1 / facts.hidden_size)
+    arguments = train.optim_args or ""
+    numbers = known.moments + ("momentum=" in arguments) + ("centered=" in arguments)
+    small = known.bits == 32 or side * facts.hidden_size < _LEAST_8BIT
+    return numbers * (_FLOAT32 if small else _8BIT_BYTES)
 
 
 def base_width(method: MethodConfig, strategy: Strategy, dtype: str, device: Device) -> int:
@@ -108,7 +138,7 @@ def _ddp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
         whole.weights,
         0.0 if whole.full else _FLOAT32 * whole.trained,
         min(workers, 2) * _FLOAT32 * whole.trained,
-        _ADAMW_BYTES * whole.trained,
+        whole.state * whole.trained,
     )
 
 
@@ -125,19 +155,19 @@ def _fsdp(whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
             here * whole.weights + blocks + whole.rest,
             _FLOAT32 * whole.trained,
             2 * _FLOAT32 * whole.trained,
-            _ADAMW_BYTES * whole.trained,
+            whole.state * whole.trained,
         )
     gathered = blocks + whole.rest
     return WorkerBytes(
         here * whole.weights + gathered * whole.computed / _FLOAT32,
         0.0,
         here * _FLOAT32 * whole.trained + gathered,
-        here * _ADAMW_BYTES * whole.trained,
+        here * whole.state * whole.trained,
     )
 
 
 def _zero(stage: int, whole: UnshardedBytes, workers: int, offload: bool) -> WorkerBytes:
-    """Returns what ZeRO holds: float32 copies of the optimizer's part beside AdamW's moments, and
+    """Returns what ZeRO holds: float32 copies of the optimizer's part beside its state, and
     in a step also of the gradients, which otherwise have the type of the products.
     """
     part = whole.trained / workers
@@ -150,7 +180,7 @@ def _zero(stage: int, whole: UnshardedBytes, workers: int, offload: bool) -> Wor
         gradients = gradients if stage == 1 else 0.0
         return WorkerBytes(weights, adapter, gradients + whole.bucket, 0.0)
     gradients += whole.bucket + _FLOAT32 * part
-    return WorkerBytes(weights, adapter, gradients, (_FLOAT32 + _ADAMW_BYTES) * part)
+    return WorkerBytes(weights, adapter, gradients, (_FLOAT32 + whole.state) * part)
 
 
 _HELD: dict[Strategy, Callable[[UnshardedBytes, int, bool], WorkerBytes]] = {

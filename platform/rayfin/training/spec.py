@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, Section, TrainConfig
+from rayfin.config.optimizers import OPTIMIZERS
 from rayfin.models.chat_templates import template_digest, template_names
 from rayfin.objectives import objective_of
 from rayfin.paths import StoragePath
 from rayfin.statuses import Status
+from rayfin.training.schedules import EVALUATED, WITHOUT_WARMUP
 
 MEMORY_MONITOR = "running low on memory"
 """Words by which Ray says that it ended a process before its machine ran out of memory."""
@@ -46,21 +48,14 @@ class TrialSpec(Section):
         number of samples in an optimizer step, which any number of workers share. `companions` are
         the identities of the objective's, by the settings that name them.
         """
-        train = self.train.model_dump(mode="json")
+        train = _computed(self.train)
         samples = train.pop("per_device_train_batch_size") * train.pop(
             "gradient_accumulation_steps"
         )
-        for name in (
-            *("per_device_eval_batch_size", "eval_steps", "save_steps", "sample_generations"),
-        ):
-            del train[name]  # how often one looks and at what, not what is computed
-        if self.train.lr_scheduler_type == "constant":  # it has no warmup
-            train["warmup_ratio"] = TrainConfig().warmup_ratio
-        if self.train.train_on == "all":
-            del train["train_on"]  # as it was before there was a choice
         train |= companions or {}
+        attention = self.model.attn_implementation
         computation = {
-            "model": [model_identity, self.model.dtype],
+            "model": [model_identity, self.model.dtype, *([attention] * (attention != "auto"))],
             "data": [data_digest, self.data.max_length, *self._tokens()],
             "method": self.method.computed(),
             "train": train | {"samples_per_step": samples},
@@ -85,6 +80,40 @@ def _absolute_data(data: DataConfig) -> DataConfig:
     if template is not None and template not in template_names():
         template = absolute(template)
     return data.with_paths(absolute).model_copy(update={"chat_template": template})
+
+
+_FIRST = frozenset(
+    {
+        *("stage", "learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"),
+        *("gradient_accumulation_steps", "max_steps", "eval_steps", "save_steps", "seed"),
+        *("lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm", "packing"),
+        *("group_by_length", "gradient_checkpointing"),
+    }
+)
+"""Settings of every objective that enter a fingerprint at their default, too. Those that came later
+enter where they differ from it, so that trials in older histories are found again."""
+
+
+def _computed(train: TrainConfig) -> dict[str, Any]:
+    """Return the settings on which the computation depends, those without an effect at defaults."""
+    found = train.model_dump(mode="json")
+    fields = TrainConfig.model_fields
+    if train.lr_scheduler_type in WITHOUT_WARMUP or train.warmup_steps is not None:
+        found["warmup_ratio"] = fields["warmup_ratio"].default
+    found["optim"] = OPTIMIZERS[train.optim].same_as or train.optim
+    for name in (
+        *("per_device_eval_batch_size", "eval_steps", "save_steps", "sample_generations"),
+    ):
+        del found[name]  # how often one looks and at what, not what is computed
+    if train.lr_scheduler_type in EVALUATED:
+        found["eval_steps"] = train.evaluate_every  # it is, by when the rate changes
+    return {
+        name: value
+        for name, value in found.items()
+        if name in _FIRST
+        or name not in fields
+        or value != fields[name].get_default(call_default_factory=True)
+    }
 
 
 def absolute_companions(train: TrainConfig) -> TrainConfig:

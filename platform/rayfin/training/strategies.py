@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.config import Config, MethodConfig, ScalingConfig, TrainConfig
+from rayfin.config.optimizers import DEFAULT_OPTIMIZER
 from rayfin.config.schema import Strategy
-from rayfin.errors import ConfigError
+from rayfin.errors import ConfigError, listed
 from rayfin.hardware import Hardware
 from rayfin.models import ModelFacts
 from rayfin.objectives import objective_of
@@ -31,6 +32,10 @@ STRATEGIES: dict[Strategy, str] = {
 
 ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054; FSDP: Zhao et al. 2023, arXiv:2304.11277.
 """
+
+SHARDED_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
+"""Optimizers whose state was seen to be sharded, gathered and resumed: `ZeroStrategy` knows the
+names of AdamW's moments, and the other ones treat a matrix as a whole, or in blocks."""
 
 # Of a worker's memory; the rest is for activations and whatever else is there.
 _ROOM = 0.6
@@ -92,9 +97,18 @@ def share_of_step(train: TrainConfig, workers: int) -> Share:
     return Share(batch, own // batch)
 
 
-def refusal(strategy: Strategy, method: MethodConfig) -> str | None:
+def refusal(strategy: Strategy, method: MethodConfig, optim: str = DEFAULT_OPTIMIZER) -> str | None:
     """Return why `strategy` can't train `method`, and what can; None where it can."""
     bits = method.quantization_bit
+    shards_state = strategy.startswith("deepspeed") or (
+        strategy == "fsdp" and method.trains == "weights"
+    )
+    if shards_state and optim not in SHARDED_OPTIMIZERS:
+        others = "ddp" if method.trains == "weights" else "ddp or fsdp"
+        return (
+            f"it shards the optimizer's state, and can do so for {listed(SHARDED_OPTIMIZERS)}, not "
+            f"train.optim={optim}; use one of these, or {others}, where every worker has it whole"
+        )
     if (own := method.strategy_refusal(strategy)) is not None:
         return own
     if strategy == "deepspeed-zero3" and bits:
@@ -115,7 +129,8 @@ def check_scaling(config: Config) -> None:
     scaling = config.scaling
     share_of_step(config.train, scaling.num_workers)
     strategy = scaling.strategy
-    if strategy != "auto" and (why := refusal(strategy, config.method)) is not None:
+    optim = config.train.optim
+    if strategy != "auto" and (why := refusal(strategy, config.method, optim)) is not None:
         quantized = config.method.quantization_bit
         bits = f" with {quantized}-bit weights" if quantized else ""
         raise ConfigError(
@@ -206,15 +221,17 @@ def choose(
     *,
     workers: int,
     here: int,
+    train: TrainConfig | None = None,
     dtype: str = "auto",
     beside: float = 0.0,
 ) -> tuple[Strategy, str]:
     """Return the simplest strategy that fits the memory of a worker, and why (for `auto`).
 
     `here`: how many of the `workers` share the memory of a machine that has no GPU; `dtype`: that
-    of the base, model.dtype; `beside`: bytes of the objective's companions. Activations are not
-    counted, but have room left for them. Only what `verified` holds for the device is chosen; for
-    GPUs, while nothing was run on any, what it holds for CPUs, and `why` says so.
+    of the base, model.dtype; `train` has the optimizer; `beside`: bytes of the objective's
+    companions. Activations are not counted, but have room left for them. Only what `verified` holds
+    for the device is chosen; for GPUs, while nothing was run on any, what it holds for CPUs, and
+    `why` says so.
     """
     on_gpu = hardware.device == "cuda"
     memory = hardware.device_memory if on_gpu else hardware.host_memory / here
@@ -226,10 +243,11 @@ def choose(
     if method.changes_base and _installed("deepspeed"):
         order.append("deepspeed-zero2")  # of what is trained, most is gradients and moments
     order.append("fsdp")
-    usable = [s for s in order if s in seen and refusal(s, method) is None]
+    train = train or TrainConfig()
+    usable = [s for s in order if s in seen and refusal(s, method, train.optim) is None]
     needs = {}
     for strategy in usable:
-        whole = UnshardedBytes.of(method, facts, strategy, dtype, hardware.device)
+        whole = UnshardedBytes.of(method, facts, strategy, dtype, hardware.device, train)
         needs[strategy] = beside + sum(held(strategy, whole, workers=workers))
     room = memory * _ROOM
     size = f"about {{:.1f}} GB of each worker's {memory / 1e9:.1f} GB"

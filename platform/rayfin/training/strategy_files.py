@@ -37,8 +37,8 @@ _OWNER = {
 """Settings of DeepSpeed and FSDP, and where rayfin has each of them."""
 
 _REFUSED = {
-    "optimizer": "rayfin trains with AdamW: train.learning_rate, train.weight_decay",
-    "scheduler": "rayfin has train.lr_scheduler_type and train.warmup_ratio",
+    "optimizer": "rayfin has train.optim, train.learning_rate and train.weight_decay",
+    "scheduler": "rayfin has train.lr_scheduler_type, train.warmup_ratio and train.warmup_steps",
     "state_dict_type": "rayfin's checkpoints are the same for every strategy",
     "cpu_ram_efficient_loading": "rayfin shards a model layer by layer as it lies in host memory",
 }
@@ -150,7 +150,7 @@ def deepspeed_settings(
         "bf16": {"enabled": precision == "bfloat16"},
         "fp16": {"enabled": precision == "float16"},
         "zero_optimization": zero,
-        # The optimizer is Transformers' AdamW, as everywhere.
+        # The optimizer is PyTorch's AdamW, as everywhere.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,  # rayfin reports

@@ -42,6 +42,7 @@ from rayfin.training.flow import Flow
 from rayfin.training.learning_rates import divide_groups, resume_schedule
 from rayfin.training.parallel import ParallelStrategy
 from rayfin.training.preemption import PreemptionWatch
+from rayfin.training.schedules import EVALUATED, follow_evaluations, schedule_state
 from rayfin.training.scoring import score_together
 from rayfin.training.spec import TrialSpec
 from rayfin.training.trial_inputs import TrialCallbacks, TrialData
@@ -130,6 +131,12 @@ class TrialTrainer(SteppedTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         divide_groups(optimizer, self.trained, self.method.rate_factor)
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' own, but for those that it ties to evaluations of its own."""
+        if self.lr_scheduler is None and self.train_config.lr_scheduler_type in EVALUATED:
+            self.lr_scheduler = follow_evaluations(self.train_config, self.optimizer)
+        return super().create_scheduler(*args, **kwargs)
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         beat(f"training step {self.state.global_step + 1}")
@@ -302,6 +309,7 @@ class TrialTrainer(SteppedTrainer):
                 train_seconds=self.train_seconds,
                 schedule_steps=scheduler.last_epoch,
                 learning_rate=scheduler.get_last_lr()[0],
+                schedule=schedule_state(self.train_config, scheduler),
             )
             save_progress(progress, Path(directory))
             if self.base_scores is not None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayfin.collector import collector_paused
+from rayfin.compat.bitsandbytes import forget_optimizers
 from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.heartbeat import beat, pause
@@ -32,6 +33,8 @@ from rayfin.training.checkpoint import (
 )
 from rayfin.training.companions import of_companions
 from rayfin.training.memory import PeakMemory, release_memory
+from rayfin.training.noise import embedding_noise
+from rayfin.training.optimization import check_device
 from rayfin.training.spec import Report, TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout
 from rayfin.training.trial_cache import TrialCache, pad_token_id
@@ -124,6 +127,7 @@ def _train(
     scenario: dict[str, Any],
 ) -> TrialResult:
     hardware, cache, layout = worker.hardware, worker.cache, worker.layout
+    check_device(spec.model, spec.train, hardware.device)
     with collector_paused():
         if (
             hardware.device == "cpu"
@@ -208,13 +212,14 @@ def _train(
         if resumed is None:
             beat("initializing the method", bulk=True)
             initialize(model, spec, objective, data, cache)
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        with embedding_noise(model, spec.train.neftune_noise_alpha):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         template, origin = spec.data.chat_template, cache.origin(spec.model)
         adapter = _finish(trainer, model, tokenizer, data.ends, location, origin, template)
         checkpoints.remove_local_copy()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
-        changed = spec.method.alters_base or strategy.on_host
+        changed = spec.method.alters_base or strategy.on_host or spec.train.use_liger_kernel
         _give_back(model, trainer, cache, changed=changed)
 
 
@@ -293,6 +298,7 @@ def _give_back(
         # Else the optimizer's state would stay beside the next trial's until a collection.
         trainer.optimizer = None
         trainer.lr_scheduler = None
+        forget_optimizers()
         trainer.accelerator.free_memory()
 
 

@@ -21,7 +21,8 @@ from rayfin.compat.deepspeed import (
 from rayfin.config import TrainConfig
 from rayfin.hardware import Hardware
 from rayfin.methods import load_state_beside, state_beside
-from rayfin.training.parallel import MOMENTS, ParallelStrategy, Tensors, trained
+from rayfin.training.optimizer_state import Tensors
+from rayfin.training.parallel import MOMENTS, ParallelStrategy, trained
 from rayfin.training.strategies import WorkerLayout
 from rayfin.training.strategy_files import LARGEST_BUCKET, deepspeed_settings
 

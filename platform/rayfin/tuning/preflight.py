@@ -18,6 +18,7 @@ from rayfin.methods import linear_names
 from rayfin.models import check_model, load_tokenizer, max_positions, meta_model, weight_names
 from rayfin.objectives import objective_of
 from rayfin.training.companions import companion_models, of_companions
+from rayfin.training.optimization import check_device, needs_gpu
 from rayfin.tuning.plan import SweepPlan
 
 
@@ -28,8 +29,13 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
     for this machine. Raise DependencyError where the installed Transformers can't train.
     """
     check_trainer()
+    configs = [*configs]
     if plan.config.scaling.use_gpu is True and cluster is None:
         describe_hardware(use_gpu=True)
+    if cluster is None and any(needs_gpu(config.model, config.train) for config in configs):
+        device = describe_hardware(plan.config.scaling.use_gpu).device
+        for config in configs:
+            check_device(config.model, config.train, device)
     seen: set[tuple[object, ...]] = set()
 
     def first_time(*what: object) -> bool:
