@@ -14,7 +14,7 @@ from rayfin.methods import METHODS
 from rayfin.training import TrialResult, TrialSpec
 
 # How often one looks, and how a step's samples are cut into batches, is not what is computed.
-FREE = {"per_device_eval_batch_size", "eval_steps", "save_steps", "stage"}
+FREE = {"per_device_eval_batch_size", "eval_steps", "save_steps", "stage", "sample_generations"}
 OTHER: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "train_on": "last",

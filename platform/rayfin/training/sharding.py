@@ -62,8 +62,8 @@ class UnshardedBytes:
     """Whether these are the model's own."""
     computed: int
     """Bytes of a number that products take: 2 where there is mixed precision."""
-    state: float
-    """Bytes that the optimizer keeps for each number that is trained."""
+    state: float = 2 * _FLOAT32
+    """Bytes that the optimizer keeps for each number that is trained: AdamW two moments."""
 
     @classmethod
     def of(
@@ -73,9 +73,9 @@ class UnshardedBytes:
         strategy: Strategy,
         dtype: str,
         device: Device,
-        train: TrainConfig,
+        train: TrainConfig | None = None,
     ) -> UnshardedBytes:
-        """`dtype`: model.dtype."""
+        """`dtype`: model.dtype; `train` has the optimizer, AdamW where it is left out."""
         width, bits = base_width(method, strategy, dtype, device), method.quantization_bit
         # LLM.int8() has a float32 scale for every row (arXiv:2208.07339).
         each = {4: _NF4_BYTES, 8: 1 + _FLOAT32 / facts.hidden_size, None: width}[bits]
@@ -86,7 +86,7 @@ class UnshardedBytes:
             trained=method.trained_parameters(facts),
             full=method.trains == "weights",
             computed=2 if device == "cuda" else _FLOAT32,
-            state=optimizer_bytes(train, method, facts),
+            state=optimizer_bytes(train or TrainConfig(), method, facts),
         )
 
     @property
