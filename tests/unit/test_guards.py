@@ -43,6 +43,7 @@ ORDER = (
     {"advisor"},
     {"adapters", "evaluation", "export"},
     {"serving"},
+    {"data_tools"},
     {"library"},
     {"cli", "__main__"},
 )

@@ -12,6 +12,7 @@ from rayfin.cli import (
     adapters,
     chat,
     completion,
+    data,
     doctor,
     estimate,
     history,
@@ -46,7 +47,19 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"rayfin {__version__}")
     verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-    modules = (init, sweep, train, recommend, estimate, serve, chat, history, adapters, doctor)
+    modules = (
+        init,
+        sweep,
+        train,
+        recommend,
+        data,
+        estimate,
+        serve,
+        chat,
+        history,
+        adapters,
+        doctor,
+    )
     for module in (*modules, completion):
         module.register(verbs)
     return parser

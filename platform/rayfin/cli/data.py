@@ -1,0 +1,159 @@
+"""`rayfin data`: look at data, divide it and convert it before it is trained on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rayfin.cli.parser import print_json
+from rayfin.cli.settings import add_settings
+from rayfin.errors import UsageError
+
+_MARKED = "bold green"
+"""The style of what is learned of a sample."""
+
+# What runs at `rayfin --help` stays light: heavy imports stand inside the handlers.
+if TYPE_CHECKING:
+    from rayfin.config import Config
+    from rayfin.data_tools.inspection import Inspection, Lengths, SamplePart
+    from rayfin.tables import TextTable
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `data` and its verbs to the command line."""
+    summary = "look at data before training"
+    data = subparsers.add_parser("data", help=summary, description=summary.capitalize())
+    verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    summary = "what is read as what, how long it is, and some samples as they are trained on"
+    inspect = verbs.add_parser("inspect", help=summary, description=summary.capitalize())
+    _add_data(inspect)
+    inspect.add_argument(
+        "--samples", type=_count, default=3, metavar="N", help="show N training samples (3)"
+    )
+    inspect.add_argument("--json", action="store_true", help="print JSON for machines")
+    inspect.epilog = f"Example: {inspect.prog} my.jsonl model.name=smollm2-135m"
+    inspect.set_defaults(handler=inspect_data)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the argument DATA, and settings after it."""
+    add_settings(parser)
+    for action in parser._actions:
+        if action.dest == "settings":
+            action.metavar = "DATA | config.yaml | section.key=value"
+            action.help = (
+                "a file, directory or hub id (data.path) or a configuration file first, if any, "
+                "and settings that win over it"
+            )
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no number; give 0 or more")
+    return int(text)
+
+
+def _configuration(settings: list[str]) -> Config:
+    """Return the configuration of DATA or a configuration file, and settings.
+
+    Raises UsageError where nothing names the data.
+    """
+    from rayfin.config import load_config
+
+    file: Path | None = None
+    named: list[str] = []
+    if settings and "=" not in settings[0]:
+        if settings[0].lower().endswith((".yaml", ".yml")):
+            file = Path(settings[0])
+        else:
+            named = [f"data.path={settings[0]}"]
+        settings = settings[1:]
+    config = load_config(file, [*named, *settings])
+    if not {"path", "sources"} & config.data.model_fields_set:
+        raise UsageError("nothing names the data; give a file, a directory or a hub id")
+    return config
+
+
+def inspect_data(args: argparse.Namespace) -> int:
+    """`rayfin data inspect`"""
+    from rayfin.data_tools import inspection
+    from rayfin.library.process import prepare_process
+
+    config = _configuration(args.settings)
+    prepare_process()
+    found = inspection.inspect_data(config, args.samples)
+    if args.json:
+        print_json(found.as_dict())
+    else:
+        _print_inspection(config, found)
+    return 0
+
+
+def _print_inspection(config: Config, found: Inspection) -> None:
+    from rich.text import Text
+
+    from rayfin.data.splits import count_rows
+    from rayfin.tables import output
+
+    console = output()
+    held = "held out" if found.eval_split == "held_out" else found.eval_split
+    console.print(
+        Text(
+            f"{config.data.title}: read as {found.shape}; {found.rows_train} rows to train on, "
+            f"{found.rows_eval} to evaluate on ({held})",
+            style="bold",
+        )
+    )
+    # The bad rows follow one by one.
+    notes = (note for note in found.notes if " rows are bad and left out, first " not in note)
+    for note in notes:
+        console.print(Text(f"- {note.removeprefix('data: ')}"))
+    if found.bad_rows:
+        console.print(Text(f"{count_rows(found.bad_rows)} can't be used:", style="bold red"))
+        for reason in found.first_bad_rows:
+            console.print(Text(f"- {reason}"))
+        if found.bad_rows > len(found.first_bad_rows):
+            console.print(Text(f"- and {found.bad_rows - len(found.first_bad_rows)} more"))
+    console.print(_lengths_table(config, found))
+    for number, parts in enumerate(found.samples, 1):
+        _print_sample(number, parts)
+
+
+def _lengths_table(config: Config, found: Inspection) -> TextTable:
+    from rayfin.tables import TableColumn, TextTable
+
+    percentiles = list(found.lengths.percentiles)
+    names = ["mean", *percentiles, "max"]
+    columns = [TableColumn(f"tokens of {config.model.name}", folds=True)]
+
+    def row(title: str, lengths: Lengths) -> list[str]:
+        numbers = (lengths.percentiles[name] for name in percentiles)
+        return [title, f"{lengths.mean:.0f}", *map(str, numbers), str(lengths.longest)]
+
+    return TextTable(
+        [*columns, *(TableColumn(name, right=True) for name in names)],
+        [
+            row(f"whole, of {found.tokenized} samples", found.lengths),
+            row("learned", found.learned),
+        ],
+    )
+
+
+def _print_sample(number: int, parts: tuple[SamplePart, ...]) -> None:
+    """Print a sample with what is learned of it in bold; in a pipe, that stands beneath it."""
+    from rich.text import Text
+
+    from rayfin.redaction import printable
+    from rayfin.tables import output
+
+    console = output()
+    legend = (", learned is ", (_MARKED, _MARKED)) if console.is_terminal else ()
+    console.print(Text.assemble("\n", (f"sample {number}", "bold"), *legend))
+    shown = [(printable(each.text), _MARKED if each.learned else "") for each in parts]
+    console.print(Text.assemble(*shown))
+    if not console.is_terminal:
+        for each in parts:
+            if each.learned:
+                console.print(Text(f"learned: {each.text!r}"))

@@ -1,0 +1,1 @@
+"""Work on data before training: look at it, divide it, convert it."""
