@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler
 from pydantic.fields import FieldInfo
@@ -42,5 +42,7 @@ class OneOf:
 
 
 def registered_names(field: FieldInfo) -> tuple[str, ...]:
-    """Return the names that a setting annotated with `OneOf` takes, none for other settings."""
-    return tuple(name for it in field.metadata if isinstance(it, OneOf) for name in it.names())
+    """Return the names that a setting, or a list's item, annotated with `OneOf` takes, or none."""
+    of_items = [it for item in get_args(field.annotation) for it in get_args(item)[1:]]
+    found = (it for it in (*field.metadata, *of_items) if isinstance(it, OneOf))
+    return tuple(name for it in found for name in it.names())

@@ -35,6 +35,7 @@ ORDER = (
         "collector",
         "heartbeat",
         "watchdog",
+        "trackers",
     },
     {"data", "models"},
     {"training"},

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import Trainer
 from transformers.training_args import OptimizerNames
 
 from rayfin.compat.private import PrivateName
 from rayfin.compat.versions import check_trainer
+
+with redirect_stdout(sys.stderr):  # where WANDB_MODE=offline, it prints that, among the results
+    from transformers import Trainer
 
 _name = partial(PrivateName, __name__)
 _step = partial(_name, "transformers", instead="a documented method of Trainer to override")

@@ -21,6 +21,7 @@ from rayfin.methods import MethodConfig
 from rayfin.metrics import score_names, score_of
 from rayfin.objectives import DEFAULT, OBJECTIVES, main_metric
 from rayfin.section import OneOf, Section
+from rayfin.trackers import TRACKERS
 
 ADAPTER_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -109,7 +110,6 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the initialisation, the order of samples and dropout."""
-
     sample_generations: int = Field(0, ge=0)
     """Held-out questions that the model answers at each evaluation, always the same ones; shown in
     the terminal, the trackers and the report. The training stays the same, bit for bit."""
@@ -250,6 +250,14 @@ class PublishConfig(Section):
     """Directory under which the registry lies; null is the run's storage."""
 
 
+def _listed(value: Any) -> Any:
+    """Return one name as a list of it, `none` as an empty list, and each name once."""
+    if isinstance(value, str):
+        return () if value == "none" else (value,)
+    strings = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return tuple(dict.fromkeys(value)) if strings else value
+
+
 class Config(Section):
     """An experiment: what to train, on what, how, where, and what to do with the result."""
 
@@ -263,6 +271,10 @@ class Config(Section):
     """Publish the result as an adapter; null keeps it in the run's directory only."""
     storage: str = Field("./runs", min_length=1)
     """Directory (local or NFS) for runs, history and adapters; or s3://… or gs://… for runs."""
+    report_to: Annotated[
+        tuple[Annotated[str, OneOf(lambda: TRACKERS)], ...], BeforeValidator(_listed)
+    ] = ()
+    """Trackers that are shown the trials: tensorboard, mlflow, wandb, trackio."""
     history: str | None = Field(None, repr=False)
     """URL of the trial history; null is SQLite under storage, which must be a directory then."""
 

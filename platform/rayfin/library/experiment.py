@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from rayfin.config import Config, load_config
 from rayfin.errors import RayfinError
 from rayfin.library.messages import Say
 from rayfin.library.stores import history_url
+from rayfin.trackers import check_installed
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion, Registry
@@ -48,6 +49,11 @@ class Failures:
             why = str(error) if isinstance(error, RayfinError) else _named(error)
             self.lines.append(f"{what}: {' '.join(why.split())}; {remedy}")
 
+    def missing(self, lines: Iterable[str], again: str) -> None:
+        """Note what trackers lack; `again` is the option with which the same command sends it."""
+        for line in lines:
+            self.lines.append(f"report_to: {line}; the same command{again} sends it")
+
 
 def _named(error: Exception) -> str:
     lines = str(error).strip().splitlines()
@@ -71,6 +77,7 @@ class Experiment:
         from rayfin.history import History
         from rayfin.paths import Storage
 
+        check_installed(config.report_to)
         registry = None
         if (publish := config.publish) is not None:
             check_name(publish.name)

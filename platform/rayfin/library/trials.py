@@ -10,6 +10,7 @@ from rayfin.library.experiment import ConfigSource, Experiment, Failures, config
 from rayfin.library.messages import notes_to, progress_to
 from rayfin.library.process import prepare_process
 from rayfin.library.results import SweepResult, TrainResult
+from rayfin.library.tracking import Tracking
 
 if TYPE_CHECKING:
     from rayfin.adapters import AdapterVersion
@@ -50,32 +51,42 @@ def sweep(
 
     prepare_process()
     experiment = Experiment.open(configuration(config))
-    with experiment.history as history:
-        options = SweepOptions(
-            resume=resume,
-            rerun=rerun,
-            address=address,
-            notes=tuple(notes),
-            advise=lambda plan: advisor_for_sweep(plan, history),
-            refuse=MemoryCheck(history),
-            progress=ProgressDisplay() if progress else ProgressDisplay.silent(),
-        )
-        ended = run_sweep(experiment.config, history, experiment.storage, options)
-    # What follows a sweep may fail in more ways than training did: first what the trials are worth.
-    report = _write_report(experiment, ended)
-    failures = Failures()
-    published: AdapterVersion | None = None
-    samples: Sequence[Sample] = ()
-    if (best := ended.best) is not None and not ended.interrupted:
-        with failures.noting(*experiment.unpublished(best, " with --resume")):
-            published = experiment.publish(best, notes_to(progress))
-        with failures.noting(
-            "the report goes without sample answers",
-            "the same command with --resume tries again, sweep.report_samples=0 asks for none",
-        ):
-            samples = _samples(experiment.config, best)
-        if published is not None or samples:
-            report = _write_report(experiment, ended, published, samples)
+    display = ProgressDisplay() if progress else ProgressDisplay.silent()
+    with Tracking(experiment.config, experiment.storage, display.say) as tracking:
+        for line in tracking.locations:
+            progress_to(progress)(line)
+        with experiment.history as history:
+            options = SweepOptions(
+                resume=resume,
+                rerun=rerun,
+                address=address,
+                notes=tuple(notes),
+                advise=lambda plan: advisor_for_sweep(plan, history),
+                refuse=MemoryCheck(history),
+                progress=display,
+                on_record=tracking.record,
+            )
+            ended = run_sweep(experiment.config, history, experiment.storage, options)
+        # What follows may fail in more ways than training did: first what the trials are worth.
+        report = _write_report(experiment, ended)
+        failures = Failures()
+        published: AdapterVersion | None = None
+        samples: Sequence[Sample] = ()
+        if (best := ended.best) is not None and not ended.interrupted:
+            with failures.noting(*experiment.unpublished(best, " with --resume")):
+                published = experiment.publish(best, notes_to(progress))
+            with failures.noting(
+                "the report goes without sample answers",
+                "the same command with --resume tries again, sweep.report_samples=0 asks for none",
+            ):
+                samples = _samples(experiment.config, best)
+            if published is not None:
+                tracking.published(best, published)
+            if published is not None or samples:
+                report = _write_report(experiment, ended, published, samples)
+        outcome = _outcome(experiment, ended, published)
+        tracking.sweep_ended(ended.plan.sweep_id, outcome, ended.location / "report.html")
+        failures.missing(tracking.missing(), " with --resume")
     return _result(experiment, ended, report, published, failures)
 
 
@@ -173,19 +184,26 @@ def train(
 
     prepare_process()
     experiment = Experiment.open(configuration(config))
-    with experiment.history as history:
-        row = train_once(
-            experiment.config,
-            history=history,
-            storage=experiment.storage,
-            rerun=rerun,
-            address=address,
-            show=progress_to(progress),
-            note=notes_to(progress),
-        )
-    failures = Failures()
-    published: AdapterVersion | None = None
-    if row.status == "finished":
-        with failures.noting(*experiment.unpublished(row, "")):
-            published = experiment.publish(row, notes_to(progress))
+    show, note = progress_to(progress), notes_to(progress)
+    with Tracking(experiment.config, experiment.storage, note) as tracking:
+        for line in tracking.locations:
+            show(line)
+        with experiment.history as history:
+            row = train_once(
+                experiment.config,
+                history=history,
+                storage=experiment.storage,
+                rerun=rerun,
+                address=address,
+                show=show,
+                note=note,
+                on_record=tracking.record,
+            )
+        failures = Failures()
+        published: AdapterVersion | None = None
+        if row.status == "finished":
+            with failures.noting(*experiment.unpublished(row, "")):
+                published = experiment.publish(row, note)
+        tracking.trained(row, published)
+        failures.missing(tracking.missing(), "")
     return TrainResult(row, history.shown_url, published, tuple(failures.lines))

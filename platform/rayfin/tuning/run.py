@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from rayfin.history import History, TrialRecord
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.progress import ProgressDisplay
+from rayfin.tuning.record import OnRecord
 from rayfin.tuning.search import Advisor
 from rayfin.tuning.space import Values
 
@@ -33,3 +34,5 @@ class SweepRun:
     cluster: str | None = None
     """Address of the Ray cluster; None for one of the sweep's own."""
     progress: ProgressDisplay = field(default_factory=ProgressDisplay.silent)
+    on_record: OnRecord = lambda row: None
+    """Takes each row as it is written to the history."""

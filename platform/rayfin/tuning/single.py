@@ -27,6 +27,7 @@ from rayfin.tuning.generations import generation_lines
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
+from rayfin.tuning.record import OnRecord
 from rayfin.tuning.rows import ended, let_checkpoints_go, started, usable, with_result
 from rayfin.watchdog import WHERE
 
@@ -45,6 +46,8 @@ class _Say:
     """Takes those that say how far it is."""
     note: Callable[[str], None]
     """Takes those that a user should know."""
+    record: OnRecord
+    """Takes each row as it is written to the history."""
 
 
 def train_once(
@@ -56,13 +59,15 @@ def train_once(
     address: str | None = None,
     show: Callable[[str], None] = print,
     note: Callable[[str], None] | None = None,
+    on_record: OnRecord = lambda row: None,
 ) -> TrialRecord:
     """Train `config` as it stands and record it; the same run is carried on where it was killed.
 
     A run that the history holds as finished is returned as it is, unless `rerun`. `show` gets lines
     that say how far the training is, `note` those that a user should know; it is `show` by default.
+    `on_record` gets each row that is written to the history.
     """
-    say = _Say(show, note or show)
+    say = _Say(show, note or show, on_record)
     with _collector_as_it_was():
         return _train_once(config, history, storage, rerun, address, say)
 
@@ -145,13 +150,20 @@ def _train_locked(
         # Else a run that is to be made anew would go on from them.
         clear_checkpoints(trial.location / "checkpoints")
     row = started(trial, before[0].created_at if before else None)
-    history.put(row)
+    _put(row, history, say)
     try:
         return _train_row(row, plan, trial, history, cluster, say)
     except BaseException:  # also Ctrl-C: the same command goes on
         with contextlib.suppress(HistoryError):
-            history.change(trial.trial_id, _interrupted)
+            changed = history.change(trial.trial_id, _interrupted)
+            if changed is not None:
+                say.record(changed)
         raise
+
+
+def _put(row: TrialRecord, history: History, say: _Say) -> None:
+    history.put(row)
+    say.record(row)
 
 
 def _interrupted(row: TrialRecord) -> TrialRecord | None:
@@ -188,14 +200,14 @@ def _train_row(
             raise StorageError(result.error or "storage: it can't be written")
         row = with_result(row, result)
         with busy("recording the result"):
-            history.put(row)
+            _put(row, history, say)
         show_answers(result)
 
     def report(result: TrialResult) -> None:
         nonlocal row  # a group that dies leaves what it had reported
         row = with_result(row, result)
         with busy("recording an evaluation"):
-            history.put(row)
+            _put(row, history, say)
         # Whoever reads what is shown may take their time.
         tell()
         hardware = result.scenario["hardware"]
@@ -240,7 +252,7 @@ def _train_row(
                     )
                     record(result)
         except HardwareError as error:  # the cluster is too small: a failed trial is a row, too
-            history.put(ended(row, "failed", str(error)))
+            _put(ended(row, "failed", str(error)), history, say)
             raise
     else:
         from rayfin.training.trial import run_trial

@@ -18,6 +18,7 @@ from rayfin.tuning.edges import edge_notes
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import ProgressDisplay, few_settings
+from rayfin.tuning.record import OnRecord
 from rayfin.tuning.rows import ended, let_checkpoints_go, was_refused
 from rayfin.tuning.run import SweepRun
 from rayfin.tuning.search import Advisor, distinct_settings
@@ -70,6 +71,8 @@ class SweepOptions:
     """Asked before a trial starts on this machine; what it refuses becomes a row that ran out of
     memory, with the reason. A cluster's machines may be others, and are not judged."""
     progress: ProgressDisplay = field(default_factory=ProgressDisplay)
+    on_record: OnRecord = lambda row: None
+    """Takes each row as it is written to the history."""
 
 
 def run_sweep(
@@ -109,6 +112,7 @@ def run_sweep(
             rerun=options.rerun,
             cluster=cluster,
             progress=options.progress,
+            on_record=options.on_record,
         )
         result = _run(run)
         return replace(result, notes=(*notes, *result.notes))

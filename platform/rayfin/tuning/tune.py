@@ -34,7 +34,12 @@ def run_trials(run: SweepRun) -> bool:
     before = {row.trial_id: row for row in run.unfinished}
     interrupted = [row for row in run.unfinished if not was_refused(row)]
     begun = {row.trial_id: row.created_at for row in interrupted}
-    recorder = Recorder(run.history, progress.update, begun, progress.restart)
+
+    def on_record(row: TrialRecord) -> None:
+        run.on_record(row)
+        progress.update(row)
+
+    recorder = Recorder(run.history, on_record, begun, progress.restart)
 
     def without_training(trial: PlannedTrial) -> TrialRecord | None:
         """Return the row of a trial that the history answers, or that can't run here."""

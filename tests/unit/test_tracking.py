@@ -1,0 +1,302 @@
+"""Trackers (report_to): what they are shown, and that none of them stops or slows a trial."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayfin.adapters import AdapterVersion
+from rayfin.config import Config, load_config
+from rayfin.errors import ConfigError, DependencyError
+from rayfin.evaluation import SweepOutcome
+from rayfin.history import TrialRecord
+from rayfin.library import tracking as module
+from rayfin.library.tracking import Tracking
+from rayfin.paths import Storage
+from rayfin.trackers import TRACKERS, Answers, Point, Run, Tracker, check_installed, register
+
+START = datetime(2026, 5, 6, 7, tzinfo=UTC)
+SECRET = "postgresql+psycopg://me:hunter2@db/x"
+
+
+class Notes(Tracker):
+    """A tracker in one file that registers itself: it notes what it is shown."""
+
+    name = "notes"
+    package = "json"
+    runs: dict[str, dict[str, Any]]
+    away: threading.Event
+    hangs: threading.Event
+    released: threading.Event
+    calls: list[str]
+
+    @property
+    def location(self) -> str:
+        return "in a dictionary"
+
+    def _called(self, what: str) -> None:
+        self.calls.append(what)
+        if self.hangs.is_set():
+            self.released.wait(120)
+        if self.away.is_set():
+            raise ConnectionError("refused https://me:hunter2@notes.example/")
+
+    def start(self, run: Run, key: str, native: str | None, parent: str | None) -> str:
+        self._called("start")
+        native = native or key
+        new = {"points": [], "answers": {}, "tags": {}, "files": {}, "settings": {}, "ends": []}
+        self.runs.setdefault(native, new | {"parent": parent, "title": run.title})
+        self.runs[native]["ends"].append("running")
+        return native
+
+    def configure(self, native: str, settings: Mapping[str, Any]) -> None:
+        self._called("configure")
+        assert not self.runs[native]["settings"], "once a run"
+        self.runs[native]["settings"] = dict(settings)
+
+    def log(self, native: str, points: Sequence[Point]) -> None:
+        self._called("log")
+        self.runs[native]["points"] += points
+
+    def show(self, native: str, answers: Sequence[Answers]) -> None:
+        self._called("show")
+        self.runs[native]["answers"] |= dict(answers)
+
+    def tag(self, native: str, tags: Mapping[str, str]) -> None:
+        self._called("tag")
+        self.runs[native]["tags"] |= tags
+
+    def attach(self, native: str, file: Path) -> None:
+        self._called("attach")
+        self.runs[native]["files"][file.name] = file.read_text()
+
+    def end(self, native: str, run: Run) -> None:
+        self._called("end")
+        self.runs[native]["ends"].append(run.status)
+        self.runs[native]["figures"] = dict(run.figures)
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Notes]]:
+    monkeypatch.setattr(Notes, "runs", {}, raising=False)
+    monkeypatch.setattr(Notes, "calls", [], raising=False)
+    for event in ("away", "hangs", "released"):
+        monkeypatch.setattr(Notes, event, threading.Event(), raising=False)
+    register(Notes)
+    yield Notes
+    del TRACKERS["notes"]
+    Notes.hangs.clear()
+    Notes.released.set()
+
+
+def row(number: int, status: str = "running", step: int = 0, **changes: Any) -> TrialRecord:
+    """A trial of the sweep as it stands at a step."""
+    curve: list[dict[str, Any]] = []
+    for at in range(2, step + 1, 2):
+        curve.append({"step": at, "loss": 3 - at / 10, "learning_rate": at / 1000})
+    if step:
+        curve.append({"step": step, "eval_loss": 2 - step / 10})
+        said = {"prompt": "p", "reference": "r", "answer": f"a{step}", "ended": True}
+        curve.append({"step": step, "generations": [said]})
+    metrics = {"eval_loss": 2 - step / 10, "steps": step, "tokens_per_second": 10.0 + step}
+    config = configuration()
+    values = {
+        "trial_id": f"sweep-0-{number:08x}",
+        "sweep_id": "sweep-0",
+        "fingerprint": f"{number:08x}{number:08x}",
+        "status": status,
+        "created_at": START,
+        "updated_at": START + timedelta(seconds=step),
+        "spec": {
+            name: section
+            for name, section in config.model_dump(mode="json").items()
+            if name in ("model", "data", "method", "train")
+        },
+        "metrics": metrics if step else {},
+        "curve": curve,
+        "error": f"lost {SECRET}" if status in ("failed", "oom") else None,
+        "directory": None,
+    }
+    return TrialRecord.parse(values | changes)
+
+
+def configuration() -> Config:
+    return load_config(
+        {
+            "method": {"type": "lora", "r": 4},
+            "sweep": {"parameters": {"method.r": [4, 8]}},
+            "data": {"path": "https://me:hunter2@files.example/rows.jsonl"},
+            "history": SECRET,
+            "report_to": ["notes"],
+        }
+    )
+
+
+class Driver:
+    """A command: its trackers, and the lines that it told."""
+
+    def __init__(self, storage: Path) -> None:
+        self.told: list[str] = []
+        self.tracking = Tracking(configuration(), Storage.at(storage), self.told.append)
+        self.storage = storage
+
+    def run(self, *rows: TrialRecord) -> list[str]:
+        for one in rows:
+            self.tracking.record(one)
+        return self.tracking.missing()
+
+    def end(self, *rows: TrialRecord, adapter: str | None = None) -> list[str]:
+        report = self.storage / "report.html"
+        report.write_text("the report")
+        best = next((one for one in rows if one.status == "finished"), None)
+        outcome = SweepOutcome(rows, configuration(), best, adapter)
+        if adapter is not None and best is not None:
+            name, _, number = adapter.partition("@")
+            version = AdapterVersion(name, int(number), report, {}, "LORA", None, ())
+            self.tracking.published(best, version)
+        self.tracking.sweep_ended("sweep-0", outcome, Storage.at(report).location)
+        return self.tracking.missing()
+
+
+@pytest.fixture
+def driver(notes: type[Notes], tmp_path: Path) -> Callable[[], Driver]:
+    return lambda: Driver(tmp_path)
+
+
+def found(notes: type[Notes], run: str) -> dict[str, Any]:
+    (one,) = [value for key, value in notes.runs.items() if key[:-7] == run]
+    return one
+
+
+def test_a_sweep_is_a_run_with_its_trials_in_it(
+    notes: type[Notes], driver: Callable[[], Driver]
+) -> None:
+    first = driver()
+    for one in (row(1), row(1, step=4), row(1, step=8), row(1, "finished", 8)):
+        first.tracking.record(one)
+    first.tracking.record(row(2, "failed"))
+    first.tracking.record(row(3, "finished", 8, scenario={"recalled_from": "other-1"}))
+    ended = [row(1, "finished", 8), row(2, "failed"), row(3, "finished", 8)]
+    assert first.end(*ended, adapter="support@3") == [] and first.told == []
+    sweep, trial = found(notes, "sweep-0"), found(notes, row(1).trial_id)
+    assert len(notes.runs) == 4 and notes.runs[trial["parent"]] is sweep
+    assert trial["title"] == "r=4" and trial["settings"]["method.r"] == 4
+    assert trial["settings"]["train.learning_rate"] == 2e-4
+    steps = [step for step, _ in trial["points"]]
+    assert steps == [2, 4, 6, 8], "each once"
+    assert trial["points"][0] == (2, {"train/loss": 2.8, "train/learning_rate": 0.002})
+    last = dict(trial["points"])[8]
+    assert last["eval/loss"] == pytest.approx(1.2) and last["eval/perplexity"] > 1
+    assert last["system/tokens_per_second"] == 18.0
+    assert trial["answers"][8][0]["answer"] == "a8"
+    assert trial["ends"][0] == "running" and trial["ends"][-1] == "finished"
+    assert trial["figures"]["eval_loss"] == pytest.approx(1.2)
+    assert trial["tags"]["rayfin.adapter"] == sweep["tags"]["rayfin.adapter"] == "support@3"
+    assert sweep["tags"]["rayfin.best_trial"] == row(1).trial_id
+    assert sweep["files"] == {"report.html": "the report"} and sweep["ends"][-1] == "finished"
+    assert found(notes, row(2).trial_id)["tags"]["rayfin.status"] == "failed"
+    assert found(notes, row(3).trial_id)["tags"]["rayfin.recalled_from"] == "other-1"
+    assert "hunter2" not in json.dumps(notes.runs)
+
+
+def test_a_resumed_sweep_goes_on_with_the_same_runs(
+    notes: type[Notes], driver: Callable[[], Driver]
+) -> None:
+    driver().run(row(1), row(1, step=4), row(1, "interrupted", 4))
+    second = driver()
+    second.tracking.record(row(1))
+    second.tracking.record(row(1, step=8))
+    second.tracking.record(row(1, "finished", 8))
+    assert second.end(row(1, "finished", 8)) == []
+    trial = found(notes, row(1).trial_id)
+    assert [step for step, _ in trial["points"]] == [2, 4, 6, 8]
+    assert trial["ends"] == ["running", "interrupted", "running", "finished"]
+    notes.calls.clear()
+    assert driver().end(row(1, "finished", 8)) == []
+    assert notes.calls == ["close"], "nothing is left to be sent"
+
+
+def test_a_trial_that_is_trained_anew_is_another_run(notes: type[Notes], tmp_path: Path) -> None:
+    def alone(status: str = "running", step: int = 0) -> TrialRecord:
+        return row(1, status, step, trial_id="train-00000001", sweep_id="train")
+
+    Driver(tmp_path).run(alone(), alone("finished", 4))
+    Driver(tmp_path).run(alone(), alone(step=4), alone("finished", 8))
+    assert sorted(len(one["points"]) for one in notes.runs.values()) == [2, 4]
+    assert all(one["parent"] is None for one in notes.runs.values())
+
+
+def test_what_a_tracker_missed_is_sent_when_it_is_back(
+    notes: type[Notes], driver: Callable[[], Driver]
+) -> None:
+    notes.away.set()
+    first = driver()
+    first.tracking.record(row(1))
+    first.tracking.record(row(1, step=4))
+    first.tracking.record(row(1, "finished", 8))
+    while not first.told:
+        threading.Event().wait(0.01)
+    notes.away.clear()
+    assert first.tracking.missing() == []
+    away, back = first.told
+    assert away.endswith("; the training goes on, and what is missing there is sent later")
+    assert back == "notes answers again, and has what it missed"
+    assert "hunter2" not in "".join(first.told)
+    trial = found(notes, row(1).trial_id)
+    assert [step for step, _ in trial["points"]] == [2, 4, 6, 8]
+    assert trial["points"][1][1]["system/tokens_per_second"] == 14.0, "of each evaluation"
+
+
+def test_what_can_t_be_sent_is_told_and_sent_by_the_same_command(
+    notes: type[Notes], driver: Callable[[], Driver]
+) -> None:
+    notes.away.set()
+    first = driver()
+    first.tracking.record(row(1, "finished", 8))
+    (line,) = first.end(row(1, "finished", 8))
+    assert line.startswith("notes lacks a part of 2 runs: ConnectionError: refused https://me:***@")
+    assert len(first.told) == 1 and notes.runs == {}
+    notes.away.clear()
+    assert driver().end(row(1, "finished", 8)) == []
+    assert found(notes, "sweep-0")["files"] and found(notes, row(1).trial_id)["points"]
+
+
+def test_a_tracker_that_hangs_holds_nobody(
+    notes: type[Notes], driver: Callable[[], Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SECONDS", 0.2)
+    notes.hangs.set()
+    first = driver()
+    for step in range(2, 200, 2):
+        first.tracking.record(row(1, step=step))
+    (line,) = first.tracking.missing()
+    assert line == "notes lacks a part of 2 runs: it does not answer in time"
+    assert len(notes.calls) == 1
+
+
+def test_names_are_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"report_to: 'mlfow' is not allowed; it should be"):
+        load_config({}, ["report_to=mlfow"])
+    assert load_config({}, ["report_to=none"]).report_to == ()
+    assert load_config({}, ["report_to=[wandb, wandb]"]).report_to == ("wandb",)
+    monkeypatch.setattr(TRACKERS["wandb"], "package", "no_such_package")
+    with pytest.raises(DependencyError, match=r"run: pip install 'rayfin\[wandb\]'$"):
+        check_installed(["wandb"])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI=http"):
+        TRACKERS["mlflow"](None)
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    with pytest.raises(ConfigError, match="TENSORBOARD_LOGGING_DIR=DIR"):
+        TRACKERS["tensorboard"](None)
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "me/space")
+    with pytest.raises(ConfigError, match="TRACKIO_SPACE_ID names another place"):
+        TRACKERS["trackio"](None)
