@@ -109,6 +109,23 @@ def test_a_format_that_was_given_holds_for_evaluated_rows_that_have_it(tmp_path:
         assert corpus.shape == shape and len(corpus.eval) == 3
 
 
+def test_columns_hold_for_evaluated_rows_that_have_them(tmp_path: Path, streaming: bool) -> None:
+    table = [{"frage": row["prompt"], "antwort": row["completion"]} for row in rows("train", 9)]
+    path = write(tmp_path / "train.jsonl", table)
+    columns = {"prompt": "frage", "completion": "antwort"}
+    for mine, said in ((table[:3], False), (chats("mine", 3), True)):
+        corpus = load(
+            path=path,
+            eval_path=write(tmp_path / "m.jsonl", mine),
+            columns=columns,
+            streaming=streaming,
+        )
+        assert len(corpus.eval) == 3
+        assert any("data.columns is not used for the rows" in n for n in corpus.notes) == said
+    sources = [{"path": path, "columns": columns}, {"path": write(tmp_path / "b.jsonl", mine)}]
+    assert names(load(sources=sources, streaming=streaming).eval) == {"train": 1, "mine": 1}
+
+
 @pytest.mark.parametrize("evaluated", ["a.jsonl", "./sub/../a.jsonl", "link.jsonl"])
 def test_what_is_trained_on_is_not_evaluated_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, evaluated: str
@@ -203,7 +220,7 @@ def test_weights_are_the_shares_of_an_epoch(tmp_path: Path, streaming: bool) -> 
         (36, 4, 0.8),
         (9, 1, 0.2),
     ]
-    assert corpus.notes[1].endswith("held out; 190 are left out by weight 1")
+    assert corpus.notes[1].endswith("held out; 190 rows left out by weight 1")
     mine = write(tmp_path / "mine.jsonl", rows("mine", 3))
     corpus = load(sources=sources, streaming=streaming, eval_path=mine)
     assert [(use.train, use.eval) for use in corpus.sources] == [(40, 0), (10, 0)]
@@ -296,6 +313,7 @@ def test_sources_with_splits_of_their_own(tmp_path: Path) -> None:
         ([900, 100], [0.9, 0.1], None, [900, 100]),
         ([7, 7, 7], [1, 1, 1], 10, [4, 3, 3]),
         ([5], [3], None, [5]),
+        ([20, 60], [3, 1], None, [20, 7]),
     ],
 )
 def test_how_many_of_each_source_are_taken(

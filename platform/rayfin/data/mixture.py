@@ -38,16 +38,20 @@ def samples_to_take(
 ) -> list[int]:
     """Return how many of the rows of each source are taken, `most` in all.
 
-    The numbers are in proportion to the weights, or to `rows` where there are none, by the largest
-    remainders. They are as large as the source that is exhausted first allows.
+    The numbers are in proportion to the weights, or to `rows` where there are none, and as large as
+    the source that is exhausted first allows. Where `most` is less, they add up to it, by the
+    largest remainders.
     """
     parts = [Fraction(n if w is None else str(w)) for n, w in zip(rows, weights, strict=True)]
     whole = sum(parts)
     if not whole:
         return [0] * len(rows)
-    total = int(min(n * whole / part for n, part in zip(rows, parts, strict=True) if part))
-    if most is not None:
-        total = min(total, most)
+    scale = min(n / part for n, part in zip(rows, parts, strict=True) if part)
+    taken = [int(part * scale + Fraction(1, 2)) for part in parts]
+    total = sum(taken)
+    if most is None or most >= total:
+        return taken
+    total = most
     exact = [total * part / whole for part in parts]
     taken = [int(each) for each in exact]
     by_remainder = sorted(range(len(rows)), key=lambda i: (taken[i] - exact[i], -rows[i], i))
@@ -139,7 +143,7 @@ def source_notes(
             line += f"; evaluates on {use.eval} held out"
         left = use.rows - use.train - (use.eval if selection.eval is None else 0)
         if left and source.weight is not None:
-            line += f"; {left} are left out by weight {source.weight:g}"
+            line += f"; {count_rows(left)} left out by weight {source.weight:g}"
         lines += [line, *(f"{note} (of {title})" for note in selection.unread_notes())]
     if sources.evaluation is not None:
         chosen = sources.evaluation.selection

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,7 +142,17 @@ def _evaluation(config: DataConfig) -> Source:
         selection = find_splits(own, select_evaluated)
     chosen = selection.train
     named = replace(chosen, name="", description=chosen.description or Path(path).name or path)
+    if own.columns and not _has_any(chosen, own.columns.values()):
+        own = own.model_copy(update={"columns": {}})
+        note = "data: data.columns is not used for the rows evaluated on, which have none of them"
+        selection = replace(selection, extra_notes=(*selection.extra_notes, note))
     return Source(EVAL_PATH, own, replace(selection, train=named))
+
+
+def _has_any(split: Split, columns: Iterable[str]) -> bool:
+    """Whether the first row of a split that is a table's has one of the columns."""
+    rows = (row.value for row in read_rows(split) if isinstance(row.value, Mapping))
+    return not set(columns).isdisjoint(next(rows, {}))
 
 
 def _without_evaluation(selection: SplitSelection, without: Collection[str]) -> SplitSelection:
