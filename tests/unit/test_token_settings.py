@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from rayfin.config import Config, ModelConfig, TrainConfig
+from rayfin.config import Config, ModelConfig, TrainConfig, load_config
 from rayfin.config.data import DataConfig
 from rayfin.data import Corpus, Example, check_lengths, needs_length_check, tokenize_corpus
 from rayfin.data.token_settings import TokenSettings
@@ -19,6 +19,8 @@ from rayfin.models.chat_templates import read_chat_template
 from rayfin.objectives import SFT
 from rayfin.samples import NO_LOSS, TokenizedSample
 from rayfin.training import TrialSpec
+from rayfin.tuning.space import SearchSpace
+from rayfin.tuning.space_check import space_notes
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 USER = {"role": "user", "content": "Where does the long and winding road lead to?"}
@@ -232,6 +234,17 @@ def test_the_settings_are_those_of_the_configuration() -> None:
     data = DataConfig(chat_template="phi", system="s", truncation="left")
     found = TokenSettings.of(data, TrainConfig(train_on="last"))
     assert found == TokenSettings("phi", "s", "last", "left")
+
+
+def test_a_sweep_over_what_is_scored_says_that_its_scores_do_not_compare() -> None:
+    def notes(**parameters: list[Any]) -> list[str]:
+        config = load_config({"sweep": {"parameters": parameters}, "method": {"type": "lora"}})
+        return space_notes(SearchSpace(config))
+
+    assert notes(**{"train.learning_rate": [1e-3, 2e-3]}) == []
+    axes = {"data.chat_template": ["chatml", "phi"], "train.train_on": ["all", "last"]}
+    (note,) = notes(**axes)
+    assert note.startswith("data.chat_template and train.train_on decide which tokens are scored")
 
 
 def test_the_end_is_learned_where_the_pad_token_is_the_end_token(tokenizer: Any) -> None:

@@ -22,6 +22,9 @@ from rayfin.tuning.space import (
     has_setting,
 )
 
+_TOKENS = ("data.chat_template", "data.system", "data.truncation", "train.train_on")
+"""Settings that decide which tokens a sample has, or which of them are scored."""
+
 
 def check_space(space: SearchSpace) -> None:
     """Raise ConfigError or MethodError for an axis or value that can't be tried.
@@ -72,7 +75,18 @@ def space_notes(space: SearchSpace) -> list[str]:
             lines.append(
                 f"{setting} is for {listed(having)}; {listed(lacking)} {verb} no such setting"
             )
-    return lines + _unusual_capacities(space)
+    return lines + _unusual_capacities(space) + _rescored(space)
+
+
+def _rescored(space: SearchSpace) -> list[str]:
+    """Return a line where trials of the space are scored on different tokens."""
+    if not (axes := [name for name in _TOKENS if name in space.axes]):
+        return []
+    return [
+        f"{listed(axes)} {'decides' if len(axes) == 1 else 'decide'} which tokens are scored: "
+        f"{space.config.sweep.metric} of trials that differ there is of different tokens, and "
+        "doesn't say which trial answers better"
+    ]
 
 
 def _unusual_capacities(space: SearchSpace) -> list[str]:
