@@ -51,6 +51,11 @@ def test_transformers_other_optimizers_are_refused_with_what_is_missing(name: st
     assert "rayfin trains with adamw_torch_fused, adamw_torch, adamw_8bit" in message
 
 
+def test_a_misspelt_optimizer_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="no such optimizer.*did you mean 'adamw_8bit'"):
+        load_config({"train": {"optim": "adamw_8bitt"}})
+
+
 class Made:
     """One matrix and one short vector, and an optimizer of them as Trainer makes it."""
 

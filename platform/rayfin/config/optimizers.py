@@ -7,6 +7,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rayfin.compat.bitsandbytes import import_bitsandbytes
+from rayfin.errors import did_you_mean
+
 ArgumentKind = Literal["share", "number", "count", "flag"]
 """What an argument may be: a number from 0 to below 1, one from 0, a whole one from 1, a truth."""
 
@@ -110,18 +113,20 @@ PLAIN_SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine", "constant", "consta
 
 
 def check_name(name: Any) -> Any:
-    """Return a setting `train.optim` as it is; raise ValueError for Transformers' other names.
+    """Return a setting `train.optim` as it is; raise ValueError for a name that rayfin lacks.
 
-    Transformers, which is imported only then, says what it lacks for it.
+    For one of Transformers' it says itself, being imported only then, what is missing.
     """
     if not isinstance(name, str) or name in OPTIMIZERS:
         return name
+    missing, near = None, did_you_mean(name, OPTIMIZERS)
     if importlib.util.find_spec("transformers") is not None:
+        import_bitsandbytes()  # Trainer imports PEFT, which would import it with a warning
         from rayfin.compat.transformers import missing_for_optimizer
 
-        if (missing := missing_for_optimizer(name)) is not None:
-            raise ValueError(f"{name!r}: {missing}; rayfin trains with {', '.join(OPTIMIZERS)}")
-    return name
+        missing = missing_for_optimizer(name)
+    why = missing or f"Transformers has no such optimizer{near}"
+    raise ValueError(f"{name!r}: {why}; rayfin trains with {', '.join(OPTIMIZERS)}")
 
 
 def parse_arguments(

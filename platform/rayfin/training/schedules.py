@@ -65,8 +65,14 @@ def check_schedule(train: TrainConfig, steps: int | None) -> None:
         )
 
 
-def follow_evaluations(train: TrainConfig, optimizer: Any) -> Any:
-    """Return a schedule of EVALUATED, which Trainer ties to evaluations of its own."""
+def own_schedule(train: TrainConfig, optimizer: Any, steps: int) -> Any:
+    """Return a schedule of EVALUATED, which Trainer ties to evaluations of its own, else None.
+
+    Raise ConfigError for one that can't be that of a trial of so many steps.
+    """
+    check_schedule(train, steps)
+    if train.lr_scheduler_type not in EVALUATED:
+        return None
     from transformers import get_scheduler
 
     return get_scheduler(

@@ -42,7 +42,7 @@ from rayfin.training.flow import Flow
 from rayfin.training.learning_rates import divide_groups, resume_schedule
 from rayfin.training.parallel import ParallelStrategy
 from rayfin.training.preemption import PreemptionWatch
-from rayfin.training.schedules import EVALUATED, follow_evaluations, schedule_state
+from rayfin.training.schedules import own_schedule, schedule_state
 from rayfin.training.scoring import score_together
 from rayfin.training.spec import TrialSpec
 from rayfin.training.trial_inputs import TrialCallbacks, TrialData
@@ -132,11 +132,11 @@ class TrialTrainer(SteppedTrainer):
         divide_groups(optimizer, self.trained, self.method.rate_factor)
         return optimizer
 
-    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Transformers' own, but for those that it ties to evaluations of its own."""
-        if self.lr_scheduler is None and self.train_config.lr_scheduler_type in EVALUATED:
-            self.lr_scheduler = follow_evaluations(self.train_config, self.optimizer)
-        return super().create_scheduler(*args, **kwargs)
+        own = own_schedule(self.train_config, self.optimizer, num_training_steps)
+        self.lr_scheduler = self.lr_scheduler or own
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         beat(f"training step {self.state.global_step + 1}")
