@@ -52,7 +52,7 @@ def test_transformers_other_optimizers_are_refused_with_what_is_missing(name: st
 
 
 def test_a_misspelt_optimizer_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="no such optimizer.*did you mean 'adamw_8bit'"):
+    with pytest.raises(ConfigError, match=r"no such optimizer.*did you mean 'adamw_8bit'"):
         load_config({"train": {"optim": "adamw_8bitt"}})
 
 
