@@ -470,7 +470,7 @@ def test_it_is_told_once_on_stderr_and_in_the_row(
     assert [note[:30] for note in notes] == [
         "data: not used, and not traine",
         "data: 1 of 9 rows are bad and ",
-        "data: 2 of 8 samples cut at da",
+        "data: 2 of 8 samples (25%, mor",
     ]
     assert "data.max_length=64, and 1 left out" in notes[2]
     for verb in ("estimate", "recommend"):

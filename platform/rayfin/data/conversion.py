@@ -50,6 +50,7 @@ class RowStatistics:
     """FILE:LINE of each row that has such lines."""
 
     def __post_init__(self) -> None:
+        self._reader = RowReader(self.settings)
         self.columns.update(self.settings.columns)
 
     def convert(self, row: Row, shape: str) -> Example | str:
@@ -64,7 +65,7 @@ class RowStatistics:
             self.suspect_rows.append(f"{row.file}:{row.line}")
         if self.settings.ignore or self.settings.columns:
             self.names.update(names_in(row.value))
-        reader = RowReader(self.settings)
+        self._reader = reader = self._reader.next_row()
         try:
             example = to_example(row.value, shape, reader)
         except UnsupportedContent as problem:

@@ -89,11 +89,11 @@ def survey_ranges(
                 survey.bad += 1
                 survey.first_bad = survey.first_bad or (number, row.line, example)
                 continue
-            content = example.canonical()
+            content, prompt = example.canonical_forms()
             count += 1
             digest.update(f"{content}\n".encode())
             survey.source = min(survey.source, content_hash(ORDER_SALT, content))
-            prompt_hash = content_hash(EVAL_SALT, example.canonical_prompt())
+            prompt_hash = content_hash(EVAL_SALT, prompt)
             by_prompt.add(HashedExample(prompt_hash, number, content))
             eval_hash = content_hash(EVAL_SALT, content)
             by_content.add(HashedExample(eval_hash, number, content))

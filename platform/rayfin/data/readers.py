@@ -84,6 +84,14 @@ def parse_lines(
         if is_cut(line):
             yield Row(file, number, problem=_too_long())
             continue
+        if encoding is None:
+            try:  # what almost all lines are
+                value, end = _RAW_DECODE(text := line.decode())
+                if text[end:] in ("\n", "\r\n", ""):
+                    yield Row(file, number, value)
+                    continue
+            except (ValueError, RecursionError):
+                pass
         raw = line.removeprefix(_BYTE_ORDER_MARK) if first and number == 1 else line
         if encoding is not None:
             try:
@@ -105,7 +113,7 @@ def _too_long() -> str:
 
 def _parsed(file: str, line: int, raw: bytes) -> Row:
     try:
-        return Row(file, line, _json(raw.decode().rstrip().removesuffix(",")))
+        return Row(file, line, _json(raw.decode().strip().removesuffix(",")))
     except UnicodeDecodeError as error:
         return Row(file, line, problem=not_utf8(raw, raw[error.start]))
     except json.JSONDecodeError as error:
@@ -123,6 +131,7 @@ def _parsed(file: str, line: int, raw: bytes) -> Row:
 
 # NaN is no JSON, but what pandas makes of a missing value; a number it can't be here.
 _DECODER = json.JSONDecoder(parse_constant=_CONSTANTS.get)
+_RAW_DECODE = _DECODER.raw_decode  # which does not look for white space at both ends
 
 
 def _json(text: str) -> object:

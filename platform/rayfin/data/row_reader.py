@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shlex
@@ -26,6 +25,7 @@ from rayfin.data.row_settings import RowSettings
 _PLAIN = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _YAML_WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 _MOST_NAMES = 2
+_MOST_PLANS = 1000
 _INPUTS = ("context", "input")
 
 
@@ -46,6 +46,8 @@ class _Plan(NamedTuple):
     """(the row's name, the column that it is another name of), the preferred ones first."""
     unused: tuple[tuple[str, str | None], ...]
     """(the row's name, why a row that has a value there is refused)."""
+    needed: frozenset[str]
+    """The columns that the format needs."""
 
 
 @dataclass
@@ -59,6 +61,13 @@ class RowReader:
     """The names whose content can't be trained on, with the reasons."""
     other_names: dict[str, str] = field(default_factory=dict)
     """The columns that have another name in this row, with that name."""
+    _plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
+
+    def next_row(self) -> RowReader:
+        """Return a reader with the same settings for another row of the same format."""
+        if self.unused or self.unsupported or self.other_names:
+            return RowReader(self.settings, _plans=self._plans)
+        return self
 
     def name_in_row(self, column: str) -> str:
         """Return the name that a column has in this row, for messages."""
@@ -87,7 +96,12 @@ class RowReader:
 
         Records what is unused or unsupported. Raises RowProblem for a missing column.
         """
-        plan = _plan(shape, tuple(row), self.settings)
+        names = (shape, *row)
+        plan = self._plans.get(names)
+        if plan is None:
+            if len(self._plans) > _MOST_PLANS:  # rows of names of their own
+                self._plans.clear()
+            plan = self._plans[names] = _plan(shape, names[1:], self.settings)
         found = {}
         for name, column, needed in plan.used:
             value = row[name]
@@ -107,11 +121,12 @@ class RowReader:
                 self._record(name, why)
         if shape == "prompt_completion" and self.unsupported:
             self._suggest_input(found)
-        if missing := [name for name in COLUMNS[shape] if name not in found]:
+        if not plan.needed <= found.keys():
+            missing = [name for name in COLUMNS[shape] if name not in found]
             have = ", ".join(str(name) for name in list(row)[:8]) or "no column"
-            names = " and ".join(map(self.settings.name_of, missing))
+            lacking = " and ".join(map(self.settings.name_of, missing))
             raise RowProblem(
-                f"{names} missing: format {shape} needs {self._needed(shape)}; found {have}"
+                f"{lacking} missing: format {shape} needs {self._needed(shape)}; found {have}"
             )
         return found
 
@@ -160,7 +175,6 @@ class RowReader:
         return ", ".join(named)
 
 
-@functools.lru_cache(maxsize=1024)
 def _plan(shape: str, names: tuple[str, ...], settings: RowSettings) -> _Plan:
     needed, known = COLUMNS[shape], {*COLUMNS[shape], *OPTIONAL[shape]}
     aliases = OTHER_NAMES[shape]
@@ -181,7 +195,7 @@ def _plan(shape: str, names: tuple[str, ...], settings: RowSettings) -> _Plan:
             unused.append((name, _why_unsupported(shape, name)))
     # A format's own name in capital letters is preferred to its other names.
     ordered = [pair for plain in (*known, *aliases) for pair in others.get(plain, ())]
-    return _Plan(tuple(used), tuple(ordered), tuple(unused))
+    return _Plan(tuple(used), tuple(ordered), tuple(unused), frozenset(needed))
 
 
 def _why_unsupported(shape: str, name: str) -> str | None:

@@ -188,10 +188,14 @@ def lines_of(source: IO[bytes], stop: int | None = None) -> Iterator[bytes]:
 
     Of a line of more than LONGEST_LINE bytes, only the first LONGEST_LINE + 1 are yielded.
     """
-    while (stop is None or source.tell() < stop) and (line := source.readline(LONGEST_LINE + 1)):
+    most = LONGEST_LINE + 1
+    at = 0 if stop is None else source.tell()
+    while (stop is None or at < stop) and (line := source.readline(most)):
         yield line
-        if is_cut(line):
+        at += len(line)
+        if len(line) == most:
             skip_line(source)
+            at = 0 if stop is None else source.tell()
 
 
 def skip_line(source: IO[bytes], stop: int | None = None) -> None:

@@ -10,7 +10,17 @@ from rayfin.data.columns import COLUMNS, OTHER_NAMES, SPEAKER_KEYS, parsed_list
 from rayfin.data.row_reader import RowProblem, RowReader, UnsupportedContent, ignore_setting
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.tool_calls import tools_of
-from rayfin.data.turns import Turn, as_list, conversation, is_pair, kind, string, turns
+from rayfin.data.turns import (
+    Turn,
+    as_list,
+    conversation,
+    is_pair,
+    kind,
+    question_and_answer,
+    string,
+    turns,
+    usual_conversation,
+)
 from rayfin.samples import Example, Tool
 
 
@@ -73,12 +83,19 @@ def to_example(row: object, shape: str, reader: RowReader | None = None) -> Exam
     return example
 
 
+_PAIR = COLUMNS["prompt_completion"]
+
+
 def _from_messages(row: Mapping[str, Any], reader: RowReader) -> Example:
+    if len(row) == 1 and (usual := usual_conversation(row["messages"], reader)):
+        return usual
     said = turns(row["messages"], reader.name_in_row("messages"), reader)
     return _with_system(row, said, "messages", reader)
 
 
 def _from_conversations(row: Mapping[str, Any], reader: RowReader) -> Example:
+    if len(row) == 1 and (usual := usual_conversation(row["conversations"], reader)):
+        return usual
     said = turns(row["conversations"], reader.name_in_row("conversations"), reader)
     return _with_system(row, said, "conversations", reader)
 
@@ -87,15 +104,20 @@ def _from_instruction(row: Mapping[str, Any], reader: RowReader) -> Example:
     question = string(row["instruction"], reader.name_in_row("instruction"))
     if "input" in row:
         question = f"{question}\n\n{string(row['input'], reader.name_in_row('input'))}"
-    answer = Turn("assistant", string(row["output"], reader.name_in_row("output")))
-    said = [*_history(row, reader), Turn("user", question), answer]
+    answer = string(row["output"], reader.name_in_row("output"))
+    if "system" not in row and "history" not in row:
+        return question_and_answer(question, answer)
+    said = [*_history(row, reader), Turn("user", question), Turn("assistant", answer)]
     return _with_system(row, said, "output", reader)
 
 
 def _from_prompt_completion(row: Mapping[str, Any], reader: RowReader) -> Example:
+    if len(row) == 2 and all(type(text) is str and "[" not in text for text in row.values()):
+        question, answer = (string(row[of], reader.name_in_row(of)) for of in _PAIR)
+        return question_and_answer(question, answer)
     asked = _said(row["prompt"], "prompt", "user", reader)
-    answer = _said(row["completion"], "completion", "assistant", reader)
-    return _with_system(row, [*_history(row, reader), *asked, *answer], "completion", reader)
+    said = _said(row["completion"], "completion", "assistant", reader)
+    return _with_system(row, [*_history(row, reader), *asked, *said], "completion", reader)
 
 
 def _from_text(row: Mapping[str, Any], reader: RowReader) -> Example:
