@@ -1,4 +1,4 @@
-"""`rayfin data` shows data as training reads them."""
+"""`rayfin data` shows data as training reads them, divides and converts them, and loses no row."""
 
 from __future__ import annotations
 
@@ -6,18 +6,43 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rayfin.cli import main
+from rayfin.config import DataConfig
+from rayfin.data import load_corpus
 
 GUIDE = Path(__file__).parents[2] / "docs" / "data-tools.md"
+
+
+FAQ = """# Support
+
+Our most common questions.
+
+## How do I reset my password?
+
+Open **Settings**, then *Security*.
+
+```
+# not a heading
+```
+
+## Billing
+
+### Can I pay by invoice?
+Yes, from 100 seats on.
+
+### Who can see the invoices?
+"""
 
 
 @pytest.fixture(autouse=True)
 def _tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"id": n, "prompt": f"what is {n}", "completion": str(n)} for n in range(1, 10)]
+    Path("faq.md").write_text(FAQ)
     lines = [json.dumps(row) + "\n" for row in [*rows, {"id": 10, "prompt": "no answer"}]]
     Path("tickets.jsonl").write_text("".join(lines))
 
@@ -32,7 +57,7 @@ def test_what_the_guide_shows_is_what_the_commands_print(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     blocks = re.findall(r"```console\n\$ rayfin data (.*?)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert blocks
+    assert len(blocks) == 3
     for command, shown in blocks:
         said = [line.rstrip() for line in printed(capsys, *shlex.split(command)).splitlines()]
         assert said == [line.rstrip() for line in shown.splitlines()]
@@ -64,3 +89,139 @@ def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     said = printed(capsys, "inspect", code=2)
     assert "nothing names the data; give a file, a directory or a hub id" in said
     assert "'none.jsonl' does not exist" in printed(capsys, "inspect", "none.jsonl", code=2)
+
+
+def rows_of(path: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_split_loses_no_row_and_parts_no_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    """And training takes the files for what they are."""
+    rows = [
+        {"prompt": f"ask {n // 2}", "completion": f"\u00e4 {n}", "id": n, "extra": {"k": [n, None]}}
+        for n in range(100)
+    ]
+    Path("rows.json").write_text(json.dumps([*rows, {"prompt": "none"}]))
+    words = ["split", "rows.json", "--output=parts", "--test-size=0.2", "data.on_bad_row=skip"]
+    report = json.loads(printed(capsys, *words, "--json"))
+    parts = {name: rows_of(f"parts/{name}.jsonl") for name in ("train", "validation", "test")}
+    assert sorted((r for part in parts.values() for r in part), key=lambda r: r["id"]) == rows
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 70,
+        "validation": 10,
+        "test": 20,
+    }
+    prompts = [{row["prompt"] for row in part} for part in parts.values()]
+    assert sum(map(len, prompts)) == len(set.union(*prompts))
+    assert [part["id"] for part in parts["train"]] == sorted(r["id"] for r in parts["train"])
+    assert (report["rows"], report["left_out"][0]["row"]) == (101, {"prompt": "none"})
+    corpus = load_corpus(DataConfig(path="parts", ignore_columns=("id", "extra")))
+    assert (len(corpus.train), len(corpus.eval), corpus.eval_split) == (70, 10, "validation")
+    assert corpus.notes[1:] == ("data: not read: test.jsonl (split test)",)
+
+
+def test_a_command_that_is_ended_leaves_no_half_of_a_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(Path().iterdir())
+
+    def killed(path: Path, values: Any) -> int:
+        path.write_bytes(b"half")
+        if path.name in ("train.jsonl",):
+            return 0
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rayfin.data_tools.splitting.write_rows", killed)
+    monkeypatch.setattr("rayfin.data_tools.conversion.write_rows", killed)
+    for words in (
+        ["split", "tickets.jsonl", "--output=parts", "data.on_bad_row=skip"],
+        ["convert", "faq.md", "--output=out.jsonl"],
+    ):
+        assert main(["data", *words]) == 130
+    left = [path.name for path in sorted(Path().iterdir()) if path not in before]
+    assert left == ["out.report.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "says"),
+    [
+        ("", ["split", "x.jsonl", "--output=o"], "'x.jsonl' is empty"),
+        (
+            '{"prompt": "a", "completion": "b"}\n' * 9,
+            ["split", "x.jsonl", "--output=o"],
+            "'x.jsonl' has too few different rows for a validation split",
+        ),
+        ('{"text": "a"}', ["split", "x.jsonl", "--output=o", "--val-size=1"], "val_size 1 and"),
+        ('{"text": "a"}', ["split", "x.jsonl", "--output=faq.md"], "'faq.md' exists"),
+        ("", ["convert", "x.jsonl", "--output=o.jsonl"], "'x.jsonl' is empty"),
+        ('{"text": "a"}', ["convert", "x.jsonl", "--output=o.csv"], "'o.csv' is no JSON Lines"),
+        ('{"text": "a"}', ["convert", "x.jsonl", "--output=tickets.jsonl"], "jsonl' exists"),
+        ("just words", ["convert", "x.md", "--output=o.jsonl"], "'x.md' has no question: neither"),
+        ("# Only\n", ["convert", "x.md", "--output=o.jsonl"], "no question with an answer: line 1"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    capsys: pytest.CaptureFixture[str], content: str, words: list[str], says: str
+) -> None:
+    Path(words[1]).write_text(content)
+    before = sorted(Path().iterdir())
+    said = printed(capsys, *words, code=2)
+    assert says in said and said.count("\n") == 1
+    assert sorted(Path().iterdir()) == before
+
+
+def test_any_format_becomes_json_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the same samples, with what is not learned of them."""
+    talk = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello", "weight": 0},
+        {"from": "human", "value": "1+1?"},
+        {"from": "gpt", "value": "2"},
+    ]
+    Path("talks.json").write_text(
+        json.dumps([{"conversations": t, "id": 1} for t in (talk, talk[1:])])
+    )
+    Path("table.csv").write_text("question,answer\n" + "".join(f"q {n},{n}\n" for n in range(4)))
+    for name, shape in (("talks.json", "messages"), ("table.csv", "prompt_completion")):
+        target = Path(name).with_suffix(".jsonl")
+        report = json.loads(printed(capsys, "convert", name, f"--output={target}", "--json"))
+        assert report["format"] == shape and report["left_out"] == []
+        old, new = (
+            load_corpus(DataConfig(path=str(path), split="all")) if path.exists() else None
+            for path in (Path(name), target)
+        )
+        assert old is not None and new is not None and old.digest == new.digest
+    assert rows_of("talks.jsonl")[0]["messages"][2] == {
+        "role": "assistant",
+        "content": "Hello",
+        "weight": 0,
+    }
+
+
+MARKED = """Intro
+Q: Where is it?
+A: In the box.
+
+Look again.
+**Q2:** And now?
+**A2:** **Here.**
+- Question: Unanswered?
+Q. Last?
+A. Yes: A list
+a. one
+"""
+
+
+def test_a_page_whose_questions_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("page.md").write_text(MARKED)
+    report = json.loads(printed(capsys, "convert", "page.md", "--output=page.jsonl", "--json"))
+    assert [tuple(row.values()) for row in rows_of("page.jsonl")] == [
+        ("Where is it?", "In the box.\n\nLook again."),
+        ("And now?", "**Here.**"),
+        ("Last?", "Yes: A list\na. one"),
+    ]
+    assert [(each["line"], each["reason"]) for each in report["left_out"]] == [
+        (1, "text before the first question"),
+        (8, "the question 'Unanswered?' has no answer"),
+    ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayfin.cli.parser import print_json
 from rayfin.cli.settings import add_settings
 from rayfin.errors import UsageError
 
+_LEFT_OUT_SHOWN = 5
 _MARKED = "bold green"
 """The style of what is learned of a sample."""
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `data` and its verbs to the command line."""
-    summary = "look at data before training"
+    summary = "look at data, divide and convert it before training"
     data = subparsers.add_parser("data", help=summary, description=summary.capitalize())
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
 
@@ -36,6 +37,26 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     inspect.epilog = f"Example: {inspect.prog} my.jsonl model.name=smollm2-135m"
     inspect.set_defaults(handler=inspect_data)
 
+    summary = "divide data into files for training, validation and test"
+    split = verbs.add_parser("split", help=summary, description=summary.capitalize())
+    _add_data(split)
+    _add_output(split, "DIRECTORY", "a new directory for the files")
+    split.add_argument(
+        "--val-size", type=float, default=0.1, metavar="X", help="share for validation (0.1)"
+    )
+    split.add_argument(
+        "--test-size", type=float, default=0.0, metavar="X", help="share for test (0: no test)"
+    )
+    split.epilog = f"Example: {split.prog} my.jsonl --output mine --test-size 0.1"
+    split.set_defaults(handler=split_data)
+
+    summary = "bring data, or a FAQ in Markdown, into JSON Lines"
+    convert = verbs.add_parser("convert", help=summary, description=summary.capitalize())
+    _add_data(convert)
+    _add_output(convert, "FILE", "a new .jsonl file")
+    convert.epilog = f"Example: {convert.prog} faq.md --output faq.jsonl"
+    convert.set_defaults(handler=convert_data)
+
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     """Add the argument DATA, and settings after it."""
@@ -47,6 +68,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
                 "a file, directory or hub id (data.path) or a configuration file first, if any, "
                 "and settings that win over it"
             )
+
+
+def _add_output(parser: argparse.ArgumentParser, what: str, meaning: str) -> None:
+    """Add --output, which is required, and --json."""
+    parser.add_argument("--output", type=Path, required=True, metavar=what, help=meaning)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _count(text: str) -> int:
@@ -89,6 +116,47 @@ def inspect_data(args: argparse.Namespace) -> int:
     else:
         _print_inspection(config, found)
     return 0
+
+
+def split_data(args: argparse.Namespace) -> int:
+    """`rayfin data split`"""
+    from rayfin.data_tools.splitting import split_data
+
+    config = _configuration(args.settings)
+    report = split_data(config, args.output, val_size=args.val_size, test_size=args.test_size)
+    names = [name for name in ("train", "validation", "test") if name in report]
+    counts = ", ".join(f"{report[name]} in {name}.jsonl" for name in names)
+    _print_report(args, report, f"{args.output}: {counts}", args.output / "report.json")
+    return 0
+
+
+def convert_data(args: argparse.Namespace) -> int:
+    """`rayfin data convert`"""
+    from rayfin.data_tools.conversion import convert_data
+
+    report = convert_data(_configuration(args.settings), args.output)
+    said = f"{args.output}: {report['written']} of {report['rows']} rows as {report['format']}"
+    _print_report(args, report, said, args.output.with_suffix(".report.json"))
+    return 0
+
+
+def _print_report(args: argparse.Namespace, report: dict[str, Any], said: str, file: Path) -> None:
+    """Print what was written, and what was left out, of which the report in `file` has all."""
+    from rich.text import Text
+
+    from rayfin.tables import output
+
+    if args.json:
+        print_json(report)
+        return
+    console, lost = output(), report["left_out"]
+    console.print(Text(said))
+    for each in lost[:_LEFT_OUT_SHOWN]:
+        console.print(Text(f"- left out: {each['file']}:{each['line']}: {each['reason']}"))
+    if len(lost) > _LEFT_OUT_SHOWN:
+        console.print(Text(f"- and {len(lost) - _LEFT_OUT_SHOWN} more"))
+    if lost:
+        console.print(Text(f"{file} has all that was left out"))
 
 
 def _print_inspection(config: Config, found: Inspection) -> None:

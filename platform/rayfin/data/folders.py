@@ -171,6 +171,8 @@ def _is_metadata(file: Path) -> bool:
         return "splits" in _object_of(file)
     if name == "state.json":
         return "_data_files" in _object_of(file)
+    if name.endswith("report.json"):  # what `rayfin data` says of a file that it wrote
+        return "made_by" in _object_of(file)
     return name in ("dataset_info.json", "dataset_infos.json", "config.json") and bool(
         _object_of(file)
     )
