@@ -23,6 +23,8 @@ from rayfin.objects import ObjectPath, checksums_of
 
 METADATA = "rayfin.json"
 """The file beside an adapter with what its weights don't say."""
+TRAINING_STATE = "training_state.safetensors"
+"""The file beside an adapter with what another training needs to continue the one that made it."""
 
 
 def cache_dir() -> Path:

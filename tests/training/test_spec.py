@@ -13,8 +13,12 @@ from rayfin.config import Config, TrainConfig
 from rayfin.methods import METHODS
 from rayfin.training import TrialResult, TrialSpec
 
-# How often one looks, and how a step's samples are cut into batches, is not what is computed.
-FREE = {"per_device_eval_batch_size", "eval_steps", "save_steps", "stage", "sample_generations"}
+# How often one looks, what is kept, and how a step's samples are cut into batches, is not what is
+# computed.
+FREE = {
+    *("per_device_eval_batch_size", "eval_steps", "save_steps", "stage"),
+    *("sample_generations", "save_only_model"),
+}
 OTHER: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "train_on": "last",
@@ -38,6 +42,7 @@ OTHER: dict[str, Any] = {
     "init_lora_weights": "gaussian",
     "loraplus_lr_ratio": 4.0,
     "modules_to_save": ["lm_head"],
+    "init_from": "/",  # a directory that is there
 }
 
 

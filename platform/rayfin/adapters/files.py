@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.errors import AdapterError, StorageError
-from rayfin.paths import METADATA
+from rayfin.paths import METADATA, TRAINING_STATE
 
 _MAX_HEADER_BYTES = 100_000_000
 """safetensors refuses longer headers."""
@@ -88,7 +88,8 @@ def select_files(source: Path) -> dict[str, Path]:
 
 def adapter_files(names: list[str]) -> list[str]:
     """Return the file names that belong to a directory's adapter or full fine-tune."""
-    patterns = (*(_ADAPTER if _ADAPTER[0] in names else _MODEL), *_TOKENIZER)
+    own = (*_ADAPTER, TRAINING_STATE) if _ADAPTER[0] in names else _MODEL
+    patterns = (*own, *_TOKENIZER)
     return [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
 
 
@@ -130,7 +131,7 @@ def inspect_files(directory: Path, files: Mapping[str, Path]) -> AdapterFacts:
                 f"'{files['adapter_config.json']}' has no peft_type; save the adapter again "
                 "with PEFT's save_pretrained()"
             )
-        weights = {"adapter_model.safetensors"}
+        weights = {"adapter_model.safetensors", *({TRAINING_STATE} & files.keys())}
         facts = AdapterFacts(peft_type, _text(config.get("base_model_name_or_path")))
     else:
         weights = _model_weights(directory, files)

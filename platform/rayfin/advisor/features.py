@@ -164,14 +164,20 @@ def data_row(profile: Mapping[str, Any]) -> dict[str, float]:
 
 
 def category_codes(
-    profile: Mapping[str, Any], model: str, otherwise: str = "", stage: str = DEFAULT
+    profile: Mapping[str, Any],
+    model: str,
+    otherwise: str = "",
+    stage: str = DEFAULT,
+    start: str = "",
 ) -> dict[str, float]:
     """Return the categorical columns of the data (`task`) and of comparable scores (`group`).
 
     A group is a model on one split of the data; another sample of the data is another group.
     `profile` is the data's, as records hold it; `otherwise` names data whose profile does not.
+    `start` is the identity of the adapter that the trials continue.
     """
     objective = [] if stage == DEFAULT else [stage]  # scores of others don't compare
+    objective += [start] if start else []  # nor do those of trials that begin further on
     named = str(profile.get("digest") or profile.get("datasets") or otherwise)
     source = str(profile.get("source") or named)
     return {"task": code(source), "group": code("\n".join((named, model, *objective)))}
@@ -198,11 +204,12 @@ def row_of(record: TrialRecord) -> dict[str, float] | None:
         setting["steps"] = _log(2, steps)  # so far it went, and so good it was by then
     name, profile = model_name(record.spec, record.scenario), _section(record.scenario, "data")
     otherwise = str(_section(record.spec, "data").get("path") or record.sweep_id)
+    start = str(_section(record.scenario, "init_from").get("identity") or "")
     return (
         setting
         | model_row(name, _section(record.scenario, "model"))
         | data_row(profile)
-        | category_codes(profile, name, otherwise, stage_of(record.spec))
+        | category_codes(profile, name, otherwise, stage_of(record.spec), start)
     )
 
 

@@ -110,6 +110,9 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the initialisation, the order of samples and dropout."""
+    save_only_model: bool = False
+    """Save the adapter without the optimizer's state, with which method.init_from would go on
+    from it: a third of the size."""
     sample_generations: int = Field(0, ge=0)
     """Held-out questions that the model answers at each evaluation, always the same ones; shown in
     the terminal, the trackers and the report. The training stays the same, bit for bit."""

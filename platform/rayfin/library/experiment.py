@@ -122,6 +122,8 @@ class Experiment:
             "metrics": row.trained_metrics,
             "versions": row.versions,
         }
+        if (start := row.scenario.get("init_from")) is not None:
+            metadata["init_from"] = start
         source = adapter_place(row)
         with source.reading_copy() as files:
             if files is None:

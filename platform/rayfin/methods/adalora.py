@@ -98,6 +98,14 @@ class AdaloraConfig(LowRankMethod):
                 "use at least 4 steps",
             )
 
+    def continuation_refusal(self) -> Incompatibility:
+        return Incompatibility(
+            f"method.init_from={self.init_from}",
+            "its ranks were given out over the steps of its training, and the adapter has only "
+            "those that were left at the end",
+            "train anew with more train.max_steps",
+        )
+
     def regularizer(self, model: torch.nn.Module) -> torch.Tensor | None:
         """Return the orthogonality penalty, the mean over matrices of ||P P^T - I||_F.
 

@@ -238,7 +238,7 @@ class PeftNamedMethod(LowRankMethod):
     def peft_config(self, max_steps: int, tokenizer_path: str) -> PeftConfig:
         import peft
 
-        settings = self.model_dump(exclude={"type", "quantization_bit"})
+        settings = self.model_dump(exclude={"type", "quantization_bit", "init_from"})
         for name in self.module_settings:
             settings[name] = listed(settings[name])
         config: PeftConfig = getattr(peft, self.pefts)(**settings)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, TypeVar, get_args
 
-from pydantic import ConfigDict, ModelWrapValidatorHandler, model_validator
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 from pydantic_core import PydanticCustomError
 
 from rayfin.methods.rates import Rate
@@ -52,6 +52,9 @@ class MethodConfig(Section):
         type: str
     quantization_bit: Literal[4, 8] | None = None
     """Load the base model in 4-bit NF4 (double quantisation) or 8-bit; null leaves it as it is."""
+    init_from: str | None = Field(None, min_length=1)
+    """Continue to train this adapter: NAME, NAME@VERSION or NAME@ALIAS of the registry, or the
+    directory of one. Its base, method, rank and modules must be those of the trial."""
 
     # --- facts; a method without a value for one that has none here is not registered ---------
 
@@ -97,6 +100,8 @@ class MethodConfig(Section):
     """The update is scaled by lora_alpha / capacity ** this."""
     module_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that name modules of the base model."""
+    first_weights: ClassVar[tuple[str, ...]] = ()
+    """Settings that say nothing but where training starts, which `init_from` says otherwise."""
     aliases: ClassVar[tuple[str, ...]] = ()
     """Its names in other programs' results: lower case, words joined by `_`."""
     synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -128,6 +133,15 @@ class MethodConfig(Section):
         """Yield what of these settings can't work in a training of `max_steps` steps."""
         return iter(())
 
+    def continuation_refusal(self) -> Incompatibility | None:
+        """Return why no training can continue an adapter of the method; None where one can."""
+        return None
+
+    @property
+    def adapter_is_whole(self) -> bool:
+        """Whether an adapter file holds all that is trained, so that training can continue it."""
+        return True
+
     def strategy_refusal(self, strategy: str) -> str | None:
         """Return why `scaling.strategy` can't train it, and what can; None where it can."""
         return None
@@ -146,9 +160,10 @@ class MethodConfig(Section):
     def computed(self) -> dict[str, Any]:
         """Return the settings that a trial's fingerprint is made of: equal for equal computations.
 
-        Settings that others leave without effect are at their defaults.
+        Settings that others leave without effect are at their defaults. `init_from` is left out:
+        the adapter's content enters the fingerprint in its place.
         """
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"init_from"})
 
     @classmethod
     def _idle(cls, idle: bool, *names: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rayfin.methods.base import MethodConfig, register
+from rayfin.methods.base import Incompatibility, MethodConfig, register
 from rayfin.methods.layers import block_linears
 from rayfin.methods.rates import Rate
 from rayfin.sizes import Sizes
@@ -33,6 +33,13 @@ class FullConfig(MethodConfig):
     aliases = ("full_finetuning", "full_fine_tuning", "full_ft", "fft")
 
     type: Literal["full"]
+
+    def continuation_refusal(self) -> Incompatibility:
+        return Incompatibility(
+            f"method.init_from={self.init_from}",
+            "it trains the base's own weights, and saves a whole model and no adapter",
+            "name the directory of the model to continue by model.name",
+        )
 
     def peft_config(self, max_steps: int, tokenizer_path: str) -> None:
         return None

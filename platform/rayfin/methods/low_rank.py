@@ -33,6 +33,7 @@ Index = Annotated[int, Field(ge=0)]
 
 class LowRankConfig(LowRankMethod):
     capacity = "r"
+    first_weights = ("init_lora_weights",)
     module_settings = (*LowRankMethod.module_settings, "exclude_modules")
     later: ClassVar[tuple[str, ...]] = (
         *LowRankMethod.later,

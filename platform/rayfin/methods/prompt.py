@@ -85,6 +85,11 @@ class PTuningConfig(PromptLearningConfig):
         mlp = self.encoder_reparameterization_type == "MLP"
         return super().computed() | self._idle(mlp, "encoder_num_layers", "encoder_dropout")
 
+    @property
+    def adapter_is_whole(self) -> bool:
+        """The file holds what the prompt encoder put out, and not the encoder, which is trained."""
+        return False
+
     def trained_parameters(self, sizes: Sizes) -> int:
         """Count PEFT's PromptEncoder: an embedding, then an MLP, or an LSTM and an MLP."""
         width = sizes.hidden_size
@@ -137,6 +142,11 @@ class PrefixTuningConfig(PromptLearningConfig):
     def computed(self) -> dict[str, Any]:
         return super().computed() | self._idle(not self.prefix_projection, "encoder_hidden_size")
 
+    @property
+    def adapter_is_whole(self) -> bool:
+        """The file holds what the MLP put out, where there is one, and not the MLP."""
+        return not self.prefix_projection
+
     def trained_parameters(self, sizes: Sizes) -> int:
         # The width of PEFT's token_dim here: that of one token's keys.
         width, tokens = sizes.num_key_value_heads * sizes.head_dim, self.num_virtual_tokens
@@ -160,6 +170,7 @@ class PromptTuningConfig(PromptLearningConfig):
         "their logarithms",
     )
     coordinates = (2.3, 0.4)
+    first_weights = ("prompt_tuning_init", "prompt_tuning_init_text")
     aliases = ("prompt", "prompttuning")
 
     type: Literal["prompt_tuning"]

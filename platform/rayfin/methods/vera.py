@@ -22,6 +22,7 @@ class VeraConfig(PeftNamedMethod):
     engines = ("transformers",)
     rate = Rate(value=2e-3, source="PEFT's comparison has 1e-3, and 3e-3 for the variant PVeRA")
     coordinates = (0.4, 1.6)
+    first_weights = ("d_initial",)
     pefts = "VeraConfig"
 
     type: Literal["vera"]

@@ -25,21 +25,28 @@ _WINDOW = 16
 
 
 def plan_samples(
-    lengths: Sequence[int], *, batch_size: int, max_steps: int, seed: int, group_by_length: bool
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    max_steps: int,
+    seed: int,
+    group_by_length: bool,
+    steps_before: int = 0,
 ) -> list[int]:
     """Return the indices of `max_steps * batch_size` samples in the order of training.
 
-    Every epoch is a new shuffle; the plan depends on its arguments alone, so that a resumed or
-    moved trial goes on with the very samples it would have seen.
+    They are those that come after the first `steps_before` steps, which a training has taken that
+    this one continues. Every epoch is a new shuffle; the plan depends on its arguments alone, so
+    that a resumed or moved trial goes on with the very samples it would have seen.
     """
     rng = random.Random(seed)
     plan: list[int] = []
-    needed = max_steps * batch_size
-    while len(plan) < needed:
+    seen, needed = steps_before * batch_size, max_steps * batch_size
+    while len(plan) < seen + needed:
         epoch = list(range(len(lengths)))
         rng.shuffle(epoch)
         plan += epoch
-    plan = plan[:needed]
+    plan = plan[seen : seen + needed]
     if not group_by_length:
         return plan
     grouped: list[int] = []
@@ -57,8 +64,12 @@ def samples_of(
     data: TokenizedCorpus,
     share: Share,
     reader: StreamReader,
+    steps_before: int = 0,
 ) -> PlannedSamples | StreamedSamples:
-    """The training samples of a trial, position by position; `reader` reads what is streamed."""
+    """The training samples of a trial, position by position; `reader` reads what is streamed.
+
+    `steps_before` are the steps of the training that this one continues.
+    """
     train, stream = spec.train, data.stream
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
     if stream is None:
@@ -68,6 +79,7 @@ def samples_of(
             max_steps=train.max_steps,
             seed=train.seed,
             group_by_length=train.group_by_length,
+            steps_before=steps_before,
         )
         return PlannedSamples(data.train, plan, objective.length)
 
@@ -77,8 +89,8 @@ def samples_of(
             lanes=lanes,
             of=samples_per_step,
             seed=train.seed,
-            first=first,
-            last=train.max_steps,
+            first=steps_before + first,
+            last=steps_before + train.max_steps,
         )
         return reader(stream, ranges, train.seed, spec.data.max_length)
 

@@ -108,6 +108,24 @@ def publish_checkpoint(location: StoragePath, name: str) -> None:
             other.remove()
 
 
+def gather_random_states(checkpoint: Path, accelerator: Any) -> None:
+    """Give the first worker the random states that each has written on its own machine.
+
+    It publishes them all.
+    """
+    if (workers := accelerator.num_processes) == 1:
+        return
+    import torch
+
+    name = "rng_state_{}.pth"
+    states = [b""] * workers
+    own = (checkpoint / name.format(accelerator.process_index)).read_bytes()
+    torch.distributed.all_gather_object(states, own)
+    if accelerator.is_main_process:
+        for rank, state in enumerate(states):
+            (checkpoint / name.format(rank)).write_bytes(state)
+
+
 def clear_checkpoints(location: StoragePath) -> None:
     """Remove all checkpoints.
 

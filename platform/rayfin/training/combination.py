@@ -41,6 +41,16 @@ def check_combination(config: Config) -> None:
         )
     for refusal in method.refusals(train.max_steps):
         refuse(*refusal)
+    if method.init_from is not None:
+        if (found := method.continuation_refusal()) is not None:
+            refuse(*found)
+        for name in method.first_weights:
+            if (value := getattr(method, name)) != type(method).model_fields[name].default:
+                refuse(
+                    f"method.{name}={value} with method.init_from",
+                    "training starts from the adapter's own weights",
+                    f"leave method.{name} out",
+                )
     objective = objective_of(train)
     for what, why, remedy in objective.refusals(method):
         refuse_objective(what, why, remedy)

@@ -31,22 +31,34 @@ class TrialSpec(Section):
 
     @classmethod
     def of(cls, config: Config) -> TrialSpec:
-        """Local paths become absolute: Ray's workers run in directories of their own."""
+        """Local paths become absolute: Ray's workers run in directories of their own.
+
+        The adapter that the method continues becomes its directory. Raises AdapterError where there
+        is none.
+        """
+        from rayfin.training.starting_adapter import pinned
+
         return cls(
             model=config.model.model_copy(update={"name": absolute(config.model.name)}),
             data=_absolute_data(config.data),
-            method=config.method,
+            method=pinned(config),
             train=absolute_companions(config.train),
         )
 
     def fingerprint(
-        self, *, model_identity: str, data_digest: str, companions: Mapping[str, str] | None = None
+        self,
+        *,
+        model_identity: str,
+        data_digest: str,
+        companions: Mapping[str, str] | None = None,
+        start: str | None = None,
     ) -> str:
         """Names the computation, not where it runs: 16 hex digits.
 
         The model and the data enter by their content, not by their paths, and the batches by the
         number of samples in an optimizer step, which any number of workers share. `companions` are
-        the identities of the objective's, by the settings that name them.
+        the identities of the objective's, by the settings that name them; `start` is that of the
+        adapter in method.init_from.
         """
         train = _computed(self.train)
         samples = train.pop("per_device_train_batch_size") * train.pop(
@@ -54,14 +66,31 @@ class TrialSpec(Section):
         )
         train |= companions or {}
         attention = self.model.attn_implementation
+        method = self.method.computed()
+        if self.method.init_from is not None:
+            method["init_from"] = start or self.method.init_from
         computation = {
             "model": [model_identity, self.model.dtype, *([attention] * (attention != "auto"))],
             "data": [data_digest, self.data.max_length, *self._tokens()],
-            "method": self.method.computed(),
+            "method": method,
             "train": train | {"samples_per_step": samples},
         }
-        text = json.dumps(computation, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _digest(computation)
+
+    def course(self, data_digest: str) -> str:
+        """Return 16 hex digits that name the order of the samples, and whose state the optimizer's.
+
+        Of two trainings of one course, the second can continue the first: it takes the samples that
+        come next, and the optimizer's state as it was. Rates and the number of steps may differ.
+        """
+        train = self.train
+        samples = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        order = {
+            "data": [data_digest, self.data.max_length, self.data.streaming, *self._tokens()],
+            "seed": train.seed,
+        }
+        optimizer = OPTIMIZERS[train.optim].same_as or train.optim
+        return _digest(order | {"step": [samples, train.stage, optimizer]})
 
     def _tokens(self) -> list[dict[str, str]]:
         """Return how the samples become tokens, where that isn't the model's and rayfin's way."""
@@ -73,6 +102,11 @@ class TrialSpec(Section):
         }
         written = {name: way for name, way in ways.items() if way is not None}
         return [written] if written else []
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _absolute_data(data: DataConfig) -> DataConfig:
@@ -102,9 +136,10 @@ def _computed(train: TrainConfig) -> dict[str, Any]:
         found["warmup_ratio"] = fields["warmup_ratio"].default
     found["optim"] = OPTIMIZERS[train.optim].same_as or train.optim
     for name in (
-        *("per_device_eval_batch_size", "eval_steps", "save_steps", "sample_generations"),
+        *("per_device_eval_batch_size", "eval_steps", "save_steps"),
+        *("sample_generations", "save_only_model"),
     ):
-        del found[name]  # how often one looks and at what, not what is computed
+        del found[name]  # how often one looks, at what, and what is kept: not what is computed
     if train.lr_scheduler_type in EVALUATED:
         found["eval_steps"] = train.evaluate_every  # it is, by when the rate changes
     return {

@@ -29,6 +29,7 @@ from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator
 from rayfin.training.checkpoint import (
     TrainingProgress,
+    gather_random_states,
     load_progress,
     load_tensors,
     publish_checkpoint,
@@ -95,6 +96,7 @@ class TrialTrainer(SteppedTrainer):
         self.samples_per_step = len(planned) // train.max_steps
         self.scores: torch.Tensor | None = None
         self.resumed_weights: dict[str, torch.Tensor] = {}
+        self._continued = data.continued
         self.stopped = False
 
     # --- the loss -------------------------------------------------------------------------
@@ -140,6 +142,9 @@ class TrialTrainer(SteppedTrainer):
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         beat(f"training step {self.state.global_step + 1}")
+        if self._continued is not None:  # not before: what was made until now may draw, too
+            self._continued.set_random()
+            self._continued = None
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
             self.parallel.average_gradients(self.trained)
@@ -271,23 +276,11 @@ class TrialTrainer(SteppedTrainer):
         super().write_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.checkpoints.objects is not None:
-            self._gather_random_states(staged / f"checkpoint-{self.state.global_step}")
+            gather_random_states(staged / f"checkpoint-{self.state.global_step}", self.accelerator)
         if self.args.should_save:
             publish_checkpoint(self.checkpoints, f"checkpoint-{self.state.global_step}")
         self.accelerator.wait_for_everyone()
         self._clock.start()
-
-    def _gather_random_states(self, checkpoint: Path) -> None:
-        """Each worker has written its own on its own machine; the first one publishes them all."""
-        if (workers := self.accelerator.num_processes) == 1:
-            return
-        name = "rng_state_{}.pth"
-        states = [b""] * workers
-        own = (checkpoint / name.format(self.accelerator.process_index)).read_bytes()
-        torch.distributed.all_gather_object(states, own)
-        if self.args.should_save:
-            for rank, state in enumerate(states):
-                (checkpoint / name.format(rank)).write_bytes(state)
 
     def checkpoints_directory(self) -> str:
         return os.fspath(staging(self.checkpoints))
@@ -325,7 +318,10 @@ class TrialTrainer(SteppedTrainer):
         # Not told of the checkpoint: each strategy has a format of its own there, rayfin has one.
         prepared = super().prepare_training(max_steps, loader, None)
         self.parallel.prepared(self.optimizer)
+        if (before := self._continued) is not None and checkpoint is None:
+            self.parallel.load_moments(self.trained, self.optimizer, before.moments, before.weights)
         if checkpoint is not None:
+            self._continued = None  # the checkpoint was written later
             directory = Path(checkpoint)
             moments = load_tensors(directory, _MOMENTS)
             self.parallel.load_moments(self.trained, self.optimizer, moments, self.resumed_weights)

@@ -36,6 +36,7 @@ from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.noise import embedding_noise
 from rayfin.training.optimization import check_device
 from rayfin.training.spec import Report, TrialResult, TrialSpec
+from rayfin.training.starting_adapter import Beginning, begin, state_to_continue
 from rayfin.training.strategies import WorkerLayout
 from rayfin.training.trial_cache import TrialCache, pad_token_id
 
@@ -88,6 +89,8 @@ def run_trial(
             if companions := of_companions(spec.train, spec.model, warm.facts):
                 scenario["companions"] = {key: it.as_dict() for key, it in companions.items()}
             scenario["data"] = warm.tokenized(spec).profile.as_dict()
+            if (start := warm.start(spec)) is not None:
+                scenario["init_from"] = start.as_dict(spec.course(warm.corpus(spec).digest))
         worker = _Worker(hardware, warm, group, warned)
         return _train(spec, report, location, worker, scenario)
     except Exception as error:
@@ -187,6 +190,8 @@ def _train(
             task_type=objective.task_type,
             keep_dtype=strategy.keeps_dtype,
         )
+        course = spec.course(cache.corpus(spec).digest)
+        begun = begin(model, spec.method, cache.start(spec), course)
     trainer: TrialTrainer | None = None
     try:
         beat("preparing the training", bulk=True)
@@ -195,11 +200,14 @@ def _train(
             spec,
             TrialData(
                 objective=objective,
-                planned=samples_of(spec, objective, data, strategy.share, cache.reader(spec)),
+                planned=samples_of(
+                    spec, objective, data, strategy.share, cache.reader(spec), begun.steps
+                ),
                 held_out=data.eval,
                 pad_token_id=pad_token_id(tokenizer),
                 base_scores=base_scores,
                 generate=generate,
+                continued=begun.state,
             ),
             TrialCallbacks(lambda trainer: report(stands(trainer, "running")), worker.preempted),
             parallel=strategy,
@@ -209,13 +217,13 @@ def _train(
             for left in (staging(checkpoints), *unfinished_writes(location.path / "adapter")):
                 shutil.rmtree(left, ignore_errors=True)
         resumed = _resumed(checkpoints, trainer)
-        if resumed is None:
+        if resumed is None and begun.start is None:
             beat("initializing the method", bulk=True)
             initialize(model, spec, objective, data, cache)
         with embedding_noise(model, spec.train.neftune_noise_alpha):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         template, origin = spec.data.chat_template, cache.origin(spec.model)
-        adapter = _finish(trainer, model, tokenizer, data.ends, location, origin, template)
+        adapter = _finish(trainer, model, tokenizer, data.ends, location, origin, template, begun)
         checkpoints.remove_local_copy()
         return stands(trainer, "stopped" if trainer.stopped else "finished", adapter)
     finally:
@@ -253,6 +261,7 @@ def _finish(
     location: StoragePath,
     origin: Base,
     chat_template: str | None,
+    begun: Beginning,
 ) -> StoragePath | None:
     """Write the adapter of a finished trial; remove the checkpoints of one that was stopped."""
     adapter = location / "adapter"
@@ -262,13 +271,17 @@ def _finish(
         # Every worker gives its part, and the first one writes.
         in_parts = trainer.method.changes_base and strategy.gathers
         weights = strategy.weights(model) if in_parts else None
+        state = state_to_continue(trainer.method, strategy, model, trainer.optimizer)
         with strategy.whole(model):
             if trainer.args.should_save:
                 shutil.rmtree(adapter.path, ignore_errors=True)
                 with write_directory_whole(adapter.path) as temporary:
                     save_adapter(model, tokenizer, temporary, ends, weights, chat_template)
                     trainer.method.finish_saving(model, temporary)
-                    vouch(temporary, origin, trainer.method.served_bits)
+                    if state is not None:
+                        begun.save_after(trainer.state.global_step, state, temporary)
+                    bits = begun.start.bits if begun.start is not None else None
+                    vouch(temporary, origin, trainer.method.served_bits or bits)
                 adapter.upload()
                 adapter.remove_local_copy()
     elif trainer.args.should_save:

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rayfin.config import DataConfig, ModelConfig
@@ -20,6 +21,7 @@ from rayfin.objectives import Objective, objective_of
 from rayfin.training.companions import companion_models, of_companions
 from rayfin.training.scoring import score
 from rayfin.training.spec import TrialSpec
+from rayfin.training.starting_adapter import StartingAdapter, read_starting_adapter
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +60,7 @@ class TrialCache:
         self._origins: dict[ModelConfig, Base] = {}
         self._tokenizers: dict[tuple[ModelConfig, str | None], PreTrainedTokenizerFast] = {}
         self._tokenized: dict[tuple[object, ...], TokenizedCorpus] = {}
+        self._starts: dict[str, StartingAdapter] = {}
         self._base: _Base | None = None
         self._base_scores: dict[tuple[object, ...], torch.Tensor] = {}
         self.loads = 0
@@ -84,6 +87,15 @@ class TrialCache:
         if key not in self._tokenizers:
             self._tokenizers[key] = load_tokenizer(*key)
         return self._tokenizers[key]
+
+    def start(self, spec: TrialSpec) -> StartingAdapter | None:
+        """Return the adapter that a trial continues; None where it starts anew."""
+        if (name := spec.method.init_from) is None:
+            return None
+        if name not in self._starts:
+            beat("reading the adapter to start from", bulk=True)
+            self._starts[name] = read_starting_adapter(Path(name))
+        return self._starts[name]
 
     def corpus(self, spec: TrialSpec) -> Corpus:
         """Return the samples of a trial's data."""

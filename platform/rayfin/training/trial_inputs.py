@@ -12,6 +12,7 @@ from rayfin.objectives import Objective
 from rayfin.samples import TokenizedSample
 from rayfin.training.batches import PlannedSamples, StreamedSamples
 from rayfin.training.generation import Generate
+from rayfin.training.starting_adapter import TrainingState
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class TrialData:
     """The untrained model's table of scores; None has the workers compute it together."""
     generate: Generate | None = None
     """What answers a few held-out questions at each evaluation, on the first worker."""
+    continued: TrainingState | None = None
+    """The state of a training that this one continues."""
 
 
 @dataclass(frozen=True)

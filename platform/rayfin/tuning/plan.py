@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rayfin.config import Config, DataConfig, ModelConfig, dump_yaml, load_config
+from rayfin.config import Config, DataConfig, MethodConfig, ModelConfig, dump_yaml, load_config
 from rayfin.data import Corpus, load_corpus
 from rayfin.data.conversion import check_shape
 from rayfin.errors import RayfinError
@@ -21,6 +21,7 @@ from rayfin.paths import Storage, StoragePath, write_text
 from rayfin.training import TrialSpec
 from rayfin.training.companions import of_companions
 from rayfin.training.spec import absolute
+from rayfin.training.starting_adapter import StartingAdapter, read_starting_adapter
 from rayfin.tuning.space import SearchSpace, Values
 
 _CONFIG = "config.yaml"
@@ -56,6 +57,8 @@ class SweepPlan:
     config: Config
     storage: Storage
     corpora: dict[DataConfig, Corpus] = field(default_factory=dict)
+    starts: dict[str, StartingAdapter] = field(default_factory=dict)
+    """The adapters that its trials continue, by their directories."""
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -79,10 +82,22 @@ class SweepPlan:
             model_identity=self.identity(spec.model),
             data_digest=self.corpus(spec.data, objective_of(spec.train)).digest,
             companions=of_companions(spec.train, spec.model, self.identity),
+            start=None if (start := self.start(spec.method)) is None else start.identity,
         )
         trial_id = f"{self.sweep_id}-{fingerprint[:8]}"
         location = self.storage.trial(self.sweep_id, fingerprint[:8])
         return PlannedTrial(trial_id, fingerprint, values, spec, location)
+
+    def start(self, method: MethodConfig) -> StartingAdapter | None:
+        """Return the adapter that trials of a method continue; None where they start anew.
+
+        The method is a specification's, which has the adapter's directory. Raises AdapterError.
+        """
+        if (directory := method.init_from) is None:
+            return None
+        if directory not in self.starts:
+            self.starts[directory] = read_starting_adapter(Path(directory))
+        return self.starts[directory]
 
     def corpus(self, data: DataConfig, objective: Objective = SFT) -> Corpus:
         """Return the samples of a data set, for trials of an objective.

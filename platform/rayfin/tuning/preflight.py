@@ -19,6 +19,7 @@ from rayfin.models import check_model, load_tokenizer, max_positions, meta_model
 from rayfin.objectives import objective_of
 from rayfin.training.companions import companion_models, of_companions
 from rayfin.training.optimization import check_device, needs_gpu
+from rayfin.training.starting_checks import check_starting_adapter
 from rayfin.tuning.plan import SweepPlan
 
 
@@ -56,6 +57,8 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
         method = config.method.model_dump_json()  # a mapping among its settings has no hash
         if first_time(config.model, method):
             _check_modules(config)
+            if (start := plan.start(plan.space.pinned(config))) is not None:
+                check_starting_adapter(start, config)
         if first_time(config.model, method, config.data):
             check_positions(config, max_positions(config.model))
         settings = TokenSettings.of(config.data, config.train)

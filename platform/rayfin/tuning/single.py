@@ -129,6 +129,9 @@ def _train(
     for note in plan.notes:
         say.note(note)
     trial = plan.trial({})
+    if (start := plan.start(trial.spec.method)) is not None:
+        corpus = plan.corpus(trial.spec.data, objective_of(config.train))
+        say.note(start.note(trial.spec.course(corpus.digest)))
     metric = main_metric(config.train.stage)
     if not rerun and (earlier := usable(history, trial, metric)) is not None:
         say.note(f"already in the history as {earlier.trial_id}; --rerun trains it again")

@@ -19,6 +19,7 @@ from rayfin.config import Config, MethodConfig, Space, TrainConfig, with_values
 from rayfin.methods import METHODS
 from rayfin.training import TrialSpec
 from rayfin.training.spec import absolute_companions
+from rayfin.training.starting_adapter import pinned
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -46,6 +47,7 @@ class SearchSpace:
         self.axes: Mapping[str, Choices] = config.sweep.parameters
         """Every axis of sweep.parameters, by its dotted setting."""
         self._axes_of: dict[str, dict[str, Choices]] = {}
+        self._directories: dict[str, str | None] = {}
 
     @property
     def sweeps_methods(self) -> bool:
@@ -152,15 +154,28 @@ class SearchSpace:
     def spec_of(self, values: Mapping[str, Any]) -> TrialSpec:
         """Return the specification of the trial at one point; raises ConfigError as `config_of`."""
         config = self.config_of(values)
+        config = config.model_copy(update={"method": self.pinned(config)})
         if any(axis.startswith(("model.", "data.")) for axis in values):
             return TrialSpec.of(config)
         # Their paths are absolute already: nothing is asked of the file system.
         base, train = self._base, absolute_companions(config.train)
         return TrialSpec(model=base.model, data=base.data, method=config.method, train=train)
 
+    def pinned(self, config: Config) -> MethodConfig:
+        """Return the method with the directory of the adapter that it continues, if it does.
+
+        An alias that moves meanwhile goes on naming the version that it named first.
+        """
+        if (name := config.method.init_from) is None:
+            return config.method
+        if name not in self._directories:
+            self._directories[name] = pinned(config).init_from
+        return config.method.model_copy(update={"init_from": self._directories[name]})
+
     @cached_property
     def _base(self) -> TrialSpec:
-        return TrialSpec.of(self.config)
+        method = self.pinned(self.config)
+        return TrialSpec.of(self.config.model_copy(update={"method": method}))
 
     @cached_property
     def _written(self) -> Mapping[str, Values]:

@@ -90,7 +90,8 @@ def run_sweep(
     if options.resume and earlier is not None:
         plan = earlier
     check_run(plan, variants(plan.space), cluster)
-    notes = (*options.notes, *space_notes(plan.space))
+    starts = [f"trials start from the adapter {one.name}" for one in plan.starts.values()]
+    notes = (*options.notes, *starts, *space_notes(plan.space))
     options.progress.tell((*plan.notes, *notes))
     otherwise = "wait for its end, or leave --resume out to start another"
     with driver_lock(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
@@ -171,7 +172,8 @@ def _check_unchanged(plan: SweepPlan, rows: Sequence[TrialRecord]) -> None:
     for row in rows:
         if plan.trial(plan.space.values_in(row.spec)).fingerprint != row.fingerprint:
             raise ConfigError(
-                f"--resume: the data or the model changed since sweep {plan.sweep_id} began, or an "
+                f"--resume: the data, the model or the adapter of method.init_from changed since "
+                f"sweep {plan.sweep_id} began, or an "
                 "earlier version of rayfin began it, and its trials can't be compared with new "
                 "ones; leave --resume out to start anew"
             )
