@@ -97,6 +97,34 @@ def test_templates_are_rendered_as_transformers_does(patient: Any, publish: Publ
     assert patient.http.post("/tokenize", json=body).json()["tokens"] == encoded["input_ids"]
 
 
+def test_tools_are_written_by_the_template_that_writes_them(patient: Any, publish: Publish) -> None:
+    publish("caller", "{% for t in tools or [] %}({{ t | tojson }}){% endfor %}" + OWN)
+    tools = [{"type": "function", "function": {"strict": True, "name": "f"}}]
+    tokenizer = patient.engine.tokenizer
+    plain = tokenizer("[user|hello]>")["input_ids"]
+    offered = tokenizer(f"({json.dumps(tools[0])})[user|hello]>")["input_ids"]
+    asked = {"model": "caller", "messages": HELLO, "max_tokens": 1}
+    for extra, prompt in (
+        ({"tools": tools}, offered),
+        ({"tools": tools, "tool_choice": "auto"}, offered),
+        ({"tools": tools, "tool_choice": "none"}, plain),
+        ({"tools": []}, plain),
+    ):
+        answered = patient.http.post("/v1/chat/completions", json=asked | extra)
+        assert answered.json()["usage"]["prompt_tokens"] == len(prompt)
+    body = {"model": "caller", "messages": HELLO, "tools": tools}
+    assert patient.http.post("/tokenize", json=body).json()["tokens"] == offered
+    for model, extra, why in (
+        ("tiny", {}, "the chat template of the base model writes no tools"),
+        ("caller", {"tool_choice": "required"}, "tool_choice"),
+        ("caller", {"tools": [{"type": "search"}]}, "a tool is {'type': 'function'"),
+    ):
+        body = asked | {"tools": tools, "model": model} | extra
+        refused = patient.http.post("/v1/chat/completions", json=body)
+        assert refused.status_code == 400
+        assert why in refused.json()["error"]["message"]
+
+
 # A loop without end is made of loops whose ranges the sandbox allows.
 ENDLESS = "{% for a in range(99999) %}" * 4 + "{% set x = 1 %}" + "{% endfor %}" * 4
 HOSTILE = {
