@@ -35,6 +35,8 @@ class Notes(Tracker):
     hangs: threading.Event
     released: threading.Event
     calls: list[str]
+    removed: set[str]
+    held_back: str | None = None
 
     @property
     def location(self) -> str:
@@ -49,6 +51,8 @@ class Notes(Tracker):
 
     def start(self, run: Run, key: str, native: str | None, parent: str | None) -> str:
         self._called("start")
+        if run.run_id in self.removed:
+            raise LookupError(f"no run {run.run_id}")
         native = native or key
         new = {"points": [], "answers": {}, "tags": {}, "files": {}, "settings": {}, "ends": []}
         self.runs.setdefault(native, new | {"parent": parent, "title": run.title})
@@ -83,12 +87,15 @@ class Notes(Tracker):
 
     def close(self) -> None:
         self.calls.append("close")
+        if self.held_back is not None:
+            raise RuntimeError(self.held_back)
 
 
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Notes]]:
     monkeypatch.setattr(Notes, "runs", {}, raising=False)
     monkeypatch.setattr(Notes, "calls", [], raising=False)
+    monkeypatch.setattr(Notes, "removed", set(), raising=False)
     for event in ("away", "hangs", "released"):
         monkeypatch.setattr(Notes, event, threading.Event(), raising=False)
     register(Notes)
@@ -264,10 +271,28 @@ def test_what_can_t_be_sent_is_told_and_sent_by_the_same_command(
     first.tracking.record(row(1, "finished", 8))
     (line,) = first.end(row(1, "finished", 8))
     assert line.startswith("notes lacks a part of 2 runs: ConnectionError: refused https://me:***@")
+    assert line.endswith("; the same command sends it")
     assert len(first.told) == 1 and notes.runs == {}
     notes.away.clear()
     assert driver().end(row(1, "finished", 8)) == []
     assert found(notes, "sweep-0")["files"] and found(notes, row(1).trial_id)["points"]
+
+
+def test_a_run_that_somebody_removed_there_holds_up_no_other(
+    notes: type[Notes], driver: Callable[[], Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes.removed.add(row(1).trial_id)
+    (line,) = driver().run(*(row(number, "finished", 4) for number in (1, 2, 3)))
+    assert line == (
+        f"notes lacks a part of 1 run: LookupError: no run {row(1).trial_id}; the same command "
+        "sends it"
+    )
+    assert all(found(notes, row(n).trial_id)["ends"][-1] == "finished" for n in (2, 3))
+    notes.removed.clear()
+    monkeypatch.setattr(notes, "held_back", "1 runs are not sent; `notes sync` sends them")
+    (line,) = driver().run(row(1, "finished", 4))
+    assert line == "notes: RuntimeError: 1 runs are not sent; `notes sync` sends them"
+    assert found(notes, row(1).trial_id)["ends"][-1] == "finished"
 
 
 def test_a_tracker_that_hangs_holds_nobody(
@@ -279,7 +304,10 @@ def test_a_tracker_that_hangs_holds_nobody(
     for step in range(2, 200, 2):
         first.tracking.record(row(1, step=step))
     (line,) = first.tracking.missing()
-    assert line == "notes lacks a part of 2 runs: it does not answer in time"
+    assert (
+        line
+        == "notes lacks a part of 2 runs: it does not answer in time; the same command sends it"
+    )
     assert len(notes.calls) == 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +48,6 @@ class Failures:
         except Exception as error:  # noqa: BLE001  # a library's too: no traceback helps the user
             why = str(error) if isinstance(error, RayfinError) else _named(error)
             self.lines.append(f"{what}: {' '.join(why.split())}; {remedy}")
-
-    def missing(self, lines: Iterable[str], again: str) -> None:
-        """Note what trackers lack; `again` is the option with which the same command sends it."""
-        for line in lines:
-            self.lines.append(f"report_to: {line}; the same command{again} sends it")
 
 
 def _named(error: Exception) -> str:

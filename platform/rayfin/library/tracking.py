@@ -50,7 +50,7 @@ class Tracking:
     def __exit__(self, *_: object) -> None:
         """End the senders, where an error or Ctrl-C came before `missing`."""
         for line in self.missing():
-            self._note(line)
+            self._note(f"report_to: {line}")
 
     def record(self, row: TrialRecord) -> None:
         """Show a trial as it stands, or how it ended."""
@@ -99,13 +99,17 @@ class Tracking:
         run = run_of_sweep(sweep_id, outcome.trials, self._config, self._storage)
         self._put(run_of_ended_sweep(run, outcome, report.path))
 
-    def missing(self) -> list[str]:
-        """Have all sent that can be, and return a line for each tracker that lacks something."""
+    def missing(self, option: str = "") -> list[str]:
+        """Have all sent that can be, and return a line for each tracker that lacks something.
+
+        `option` is the one with which the same command sends it, if it needs one.
+        """
+        remedy = f"the same command{option} sends it"
         senders, self._senders = self._senders, []
         for sender in senders:
             sender.ask_to_close()
         until = time.monotonic() + SECONDS
-        lines = [sender.join(until - time.monotonic()) for sender in senders]
+        lines = [sender.join(until - time.monotonic(), remedy) for sender in senders]
         return [line for line in lines if line is not None]
 
     def _put(self, run: Run) -> None:

@@ -86,7 +86,7 @@ def sweep(
                 report = _write_report(experiment, ended, published, samples)
         outcome = _outcome(experiment, ended, published)
         tracking.sweep_ended(ended.plan.sweep_id, outcome, ended.location / "report.html")
-        failures.missing(tracking.missing(), " with --resume")
+        failures.lines += [f"report_to: {it}" for it in tracking.missing(" with --resume")]
     return _result(experiment, ended, report, published, failures)
 
 
@@ -205,5 +205,5 @@ def train(
             with failures.noting(*experiment.unpublished(row, "")):
                 published = experiment.publish(row, note)
         tracking.trained(row, published)
-        failures.missing(tracking.missing(), "")
+        failures.lines += [f"report_to: {it}" for it in tracking.missing()]
     return TrainResult(row, history.shown_url, published, tuple(failures.lines))

@@ -72,6 +72,8 @@ class Sender:
         self._closing = False
         self._errors: dict[str, str] = {}
         """Run -> why the last try to send it failed, if it did."""
+        self._held_back: str | None = None
+        """What the tracker said when it was closed, if it could not send all that it had taken."""
         self._told: set[str] = set()
         self._thread = threading.Thread(
             target=self._work, name=f"tracker {tracker.name}", daemon=True
@@ -94,20 +96,21 @@ class Sender:
             self._closing = True
             self._changed.notify()
 
-    def join(self, seconds: float) -> str | None:
-        """Wait for the thread, and return what is missing in the tracker, or None.
+    def join(self, seconds: float, remedy: str) -> str | None:
+        """Wait for the thread, and return a line on what is missing in the tracker, or None.
 
-        A thread that a tracker holds for longer is left alone; it ends with the process.
+        `remedy` completes it, unless the tracker holds back what it was given and has its own. A
+        thread that a tracker holds for longer is left alone; it ends with the process.
         """
         self._thread.join(max(0.0, seconds))
         with self._changed:
             missing, alive = len(self._pending), self._thread.is_alive()
             errors = list(self._errors.values())
-        if not missing and not alive and not errors:
-            return None
+        if not missing and not alive:
+            return f"{self.name}: {self._held_back}" if self._held_back else None
         why = errors[0] if errors else "it does not answer in time"
         runs = f"{missing} run{'' if missing == 1 else 's'}" if missing else "the last run"
-        return f"{self.name} lacks a part of {runs}: {why}"
+        return f"{self.name} lacks a part of {runs}: {why}; {remedy}"
 
     def _work(self) -> None:
         pause = 0.0
@@ -121,9 +124,8 @@ class Sender:
                 break
         try:
             self._tracker.close()
-        except Exception as error:  # each package has errors of its own
-            log.debug("tracker %s", self.name, exc_info=error)
-            self._errors[self.name] = _one_line(error)
+        except Exception as error:  # noqa: BLE001  # each package has errors of its own
+            self._held_back = _one_line(error)
 
     def _all_sent(self, runs: list[Run]) -> bool:
         """Send runs, and return whether the tracker took them.

@@ -11,6 +11,8 @@ from rayfin.errors import ConfigError
 from rayfin.statuses import SCORED
 from rayfin.trackers.base import PROJECT, Answers, Point, Run, Tracker, register
 
+_PATIENCE = 20.0
+"""Seconds in which a run must have started, or have been sent when it ends."""
 _COLUMNS = ["prompt", "answer", "ended", "reference"]
 
 
@@ -44,7 +46,9 @@ class WeightsAndBiases(Tracker):
             console="off",
             disable_code=True,
             disable_git=True,
-            init_timeout=20,
+            finish_timeout=_PATIENCE,  # also where W&B ends its runs as the process exits
+            finish_timeout_raises=True,
+            init_timeout=_PATIENCE,
             save_code=False,
             silent=True,
             x_disable_machine_info=True,
@@ -53,6 +57,7 @@ class WeightsAndBiases(Tracker):
         )
         self._runs: dict[str, Any] = {}
         self._tries: dict[str, int] = {}
+        self._unsent: list[str] = []
 
     @property
     def location(self) -> str:
@@ -100,11 +105,24 @@ class WeightsAndBiases(Tracker):
     def end(self, native: str, run: Run) -> None:
         found = self._runs.pop(native)
         found.summary.update(dict(run.figures))
-        found.finish(exit_code=0 if run.status in SCORED else 1)
+        self._finish(found, exit_code=0 if run.status in SCORED else 1)
 
     def close(self) -> None:
+        """Finish what still runs; raises RuntimeError, with the remedy, for what W&B holds back."""
         for found in self._runs.values():
-            found.finish()
+            self._finish(found)
+        if self._unsent:
+            raise RuntimeError(
+                f"{len(self._unsent)} runs are not sent; `wandb sync {' '.join(self._unsent)}` "
+                "sends them"
+            )
+
+    def _finish(self, run: Any, exit_code: int = 0) -> None:
+        directory = os.fspath(Path(run.dir).parent)
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:  # what it was given stays there
+            self._unsent.append(directory)
 
 
 def _logged_in(url: str) -> bool:

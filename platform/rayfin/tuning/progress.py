@@ -15,7 +15,7 @@ from rayfin.history import TrialRecord
 from rayfin.metrics import METRICS, Score
 from rayfin.metrics import Column as MetricColumn
 from rayfin.objectives import OBJECTIVES, stage_of
-from rayfin.statuses import STATUS_COLOURS, UNFINISHED
+from rayfin.statuses import SCORED, STATUS_COLOURS, UNFINISHED
 from rayfin.tables import Cell, TableColumn, TextTable
 from rayfin.training.spec import TrialResult
 from rayfin.tuning.generations import generation_lines
@@ -82,7 +82,7 @@ class ProgressDisplay:
         self._rows[row.trial_id] = row
         if self._live is None and (before is None or row.status != "running"):
             self._show(self._line(row))
-        lines = list(generation_lines(row.curve)) if row.status == "finished" else []
+        lines = list(generation_lines(row.curve)) if row.status in SCORED else []
         if lines and "recalled_from" not in row.scenario:
             if self._live is not None:  # they stand above the table
                 self._show(self._head(row, "answers"))
