@@ -61,7 +61,7 @@ def test_the_answers_are_those_of_the_adapter_that_is_saved(lab: Any) -> None:
     assert (first, last) == (4, 8)
     assert [one["prompt"] for one in answers] == [one["prompt"] for one in before]
     model = lab.reloaded(spec, directory / "adapter").eval()
-    tokenizer = lab.warm.tokenizer(spec.model)
+    tokenizer = lab.warm.tokenizer(spec)
     for sample, one in zip(lab.held_out(spec), answers, strict=False):
         wanted = tokenizer(one["reference"], add_special_tokens=False)["input_ids"]
         most = 2 * len(wanted) + 16

@@ -46,6 +46,7 @@ def history() -> list[Any]:
         return opened.trials()
 
 
+@pytest.mark.long
 def test_the_guide_s_command_is_read_back(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
