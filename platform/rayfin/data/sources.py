@@ -238,6 +238,11 @@ def read_rows(split: Split, settings: RowSettings = NO_SETTINGS) -> Iterator[Row
 
 
 def _one_file(config: DataConfig, file: Path) -> SplitSelection:
+    if file.suffix.lower() in (".xlsx", ".xls", ".xlsm", ".ods"):
+        raise DataError(
+            f"data.path: '{config.path}' is a workbook, which is not read; save the sheet with the "
+            'rows as "CSV UTF-8" and give that file'
+        )
     if not is_readable(file):
         raise DataError(
             f"data.path: '{config.path}' has an unsupported extension '{file.suffix}'; "
