@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rayfin.cli import main
+from rayfin.cli.completion import DataCompleter
 from rayfin.config import DataConfig
 from rayfin.data import load_corpus
 
@@ -225,3 +226,10 @@ def test_a_page_whose_questions_are_marked(capsys: pytest.CaptureFixture[str]) -
         (1, "text before the first question"),
         (8, "the question 'Unanswered?' has no answer"),
     ]
+
+
+def test_a_file_of_data_is_completed() -> None:
+    found = DataCompleter("experiment")("tick")
+    assert list(found) == ["tickets.jsonl"] and "data.eval_path=" in DataCompleter("experiment")(
+        "da"
+    )

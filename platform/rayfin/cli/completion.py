@@ -88,6 +88,15 @@ class SettingsCompleter:
         return {key: text for key, text in found.items() if key.startswith(prefix)}
 
 
+class DataCompleter(SettingsCompleter):
+    """Completes files and directories of data, too, which may go first."""
+
+    def __call__(self, prefix: str, **_: Any) -> dict[str, str]:
+        """Completion -> what it means, for all that `prefix` may become."""
+        found = super().__call__(prefix)
+        return found if "=" in prefix else found | dict.fromkeys(_paths(prefix, None), "")
+
+
 def _settings(kind: Kind) -> dict[str, FieldInfo]:
     """Dotted name -> field; of `method` those of all methods."""
     from rayfin.config import Config, PublishConfig, ServeConfig

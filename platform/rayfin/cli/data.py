@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli.completion import DataCompleter
 from rayfin.cli.parser import print_json
 from rayfin.cli.settings import add_settings
 from rayfin.errors import UsageError
@@ -63,6 +64,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     for action in parser._actions:
         if action.dest == "settings":
+            action.completer = DataCompleter("experiment")  # type: ignore[attr-defined]
             action.metavar = "DATA | config.yaml | section.key=value"
             action.help = (
                 "a file, directory or hub id (data.path) or a configuration file first, if any, "
