@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,23 @@ def rounding() -> ModuleType:
 def processes() -> ModuleType:
     """Ending what a test has started, and reading from it, within bounds: processes.py."""
     return helper("processes")
+
+
+@pytest.fixture
+def popen(processes: ModuleType) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`subprocess.Popen` of text; what it started has ended after the test, its pipes are closed.
+
+    Also when the test fails, or else what it leaves would be the next test's error.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        started.append(subprocess.Popen(*arguments, text=True, **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        processes.end_family(process)
 
 
 @pytest.fixture(scope="session")

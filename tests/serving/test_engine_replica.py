@@ -29,7 +29,7 @@ from rayfin.serving.engine_replica import ChunkQueue, EngineReplica, merge_chunk
 from rayfin.serving.routing import RESIDENT, STATS
 
 
-def until(true: Callable[[], Any], seconds: float = 20.0) -> Any:
+def until(true: Callable[[], Any], seconds: float = 180.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (answer := true()):
         assert time.monotonic() < deadline, "it did not come about"
@@ -171,7 +171,7 @@ def test_a_registry_that_stalls_keeps_no_dead_callers_request(
 
     def stalls(name: str) -> tuple[int, ...]:
         entered.set()
-        leave.wait(20.0)
+        leave.wait(180)
         return (1,)
 
     monkeypatch.setattr(replica_cleanup, "_PERIOD", 0.01)
@@ -180,10 +180,10 @@ def test_a_registry_that_stalls_keeps_no_dead_callers_request(
     catalog: Any = SimpleNamespace(versions=stalls)
     one = replica_cleanup.ReplicaCleanup(engine, catalog)
     one.know(AdapterSource("red@1", Path("red")))
-    assert entered.wait(20.0)
+    assert entered.wait(180)
     one.begun(asked("orphan", 4), "a caller that has died")
     try:
-        assert cancelled.wait(10.0)
+        assert cancelled.wait(180)
         one.close()
         assert not leave.is_set() and not one._thread.is_alive()
     finally:
@@ -203,7 +203,7 @@ def test_what_goes_wrong_in_a_look_at_the_registry_is_in_the_log(
     one = replica_cleanup.ReplicaCleanup(SimpleNamespace(), SimpleNamespace(versions=fails))  # type: ignore[arg-type]
     one.know(AdapterSource("red@1", Path("red")))
     for _ in range(2):  # the second comes after the first was told
-        assert looked.acquire(timeout=20.0)
+        assert looked.acquire(timeout=180)
     one.close()
     assert "the registry could not be looked at" in caplog.text
     assert "nobody thought of it" in caplog.text

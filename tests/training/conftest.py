@@ -303,7 +303,7 @@ class Forks:
         self._process = None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(60)
+        process.wait(180)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()

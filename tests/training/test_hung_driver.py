@@ -23,7 +23,7 @@ from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import started
 from rayfin.tuning.worker import GroupTrainable
 
-PATIENCE = 60.0
+PATIENCE = 180.0
 SOON = 0.002
 """Minutes."""
 
@@ -87,7 +87,7 @@ def test_a_queue_whose_disk_stalls_hands_the_trial_out_all_the_same(
     answers = threading.Event()
     waits: list[bool] = []
     monkeypatch.setattr(trial_queue, "_WRITE_SECONDS", 1.0, raising=False)
-    monkeypatch.setattr(trial_queue, "write_json", lambda *_: waits.append(answers.wait(10)))
+    monkeypatch.setattr(trial_queue, "write_json", lambda *_: waits.append(answers.wait(PATIENCE)))
     job = trial_queue.Job(0, lab.spec(), StoragePath(tmp_path))
 
     async def work() -> None:

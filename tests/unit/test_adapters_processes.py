@@ -6,6 +6,7 @@ import random
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,14 +56,22 @@ for place in range(1, 100):
 """
 
 
-def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(popen: Callable[..., subprocess.Popen[str]]) -> Start:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    def start(script: str, *arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        return popen(command, stdout=subprocess.PIPE, env=environment)
+
+    return start
 
 
 def published(child: subprocess.Popen[str]) -> list[int]:
-    output, _ = child.communicate(timeout=60)
+    output, _ = child.communicate(timeout=180)
     return [int(line) for line in output.split() if line != "ready"]
 
 
@@ -77,7 +86,9 @@ def source(tmp_path: Path) -> Path:
     return trained
 
 
-def test_publishers_at_once_get_different_versions(tmp_path: Path, source: Path) -> None:
+def test_publishers_at_once_get_different_versions(
+    tmp_path: Path, source: Path, start: Start
+) -> None:
     children = [start(PUBLISH, tmp_path / "adapters", source, 8) for _ in range(3)]
     # A reader beside them never meets anything half done.
     registry, seen = Registry(tmp_path / "adapters"), 0
@@ -93,7 +104,9 @@ def test_publishers_at_once_get_different_versions(tmp_path: Path, source: Path)
         registry.verify(version.ref)
 
 
-def test_killed_publishers_leave_whole_versions_only(tmp_path: Path, source: Path) -> None:
+def test_killed_publishers_leave_whole_versions_only(
+    tmp_path: Path, source: Path, start: Start
+) -> None:
     registry, dice, reported = Registry(tmp_path / "adapters"), random.Random(0), []
     for _ in range(4):
         child = start(PUBLISH, registry.root, source, 10_000)
@@ -115,11 +128,11 @@ def test_killed_publishers_leave_whole_versions_only(tmp_path: Path, source: Pat
 
 
 @pytest.mark.parametrize("action", ["publish", "remove"])
-def test_death_at_every_write(tmp_path: Path, source: Path, action: str) -> None:
+def test_death_at_every_write(tmp_path: Path, source: Path, action: str, start: Start) -> None:
     registry = Registry(tmp_path / "adapters")
     for _ in range(12):
         registry.publish("support", source, {})
-    output, _ = start(DIE, registry.root, source, action).communicate(timeout=60)
+    output, _ = start(DIE, registry.root, source, action).communicate(timeout=180)
     signals, newest = zip(*(map(int, line.split()) for line in output.splitlines()), strict=True)
 
     assert len(signals) >= 3

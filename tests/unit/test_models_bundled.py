@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -38,14 +39,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "models"
 
 
-def start(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+Start = Callable[[str], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start(popen: Callable[..., subprocess.Popen[str]]) -> Start:
+    def start(code: str) -> subprocess.Popen[str]:
+        return popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+
+    return start
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
@@ -57,10 +64,10 @@ def names(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-def test_importing_models_loads_no_heavy_library() -> None:
+def test_importing_models_loads_no_heavy_library(start: Start) -> None:
     code = "import sys, rayfin.models; print({'torch', 'transformers', 'ray'} & set(sys.modules))"
     process = start(code)
-    assert process.communicate(timeout=60)[0].strip() == "set()"
+    assert process.communicate(timeout=180)[0].strip() == "set()"
 
 
 def test_tiny_is_made_once_and_found_again(cache: Path) -> None:
@@ -103,23 +110,25 @@ def test_tiny_tokenizer_keeps_any_text(cache: Path) -> None:
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
-def test_a_second_process_waits_for_the_first_and_takes_its_result(cache: Path) -> None:
+def test_a_second_process_waits_for_the_first_and_takes_its_result(
+    cache: Path, start: Start
+) -> None:
     first = start(HALTING_BUILD)
     assert first_line(first) == "building"
     second = start(HALTING_BUILD)
-    first_output, _ = first.communicate("go on\n", timeout=60)
-    second_output, _ = second.communicate("go on\n", timeout=60)
+    first_output, _ = first.communicate("go on\n", timeout=180)
+    second_output, _ = second.communicate("go on\n", timeout=180)
     assert first.returncode == second.returncode == 0
     # Had it built too, it would have said so first.
     assert second_output == first_output
     assert names(cache) == {"tiny-1", ".tiny-1.lock"}
 
 
-def test_a_killed_conversion_leaves_nothing(cache: Path) -> None:
+def test_a_killed_conversion_leaves_nothing(cache: Path, start: Start) -> None:
     killed = start(HALTING_BUILD)
     assert first_line(killed) == "building"
     killed.kill()
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=180)
     assert not (cache / "tiny-1").exists()
     locate(TINY)
     assert names(cache) == {"tiny-1", ".tiny-1.lock"}

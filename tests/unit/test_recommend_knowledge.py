@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -297,15 +297,14 @@ with History.open(sys.argv[1], create=False) as history:
 """
 
 
-def test_processes_may_write_at_the_same_time(history: History, cache: Path) -> None:
+def test_processes_may_write_at_the_same_time(
+    history: History, cache: Path, popen: Callable[..., subprocess.Popen[str]]
+) -> None:
     knowledge_of(history, cache=cache)
     folder = files(cache)[0].parent
     command = [sys.executable, "-c", WRITER, history.shown_url, str(folder)]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    writers = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
+    writers = [popen(command, stdout=subprocess.PIPE, env=environment) for _ in range(2)]
     while any(writer.poll() is None for writer in writers):
         assert knowledge_of(history, cache=cache).trials == COUNT
     for writer in writers:

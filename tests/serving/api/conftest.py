@@ -29,7 +29,7 @@ from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource
 
 BASE = "tiny"
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 @dataclass

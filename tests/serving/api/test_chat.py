@@ -208,7 +208,7 @@ class Terminal:
         os.write(self._ours, f"{line}\n".encode())
 
     def until(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not happened():
             assert time.monotonic() < deadline, self.seen
             if select.select([self._ours], [], [], 0.02)[0]:
@@ -219,7 +219,7 @@ class Terminal:
         try:
             self.until(lambda: self.seen.endswith(prompt))
             os.write(self._ours, b"\x04")
-            return self.process.wait(60)
+            return self.process.wait(180)
         finally:
             self.process.kill()
             self.process.wait()

@@ -46,7 +46,7 @@ class Caller:
 
     def hang_up(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(60)
+        self._thread.join(180)
 
     def _run(self) -> None:
         try:
@@ -58,7 +58,7 @@ class Caller:
 
     async def _ask(self, url: str, body: dict[str, Any]) -> None:
         async with (
-            httpx.AsyncClient(base_url=url, timeout=60) as client,
+            httpx.AsyncClient(base_url=url, timeout=180) as client,
             client.stream("POST", "/v1/completions", json=body) as response,
         ):
             async for _ in response.aiter_raw():

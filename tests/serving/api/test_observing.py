@@ -152,7 +152,7 @@ def test_two_requests_of_one_id_are_answered_at_once(tools: Any, engine: Any, se
     def ask(_: int) -> int:
         body = {"model": "tiny", "prompt": "hi", "max_tokens": 64, "ignore_eos": True}
         headers = {"x-request-id": "the-same"}
-        with httpx.Client(base_url=server.url, timeout=60) as http:
+        with httpx.Client(base_url=server.url, timeout=180) as http:
             return http.post("/v1/completions", json=body, headers=headers).status_code
 
     with ThreadPoolExecutor(4) as threads:
@@ -246,7 +246,7 @@ def test_no_request_waits_for_the_logs_disk(
     with stalled(path) as reader:
         config = tools.ApiConfig(request_log=str(path))
         with tools.serving(engine, shared_registry, config) as server:
-            server.http.timeout = 10
+            server.http.timeout = 120  # the test's own bound is longer
             statuses = [server.complete(model=m).status_code for m in ("tiny", "missing", "tiny")]
             assert statuses == [200, 404, 200]
             assert [line["status"] for line in lines_of(reader, 3)] == statuses
@@ -321,7 +321,7 @@ def test_health_waits_for_no_lookup_and_has_a_place_beside_them(
 
     def stalls(model: str, **more: Any) -> Any:
         entered.append(model)
-        leave.wait(60.0)
+        leave.wait(180)
         return resolve(model, **more)
 
     monkeypatch.setattr(names, "resolve", stalls)

@@ -182,7 +182,7 @@ def test_a_template_that_takes_too_long_keeps_no_one_waiting(
 
     async def ask_all() -> list[int]:
         client = openai.AsyncOpenAI(
-            api_key="x", base_url=f"{patient.url}/v1", max_retries=0, timeout=60
+            api_key="x", base_url=f"{patient.url}/v1", max_retries=0, timeout=180
         )
 
         async def ask(model: str) -> int:
@@ -303,7 +303,7 @@ def test_a_renderer_that_dies_amid_reading_a_job_is_started_anew() -> None:
             while fcntl.ioctl(process.stdin, termios.FIONREAD, unread) or any(unread):
                 await asyncio.sleep(0.01)
             child.kill()
-            process.wait(30)
+            process.wait(180)
             with pytest.raises(Overloaded, match="send the request again"):
                 await renderer.render("a@1", OWN, HELLO, {})
             return await renderer.render("a@1", OWN, HELLO, {})
@@ -453,14 +453,14 @@ def test_files_that_stall_hold_up_nobody_else(
 
     def stalls(source: AdapterSource) -> str | None:
         if source.ref == "stuck@1":
-            leave.wait(60)
+            leave.wait(180)
         return read_template(source)
 
     monkeypatch.setattr(adapter_tokenizers, "read_template", stalls)
     (tmp_path / "chat_template.jinja").write_text(OWN)
 
     async def read() -> AdapterTokenizer:
-        looks = TimedExecutor("files", threads=1, seconds=0.2, most_stuck=2)
+        looks = TimedExecutor("files", threads=1, seconds=2.0, most_stuck=2)
         own = AdapterTokenizers(looks)
         with pytest.raises(Unavailable, match="the tokenizer of adapter 'stuck@1' is being read"):
             await own.of(AdapterSource("stuck@1", tmp_path))
