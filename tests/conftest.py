@@ -12,6 +12,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +33,20 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # And nohup has the end of the terminal ignored.
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+class BitsandbytesFirst(MetaPathFinder):
+    """Imports bitsandbytes without its compiler before PEFT, as rayfin does: 2 s of a processor."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "peft":
+            from rayfin.models import import_bitsandbytes
+
+            sys.meta_path.remove(self)
+            import_bitsandbytes()
+
+
+sys.meta_path.insert(0, BitsandbytesFirst())
 
 
 def helper(name: str) -> ModuleType:
