@@ -337,7 +337,7 @@ class Service:
             looks_after = 0
             with self.client() as http:
                 while looks_after < 3:
-                    over = stop.wait(0.05)
+                    over = stop.wait(0.2)
                     now = self.counts(http)
                     for name, value in now.items():
                         if "_total" in name or "_count" in name or "_bucket" in name:

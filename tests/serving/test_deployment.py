@@ -9,26 +9,32 @@ import asyncio
 import contextlib
 import itertools
 import json
+import random
 import signal
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import httpx
+import peft
 import psutil
 import pytest
+import torch
 import yaml
 
 from rayfin.adapters import Registry
 from rayfin.config import load_serve_config
+from rayfin.config.schema import ModelConfig
 from rayfin.history import History, TrialRecord, now
+from rayfin.models import load_base
+from rayfin.models.quiet import no_progress_bars
 from rayfin.paths import Storage
 from rayfin.serving.engine.request import AdapterSource
 
@@ -42,12 +48,20 @@ LONG = 4000
 
 CLIENTS = 10 * 2 * (ROWS + QUEUE)
 """Ten times what two replicas take."""
-OVERLOADED = 8.0
-SETTLED = 3.0
+OVERLOADED = 5.0
+SETTLED = 2.0
 """Seconds of that, and after how many memory should not grow any more, but for ..."""
 SLACK = 64 * 2**20
-LEAVING = 4 * 2 * (ROWS + QUEUE)
-"""Four times what two replicas take."""
+LEAVING = 2 * 2 * (ROWS + QUEUE)
+"""Twice what two replicas take."""
+
+ADAPTERS, MORE, SLOTS = 12, 4, 4
+ASKING, REQUESTS = 2 * 2 * (ROWS + QUEUE), 300
+"""Clients at a time, and how many requests they send at least."""
+STEPS, LEAD = 200, 0.1
+"""At most so many, until every letter is likelier than any other by so much (the tiny model's
+scores lie close together)."""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -81,7 +95,8 @@ def service(
         history.put(trial("made-red"))
     registry.publish("red", tiny_adapters["lora"].path, {"trial_id": "made-red"}, alias="prod")
     registry.publish("blue", tiny_adapters["ia3"].path)
-    service = lab.Service(processes, tiny, storage, max_rows=ROWS, max_queue=QUEUE, max_length=4096)
+    limits = {"max_rows": ROWS, "max_queue": QUEUE, "max_length": 4096, "slots": SLOTS}
+    service = lab.Service(processes, tiny, storage, **limits)
     yield service
     service.close()
 
@@ -402,7 +417,9 @@ def test_clients_that_leave_mid_stream_leave_no_row_occupied(service: Any) -> No
 
 
 def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: Says) -> None:
+    """Its streams end with an error and right text; whoever asks meanwhile is answered."""
     expected = {"red@1": says("lora", 32), "red@2": says("p_tuning", 32)}
+    whole = says("lora", 600)
     killed, stop = threading.Event(), threading.Event()
     failed: list[httpx.Response] = []
 
@@ -418,19 +435,29 @@ def test_a_killed_replica_takes_only_its_own_requests_along(service: Any, says: 
                 failed.append(response)
 
     first, other = service.until(lambda: len(e := service.replicas("engine")) == 2 and e)
-    with ThreadPoolExecutor(ROWS) as pool, service.monotone():
+    streams = [service.stream("red@1", 600, temperature=0) for _ in range(2 * ROWS)]
+    events = [stream.iter_lines() for stream in streams]
+    opened = [chain([next(lines)], lines) for lines in events]  # each is at work
+    with ThreadPoolExecutor(3 * ROWS) as pool, service.monotone():
         clients = [pool.submit(client, f"red@{1 + i % 2}") for i in range(ROWS)]
         try:
-            service.until(lambda: service.count("running") > 0)
+            service.until(lambda: service.count("waiting") > 0)
             killed.set()
             first.kill()
-            service.whole_without(first)
+            ends = list(pool.map(heard, opened))
         finally:
             stop.set()
         for done in clients:
             done.result()
+        service.whole_without(first)
     assert len(failed) <= ROWS
     assert all(response.status_code >= 500 for response in failed)
+    broken = [(text, error) for text, error in ends if error is not None]
+    assert 1 <= len(broken) < 2 * ROWS
+    for text, error in broken:
+        assert whole.startswith(text) and len(text) < len(whole)
+        assert "again" in error["message"] and error["type"] == "server_error"
+    assert [text for text, error in ends if error is None] == [whole] * (len(ends) - len(broken))
     assert other.is_running() and len(service.replicas("engine")) == 2
     service.until(lambda: f"Ray: process {first.pid} died" in service.errors())
 
@@ -547,30 +574,6 @@ def heard(lines: Iterator[str]) -> tuple[str, dict[str, Any] | None]:
     return "".join(c["choices"][0]["text"] for c in chunks if c["choices"]), error
 
 
-def test_streams_of_a_killed_engine_end_with_an_error_and_right_text(
-    service: Any, says: Says
-) -> None:
-    expected = says("lora", 600)
-    first, _ = service.until(lambda: len(e := service.replicas("engine")) == 2 and e)
-    streams = [service.stream("red@1", 600, temperature=0) for _ in range(2 * ROWS)]
-    events = [stream.iter_lines() for stream in streams]
-    opened = [next(lines) for lines in events]  # each is at work
-    first.kill()
-    with ThreadPoolExecutor(2 * ROWS) as pool:
-        ends = list(
-            pool.map(
-                lambda pair: heard(chain([pair[0]], pair[1])), zip(opened, events, strict=True)
-            )
-        )
-    broken = [(text, error) for text, error in ends if error is not None]
-    assert 1 <= len(broken) < 2 * ROWS
-    for text, error in broken:
-        assert expected.startswith(text) and len(text) < len(expected)
-        assert "again" in error["message"] and error["type"] == "server_error"
-    assert [text for text, error in ends if error is None] == [expected] * (len(ends) - len(broken))
-    service.whole_without(first)
-
-
 @pytest.mark.long
 def test_an_update_under_load_loses_no_request(service: Any, says: Says) -> None:
     """Serve replaces the replicas one after the other; what they work on ends first."""
@@ -602,39 +605,184 @@ def test_an_update_under_load_loses_no_request(service: Any, says: Says) -> None
     assert statuses[200] > 20 * (statuses[429] + statuses[503])
 
 
+def train_words(
+    model: str, tokenizer: Any, prompt: str, words: list[str], folder: Path
+) -> dict[str, Path]:
+    """Word -> a LoRA adapter that was trained to answer `prompt` with it, of ranks 2 to 8."""
+    base: Any = load_base(ModelConfig(name=model), None, "cpu")
+    asked = tokenizer(prompt)["input_ids"]
+    saved = {}
+    for number, word in enumerate(words):
+        settings = peft.LoraConfig(
+            r=2 + number % 7,
+            lora_alpha=16,
+            use_rslora=number % 3 == 0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        torch.manual_seed(number)
+        with no_progress_bars():
+            wrapped = peft.get_peft_model(base, settings)
+        said = [*tokenizer(word, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids = torch.tensor([asked + said])
+        labels = torch.tensor([[-100] * len(asked) + said])
+        trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=5e-3)
+        for _ in range(STEPS):
+            answer = wrapped(input_ids=ids, labels=labels)
+            likeliest = answer.logits[0, len(asked) - 1 : -1].topk(2)
+            lead = (likeliest.values[:, 0] - likeliest.values[:, 1]).min()
+            if likeliest.indices[:, 0].tolist() == said and lead > LEAD:
+                break
+            answer.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            pytest.fail(f"'{word}' was not learned")
+        wrapped.eval()
+        saved[word] = folder / word
+        wrapped.save_pretrained(str(saved[word]), save_embedding_layers=False)
+        base = wrapped.unload()
+    return saved
+
+
+class Administrator:
+    """Publishes, promotes, rolls back and removes, and knows which word each version says."""
+
+    def __init__(self, registry: Registry, words: dict[str, Path]) -> None:
+        self.registry, self._words = registry, words
+        self.says: dict[str, str] = {}
+        """Version -> its word; written before the version can be seen."""
+        self._spare = list(words)
+        for number in range(ADAPTERS):
+            self._publish(f"a{number:02}", alias="prod")
+
+    def _publish(self, name: str, alias: str | None = None) -> int:
+        word = self._spare.pop(0)
+        version = max(self.registry.versions(name), default=0) + 1
+        self.says[f"{name}@{version}"] = word
+        published = self.registry.publish(name, self._words[word], alias=alias)
+        assert published.version == version
+        return version
+
+    def work(self, stop: threading.Event) -> None:
+        """A new version of one adapter after the other: promoted, taken back, the old removed."""
+        for number in range(MORE):
+            name = f"a{number:02}"
+            steps: list[Callable[[], Any]] = [
+                lambda: self._publish(name),  # noqa: B023  (called in this round)
+                lambda: self.registry.promote(name, 2),  # noqa: B023
+                lambda: self.registry.rollback(name),  # noqa: B023
+                lambda: self.registry.promote(name, 2),  # noqa: B023
+                lambda: self.registry.remove(f"{name}@1"),  # noqa: B023
+            ]
+            for step in steps:
+                if stop.wait(0.2):
+                    return
+                step()
+
+
+@pytest.fixture(scope="module")
+def administrator(
+    lab: Any,
+    tiny: str,
+    tiny_tokenizer: Any,
+    service: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Administrator:
+    folder = tmp_path_factory.mktemp("words")
+    draw = random.Random(0)
+    words = ["".join(draw.sample(LETTERS, 5)) for _ in range(ADAPTERS + MORE)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small only wait for a second one
+    try:
+        trained = train_words(tiny, tiny_tokenizer, lab.PROMPT, words, folder)
+    finally:
+        torch.set_num_threads(threads)
+    return Administrator(service.registry, trained)
+
+
+def test_every_answer_belongs_to_the_version_that_it_names(
+    service: Any, administrator: Administrator
+) -> None:
+    """Never the wrong adapter: each says its own word, and many clients hold it to that."""
+    evicted = service.count("slot_evictions")
+    left = iter(range(10**9))
+    taking = threading.Lock()
+    answered: Counter[str] = Counter()
+
+    def ask(http: httpx.Client, number: int) -> None:
+        name = f"a{random.Random(number).randrange(ADAPTERS):02}"
+        # By name, by alias, by the base's name before it, and by version where it stays for good.
+        fixed = f"{name}@1" if int(name[1:]) >= MORE else name
+        model = (name, f"{name}@prod", f"{service.model}:{name}@prod", fixed)[number % 4]
+        while (response := service.ask(model, 16, http, ignore_eos=False)).status_code == 429:
+            time.sleep(0.02)  # told to come again: not lost
+        assert response.status_code == 200, f"{model}: {response.text}"
+        value = response.json()
+        version, text = value["model"], value["choices"][0]["text"]
+        assert text == administrator.says[version], (model, version)
+        assert version.partition("@")[0] == name, (model, version)
+        answered[version] += 1
+
+    def client(works: Future[None]) -> None:
+        with service.client() as http:
+            while True:
+                with taking:
+                    number = next(left)
+                if number >= REQUESTS and works.done():
+                    return
+                ask(http, number)
+
+    stop = threading.Event()
+    with ThreadPoolExecutor(ASKING + 1) as pool:
+        works = pool.submit(administrator.work, stop)
+        clients = [pool.submit(client, works) for _ in range(ASKING)]
+        try:
+            for done in clients:
+                done.result()
+        finally:
+            stop.set()
+        works.result()
+    assert answered.total() >= REQUESTS
+    assert any(version.endswith("@2") for version in answered)
+    assert service.count("slot_evictions") > evicted
+    service.until(lambda: service.count("running") == service.count("waiting") == 0)
+
+    # What was removed is gone, and what stayed still says its word.
+    def is_there(ref: str) -> bool:
+        name, _, version = ref.partition("@")
+        return int(version) in service.registry.versions(name)
+
+    removed = [ref for ref in administrator.says if not is_there(ref)]
+    assert len(removed) == MORE
+    for ref in administrator.says.keys() - removed:
+        value = service.ask(ref, tokens=16, ignore_eos=False).json()
+        assert (value["model"], value["choices"][0]["text"]) == (ref, administrator.says[ref])
+    for ref in removed:
+        service.until(lambda ref=ref: service.ask(ref).status_code == 404)
+
+
 def test_requests_at_work_end_before_it_stops(service: Any, says: Says) -> None:
-    ended = threading.Event()
-
-    def ask_on() -> list[tuple[int, str]]:
-        """What others are answered until the last stream has ended."""
-        answers = []
+    def ask_until_refused() -> list[tuple[int, str]]:
+        """What is said to whom asks while it ends; there are always some whose answer goes on."""
         with contextlib.suppress(httpx.TransportError), service.client() as http:
-            while not ended.is_set():
-                health, asked = http.get("/health"), service.ask("red@1", 1, http=http)
-                if ended.is_set():
-                    break
-                for answer in (health, asked):
-                    if answer.status_code != 200:
-                        assert int(answer.headers["retry-after"]) >= 1
-                        code = answer.json()["error"]["code"]
-                        answers.append((answer.status_code, code))
-        return answers
+            while (answer := service.ask("red@1", 200, http=http)).status_code == 200:
+                assert answer.json()["choices"][0]["text"] == text
+            refused = [answer, health] if (health := http.get("/health")).is_error else [answer]
+            assert all(int(one.headers["retry-after"]) >= 1 for one in refused)
+            return [(one.status_code, one.json()["error"]["code"]) for one in refused]
+        return []
 
+    text = says("lora", 200)
     events = service.stream("red@1", 600, temperature=0).iter_lines()
     first = next(events)  # it is at work, and goes on while the rest is read
-
-    def read() -> tuple[str, dict[str, Any] | None]:
-        try:
-            return heard(chain([first], events))
-        finally:
-            ended.set()
-
-    with ThreadPoolExecutor(2) as pool:
-        rest, others = pool.submit(read), pool.submit(ask_on)
+    with ThreadPoolExecutor(ROWS) as pool:
+        rest = pool.submit(heard, chain([first], events))
+        others = [pool.submit(ask_until_refused) for _ in range(ROWS - 1)]
         assert service.stop(signal.SIGTERM) == 0, service.errors()
     assert rest.result() == (says("lora", 600), None)
-    refused = Counter(others.result())
-    assert {status for status, _ in refused} == {503} and refused[503, "unavailable"] > 1, refused
+    assert {said for one in others for said in one.result()} == {(503, "unavailable")}
     assert "Traceback" not in service.errors()
     assert service.lines.next() == "", "what Ray tells belongs to standard error"
 
