@@ -24,7 +24,7 @@ from rayfin.training.trial import run_trial
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Seconds of each trial that something befalls.
-STEPS = (120, 60, 10, 61)
+STEPS = (80, 50, 10, 51)
 SWEEP = (
     f"sweep.parameters.train.max_steps={list(STEPS)}",
     "sweep.search=grid",
@@ -83,7 +83,7 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
 
     lab.environment |= lab.disk("another")
     # What a strategy takes apart can't be the next trial's. One failure is one too many.
-    sharded = (*GROUP, "scaling.strategy=deepspeed-zero3", "sweep.max_failures=0")
+    sharded = (*GROUP, "scaling.strategy=fsdp", "sweep.max_failures=0")
     driver = lab.rayfin("sweep", *sweep, *sharded, "--resume")
     last = driver.amid(finished=3)
     assert not any(lab.processes(name) for name in DISPENSABLE)
@@ -100,7 +100,7 @@ def test_groups_lose_nothing_and_compute_what_one_process_does(
     assert lab.losses(rows[1])[0] == mark, "it started anew, and not from its checkpoint"
     assert [row.scenario["worker"]["base_loads"] for row in rows[1:3]] == [1, 2]
     for row in rows[1:3]:
-        assert row.scenario["hardware"]["strategy"] == "deepspeed-zero3"
+        assert row.scenario["hardware"]["strategy"] == "fsdp"
     for row in rows[:3]:
         location = StoragePath.at(row.directory)
         assert str(location).startswith(f"{bucket}/sweeps/")

@@ -44,17 +44,16 @@ def test_a_sweep_under_asha_loses_nothing_to_whatever_is_killed(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    interrupted = lab.rayfin("sweep", *SWEEP)
-    interrupted.until(lab.rows)
-    assert lab.rayfin_here("sweep", *lab.settings, *SWEEP, "--resume") == 2
-    second_driver = capsys.readouterr().err
-    assert f"is running in another process (process {interrupted.process.pid} on" in second_driver
-    first = interrupted.amid(finished=1, step=moment.randrange(1, STEPS * 8 // 10))
-    assert interrupted.interrupt() == 130, interrupted.err
-    assert "--resume" in interrupted.out
-    assert [row.trial_id for row in lab.rows()][1:] == [first.trial_id]
+    def interrupt(command: Any) -> None:
+        step = moment.randrange(1, STEPS * 8 // 10)
+        command.until(lambda: (row := training(lab, 1, but=0)) and lab.saved(row) >= step)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with lab.meanwhile(interrupt):
+        assert lab.rayfin_here("sweep", *lab.settings, *SWEEP) == 130
+    assert "--resume" in capsys.readouterr().out
+    untouched, first = lab.rows()[:1], lab.rows()[1]
     assert [row.status for row in lab.rows()] == ["finished", "interrupted"]
-    untouched = lab.rows()[:1]
     marked = {first.trial_id: lab.mark(first)}
     traces = lab.root / "unpickled"
     plant_pickles(lab.storage, traces)
