@@ -71,7 +71,7 @@ SEEN: dict[str, list[Strategy]] = {
     "p_tuning": ["ddp", "fsdp"],
     "pissa": ["ddp"],
     "LoRA+": ["ddp", "fsdp"],
-    "tables": list(STRATEGIES),
+    "tables": ["deepspeed-zero3", "fsdp"],
 }
 OF_LORA: dict[str, dict[str, Any]] = {
     "pissa": {"init_lora_weights": "pissa"},
