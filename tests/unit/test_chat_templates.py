@@ -312,6 +312,22 @@ def test_a_served_prompt_has_the_tokens_of_training(name: str, talk: str) -> Non
     assert sample["labels"][len(prompt)] != NO_LOSS
 
 
+def test_of_a_models_several_templates_the_one_for_tools_writes_them() -> None:
+    tokenizer = published("qwen2.5")
+    own = {"tool_use": tokenizer.chat_template, "default": published("chatml").chat_template}
+    tokenizer.chat_template = own
+    messages = TALKS["tools"]
+    (sample,) = tokenize_examples([Example(messages, tools=TOOLS)], tokenizer)
+    templates = Templates(tokenizer, 1.0, cast(AdapterTokenizers, None))
+    try:
+        text = asyncio.run(templates.render(None, list(messages[:-1]), list(TOOLS)))
+        assert "# Tools" not in asyncio.run(templates.render(None, [USER]))
+    finally:
+        templates.close()
+    assert "# Tools" in text
+    assert tokenizer.decode(sample["input_ids"]).startswith(text)
+
+
 def test_served_tools_that_the_template_leaves_out_are_refused() -> None:
     templates = Templates(published("chatml"), 1.0, cast(AdapterTokenizers, None))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from rayfin.config import Config, ModelConfig, TrainConfig, load_config
 from rayfin.config.data import DataConfig
-from rayfin.data import Corpus, Example, check_lengths, needs_length_check, tokenize_corpus
+from rayfin.data import (
+    Corpus,
+    Example,
+    check_lengths,
+    needs_length_check,
+    survey_corpus,
+    tokenize_corpus,
+)
+from rayfin.data.stream import plan_sample_ranges
+from rayfin.data.stream_reader import read_in_process
 from rayfin.data.token_settings import TokenSettings
 from rayfin.data.tokenization import tokenize_examples
 from rayfin.errors import DataError
@@ -234,6 +244,28 @@ def test_the_settings_are_those_of_the_configuration() -> None:
     data = DataConfig(chat_template="phi", system="s", truncation="left")
     found = TokenSettings.of(data, TrainConfig(train_on="last"))
     assert found == TokenSettings("phi", "s", "last", "left")
+
+
+def test_streamed_samples_are_made_by_the_same_settings(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    talks = [[{**USER, "content": "why " * (n % 3 * 40) + str(n)}, ANSWER] for n in range(20)]
+    path.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    stream = survey_corpus(DataConfig(path=str(path), streaming=True)).stream
+    assert stream is not None
+    ranges = plan_sample_ranges(stream, lanes=[0], of=1, seed=0, first=0, last=40)
+    settings = TokenSettings(system="Be brief.", truncation="drop")
+    read = read_in_process(tokenizer, SFT, settings)
+    samples = [sample for _, sample in read(stream, ranges, 0, 200)]
+    expected = [
+        each
+        for each in encode(tokenizer, *(Example((SYSTEM, *talk)) for talk in talks))
+        if len(each["input_ids"]) <= 200
+    ]
+    whole = [sample for sample in samples if len(sample["input_ids"]) > 2]
+    assert 0 < len(whole) < len(samples)
+    assert all(sample in expected for sample in whole)
+    left_out = [sample for sample in samples if len(sample["input_ids"]) == 2]
+    assert all(sample["labels"] == [NO_LOSS] * 2 for sample in left_out)
 
 
 def test_a_sweep_over_what_is_scored_says_that_its_scores_do_not_compare() -> None:

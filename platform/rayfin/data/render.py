@@ -215,8 +215,8 @@ def _templated(
     except Exception as error:  # a template is a program: it raises what it likes
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data: the chat template refuses a conversation ({reason:.200}); change the order of "
-            "roles as it asks, or use another model or data.chat_template"
+            f"data: the chat template refuses a conversation ({reason:.200}); change the data as "
+            "it asks, or use another model or data.chat_template"
         ) from error
     return [str(text) for text in texts]
 
