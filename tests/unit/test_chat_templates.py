@@ -10,9 +10,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from rayfin.data import Corpus, tokenize_corpus
+from rayfin.data.token_settings import TokenSettings
 from rayfin.data.tokenization import tokenize_examples
 from rayfin.errors import DataError, RequestError
 from rayfin.models.chat_templates import set_chat_template, template_names
+from rayfin.objectives import SFT
 from rayfin.samples import NO_LOSS, Example
 from rayfin.serving.api.adapter_tokenizers import AdapterTokenizers
 from rayfin.serving.api.prompts import Prompts
@@ -272,6 +275,34 @@ def test_a_template_that_leaves_something_of_tools_out_is_refused(
         tokenize_examples([Example(TALKS["tools"], tools=TOOLS)], tokenizer)
     assert "\n" not in str(error.value)
     assert tokenize_examples([Example(TALKS["one"])], tokenizer)
+
+
+@pytest.mark.parametrize(("name", "told"), [("llama3", True), ("qwen2.5", False)])
+def test_words_beside_a_call_that_a_template_leaves_out_are_told_of(name: str, told: bool) -> None:
+    spoken, silent = (
+        Example(TALKS[talk], tools=TOOLS) for talk in ("tools, reasoning", "tools, two")
+    )
+    corpus = Corpus((spoken, silent), (silent,), "messages", "digest", "source")
+    notes = tokenize_corpus(corpus, published(name), 9999).profile.notes
+    note = "data: in 1 of 3 conversations the assistant says something beside a tool call, which"
+    assert any(each.startswith(note) for each in notes) == told
+
+
+def test_a_system_message_that_a_template_leaves_out_is_told_of() -> None:
+    template = (
+        (PUBLISHED / "chatml.jinja")
+        .read_text()
+        .replace(
+            "for message in messages", "for message in messages if message['role'] != 'system'"
+        )
+    )
+    tokenizer = tokenizer_of(FORMATS["chatml"], template)
+    corpus = Corpus((Example(TALKS["one"]),), (Example(TALKS["two"]),), "messages", "d", "s")
+    settings = TokenSettings(system="Be brief.")
+    notes = tokenize_corpus(corpus, tokenizer, 9999, SFT, settings).profile.notes
+    assert notes == (
+        "data: data.system has no effect, as the chat template leaves system messages out",
+    )
 
 
 def test_a_model_without_a_template_refuses_tools() -> None:

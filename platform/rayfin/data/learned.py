@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.render import learned_turns, probed, turn_end
+from rayfin.data.render import learned_turns, probed, render_example, turn_end
 from rayfin.data.token_settings import DEFAULTS, TokenSettings
+from rayfin.data.tools import leaves_out_words, said_beside_calls
 from rayfin.models.chat_templates import template_label, unknown_special_tokens
 from rayfin.models.ends import PROBES, Ends
 from rayfin.samples import NO_LOSS, Example, TokenizedSample
@@ -105,12 +107,12 @@ def template_notes(
         return (f"data: {', '.join(written)} has no effect, as the data are plain texts",)
     notes: list[str] = []
     if settings.system is not None:
-        given = sum(settings.with_system(example) is not example for example in talks)
+        notes.append(_system_note(talks, tokenizer, settings))
+    spoken = said_beside_calls(talks)
+    if spoken and leaves_out_words(spoken[0], partial(render_example, tokenizer=tokenizer)):
         notes.append(
-            f"data: {given} of {len(talks)} conversations had no system message and have "
-            "data.system; give it in requests to the adapter, too"
-            if given
-            else "data: data.system has no effect, as every conversation has a system message"
+            f"data: in {len(spoken)} of {len(talks)} conversations the assistant says something "
+            "beside a tool call, which the chat template leaves out: it is not learned"
         )
     if settings.chat_template is not None:
         shown = probed(PROBES[0], tokenizer)
@@ -121,6 +123,21 @@ def template_notes(
                 "learned, and end answers, as plain text"
             )
     return tuple(notes)
+
+
+def _system_note(
+    talks: Sequence[Example], tokenizer: PreTrainedTokenizerFast, settings: TokenSettings
+) -> str:
+    given = [example for example in talks if settings.with_system(example) is not example]
+    if not given:
+        return "data: data.system has no effect, as every conversation has a system message"
+    texts = [render_example(it, tokenizer) for it in (given[0], settings.with_system(given[0]))]
+    if texts[0] == texts[1]:
+        return "data: data.system has no effect, as the chat template leaves system messages out"
+    return (
+        f"data: {len(given)} of {len(talks)} conversations had no system message and have "
+        "data.system; give it in requests to the adapter, too"
+    )
 
 
 def _rewritten_notes(

@@ -71,7 +71,7 @@ def render_conversations(
     example) is not learned, and none is with `last_only`. Raises DataError where the text does not
     begin with what generation would be given, and for tools that the template leaves out.
     """
-    check_tools(conversations, lambda example: _whole(example, tokenizer))
+    check_tools(conversations, lambda example: render_example(example, tokenizer))
     turns = [learned_turns(example)[-1 if last_only else 0 :] for example in conversations]
     pairs = [
         (example, turn) for example, its in zip(conversations, turns, strict=True) for turn in its
@@ -163,7 +163,8 @@ def _with_spans(renderings: list[tuple[str, str]], ending: _TurnEnding) -> Rende
     return RenderedConversation(text, len(last_prompt), tuple(spans))
 
 
-def _whole(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
+def render_example(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return a whole conversation as text; raises DataError where the template refuses it."""
     return render_texts([example.messages], tokenizer, tools=[example.tools])[0]
 
 

@@ -37,6 +37,17 @@ def check_tools(examples: Sequence[Example], render: Callable[[Example], str]) -
             raise DataError(f"data: the chat template leaves out {what} of the samples; {_WAY_OUT}")
 
 
+def said_beside_calls(examples: Iterable[Example]) -> list[Example]:
+    """Return the examples whose assistant says something beside a tool call."""
+    return [example for example in examples if _without_words(example) is not None]
+
+
+def leaves_out_words(example: Example, render: Callable[[Example], str]) -> bool:
+    """Whether `render` leaves out what the assistant says beside the first such call."""
+    silent = _without_words(example)
+    return silent is not None and render(silent) == render(example)
+
+
 def refuse_tools(
     conversations: Iterable[Sequence[ChatTurn]], tools: Iterable[Sequence[Tool]]
 ) -> None:
@@ -61,6 +72,13 @@ def _changed_arguments(example: Example) -> Example | None:
 
 def _changed_result(example: Example) -> Example | None:
     return _with_turn(example, lambda turn: {"content": _MARK} if turn["role"] == "tool" else None)
+
+
+def _without_words(example: Example) -> Example | None:
+    def changed(turn: ChatTurn) -> dict[str, Any] | None:
+        return {"content": ""} if turn.get("tool_calls") and turn["content"].strip() else None
+
+    return _with_turn(example, changed)
 
 
 def _with_call(example: Example, change: Callable[[Any], dict[str, Any]]) -> Example | None:
