@@ -113,8 +113,8 @@ class WeightsAndBiases(Tracker):
             self._finish(found)
         if self._unsent:
             raise RuntimeError(
-                f"{len(self._unsent)} runs are not sent; `wandb sync {' '.join(self._unsent)}` "
-                "sends them"
+                f"what it took of {len(self._unsent)} run(s) is not sent; "
+                f"`wandb sync {' '.join(self._unsent)}` sends it"
             )
 
     def _finish(self, run: Any, exit_code: int = 0) -> None:

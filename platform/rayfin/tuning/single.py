@@ -23,7 +23,7 @@ from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.driver_watch import watched_driver
-from rayfin.tuning.generations import generation_lines
+from rayfin.tuning.generations import generation_lines, generations_of
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
@@ -204,7 +204,9 @@ def _train_row(
         row = with_result(row, result)
         with busy("recording the result"):
             _put(row, history, say)
-        show_answers(result)
+        if generations_of(result.curve):  # what the last evaluation measured follows at the end
+            say.show(evaluation_line(result, config.train.max_steps))
+            show_answers(result)
 
     def report(result: TrialResult) -> None:
         nonlocal row  # a group that dies leaves what it had reported
