@@ -151,6 +151,7 @@ LONG: dict[str, dict[str, Any]] = {
     "cosine_warmup_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-4}},
     "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 3}, "warmup_steps": 2},
     "noise on virtual tokens": {"neftune_noise_alpha": 5.0},
+    "all weights in 8 bits": {"optim": "adamw_8bit", "learning_rate": 3e-3},
 }
 for _name in SchedulerType:
     if _name.value in LONG:
@@ -168,6 +169,8 @@ def test_an_optimizer_a_schedule_or_noise_goes_on_as_in_a_whole_run(
     settings: dict[str, Any] = {"r": 64, "lora_dropout": 0.1}
     if option == "noise on virtual tokens":
         method, settings = "p_tuning", {}
+    if option == "all weights in 8 bits":  # but the embeddings, which stay in 32
+        method, settings = "full", {}
     spec = lab.spec(method, settings, **train)
     check_optimization(Config(**{part: getattr(spec, part) for part in type(spec).model_fields}))
     ((directory, step),) = kill_in_a_step(lab, [spec])

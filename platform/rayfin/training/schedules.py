@@ -6,6 +6,7 @@ import inspect
 import math
 from typing import Any
 
+from rayfin.compat.bitsandbytes import import_bitsandbytes
 from rayfin.config import TrainConfig
 from rayfin.config.optimizers import PLAIN_SCHEDULES
 from rayfin.errors import ConfigError, did_you_mean
@@ -46,6 +47,7 @@ def check_schedule(train: TrainConfig, steps: int | None) -> None:
         )
     if name in PLAIN_SCHEDULES and not given:
         return
+    import_bitsandbytes()  # Transformers imports PEFT, which would import it with a warning
     takes = _arguments(name)
     for key in given:
         if key not in takes:
