@@ -310,6 +310,11 @@ LAYOUTS: dict[str, Cell] = {
         "data.ignore_columns=[messages,text]",
         settings=["data.columns.prompt=frage", "data.columns.completion=ziel"],
     ),
+    "a table of something else": Cell(
+        lambda q, a: {"ort": q, "kreis": a, "wert": "1e-4", "land": a},
+        refused="rename ort, kreis, wert, land to those of a format: chosen, rejected | messages | "
+        "conversations | instruction, output | prompt, completion | text)",
+    ),
     "turns by another name": Cell(
         lambda q, a: {"talk": said(q, a), "sys": SYSTEM},
         "system",

@@ -40,6 +40,8 @@ def _guess(row: Mapping[str, Any], answered: bool) -> dict[str, str]:
     if answer is not None and answer not in texts:
         return {}  # what is no text can't be named to be one
     asked = _named([name for name in texts if name != answer], _ASKS)
+    if len(texts) > 2 and (asked is None or answer is None):
+        return {}
     asked = asked or next(name for name in texts if name != answer)
     return {"prompt": asked, "completion": answer or next(n for n in texts if n != asked)}
 
@@ -57,4 +59,10 @@ def _is_talk(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and any(map(str.isalpha, value))
+    if not isinstance(value, str) or not any(map(str.isalpha, value)):
+        return False
+    try:
+        float(value)  # 1e-4 is a number
+    except ValueError:
+        return True
+    return False
