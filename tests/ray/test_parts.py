@@ -116,13 +116,35 @@ def test_asha_goes_on_with_the_rungs_of_known_trials(plan: SweepPlan, metric: st
     plan = with_sweep(plan, metric=metric)
     curve = [{"step": step, "eval_loss": 1.0} for step in (2, 4, 6, 8)]
     known = [ended(plan, r, curve=curve) for r in (2, 4, 8)]
-    asha = scheduler(plan.config, known)
+    asha = scheduler(plan, known)
     weak: Any = SimpleNamespace(trial_id="weak", placement_group_factory=None)
     strong: Any = SimpleNamespace(trial_id="strong", placement_group_factory=None)
     asha.on_trial_add(None, weak)
     asha.on_trial_add(None, strong)
     assert asha.on_trial_result(None, weak, {"step": 2, metric: 9.0}) == "STOP"
     assert asha.on_trial_result(None, strong, {"step": 2, metric: 0.5}) == "CONTINUE"
+
+
+@pytest.mark.parametrize(
+    ("train", "sweep", "unit", "rungs"),
+    [
+        ({"max_steps": 8}, {}, "step", [6, 2]),
+        ({"max_steps": 8}, {"grace_period": 3}, "step", [3]),
+        ({"max_steps": 8}, {"grace_period": 0.1}, "share", [0.9, 0.3, 0.1]),
+        ({"num_train_epochs": 2}, {}, "share", [0.75, 0.25]),
+        ({"num_train_epochs": 2, "eval_steps": 0.5}, {}, "share", [0.5]),
+        ({"num_train_epochs": 2}, {"grace_period": 4}, "step", [12, 4]),
+    ],
+)
+def test_asha_compares_trials_of_epochs_at_shares_of_their_own_steps(
+    plan: SweepPlan, train: dict[str, Any], sweep: dict[str, Any], unit: str, rungs: list[float]
+) -> None:
+    settings = plan.config.model_dump(exclude_unset=True)
+    plan = dataclasses.replace(plan, config=Config.model_validate(settings | {"train": train}))
+    plan = with_sweep(plan, **sweep)
+    asha = scheduler(plan, [])
+    (bracket,) = asha._brackets
+    assert (asha._time_attr, [at for at, _ in bracket._rungs]) == (unit, pytest.approx(rungs))
 
 
 # --- resources --------------------------------------------------------------------------------

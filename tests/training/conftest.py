@@ -142,10 +142,14 @@ class Lab:
                 "data": {"path": str(self.data), "max_length": 64, **(data or {})},
                 "method": {"type": method, **(own | (settings or {}))},
                 "train": {
-                    "max_steps": 8,
-                    "eval_steps": 4,
-                    "learning_rate": rate,
-                    **train,
+                    name: value
+                    for name, value in {
+                        "max_steps": 8,
+                        "eval_steps": 4,
+                        "learning_rate": rate,
+                        **train,
+                    }.items()
+                    if value is not None
                 },
             }
         )

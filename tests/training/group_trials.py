@@ -1,8 +1,8 @@
 """Runs trials in groups of forked workers, as Ray Train would; see forked_trials.py.
 
-A job is {spec, directory, environment, workers, strategy, own, kill_in, disks}: `kill_in` is a step
-in which the last worker kills itself; `disks` is a directory where each worker has one that no
-other sees.
+A job is {spec, directory, environment, workers, strategy, own, kill_in, disks, notes}: `kill_in` is
+a step in which the last worker kills itself; `disks` is a directory where each worker has one that
+no other sees; `notes` one in which each leaves the tokens that it has trained on.
 Answers the first worker's result, None where one was killed.
 """
 
@@ -45,6 +45,17 @@ def die_in_step(step: int) -> None:
     TrialTrainer.compute_loss = deadly  # type: ignore[method-assign]
 
 
+def noted(trained: list[list[int]]) -> None:
+    compute_loss = TrialTrainer.compute_loss
+
+    def noting(self: TrialTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        trained.extend(ids[mask.bool()].tolist() for ids, mask in rows)
+        return compute_loss(self, model, inputs, *args, **kwargs)
+
+    TrialTrainer.compute_loss = noting  # type: ignore[method-assign]
+
+
 def work(job: dict[str, Any], rank: int, port: int, warm: TrialCache) -> dict[str, Any] | None:
     workers = job["workers"]
     os.environ |= job["environment"]
@@ -62,6 +73,9 @@ def work(job: dict[str, Any], rank: int, port: int, warm: TrialCache) -> dict[st
         dist.init_process_group("gloo")
     if rank == workers - 1 and job.get("kill_in") is not None:
         die_in_step(job["kill_in"])
+    trained: list[list[int]] = []
+    if "notes" in job:
+        noted(trained)
     result = run_trial(
         TrialSpec.model_validate_json(job["spec"]),
         lambda _: None,
@@ -70,6 +84,8 @@ def work(job: dict[str, Any], rank: int, port: int, warm: TrialCache) -> dict[st
         warm=warm,
         group=WorkerLayout(workers, job.get("strategy", "ddp"), own=job.get("own")),
     )
+    if "notes" in job:
+        Path(job["notes"], f"{rank}.json").write_text(json.dumps(trained))
     return result.as_dict()
 
 

@@ -43,6 +43,9 @@ OTHER: dict[str, Any] = {
     "loraplus_lr_ratio": 4.0,
     "modules_to_save": ["lm_head"],
     "init_from": "/",  # a directory that is there
+    "num_train_epochs": 3.0,
+    "early_stopping_patience": 2,
+    "keep": "best",
 }
 
 
@@ -61,8 +64,28 @@ def fingerprint(sections: dict[str, Any], **where: Any) -> str:
 
 @pytest.mark.parametrize("name", sorted(set(TrainConfig.model_fields) - FREE))
 def test_every_training_setting_enters(name: str) -> None:
-    changed = {"train": {name: other(name, getattr(TrainConfig(), name))}}
-    assert fingerprint(changed) != fingerprint({})
+    beside = {"early_stopping_patience": 2} if name == "early_stopping_threshold" else {}
+    changed = {"train": beside | {name: other(name, getattr(TrainConfig(), name))}}
+    assert fingerprint(changed) != fingerprint({"train": beside})
+
+
+@pytest.mark.parametrize("train", [{"keep": "best"}, {"early_stopping_patience": 2}])
+def test_when_evaluations_are_compared_enters_when_and_by_what(train: dict[str, Any]) -> None:
+    plain = fingerprint({"train": train})
+    assert fingerprint({"train": train | {"eval_steps": 15}}) == plain, "a quarter of 60"
+    assert fingerprint({"train": train | {"eval_steps": 5}}) != plain
+    assert fingerprint({"train": train, "sweep": {"metric": "exact_match"}}) != plain
+    assert fingerprint({"train": train | {"save_steps": 5}}) == plain
+
+
+def test_epochs_enter_as_such() -> None:
+    epochs = {"train": {"num_train_epochs": 2}}
+    spec = TrialSpec.of(Config.model_validate(epochs))
+    found = {
+        spec.with_rows(rows).fingerprint(model_identity="tiny@1", data_digest="d")
+        for rows in (10, 1000)
+    }
+    assert found == {fingerprint(epochs)} != {fingerprint({"train": {"num_train_epochs": 3}})}
 
 
 EFFECTIVE = {

@@ -234,7 +234,7 @@ def test_a_file_makes_an_objective_that_trains_resumes_and_is_swept_and_reported
     told: list[str] = []
 
     def tell(result: TrialResult) -> None:
-        told.append(evaluation_line(result, config.train.max_steps))
+        told.append(evaluation_line(result, config.train.model_dump()))
 
     with History.open(f"sqlite:///{tmp_path}/history.db") as history:
         for smoothing in (0.0, 0.4):

@@ -262,7 +262,9 @@ def test_batches_of_samples_without_a_label_end_in_an_error() -> None:
         samples: list[TokenizedSample] = [
             {"input_ids": [1, 2], "labels": [NO_LOSS, label]} for label in labels
         ]
-        planned = PlannedSamples(samples, [*range(len(samples))], SFT.length)
+        planned = PlannedSamples(
+            samples, [*range(len(samples))], SFT.length, SFT.without_loss(samples[0])
+        )
         return batches_from_start(planned, SFT, 0, labelled=3)
 
     few = batches(NO_LOSS, 5)

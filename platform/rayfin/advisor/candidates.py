@@ -65,6 +65,12 @@ class ScenarioFacts:
     profile: Mapping[str, Any] | None = None
     """The profile of the data, as records hold it; unknown entries may be missing."""
 
+    @property
+    def rows(self) -> int | None:
+        """The number of training samples, or None where nothing says it."""
+        known: int | None = (self.profile or {}).get("rows_train")
+        return known or self.scenario.dataset_rows
+
     def columns(self) -> dict[str, float]:
         """Return the scenario's columns in the rows of the learned model."""
         name = self.facts.identity
@@ -96,6 +102,7 @@ def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
             try:
                 settings = _unquantized_where_it_must(base, settings, known.facts)
                 config = _within_positions(with_values(base, settings), known.facts, fixed)
+                config = config.with_rows(known.rows) if known.rows else config
                 _check_saved(config, known.facts)
                 check_combination(config)
                 check_scaling(config)
@@ -152,7 +159,11 @@ def with_changes(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
     """Return a candidate with dotted settings changed; only the values are checked again."""
     if not changes:
         return option
-    return Candidate(with_values(option.config, changes), {**option.settings, **changes})
+    config = with_values(option.config, changes)
+    if config.train.num_train_epochs is not None:  # the samples of a step stay the same
+        counted = config.train.with_steps(option.config.train.max_steps)
+        config = config.model_copy(update={"train": counted})
+    return Candidate(config, {**option.settings, **changes})
 
 
 def _trains_linear_whole(config: Config, facts: ModelFacts) -> bool:

@@ -111,10 +111,11 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
         * settings["train.gradient_accumulation_steps"]
     )
     epoch = math.ceil(_rows(corpus) / batch)
-    settings.setdefault("train.max_steps", min(max(epoch, _FEWEST_STEPS), _MOST_STEPS))
-    notes["train.max_steps"] = (
-        f"{_rows(corpus)} training samples, {batch} a step: one epoch is {epoch} steps."
-    )
+    length = "train.num_train_epochs"
+    if length not in settings:
+        length = "train.max_steps"
+        settings.setdefault(length, min(max(epoch, _FEWEST_STEPS), _MOST_STEPS))
+    notes[length] = f"{_rows(corpus)} training samples, {batch} a step: one epoch is {epoch} steps."
     base = build_config({}, settings)
     check_combination(base)
     parameters = config.sweep.parameters or axes(base, [base.model_dump(mode="json")])

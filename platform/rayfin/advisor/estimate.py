@@ -65,6 +65,8 @@ class Estimate:
     """The bytes by the formula alone."""
     memory: Interval
     """The peak in bytes, corrected by what trials measured."""
+    steps: int
+    """The optimizer steps of the training."""
     seconds: Interval
     """The time of the optimizer steps; loading and evaluations come on top."""
     cost: Interval | None
@@ -96,6 +98,8 @@ def estimate(
     profile: DataProfile | LengthFacts | None = None,
 ) -> Estimate:
     """Estimate what training `config` on `hardware` takes, corrected by the `measured` trials.
+
+    Its steps are those of `config.train.with_rows`, where it is of epochs.
 
     `profile` tells how long the samples are; without it, all have `tokens` tokens, or else
     data.max_length, with a loss on every token. `price_per_hour` is that of all workers together,
@@ -144,6 +148,7 @@ def estimate(
     return Estimate(
         parts=parts,
         memory=peak,
+        steps=config.train.max_steps,
         seconds=seconds,
         cost=None if price_per_hour is None else seconds.times(price_per_hour / 3600),
         trials=len(alike),

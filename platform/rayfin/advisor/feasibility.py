@@ -25,6 +25,7 @@ from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.advisor.model_sizes import format_size
 from rayfin.advisor.scenario import hardware_class
 from rayfin.config import Config, build_config
+from rayfin.config.steps import duration
 from rayfin.errors import RayfinError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
@@ -167,12 +168,13 @@ def nothing_fits(
             f"--latency-target-ms {scenario.latency_target_ms:g}; use a smaller model or a faster "
             "machine, or allow more"
         )
-    quickest = min(fitting, key=lambda one: one.estimate.seconds.high).estimate.seconds
-    low, high = (f"{n / 3600:.2g}" for n in (quickest.low, quickest.high))
+    quickest = min(fitting, key=lambda one: one.estimate.seconds.high).estimate
+    low, high = (f"{n / 3600:.2g}" for n in (quickest.seconds.low, quickest.seconds.high))
+    length, _ = duration(base.train.model_dump())
     return (
         f"nothing ends in time: the fastest takes {low} to {high} hours for "
-        f"{base.train.max_steps} steps, more than --budget-hours {scenario.budget_hours:g}; use "
-        "fewer train.max_steps, a smaller model or a faster machine, or allow more"
+        f"{quickest.steps} steps, more than --budget-hours {scenario.budget_hours:g}; use "
+        f"fewer {length}, a smaller model or a faster machine, or allow more"
     )
 
 

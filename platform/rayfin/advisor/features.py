@@ -200,7 +200,8 @@ def row_of(record: TrialRecord) -> dict[str, float] | None:
     if setting is None:
         return None
     steps = _number(record.metrics.get("steps"))
-    if record.status == "stopped" and steps > 0:
+    early = record.status == "stopped" or "early_stop" in record.scenario
+    if early and steps > 0:
         setting["steps"] = _log(2, steps)  # so far it went, and so good it was by then
     name, profile = model_name(record.spec, record.scenario), _section(record.scenario, "data")
     otherwise = str(_section(record.spec, "data").get("path") or record.sweep_id)

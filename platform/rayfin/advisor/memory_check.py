@@ -54,6 +54,8 @@ class MemoryCheck:
             config,
             {name: min(sizes[name.partition(".")[2]], most) for name, most in batches.items()},
         )
+        counted = config.train.with_steps(trial.spec.train.max_steps)
+        config = config.model_copy(update={"train": counted})
         self._hardware = self._hardware or describe_hardware(plan.config.scaling.use_gpu)
         hardware = _share(self._hardware, config)
         facts = self._facts(config.model)

@@ -88,7 +88,7 @@ def _known_axes() -> set[str]:
     """Return the settings that are columns of the learned model."""
     return {
         *("train.learning_rate", "train.per_device_train_batch_size", "train.max_steps"),
-        *("train.gradient_accumulation_steps", "method.type"),
+        *("train.gradient_accumulation_steps", "train.num_train_epochs", "method.type"),
         *(f"method.{name}" for name in (*capacities(), "lora_alpha", "lora_dropout")),
     }
 

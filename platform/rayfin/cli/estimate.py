@@ -67,7 +67,11 @@ def _print(config: Config, found: Estimate, hardware: Hardware) -> None:
     table.add_row("[bold]training time[/bold]", *_shown(found.seconds, show_seconds))
     if found.cost is not None:
         table.add_row("[bold]cost[/bold]", *_shown(found.cost, "{:,.2f}".format))
-    what = f"{config.model.name}, {config.method.type}, {config.train.max_steps} steps"
+    epochs = config.train.num_train_epochs
+    length = (
+        f"{found.steps} steps" if epochs is None else f"{epochs:g} epochs ({found.steps} steps)"
+    )
+    what = f"{config.model.name}, {config.method.type}, {length}"
     # Text, so that brackets in a path are not taken for markup.
     console.print(Text(f"{what} on {hardware.device_name} ({hardware.device})", style="bold"))
     if found.strategy is not None:

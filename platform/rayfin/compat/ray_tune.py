@@ -27,14 +27,14 @@ _FAILED = _name(
 )
 
 
-def record_rung(scheduler: Any, trial_id: str, step: int, value: float) -> None:
-    """Tell an AsyncHyperBandScheduler what a trial had reached at `step`.
+def record_rung(scheduler: Any, trial_id: str, time: float, value: float) -> None:
+    """Tell an AsyncHyperBandScheduler what a trial had reached at `time`, in its time_attr.
 
     `value` is the metric, or its negative where less is better.
     """
     _ON_RESULT.get()
     trial = SimpleNamespace(trial_id=trial_id)
-    _BRACKETS.of(scheduler)[0].on_result(trial, step, value)
+    _BRACKETS.of(scheduler)[0].on_result(trial, time, value)
 
 
 def count_deaths_as_failures() -> None:

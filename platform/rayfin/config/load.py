@@ -87,6 +87,8 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     for key, value in overrides.items():
         _put(merged, key, value)
     merged = _default_method(merged)
+    if isinstance(train := merged.get("train"), dict) and train.get("max_steps", 0) is None:
+        del train["max_steps"]  # null over a file that has it leaves room for num_train_epochs
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -114,10 +116,14 @@ def saved(config: Config) -> dict[str, Any]:
     """Return the settings of a configuration, from which `build_config` builds it again.
 
     They are complete, except that `method` has only its type and the given settings, as another
-    method that replaces it, or that is swept, has its own defaults.
+    method that replaces it, or that is swept, has its own defaults; and that train.max_steps, which
+    num_train_epochs decides, is left out beside it.
     """
     method = config.method.model_dump(mode="json", exclude_unset=True)
-    return config.model_dump(mode="json") | {"method": method}
+    found = config.model_dump(mode="json") | {"method": method}
+    if config.train.num_train_epochs is not None:
+        del found["train"]["max_steps"]
+    return found
 
 
 def _tree(

@@ -11,12 +11,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PrivateAttr,
     create_model,
     model_validator,
 )
 
 from rayfin.config.data import DataConfig
 from rayfin.config.optimizers import DEFAULT_OPTIMIZER, OPTIMIZERS, Schedule, check_name
+from rayfin.config.steps import steps_of_epochs, steps_of_share
 from rayfin.methods import MethodConfig
 from rayfin.metrics import score_names, score_of
 from rayfin.objectives import DEFAULT, OBJECTIVES, main_metric
@@ -45,6 +47,9 @@ class ModelConfig(Section):
     where the architecture has it. Flash and flex attention need a GPU."""
 
 
+Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+
+
 class TrainConfig(Section):
     """How a trial is trained.
 
@@ -63,12 +68,20 @@ class TrainConfig(Section):
     """Samples a device evaluates at once."""
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Batches summed into one optimizer step; several workers share them."""
+    num_train_epochs: float | None = Field(None, gt=0)
+    """Passes over the training samples, in place of max_steps."""
     max_steps: int = Field(60, ge=1)
     """Optimizer steps."""
-    eval_steps: int | None = Field(None, ge=1)
-    """Steps between evaluations; null takes a quarter of max_steps."""
-    save_steps: int | None = Field(None, ge=1)
-    """Steps between checkpoints; null takes eval_steps."""
+    eval_steps: Interval | None = None
+    """Steps between evaluations, or a share of all steps below 1; null takes a quarter."""
+    save_steps: Interval | None = None
+    """Steps between checkpoints, or a share of all steps below 1; null takes eval_steps."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """End a trial after so many evaluations without a better sweep.metric; null never does."""
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    """An evaluation is better for early_stopping_patience by more than this."""
+    keep: Literal["best", "last"] = "last"
+    """The adapter of the best evaluation by sweep.metric, or that of the last step."""
     optim: Annotated[str, OneOf(lambda: OPTIMIZERS), BeforeValidator(check_name)] = (
         DEFAULT_OPTIMIZER
     )
@@ -117,6 +130,8 @@ class TrainConfig(Section):
     """Held-out questions that the model answers at each evaluation, always the same ones; shown in
     the terminal, the trackers and the report. The training stays the same, bit for bit."""
 
+    _counted: bool = PrivateAttr(False)
+
     @model_validator(mode="wrap")
     @classmethod
     def _of_the_objective(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
@@ -129,17 +144,54 @@ class TrainConfig(Section):
 
     def __reduce__(self) -> Any:
         """Pickles by the settings: an objective's section is made in the process that needs it."""
-        return TrainConfig.model_validate, (self.model_dump(exclude_unset=True),)
+        return _unpickled, (self.model_dump(exclude_unset=True), self.steps)
+
+    def with_rows(self, rows: int) -> Self:
+        """Return the section with max_steps for training data of `rows` samples.
+
+        They change where num_train_epochs is given. Everything that asks for a trial's steps reads
+        max_steps of a section that this method has returned.
+        """
+        if self.num_train_epochs is None:
+            return self
+        samples = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.with_steps(steps_of_epochs(self.num_train_epochs, rows, samples))
+
+    def with_steps(self, steps: int) -> Self:
+        """Return the section with other max_steps, which count as computed and not as written."""
+        copied = self.model_copy()
+        copied.__dict__["max_steps"], copied._counted = steps, True
+        return copied
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps; None where they are epochs and the samples were not counted."""
+        known = self._counted or "max_steps" in self.model_fields_set
+        return self.max_steps if known or self.num_train_epochs is None else None
 
     @property
     def evaluate_every(self) -> int:
         """Steps between evaluations."""
-        return self.eval_steps or max(1, self.max_steps // 4)
+        if self.eval_steps is None and self.num_train_epochs is None:
+            return max(1, self.max_steps // 4)
+        return steps_of_share(self.eval_steps or 0.25, self.max_steps)
 
     @property
     def save_every(self) -> int:
         """Steps between checkpoints."""
-        return self.save_steps or self.evaluate_every
+        if self.save_steps is None:
+            return self.evaluate_every
+        return steps_of_share(self.save_steps, self.max_steps)
+
+    @property
+    def compares_evaluations(self) -> bool:
+        """Whether what a trial comes to depends on how its evaluations compare."""
+        return self.keep == "best" or self.early_stopping_patience is not None
+
+
+def _unpickled(settings: dict[str, Any], steps: int | None) -> TrainConfig:
+    found = TrainConfig.model_validate(settings)
+    return found if found.num_train_epochs is None or steps is None else found.with_steps(steps)
 
 
 def train_section(stage: str) -> type[TrainConfig]:
@@ -221,8 +273,9 @@ class SweepConfig(Section):
     say anything about them, else Optuna's TPE."""
     scheduler: Literal["asha", "none"] = "asha"
     """Stop weak trials early, or run all to the end."""
-    grace_period: int | None = Field(None, ge=1)
-    """Steps that every trial may run before ASHA can stop it; null takes train.eval_steps."""
+    grace_period: Interval | None = None
+    """Steps, or below 1 the share of its own, that each trial may run before ASHA can stop it; null
+    takes train.eval_steps."""
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one in this many at each rung."""
     max_concurrent_trials: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -296,6 +349,11 @@ class Config(Section):
                 f"set sweep.mode={self.sweep.direction}, or leave it out"
             )
         return self
+
+    def with_rows(self, rows: int) -> Config:
+        """Return the configuration with the steps that it has on `rows` training samples."""
+        train = self.train.with_rows(rows)
+        return self if train is self.train else self.model_copy(update={"train": train})
 
     @property
     def registry_storage(self) -> str:

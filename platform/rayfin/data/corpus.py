@@ -37,6 +37,11 @@ class Corpus:
     """Where training reads its samples from, if `train` is only a sample of them."""
 
     @property
+    def rows(self) -> int:
+        """The number of training samples, of streamed data too, before any is cut to nothing."""
+        return len(self.train) if self.stream is None else sum(self.stream.rows)
+
+    @property
     def skipped_rows(self) -> int:
         """The number of bad rows that were left out."""
         if self.stream is not None:

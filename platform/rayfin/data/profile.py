@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,6 +49,8 @@ class DataProfile:
     """A hash of the corpus' content and split; neither tokenizer nor max_length enter it."""
     source: str
     """A hash that is the same for every subset and split of the data."""
+    eval_digest: str
+    """A hash of the evaluation split's tokens after the cut, and of which of them have a loss."""
     eval_split: str
     """The name of the evaluation split, or `held_out` for rows held out of training."""
     eval_rows_in_train: int
@@ -107,11 +110,19 @@ def profile_of(
         mean_turns=sum(turns) / len(turns),
         digest=corpus.digest,
         source=corpus.source,
+        eval_digest=_digest(held_out),
         eval_split=corpus.eval_split,
         eval_rows_in_train=corpus.eval_rows_in_train,
         sources=corpus.sources,
         notes=(*corpus.notes, *notes),
     )
+
+
+def _digest(samples: Sequence[TokenizedSample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sorted(dict[str, Any](sample).items())}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def _percentile(ordered: Sequence[int], share: float) -> int:

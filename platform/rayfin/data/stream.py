@@ -9,7 +9,9 @@ where it stopped.
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -108,6 +110,44 @@ def _lane(
                 yield SampleRange(position + start, lane, number, file_range, epoch, start, stop)
             position += rows
         epoch += 1
+
+
+def plan_epoch_ranges(
+    stream: Stream, *, lanes: Iterable[int], of: int, seed: int, first: int, last: int
+) -> list[SampleRange]:
+    """Return what `lanes` read for steps `first` to `last` (exclusive), in passes over all samples.
+
+    A pass has ceil(rows / of) steps. Each lane takes one piece of the samples of the pass's
+    shuffled ranges, all pieces equally long or one sample longer; a lane with a shorter piece has
+    no sample in the last step of the pass (`has_sample`).
+    """
+    rows = sum(stream.rows)
+    steps, (length, longer) = -(-rows // of), divmod(rows, of)
+    planned: list[SampleRange] = []
+    for epoch in range(first // steps, -(-last // steps)):
+        begin = epoch * steps
+        order = _shuffled(len(stream.ranges), f"{seed}/{epoch}")
+        starts = [0, *itertools.accumulate(stream.rows[number] for number in order)]
+        for lane in lanes:
+            low, high = (n * length + min(n, longer) for n in (lane, lane + 1))
+            start, stop = low + max(first - begin, 0), min(high, low + last - begin)
+            place = bisect.bisect_right(starts, start) - 1
+            while start < stop:
+                number, before = order[place], starts[place]
+                place += 1
+                end = min(stop, starts[place])
+                if start < end:
+                    file_range = stream.ranges[number]
+                    step, inside = begin + start - low, (start - before, end - before)
+                    planned.append(SampleRange(step, lane, number, file_range, epoch, *inside))
+                    start = end
+    return sorted(planned, key=lambda found: (found.step, found.lane))
+
+
+def has_sample(rows: int, step: int, lane: int, of: int) -> bool:
+    """Return whether a lane of `plan_epoch_ranges` has a sample in a step."""
+    last = step % -(-rows // of) == (rows - 1) // of
+    return not (last and rows % of and lane >= rows % of)
 
 
 @functools.lru_cache(maxsize=4)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.config import DataConfig, ModelConfig, Section
 from rayfin.evaluation.quantities import setting
+from rayfin.history.comparable import eval_digest
 from rayfin.history.record import finite
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ LEAST_TRIALS = 20
 
 
 def comparable_trials(trials: Sequence[TrialRecord], metric: str) -> list[TrialRecord]:
-    """Those that finished with a finite value of the metric, on the same model and data.
+    """Those that finished with a finite value of the metric, on one model and the same tokens.
 
     One that was stopped early would have scored better later. Where the sweep varies the model or
     the data, these are the trials of the largest group.
@@ -29,10 +30,9 @@ def comparable_trials(trials: Sequence[TrialRecord], metric: str) -> list[TrialR
     groups: dict[str, list[TrialRecord]] = {}
     for trial in trials:
         if trial.status == "finished" and finite(trial.metrics.get(metric)) is not None:
-            scenario = [
-                _written(trial.spec.get(name), kind)
-                for name, kind in (("model", ModelConfig), ("data", DataConfig))
-            ]
+            model = _written(trial.spec.get("model"), ModelConfig)
+            data = eval_digest(trial) or _written(trial.spec.get("data"), DataConfig)
+            scenario = [model, data]
             groups.setdefault(json.dumps(scenario, sort_keys=True), []).append(trial)
     return max(groups.values(), key=len, default=[])
 

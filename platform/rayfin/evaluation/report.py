@@ -45,6 +45,7 @@ from rayfin.paths import Storage, write_text
 from rayfin.redaction import redact
 from rayfin.statuses import ENDED, STATUS_WORDS, UNFINISHED
 from rayfin.tuning.generations import generations_of
+from rayfin.tuning.rows import early_stop
 
 if TYPE_CHECKING:
     from rayfin.history.record import TrialRecord
@@ -305,7 +306,8 @@ def _reason(trial: TrialRecord) -> dict[str, str]:
     if not text:
         steps = finite(trial.metrics.get("steps"))
         stopped = trial.status == "stopped" and steps is not None
-        return {"line": f"after {show_number(steps or 0)} steps" if stopped else "", "rest": ""}
+        line = f"after {show_number(steps or 0)} steps" if stopped else early_stop(trial)
+        return {"line": line, "rest": ""}
     # The last line of a traceback is the one that says what happened.
     lines = text.splitlines()
     line = (lines[-1] if lines[0].startswith("Traceback") else lines[0]).strip()

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from rayfin.config import Config
 from rayfin.config.serving import MAX_RANK, EngineConfig
+from rayfin.config.steps import duration
 from rayfin.evaluation.change import Change, change_of
 from rayfin.evaluation.chart_data import ordered
 from rayfin.evaluation.quantities import (
@@ -25,6 +26,7 @@ from rayfin.evaluation.quantities import (
     show_quantity,
     show_setting,
 )
+from rayfin.history.comparable import evaluated_on
 from rayfin.history.record import finite
 from rayfin.methods import MethodConfig
 from rayfin.metrics import score_of
@@ -81,7 +83,8 @@ def sweep_verdict(outcome: SweepOutcome) -> Verdict:
     if best is None:
         return _nothing(trials, interrupted)
     metric = config.sweep.metric
-    scored = [t.status for t in trials if finite(t.metrics.get(metric)) is not None]
+    alike = [t for t in trials if evaluated_on(t) == evaluated_on(best)]
+    scored = [t.status for t in alike if finite(t.metrics.get(metric)) is not None]
     change = change_of(best, metric)
     who = _who(trials, best, config, scored.count("finished"))
     caution = None
@@ -193,17 +196,18 @@ def _next(
     if interrupted:
         return "The same command with --resume carries on."
     samples = change.samples if change else None
+    length, now = duration(best.spec.get("train") or {"max_steps": config.train.max_steps})
     unsure_and_worse = outcome == "no interval" and change is not None and change.gain <= 0
     if outcome == "worse" or unsure_and_worse:
         return (
-            "Next: lower train.learning_rate or raise train.max_steps "
-            f"({config.train.max_steps} now), and look at the samples."
+            f"Next: lower train.learning_rate or raise {length} ({now} now), and look at the "
+            "samples."
         )
     if outcome == "no clear difference":
         held_out = f" (data.val_size; {samples} now)" if samples else ""
         return (
-            f"Next: train longer (train.max_steps; {config.train.max_steps} now) or search wider, "
-            f"and hold out more samples{held_out} to tell."
+            f"Next: train longer ({length}; {now} now) or search wider, and hold out more "
+            f"samples{held_out} to tell."
         )
     if adapter is not None:
         return f"Next: `{_try(adapter, config, best)}`."

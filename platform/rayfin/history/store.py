@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 from sqlalchemy import URL, Connection, Engine, Row, Select, extract, func, select
 
 from rayfin.errors import HistoryError, did_you_mean
+from rayfin.history.comparable import comparable
 from rayfin.history.connect import (
     connect,
     database_errors,
@@ -233,6 +234,7 @@ class History:
                 "updated_at",
                 "metrics",
                 "spec",
+                "scenario",
             )
         ]
         rows: dict[str, list[Any]] = {}
@@ -308,8 +310,8 @@ def _summary(
     mode = mode or score_of(metric).direction
     measured = [
         (value, row.trial_id)
-        for row in compared
-        if row.status == "finished" and (value := finite(row.metrics.get(metric))) is not None
+        for row in comparable(compared, metric)
+        if (value := finite(row.metrics.get(metric))) is not None
     ]
     pick = min if mode == "min" else max
     value, trial_id = pick(measured, key=lambda pair: pair[0]) if measured else (None, None)

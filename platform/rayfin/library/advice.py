@@ -167,7 +167,10 @@ def estimate(
     config = configuration(config)
     check_combination(config)
     measured = _measured(config)
-    profile = sampled_profile(config, read_data(config, notes_to(progress)))
+    corpus = read_data(config, notes_to(progress))
+    profile = sampled_profile(config, corpus)
+    config = config.with_rows(corpus.rows)
+    check_combination(config)  # now that its steps are known
     return estimates.estimate(
         config,
         describe_model(config.model),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 
 from rayfin.data import TokenizedCorpus, TokenizedSample
-from rayfin.data.stream import plan_sample_ranges
+from rayfin.data.stream import has_sample, plan_epoch_ranges, plan_sample_ranges
 from rayfin.data.stream_reader import StreamReader
 from rayfin.errors import DataError
 from rayfin.heartbeat import beat
@@ -49,12 +49,47 @@ def plan_samples(
     plan = plan[seen : seen + needed]
     if not group_by_length:
         return plan
-    grouped: list[int] = []
-    for start in range(0, needed, _WINDOW * batch_size):
+    return [index for batch in _grouped(plan, lengths, batch_size, rng) for index in batch]
+
+
+def plan_epochs(
+    lengths: Sequence[int],
+    *,
+    batch_size: int,
+    max_steps: int,
+    seed: int,
+    group_by_length: bool,
+    steps_before: int = 0,
+) -> list[int | None]:
+    """Return `plan_samples`, with each pass over the samples in steps of its own.
+
+    One step of each pass may have fewer samples than the others: None stands for those it lacks.
+    """
+    rng = random.Random(seed)
+    plan: list[int | None] = []
+    seen, needed = steps_before * batch_size, max_steps * batch_size
+    while len(plan) < seen + needed:
+        epoch = list(range(len(lengths)))
+        rng.shuffle(epoch)
+        if group_by_length:
+            batches = _grouped(epoch, lengths, batch_size, rng)
+        else:
+            batches = [epoch[i : i + batch_size] for i in range(0, len(epoch), batch_size)]
+        for batch in batches:
+            plan += [*batch, *[None] * (batch_size - len(batch))]
+    return plan[seen : seen + needed]
+
+
+def _grouped(
+    plan: Sequence[int], lengths: Sequence[int], batch_size: int, rng: random.Random
+) -> list[list[int]]:
+    """Return the batches of a plan with samples of like length together, window by window."""
+    grouped: list[list[int]] = []
+    for start in range(0, len(plan), _WINDOW * batch_size):
         window = sorted(plan[start : start + _WINDOW * batch_size], key=lambda i: lengths[i])
         batches = [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(batches)
-        grouped += [index for batch in batches for index in batch]
+        grouped += batches
     return grouped
 
 
@@ -72,8 +107,10 @@ def samples_of(
     """
     train, stream = spec.train, data.stream
     samples_per_step = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    in_epochs = train.num_train_epochs is not None
+    filler = objective.without_loss(data.train[0])
     if stream is None:
-        plan = plan_samples(
+        plan = (plan_epochs if in_epochs else plan_samples)(
             [objective.length(sample) for sample in data.train],
             batch_size=samples_per_step,
             max_steps=train.max_steps,
@@ -81,10 +118,10 @@ def samples_of(
             group_by_length=train.group_by_length,
             steps_before=steps_before,
         )
-        return PlannedSamples(data.train, plan, objective.length)
+        return PlannedSamples(data.train, plan, objective.length, filler)
 
     def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, TokenizedSample]]:
-        ranges = plan_sample_ranges(
+        ranges = (plan_epoch_ranges if in_epochs else plan_sample_ranges)(
             stream,
             lanes=lanes,
             of=samples_per_step,
@@ -101,6 +138,9 @@ def samples_of(
         batch_size=share.batch_size,
         workers=samples_per_step // (share.batch_size * share.accumulation),
         length=objective.length,
+        filler=filler,
+        rows=sum(stream.rows) if in_epochs else None,
+        steps_before=steps_before,
     )
 
 
@@ -110,21 +150,27 @@ class PlannedSamples(torch.utils.data.Dataset[TokenizedSample]):
     def __init__(
         self,
         samples: Sequence[TokenizedSample],
-        plan: Sequence[int],
+        plan: Sequence[int | None],
         length: Callable[[TokenizedSample], int],
+        filler: TokenizedSample,
     ) -> None:
-        """Take `length`, which counts the tokens that the model computes for a sample."""
-        self.samples, self.plan, self.length = samples, plan, length
+        """Take `length`, which counts the tokens that the model computes for a sample.
+
+        `filler` has no loss, and fills a step that has fewer samples: so all workers have equally
+        many batches of equally many rows, however many samples there are.
+        """
+        self.samples, self.plan, self.length, self.filler = samples, plan, length, filler
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, position: int) -> TokenizedSample:
-        return self.samples[self.plan[position]]
+        index = self.plan[position]
+        return self.filler if index is None else self.samples[index]
 
     def tokens(self, start: int, stop: int) -> int:
         """Return the number of tokens in the samples from `start` to `stop` of the plan."""
-        return sum(self.length(self.samples[i]) for i in self.plan[start:stop])
+        return sum(self.length(self.samples[i]) for i in self.plan[start:stop] if i is not None)
 
     def close(self) -> None:
         """Do nothing: nothing is open."""
@@ -146,13 +192,18 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
         batch_size: int,
         workers: int,
         length: Callable[[TokenizedSample], int],
+        filler: TokenizedSample,
+        rows: int | None = None,
+        steps_before: int = 0,
     ) -> None:
         """Take `read`, which maps (lanes, first step) to pairs (lane, sample).
 
         `batch_size` is that of one worker; `length` counts the tokens that the model computes for
-        a sample.
+        a sample; `filler` is that of `PlannedSamples`, where each pass over `rows` samples has
+        steps of its own.
         """
-        self.length = length
+        self.length, self.filler = length, filler
+        self.rows, self.steps_before = rows, steps_before
         self.read, self.samples_per_step, self.max_steps = read, samples_per_step, max_steps
         self.batch_size, self.workers = batch_size, workers
         self._source: Iterator[tuple[int, TokenizedSample]] | None = None
@@ -164,6 +215,10 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
 
     def __getitem__(self, position: int) -> TokenizedSample:
         step, lane = divmod(position, self.samples_per_step)
+        if self.rows is not None:
+            pass_step = self.steps_before + step
+            if not has_sample(self.rows, pass_step, lane, self.samples_per_step):
+                return self.filler
         if self._source is None:
             rank = lane // self.batch_size % self.workers
             own = [
@@ -210,6 +265,8 @@ def batches_from_start(
         found = False
         for position in range(len(samples)):
             sample = samples[position]
+            if sample is samples.filler:
+                continue
             batch.append(sample)
             learned = sum(label != NO_LOSS for label in sample["labels"])
             waiting, found = waiting + learned, found or learned > 0

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,19 @@ def staging(location: StoragePath) -> Path:
     return location.path / _STAGING
 
 
-def latest_checkpoint(location: StoragePath) -> Path | None:
+def latest_checkpoint(
+    location: StoragePath, needs: Callable[[Path], str | None] = lambda _: None
+) -> Path | None:
     """Return the newest whole checkpoint at `location`; leftovers of a killed write don't count.
 
-    One whose files are not as they were written (a torn disk, a lost block) is passed over.
+    One whose files are not as they were written (a torn disk, a lost block) is passed over, and so
+    is one that `needs` another (it returns its name) that is not whole.
     """
     for checkpoint in reversed(_checkpoints(location)):
-        damaged = _damaged(checkpoint.path) if checkpoint.download() else "it is not whole"
+        damaged = _harm(checkpoint)
+        if damaged is None and (other := needs(checkpoint.path)) is not None:
+            harm = _harm(location / other) if other != checkpoint.path.name else None
+            damaged = f"{other}, which it needs: {harm}" if harm is not None else None
         if damaged is None:
             return checkpoint.path
         log.warning(
@@ -74,6 +81,10 @@ def _step(name: str) -> int:
     return int(name.removeprefix("checkpoint-"))
 
 
+def _harm(checkpoint: StoragePath) -> str | None:
+    return _damaged(checkpoint.path) if checkpoint.download() else "it is not whole"
+
+
 def _damaged(checkpoint: Path) -> str | None:
     """Return what is not as it was written, or None."""
     try:
@@ -86,8 +97,8 @@ def _damaged(checkpoint: Path) -> str | None:
         return str(error) or type(error).__name__
 
 
-def publish_checkpoint(location: StoragePath, name: str) -> None:
-    """Make a staged checkpoint the newest one, and drop all but the one before it.
+def publish_checkpoint(location: StoragePath, name: str, kept: str | None = None) -> None:
+    """Make a staged checkpoint the newest one, and drop all but the one before it and `kept`.
 
     Where the newest turns out to be torn, the one before it is there.
     """
@@ -104,7 +115,7 @@ def publish_checkpoint(location: StoragePath, name: str) -> None:
     others = [other for other in _checkpoints(location) if other != checkpoint]
     before = [other for other in others if _step(other.path.name) < _step(name) and other.exists()]
     for other in others:
-        if other not in before[-1:]:
+        if other not in before[-1:] and other.path.name != kept:
             other.remove()
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from rayfin.config import Config
+from rayfin.config import Config, TrainConfig
 from rayfin.errors import ConfigError, MethodError
 from rayfin.methods import methods_that
 from rayfin.objectives import Objective, objective_of
 from rayfin.training.optimization import check_optimization
+from rayfin.training.spec import TrialSpec
 
 
 def check_combination(config: Config) -> None:
     """Raise MethodError or ConfigError, with what would work, where `config` can't be trained."""
     method, train = config.method, config.train
+
+    _check_duration(train)
 
     def refuse(what: str, why: str, remedy: str) -> None:
         raise MethodError(f"{what} can't work with method.type={method.type}: {why}; {remedy}")
@@ -79,3 +82,30 @@ def check_combination(config: Config) -> None:
                 f"samples have at most data.max_length={config.data.max_length} tokens",
                 "use fewer virtual tokens",
             )
+
+
+def counted(spec: TrialSpec, rows: int) -> TrialSpec:
+    """Return `spec` with the steps that its epochs are on `rows` training samples.
+
+    Raises MethodError where they are too few for the method.
+    """
+    found = spec.with_rows(rows)
+    if found is not spec:
+        for refusal in spec.method.refusals(found.train.max_steps):
+            raise MethodError("{}: {}; {}".format(*refusal))
+    return found
+
+
+def _check_duration(train: TrainConfig) -> None:
+    if train.num_train_epochs is not None and "max_steps" in train.model_fields_set:
+        raise ConfigError(
+            f"train.num_train_epochs={train.num_train_epochs:g} and train.max_steps="
+            f"{train.max_steps} both say how long to train; give one of them (null takes the other "
+            "away)"
+        )
+    if train.early_stopping_threshold and train.early_stopping_patience is None:
+        raise ConfigError(
+            f"train.early_stopping_threshold={train.early_stopping_threshold:g} has no effect "
+            "without train.early_stopping_patience; give that too, such as "
+            "train.early_stopping_patience=3"
+        )

@@ -37,8 +37,7 @@ def check_optimization(config: Config) -> None:
             f"train.warmup_steps={train.warmup_steps} and train.warmup_ratio={train.warmup_ratio:g}"
             " say the same; give one of them"
         )
-    epochs = getattr(train, "num_train_epochs", None)  # its steps are known where the data is
-    check_schedule(train, None if epochs else train.max_steps)
+    check_schedule(train, train.steps)
     if train.lr_scheduler_type in EVALUATED and "eval_loss" not in objective.metrics:
         raise ConfigError(
             f"train.lr_scheduler_type={train.lr_scheduler_type} follows the eval loss, which "

@@ -83,6 +83,10 @@ class ParallelStrategy:
         """Put `weights` back; all workers must call it, before the trainer wraps `model`."""
         load_training_state(model, weights)
 
+    def replace_weights(self, model: torch.nn.Module, weights: Tensors) -> None:
+        """Put other `weights` in place after the training; all workers must call it."""
+        self.load_weights(model, weights)
+
     def moments(self, model: torch.nn.Module, optimizer: Any) -> Tensors:
         """Return the optimizer's state of `model`, whole and by name; see `weights`.
 

@@ -28,6 +28,8 @@ class TrialSpec(Section):
     data: DataConfig
     method: MethodConfig
     train: TrainConfig
+    metric: str | None = None
+    """The score that says which evaluation is the best; None where nothing depends on that."""
 
     @classmethod
     def of(cls, config: Config) -> TrialSpec:
@@ -43,7 +45,13 @@ class TrialSpec(Section):
             data=_absolute_data(config.data),
             method=pinned(config),
             train=absolute_companions(config.train),
+            metric=deciding_metric(config),
         )
+
+    def with_rows(self, rows: int) -> TrialSpec:
+        """Return the specification with the steps that it has on `rows` training samples."""
+        train = self.train.with_rows(rows)
+        return self if train is self.train else self.model_copy(update={"train": train})
 
     def fingerprint(
         self,
@@ -64,6 +72,8 @@ class TrialSpec(Section):
         samples = train.pop("per_device_train_batch_size") * train.pop(
             "gradient_accumulation_steps"
         )
+        if self.metric is not None:  # what is kept, and when a trial ends, depends on both
+            train |= {"eval_steps": self.train.evaluate_every, "metric": self.metric}
         train |= companions or {}
         attention = self.model.attn_implementation
         method = self.method.computed()
@@ -89,6 +99,8 @@ class TrialSpec(Section):
             "data": [data_digest, self.data.max_length, self.data.streaming, *self._tokens()],
             "seed": train.seed,
         }
+        if train.num_train_epochs is not None:  # each pass has steps of its own
+            order["passes"] = True
         optimizer = OPTIMIZERS[train.optim].same_as or train.optim
         return _digest(order | {"step": [samples, train.stage, optimizer]})
 
@@ -140,6 +152,8 @@ def _computed(train: TrainConfig) -> dict[str, Any]:
         *("sample_generations", "save_only_model"),
     ):
         del found[name]  # how often one looks, at what, and what is kept: not what is computed
+    if train.num_train_epochs is not None:
+        del found["max_steps"]  # they follow from the epochs and the data
     if train.lr_scheduler_type in EVALUATED:
         found["eval_steps"] = train.evaluate_every  # it is, by when the rate changes
     return {
@@ -149,6 +163,11 @@ def _computed(train: TrainConfig) -> dict[str, Any]:
         or name not in fields
         or value != fields[name].get_default(call_default_factory=True)
     }
+
+
+def deciding_metric(config: Config) -> str | None:
+    """Return the score by which a trial of `config` compares its evaluations, if it does."""
+    return config.sweep.metric if config.train.compares_evaluations else None
 
 
 def absolute_companions(train: TrainConfig) -> TrainConfig:
@@ -185,6 +204,9 @@ class TrialResult:
     scenario: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     adapter: StoragePath | None = None
+    max_steps: int | None = None
+    """The optimizer steps of the whole trial, counted on the samples that it has; None where the
+    data was not read."""
     storage_failed: bool = False
     """Whether it failed of its storage (a full disk, say), as any other trial would have."""
 

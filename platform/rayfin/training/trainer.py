@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from transformers import PrinterCallback
 
 from rayfin.compat.deepspeed import element_count
-from rayfin.compat.transformers import SteppedTrainer
-from rayfin.errors import TrialDiverged, TrialError
+from rayfin.errors import TrialDiverged
 from rayfin.heartbeat import beat, pause
 from rayfin.metrics import GENERATIONS, METRICS
 from rayfin.objectives import Objective
@@ -27,31 +22,21 @@ from rayfin.objectives.tensors import adapter_disabled
 from rayfin.paths import StoragePath
 from rayfin.training.arguments import training_arguments
 from rayfin.training.batches import Collator
-from rayfin.training.checkpoint import (
-    TrainingProgress,
-    gather_random_states,
-    load_progress,
-    load_tensors,
-    publish_checkpoint,
-    save_progress,
-    save_tensors,
-    staging,
-)
+from rayfin.training.checkpointed_trainer import CheckpointedTrainer
 from rayfin.training.clock import Clock
 from rayfin.training.curve import curve_of
 from rayfin.training.flow import Flow
-from rayfin.training.learning_rates import divide_groups, resume_schedule
+from rayfin.training.learning_rates import divide_groups
 from rayfin.training.parallel import ParallelStrategy
 from rayfin.training.preemption import PreemptionWatch
-from rayfin.training.schedules import own_schedule, schedule_state
+from rayfin.training.schedules import own_schedule
 from rayfin.training.scoring import score_together
+from rayfin.training.selection import evaluations_without_gain
 from rayfin.training.spec import TrialSpec
 from rayfin.training.trial_inputs import TrialCallbacks, TrialData
 
-_WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
 
-
-class TrialTrainer(SteppedTrainer):
+class TrialTrainer(CheckpointedTrainer):
     """Trains one trial; `curve` and `train_seconds` survive a resume with the checkpoint.
 
     What is specific to the trial's objective, its loss and scores, the objective does.
@@ -73,9 +58,9 @@ class TrialTrainer(SteppedTrainer):
             element_count(p) for p in model.parameters() if p.requires_grad
         )
         parallel.shard(model)
-        self._clock = Clock()
+        self.clock = Clock()
         stepped = partial(method.after_optimizer_step, model)
-        flow = Flow(train, self._clock, self._score_base, stepped, self._to_be_saved_now)
+        flow = Flow(train, self.clock, self._score_base, stepped, self._to_be_saved_now)
         super().__init__(
             model=model,
             args=training_arguments(parallel, model, checkpoints.path),
@@ -96,8 +81,13 @@ class TrialTrainer(SteppedTrainer):
         self.samples_per_step = len(planned) // train.max_steps
         self.scores: torch.Tensor | None = None
         self.resumed_weights: dict[str, torch.Tensor] = {}
-        self._continued = data.continued
+        self.continued = data.continued
         self.stopped = False
+        self.metric, self.keeps_best = spec.metric, train.keep == "best"
+        self.ended_early = False
+        """Whether early stopping ended the trial before its last step."""
+        self.kept_step: int | None = None
+        """The step of the evaluation whose weights were put back in the end, if any were."""
 
     # --- the loss -------------------------------------------------------------------------
 
@@ -142,9 +132,9 @@ class TrialTrainer(SteppedTrainer):
 
     def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         beat(f"training step {self.state.global_step + 1}")
-        if self._continued is not None:  # not before: what was made until now may draw, too
-            self._continued.set_random()
-            self._continued = None
+        if self.continued is not None:  # not before: what was made until now may draw, too
+            self.continued.set_random()
+            self.continued = None
         loss = super().training_step(model, *args, **kwargs)
         if self.accelerator.sync_gradients:
             self.parallel.average_gradients(self.trained)
@@ -180,25 +170,32 @@ class TrialTrainer(SteppedTrainer):
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Scores the validation samples, every worker a share of them."""
-        self._clock.stop()
+        self.clock.stop()
         self.scores = self._score()
         metrics = self.objective.scores(self.scores)
         self.log(dict(metrics))
         self._generate_samples()
         # The last evaluation is not asked about: it goes into the result.
         last = self.state.global_step >= self.train_config.max_steps
+        self.ended_early = not last and self._gains_no_more()
+        last = last or self.ended_early
         if self.accelerator.is_main_process:  # who is told pauses where it waits for an answer
             beat("recording an evaluation", bulk=True)
         else:
             pause()  # for the first worker
         if not last and self._any_worker(self._evaluated(self) is False):
             self.stopped = True
-            self.control.should_training_stop = True
         beat("evaluated")
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
-        self._clock.start()
+        if self.stopped or self.ended_early:
+            self.control.should_training_stop = True
+        if self.ended_early:  # a checkpoint from here would be gone on from after a kill
+            self.control.should_save = False
+        elif not last and self.best_step == self.state.global_step:
+            self.control.should_save = True
+        self.clock.start()
         return metrics
 
     def _generate_samples(self) -> None:
@@ -209,6 +206,19 @@ class TrialTrainer(SteppedTrainer):
             answers = self._generate(self.trained)
         logged: list[dict[str, Any]] = self.state.log_history
         logged.append({"step": self.state.global_step, GENERATIONS: answers})
+
+    def _gains_no_more(self) -> bool:
+        patience = self.train_config.early_stopping_patience
+        if patience is None or self.metric is None:
+            return False
+        threshold = self.train_config.early_stopping_threshold
+        waited = evaluations_without_gain(self.curve, self.metric, threshold)
+        return self._any_worker(waited >= patience)
+
+    def return_to_best(self) -> None:
+        """Put the weights and scores of the best evaluation back where train.keep asks for them."""
+        if not self.stopped and (best := self.read_best()) is not None:
+            self.scores, self.kept_step = self._score(), best
 
     def _score(self) -> torch.Tensor:
         return score_together(
@@ -243,16 +253,11 @@ class TrialTrainer(SteppedTrainer):
         return bool(self.accelerator.reduce(flags).item())
 
     @property
-    def train_seconds(self) -> float:
-        """Seconds spent in optimizer steps, those before a resume included."""
-        return self._clock.before + self._clock.seconds
-
-    @property
     def tokens_per_second(self) -> float:
         """Tokens trained on a second, in this process's part of the trial."""
-        first = self._clock.first_step * self.samples_per_step
+        first = self.clock.first_step * self.samples_per_step
         tokens = self.planned.tokens(first, self.state.global_step * self.samples_per_step)
-        return tokens / self._clock.seconds if self._clock.seconds else 0.0
+        return tokens / self.clock.seconds if self.clock.seconds else 0.0
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -260,87 +265,5 @@ class TrialTrainer(SteppedTrainer):
         return curve_of(self.state.log_history, self.objective.metrics)
 
     def _to_be_saved_now(self) -> bool:
-        steps = self.state.global_step - self._clock.first_step
-        return self._preemption.save_now(self.accelerator, steps, self._clock)
-
-    # --- checkpoints ----------------------------------------------------------------------
-
-    def write_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        self._clock.stop()
-        staged = staging(self.checkpoints)
-        pause()  # the others wait for the one that writes
-        if self.args.should_save:
-            beat("writing a checkpoint", bulk=True)
-            shutil.rmtree(staged, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # or it would take another worker's files with it
-        super().write_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.checkpoints.objects is not None:
-            gather_random_states(staged / f"checkpoint-{self.state.global_step}", self.accelerator)
-        if self.args.should_save:
-            publish_checkpoint(self.checkpoints, f"checkpoint-{self.state.global_step}")
-        self.accelerator.wait_for_everyone()
-        self._clock.start()
-
-    def checkpoints_directory(self) -> str:
-        return os.fspath(staging(self.checkpoints))
-
-    def write_weights(self, directory: str | None) -> None:
-        writes = self.args.should_save and directory is not None
-        if writes or self.parallel.gathers:
-            weights = self.parallel.weights(self.trained)
-        if writes and directory is not None:
-            save_tensors(weights, Path(directory), _WEIGHTS)
-
-    def write_optimizer_state(self, directory: str) -> None:
-        if self.args.should_save or self.parallel.gathers:
-            moments = self.parallel.moments(self.trained, self.optimizer)
-        if self.args.should_save:
-            save_tensors(moments, Path(directory), _MOMENTS)
-            scheduler: Any = self.lr_scheduler
-            progress = TrainingProgress(
-                train_seconds=self.train_seconds,
-                schedule_steps=scheduler.last_epoch,
-                learning_rate=scheduler.get_last_lr()[0],
-                schedule=schedule_state(self.train_config, scheduler),
-            )
-            save_progress(progress, Path(directory))
-            if self.base_scores is not None:
-                save_tensors({"table": self.base_scores}, Path(directory), _BASE_SCORES)
-
-    def read_weights(self, checkpoint: str) -> None:
-        self.resumed_weights = load_tensors(Path(checkpoint), _WEIGHTS)
-        self.parallel.load_weights(self.trained, self.resumed_weights)
-
-    def prepare_training(self, max_steps: int, loader: Any, checkpoint: str | None) -> Any:
-        if checkpoint is not None and self.is_deepspeed_enabled:
-            self.read_weights(checkpoint)
-        # Not told of the checkpoint: each strategy has a format of its own there, rayfin has one.
-        prepared = super().prepare_training(max_steps, loader, None)
-        self.parallel.prepared(self.optimizer)
-        if (before := self._continued) is not None and checkpoint is None:
-            self.parallel.load_moments(self.trained, self.optimizer, before.moments, before.weights)
-        if checkpoint is not None:
-            self._continued = None  # the checkpoint was written later
-            directory = Path(checkpoint)
-            moments = load_tensors(directory, _MOMENTS)
-            self.parallel.load_moments(self.trained, self.optimizer, moments, self.resumed_weights)
-            if self.accelerator.scaler is not None:  # of fp16 only
-                self.read_scaler(checkpoint)
-            progress = load_progress(directory)
-            resume_schedule(self.lr_scheduler, progress)
-            self._clock.before = progress.train_seconds
-            if self.base_scores is None and (directory / f"{_BASE_SCORES}.safetensors").exists():
-                self.base_scores = load_tensors(directory, _BASE_SCORES)["table"]
-        self.resumed_weights = {}
-        return prepared
-
-    def read_random_states(self, checkpoint: str | None) -> None:
-        try:
-            super().read_random_states(checkpoint)
-        except UnpicklingError as error:
-            raise TrialError(
-                f"'{checkpoint}': its random states are no plain values, so that they are not read "
-                "(a pickle can run code); remove this directory, and the trial goes on from the "
-                "checkpoint before it or begins anew"
-            ) from error
+        steps = self.state.global_step - self.clock.first_step
+        return self._preemption.save_now(self.accelerator, steps, self.clock)

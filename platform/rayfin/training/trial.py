@@ -31,6 +31,7 @@ from rayfin.training.checkpoint import (
     staging,
     vouch,
 )
+from rayfin.training.combination import counted
 from rayfin.training.companions import of_companions
 from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.noise import embedding_noise
@@ -152,6 +153,7 @@ def _train(
     peak = PeakMemory(hardware.device)
     with collector_paused():
         data, tokenizer = cache.tokenized(spec), cache.tokenizer(spec)
+        spec = counted(spec, data.profile.rows_train)
         strategy = parallel_strategy(layout, hardware, spec.train)
         # Alone, the scores are kept from trial to trial; several workers share the work of them,
         # and a base that is to be sharded is not loaded whole for them.
@@ -176,7 +178,15 @@ def _train(
             "trainable_parameters": trainer.trainable_parameters,
             "steps": trainer.state.global_step,
         }
-        return TrialResult(status, metrics, trainer.curve, scenario, adapter=adapter)
+        told: dict[str, Any] = {}
+        if trainer.ended_early:
+            told["early_stop"] = trainer.state.global_step
+        if trainer.kept_step is not None:
+            told["kept_step"] = trainer.kept_step
+        steps = spec.train.max_steps
+        return TrialResult(
+            status, metrics, trainer.curve, scenario | told, adapter=adapter, max_steps=steps
+        )
 
     # After the base's scores, so that a trial draws the same numbers on a cold and a warm worker.
     set_seed(spec.train.seed)
@@ -222,6 +232,7 @@ def _train(
             initialize(model, spec, objective, data, cache)
         with embedding_noise(model, spec.train.neftune_noise_alpha):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        trainer.return_to_best()
         template, origin = spec.data.chat_template, cache.origin(spec.model)
         adapter = _finish(trainer, model, tokenizer, data.ends, location, origin, template, begun)
         checkpoints.remove_local_copy()
@@ -236,10 +247,10 @@ def _resumed(checkpoints: StoragePath, trainer: TrialTrainer) -> Path | None:
     first = trainer.accelerator.process_index == 0
     _beat_of_first("reading the checkpoint", first)
     if trainer.accelerator.num_processes == 1:
-        return latest_checkpoint(checkpoints)
+        return latest_checkpoint(checkpoints, trainer.best_of)
     import torch.distributed as dist
 
-    found = latest_checkpoint(checkpoints) if first else None
+    found = latest_checkpoint(checkpoints, trainer.best_of) if first else None
     names = [found.name if found is not None else None]
     dist.broadcast_object_list(names, src=0)
     if names[0] is None:
@@ -271,7 +282,9 @@ def _finish(
         # Every worker gives its part, and the first one writes.
         in_parts = trainer.method.changes_base and strategy.gathers
         weights = strategy.weights(model) if in_parts else None
-        state = state_to_continue(trainer.method, strategy, model, trainer.optimizer)
+        state = None  # the optimizer's state is that of the last weights
+        if trainer.kept_step is None:
+            state = state_to_continue(trainer.method, strategy, model, trainer.optimizer)
         with strategy.whole(model):
             if trainer.args.should_save:
                 shutil.rmtree(adapter.path, ignore_errors=True)

@@ -120,6 +120,11 @@ class ZeroStrategy(ParallelStrategy):
                 parameter.copy_(weights[name])
         load_state_beside(model, weights)
 
+    def replace_weights(self, model: torch.nn.Module, weights: Tensors) -> None:
+        self.load_weights(model, weights)
+        for name, parameter in trained(model):  # the float32 copies, which `weights` reads
+            self._put(parameter, weights[name], None)
+
     def moments(self, model: torch.nn.Module, optimizer: Any) -> Tensors:
         from deepspeed.utils import safe_get_full_optimizer_state
 

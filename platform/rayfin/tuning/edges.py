@@ -9,6 +9,7 @@ from typing import Any
 from rayfin.config import Config, Space
 from rayfin.errors import RayfinError
 from rayfin.history import TrialRecord
+from rayfin.history.comparable import comparable
 from rayfin.statuses import SCORED
 from rayfin.training.combination import check_combination
 from rayfin.tuning.space import SearchSpace
@@ -47,11 +48,7 @@ def edge_notes(space: SearchSpace, rows: Sequence[TrialRecord]) -> list[str]:
 def _best(config: Config, rows: Sequence[TrialRecord]) -> list[TrialRecord]:
     metric = config.sweep.metric
     sign = 1.0 if config.sweep.direction == "min" else -1.0
-    scored = [
-        row
-        for row in rows
-        if row.status in SCORED and isinstance(row.metrics.get(metric), int | float)
-    ]
+    scored = comparable(rows, metric, SCORED)
     if len({row.metrics[metric] for row in scored}) < 2:
         return []  # none is better than another
     scored.sort(key=lambda row: (row.status != "finished", sign * float(row.metrics[metric])))

@@ -78,9 +78,11 @@ class SweepPlan:
     def trial(self, values: Values) -> PlannedTrial:
         """Return the trial at one point: the same one for the same point, in any process."""
         spec = self.space.spec_of(values)
+        corpus = self.corpus(spec.data, objective_of(spec.train))
+        spec = spec.with_rows(corpus.rows)
         fingerprint = spec.fingerprint(
             model_identity=self.identity(spec.model),
-            data_digest=self.corpus(spec.data, objective_of(spec.train)).digest,
+            data_digest=corpus.digest,
             companions=of_companions(spec.train, spec.model, self.identity),
             start=None if (start := self.start(spec.method)) is None else start.identity,
         )

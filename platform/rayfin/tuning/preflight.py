@@ -17,6 +17,7 @@ from rayfin.hardware import describe_hardware
 from rayfin.methods import linear_names
 from rayfin.models import check_model, load_tokenizer, max_positions, meta_model, weight_names
 from rayfin.objectives import objective_of
+from rayfin.training.combination import check_combination
 from rayfin.training.companions import companion_models, of_companions
 from rayfin.training.optimization import check_device, needs_gpu
 from rayfin.training.starting_checks import check_starting_adapter
@@ -47,6 +48,8 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
     for config in configs:
         objective = objective_of(config.train)
         corpus = plan.corpus(config.data, objective)
+        if (counted := config.with_rows(corpus.rows)) is not config:
+            check_combination(counted)
         if first_time(config.model, config.method.quantization_bit):
             check_model(config.model, config.method.quantization_bit)
             plan.identity(config.model)

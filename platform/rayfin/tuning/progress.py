@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from rayfin.config import Config
+from rayfin.config.steps import epoch_of, position
 from rayfin.history import TrialRecord
 from rayfin.metrics import METRICS, Score
 from rayfin.metrics import Column as MetricColumn
@@ -20,6 +22,7 @@ from rayfin.tables import Cell, TableColumn, TextTable
 from rayfin.training.spec import TrialResult
 from rayfin.tuning.generations import generation_lines
 from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.rows import early_stop
 from rayfin.tuning.space import SearchSpace
 
 log = logging.getLogger(__name__)
@@ -129,8 +132,7 @@ class ProgressDisplay:
         cells = [self._head(row, row.status)]
         measured = (name for name, _ in _columns(stage_of(row.spec)) if name in row.metrics)
         cells += [f"{name} {_number(row, name)}" for name in measured]
-        if row.error:
-            cells.append(row.error)
+        cells += [row.error or "", early_stop(row)]
         if "recalled_from" in row.scenario:
             cells.append(f"from the history ({row.scenario['recalled_from']})")
         elif row.status not in UNFINISHED and (eta := self.eta_seconds()) is not None:
@@ -156,10 +158,12 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
     axes = list(space.axes)
     measured = _columns(config.train.stage, *(stage_of(row.spec) for row in rows))
     notes = [row.error or _origin(row) for row in rows]
+    epochs = any(row.spec["train"].get("num_train_epochs") is not None for row in rows)
     columns = [
         TableColumn("#", right=True),
         TableColumn("status"),
         *(TableColumn(axis.partition(".")[2], right=True, folds=True) for axis in axes),
+        *([TableColumn("epoch", right=True, leaves=2)] if epochs else []),
         TableColumn("step", right=True, leaves=2),
         *(
             TableColumn(
@@ -177,6 +181,7 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
                 str(number),
                 Text(row.status, style=STATUS_COLOURS[row.status]),
                 *(_value(values[axis]) if axis in values else MISSING for axis in axes),
+                *([epoch_of(row.spec["train"], row.metrics.get("steps", 0))] if epochs else []),
                 f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
                 *(_number(row, name) for name, _ in measured),
                 *([note[:60]] if any(notes) else []),
@@ -193,10 +198,13 @@ def few_settings(config: Config, distinct: int) -> str | None:
     return f"{distinct} distinct setting{'s' if distinct > 1 else ''} of {wanted} trials"
 
 
-def evaluation_line(result: TrialResult, max_steps: int) -> str:
-    """Return how a trial does: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`."""
+def evaluation_line(result: TrialResult, train: Mapping[str, Any]) -> str:
+    """Return how a trial does: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`.
+
+    `train` is the section of its specification, as the history holds it.
+    """
     metrics = result.metrics
-    told = [f"step {metrics['steps']}/{max_steps}"]
+    told = [position(train, metrics["steps"])]
     for name, column in _columns(*OBJECTIVES):
         if name in metrics:
             text = METRICS[name].in_line(metrics[name])
@@ -214,7 +222,8 @@ def settings(config: Config, row: TrialRecord) -> str:
 
 
 def _origin(row: TrialRecord) -> str:
-    return "from the history" if "recalled_from" in row.scenario else ""
+    origin = "from the history" if "recalled_from" in row.scenario else ""
+    return ", ".join(filter(None, (early_stop(row), origin)))
 
 
 def _columns(*stages: str) -> list[tuple[str, MetricColumn]]:

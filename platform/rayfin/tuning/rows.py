@@ -130,6 +130,14 @@ def sweep_of(planned: PlannedTrial) -> str:
     return planned.trial_id.rpartition("-")[0]
 
 
+def early_stop(row: TrialRecord) -> str:
+    """Return where early stopping ended a trial, and which evaluation's adapter was kept, if so."""
+    stop, kept = row.scenario.get("early_stop"), row.scenario.get("kept_step")
+    words = [f"early stop at step {stop}"] if stop is not None else []
+    words += [f"kept that of step {kept}"] if kept is not None else []
+    return ", ".join(words)
+
+
 def with_result(row: TrialRecord, result: TrialResult) -> TrialRecord:
     """Return `row` with a trial's result in it; a finished one without its main score is failed."""
     status, error = result.status, result.error
@@ -138,8 +146,12 @@ def with_result(row: TrialRecord, result: TrialResult) -> TrialRecord:
     if status == "finished" and score not in metrics:
         status, error = "failed", f"{score} is {result.metrics.get(score)}"
     driver = {DRIVER: this_driver()} if status == "running" else {}
+    spec = row.spec
+    if result.max_steps is not None:  # samples without an answer left may have gone from the data
+        spec = spec | {"train": spec["train"] | {"max_steps": result.max_steps}}
     return row.updated(
         status=status,
+        spec=spec,
         metrics=metrics or row.metrics,
         curve=[p for p in result.curve if all(map(_sound, p.values()))] or row.curve,
         scenario=(result.scenario or without_driver(row)) | driver,

@@ -28,7 +28,7 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.record import OnRecord
-from rayfin.tuning.rows import ended, let_checkpoints_go, started, usable, with_result
+from rayfin.tuning.rows import early_stop, ended, let_checkpoints_go, started, usable, with_result
 from rayfin.watchdog import WHERE
 
 RUNS = "train"
@@ -219,7 +219,7 @@ def _train_row(
         if in_group and not strategies:
             strategies.append(hardware["strategy"])
             say.show(f"strategy {hardware['strategy']}: {hardware['strategy_why']}")
-        say.show(evaluation_line(result, config.train.max_steps))
+        say.show(evaluation_line(result, row.spec["train"]))
         show_answers(result)
 
     minutes = config.scaling.hang_timeout_minutes
@@ -299,6 +299,8 @@ def _train_row(
             )
             record(result)
     tell()
+    if words := early_stop(row):
+        say.show(words)
     if row.status == "finished":
         let_checkpoints_go(row)
     return row

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rayfin.config import Config, MethodConfig, Space, TrainConfig, with_values
 from rayfin.methods import METHODS
 from rayfin.training import TrialSpec
-from rayfin.training.spec import absolute_companions
+from rayfin.training.spec import absolute_companions, deciding_metric
 from rayfin.training.starting_adapter import pinned
 
 if TYPE_CHECKING:
@@ -159,7 +159,13 @@ class SearchSpace:
             return TrialSpec.of(config)
         # Their paths are absolute already: nothing is asked of the file system.
         base, train = self._base, absolute_companions(config.train)
-        return TrialSpec(model=base.model, data=base.data, method=config.method, train=train)
+        return TrialSpec(
+            model=base.model,
+            data=base.data,
+            method=config.method,
+            train=train,
+            metric=deciding_metric(config),
+        )
 
     def pinned(self, config: Config) -> MethodConfig:
         """Return the method with the directory of the adapter that it continues, if it does.
@@ -248,6 +254,15 @@ def has_setting(method: str, setting: str) -> bool:
     """Whether trials of a method have the dotted setting."""
     section, _, name = setting.partition(".")
     return section != "method" or name in METHODS[method].model_fields
+
+
+def ends_of(choices: Choices) -> Sequence[Any]:
+    """Return the values of a list, or both ends of a range."""
+    if not isinstance(choices, Space):
+        return [decode(choices, index) for index in range(len(choices))]
+    if choices.space == "randint":
+        return [int(choices.lower), int(choices.upper)]
+    return [choices.lower, choices.upper]
 
 
 def decode(choices: Choices, drawn: Any) -> Any:

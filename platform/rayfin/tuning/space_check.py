@@ -54,8 +54,8 @@ def check_space(space: SearchSpace) -> None:
 
 def variants(space: SearchSpace) -> list[Config]:
     """Return trials in which every method, model, data set, objective and setting of them comes
-    with every other, and with every optimizer."""
-    own = ["train.stage", "train.optim", "train.use_liger_kernel"]
+    with every other, and with every optimizer and number of epochs."""
+    own = ["train.stage", "train.optim", "train.use_liger_kernel", "train.num_train_epochs"]
     for objective in OBJECTIVES.values():
         own += [f"train.{name}" for name in objective.settings_class.model_fields]
     sections = ("model", "data", "method", *own)

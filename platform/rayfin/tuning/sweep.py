@@ -10,9 +10,11 @@ from rayfin.config import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import cluster_address
 from rayfin.history import History, TrialRecord
+from rayfin.history.comparable import comparable
 from rayfin.history.driver import mark_lost_trials
 from rayfin.paths import Storage, StoragePath
 from rayfin.statuses import ENDED, SCORED, UNFINISHED
+from rayfin.tuning.comparison import comparison_notes
 from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.edges import edge_notes
 from rayfin.tuning.plan import PlannedTrial, SweepPlan, find_resumable, new_plan
@@ -45,7 +47,8 @@ class EndedSweep:
     interrupted: bool
     notes: tuple[str, ...] = ()
     """Lines on the space: settings that only some trials have, a space that has fewer settings than
-    `sweep.num_samples`, and a best value at the edge of its range."""
+    `sweep.num_samples`, trials whose scores don't compare, and a best value at the edge of its
+    range."""
 
     @property
     def location(self) -> StoragePath:
@@ -151,7 +154,8 @@ def _run(run: SweepRun) -> EndedSweep:
     rows = history.trials(sweep_id=plan.sweep_id)
     best = best_trial(rows, plan.config.sweep.metric, plan.config.sweep.direction)
     few = few_settings(plan.config, distinct)
-    notes = ([few] if few else []) + edge_notes(plan.space, rows)
+    notes = [few] if few else []
+    notes += comparison_notes(plan.space, rows) + edge_notes(plan.space, rows)
     return EndedSweep(plan, rows, best, not completed, tuple(notes))
 
 
@@ -161,10 +165,14 @@ def _has_ended(row: TrialRecord) -> bool:
 
 
 def best_trial(rows: Sequence[TrialRecord], metric: str, mode: str) -> TrialRecord | None:
-    """Return the finished trial with the best metric; the earlier one where two are equal."""
-    finished = [row for row in rows if row.status == "finished" and metric in row.metrics]
+    """Return the finished trial with the best metric; the earlier one where two are equal.
+
+    It is chosen among trials that were scored on the same tokens: see `comparable`.
+    """
     sign = 1.0 if mode == "min" else -1.0
-    return min(finished, key=lambda row: sign * float(row.metrics[metric]), default=None)
+    return min(
+        comparable(rows, metric), key=lambda row: sign * float(row.metrics[metric]), default=None
+    )
 
 
 def _check_unchanged(plan: SweepPlan, rows: Sequence[TrialRecord]) -> None:

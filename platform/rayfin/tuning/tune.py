@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 from rayfin.collector import collector_paused
 from rayfin.compat.ray_tune import record_rung
 from rayfin.config import Config
+from rayfin.config.steps import share_of_steps
 from rayfin.errors import HardwareError, StorageError
 from rayfin.heartbeat import busy
 from rayfin.history import TrialRecord
@@ -25,6 +27,7 @@ from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import recalled, refused, usable, was_refused
 from rayfin.tuning.run import SweepRun
 from rayfin.tuning.search import HistorySearch
+from rayfin.tuning.space import ends_of
 
 
 def run_trials(run: SweepRun) -> bool:
@@ -70,7 +73,7 @@ def run_trials(run: SweepRun) -> bool:
         if search.look_ahead():  # a sweep that the history answers needs no Ray
             with _cluster_and_tune(run.cluster):
                 try:
-                    _fit(plan, search, scheduler(config, run.known), recorder, progress.say)
+                    _fit(plan, search, scheduler(plan, run.known), recorder, progress.say)
                 finally:  # before Ray ends, which takes a moment in which we may be killed
                     left = recorder.interrupt()
         if recorder.storage_error is not None:
@@ -207,32 +210,61 @@ def trial_resources(
     return even_share(nodes, concurrent, gpu=gpu) or {"CPU": 1.0, "GPU": gpu}, concurrent
 
 
-def scheduler(config: Config, known: Sequence[TrialRecord]) -> Any:
-    """Return ASHA with its rungs as `known` trials left them, or no early stopping at all."""
+def scheduler(plan: SweepPlan, known: Sequence[TrialRecord]) -> Any:
+    """Return ASHA with its rungs as `known` trials left them, or no early stopping at all.
+
+    Trials of epochs are compared where each has trained the same share of its own steps: that is
+    where their learning rates stand alike. Rungs in steps compare equally many steps, whatever the
+    trials' lengths.
+    """
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-    sweep, train = config.sweep, config.train
+    sweep, train = plan.config.sweep, plan.config.train
     if sweep.scheduler == "none":
         return FIFOScheduler()
-    steps = sweep.parameters.get("train.max_steps")
-    longest = train.max_steps
-    if steps is not None:
-        longest = int(max(steps) if isinstance(steps, tuple) else steps.upper)
+    epochs = train.num_train_epochs is not None or _EPOCHS in sweep.parameters
+    in_shares = epochs if sweep.grace_period is None else sweep.grace_period < 1
+    longest = longest_trial(plan)
+    if in_shares:
+        grace = sweep.grace_period or train.eval_steps or 0.25
+        # Ray says that these are whole numbers, and compares any.
+        times: dict[str, Any] = {"time_attr": "share", "max_t": 1.0}
+        times["grace_period"] = min(1.0, grace if grace < 1 else grace / longest)
+    else:
+        times = {"time_attr": "step", "max_t": longest}
+        times["grace_period"] = min(sweep.grace_period or train.evaluate_every, longest)
     asha = AsyncHyperBandScheduler(
-        time_attr="step",
         metric=sweep.metric,
         mode=sweep.direction,
-        grace_period=min(sweep.grace_period or train.evaluate_every, longest),
-        max_t=longest,
         reduction_factor=sweep.reduction_factor,
         stop_last_trials=False,
+        **times,
     )
     metric = score_of(sweep.metric)
     for row in known:
         for point in row.curve:
             if (value := metric.at(point)) is not None:
-                record_rung(asha, row.trial_id, point["step"], -metric.sign * value)
+                step = point["step"]
+                at = share_of_steps(step, row.spec["train"]["max_steps"]) if in_shares else step
+                record_rung(asha, row.trial_id, at, -metric.sign * value)
     return asha
+
+
+_EPOCHS = "train.num_train_epochs"
+_LENGTHS = (
+    *(_EPOCHS, "train.max_steps", "train.per_device_train_batch_size"),
+    *("train.gradient_accumulation_steps", "data.max_samples", "data.path"),
+)
+"""The axes on which the number of a trial's steps depends."""
+
+
+def longest_trial(plan: SweepPlan) -> int:
+    """Return the steps of the longest trial of a sweep."""
+    space = plan.space
+    first = space.point(lambda _, choices: ends_of(choices)[0])
+    lengths = [[(axis, v) for v in ends_of(space.axes[axis])] for axis in _LENGTHS if axis in first]
+    points = (first | dict(chosen) for chosen in itertools.product(*lengths))
+    return max(plan.trial(point).spec.train.max_steps for point in points)
 
 
 def _quiet_tune() -> None:

@@ -15,6 +15,7 @@ import ray.tune
 from rayfin.collector import collector_paused
 from rayfin.compat.ray import draining_nodes
 from rayfin.config import DataConfig, ScalingConfig
+from rayfin.config.steps import share_of_steps
 from rayfin.data import Corpus
 from rayfin.errors import TrialError, TrialHung
 from rayfin.hardware import describe_hardware
@@ -54,7 +55,10 @@ class _TrialTrainable(ray.tune.Trainable):
         if isinstance(result, BaseException):
             raise TrialError(f"the trial's thread ended: {result!r}")
         self._waiting = result.status == "running"
-        flat = {"step": result.metrics.get("steps", 0), "done": not self._waiting}
+        step = result.metrics.get("steps", 0)
+        flat = {"step": step, "done": not self._waiting}
+        if result.max_steps is not None:
+            flat["share"] = share_of_steps(step, result.max_steps)
         if result.scenario:
             worker = self.facts() | result.scenario.get("worker", {})
             result = replace(result, scenario=result.scenario | {"worker": worker})
