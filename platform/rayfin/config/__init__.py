@@ -17,11 +17,10 @@ from rayfin.config.schema import (
     ModelConfig,
     PublishConfig,
     ScalingConfig,
-    Space,
-    SweepConfig,
     TrainConfig,
 )
 from rayfin.config.serving import ApiConfig, EngineConfig, ReplicaConfig, ServeConfig
+from rayfin.config.sweep import Space, SweepConfig
 from rayfin.methods import MethodConfig
 from rayfin.section import Section
 

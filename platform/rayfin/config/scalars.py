@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel
 
-from rayfin.config.schema import Space, TrainConfig, train_section
+from rayfin.config.schema import TrainConfig, train_section
+from rayfin.config.sweep import Space
 from rayfin.methods import METHODS, MethodConfig
 from rayfin.objectives import OBJECTIVES
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+Interval = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+"""A number of steps or, below 1, a share of all steps."""
 
 _ROUNDING = 1e-9
 """0.1 * 30 is a little more than 3 in floating point, and is meant to be 3."""
