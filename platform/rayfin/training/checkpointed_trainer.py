@@ -33,6 +33,7 @@ from rayfin.training.learning_rates import resume_schedule
 from rayfin.training.parallel import ParallelStrategy
 from rayfin.training.schedules import schedule_state
 from rayfin.training.selection import best_step
+from rayfin.training.starting_adapter import TrainingState
 
 _WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
 
@@ -54,6 +55,8 @@ class CheckpointedTrainer(SteppedTrainer):
     clock: Clock
     train_config: TrainConfig
     resumed_weights: dict[str, torch.Tensor]
+    continued: TrainingState | None
+    """What the adapter that the trial continues has beside its weights."""
 
     @property
     def train_seconds(self) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
 import shutil
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.collector import collector_paused
 from rayfin.compat.bitsandbytes import forget_optimizers
-from rayfin.errors import RayfinError, StorageError, TrialError, TrialOutOfMemory
+from rayfin.errors import StorageError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.heartbeat import beat, pause
 from rayfin.methods import attach, detach
@@ -33,6 +32,7 @@ from rayfin.training.checkpoint import (
 )
 from rayfin.training.combination import counted
 from rayfin.training.companions import of_companions
+from rayfin.training.failures import classified
 from rayfin.training.memory import PeakMemory, release_memory
 from rayfin.training.noise import embedding_noise
 from rayfin.training.optimization import check_device
@@ -48,11 +48,6 @@ if TYPE_CHECKING:
     from rayfin.training.trainer import TrialTrainer
 
 log = logging.getLogger(__name__)
-
-# As the system, safetensors (in Rust) and torch.save say it.
-_DISK_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter failed writing")
-# As torch's CPU allocator, CUDA outside torch's own allocator, and cuBLAS say it.
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def run_trial(
@@ -97,7 +92,7 @@ def run_trial(
     except Exception as error:
         # Whatever happened, the next trial of this worker starts from a freshly loaded base.
         warm.drop_models()
-        failure = _classify(error)
+        failure = classified(error)
         log.debug("trial failed", exc_info=error)
         # It may have failed of just that: a full disk, say.
         with contextlib.suppress(OSError, StorageError):
@@ -326,36 +321,3 @@ def _give_back(
         trainer.lr_scheduler = None
         forget_optimizers()
         trainer.accelerator.free_memory()
-
-
-def _is_full(error: BaseException) -> bool:
-    """Return whether a disk is full or can't be written, in the words of whoever tried."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    if full or any(words in str(error) for words in _DISK_FULL):
-        return True
-    before = error.__cause__ or error.__context__
-    return before is not None and _is_full(before)
-
-
-def _classify(error: Exception) -> RayfinError:
-    """Return the error as one line that a person can act on."""
-    import torch
-
-    text = " ".join(str(error).split()) or type(error).__name__
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
-    )
-    if memory:
-        return TrialOutOfMemory(
-            f"out of memory ({text[:200]}); lower train.per_device_train_batch_size or "
-            "data.max_length, or set train.gradient_checkpointing=true"
-        )
-    if isinstance(error, RayfinError):
-        return error
-    if _is_full(error):
-        return StorageError(
-            f"storage: it can't be written ({text[:200]}); make room there, or give another one "
-            "with storage=DIR. No finished trial is lost, and the same command goes on (a sweep "
-            "with --resume)"
-        )
-    return TrialError(f"{type(error).__name__}: {text[:500]}")
