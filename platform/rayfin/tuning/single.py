@@ -205,7 +205,7 @@ def _train_row(
         with busy("recording the result"):
             _put(row, history, say)
         if generations_of(result.curve):  # what the last evaluation measured follows at the end
-            say.show(evaluation_line(result, config.train.max_steps))
+            say.show(evaluation_line(result, row.spec["train"]))
             show_answers(result)
 
     def report(result: TrialResult) -> None:
