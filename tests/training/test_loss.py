@@ -158,7 +158,7 @@ def test_exact_match_is_what_greedy_generation_gives(lab: Any) -> None:
     """On a model that has learned some of the samples and not others."""
     spec = lab.spec("full", max_steps=150, eval_steps=150, save_steps=150)
     model = lab.reload(lab.finish(spec)).eval()
-    tokenizer, corpus = lab.warm.tokenizer(spec.model), lab.warm.tokenized(spec)
+    tokenizer, corpus = lab.warm.tokenizer(spec), lab.warm.tokenized(spec)
     samples = [*corpus.train, *corpus.eval]
     hits = 0
     for sample in samples:
