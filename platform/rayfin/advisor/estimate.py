@@ -17,6 +17,7 @@ from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
 from rayfin.models.facts import ModelFacts
 from rayfin.training.companions import companion_facts
+from rayfin.training.precision import MIXED
 from rayfin.training.sharding import frozen_bytes
 from rayfin.training.strategies import choose, needs_group
 
@@ -123,6 +124,7 @@ def estimate(
         for trial in measured
         if trial.machine.device == hardware.device
         and _sharing(trial) == _sharing(this)
+        and (trial.config.model.dtype == MIXED) == (config.model.dtype == MIXED)
         and (not is_toy(trial.facts.parameters) or trial.facts.identity == facts.identity)
     ]
     parts = this.parts

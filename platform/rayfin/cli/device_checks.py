@@ -64,12 +64,23 @@ def trial(problems: list[str]) -> Section:
     four_bit = _nf4_works(hardware.device, problems)
     return {
         "device": f"{hardware.device} ({hardware.device_name})",
-        "dtype": half if hardware.device == "cuda" else "float32",
+        "dtype": half if hardware.device == "cuda" else _processor_dtype(),
         "4-bit": four_bit,
         "threads": max(1, hardware.cpu_count // at_a_time),
         "trials_at_a_time": at_a_time,
         "strategy": "one process a trial; chosen by memory with scaling.num_workers above 1",
     }
+
+
+def _processor_dtype() -> str:
+    """What model.dtype=auto is for a training on this processor, and why."""
+    from rayfin.hardware import CLEAR_GAIN, bfloat16_gain
+
+    gain = bfloat16_gain()
+    if gain is None:
+        return "float32 (the processor has no AMX for bfloat16)"
+    chosen = "bf16-mixed" if gain >= CLEAR_GAIN else "float32"
+    return f"{chosen} (bfloat16 products are {gain:.1f} times as fast as float32)"
 
 
 def unused_gpu(cuda: str | None, torch_version: str) -> str | None:

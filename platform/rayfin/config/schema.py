@@ -33,8 +33,10 @@ class ModelConfig(Section):
     """A bundled model, a local directory or a hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights of the base model; auto is float32 on CPU and bfloat16 on GPUs that have it."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "bf16-mixed"] = "auto"
+    """Weights of the base model; auto is bfloat16 on GPUs that have it and float32 on CPU, but for
+    trainings on processors with AMX: bf16-mixed has products of frozen weights in bfloat16 and all
+    else in float32."""
     attn_implementation: Literal[
         "auto",
         "sdpa",

@@ -230,6 +230,14 @@ class ServeConfig(Section):
     """URL of the history that serving figures go back to; null is the SQLite file under storage."""
 
     @model_validator(mode="after")
+    def _precision_is_served(self) -> ServeConfig:
+        if self.model.dtype == "bf16-mixed":
+            raise ValueError(
+                "model.dtype=bf16-mixed is for training; use auto, float32 or bfloat16 to serve"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _attention_is_its_own(self) -> ServeConfig:
         if (given := self.model.attn_implementation) != "auto":
             raise ValueError(

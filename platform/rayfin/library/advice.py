@@ -162,10 +162,12 @@ def estimate(
     from rayfin.hardware import describe_hardware
     from rayfin.models import describe_model
     from rayfin.training.combination import check_combination
+    from rayfin.training.precision import with_precision
 
     prepare_process()
     config = configuration(config)
     check_combination(config)
+    config = with_precision(config)
     measured = _measured(config)
     corpus = read_data(config, notes_to(progress))
     profile = sampled_profile(config, corpus)

@@ -151,6 +151,10 @@ def load_base(
             f"('{missing[0]}', …); {REPLACE}"
         )
     without_packing(model)
+    if config.dtype == "bf16-mixed" and quantization_bit is None:
+        from rayfin.models.mixed_precision import use_bfloat16_products
+
+        use_bfloat16_products(model)
     return cast("PreTrainedModel", model.eval().requires_grad_(False))
 
 
@@ -174,6 +178,13 @@ def dtype_on(config: ModelConfig, device: Device) -> torch.dtype:
     """Return the data type in which the model computes on a device."""
     import torch
 
+    if config.dtype == "bf16-mixed":
+        if device == "cuda":
+            raise ModelError(
+                "model.dtype: bf16-mixed is for processors, and on a GPU products are 16-bit "
+                "anyway; use model.dtype=auto, or scaling.use_gpu=false"
+            )
+        return torch.float32  # `load_base` rounds the weights of products
     if config.dtype != "auto":
         return cast("torch.dtype", getattr(torch, config.dtype))
     if device == "cpu":

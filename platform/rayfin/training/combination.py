@@ -7,6 +7,7 @@ from rayfin.errors import ConfigError, MethodError
 from rayfin.methods import methods_that
 from rayfin.objectives import Objective, objective_of
 from rayfin.training.optimization import check_optimization
+from rayfin.training.precision import MIXED, mixed_refusal
 from rayfin.training.spec import TrialSpec
 
 
@@ -30,6 +31,15 @@ def check_combination(config: Config) -> None:
             else "its update takes its shape from that of whole weights",
             f"use method.quantization_bit=null, or one of {methods_that('quantized_base')}",
         )
+    if config.model.dtype == MIXED:
+        if config.scaling.num_workers > 1:
+            raise ConfigError(
+                f"model.dtype={MIXED} can't work with scaling.num_workers="
+                f"{config.scaling.num_workers}: workers share weights of one type; use "
+                "model.dtype=auto or float32"
+            )
+        if (found := mixed_refusal(method)) is not None:
+            refuse(f"model.dtype={MIXED}", *found)
     if train.packing and not method.packing:
         refuse(
             "train.packing=true",
@@ -45,8 +55,8 @@ def check_combination(config: Config) -> None:
     for refusal in method.refusals(train.max_steps):
         refuse(*refusal)
     if method.init_from is not None:
-        if (found := method.continuation_refusal()) is not None:
-            refuse(*found)
+        if (refused := method.continuation_refusal()) is not None:
+            refuse(*refused)
         for name in method.first_weights:
             if (value := getattr(method, name)) != type(method).model_fields[name].default:
                 refuse(

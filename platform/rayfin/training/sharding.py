@@ -19,8 +19,8 @@ from rayfin.training.strategy_files import LARGEST_BUCKET
 
 Device = Literal["cpu", "cuda"]
 
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a number by the name of its type."""
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2, "bf16-mixed": 4}
+"""Bytes of a number by the name of its type; bf16-mixed is loaded as float32."""
 
 SHARDS_WEIGHTS = ("deepspeed-zero3", "fsdp")
 

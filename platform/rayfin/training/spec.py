@@ -102,7 +102,8 @@ class TrialSpec(Section):
         if train.num_train_epochs is not None:  # each pass has steps of its own
             order["passes"] = True
         optimizer = OPTIMIZERS[train.optim].same_as or train.optim
-        return _digest(order | {"step": [samples, train.stage, optimizer]})
+        in_epochs = train.num_train_epochs is not None
+        return _digest(order | {"step": [samples, train.stage, optimizer], "in_epochs": in_epochs})
 
     def _tokens(self) -> list[dict[str, str]]:
         """Return how the samples become tokens, where that isn't the model's and rayfin's way."""

@@ -19,6 +19,7 @@ from rayfin.objectives import main_metric, objective_of
 from rayfin.paths import Storage
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.combination import check_combination
+from rayfin.training.precision import precision_note, with_precision
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.driver_lock import driver_lock
@@ -96,8 +97,12 @@ def _train_once(
 ) -> TrialRecord:
     check_combination(config)
     check_scaling(config)
-    plan = SweepPlan(RUNS, config, storage)
     in_group = needs_group(config.scaling)
+    if not in_group:  # a group may be on other machines
+        config = with_precision(config)
+        for line in precision_note(config):
+            say.note(line)
+    plan = SweepPlan(RUNS, config, storage)
     # A cluster that is to read the data must be there before it is looked through.
     cluster = cluster_address(address) if in_group or config.data.streaming else None
     if config.data.streaming:

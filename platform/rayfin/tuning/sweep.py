@@ -14,6 +14,7 @@ from rayfin.history.comparable import comparable
 from rayfin.history.driver import mark_lost_trials
 from rayfin.paths import Storage, StoragePath
 from rayfin.statuses import ENDED, SCORED, UNFINISHED
+from rayfin.training.precision import precision_note, with_precision
 from rayfin.tuning.comparison import comparison_notes
 from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.edges import edge_notes
@@ -86,15 +87,19 @@ def run_sweep(
     Raises UsageErrors before anything starts; Ctrl-C ends the sweep with `interrupted` set.
     """
     options = options or SweepOptions()
-    plan = new_plan(config, storage)
-    check_space(plan.space)
+    check_space(new_plan(config, storage).space)
     cluster = cluster_address(options.address)
+    # A sweep that an earlier version began goes on as it began.
+    begun = options.resume and find_resumable(config, storage) is not None
+    if cluster is None and not begun:
+        config = with_precision(config)
+    plan = new_plan(config, storage)
     earlier = find_resumable(config, storage)
     if options.resume and earlier is not None:
         plan = earlier
     check_run(plan, variants(plan.space), cluster)
     starts = [f"trials start from the adapter {one.name}" for one in plan.starts.values()]
-    notes = (*options.notes, *starts, *space_notes(plan.space))
+    notes = (*options.notes, *precision_note(config), *starts, *space_notes(plan.space))
     options.progress.tell((*plan.notes, *notes))
     otherwise = "wait for its end, or leave --resume out to start another"
     with driver_lock(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
