@@ -22,7 +22,7 @@ from rayfin.history import History
 from rayfin.methods import METHODS
 from rayfin.paths import Storage
 from rayfin.training import TrialSpec
-from rayfin.training.batches import plan_samples
+from rayfin.training.batches import plan_epochs, plan_samples
 from rayfin.training.combination import check_combination
 from rayfin.training.starting_adapter import pinned, read_starting_adapter
 from rayfin.training.starting_checks import check_starting_adapter
@@ -141,6 +141,15 @@ def test_parts_see_what_the_whole_sees(group: bool) -> None:
     joined = [*parts[0], *parts[1]]
     assert sorted(joined) == sorted(whole)
     assert group or joined == whole
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_an_epoch_and_another_are_two(group: bool) -> None:
+    same: dict[str, Any] = {"batch_size": 3, "seed": 4, "group_by_length": group}
+    lengths = [n % 7 for n in range(20)]  # 7 steps an epoch
+    whole = plan_epochs(lengths, max_steps=14, **same)
+    parts = [plan_epochs(lengths, max_steps=7, steps_before=n, **same) for n in (0, 7)]
+    assert [*parts[0], *parts[1]] == whole
 
 
 # --- what is refused ---------------------------------------------------------------------------

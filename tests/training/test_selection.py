@@ -100,6 +100,8 @@ def test_the_kept_adapter_scores_the_best_evaluation_of_its_curve_in_plain_peft(
     best = min(losses, key=losses.__getitem__)
     assert best in (2, 4), losses
     assert kept.result.scenario["kept_step"] == best and kept.result.metrics["steps"] == 12
+    # The optimizer's state is of the last step, and would not belong to these weights.
+    assert not (kept.adapter / "training_state.safetensors").exists()
     assert kept.result.metrics["eval_loss"] == losses[best]
     assert lab.plain_loss(lab.reload(kept), kept.spec) == lab.rounded(losses[best])
     assert lab.answers(lab.reload(kept), kept.spec) == kept.answers

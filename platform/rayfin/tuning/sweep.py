@@ -89,10 +89,11 @@ def run_sweep(
     options = options or SweepOptions()
     check_space(new_plan(config, storage).space)
     cluster = cluster_address(options.address)
+    chosen = with_precision(config) if cluster is None else config
     # A sweep that an earlier version began goes on as it began.
-    begun = options.resume and find_resumable(config, storage) is not None
-    if cluster is None and not begun:
-        config = with_precision(config)
+    begun = options.resume and find_resumable(chosen, storage) is None
+    if not begun or find_resumable(config, storage) is None:
+        config = chosen
     plan = new_plan(config, storage)
     earlier = find_resumable(config, storage)
     if options.resume and earlier is not None:
