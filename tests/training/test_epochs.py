@@ -49,8 +49,9 @@ def seen_by(trained: list[list[int]]) -> Counter[tuple[int, ...]]:
     return Counter(tuple(ids) for ids in trained if len(ids) > 2)
 
 
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_every_row_is_seen_three_times_by_one_worker_and_by_two(
-    spec: TrialSpec, lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    workers: int, spec: TrialSpec, lab: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trained: list[list[int]] = []
     steps: list[int] = []
@@ -72,6 +73,8 @@ def test_every_row_is_seen_three_times_by_one_worker_and_by_two(
     assert alone.metrics["steps"] == alone.max_steps == STEPS
     assert [p["step"] for p in alone.curve if "eval_loss" in p] == [6, 12, 18, 21]
 
+    if workers == 1:
+        return
     directory, notes = tmp_path / "two", tmp_path / "notes"
     directory.mkdir()
     notes.mkdir()
@@ -84,6 +87,9 @@ def test_every_row_is_seen_three_times_by_one_worker_and_by_two(
     assert len(losses[0]) == STEPS and losses[1] == lab.rounded(losses[0])
 
 
+@pytest.mark.parametrize(
+    "spec", ["held", pytest.param("streamed", marks=pytest.mark.long)], indirect=True
+)
 def test_a_trial_of_epochs_that_was_interrupted_ends_as_one_that_ran_through(
     spec: TrialSpec, lab: Any
 ) -> None:

@@ -25,6 +25,7 @@ from rayfin.training.spec import TrialResult
 
 RATES = {"full": 0.01, "adalora": 0.03, "lora": 0.003, "pissa": 0.01}
 """Rates at which the evaluation is best at step 2 or 4, and worse from then on."""
+_LONG = [pytest.param(method, marks=pytest.mark.long) for method in ("adalora", "pissa")]
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def assert_same_end(one: TrialResult, other: TrialResult) -> None:
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("method", RATES)
+@pytest.mark.parametrize("method", ["lora", "full", *_LONG])
 def test_the_kept_adapter_scores_the_best_evaluation_of_its_curve_in_plain_peft(
     method: str, lab: Any, spec: Callable[..., TrialSpec]
 ) -> None:
@@ -113,7 +114,9 @@ def test_the_kept_adapter_scores_the_best_evaluation_of_its_curve_in_plain_peft(
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("method", ["lora", "full", "adalora"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(m, marks=pytest.mark.long) for m in ("full", "adalora"))]
+)
 def test_a_trial_that_keeps_its_best_goes_on_to_the_same_end(
     method: str, lab: Any, spec: Callable[..., TrialSpec]
 ) -> None:
