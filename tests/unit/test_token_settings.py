@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from rayfin.data import (
     survey_corpus,
     tokenize_corpus,
 )
+from rayfin.data.fitting import fit_samples
+from rayfin.data.render import render_texts
 from rayfin.data.stream import plan_sample_ranges
 from rayfin.data.stream_reader import read_in_process
 from rayfin.data.token_settings import TokenSettings
-from rayfin.data.tokenization import tokenize_examples
+from rayfin.data.tokenization import encode_examples, tokenize_examples
 from rayfin.errors import DataError
 from rayfin.models import load_tokenizer
 from rayfin.models.chat_templates import read_chat_template
@@ -93,6 +96,60 @@ def test_left_keeps_the_end_of_a_plain_text(tokenizer: Any) -> None:
     sample = cut(tokenizer, text, 10, truncation="left")
     assert tokenizer.decode(sample["input_ids"]) == " princess<|im_end|>"
     assert tokenizer.decode(cut(tokenizer, text, 10)["input_ids"]) == "once upon "
+
+
+@pytest.mark.parametrize("repeats", [400, 40_000])
+def test_left_fills_the_length_from_a_text_of_any_size(repeats: int, tokenizer: Any) -> None:
+    long = "".join(f"word {n} " for n in range(repeats)) + "the end"
+    plain = cut(tokenizer, Example(text=long), 300, truncation="left")
+    asked = cut(tokenizer, Example(({**USER, "content": long}, ANSWER)), 300, truncation="left")
+    for sample, end in ((plain, "the end<|im_end|>"), (asked, "To your door.<|im_end|>")):
+        assert 290 < len(sample["input_ids"]) <= 300
+        assert learned(sample, tokenizer).endswith(end)
+    assert "the end<|im_end|>" in tokenizer.decode(asked["input_ids"])
+
+
+def test_left_leaves_out_the_earliest_calls_where_the_question_is_not_enough() -> None:
+    tokenizer = load_tokenizer(ModelConfig(name="tiny"), "hermes")
+
+    def step(name: str) -> tuple[dict[str, Any], ...]:
+        call = {"type": "function", "function": {"name": name, "arguments": {"x": 1}}}
+        said = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return said, {"role": "tool", "content": f"{name} " * 40}
+
+    steps = [step(name) for name in ("one", "two", "three")]
+    talk = Example((SYSTEM, USER, *steps[0], *steps[1], *steps[2], LAST), unlearned=(2, 4))
+    later = Example((SYSTEM, USER, *steps[1], *steps[2], LAST), unlearned=(2,))
+    last, none = Example((SYSTEM, USER, *steps[2], LAST)), Example((SYSTEM, USER, LAST))
+    for expected in (later, last, none):
+        (whole,) = encode(tokenizer, expected)
+        assert cut(tokenizer, talk, len(whole["input_ids"]), truncation="left") == whole
+    # Less than that: the question goes, the answer stays.
+    length = len(encode(tokenizer, none)[0]["input_ids"]) - 9
+    sample = cut(tokenizer, talk, length, truncation="left")
+    asked = USER | {"content": USER["content"][9:]}
+    assert sample == encode(tokenizer, Example((SYSTEM, asked, LAST)))[0]
+
+
+def test_left_renders_a_long_conversation_a_few_times(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = Example((USER, ANSWER) * 64)
+    (short,) = encode(tokenizer, Example((USER, ANSWER) * 5))
+    rendered: list[int] = []
+
+    def counted(conversations: Any, *args: Any, **settings: Any) -> list[str]:
+        rendered.append(len(conversations))
+        return render_texts(conversations, *args, **settings)
+
+    monkeypatch.setattr("rayfin.data.render.render_texts", counted)
+    settings, length = TokenSettings(truncation="left"), len(short["input_ids"])
+    encoded = partial(encode_examples, tokenizer=tokenizer, objective=SFT, settings=settings)
+    wholes = encoded([talk])
+    rendered.clear()
+    fit = partial(fit_samples, encode=encoded, max_length=length, objective=SFT)
+    assert fit([talk], wholes, settings=settings) == [short]
+    assert sum(rendered) < 64
 
 
 def test_left_keeps_which_turns_are_not_learned(tokenizer: Any) -> None:
