@@ -13,6 +13,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ import pytest
 
 from rayfin.cli import main
 from rayfin.history import History
+from rayfin.paths import Storage
+from rayfin.trackers import TRACKERS, Run
+from rayfin.trackers import wandb as wandb_module
 from rayfin.tuning.record import Recorder
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "tracking.md").read_text(encoding="utf-8")
@@ -94,8 +98,81 @@ def test_the_guide_s_command_is_read_back(
     assert {it["step"]: it["train/loss"] for it in logs if "train/loss" in it} == losses
 
 
+@pytest.mark.long
+def test_wandb_drops_no_measurement_and_goes_on_after_a_failed_end(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    now = datetime.now(UTC)
+    location = Storage.at(here).location
+    run = Run("trial-1", "r=4", location, "finished", now, now, figures={"eval_loss": 1.0})
+    tracker = TRACKERS["wandb"](here)
+    native = tracker.start(run, "trial-1-abc", None, None)
+    answer = {"prompt": "p", "answer": "a", "ended": True, "reference": "r"}
+    tracker.log(native, [(1, {"train/loss": 3.0}), (2, {"train/loss": 2.0})])
+    tracker.show(native, [(1, [answer]), (2, [answer])])
+    tracker.log(native, [(3, {"train/loss": 1.0})])
+    client: Any = tracker
+    live = client._runs[native]
+    with monkeypatch.context() as broken:
+        broken.setattr(live, "finish", lambda exit_code: live.no_such_call())
+        with pytest.raises(AttributeError):
+            tracker.end(native, run)
+    live.finish()
+    assert tracker.start(run, "trial-1-abc", native, None) == native
+    tracker.end(native, run)
+    tracker.close()
+    files = sorted(here.glob("wandb/offline-run-*/*.wandb"))
+    points = [point for file in files for point in wandb_history(file)]
+    assert [it["train/loss"] for it in points if "train/loss" in it] == ["3", "2", "1"]
+    keys = " ".join(key for it in points for key in it)
+    assert "answers/step_1" in keys and "answers/step_2" in keys, keys
+
+
+@pytest.mark.long
+def test_wandb_s_mode_disabled_needs_no_key(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb_module, "_logged_in", lambda url: False)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    wandb.teardown()  # it keeps the settings that it read first
+    try:
+        tracker = TRACKERS["wandb"](here)
+        assert tracker.location.startswith("nothing is kept or sent")
+        now = datetime.now(UTC)
+        run = Run("trial-1", "r=4", Storage.at(here).location, "finished", now, now)
+        native = tracker.start(run, "trial-1-abc", None, None)
+        tracker.configure(native, {"method.r": 4})
+        tracker.log(native, [(1, {"train/loss": 3.0})])
+        tracker.attach(native, here / "support.jsonl")
+        tracker.end(native, run)
+        tracker.close()
+    finally:
+        wandb.teardown()
+    assert [it.name for it in here.iterdir()] == ["support.jsonl"]
+
+
+def wandb_history(file: Path) -> list[dict[str, Any]]:
+    """The measurements in a file that W&B would send, a row each."""
+    records = (record.history.item for record in wandb_file(file) if record.history.item)
+    return [{it.key or ".".join(it.nested_key): it.value_json for it in items} for items in records]
+
+
 def wandb_records(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last measurements and the configuration in a file that W&B would send.
+    """The last measurements and the configuration in a file that W&B would send."""
+    summary: dict[str, Any] = {}
+    config: dict[str, Any] = {}
+    for record in wandb_file(file):
+        for into, items in (
+            (summary, record.history.item),
+            (config, [*record.run.config.update, *record.config.update]),
+        ):
+            for item in items:
+                into[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return summary, config
+
+
+def wandb_file(file: Path) -> Iterator[Any]:
+    """The records in a file that W&B would send.
 
     It is LevelDB's log of W&B's records: after 7 bytes, blocks of 32 KiB of chunks, each with a
     checksum (4 bytes), a length (2) and whether it is all, the first, middle or last of a record.
@@ -103,8 +180,6 @@ def wandb_records(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     from wandb.proto import wandb_internal_pb2
 
     contents, at, begun = file.read_bytes(), 7, b""
-    summary: dict[str, Any] = {}
-    config: dict[str, Any] = {}
     while at + 7 <= len(contents):
         if (left := 32768 - at % 32768) < 7:
             at += left
@@ -117,13 +192,7 @@ def wandb_records(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(begun)
         begun = b""
-        for into, items in (
-            (summary, record.history.item),
-            (config, [*record.run.config.update, *record.config.update]),
-        ):
-            for item in items:
-                into[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-    return summary, config
+        yield record
 
 
 class Server:

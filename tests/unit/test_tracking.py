@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import rayfin
 from rayfin.adapters import AdapterVersion
 from rayfin.config import Config, load_config
 from rayfin.errors import ConfigError, DependencyError
@@ -20,6 +21,7 @@ from rayfin.library import tracking as module
 from rayfin.library.tracking import Tracking
 from rayfin.paths import Storage
 from rayfin.trackers import TRACKERS, Answers, Point, Run, Tracker, check_installed, register
+from rayfin.tuning import single
 
 START = datetime(2026, 5, 6, 7, tzinfo=UTC)
 SECRET = "postgresql+psycopg://me:hunter2@db/x"
@@ -36,6 +38,7 @@ class Notes(Tracker):
     released: threading.Event
     calls: list[str]
     removed: set[str]
+    unended: list[str]
     held_back: str | None = None
 
     @property
@@ -82,6 +85,9 @@ class Notes(Tracker):
 
     def end(self, native: str, run: Run) -> None:
         self._called("end")
+        if self.unended:
+            self.unended.pop()
+            raise LookupError(f"no end of {run.run_id}")
         self.runs[native]["ends"].append(run.status)
         self.runs[native]["figures"] = dict(run.figures)
 
@@ -96,6 +102,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Notes]]:
     monkeypatch.setattr(Notes, "runs", {}, raising=False)
     monkeypatch.setattr(Notes, "calls", [], raising=False)
     monkeypatch.setattr(Notes, "removed", set(), raising=False)
+    monkeypatch.setattr(Notes, "unended", [], raising=False)
     for event in ("away", "hangs", "released"):
         monkeypatch.setattr(Notes, event, threading.Event(), raising=False)
     register(Notes)
@@ -295,6 +302,52 @@ def test_a_run_that_somebody_removed_there_holds_up_no_other(
     assert found(notes, row(1).trial_id)["ends"][-1] == "finished"
 
 
+def test_two_removed_runs_hold_up_no_other_at_the_end(
+    notes: type[Notes], driver: Callable[[], Driver]
+) -> None:
+    def alone(number: int) -> TrialRecord:
+        return row(number, "finished", 4, trial_id=f"train-{number:08x}", sweep_id="train")
+
+    first = driver()
+    notes.hangs.set()
+    first.tracking.record(alone(5))
+    while not notes.calls:
+        threading.Event().wait(0.01)
+    notes.removed |= {alone(1).trial_id, alone(2).trial_id}
+    for number in (1, 2, 3, 4):
+        first.tracking.record(alone(number))
+    (sender,) = first.tracking._senders
+    sender.ask_to_close()  # so that the next try is the last
+    notes.hangs.clear()
+    notes.released.set()
+    (line,) = first.tracking.missing()
+    assert line.startswith("notes lacks a part of 2 runs: ")
+    assert all(found(notes, alone(n).trial_id)["ends"][-1] == "finished" for n in (3, 4, 5))
+
+
+def test_a_run_whose_end_failed_is_gone_on_with(
+    notes: type[Notes], driver: Callable[[], Driver]
+) -> None:
+    notes.unended.append("once")
+    first = driver()
+    first.tracking.record(row(1))
+    first.tracking.record(row(1, "finished", 4))
+    while not first.told:
+        threading.Event().wait(0.01)
+    assert first.tracking.missing() == []
+    assert found(notes, row(1).trial_id)["ends"] == ["running", "running", "finished"]
+
+
+def test_a_finished_run_has_no_error_of_before(
+    notes: type[Notes], driver: Callable[[], Driver]
+) -> None:
+    driver().run(row(1, "failed"))
+    assert found(notes, row(1).trial_id)["tags"]["rayfin.error"]
+    driver().run(row(1), row(1, "finished", 4), row(2, "finished", 4))
+    assert found(notes, row(1).trial_id)["tags"]["rayfin.error"] == ""
+    assert "rayfin.error" not in found(notes, row(2).trial_id)["tags"]
+
+
 def test_a_tracker_that_hangs_holds_nobody(
     notes: type[Notes], driver: Callable[[], Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,3 +381,15 @@ def test_names_are_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRACKIO_SPACE_ID", "me/space")
     with pytest.raises(ConfigError, match="TRACKIO_SPACE_ID names another place"):
         TRACKERS["trackio"](None)
+
+
+def test_what_trains_nothing_has_no_rerun(
+    notes: type[Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = row(1, "failed", trial_id="train-00000001", sweep_id="train")
+    monkeypatch.setattr(single, "train_once", lambda *_, **__: one)
+    notes.removed.add(one.trial_id)
+    config = configuration().model_copy(update={"history": "sqlite:///history.sqlite"})
+    (line,) = rayfin.train(config, rerun=True, progress=False).failed
+    assert line.endswith("; the same command without --rerun sends it")

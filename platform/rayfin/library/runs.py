@@ -51,7 +51,7 @@ def run_of_trial(row: TrialRecord, config: Config, storage: Storage, system: Fig
         "rayfin.status": row.status,
         "rayfin.recalled_from": row.scenario.get("recalled_from"),
         "rayfin.device": hardware.get("device") if isinstance(hardware, Mapping) else None,
-        "rayfin.error": redact(row.error)[:_ERROR] if row.error else None,
+        "rayfin.error": redact(row.error)[:_ERROR] if row.error else "",  # none any more
     }
     return Run(
         run_id=row.trial_id,

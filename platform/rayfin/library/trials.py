@@ -199,11 +199,11 @@ def train(
                 note=note,
                 on_record=tracking.record,
             )
-        failures = Failures()
+        failures, again = Failures(), " without --rerun" if rerun else ""
         published: AdapterVersion | None = None
         if row.status == "finished":
-            with failures.noting(*experiment.unpublished(row, "")):
+            with failures.noting(*experiment.unpublished(row, again)):
                 published = experiment.publish(row, note)
         tracking.trained(row, published)
-        failures.lines += [f"report_to: {it}" for it in tracking.missing()]
+        failures.lines += [f"report_to: {it}" for it in tracking.missing(again)]
     return TrainResult(row, history.shown_url, published, tuple(failures.lines))

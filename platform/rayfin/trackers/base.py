@@ -51,6 +51,7 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration by dotted names, without secrets."""
     tags: Mapping[str, str] = field(default_factory=dict)
+    """Facts about it; an empty one is sent only in the place of another."""
     points: Sequence[Point] = ()
     """What was measured, one point a step, in ascending order."""
     answers: Sequence[Answers] = ()

@@ -119,7 +119,8 @@ class Sender:
                 self._changed.wait_for(lambda: self._closing, pause)
                 self._changed.wait_for(lambda: self._pending or self._closing)
                 last, waiting = self._closing, list(self._pending.values())
-            pause = 0.0 if self._all_sent(waiting) else min(2 * pause or 1.0, _LONGEST_PAUSE)
+            sent = self._all_sent(waiting, last)
+            pause = 0.0 if sent else min(2 * pause or 1.0, _LONGEST_PAUSE)
             if last:
                 break
         try:
@@ -127,11 +128,11 @@ class Sender:
         except Exception as error:  # noqa: BLE001  # each package has errors of its own
             self._held_back = _one_line(error)
 
-    def _all_sent(self, runs: list[Run]) -> bool:
+    def _all_sent(self, runs: list[Run], last: bool) -> bool:
         """Send runs, and return whether the tracker took them.
 
         One that it does not take, as somebody has removed it there, holds up no other; after two
-        it counts as away.
+        it counts as away until the `last` try, which each run gets.
         """
         failed = 0
         for run in runs:
@@ -141,7 +142,7 @@ class Sender:
                 if not taken or newest is not run:
                     self._pending[run.run_id] = newest
             failed += not taken
-            if failed == 2:
+            if failed == 2 and not last:
                 break
         return not failed
 
@@ -183,7 +184,7 @@ class Sender:
                 sent = self._sent[run.run_id] = _Sent()
         points = [point for point in run.points if point[0] > sent.step]
         answers = [point for point in run.answers if point[0] > sent.answers]
-        tags = {key: value for key, value in run.tags.items() if sent.tags.get(key) != value}
+        tags = {key: value for key, value in run.tags.items() if sent.tags.get(key, "") != value}
         files = [file for file in run.files if sent.files.get(file.name) != _digest(file)]
         if run.status == "running":
             changed = run.run_id not in self._open
@@ -218,9 +219,9 @@ class Sender:
             sent.files[file.name] = _digest(file)
             self._keep(run)
         if run.status != "running":  # what was sent may have opened it again
+            self._open.discard(run.run_id)  # one whose end fails is gone on with first
             self._tracker.end(native, run)
             sent.status, sent.figures = run.status, dict(run.figures)
-            self._open.discard(run.run_id)
             self._keep(run)
 
     def _started(self, run: Run) -> str:

@@ -34,8 +34,10 @@ class WeightsAndBiases(Tracker):
 
         self._wandb = wandb
         settings = wandb.setup().settings  # of the environment and W&B's own files
+        self._disabled = settings.mode == "disabled"
         self._offline = settings.mode in ("offline", "dryrun")
-        if not self._offline and not settings.api_key and not _logged_in(settings.base_url):
+        local = self._disabled or self._offline
+        if not local and not settings.api_key and not _logged_in(settings.base_url):
             raise ConfigError(
                 "report_to=wandb: there is no API key; run `wandb login`, set WANDB_API_KEY, or "
                 "keep the runs on this machine by WANDB_MODE=offline"
@@ -61,6 +63,8 @@ class WeightsAndBiases(Tracker):
 
     @property
     def location(self) -> str:
+        if self._disabled:
+            return "nothing is kept or sent, as its mode is disabled (WANDB_MODE)"
         if self._offline:
             return f"{self._directory}/wandb (offline; `wandb sync` sends it)"
         return f"project {self._project}"
@@ -70,6 +74,8 @@ class WeightsAndBiases(Tracker):
             # W&B takes an id whose start has failed for one in use.
             self._tries[key] = self._tries.get(key, 0) + 1
             native = key if self._tries[key] == 1 else f"{key}-{self._tries[key]}"
+        if native in self._runs:
+            return native
         self._runs[native] = self._wandb.init(
             project=self._project,
             id=native,
@@ -94,7 +100,8 @@ class WeightsAndBiases(Tracker):
         for step, some in answers:
             rows = [[one[column] for column in _COLUMNS] for one in some]
             table = self._wandb.Table(columns=[*_COLUMNS], data=rows)
-            self._runs[native].log({f"answers/step_{step}": table})
+            # Without a step of its own: a later point of a lower one would be dropped.
+            self._runs[native].log({f"answers/step_{step}": table}, commit=False)
 
     def tag(self, native: str, tags: Mapping[str, str]) -> None:
         self._runs[native].config.update(dict(tags), allow_val_change=True)
@@ -103,9 +110,8 @@ class WeightsAndBiases(Tracker):
         self._runs[native].save(os.fspath(file), base_path=os.fspath(file.parent), policy="now")
 
     def end(self, native: str, run: Run) -> None:
-        found = self._runs.pop(native)
-        found.summary.update(dict(run.figures))
-        self._finish(found, exit_code=0 if run.status in SCORED else 1)
+        self._runs[native].summary.update(dict(run.figures))
+        self._finish(self._runs.pop(native), exit_code=0 if run.status in SCORED else 1)
 
     def close(self) -> None:
         """Finish what still runs; raises RuntimeError, with the remedy, for what W&B holds back."""
