@@ -62,6 +62,7 @@ TALKS: dict[str, tuple[dict[str, Any], ...]] = {
     "tools, reasoning": (USER, call("ab", str(THOUGHT["content"])), RESULT, THOUGHT_AGAIN),
     "tools, twice": (USER, ANSWER, THANKS, call("Köln"), RESULT, call("ab"), RESULT, WELCOME),
 }
+CALLS = call("ab") | {"tool_calls": call("ab")["tool_calls"] + call("Köln")["tool_calls"]}
 CANT_TELL, NO_ROLE, NO_TOOLS = "can't be told from the question", "refuses", "leaves out the tools"
 WITH_TOOLS = [talk for talk in TALKS if talk.startswith("tools")]
 
@@ -275,6 +276,61 @@ def test_a_template_that_leaves_something_of_tools_out_is_refused(
         tokenize_examples([Example(TALKS["tools"], tools=TOOLS)], tokenizer)
     assert "\n" not in str(error.value)
     assert tokenize_examples([Example(TALKS["one"])], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("leaves_out", "later", "source"),
+    [
+        (
+            "the tool calls",
+            (SYSTEM, USER, CALLS, RESULT, RESULT, ANSWER),
+            "{{ tools }}{{ m.content }}{{ (m.tool_calls or [''])[0] }}",
+        ),
+        (
+            "the tools",
+            TALKS["tools"],
+            "{{ m.content }}{{ m.tool_calls }}{{ tools if m.role == 'system' }}",
+        ),
+    ],
+)
+def test_a_template_that_leaves_something_of_a_later_sample_out_is_refused(
+    leaves_out: str, later: tuple[dict[str, Any], ...], source: str
+) -> None:
+    template = "{% for m in messages %}" + source + "<|im_end|>{% endfor %}"
+    tokenizer = tokenizer_of(FORMATS["chatml"], template)
+    first = Example((SYSTEM, *TALKS["tools"]), tools=TOOLS)
+    assert tokenize_examples([first], tokenizer)
+    with pytest.raises(DataError, match=f"leaves out {leaves_out} of the samples"):
+        tokenize_examples([first, Example(later, tools=TOOLS)], tokenizer)
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama2"])
+def test_a_system_message_before_a_greeting_stands_in_the_first_question(name: str) -> None:
+    tokenizer = named(name)
+    greeted = (SYSTEM, WELCOME, USER, ANSWER, THANKS, WELCOME)
+    (sample,) = tokenize_examples([Example(greeted)], tokenizer)
+    text = tokenizer.decode(sample["input_ids"])
+    greeting, _, rest = text.partition("Be brief.")
+    assert greeting.count(WELCOME["content"]) == 1
+    assert USER["content"] not in greeting
+    assert rest.lstrip("\n</SY>").startswith(USER["content"])
+
+
+def test_brackets_that_are_text_by_design_are_not_told_of() -> None:
+    corpus = Corpus((Example(TALKS["one"]),), (Example(TALKS["two"]),), "messages", "d", "s")
+
+    def notes(form: Format, name: str) -> tuple[str, ...]:
+        tokenizer = tokenizer_of(form, None)
+        set_chat_template(tokenizer, name)
+        settings = TokenSettings(chat_template=name)
+        return tokenize_corpus(corpus, tokenizer, 9999, SFT, settings).profile.notes
+
+    assert notes(NAMED["llama2"], "llama2") == ()
+    some = Format("</s>", ("<s>", "[TOOL_CALLS]", "</s>"), "<s>")
+    assert [note.partition("writes ")[2] for note in notes(some, "mistral")] == [
+        "[INST], [/INST], which the model's tokenizer has no tokens for: they are plain text to "
+        "the model"
+    ]
 
 
 @pytest.mark.parametrize(("name", "told"), [("llama3", True), ("qwen2.5", False)])

@@ -237,7 +237,11 @@ def test_a_template_of_other_tokens_than_the_tokenizers_is_named() -> None:
         data = tokenize_corpus(corpus_of(SHORT, SHORT), tokenizer, 500, SFT, settings)
         assert len(data.profile.notes) == (unknown is not None)
         if unknown is not None:
-            assert f"chat_template={name} writes {unknown}, which" in data.profile.notes[0]
+            (note,) = data.profile.notes
+            assert f"chat_template={name} writes {unknown}, which" in note
+            assert note.endswith(
+                "plain text to the model, and answers are taught to end with <|end|>"
+            )
             assert learned(data.train[0], tokenizer) == "To your door.<|end|>"
             assert data.ends.texts == ("<|end|>",)
 
@@ -293,7 +297,8 @@ def test_a_template_enters_by_its_content(tmp_path: Path, monkeypatch: pytest.Mo
     for name in ("one.jinja", "copy.jinja"):
         Path(name).write_text(read_chat_template("chatml"))
     Path("other.jinja").write_text(read_chat_template("phi"))
-    assert fingerprint("one.jinja") == fingerprint("copy.jinja") == fingerprint("chatml")
+    assert fingerprint("one.jinja") == fingerprint("copy.jinja")
+    assert fingerprint("one.jinja") != fingerprint("chatml")  # which begins with the bos token
     assert fingerprint("other.jinja") != fingerprint("one.jinja")
 
 

@@ -11,7 +11,7 @@ from rayfin.data.render import learned_turns, probed, render_example, turn_end
 from rayfin.data.token_settings import DEFAULTS, TokenSettings
 from rayfin.data.tools import leaves_out_words, said_beside_calls
 from rayfin.models.chat_templates import template_label, unknown_special_tokens
-from rayfin.models.ends import PROBES, Ends
+from rayfin.models.ends import PROBES, Ends, after_answer
 from rayfin.samples import NO_LOSS, Example, TokenizedSample
 
 if TYPE_CHECKING:
@@ -117,10 +117,12 @@ def template_notes(
     if settings.chat_template is not None:
         shown = probed(PROBES[0], tokenizer)
         if unknown := unknown_special_tokens(shown, tokenizer):
+            ends = [token for token in unknown if token in after_answer(shown)]
+            taught = f", and answers are taught to end with {', '.join(ends)}" if ends else ""
             notes.append(
                 f"data: data.chat_template={template_label(settings.chat_template)} writes "
                 f"{', '.join(unknown)}, which the model's tokenizer has no tokens for: they are "
-                "learned, and end answers, as plain text"
+                f"plain text to the model{taught}"
             )
     return tuple(notes)
 

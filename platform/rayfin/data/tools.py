@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from rayfin.data.token_settings import has_system
 from rayfin.errors import DataError
 from rayfin.samples import ChatTurn, Example, Tool
 
@@ -19,22 +20,27 @@ _WAY_OUT = (
 def check_tools(examples: Sequence[Example], render: Callable[[Example], str]) -> None:
     """Raise DataError where `render` writes the same without a sample's tools, calls or results.
 
-    The first example that has each of them is looked at, as templates treat all alike.
+    Of those that have each of them, one with and one without a system message is looked at, and
+    the same of those with several calls at once, as templates treat all others alike.
     """
     if not any(example.uses_tools for example in examples):
         return
     for what, change in _CHANGES.items():
-        pairs = ((example, change(example)) for example in examples)
-        found = next(((e, changed) for e, changed in pairs if changed is not None), None)
-        if found is None:
-            continue
-        written = render(found[0])
-        try:
-            same = render(found[1]) == written
-        except DataError:
-            same = False  # the template has looked at it
-        if same:
-            raise DataError(f"data: the chat template leaves out {what} of the samples; {_WAY_OUT}")
+        found: dict[tuple[bool, bool], tuple[Example, Example]] = {}
+        for example in examples:
+            kind = (has_system(example.messages), _most_calls(example) > 1)
+            if kind not in found and (changed := change(example)) is not None:
+                found[kind] = (example, changed)
+        for example, changed in found.values():
+            written = render(example)
+            try:
+                same = render(changed) == written
+            except DataError:
+                same = False  # the template has looked at it
+            if same:
+                raise DataError(
+                    f"data: the chat template leaves out {what} of the samples; {_WAY_OUT}"
+                )
 
 
 def said_beside_calls(examples: Iterable[Example]) -> list[Example]:
@@ -82,14 +88,22 @@ def _without_words(example: Example) -> Example | None:
 
 
 def _with_call(example: Example, change: Callable[[Any], dict[str, Any]]) -> Example | None:
+    """Return the example with the last call changed of the first turn that has the most calls."""
+    most = _most_calls(example)
+
     def changed(turn: ChatTurn) -> dict[str, Any] | None:
-        if not turn.get("tool_calls"):
+        if not most or len(turn.get("tool_calls", ())) < most:
             return None
-        call, *rest = turn["tool_calls"]
+        *before, call = turn["tool_calls"]
         function = call["function"]
-        return {"tool_calls": [call | {"function": function | change(function)}, *rest]}
+        return {"tool_calls": [*before, call | {"function": function | change(function)}]}
 
     return _with_turn(example, changed)
+
+
+def _most_calls(example: Example) -> int:
+    """Return the number of calls of the turn that has the most of them."""
+    return max((len(turn.get("tool_calls", ())) for turn in example.messages), default=0)
 
 
 def _with_turn(

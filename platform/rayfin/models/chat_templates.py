@@ -22,7 +22,8 @@ MAX_TEMPLATE = 64 * 2**10
 _DIRECTORY = Path(__file__).parent / "templates"
 _FILE = re.compile(r"[/\\]|\.\w+$")
 # The forms in which published templates write their special tokens.
-_SPECIAL = re.compile(r"<\|[\w ]+\|>|</?(?:s|start_of_turn|end_of_turn)>|\[/?[A-Z_]{4,}\]")
+_BRACKETED = re.compile(r"\[/?[A-Z_]{4,}\]")
+_SPECIAL = re.compile(rf"<\|[\w ]+\|>|</?(?:s|start_of_turn|end_of_turn)>|{_BRACKETED.pattern}")
 
 
 @functools.cache
@@ -77,8 +78,13 @@ def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def template_digest(setting: str) -> str:
-    """Return 16 hexadecimal digits that name the text of a template; raises DataError."""
-    return hashlib.sha256(read_chat_template(setting).encode()).hexdigest()[:16]
+    """Return 16 hexadecimal digits that name a template by its text; raises DataError.
+
+    A file's are others than those of the same text with a name, which `set_chat_template` begins
+    with the bos token.
+    """
+    kind = "named\0" if setting in template_names() else ""
+    return hashlib.sha256((kind + read_chat_template(setting)).encode()).hexdigest()[:16]
 
 
 def template_label(setting: str) -> str:
@@ -87,10 +93,20 @@ def template_label(setting: str) -> str:
 
 
 def unknown_special_tokens(template: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """Return the special tokens that a template writes and the tokenizer has no tokens for."""
+    """Return the special tokens that a template writes and the tokenizer has no tokens for.
+
+    Words in brackets are such tokens only to a tokenizer that has one: Llama 2's [INST] is text.
+    """
     backend = tokenizer.backend_tokenizer
+    bracketed = any(
+        _BRACKETED.fullmatch(t.content) for t in tokenizer.added_tokens_decoder.values()
+    )
     written = dict.fromkeys(_SPECIAL.findall(template))
-    return tuple(token for token in written if backend.token_to_id(token) is None)
+    return tuple(
+        token
+        for token in written
+        if backend.token_to_id(token) is None and (bracketed or not _BRACKETED.fullmatch(token))
+    )
 
 
 def _check_syntax(setting: str, text: str) -> None:
