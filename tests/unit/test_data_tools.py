@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rayfin.cli import main
@@ -93,7 +96,7 @@ def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def rows_of(path: str | Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def test_a_split_loses_no_row_and_parts_no_prompt(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +143,10 @@ def test_a_command_that_is_ended_leaves_no_half_of_a_file(
     ):
         assert main(["data", *words]) == 130
     left = [path.name for path in sorted(Path().iterdir()) if path not in before]
-    assert left == ["out.report.json"]
+    assert left == []
+
+
+_PAIRS = "data.format=prompt_completion"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,16 @@ def test_a_command_that_is_ended_leaves_no_half_of_a_file(
         ('{"text": "a"}', ["convert", "x.jsonl", "--output=o.csv"], "'o.csv' is no JSON Lines"),
         ('{"text": "a"}', ["convert", "x.jsonl", "--output=tickets.jsonl"], "jsonl' exists"),
         ("just words", ["convert", "x.md", "--output=o.jsonl"], "'x.md' has no question: neither"),
+        (
+            '{"prompt": "a"}\n',
+            ["convert", "x.jsonl", "--output=o.jsonl", "data.on_bad_row=skip", _PAIRS],
+            "'x.jsonl' has no valid row (the first: x.jsonl:1: completion missing",
+        ),
+        (
+            '[{"text": "a"}]',
+            ["convert", "x.report.json", "--output=x.jsonl"],
+            "'x.report.json' exists; give --output",
+        ),
         ("# Only\n", ["convert", "x.md", "--output=o.jsonl"], "no question with an answer: line 1"),
     ],
 )
@@ -200,6 +216,8 @@ def test_any_format_becomes_json_lines(capsys: pytest.CaptureFixture[str]) -> No
     }
 
 
+_SECTIONS = ("Billing", "Shipping")
+
 MARKED = """Intro
 Q: Where is it?
 A: In the box.
@@ -226,6 +244,103 @@ def test_a_page_whose_questions_are_marked(capsys: pytest.CaptureFixture[str]) -
         (1, "text before the first question"),
         (8, "the question 'Unanswered?' has no answer"),
     ]
+
+
+def test_a_split_of_a_table_keeps_every_column(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that are not trained on, too; what JSON has no form for is refused by its name."""
+    day = date(2026, 11, 30)
+    columns = {
+        "prompt": [f"ask {n}" for n in range(4)],
+        "completion": ["b"] * 4,
+        "id": [7] * 4,
+        "at": [day] * 4,
+        "score": [float("nan")] * 4,
+        "skipped": ["kept"] * 4,
+    }
+    table = pa.table(columns)
+    pq.write_table(table, "t.parquet")
+    with pa.ipc.new_file("t.arrow", table.schema) as writer:
+        writer.write_table(table)
+    for name in ("t.parquet", "t.arrow"):
+        to = name.removeprefix("t.")
+        printed(capsys, "split", name, f"--output={to}", "data.ignore_columns=[skipped]")
+        rows = rows_of(f"{to}/train.jsonl") + rows_of(f"{to}/validation.jsonl")
+        rest = {"id": 7, "at": "2026-11-30", "score": None, "skipped": "kept"}
+        assert sorted(rows, key=lambda row: str(row["prompt"])) == [
+            {"prompt": f"ask {n}", "completion": "b", **rest} for n in range(4)
+        ]
+    pq.write_table(table.append_column("photo", pa.array([b"\x89PNG"] * 4)), "t.parquet")
+    said = printed(capsys, "split", "t.parquet", "--output=refused", code=2)
+    assert "the column 'photo' holds a value of type bytes" in said
+    assert not Path("refused").exists()
+
+
+def test_what_was_guessed_and_what_has_no_effect_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And rows that an open quote swallowed are counted."""
+    lines = ["question,answer,id", *(f"q {n},a,{n}" for n in range(4)), '"open,a,5', "q 6,a,6"]
+    Path("t.csv").write_text("\n".join(lines) + "\n")
+    words = ["data.on_bad_row=skip", "data.max_samples=2", "model.name=tiny"]
+    for command, output in (("split", "parts"), ("convert", "t.jsonl")):
+        said = printed(capsys, command, "t.csv", f"--output={output}", *words)
+        assert "- read as prompt_completion (prompt=question, completion=answer)\n" in said
+        assert "- not used, and not trained on: id;" in said
+        assert "- no effect on what is written: data.max_samples, model\n" in said
+    report = json.loads(Path("t.report.json").read_text())
+    assert (report["rows"], report["written"], report["left_out"][0]["rows"]) == (6, 4, 2)
+    assert len(report["notes"]) == 3
+
+
+def test_what_is_told_of_a_page_holds_no_commands_to_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("page.md").write_text("# A\nyes\n# \x1b[2J\n")
+    said = printed(capsys, "convert", "page.md", "--output=page.jsonl")
+    assert "the heading '\ufffd[2J' has no answer" in said
+
+
+@pytest.mark.parametrize(
+    ("page", "rows", "reasons"),
+    [
+        (
+            "## Billing\nQ: a\nA: b\n\n## Shipping\nQ: c\nA: d\n",
+            [("a", "b"), ("c", "d")],
+            [f"heading of the section '{n}', whose questions are marked" for n in _SECTIONS],
+        ),
+        (
+            "Q: a\u2028b\x0cc\nA: d\n\n```\nQ: code\n```\n",
+            [("a\u2028b\x0cc", "d\n\n```\nQ: code\n```")],
+            [],
+        ),
+        ("# a\u2028\u0085b\nc\n# d\ne\n", [("a\u2028\u0085b", "c"), ("d", "e")], []),
+        (
+            "Q: Which?\nA. Red\nB. Blue\nA: Red\n",
+            [("Which?\nA. Red\nB. Blue", "Red")],
+            [],
+        ),
+        (
+            "# How?\nSo.\n\nQuestion: why so?\n# When?\nNow.\n# Who?\nWe.\n",
+            [("How?", "So.\n\nQuestion: why so?"), ("When?", "Now."), ("Who?", "We.")],
+            [],
+        ),
+        (
+            "## Q: How?\nA: So.\n\n## Q2. When?\n**A:** Now.\n",
+            [("How?", "So."), ("When?", "Now.")],
+            [],
+        ),
+    ],
+)
+def test_marks_and_headings_of_a_page(
+    capsys: pytest.CaptureFixture[str],
+    page: str,
+    rows: list[tuple[str, str]],
+    reasons: list[str],
+) -> None:
+    Path("page.md").write_text(page, encoding="utf-8")
+    report = json.loads(printed(capsys, "convert", "page.md", "--output=page.jsonl", "--json"))
+    assert [tuple(row.values()) for row in rows_of("page.jsonl")] == rows
+    assert [each["reason"] for each in report["left_out"]] == reasons
 
 
 def test_a_file_of_data_is_completed() -> None:

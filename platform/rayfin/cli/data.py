@@ -146,25 +146,30 @@ def _print_report(args: argparse.Namespace, report: dict[str, Any], said: str, f
     """Print what was written, and what was left out, of which the report in `file` has all."""
     from rich.text import Text
 
+    from rayfin.redaction import printable
     from rayfin.tables import output
 
     if args.json:
         print_json(report)
         return
     console, lost = output(), report["left_out"]
-    console.print(Text(said))
+    console.print(Text(printable(said)))
+    for note in report["notes"]:
+        console.print(Text(printable(f"- {note.removeprefix('data: ')}")))
     for each in lost[:_LEFT_OUT_SHOWN]:
-        console.print(Text(f"- left out: {each['file']}:{each['line']}: {each['reason']}"))
+        reason = f"- left out: {each['file']}:{each['line']}: {each['reason']}"
+        console.print(Text(printable(reason)))
     if len(lost) > _LEFT_OUT_SHOWN:
         console.print(Text(f"- and {len(lost) - _LEFT_OUT_SHOWN} more"))
     if lost:
-        console.print(Text(f"{file} has all that was left out"))
+        console.print(Text(f"{printable(str(file))} has all that was left out"))
 
 
 def _print_inspection(config: Config, found: Inspection) -> None:
     from rich.text import Text
 
     from rayfin.data.splits import count_rows
+    from rayfin.redaction import printable
     from rayfin.tables import output
 
     console = output()
@@ -179,11 +184,11 @@ def _print_inspection(config: Config, found: Inspection) -> None:
     # The bad rows follow one by one.
     notes = (note for note in found.notes if " rows are bad and left out, first " not in note)
     for note in notes:
-        console.print(Text(f"- {note.removeprefix('data: ')}"))
+        console.print(Text(printable(f"- {note.removeprefix('data: ')}")))
     if found.bad_rows:
         console.print(Text(f"{count_rows(found.bad_rows)} can't be used:", style="bold red"))
         for reason in found.first_bad_rows:
-            console.print(Text(f"- {reason}"))
+            console.print(Text(printable(f"- {reason}")))
         if found.bad_rows > len(found.first_bad_rows):
             console.print(Text(f"- and {found.bad_rows - len(found.first_bad_rows)} more"))
     console.print(_lengths_table(config, found))

@@ -43,7 +43,7 @@ def read_parquet(
 ) -> Iterator[Row]:
     """Yield the rows of a Parquet file, or of these row `groups` of it.
 
-    The columns that `settings` ignores are not read.
+    The columns that `settings` ignores are not read, unless it asks for whole rows.
     """
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -53,7 +53,7 @@ def read_parquet(
         parquet = pq.ParquetFile(path)
         names = parquet.schema_arrow.names
         _check_column_names(path, names)
-        wanted = [name for name in names if name not in settings.ignore]
+        wanted = [name for name in names if settings.whole or name not in settings.ignore]
         for batch in parquet.iter_batches(row_groups=groups, columns=wanted):
             nothing = pa.nulls(batch.num_rows)
             columns = [batch.column(n) if n in wanted else nothing for n in names]
@@ -65,7 +65,7 @@ def read_parquet(
 def read_arrow(path: Path, settings: RowSettings = NO_SETTINGS) -> Iterator[Row]:
     """Yield the rows of a file in Arrow's stream format or its file format.
 
-    The columns that `settings` ignores hold None.
+    The columns that `settings` ignores hold None, unless it asks for whole rows.
     """
 
     def batches() -> Iterator[pa.RecordBatch]:
@@ -97,8 +97,8 @@ def _table_rows(
 ) -> Iterator[Row]:
     """Yield the rows of a table; the columns that `settings` ignores hold None.
 
-    Unused values are not converted to Python objects, as they may be large. Raises DataError where
-    a column is there twice.
+    Unused values are not converted to Python objects, as they may be large, unless `settings` asks
+    for whole rows. Raises DataError where a column is there twice.
     """
     import pyarrow as pa
 
@@ -118,6 +118,8 @@ def _table_rows(
                     yield Row(str(path), number, without_nulls_of_calls(value) if calls else value)
                 except UnicodeDecodeError:
                     yield Row(str(path), number, problem="not UTF-8")
+                except (ValueError, OverflowError) as error:  # a date that Python has not, say
+                    yield Row(str(path), number, problem=f"a value can't be read: {error}")
     except pa.ArrowException as error:
         reason = str(error).splitlines()[0]
         yield Row(str(path), number + 1, problem=f"broken {kind}: {reason}")
@@ -136,6 +138,8 @@ def _without_unused(name: str, column: pa.Array, settings: RowSettings) -> pa.Ar
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if settings.whole:
+        return column
     if name in settings.ignore:
         return pa.nulls(len(column))
     plain = (settings.column_of(name) or name).strip().casefold()

@@ -20,6 +20,8 @@ class RowSettings:
     """(a format's column, the name that it has in the table) of each that the user named."""
     encoding: str | None = None
     """The encoding of text files; None is what their bytes say."""
+    whole: bool = False
+    """Whether the values of a table that are not trained on are read too, to be written again."""
     named: frozenset[str] = field(init=False)
     """The formats' columns that the user named."""
 

@@ -11,7 +11,15 @@ from rayfin.data.conversion import RowStatistics
 from rayfin.data.row_settings import NO_SETTINGS
 from rayfin.data.rows import Row
 from rayfin.data_tools.faq import faq_rows, is_markdown
-from rayfin.data_tools.row_files import MADE_BY, json_line, left_out, read_whole, write_rows
+from rayfin.data_tools.row_files import (
+    MADE_BY,
+    as_report,
+    json_line,
+    left_out,
+    read_whole,
+    unused_settings,
+    write_rows,
+)
 from rayfin.errors import ConfigError, DataError, StorageError
 from rayfin.paths import write_whole
 from rayfin.samples import Example
@@ -22,12 +30,13 @@ def convert_data(config: Config, target: Path) -> dict[str, Any]:
 
     All that is trained on of a row is written, and nothing else. Returns the report, which is
     written beside `target` (`NAME.report.json`), with all that is not written. Raises DataError for
-    rows that can't be used unless data.on_bad_row=skip, and StorageError where `target` exists.
+    rows that can't be used unless data.on_bad_row=skip, and StorageError where `target` or the
+    report exists.
     """
     if target.suffix.lower() != ".jsonl":
         raise ConfigError(f"--output: '{target}' is no JSON Lines; give a name that ends in .jsonl")
-    if target.exists():
-        raise StorageError(f"'{target}' exists; give the name of a new file")
+    report_file = target.with_suffix(".report.json")
+    _check_new(target, report_file)
     source = Path(config.data.path)
     if is_markdown(source):
         rows = list(faq_rows(source))
@@ -35,26 +44,36 @@ def convert_data(config: Config, target: Path) -> dict[str, Any]:
         lost = [left_out(row, row.problem) for row in rows if row.problem is not None]
         if not values:
             raise DataError(f"data.path: '{source}' has no question with an answer: {_first(lost)}")
-        shape = "prompt_completion"
+        shape, count = "prompt_completion", len(rows)
+        notes = unused_settings(config, ())
     else:
         read = read_whole(config)
         examples = [example for _, example in read.rows]
-        lost = read.left_out
+        lost, count, notes = read.left_out, read.count, read.notes
         shape, values = _rows(read.shape, examples)
         _check_same(values, shape, examples)
-    report = {
-        MADE_BY: "rayfin data convert",
-        "path": config.data.path,
-        "rows": len(values) + len(lost),
-        "written": len(values),
-        "format": shape,
-        "left_out": lost,
-    }
-    with write_whole(target.with_suffix(".report.json")) as temporary:
-        temporary.write_bytes(json_line(report))
-    with write_whole(target) as temporary:
-        write_rows(temporary, values)
+    report = as_report(
+        {
+            MADE_BY: "rayfin data convert",
+            "path": config.data.path,
+            "rows": count,
+            "written": len(values),
+            "format": shape,
+            "notes": notes,
+            "left_out": lost,
+        }
+    )
+    with write_whole(report_file) as last, write_whole(target) as first:
+        last.write_bytes(json_line(report))
+        write_rows(first, values)
+        _check_new(target, report_file)
     return report
+
+
+def _check_new(*files: Path) -> None:
+    for file in files:
+        if file.exists():
+            raise StorageError(f"'{file}' exists; give --output the name of a new file")
 
 
 def _first(lost: Sequence[dict[str, Any]]) -> str:

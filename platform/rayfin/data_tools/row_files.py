@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import date, time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rayfin.data.conversion import (
     bad_rows_error,
     detect_shape,
     empty_split_error,
+    no_valid_row_error,
 )
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
@@ -25,9 +28,13 @@ MADE_BY = "made_by"
 """The key of a report, by which `rayfin.data.folders` knows that it holds no rows."""
 
 
+_USED = ("split", "name", "format", "columns", "encoding", "on_bad_row", "ignore_columns")
+"""The settings of data by which rows are read, besides the path."""
+
+
 @dataclass
 class ReadRows:
-    """The rows of a data set."""
+    """The rows of a data set, with what is to be said of them."""
 
     shape: str
     """Their format, as `data.format` names it."""
@@ -35,12 +42,17 @@ class ReadRows:
     """The rows that can be used, with the samples that they are."""
     left_out: list[dict[str, Any]] = field(default_factory=list)
     """The others: file, line and reason, and what stands there if it can be read."""
+    count: int = 0
+    """The number of rows read, with those that an open quote makes part of another."""
+    notes: list[str] = field(default_factory=list)
+    """What was guessed, what is not trained on or not read, and settings without effect."""
 
 
 def read_whole(config: Config) -> ReadRows:
     """Read all rows of `data.path`.
 
-    Raises DataError where it has splits of its own, and for a bad row unless data.on_bad_row=skip.
+    Raises DataError where it has splits of its own, where no row can be used, and for a bad row
+    unless data.on_bad_row=skip.
     """
     data = config.data
     if data.sources or data.eval_path is not None:
@@ -52,7 +64,7 @@ def read_whole(config: Config) -> ReadRows:
             f"data.path: '{data.path}' has splits of its own; data.split={selection.train.name} "
             "takes one of them, data.split=all joins them"
         )
-    settings = RowSettings.of(data)
+    settings = replace(RowSettings.of(data), whole=True)
     rows = list(read_rows(selection.train, settings))
     if not rows:
         raise empty_split_error(data, selection.train, "")
@@ -67,28 +79,78 @@ def read_whole(config: Config) -> ReadRows:
             found.left_out.append(left_out(row, example))
     if bad and data.on_bad_row == "error":
         raise bad_rows_error(bad[0], sum(each.rows for each in bad), statistics.rows)
+    if not found.rows:
+        raise no_valid_row_error(data, bad[0])
     statistics.check_names()
+    found.count = statistics.rows
+    found.notes = [
+        *selection.unread_notes(),
+        *statistics.notes(0, None),  # the bad rows are listed one by one
+        *unused_settings(config, _USED),
+    ]
     return found
+
+
+def unused_settings(config: Config, used: Collection[str]) -> list[str]:
+    """Return a line on the settings that were written but for data.path and `used` ones, if any."""
+    data = config.data.model_fields_set - {"path", *used}
+    written = [f"data.{name}" for name in sorted(data)]
+    written += sorted(config.model_fields_set - {"data"})
+    return [f"no effect on what is written: {', '.join(written)}"] if written else []
 
 
 def left_out(row: Row, reason: str) -> dict[str, Any]:
     """Return what a report says of a row that is not written."""
     there = {} if row.value is None else {"row": row.value}
-    return {"file": row.file, "line": row.line, "reason": reason, **there}
+    several = {"rows": row.rows} if row.rows > 1 else {}
+    return {"file": row.file, "line": row.line, "reason": reason, **several, **there}
 
 
 def json_line(value: object) -> bytes:
-    """Return a value as a line of JSON; raises DataError for what JSON has no form for."""
+    """Return a row as a line of JSON, with dates in ISO 8601 and null for NaN.
+
+    Raises DataError, with the column's name, for what JSON has no form for, such as bytes.
+    """
     try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):
+        value = _as_json(value, "", _refused)
         text = json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"data: a row can't be written as JSON ({error}); leave such columns out of the table"
-        ) from error
     try:
         return text.encode() + b"\n"
     except UnicodeEncodeError:  # half of a character, which JSON can only escape
         return json.dumps(value).encode() + b"\n"
+
+
+def as_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report as JSON can hold it, with `(bytes)`, say, in the place of bytes."""
+    plain: dict[str, Any] = _as_json(report, "", lambda value, _: f"({type(value).__name__})")
+    return plain
+
+
+def _refused(value: object, column: str) -> Any:
+    kind = type(value).__name__
+    raise DataError(
+        f"data.path: the column '{column}' holds a value of type {kind}, for which JSON has no "
+        "form; write the table without that column, or with text in it"
+    )
+
+
+def _as_json(value: object, column: str, otherwise: Callable[[object, str], Any]) -> Any:
+    """Return a value with what JSON can't hold replaced; `column` is the one that it stands in."""
+    match value:
+        case Mapping():
+            return {str(k): _as_json(v, column or str(k), otherwise) for k, v in value.items()}
+        case list() | tuple():
+            return [_as_json(each, column, otherwise) for each in value]
+        case date() | time():
+            text = value.isoformat()
+            return None if text == "NaT" else text
+        case float() if math.isnan(value):
+            return None
+        case str() | int() | float() | None:
+            return value
+    return otherwise(value, column)
 
 
 def write_rows(path: Path, values: Iterable[object]) -> int:

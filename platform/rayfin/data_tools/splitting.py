@@ -8,7 +8,7 @@ from typing import Any
 
 from rayfin.config import Config
 from rayfin.data.load import hold_out
-from rayfin.data_tools.row_files import MADE_BY, json_line, read_whole, write_rows
+from rayfin.data_tools.row_files import MADE_BY, as_report, json_line, read_whole, write_rows
 from rayfin.errors import ConfigError, DataError, StorageError
 from rayfin.paths import write_directory_whole
 from rayfin.samples import Example
@@ -22,7 +22,7 @@ def split_data(
     Rows stay as they are, in their order. Which go where is decided by a hash of their content, as
     data.val_size does it: rows with the same prompt stay together. Returns the report, which is
     written as report.json, with the rows that can't be used. Raises DataError for too few different
-    rows, and StorageError where the directory exists.
+    rows and for values that JSON has no form for, and StorageError where the directory exists.
     """
     if not 0 < val_size < 1 or not 0 <= test_size < 1 or val_size + test_size >= 1:
         raise ConfigError(
@@ -53,13 +53,16 @@ def split_data(
             )
             for name in names
         }
-        report = {
-            MADE_BY: "rayfin data split",
-            "path": config.data.path,
-            "shape": read.shape,
-            "rows": len(read.rows) + len(read.left_out),
-            **counts,
-            "left_out": read.left_out,
-        }
+        report = as_report(
+            {
+                MADE_BY: "rayfin data split",
+                "path": config.data.path,
+                "shape": read.shape,
+                "rows": read.count,
+                **counts,
+                "notes": read.notes,
+                "left_out": read.left_out,
+            }
+        )
         (temporary / "report.json").write_bytes(json_line(report))
     return report
