@@ -26,6 +26,7 @@ from rayfin.config import Config, load_config
 from rayfin.errors import ConfigError, HardwareError, HistoryError, RayfinError
 from rayfin.history import History, TrialRecord
 from rayfin.history.driver import DRIVER, this_driver
+from rayfin.methods import MethodConfig
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
 from rayfin.tuning import cluster, end_with_driver, tune, worker
@@ -35,7 +36,7 @@ from rayfin.tuning.lost_nodes import LostNodeWatch
 from rayfin.tuning.plan import TRIAL, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.record import Recorder
-from rayfin.tuning.rows import started, usable
+from rayfin.tuning.rows import recalled, started, usable
 from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.sweep import SweepOptions, run_sweep
 from rayfin.tuning.tune import scheduler, trial_resources
@@ -405,6 +406,28 @@ def test_a_trial_of_others_that_can_t_be_reached_is_trained_here(
         history.put(ended(plan, 2, directory="elsewhere://bucket/trial"))
         assert usable(history, plan.trial({"method.r": 2, "train.seed": 0}), "eval_loss") is None
     assert "can't be taken from the history: storage: 'elsewhere://bucket/trial'" in caplog.text
+
+
+def test_a_trial_that_kept_no_state_answers_for_none_that_keeps_it(plan: SweepPlan) -> None:
+    def planned(only_model: bool, method: str = "lora") -> Any:
+        one = plan.trial({"method.r": 2, "train.seed": 0})
+        train = one.spec.train.model_copy(update={"save_only_model": only_model})
+        kind = MethodConfig.model_validate({"type": method})
+        update = {"train": train, "method": one.spec.method if method == "lora" else kind}
+        return dataclasses.replace(one, spec=one.spec.model_copy(update=update))
+
+    row = ended(plan, 2)
+    Path(row.directory or "", "adapter").mkdir(parents=True)
+    spec = row.spec | {"train": row.spec["train"] | {"save_only_model": True}}
+    with History.open(plan.storage.history_url) as history:
+        history.put(row.updated(spec=spec))
+        assert usable(history, planned(False), "eval_loss") is None
+        assert usable(history, planned(False, "adalora"), "eval_loss"), "nothing continues it"
+        earlier = usable(history, planned(True), "eval_loss")
+        assert earlier is not None
+        history.put(row)
+        assert usable(history, planned(True), "eval_loss"), "it has more than was asked for"
+    assert recalled(planned(False), earlier).spec["train"]["save_only_model"] is True
 
 
 # --- the cluster ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from rayfin.advisor.features import row_of
 from rayfin.cli import main
-from rayfin.config import Config
+from rayfin.config import Config, build_config
 from rayfin.errors import AdapterError, MethodError, RayfinError
 from rayfin.history import History
 from rayfin.methods import METHODS
@@ -129,6 +129,25 @@ def test_another_course_starts_from_the_weights_alone(lab: Any) -> None:
     assert read_starting_adapter(result.adapter.path).steps == 1
     small = lab.run(lab.spec("lora", save_only_model=True, max_steps=1, eval_steps=1))
     assert not (small.adapter.path / STATE).exists()
+
+
+def test_other_arguments_of_the_optimizer_start_from_the_weights_alone(lab: Any) -> None:
+    """With momentum there is more state than the adapter has."""
+    train = {"optim": "rmsprop", "max_steps": 1, "eval_steps": 1}
+    first = lab.finish(lab.spec("lora", **train))
+    own = {"init_from": str(first.adapter)}
+    result = lab.run(lab.spec("lora", own, optim_args="momentum=0.9", **train))
+    assert (result.status, result.error) == ("finished", None)
+    assert result.scenario["init_from"]["continues"] is False
+
+
+def test_a_course_names_which_samples_come_next() -> None:
+    def course(**train: Any) -> str:
+        return TrialSpec.of(build_config({"train": train})).course("d")
+
+    assert course(train_on="last") != course() == course(group_by_length=False)
+    epochs = {"num_train_epochs": 1}
+    assert course(**epochs, group_by_length=False) != course(**epochs) != course()
 
 
 @pytest.mark.parametrize("group", [False, True])

@@ -253,6 +253,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"optim": "sgd", "optim_args": "momentum"}, "momentum='' should be a number from 0 to below"),
     ({"optim": "sgd", "optim_args": "nesterov=true"}, "nesterov needs a momentum above 0"),
     ({"optim": "sgd", "optim_args": "dampening=0.1"}, "dampening has no effect without"),
+    ({"optim": "sgd", "optim_args": "momentum=0.9,"}, "has an empty part; write name=value"),
     ({"optim": "sgd", "optim_args": "momentum=0.9,momentum=0.8"}, "is there twice"),
     ({"optim": "ademamix", "optim_args": "t_alpha=0"}, "t_alpha='0' should be a whole number"),
     ({"warmup_steps": 2, "warmup_ratio": 0.1}, "say the same; give one of them"),

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 from rayfin.config import build_config
 from rayfin.errors import ConfigError
 from rayfin.paths import StoragePath
-from rayfin.training import TrialSpec, trial
+from rayfin.training import TrialSpec, checkpointed_trainer, trial
 from rayfin.training.checkpoint import latest_checkpoint
 from rayfin.training.combination import check_combination
 from rayfin.training.selection import best_step, evaluations_without_gain
@@ -167,6 +167,27 @@ def test_a_trial_whose_best_checkpoint_is_damaged_goes_back_to_before_it(
     resumed = lab.run(one, directory=directory)
     assert f"checkpoint-{best}, which it needs" in caplog.text
     assert_same_end(resumed, whole)
+
+
+def test_a_torn_checkpoint_of_a_new_best_goes_back_to_the_one_before(
+    lab: Any, spec: Callable[..., TrialSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one needs the best before: the evaluation at step 4 is worse than that at step 2."""
+    best = {0: None, 1: 2, 2: 2}
+    monkeypatch.setattr(
+        checkpointed_trainer,
+        "best_step",
+        lambda log, _: best.get(sum("eval_loss" in point for point in log), 6),
+    )
+    one = spec(max_steps=10)
+    whole = lab.finish(one).result
+    directory = interrupted_at(lab, one, 8) / "checkpoints"
+    names = {path.name for path in directory.glob("checkpoint-*")}
+    assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    (directory / "checkpoint-6" / "training_state.safetensors").write_text("")
+    found = latest_checkpoint(StoragePath(directory), lambda _: "checkpoint-2")
+    assert found is not None and found.name == "checkpoint-4"
+    assert_same_end(lab.run(one, directory=directory.parent), whole)
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])

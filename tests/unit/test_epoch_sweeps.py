@@ -16,9 +16,11 @@ from rayfin.advisor.features import setting_row
 from rayfin.config import Config, build_config, dump_yaml, load_config
 from rayfin.config.load import parse_yaml
 from rayfin.errors import ConfigError
+from rayfin.evaluation.verdict import SweepOutcome, sweep_verdict
 from rayfin.history import TrialRecord
-from rayfin.history.comparable import comparable, evaluated_on
+from rayfin.history.comparable import comparable, comparison_groups
 from rayfin.paths import Storage
+from rayfin.tuning.comparison import comparison_notes
 from rayfin.tuning.plan import find_resumable, new_plan
 from rayfin.tuning.progress import ProgressDisplay, trials_table
 from rayfin.tuning.rows import started
@@ -82,8 +84,9 @@ def test_a_sweep_over_lengths_runs_resumes_and_compares_what_is_comparable(
         train = row.spec["train"]
         each = -(-row.scenario["data"]["rows_train"] // 8)
         assert train["max_steps"] == row.metrics["steps"] == train["num_train_epochs"] * each
-    groups = {row.spec["data"]["max_length"]: evaluated_on(row) for row in rows}
-    assert len(set(groups.values())) == 2 and len({evaluated_on(row) for row in rows}) == 2
+    lengths = (row.spec["data"]["max_length"] for row in rows)
+    groups = set(zip(lengths, comparison_groups(rows), strict=True))
+    assert len(groups) == len(set(comparison_groups(rows))) == 2
     assert result.best is not None and result.best.spec["data"]["max_length"] == 128
     uncut = [row for row in rows if row.spec["data"]["max_length"] == 128]
     assert result.best.metrics["eval_loss"] == min(row.metrics["eval_loss"] for row in uncut)
@@ -105,7 +108,7 @@ def test_trials_of_any_length_compare_where_nothing_is_cut(
 ) -> None:
     axes = {"train.num_train_epochs": [0.5, 1], "data.max_length": [128, 200]}
     result = rayfin.sweep(swept(config, axes, num_samples=4), progress=False)
-    assert len({evaluated_on(row) for row in result.trials}) == 1
+    assert len(set(comparison_groups(result.trials))) == 1
     assert not [note for note in result.notes if "held-out tokens" in note]
     assert len(comparable(result.trials, "eval_loss")) == 4
 
@@ -120,6 +123,38 @@ def test_the_best_is_chosen_among_all_where_rows_do_not_tell(config: Config) -> 
         for length, loss in ((40, 1.0), (64, 2.0))
     ]
     assert best_trial(rows, "eval_loss", "min") == rows[0]
+
+
+@pytest.mark.parametrize("old", [{"max_length": 40}, {"max_length": 64}, {"val_size": 0.2}])
+def test_rows_of_an_earlier_version_compare_with_those_of_their_own_settings(
+    config: Config, old: dict[str, Any]
+) -> None:
+    """They have no digest; of settings that no other row has, they are taken for the most."""
+    axes = {"data.max_length": [40, 64], "data.val_size": [0.1, 0.2], "method.r": [2, 4, 8]}
+    plan = new_plan(swept(config, axes), Storage.at(config.storage))
+
+    def row(r: int, loss: float, digest: str | None, **data: Any) -> TrialRecord:
+        values = {f"data.{n}": v for n, v in ({"max_length": 64, "val_size": 0.1} | data).items()}
+        return started(plan.trial(values | {"method.r": r})).updated(
+            status="finished",
+            metrics={"eval_loss": loss},
+            scenario={"data": {} if digest is None else {"eval_digest": digest}},
+        )
+
+    # As the version before wrote it: without the settings that have come since, at their defaults.
+    earlier = row(2, 0.5, None, **old)
+    data = {k: v for k, v in earlier.spec["data"].items() if k not in ("truncation", "system")}
+    earlier = earlier.updated(spec=earlier.spec | {"data": data})
+    rows = [earlier, row(4, 1.0, "a"), row(8, 2.0, "a"), row(4, 0.1, "b", max_length=40)]
+    other = old == {"max_length": 40}
+    expected = {False: [earlier, *rows[1:3]], True: rows[:1] + rows[3:]}[other]
+    keys = comparison_groups(rows)
+    assert [r for r, key in zip(rows, keys, strict=True) if key == keys[0]] == expected
+    assert best_trial(rows, "eval_loss", "min") == rows[1 if other else 0]
+    (note,) = comparison_notes(plan.space, rows)
+    assert note.startswith("trials 1 and 4 with" if other else "trial 4 with")
+    verdict = sweep_verdict(SweepOutcome(rows, plan.config, best_trial(rows, "eval_loss", "min")))
+    assert f"{2 if other else 3} " in verdict.sentence, verdict.sentence
 
 
 def test_steps_follow_from_each_trial_s_epochs_samples_and_batch(config: Config) -> None:
@@ -143,15 +178,19 @@ def test_steps_follow_from_each_trial_s_epochs_samples_and_batch(config: Config)
     assert again.fingerprint == row.fingerprint and again.spec.train.max_steps == 8
 
 
-def test_a_saved_configuration_of_epochs_is_the_same_when_it_is_read(config: Config) -> None:
-    config = build_config(
-        config.model_dump(mode="json", exclude_unset=True), {"train.num_train_epochs": 2}
-    )
-    config = swept(config, {"method.r": [2, 4]})
+@pytest.mark.parametrize("axis", ["method.r", "train.num_train_epochs"])
+def test_a_saved_configuration_of_epochs_is_the_same_when_it_is_read(
+    config: Config, axis: str
+) -> None:
+    written = config.model_dump(mode="json", exclude_unset=True)
+    epochs = {"train.num_train_epochs": 2} if axis == "method.r" else {}
+    config = swept(build_config(written, epochs), {axis: [2, 4]})
     plan = new_plan(config, Storage.at(config.storage))
     plan.save()
     again = load_config(parse_yaml(dump_yaml(config), "config.yaml"))
-    assert again.train.num_train_epochs == 2 and "max_steps" not in again.train.model_fields_set
+    assert again.train.num_train_epochs == epochs.get("train.num_train_epochs")
+    assert "max_steps" not in again.train.model_fields_set
+    check_space(new_plan(again, plan.storage).space)
     found = find_resumable(config, plan.storage)
     assert found is not None and found.sweep_id == plan.sweep_id
 

@@ -117,11 +117,13 @@ def saved(config: Config) -> dict[str, Any]:
 
     They are complete, except that `method` has only its type and the given settings, as another
     method that replaces it, or that is swept, has its own defaults; and that train.max_steps, which
-    num_train_epochs decides, is left out beside it.
+    num_train_epochs decides, is left out beside it, or beside an axis of it.
     """
     method = config.method.model_dump(mode="json", exclude_unset=True)
     found = config.model_dump(mode="json") | {"method": method}
-    if config.train.num_train_epochs is not None:
+    swept = "train.num_train_epochs" in config.sweep.parameters
+    written = "max_steps" in config.train.model_fields_set
+    if config.train.num_train_epochs is not None or (swept and not written):
         del found["train"]["max_steps"]
     return found
 

@@ -137,9 +137,9 @@ def parse_arguments(
     Raise ValueError, which says what is allowed, for a name that `takes` lacks or a wrong value.
     """
     found: dict[str, float | int | bool] = {}
-    for part in (text or "").replace(" ", "").split(","):
+    for part in [] if text is None else text.replace(" ", "").split(","):
         if not part:
-            continue
+            raise ValueError(f"'{text}' has an empty part; write name=value,name=value")
         name, _, value = part.partition("=")
         if name not in takes:
             allowed = f"it takes {', '.join(takes)}" if takes else "it takes none"

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from rayfin.config import DataConfig, ModelConfig, Section
+from rayfin.config import DataConfig, ModelConfig
 from rayfin.evaluation.quantities import setting
-from rayfin.history.comparable import eval_digest
+from rayfin.history.comparable import eval_digests, written_settings
 from rayfin.history.record import finite
 
 if TYPE_CHECKING:
@@ -28,21 +28,13 @@ def comparable_trials(trials: Sequence[TrialRecord], metric: str) -> list[TrialR
     the data, these are the trials of the largest group.
     """
     groups: dict[str, list[TrialRecord]] = {}
-    for trial in trials:
+    for trial, digest in zip(trials, eval_digests(trials), strict=True):
         if trial.status == "finished" and finite(trial.metrics.get(metric)) is not None:
-            model = _written(trial.spec.get("model"), ModelConfig)
-            data = eval_digest(trial) or _written(trial.spec.get("data"), DataConfig)
+            model = written_settings(trial.spec.get("model"), ModelConfig)
+            data = digest or written_settings(trial.spec.get("data"), DataConfig)
             scenario = [model, data]
             groups.setdefault(json.dumps(scenario, sort_keys=True), []).append(trial)
     return max(groups.values(), key=len, default=[])
-
-
-def _written(section: Any, kind: type[Section]) -> Any:
-    """Return a section without the settings at their defaults, which older records may lack."""
-    defaults = kind().model_dump(mode="json")
-    if not isinstance(section, dict):
-        return section
-    return {k: v for k, v in section.items() if k not in defaults or v != defaults[k]}
 
 
 def parameter_importance(

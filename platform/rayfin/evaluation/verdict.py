@@ -26,7 +26,7 @@ from rayfin.evaluation.quantities import (
     show_quantity,
     show_setting,
 )
-from rayfin.history.comparable import evaluated_on
+from rayfin.history.comparable import comparison_groups
 from rayfin.history.record import finite
 from rayfin.methods import MethodConfig
 from rayfin.metrics import score_of
@@ -83,7 +83,8 @@ def sweep_verdict(outcome: SweepOutcome) -> Verdict:
     if best is None:
         return _nothing(trials, interrupted)
     metric = config.sweep.metric
-    alike = [t for t in trials if evaluated_on(t) == evaluated_on(best)]
+    *groups, here = comparison_groups([*trials, best])
+    alike = [t for t, group in zip(trials, groups, strict=True) if group == here]
     scored = [t.status for t in alike if finite(t.metrics.get(metric)) is not None]
     change = change_of(best, metric)
     who = _who(trials, best, config, scored.count("finished"))

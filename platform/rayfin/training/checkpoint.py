@@ -7,6 +7,7 @@ random states are pickled, by Transformers, and read as plain values (`weights_o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -97,10 +98,13 @@ def _damaged(checkpoint: Path) -> str | None:
         return str(error) or type(error).__name__
 
 
-def publish_checkpoint(location: StoragePath, name: str, kept: str | None = None) -> None:
-    """Make a staged checkpoint the newest one, and drop all but the one before it and `kept`.
+def publish_checkpoint(
+    location: StoragePath, name: str, needs: Callable[[Path], str | None] = lambda _: None
+) -> None:
+    """Make a staged checkpoint the newest one; drop all others but the one before it.
 
-    Where the newest turns out to be torn, the one before it is there.
+    Where the newest turns out to be torn, the one before it is there. What either of the two
+    `needs` (it returns the name of another one) stays, too.
     """
     staged, checkpoint = staging(location) / name, location / name
     sums = checksums_of(staged)
@@ -114,8 +118,13 @@ def publish_checkpoint(location: StoragePath, name: str, kept: str | None = None
     # Of a later step there may be what a killed worker did not write to its end.
     others = [other for other in _checkpoints(location) if other != checkpoint]
     before = [other for other in others if _step(other.path.name) < _step(name) and other.exists()]
+    kept = {one.path.name for one in before[-1:]}
+    for one in (*before[-1:], checkpoint):
+        with contextlib.suppress(OSError, ValueError, LookupError):  # a torn one can't be used
+            if one.path.is_dir() or one.download():
+                kept |= {needs(one.path) or ""}
     for other in others:
-        if other not in before[-1:] and other.path.name != kept:
+        if other.path.name not in kept:
             other.remove()
 
 

@@ -41,7 +41,7 @@ _WEIGHTS, _MOMENTS, _BASE_SCORES = "training_state", "optimizer", "base_scores"
 class CheckpointedTrainer(SteppedTrainer):
     """Transformers' Trainer whose checkpoints hold what is trained, and no more, by its names.
 
-    The checkpoint of the best evaluation stays where `keeps_best`, beside the last two.
+    Where `keeps_best`, the checkpoints of the best evaluation of each of the last two stay, too.
     """
 
     objective: Objective
@@ -116,8 +116,8 @@ class CheckpointedTrainer(SteppedTrainer):
         if self.checkpoints.objects is not None:
             gather_random_states(staged / f"checkpoint-{self.state.global_step}", self.accelerator)
         if self.args.should_save:
-            name, best = f"checkpoint-{self.state.global_step}", f"checkpoint-{self.best_step}"
-            publish_checkpoint(self.checkpoints, name, kept=best)
+            name = f"checkpoint-{self.state.global_step}"
+            publish_checkpoint(self.checkpoints, name, needs=self.best_of)
         self.accelerator.wait_for_everyone()
         self.clock.start()
 

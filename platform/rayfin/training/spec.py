@@ -103,6 +103,12 @@ class TrialSpec(Section):
             order["passes"] = True
         optimizer = OPTIMIZERS[train.optim].same_as or train.optim
         in_epochs = train.num_train_epochs is not None
+        if train.optim_args is not None:  # with momentum, say, there is more state
+            order["optim_args"] = train.optim_args
+        if train.train_on != "all":  # other samples are left without an answer, and so left out
+            order["train_on"] = train.train_on
+        if in_epochs and not train.group_by_length:  # a pass is divided into steps otherwise
+            order["group_by_length"] = False
         return _digest(order | {"step": [samples, train.stage, optimizer], "in_epochs": in_epochs})
 
     def _tokens(self) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.config import Config, MethodConfig
+from rayfin.config import Config, MethodConfig, TrainConfig
 from rayfin.errors import AdapterError
 from rayfin.models import BASE_BITS, Base
 from rayfin.paths import TRAINING_STATE, Storage, digest_files
@@ -254,6 +254,16 @@ def _under(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
+def saves_state(method: MethodConfig, train: TrainConfig) -> bool:
+    """Return whether a trial that keeps its last weights saves what another needs to continue it.
+
+    It does not where nothing can continue it, or nobody wants to.
+    """
+    # What is saved of one that alters the base is plain LoRA of twice the rank that was trained.
+    unable = method.continuation_refusal() is not None or method.alters_base
+    return not (train.save_only_model or unable)
+
+
 def state_to_continue(
     method: MethodConfig, parallel: ParallelStrategy, model: torch.nn.Module, optimizer: Any
 ) -> dict[str, torch.Tensor] | None:
@@ -263,9 +273,7 @@ def state_to_continue(
     """
     import torch
 
-    if parallel.train.save_only_model or method.continuation_refusal() is not None:
-        return None
-    if method.alters_base:  # what is saved is plain LoRA of twice the rank that was trained
+    if not saves_state(method, parallel.train):
         return None
     weights = {} if method.adapter_is_whole else parallel.weights(model)
     moments = parallel.moments(model, optimizer)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rayfin.errors import listed
 from rayfin.history import TrialRecord
-from rayfin.history.comparable import comparable, evaluated_on
+from rayfin.history.comparable import comparable, comparison_groups
 from rayfin.history.record import finite
 from rayfin.statuses import SCORED
 from rayfin.tuning.space import SearchSpace
@@ -21,11 +21,12 @@ def comparison_notes(space: SearchSpace, rows: Sequence[TrialRecord]) -> list[st
     chosen = comparable(rows, metric)
     if not chosen:
         return []
-    here = evaluated_on(chosen[0])
+    keys = comparison_groups(rows)
+    here = next(key for row, key in zip(rows, keys, strict=True) if row is chosen[0])
     groups: dict[str, list[int]] = {}
-    for number, row in enumerate(rows):
+    for number, (row, key) in enumerate(zip(rows, keys, strict=True)):
         if row.status in SCORED and finite(row.metrics.get(metric)) is not None:
-            groups.setdefault(evaluated_on(row), []).append(number)
+            groups.setdefault(key, []).append(number)
     lines = []
     for key, numbers in groups.items():
         if key == here:

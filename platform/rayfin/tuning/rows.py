@@ -19,6 +19,7 @@ from rayfin.paths import StoragePath
 from rayfin.statuses import Status
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import MEMORY_MONITOR, TrialResult
+from rayfin.training.starting_adapter import saves_state
 from rayfin.tuning.plan import PlannedTrial
 
 log = logging.getLogger(__name__)
@@ -48,16 +49,23 @@ def started(planned: PlannedTrial, created_at: datetime | None = None) -> TrialR
 def usable(history: History, trial: PlannedTrial, metric: str) -> TrialRecord | None:
     """Return the finished trial of the history that makes training `trial` needless, or None.
 
-    It has the score `metric`, and its adapter is there.
+    It has the score `metric`, and its adapter is there, with the state to continue it if `trial`
+    would save one.
     """
     earlier = history.finished(trial.fingerprint)
     if earlier is None or earlier.directory is None or metric not in earlier.metrics:
+        return None
+    if _only_model(earlier) and saves_state(trial.spec.method, trial.spec.train):
         return None
     try:
         return earlier if adapter_place(earlier).exists() else None
     except StorageError as error:  # a bucket of others, who share the history; or not its own
         log.warning("trial %s can't be taken from the history: %s", earlier.trial_id, error)
         return None
+
+
+def _only_model(row: TrialRecord) -> bool:
+    return bool(row.spec.get("train", {}).get("save_only_model"))
 
 
 def adapter_place(row: TrialRecord) -> StoragePath:
@@ -84,12 +92,15 @@ def adapter_place(row: TrialRecord) -> StoragePath:
 
 def recalled(planned: PlannedTrial, earlier: TrialRecord) -> TrialRecord:
     """Return an earlier sweep's finished trial as a row of this one; nothing was trained for it."""
+    # Its own spec: what does not enter the fingerprint (paths, batch split) may differ. But what
+    # was saved is what lies in the directory.
+    spec = planned.spec.model_dump(mode="json")
+    spec["train"]["save_only_model"] = _only_model(earlier)
     return earlier.updated(
         trial_id=planned.trial_id,
         sweep_id=sweep_of(planned),
         created_at=now(),
-        # Its own spec: what does not enter the fingerprint (paths, batch split) may differ.
-        spec=planned.spec.model_dump(mode="json"),
+        spec=spec,
         metrics=earlier.trained_metrics,
         scenario=earlier.scenario | {"recalled_from": earlier.trial_id},
     )
