@@ -431,6 +431,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path: Path, name: str) -> N
         ({"prompt": "q", "completion": "a", "label": False}, "data.ignore_columns=[label] trains"),
         ({"text": "t", "label": 1}, "data.ignore_columns=[label] trains"),
         ({"prompt": "q", "completion": "a", "context": "c"}, "context: is a part of the question"),
+        ({"prompt": "q", "completion": "a", "instruction": "i"}, "instruction: is a part of the"),
         ({"instruction": "q", "input": "i", "context": "c", "output": "a"}, "context: input has a"),
         ({"messages": said("q", "a"), "images": ["a.png"]}, "images, sound and video can't be"),
         ({"messages": said("q", "a", reasoning_content="r")}, "put it into the content"),

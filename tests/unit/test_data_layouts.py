@@ -433,6 +433,9 @@ TRADITIONAL = [
 ]
 JAPANESE = [(f"{n}番目の質問は何ですか？", f"これは{n}番目の答えです。") for n in range(20)]
 KOREAN = [(f"{n}번 질문은 무엇입니까?", f"이것은 {n}번 질문의 대답입니다.") for n in range(20)]
+RUSSIAN = [(f"вопрос {n}", f"ответ {n}") for n in range(20)]
+WIDE = [(f"第{n}个问题\u3000是什么?", f"一共有{n}个 answers.") for n in range(20)]
+"""Of these, U+3000 and U+4E00 have a zero byte where ASCII has none in UTF-16."""
 SPANISH_WORDS = [(f"café {n}", f"el número {n} está aquí") for n in range(20)]
 
 
@@ -463,6 +466,8 @@ FILES: dict[str, File] = {
     "utf16.jsonl": File(as_jsonl(GERMAN).encode("utf-16"), read_as="UTF-16"),
     "utf16-no-mark.jsonl": File(as_jsonl(CHINESE).encode("utf-16-le"), CHINESE, "UTF-16-LE"),
     "utf16-big-endian.csv": File(as_csv(CHINESE).encode("utf-16-be"), CHINESE, "UTF-16-BE"),
+    "utf16-zero-bytes.csv": File(as_csv(WIDE).encode("utf-16-le"), WIDE, "UTF-16-LE"),
+    "utf16-zero-bytes.jsonl": File(as_jsonl(WIDE).encode("utf-16-be"), WIDE, "UTF-16-BE"),
     "utf32.json": File(as_jsonl(CHINESE).encode("utf-32-le"), CHINESE, "UTF-32-LE"),
     "unicode-text.txt.csv": File(as_tsv(GERMAN).encode("utf-16"), read_as="UTF-16"),
     "gb18030.jsonl": File(as_jsonl(CHINESE).encode("gb18030"), CHINESE, "GB18030"),
@@ -663,6 +668,47 @@ def test_the_encoding_that_is_given(tmp_path: Path) -> None:
         read(tmp_path / "a.jsonl", "data.encoding=utf-16", "data.streaming=true")
 
 
+@pytest.mark.parametrize("encoding", ["UTF-8", "utf8", "utf_8", "utf-8-sig"])
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_utf8_by_any_of_its_names(tmp_path: Path, encoding: str, streaming: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(as_jsonl(CHINESE), encoding="utf-8")
+    wanted = read(path, f"data.streaming={streaming}").digest
+    assert read(path, f"data.encoding={encoding}", f"data.streaming={streaming}").digest == wanted
+
+
+def test_the_encoding_that_is_given_does_not_garble_streamed_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(as_jsonl(RUSSIAN[:9]), encoding="windows-1251")
+    (tmp_path / "b.jsonl").write_text(as_jsonl(RUSSIAN[9:]), encoding="utf-8-sig")
+    settings = ["data.encoding=windows-1251", "data.streaming=true"]
+    corpus = read(tmp_path, *settings, "data.val_size=0.5")
+    assert {e.canonical() for e in (*corpus.train, *corpus.eval)} == expected("plain", RUSSIAN)
+    (tmp_path / "c.jsonl").write_text(as_jsonl(RUSSIAN), encoding="utf-8")
+    with pytest.raises(DataError, match=r"c\.jsonl' is UTF-8 rather than windows-1251"):
+        read(tmp_path, *settings)
+
+
+def test_utf16_without_a_mark_is_not_streamed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl(WIDE).encode("utf-16-le"))
+    with pytest.raises(DataError, match="is UTF-16-LE, which can't be read in parts; convert it"):
+        read(path, "data.streaming=true")
+
+
+def test_sources_and_evaluated_rows_have_encodings_of_their_own(tmp_path: Path) -> None:
+    for name, encoding in (("a", "windows-1251"), ("b", "koi8-r"), ("c", "utf-8")):
+        pairs = [(f"{q} {name}", a) for q, a in RUSSIAN]
+        (tmp_path / f"{name}.jsonl").write_text(as_jsonl(pairs), encoding=encoding)
+    a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
+    sources = f"data.sources=[{{path: {a}}}, {{path: {b}, encoding: koi8-r}}]"
+    settings = ["data.encoding=windows-1251", f"data.eval_path={c}"]
+    corpus = load_corpus(load_config(None, [sources, *settings]).data)
+    found = {e.messages[0]["content"] for e in (*corpus.train, *corpus.eval)}
+    assert found == {f"{q} {name}" for q, _ in RUSSIAN for name in "abc"}
+    note = "data: data.encoding is not used for the rows evaluated on, which are UTF-8"
+    assert note in corpus.notes and note in read(a, *settings).notes
+
+
 def test_nulls_that_a_table_puts_into_tools_are_no_part_of_them(tmp_path: Path) -> None:
     """In a table all objects have the same keys; in JSON each has its own."""
     tools = [[TOOL], [{"name": "zeit", "parameters": {"type": "object", "x": 1}}]] * 3
@@ -674,6 +720,54 @@ def test_nulls_that_a_table_puts_into_tools_are_no_part_of_them(tmp_path: Path) 
     (tmp_path / "a.parquet").write_bytes(parquet(rows))
     as_json, as_table = (read(tmp_path / name) for name in ("a.jsonl", "a.parquet"))
     assert as_table.digest == as_json.digest
+    for name in ("Tools", "Functions", "offered"):
+        named = [{"messages": row["messages"], name: row["tools"]} for row in rows]
+        (tmp_path / "b.parquet").write_bytes(parquet(named))
+        settings = [f"data.columns.tools={name}"] if name == "offered" else []
+        assert read(tmp_path / "b.parquet", *settings).digest == as_json.digest
+
+
+def test_tools_that_are_given_as_null(tmp_path: Path) -> None:
+    """As JSON text, which a table of texts has where a row has no tools, or a call no arguments."""
+    plain = [{"prompt": q, "completion": a} for q, a in GERMAN]
+    (tmp_path / "a.jsonl").write_text(lines_of(plain))
+    (tmp_path / "b.jsonl").write_text(lines_of([{**row, "tools": "null"} for row in plain]))
+    (tmp_path / "c.csv").write_text(
+        "prompt,completion,tools\n" + "".join(f'"{q}","{a}",NaN\n' for q, a in GERMAN)
+    )
+    assert len({read(tmp_path / name).digest for name in ("a.jsonl", "b.jsonl", "c.csv")}) == 1
+    calls = [
+        lines_of([{"messages": openai_called(q, a, given), "tools": [TOOL]} for q, a in GERMAN])
+        for given in ("null", {})
+    ]
+    digests = set()
+    for text in calls:
+        (tmp_path / "d.jsonl").write_text(text)
+        digests.add(read(tmp_path / "d.jsonl").digest)
+    assert len(digests) == 1
+
+
+def test_the_order_of_a_tools_keys_is_that_of_the_data(tmp_path: Path) -> None:
+    tool = {"function": TOOL, "type": "function"}
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines_of([{"prompt": q, "completion": a, "tools": [tool]} for q, a in GERMAN]))
+    assert json.dumps(read(path).train[0].tools[0]) == json.dumps(tool)
+
+
+@pytest.mark.parametrize("blank", ["", None])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_blank_instruction_is_filled_by_the_input(
+    tmp_path: Path, blank: str | None, first: bool
+) -> None:
+    """Wherever such a row is, the others keep their instructions."""
+    rows = [{"instruction": "Sag es.", "input": q, "output": a} for q, a in GERMAN]
+    odd = {"instruction": blank, "input": "Wie?", "output": "So."}
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines_of([odd, *rows] if first else [*rows, odd]))
+    corpus = read(path)
+    pairs = [("Wie?", "So."), *((f"Sag es.\n\n{q}", a) for q, a in GERMAN)]
+    found = {e.canonical() for e in (*corpus.train, *corpus.eval)}
+    assert found == expected("plain", pairs) and corpus.notes == ()
 
 
 def test_an_example_with_tools_is_the_same_after_its_canonical_form() -> None:

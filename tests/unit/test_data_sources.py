@@ -113,12 +113,14 @@ def test_columns_hold_for_evaluated_rows_that_have_them(tmp_path: Path, streamin
     table = [{"frage": row["prompt"], "antwort": row["completion"]} for row in rows("train", 9)]
     path = write(tmp_path / "train.jsonl", table)
     columns = {"prompt": "frage", "completion": "antwort"}
-    for mine, said in ((table[:3], False), (chats("mine", 3), True)):
+    late = [*chats("mine", 1), *table[:3]]
+    for mine, said in ((table[:3], False), (late, False), (chats("mine", 3), True)):
         corpus = load(
             path=path,
             eval_path=write(tmp_path / "m.jsonl", mine),
             columns=columns,
             streaming=streaming,
+            on_bad_row="skip",
         )
         assert len(corpus.eval) == 3
         assert any("data.columns is not used for the rows" in n for n in corpus.notes) == said
@@ -288,6 +290,25 @@ def test_a_prompt_held_out_of_one_source_is_not_trained_on_in_another(tmp_path: 
     assert all(use.eval > 0 for use in corpus.sources) and corpus.eval_rows_in_train == 0
 
 
+def test_a_held_out_prompt_is_not_trained_on_beside_a_split_of_its_own(tmp_path: Path) -> None:
+    common = rows("common", 40)
+    write(tmp_path / "own" / "train.jsonl", [{**row, "completion": "x"} for row in common])
+    write(tmp_path / "own" / "validation.jsonl", rows("held", 3))
+    plain = write(tmp_path / "plain.jsonl", common)
+    small = write(tmp_path / "small.jsonl", common[:1])
+    for sources in ([str(tmp_path / "own"), plain], [plain, small], [small, plain]):
+        corpus = load(sources=[{"path": path} for path in sources], val_size=0.6)
+        asked = [{e.messages[0]["content"] for e in split} for split in (corpus.train, corpus.eval)]
+        assert asked[0] & asked[1] == set() and corpus.eval_rows_in_train == 0
+        if len(corpus.eval) == 27:
+            assert corpus.notes[0] == (
+                "data: own: trains on 16 of 40 rows of train.jsonl, 50.0 % of an epoch; evaluates "
+                "on 3 rows of validation.jsonl; 24 rows left out, of prompts held out of another "
+                "source"
+            )
+    assert names(load(sources=[{"path": str(tmp_path / "own")}, {"path": plain}]).eval)["held"] == 3
+
+
 def test_sources_with_splits_of_their_own(tmp_path: Path) -> None:
     write(tmp_path / "own" / "train.jsonl", rows("own", 10))
     write(tmp_path / "own" / "validation.jsonl", rows("held", 3))
@@ -351,6 +372,10 @@ def test_likeness_of_a_mix_is_by_what_is_taken() -> None:
             "sources: 'a' has a weight and 'b' has none; give every source a weight, or none",
         ),
         ({"sources": [{"path": "a", "weight": 0}]}, "data.sources.0.weight: 0 is not allowed"),
+        (
+            {"sources": [{"path": "a", "weight": float("inf")}]},
+            "data.sources.0.weight: Infinity is not allowed",
+        ),
         ({"sources": [{"weight": 1}]}, "data.sources.0.path: is missing"),
         ({"sources": ["a.jsonl"]}, "data.sources.0: 'a.jsonl' is not allowed; it should be a sec"),
     ],

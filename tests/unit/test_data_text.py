@@ -56,6 +56,14 @@ def test_json_by_lines_in_a_list_or_over_several_lines(
     assert samples(tmp_path / name) == {row["prompt"]: row["completion"] for row in ROWS}
 
 
+def test_objects_over_several_lines_are_named_by_the_line_they_begin_on(tmp_path: Path) -> None:
+    """Each line is counted once, however many objects there are."""
+    rows = [*ROWS * 3, {"prompt": "no answer"}]
+    (tmp_path / "a.json").write_text("\n".join(json.dumps(row, indent=2) for row in rows))
+    with pytest.raises(DataError, match=r"a\.json:37: completion missing"):
+        samples(tmp_path / "a.json")
+
+
 def test_a_broken_line_spoils_none_but_itself(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for at in (0, 1, 3):

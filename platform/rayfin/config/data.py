@@ -64,7 +64,8 @@ class DataConfig(Section):
                 f"path '{self.path}' and sources can't both be given; list it among the sources, "
                 "or leave one of the two out"
             )
-        for name in (n for n in SourceConfig.model_fields if n not in ("path", "weight")):
+        own = SourceConfig.model_fields.keys() - {"path", "weight", "encoding"}  # a default for all
+        for name in (n for n in SourceConfig.model_fields if n in own):
             if (value := getattr(self, name)) != DataConfig.model_fields[name].default:
                 raise ValueError(
                     f"{name} '{value}' has no effect beside sources, each of which has its own; "

@@ -24,7 +24,7 @@ class SourceConfig(Section):
 
     path: str = Field(min_length=1)
     """What data.path may be: a file, a directory of files, a hub id, or `pydocs`."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Its share of each epoch's samples, relative to the other weights; null takes all its rows."""
     split: str | None = Field(None, min_length=1)
     """The one split of a directory or hub data set to use, or `all` taken as one."""
@@ -34,6 +34,8 @@ class SourceConfig(Section):
     """Shape of the rows; auto looks at the first valid row."""
     columns: dict[str, str] = {}  # noqa: RUF012
     """Names of a format's columns (prompt, completion, messages, …) -> those of the table's."""
+    encoding: str | None = Field(None, min_length=1)
+    """Encoding of its text files without a byte order mark; null is that of data.encoding."""
 
     def __hash__(self) -> int:
         """Hash the settings by their JSON, as mappings have no hash of their own."""

@@ -110,12 +110,16 @@ def _table_rows(
                 [_without_unused(n, batch.column(n), settings) for n in batch.schema.names],
                 names=batch.schema.names,
             )
-            calls = _has_calls(light.schema)
+            calls = _has_calls(light.schema, settings)
             for index in range(batch.num_rows):
                 number += 1
                 try:
                     value = light.slice(index, 1).to_pylist()[0]
-                    yield Row(str(path), number, without_nulls_of_calls(value) if calls else value)
+                    yield Row(
+                        str(path),
+                        number,
+                        without_nulls_of_calls(value, settings) if calls else value,
+                    )
                 except UnicodeDecodeError:
                     yield Row(str(path), number, problem="not UTF-8")
                 except (ValueError, OverflowError) as error:  # a date that Python has not, say
@@ -125,12 +129,13 @@ def _table_rows(
         yield Row(str(path), number + 1, problem=f"broken {kind}: {reason}")
 
 
-def _has_calls(schema: pa.Schema) -> bool:
+def _has_calls(schema: pa.Schema, settings: RowSettings) -> bool:
     """Whether a table has objects that describe tools or call them."""
-    return any(
-        "struct" in str(field.type) and any(name in f"{field.name} {field.type}" for name in _CALLS)
+    described = (
+        f"{settings.column_of(field.name) or field.name} {field.type}".casefold()
         for field in schema
     )
+    return any("struct" in each and any(name in each for name in _CALLS) for each in described)
 
 
 def _without_unused(name: str, column: pa.Array, settings: RowSettings) -> pa.Array:

@@ -132,7 +132,7 @@ UNSUPPORTED_IN = {
         **_with_reason(_CHOICES, "choices options"),
         "context": "input has a value already; put the two together",
     },
-    "prompt_completion": _with_reason(_CHOICES, "context choices options input"),
+    "prompt_completion": _with_reason(_CHOICES, "context choices options input instruction 指令"),
 }
 """The same for one format only."""
 
@@ -166,7 +166,10 @@ NEEDED = frozenset(
 """All columns that some format needs, by all of their names."""
 
 NOT_NEEDED = frozenset(
-    ("input", "context", "输入", "system", "system_prompt", "system_message", "history")
+    {
+        *("input", "context", "输入", "history", "tools", "functions"),
+        *("system", "system_prompt", "system_message"),
+    }
 )
 """The columns that are used where a row has them, but that no format needs."""
 

@@ -108,7 +108,8 @@ def _is_utf8(raw: bytes) -> bool:
 def wide_encoding(raw: bytes) -> str | None:
     """Return the encoding of two or four bytes a character that bytes are in, if any.
 
-    It is told by where the zero bytes of ASCII's characters are.
+    It is told by where the zero bytes of ASCII's characters are; a few characters beyond it have
+    one elsewhere (U+4E00, U+3000).
     """
     start = raw[: 2**16]
     zeros = [start[at::4].count(0) for at in range(4)]
@@ -118,7 +119,7 @@ def wide_encoding(raw: bytes) -> str | None:
         ("utf-16-le", (1, 3), (0, 2)),
         ("utf-16-be", (0, 2), (1, 3)),
     ):
-        if all(zeros[at] for at in empty) and not any(zeros[at] for at in full):
+        if min(zeros[at] for at in empty) > 8 * max(zeros[at] for at in full):
             wide = name.startswith("utf-32")
             if not wide or all(zeros[at] >= len(start) // 4 for at in empty[:1]):
                 return name if _decoded(raw, name) is not None else None

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rayfin.data.columnar import count_row_groups, read_parquet
-from rayfin.data.encodings import marked_encoding
+from rayfin.data.encodings import marked_encoding, wide_encoding
 from rayfin.data.readers import parse_lines, read_errors, read_file
 from rayfin.data.row_settings import NO_SETTINGS, RowSettings
-from rayfin.data.rows import Row, lines_of, skip_line
+from rayfin.data.rows import Row, check_not_utf8, lines_of, skip_line
 from rayfin.data.splits import Split
 from rayfin.data.stream import FileRange
 from rayfin.errors import DataError
@@ -17,6 +18,7 @@ from rayfin.errors import DataError
 # Ranges are small, as each sample of an optimizer step comes from a range of its own, which is held
 # in memory meanwhile; and there are many, so that a step's samples come from all over the data.
 _MAX_BYTES, _MIN_BYTES, _RANGES = 2**20, 2**14, 4096
+_SAMPLE = 2**20
 _STREAMABLE = (".jsonl", ".ndjson", ".parquet")
 
 
@@ -62,9 +64,12 @@ def _unreadable_in_parts(file: Path) -> str | None:
             f"can't be read in parts; give {', '.join(_STREAMABLE)} (unpack .gz, and bring others "
             "into one of these)"
         )
-    with read_errors(file), file.open("rb") as start:
-        encoding = marked_encoding(start.read(4))
-    if encoding is None or file.suffix.lower() == ".parquet":
+    if file.suffix.lower() == ".parquet":
+        return None
+    with read_errors(file), file.open("rb") as opened:
+        start = opened.read(2**16)
+    encoding = marked_encoding(start) or (wide_encoding(start) if b"\0" in start else None)
+    if encoding is None:
         return None
     return (
         f"is {encoding.upper()}, which can't be read in parts; convert it with "
@@ -89,8 +94,26 @@ def read_range(file_range: FileRange, settings: RowSettings = NO_SETTINGS) -> It
                 file_range.file,
                 _lines(file_range),
                 first=file_range.start == 0,
-                encoding=settings.encoding,
+                encoding=_encoding(path, settings),
             )
+
+
+def check_encoding(ranges: Sequence[FileRange], settings: RowSettings) -> None:
+    """Raise DataError where a text file is plainly UTF-8 although another encoding is given."""
+    files = dict.fromkeys(Path(e.file) for e in ranges if not (e.whole or e.is_parquet))
+    for path in files:
+        with read_errors(path):
+            if encoding := _encoding(path, settings):
+                with path.open("rb") as file:
+                    check_not_utf8(path, file.read(_SAMPLE), encoding)
+
+
+def _encoding(path: Path, settings: RowSettings) -> str | None:
+    """Return the encoding of a text file that is read in parts, None where it is UTF-8."""
+    if settings.encoding in (None, "utf-8"):
+        return None
+    with path.open("rb") as file:
+        return None if file.read(3) == codecs.BOM_UTF8 else settings.encoding
 
 
 def count_lines_before(ranges: Sequence[FileRange], file_range: FileRange) -> int:

@@ -144,10 +144,13 @@ def _corpus(
         [len(part.eval) for part in parts], [None] * len(parts), config.max_samples
     )
     held_out = [part.eval[:count] for part, count in zip(parts, scored, strict=True)]
+    dropped = [0] * len(parts)
     if evaluation is None:
         own = [bool(part.eval) for part in parts]
         pairs = _hold_out_of_each(config, train, own)
         train = [each for each, _ in pairs]
+        left = zip(taken, pairs, strict=True)
+        dropped = [count - len(kept) - len(held) for count, (kept, held) in left]
         held_out = [mine + held for mine, (_, held) in zip(held_out, pairs, strict=True)]
         if not any(held_out):
             raise _nothing_held_out(config, train)
@@ -166,6 +169,7 @@ def _corpus(
         evaluated=len(all_held),
         common=common,
         val_size=config.val_size,
+        dropped=dropped,
     )
     bad = tuple(reader.bad)
     firsts = [min(map(_order_key, part.train[:1] + part.eval[:1])) for part in parts]
@@ -238,8 +242,9 @@ def _hold_out_of_each(
 ) -> list[tuple[tuple[Example, ...], tuple[Example, ...]]]:
     """Divide the samples of each source into (train, eval), but for sources with an `own` split.
 
-    What is held out of one source is not trained on in another, either. Raises DataError where no
-    source has two different samples.
+    What is held out of one source is not trained on in another, either: there it is evaluated on,
+    too, unless the source has a split of its own. Raises DataError where nothing is left to train
+    on.
     """
     pairs = [
         hold_out(part, config.val_size)
@@ -258,17 +263,18 @@ def _hold_out_of_each(
 
     def without_held(train: tuple[Example, ...]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
         shared = [bool({e.canonical(), e.canonical_prompt()} & held) for e in train]
-        if all(shared):  # nothing would be left to train on
-            return train, ()
         both = list(zip(train, shared, strict=True))
         return tuple(e for e, moved in both if not moved), tuple(e for e, moved in both if moved)
 
-    moved = [
-        (train, ()) if has_own else without_held(train)
-        for (train, _), has_own in zip(pairs, own, strict=True)
-    ]
+    moved = [without_held(train) for train, _ in pairs]
+    if not any(train for train, _ in moved):
+        raise DataError(
+            "data.sources: every row is held out of one of them; give more rows, or rows to "
+            "evaluate on as data.eval_path"
+        )
     return [
-        (train, held_out + more) for (_, held_out), (train, more) in zip(pairs, moved, strict=True)
+        (train, held_out if has_own else held_out + more)
+        for (_, held_out), (train, more), has_own in zip(pairs, moved, own, strict=True)
     ]
 
 

@@ -122,17 +122,20 @@ def source_notes(
     evaluated: int,
     common: int,
     val_size: float,
+    dropped: Sequence[int] = (),
 ) -> list[str]:
     """Return a line on each use that is made of the rows of all sources.
 
-    `trained` and `evaluated` are the numbers of samples, `common` those that are both, and
-    `val_size` is the setting.
+    `trained` and `evaluated` are the numbers of samples, `common` those that are both,
+    `val_size` is the setting, and `dropped` the number of samples of each source that are not used
+    as another source's held-out samples have their prompts.
     """
     if not uses:
         selection = sources.train[0].selection
         return selection.notes(trained, evaluated, common, val_size)
     lines: list[str] = []
-    for source, use, title in zip(sources.train, uses, sources.titles(), strict=True):
+    titles, dropped = sources.titles(), dropped or [0] * len(uses)
+    for source, use, title, shared in zip(sources.train, uses, titles, dropped, strict=True):
         selection = source.selection
         what = f" of {selection.train.description}" if selection.train.description else ""
         line = f"data: {title}: trains on {use.train} of {count_rows(use.rows)}{what}"
@@ -141,7 +144,9 @@ def source_notes(
             line += f"; evaluates on {count_rows(use.eval)} of {selection.eval.description}"
         elif sources.evaluation is None:
             line += f"; evaluates on {use.eval} held out"
-        left = use.rows - use.train - (use.eval if selection.eval is None else 0)
+        if shared:
+            line += f"; {count_rows(shared)} left out, of prompts held out of another source"
+        left = use.rows - use.train - shared - (use.eval if selection.eval is None else 0)
         if left and source.weight is not None:
             line += f"; {count_rows(left)} left out by weight {source.weight:g}"
         lines += [line, *(f"{note} (of {title})" for note in selection.unread_notes())]

@@ -18,7 +18,16 @@ from rayfin.data.columnar import read_arrow, read_parquet
 from rayfin.data.columns import NEEDED
 from rayfin.data.delimited import read_csv, read_tsv
 from rayfin.data.row_settings import NO_SETTINGS, RowSettings
-from rayfin.data.rows import LONGEST_LINE, PACKED, Row, is_cut, lines_of, not_utf8, open_source
+from rayfin.data.rows import (
+    LONGEST_LINE,
+    PACKED,
+    Row,
+    is_cut,
+    is_utf8_text,
+    lines_of,
+    not_utf8,
+    open_source,
+)
 from rayfin.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -80,6 +89,7 @@ def parse_lines(
     `first` says that the lines are those at the start of the file; `encoding` is theirs where it is
     not UTF-8.
     """
+    encoding = None if encoding == "utf-8" else encoding
     for number, line in enumerate(lines, 1):
         if is_cut(line):
             yield Row(file, number, problem=_too_long())
@@ -190,12 +200,14 @@ def _listed(whole: dict[str, Any]) -> list[Any]:
 def _one_by_one(file: str, raw: bytes) -> list[Row]:
     """Return objects that span several lines, with or without commas; empty if there are none."""
     text, at, rows = raw.decode(), 0, list[Row]()
+    line, counted = 1, 0
     while start := _NEXT_VALUE.match(text, at):
+        line += text.count("\n", counted, counted := start.end())
         try:
             value, at = _DECODER.raw_decode(text, start.end())
         except (ValueError, RecursionError):
             return []
-        rows.append(Row(file, text.count("\n", 0, start.end()) + 1, value))
+        rows.append(Row(file, line, value))
     return rows
 
 
@@ -222,6 +234,12 @@ def _ending(path: Path) -> str:
 def is_readable(path: Path) -> bool:
     """Whether the name of a file is that of a supported format."""
     return _ending(path) in _TEXTS.keys() | _TABLES.keys()
+
+
+def is_plainly_utf8(path: Path) -> bool:
+    """Whether a file is a text that is plainly UTF-8, and not only ASCII."""
+    with read_errors(path):
+        return _ending(path) in _TEXTS and is_utf8_text(path)
 
 
 def allowed_names() -> str:

@@ -105,7 +105,7 @@ class RowReader:
         found = {}
         for name, column, needed in plan.used:
             value = row[name]
-            if not (is_missing(value) if needed else is_blank(value)):
+            if not (is_missing(value) if needed else is_blank(value, text=column == "tools")):
                 found[column] = value
         for name, column in plan.others:
             value = row[name]
@@ -116,6 +116,8 @@ class RowReader:
                 self.other_names[column] = name
             elif found[column] != value:
                 self._record(name, _why_unsupported(shape, name))
+        if shape == "instruction":
+            self._fill_instruction(found, plan)
         for name, why in plan.unused:
             if not is_blank(row[name], text=True):
                 self._record(name, why)
@@ -149,6 +151,15 @@ class RowReader:
             elif not is_blank(value, text=True):
                 self._record(name, UNSUPPORTED_TURN_KEYS.get(key))
         return found
+
+    def _fill_instruction(self, found: dict[str, Any], plan: _Plan) -> None:
+        """Make the input the instruction of a row that has the column, but nothing in it."""
+        has = any(
+            of == "instruction" for _, of in (*(pair[:2] for pair in plan.used), *plan.others)
+        )
+        if has and "input" in found and is_blank(found.get("instruction")):
+            found["instruction"] = found.pop("input")
+            self.other_names.pop("input", None)
 
     def _suggest_input(self, found: Mapping[str, Any]) -> None:
         """Add the setting that makes an input of what stands beside a question in the row."""

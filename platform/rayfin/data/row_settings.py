@@ -19,7 +19,7 @@ class RowSettings:
     columns: tuple[tuple[str, str], ...] = ()
     """(a format's column, the name that it has in the table) of each that the user named."""
     encoding: str | None = None
-    """The encoding of text files; None is what their bytes say."""
+    """The encoding of text files, `utf-8` by whatever name; None is what their bytes say."""
     whole: bool = False
     """Whether the values of a table that are not trained on are read too, to be written again."""
     named: frozenset[str] = field(init=False)
@@ -32,9 +32,10 @@ class RowSettings:
     def of(cls, config: DataConfig) -> RowSettings:
         """Return the settings of a configuration; raises DataError where they can't be meant."""
         _check_columns(config)
-        if config.encoding is not None:
-            _check_encoding(config.encoding, config.streaming)
-        return cls(frozenset(config.ignore_columns), tuple(config.columns.items()), config.encoding)
+        encoding = config.encoding
+        if encoding is not None:
+            encoding = _checked_encoding(encoding, config.streaming)
+        return cls(frozenset(config.ignore_columns), tuple(config.columns.items()), encoding)
 
     def column_of(self, name: str) -> str | None:
         """Return the format's column that a column of the table is, None for one that is no one's.
@@ -93,17 +94,22 @@ def _check_columns(config: DataConfig) -> None:
         )
 
 
-def _check_encoding(name: str, streaming: bool) -> None:
+def _checked_encoding(name: str, streaming: bool) -> str:
+    """Return an encoding as the user names it, but UTF-8, marked or not, as `utf-8`."""
     try:
-        line_end = "\n".encode(codecs.lookup(name).name)  # LookupError for a codec of no text
+        known = codecs.lookup(name).name
+        line_end = "\n".encode(known)  # LookupError for a codec of no text
     except LookupError:
         raise DataError(
             f"data.encoding: '{name}' is no encoding of text that Python knows; give utf-8, "
             "utf-16, gb18030, big5, shift_jis, euc_kr, windows-1252, windows-1251, …, or leave "
             "it out"
         ) from None
+    if known in ("utf-8", "utf-8-sig"):
+        return "utf-8"
     if streaming and line_end != b"\n":
         raise DataError(
             f"data.encoding: '{name}' can't be read in parts; convert the files with iconv -f "
             f"{name} -t utf-8, or set data.streaming=false"
         )
+    return name

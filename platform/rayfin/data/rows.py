@@ -77,8 +77,7 @@ def open_source(path: Path, encoding: str | None = None) -> tuple[IO[bytes], str
     of UTF-16 or UTF-32 but is not in that encoding. Reading raises DataError where a small
     compressed file unpacks to so much that it must be meant to fill the memory.
     """
-    packed = path.suffix.lower() in PACKED
-    source = cast("IO[bytes]", io.BufferedReader(_Unpacked(path)) if packed else path.open("rb"))
+    source = _opened(path)
     start = source.read(4)
     source.seek(0)
     found = marked_encoding(start)
@@ -101,13 +100,30 @@ def open_source(path: Path, encoding: str | None = None) -> tuple[IO[bytes], str
             f"data.encoding: '{path}' is not {encoding} (byte {raw[error.start]:#04x} in line "
             f"{line}); mend that line, or give the file's encoding"
         ) from None
-    if found == encoding and is_mostly_utf8(raw[:_SAMPLE]):
+    if found == encoding:
+        check_not_utf8(path, raw, encoding)
+    shown = "" if found == encoding else found
+    return io.BytesIO(text.removeprefix("\ufeff").encode()), shown
+
+
+def _opened(path: Path) -> IO[bytes]:
+    packed = path.suffix.lower() in PACKED
+    return cast("IO[bytes]", io.BufferedReader(_Unpacked(path)) if packed else path.open("rb"))
+
+
+def is_utf8_text(path: Path) -> bool:
+    """Whether a text file, compressed or not, is plainly UTF-8, and not only ASCII."""
+    with _opened(path) as source:
+        return is_mostly_utf8(source.read(_SAMPLE))
+
+
+def check_not_utf8(path: Path, start: bytes, encoding: str) -> None:
+    """Raise DataError where a file's start is plainly UTF-8 although another encoding is given."""
+    if is_mostly_utf8(start[:_SAMPLE]):
         raise DataError(
             f"data.encoding: '{path}' is UTF-8 rather than {encoding}; give the files of each "
             "encoding on their own, or convert one with iconv"
         )
-    shown = "" if found == encoding else found
-    return io.BytesIO(text.removeprefix("\ufeff").encode()), shown
 
 
 def _told_encoding(source: IO[bytes]) -> str | None:

@@ -33,6 +33,9 @@ def fitting_shape(row: object, settings: RowSettings) -> str | None:
         try:
             to_example(row, shape, RowReader(settings))
         except UnsupportedContent:
+            # A row with an instruction that can't be read is no question for want of a better fit.
+            if shape == "prompt_completion" and nearest_shape(row, settings) == "instruction":
+                continue
             return shape
         except RowProblem:
             continue

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rayfin.config.data import DataConfig
 from rayfin.data.conversion import RowStatistics, detect_shape
 from rayfin.data.folders import directory_splits
 from rayfin.data.pydocs import PydocsRows
-from rayfin.data.readers import allowed_names, is_readable, read_file
+from rayfin.data.readers import allowed_names, is_plainly_utf8, is_readable, read_file
 from rayfin.data.row_settings import NO_SETTINGS, RowSettings
 from rayfin.data.rows import Row
 from rayfin.data.splits import ALL, Split, SplitSelection, select_evaluated, select_splits
@@ -23,9 +24,10 @@ from rayfin.hub import REMEDY, HubUnreachable, dataset_access
 from rayfin.samples import Example
 
 EVAL_PATH = "data.eval_path"
+_ROWS_LOOKED_AT = 1000
 
 _HUB_ID = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<split>[\w.-]+))?")
-_OWN_SETTING = re.compile(r"\bdata\.(path|split|name|format|columns)\b")
+_OWN_SETTING = re.compile(r"\bdata\.(path|split|name|format|columns|encoding)\b")
 _CHOICE_OF_NAME = re.compile(r"choose one with data\.name=\S+, or ")
 
 _Choose = Callable[[str, Sequence[Split], Sequence[Split], str | None], SplitSelection]
@@ -126,7 +128,8 @@ def _training(config: DataConfig) -> Iterator[tuple[str, DataConfig, float | Non
     if not config.sources:
         yield "data", config, None
     for number, source in enumerate(config.sources):
-        settings = source.model_dump(exclude={"weight"}) | {"sources": ()}
+        encoding = source.encoding or config.encoding
+        settings = source.model_dump(exclude={"weight"}) | {"sources": (), "encoding": encoding}
         yield f"data.sources.{number}", config.model_copy(update=settings), source.weight
 
 
@@ -142,17 +145,24 @@ def _evaluation(config: DataConfig) -> Source:
         selection = find_splits(own, select_evaluated)
     chosen = selection.train
     named = replace(chosen, name="", description=chosen.description or Path(path).name or path)
-    if own.columns and not _has_any(chosen, own.columns.values()):
+    if own.encoding and chosen.files and all(map(is_plainly_utf8, chosen.files)):
+        own = own.model_copy(update={"encoding": "utf-8"})
+        note = "data: data.encoding is not used for the rows evaluated on, which are UTF-8"
+        selection = replace(selection, extra_notes=(*selection.extra_notes, note))
+    with _errors_of(EVAL_PATH):
+        has_columns = not own.columns or _has_any(chosen, own)
+    if not has_columns:
         own = own.model_copy(update={"columns": {}})
         note = "data: data.columns is not used for the rows evaluated on, which have none of them"
         selection = replace(selection, extra_notes=(*selection.extra_notes, note))
     return Source(EVAL_PATH, own, replace(selection, train=named))
 
 
-def _has_any(split: Split, columns: Iterable[str]) -> bool:
-    """Whether the first row of a split that is a table's has one of the columns."""
-    rows = (row.value for row in read_rows(split) if isinstance(row.value, Mapping))
-    return not set(columns).isdisjoint(next(rows, {}))
+def _has_any(split: Split, config: DataConfig) -> bool:
+    """Whether one of the first rows of a split has one of the columns in data.columns."""
+    columns = set(config.columns.values())
+    rows = islice(read_rows(split, RowSettings.of(config)), _ROWS_LOOKED_AT)
+    return any(isinstance(row.value, Mapping) and not columns.isdisjoint(row.value) for row in rows)
 
 
 def _without_evaluation(selection: SplitSelection, without: Collection[str]) -> SplitSelection:
@@ -234,7 +244,7 @@ def read_rows(split: Split, settings: RowSettings = NO_SETTINGS) -> Iterator[Row
         yield from read_file(file, settings)
     for name, rows in split.tables:
         for number, value in enumerate(rows, 1):
-            yield Row(name, number, without_nulls_of_calls(value))
+            yield Row(name, number, without_nulls_of_calls(value, settings))
 
 
 def _one_file(config: DataConfig, file: Path) -> SplitSelection:

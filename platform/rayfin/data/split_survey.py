@@ -16,7 +16,7 @@ from rayfin.data.conversion import (
     empty_split_error,
     no_valid_row_error,
 )
-from rayfin.data.file_ranges import count_lines_before, file_ranges, read_range
+from rayfin.data.file_ranges import check_encoding, count_lines_before, file_ranges, read_range
 from rayfin.data.range_survey import RangeSurvey, survey_ranges
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
@@ -61,6 +61,7 @@ def open_split(
     with source.errors():
         ranges = file_ranges(split, source=number, whole=source.setting == EVAL_PATH)
         settings = RowSettings.of(source.config)
+        check_encoding(ranges, settings)
         rows = itertools.chain.from_iterable(read_range(each, settings) for each in ranges)
         first: list[Row] = list(itertools.islice(rows, _ROWS_TO_DETECT_SHAPE))
         if not first:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rayfin.data.columns import CALL_KEYS
 from rayfin.data.row_reader import RowProblem, RowReader
+from rayfin.data.row_settings import NO_SETTINGS, RowSettings
 from rayfin.samples import Tool
 
 _OF_TOOLS = ("tools", "functions")
@@ -39,7 +40,7 @@ def _tool(value: object, where: str) -> Tool:
             f'{where} must be a function: {{"name": ..., "description": ..., "parameters": ...}}'
         )
     _check_text(tool, where)
-    return {"type": "function"} | dict(tool)
+    return dict(tool) if "type" in tool else {"type": "function", **tool}
 
 
 def calls_of(value: object, name: str, where: str, reader: RowReader) -> list[dict[str, Any]]:
@@ -69,7 +70,8 @@ def _call(value: object, name: str, where: str, reader: RowReader) -> dict[str, 
     if not isinstance(function, Mapping) or not _is_name(function.get("name")):
         raise RowProblem(f"{where} names no function; give name and arguments")
     given = function.get("arguments", function.get("parameters"))
-    arguments = {} if given in (None, "") else _parsed(given, f"{where}.arguments")
+    arguments = None if given in (None, "") else _parsed(given, f"{where}.arguments")
+    arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise RowProblem(f"{where}.arguments must be an object, or its JSON text")
     _check_text(arguments, where)
@@ -99,14 +101,16 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def without_nulls_of_calls(row: dict[str, Any]) -> dict[str, Any]:
+def without_nulls_of_calls(
+    row: dict[str, Any], settings: RowSettings = NO_SETTINGS
+) -> dict[str, Any]:
     """Return a row of a table without the nulls in its tools and in its calls of tools.
 
     All objects of a table's column have the same keys, null where they were not given.
     """
     return {
         name: _without_nulls(value)
-        if name in _OF_TOOLS
+        if (settings.column_of(name) or name).strip().casefold() in _OF_TOOLS
         else [_with_plain_calls(each) for each in value]
         if isinstance(value, list)
         else value
