@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rayfin.config import TrainConfig
-from rayfin.config.steps import share_of_steps, steps_of_epochs, steps_of_share
+from rayfin.config.steps import position, share_of_steps, steps_of_epochs, steps_of_share
 from rayfin.data.stream import FileRange, Stream, has_sample, plan_epoch_ranges
 from rayfin.training import TrialSpec
 from rayfin.training.batches import plan_epochs
@@ -171,6 +171,15 @@ def test_steps_are_those_of_transformers() -> None:
     assert share_of_steps(steps_of_share(0.3, 10), 10) >= 0.1 * 3
     train = TrainConfig(eval_steps=0.2, save_steps=0.5, max_steps=50)
     assert (train.evaluate_every, train.save_every) == (10, 25)
+
+
+@pytest.mark.parametrize("epochs", [1, 1.5, 2.25, 3])
+@pytest.mark.parametrize("each", [1, 7, 40])
+def test_the_epoch_shown_is_one_after_a_whole_pass(epochs: float, each: int) -> None:
+    total = steps_of_epochs(epochs, each, 1)
+    train = {"num_train_epochs": epochs, "max_steps": total}
+    assert position(train, each) == f"epoch 1/{epochs:g}, step {each}/{total}"
+    assert position(train, total) == f"epoch {epochs:g}/{epochs:g}, step {total}/{total}"
 
 
 def test_a_section_of_epochs_keeps_its_steps_wherever_it_goes() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ from rich.console import Console
 from rayfin.config import load_config
 from rayfin.errors import ConfigError
 from rayfin.evaluation import SweepOutcome, write_sweep_report
+from rayfin.heartbeat import busy, seconds_silent
 from rayfin.history import TrialRecord
 from rayfin.training import TrialSpec
 from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
+from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial_cache import TrialCache
 from rayfin.tuning.generations import generation_lines, generations_of
 from rayfin.tuning.plan import PlannedTrial
@@ -77,6 +81,18 @@ def test_it_is_no_other_trial(lab: Any) -> None:
         return spec.fingerprint(model_identity="m", data_digest="d")
 
     assert fingerprint(lab.spec(sample_generations=2)) == fingerprint(lab.spec())
+
+
+def test_the_other_workers_wait_for_the_answers_as_long_as_they_take() -> None:
+    waited: list[str] = []
+    accelerator = SimpleNamespace(
+        is_main_process=False,
+        wait_for_everyone=lambda: waited.append(seconds_silent(threading.get_ident())[1]),
+    )
+    with busy("evaluating"):
+        worker: Any = SimpleNamespace(_generate=lambda _: [], accelerator=accelerator)
+        TrialTrainer._generate_samples(worker)
+    assert waited == [""], "a heartbeat would run out, and the worker be ended as one that hangs"
 
 
 def test_where_nothing_can_be_asked_a_line_says_so(lab: Any, tmp_path: Path) -> None:

@@ -178,6 +178,40 @@ def test_steps_follow_from_each_trial_s_epochs_samples_and_batch(config: Config)
     assert again.fingerprint == row.fingerprint and again.spec.train.max_steps == 8
 
 
+@pytest.mark.parametrize(
+    ("axis", "choices"),
+    [
+        ("data.val_size", [0.5, 0.1]),
+        ("data.sources", [[{"path": "{half}"}], [{"path": "{half}"}, {"path": "{other}"}]]),
+        ("data.max_length", [40, 64]),
+    ],
+    ids=["val_size", "sources", "max_length"],
+)
+def test_the_longest_trial_is_that_of_the_most_rows(
+    config: Config, axis: str, choices: list[Any]
+) -> None:
+    """ASHA ends what has come to the steps of the longest, and leaves it without an adapter."""
+    written = config.model_dump(mode="json", exclude_unset=True)
+    lines = Path(written["data"]["path"]).read_text().splitlines(keepends=True)
+    halves = {"half": lines[:20], "other": lines[20:]}
+    for name, own in halves.items():
+        Path(written["data"]["path"]).with_name(f"{name}.jsonl").write_text("".join(own))
+    if axis == "data.sources":
+        folder = Path(written["data"].pop("path")).parent
+        choices = [
+            [
+                {"path": one["path"].format(**{n: folder / f"{n}.jsonl" for n in halves})}
+                for one in c
+            ]
+            for c in choices
+        ]
+    config = swept(build_config(written, {"train.num_train_epochs": 1}), {axis: choices})
+    plan = new_plan(config, Storage.at(config.storage))
+    steps = [plan.trial(values).spec.train.max_steps for values in plan.space.grid()]
+    assert longest_trial(plan) == max(steps)
+    assert (len(set(steps)) == 1) == (axis == "data.max_length")
+
+
 @pytest.mark.parametrize("axis", ["method.r", "train.num_train_epochs"])
 def test_a_saved_configuration_of_epochs_is_the_same_when_it_is_read(
     config: Config, axis: str

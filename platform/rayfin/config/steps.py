@@ -47,10 +47,15 @@ def position(train: Mapping[str, Any], steps: Any) -> str:
 
 
 def epoch_of(train: Mapping[str, Any], steps: Any) -> str:
-    """Return `1.5/3`, the epoch at a step and those of the trial; nothing for a trial of steps."""
+    """Return `1.5/3`, the epoch at a step and those of the trial; nothing for a trial of steps.
+
+    Of one epoch or more, `max_steps` tells the steps of each pass: see `steps_of_epochs`.
+    """
     if (epochs := train.get("num_train_epochs")) is None:
         return ""
-    return f"{epochs * steps / train['max_steps']:.3g}/{epochs:g}"
+    total = train["max_steps"]
+    each = math.floor(total / epochs + _ROUNDING) if epochs >= 1 else total / epochs
+    return f"{min(epochs, steps / each):.3g}/{epochs:g}"
 
 
 def duration(train: Mapping[str, Any]) -> tuple[str, str]:

@@ -101,7 +101,8 @@ def sample_generator(
 
     The second value has a line for the user where that is less than was asked for. An answer has at
     most twice the tokens of the data's answer and 16 more, and at most `LONGEST`. A sample whose
-    question leaves no room in data.max_length is passed over, as it is in training.
+    question leaves no room in data.max_length is passed over, also where data.truncation=left has
+    training cut the question.
     """
     count = spec.train.sample_generations
     if not count:

@@ -200,12 +200,16 @@ class TrialTrainer(CheckpointedTrainer):
 
     def _generate_samples(self) -> None:
         """Note what the model answers now to a few held-out questions, on the first worker."""
-        if self._generate is None or not self.accelerator.is_main_process:
+        if self._generate is None:
             return
-        with self.accelerator.autocast():
-            answers = self._generate(self.trained)
-        logged: list[dict[str, Any]] = self.state.log_history
-        logged.append({"step": self.state.global_step, GENERATIONS: answers})
+        if self.accelerator.is_main_process:
+            with self.accelerator.autocast():
+                answers = self._generate(self.trained)
+            logged: list[dict[str, Any]] = self.state.log_history
+            logged.append({"step": self.state.global_step, GENERATIONS: answers})
+        else:
+            pause()  # as long as the first worker generates
+        self.accelerator.wait_for_everyone()
 
     def _gains_no_more(self) -> bool:
         patience = self.train_config.early_stopping_patience

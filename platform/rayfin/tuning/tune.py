@@ -251,18 +251,28 @@ def scheduler(plan: SweepPlan, known: Sequence[TrialRecord]) -> Any:
 
 
 _EPOCHS = "train.num_train_epochs"
-_LENGTHS = (
-    *(_EPOCHS, "train.max_steps", "train.per_device_train_batch_size"),
-    *("train.gradient_accumulation_steps", "data.max_samples", "data.path"),
+_LENGTHS = frozenset(
+    {
+        *(_EPOCHS, "train.max_steps", "train.per_device_train_batch_size"),
+        "train.gradient_accumulation_steps",
+    }
 )
-"""The axes on which the number of a trial's steps depends."""
+_TOKENS = frozenset(
+    f"data.{name}" for name in ("max_length", "truncation", "system", "chat_template", "encoding")
+)
+
+
+def _decides_length(axis: str) -> bool:
+    """Return whether the number of a trial's steps depends on an axis: on its rows, for one."""
+    return axis in _LENGTHS or (axis.startswith("data.") and axis not in _TOKENS)
 
 
 def longest_trial(plan: SweepPlan) -> int:
     """Return the steps of the longest trial of a sweep."""
     space = plan.space
     first = space.point(lambda _, choices: ends_of(choices)[0])
-    lengths = [[(axis, v) for v in ends_of(space.axes[axis])] for axis in _LENGTHS if axis in first]
+    axes = [axis for axis in first if _decides_length(axis)]
+    lengths = [[(axis, v) for v in ends_of(space.axes[axis])] for axis in axes]
     points = (first | dict(chosen) for chosen in itertools.product(*lengths))
     return max(plan.trial(point).spec.train.max_steps for point in points)
 
