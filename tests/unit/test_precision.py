@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ from rayfin import hardware
 from rayfin.cli import main
 from rayfin.config import Config, ServeConfig
 from rayfin.config.schema import ModelConfig
-from rayfin.errors import ConfigError, MethodError, ModelError
+from rayfin.errors import ConfigError, HardwareError, MethodError, ModelError
 from rayfin.history import History
+from rayfin.history.driver import interrupted
 from rayfin.methods import MethodConfig
 from rayfin.methods.attach import attach, detach
 from rayfin.models import dtype_on, load_base
 from rayfin.models.mixed_precision import BFloat16Linear
+from rayfin.paths import Storage
 from rayfin.training import TrialSpec
 from rayfin.training.combination import check_combination
 from rayfin.training.precision import precision_note, with_precision
+from rayfin.tuning import preflight, single, sweep
+from rayfin.tuning.plan import SweepPlan, new_plan
+from rayfin.tuning.rows import started
 
 IDS = torch.arange(64).view(2, 32)
 AMX = frozenset({"avx2", "avx512_bf16", "amx_tile", "amx_bf16"})
@@ -108,6 +114,7 @@ def test_it_is_measured_once_and_chosen_only_where_it_is_clearly_faster(
         of(method="qlora"),
         of(method="full"),
         of(method="lora", scaling={"num_workers": 2}),
+        of(method="lora", scaling={"strategy": "fsdp"}),
         of(sweep={"parameters": {"method.type": ["lora", "qlora"]}}),
         of(sweep={"parameters": {"model.dtype": ["auto", "float32"]}}),
         of(method="lora", sweep={"parameters": {"method.init_lora_weights": ["pissa", True]}}),
@@ -132,10 +139,71 @@ def test_what_it_can_t_do_is_refused() -> None:
         check_combination(of("bf16-mixed", "full"))
     with pytest.raises(ConfigError, match=r"num_workers=2: workers share weights of one type"):
         check_combination(of("bf16-mixed", scaling={"num_workers": 2}))
+    with pytest.raises(ConfigError, match=r"strategy=fsdp: workers share weights of one type"):
+        check_combination(of("bf16-mixed", scaling={"strategy": "fsdp"}))
+    with pytest.raises(HardwareError, match=r"dtype=bf16-mixed is for processors.*use_gpu=false"):
+        check_combination(of("bf16-mixed", scaling={"use_gpu": True}))
     with pytest.raises(ModelError, match=r"for processors.*use model\.dtype=auto"):
         dtype_on(ModelConfig(dtype="bf16-mixed"), "cuda")
     with pytest.raises(ValueError, match="bf16-mixed is for training; use auto, float32"):
         ServeConfig.model_validate({"model": {"dtype": "bf16-mixed"}})
+
+
+def test_a_gpu_refuses_it_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = replace(hardware.describe_hardware(use_gpu=False), device="cuda")
+    monkeypatch.setattr(preflight, "describe_hardware", lambda use_gpu: gpu)
+    config = of("bf16-mixed")
+    with pytest.raises(HardwareError, match=r"dtype=bf16-mixed is for processors"):
+        preflight.check_run(new_plan(config, Storage.at(tmp_path)), [config], None)
+
+
+@pytest.mark.parametrize("began", ["auto", "bf16-mixed"])
+def test_an_interrupted_training_goes_on_in_the_precision_in_which_it_began(
+    began: str, processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that would choose the other one."""
+    processor(AMX, 4.5 if began == "auto" else 0.5)
+    rows = [{"prompt": f"red {n}", "completion": "der"} for n in range(20)]
+    data = tmp_path / "answers.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    storage, told = Storage.at(tmp_path / "runs"), []
+    config = of(data={"path": str(data)})
+    trial = SweepPlan(single.RUNS, of(began, data={"path": str(data)}), storage).trial({})
+    gone_on: list[Any] = []
+
+    def train_locked(plan: Any, trial: Any, *_: Any) -> None:
+        gone_on.append((plan.config.model.dtype, trial.spec.model.dtype, trial.trial_id))
+
+    monkeypatch.setattr(single, "_train_locked", train_locked)
+    with History.open(f"sqlite:///{tmp_path}/history.sqlite") as history:
+        history.put(interrupted(started(trial)))
+        single.train_once(config, history=history, storage=storage, show=told.append)
+        assert gone_on == [(began, began, trial.trial_id)]
+        assert f"was interrupted in model.dtype={began}" in "".join(told)
+        gpu = replace(hardware.describe_hardware(use_gpu=False), device="cuda")
+        monkeypatch.setattr(single, "describe_hardware", lambda use_gpu: gpu)
+        single.train_once(config, history=history, storage=storage, show=told.append)
+        assert (gone_on[1] == gone_on[0]) == (began == "auto")
+        assert ("use_gpu=false goes on with it" in "".join(told)) == (began == "bf16-mixed")
+
+
+def test_an_interrupted_sweep_goes_on_in_the_precision_in_which_it_began(
+    processor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor(AMX, 0.5)
+    storage = Storage.at(tmp_path)
+    plan = new_plan(of("bf16-mixed"), storage)
+    plan.save()
+    config, (line,) = sweep._in_precision(of(), storage, True, None)
+    assert config.model.dtype == "bf16-mixed" and plan.sweep_id in line
+    assert sweep._in_precision(of(), storage, False, None) == (of(), [])
+    assert sweep._in_precision(of("float32"), storage, True, None) == (of("float32"), [])
+    gpu = replace(hardware.describe_hardware(use_gpu=False), device="cuda")
+    monkeypatch.setattr(sweep, "describe_hardware", lambda use_gpu: gpu)
+    with pytest.raises(ConfigError, match=rf"{plan.sweep_id} began on a processor.*use_gpu=false"):
+        sweep._in_precision(of(), storage, True, None)
 
 
 def test_the_guide_s_commands_train_in_either(

@@ -9,6 +9,7 @@ from rayfin.objectives import Objective, objective_of
 from rayfin.training.optimization import check_optimization
 from rayfin.training.precision import MIXED, mixed_refusal
 from rayfin.training.spec import TrialSpec
+from rayfin.training.strategies import needs_group
 
 
 def check_combination(config: Config) -> None:
@@ -32,11 +33,12 @@ def check_combination(config: Config) -> None:
             f"use method.quantization_bit=null, or one of {methods_that('quantized_base')}",
         )
     if config.model.dtype == MIXED:
-        if config.scaling.num_workers > 1:
+        if needs_group(config.scaling):
+            workers, strategy = config.scaling.num_workers, config.scaling.strategy
+            given = f"num_workers={workers}" if workers > 1 else f"strategy={strategy}"
             raise ConfigError(
-                f"model.dtype={MIXED} can't work with scaling.num_workers="
-                f"{config.scaling.num_workers}: workers share weights of one type; use "
-                "model.dtype=auto or float32"
+                f"model.dtype={MIXED} can't work with scaling.{given}: workers share weights of "
+                "one type; use model.dtype=auto or float32"
             )
         if (found := mixed_refusal(method)) is not None:
             refuse(f"model.dtype={MIXED}", *found)

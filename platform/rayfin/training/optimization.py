@@ -10,6 +10,7 @@ from rayfin.config import Config, ModelConfig, TrainConfig
 from rayfin.config.optimizers import ADAM_SETTINGS, OPTIMIZERS, parse_arguments
 from rayfin.errors import ConfigError, HardwareError
 from rayfin.objectives import objective_of
+from rayfin.training.precision import MIXED
 from rayfin.training.schedules import EVALUATED, check_schedule
 
 _ATTENTION_PACKAGES = {
@@ -60,18 +61,23 @@ def check_optimization(config: Config) -> None:
                 f"{setting} needs {name}, which isn't installed; run: pip install {name}, or leave "
                 "it out"
             )
-    if config.scaling.use_gpu is False:
-        check_device(config.model, train, "cpu")
+    if config.scaling.use_gpu != "auto":
+        check_device(config.model, train, "cuda" if config.scaling.use_gpu else "cpu")
 
 
-def needs_gpu(model: ModelConfig, train: TrainConfig) -> bool:
-    """Return whether a setting can't work without a GPU."""
-    return any(True for _ in _gpu_settings(model, train))
+def needs_device(model: ModelConfig, train: TrainConfig) -> bool:
+    """Return whether a setting can't work without a GPU, or not on one."""
+    return model.dtype == MIXED or any(True for _ in _gpu_settings(model, train))
 
 
 def check_device(model: ModelConfig, train: TrainConfig, device: str) -> None:
-    """Raise HardwareError for a setting that needs a GPU where there is none."""
+    """Raise HardwareError for a setting that needs a GPU where there is none, or a processor."""
     if device == "cuda":
+        if model.dtype == MIXED:
+            raise HardwareError(
+                f"model.dtype={MIXED} is for processors, and this would run on a GPU, where "
+                "products are 16-bit anyway; use model.dtype=auto, or scaling.use_gpu=false"
+            )
         return
     for setting, remedy in _gpu_settings(model, train):
         raise HardwareError(f"{setting} needs a GPU, and this would run on CPU; use {remedy}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rayfin.config import Config
 from rayfin.hardware import CLEAR_GAIN, bfloat16_gain, describe_hardware
 from rayfin.methods import METHODS, MethodConfig
+from rayfin.training.strategies import needs_group
 
 MIXED = "bf16-mixed"
 
@@ -16,12 +17,19 @@ def with_precision(config: Config) -> Config:
     that is neither quantised nor trained itself, and bfloat16 products are clearly faster here
     (`rayfin.hardware.bfloat16_gain`). Else model.dtype stays auto, which is float32.
     """
-    if config.model.dtype != "auto" or config.scaling.num_workers > 1 or not _suits(config):
+    if (mixed := in_mixed_precision(config)) is None:
         return config
     if describe_hardware(config.scaling.use_gpu).device != "cpu":
         return config
     if (gain := bfloat16_gain()) is None or gain < CLEAR_GAIN:
         return config
+    return mixed
+
+
+def in_mixed_precision(config: Config) -> Config | None:
+    """Return `config` with bf16-mixed, which a machine may choose; None where none does."""
+    if config.model.dtype != "auto" or needs_group(config.scaling) or not _suits(config):
+        return None
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": MIXED})})
 
 

@@ -19,7 +19,7 @@ from rayfin.models import check_model, load_tokenizer, max_positions, meta_model
 from rayfin.objectives import objective_of
 from rayfin.training.combination import check_combination
 from rayfin.training.companions import companion_models, of_companions
-from rayfin.training.optimization import check_device, needs_gpu
+from rayfin.training.optimization import check_device, needs_device
 from rayfin.training.starting_checks import check_starting_adapter
 from rayfin.tuning.plan import SweepPlan
 
@@ -34,7 +34,7 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
     configs = [*configs]
     if plan.config.scaling.use_gpu is True and cluster is None:
         describe_hardware(use_gpu=True)
-    if cluster is None and any(needs_gpu(config.model, config.train) for config in configs):
+    if cluster is None and any(needs_device(config.model, config.train) for config in configs):
         device = describe_hardware(plan.config.scaling.use_gpu).device
         for config in configs:
             check_device(config.model, config.train, device)

@@ -6,8 +6,8 @@ import contextlib
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from rayfin.config import Config
 from rayfin.errors import HardwareError, HistoryError, StorageError, TrialHung
@@ -17,9 +17,10 @@ from rayfin.history import History, TrialRecord
 from rayfin.history.driver import interrupted, mark_lost_trials
 from rayfin.objectives import main_metric, objective_of
 from rayfin.paths import Storage
+from rayfin.statuses import UNFINISHED
 from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.combination import check_combination
-from rayfin.training.precision import precision_note, with_precision
+from rayfin.training.precision import MIXED, in_mixed_precision, precision_note, with_precision
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.driver_lock import driver_lock
@@ -98,8 +99,11 @@ def _train_once(
     check_combination(config)
     check_scaling(config)
     in_group = needs_group(config.scaling)
+    others: list[Config] = []
     if not in_group:  # a group may be on other machines
-        config = with_precision(config)
+        chosen, mixed = with_precision(config), in_mixed_precision(config)
+        others = [one for one in (config, mixed) if one is not None and one != chosen]
+        config = chosen
         for line in precision_note(config):
             say.note(line)
     plan = SweepPlan(RUNS, config, storage)
@@ -109,12 +113,13 @@ def _train_once(
         from rayfin.tuning.cluster import ray_cluster
 
         with ray_cluster(cluster):
-            return _train(plan, history, rerun, cluster, say)
-    return _train(plan, history, rerun, cluster, say)
+            return _train(plan, others, history, rerun, cluster, say)
+    return _train(plan, others, history, rerun, cluster, say)
 
 
 def _train(
     plan: SweepPlan,
+    others: Sequence[Config],
     history: History,
     rerun: bool,
     cluster: str | None,
@@ -141,9 +146,34 @@ def _train(
     if not rerun and (earlier := usable(history, trial, metric)) is not None:
         say.note(f"already in the history as {earlier.trial_id}; --rerun trains it again")
         return earlier
+    if not history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint):
+        plan, trial = _begun(plan, others, history, say)
     otherwise = "wait for its end, or change the configuration: train.seed=1, say, is another run"
     with driver_lock(trial.location, trial.trial_id, otherwise):
         return _train_locked(plan, trial, history, cluster, say)
+
+
+def _begun(
+    plan: SweepPlan, others: Sequence[Config], history: History, say: _Say
+) -> tuple[SweepPlan, PlannedTrial]:
+    """Return the plan and its trial, in another precision where that was interrupted in it.
+
+    `others` are the plan's configuration in the precisions that another machine may have chosen.
+    """
+    for config in others:
+        other = replace(plan, config=config)
+        trial = other.trial({})
+        before = history.trials(sweep_id=RUNS, fingerprint=trial.fingerprint)
+        if not before or before[0].status not in UNFINISHED:
+            continue
+        begun = f"{trial.trial_id} was interrupted in model.dtype={config.model.dtype}"
+        gpu = describe_hardware(config.scaling.use_gpu).device == "cuda"
+        if gpu and config.model.dtype == MIXED:
+            say.note(f"{begun}, which is for processors; scaling.use_gpu=false goes on with it")
+            continue
+        say.note(f"{begun}, on another machine or by an earlier version, and goes on in it")
+        return other, trial
+    return plan, plan.trial({})
 
 
 def _train_locked(

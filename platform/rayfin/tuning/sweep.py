@@ -8,13 +8,13 @@ from functools import partial
 
 from rayfin.config import Config
 from rayfin.errors import ConfigError
-from rayfin.hardware import cluster_address
+from rayfin.hardware import cluster_address, describe_hardware
 from rayfin.history import History, TrialRecord
 from rayfin.history.comparable import comparable
 from rayfin.history.driver import mark_lost_trials
 from rayfin.paths import Storage, StoragePath
 from rayfin.statuses import ENDED, SCORED, UNFINISHED
-from rayfin.training.precision import precision_note, with_precision
+from rayfin.training.precision import MIXED, in_mixed_precision, precision_note, with_precision
 from rayfin.tuning.comparison import comparison_notes
 from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.edges import edge_notes
@@ -89,18 +89,14 @@ def run_sweep(
     options = options or SweepOptions()
     check_space(new_plan(config, storage).space)
     cluster = cluster_address(options.address)
-    chosen = with_precision(config) if cluster is None else config
-    # A sweep that an earlier version began goes on as it began.
-    begun = options.resume and find_resumable(chosen, storage) is None
-    if not begun or find_resumable(config, storage) is None:
-        config = chosen
+    config, precision = _in_precision(config, storage, options.resume, cluster)
     plan = new_plan(config, storage)
     earlier = find_resumable(config, storage)
     if options.resume and earlier is not None:
         plan = earlier
     check_run(plan, variants(plan.space), cluster)
     starts = [f"trials start from the adapter {one.name}" for one in plan.starts.values()]
-    notes = (*options.notes, *precision_note(config), *starts, *space_notes(plan.space))
+    notes = (*options.notes, *precision, *starts, *space_notes(plan.space))
     options.progress.tell((*plan.notes, *notes))
     otherwise = "wait for its end, or leave --resume out to start another"
     with driver_lock(plan.location, f"--resume: sweep {plan.sweep_id}", otherwise):
@@ -126,6 +122,31 @@ def run_sweep(
         )
         result = _run(run)
         return replace(result, notes=(*notes, *result.notes))
+
+
+def _in_precision(
+    config: Config, storage: Storage, resume: bool, cluster: str | None
+) -> tuple[Config, list[str]]:
+    """Return `config` in the precision of its trials, and what is to be told of it.
+
+    A sweep that another machine, or an earlier version, began goes on in the precision in which it
+    began. Raises ConfigError where this machine can't go on in it.
+    """
+    chosen = with_precision(config) if cluster is None else config
+    if not resume or find_resumable(chosen, storage) is not None:
+        return chosen, precision_note(chosen)
+    if chosen != config and find_resumable(config, storage) is not None:
+        return config, []
+    mixed = in_mixed_precision(config)
+    if mixed is None or (begun := find_resumable(mixed, storage)) is None:
+        return chosen, precision_note(chosen)
+    if cluster is None and describe_hardware(config.scaling.use_gpu).device == "cuda":
+        raise ConfigError(
+            f"--resume: sweep {begun.sweep_id} began on a processor, in model.dtype={MIXED}, and "
+            "this would run on a GPU; use scaling.use_gpu=false, or leave --resume out to start "
+            "anew"
+        )
+    return mixed, [f"model.dtype={MIXED}: sweep {begun.sweep_id} began in it"]
 
 
 def _advisor(plan: SweepPlan, advise: Advise | None) -> Advisor | None:
