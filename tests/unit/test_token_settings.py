@@ -330,6 +330,44 @@ def test_streamed_samples_are_made_by_the_same_settings(tmp_path: Path, tokenize
     assert all(sample["labels"] == [NO_LOSS] * 2 for sample in left_out)
 
 
+def test_a_conversation_that_the_template_refuses_is_named_or_left_out(tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    refusal = "{% if 'road' in m.content %}{{ raise_exception('No roads') }}{% endif %}"
+    own.write_text(
+        read_chat_template("chatml").replace(
+            "{%- for message in messages -%}", "{%- for m in messages %}" + refusal + "{% endfor %}"
+            "{%- for message in messages -%}"
+        )
+    )  # fmt: skip
+    tokenizer = load_tokenizer(ModelConfig(name="tiny"), str(own))
+    good, refused = Example((AGAIN, LAST)), TALK
+    corpus, skip = corpus_of(good, refused, good, good), TokenSettings(on_bad_row="skip")
+    named = "refuses the conversation with the question 'Where does .* roads.*on_bad_row=skip"
+    for check in (tokenize_corpus, check_lengths):
+        with pytest.raises(DataError, match=f"(?i){named}"):
+            check(corpus, tokenizer, 500, SFT, TokenSettings())
+        check(corpus, tokenizer, 500, SFT, skip)
+    data = tokenize_corpus(corpus, tokenizer, 500, SFT, skip)
+    assert data.train == encode(tokenizer, good, good)
+    assert (data.profile.rows_train, data.profile.dropped) == (2, 0)
+    assert any("1 of 4 conversations left out" in note for note in data.profile.notes)
+    with pytest.raises(DataError, match="refuses all of the eval split"):
+        tokenize_corpus(corpus_of(good, refused), tokenizer, 500, SFT, skip)
+
+    rows = tmp_path / "rows.jsonl"
+    asked = [USER if n % 5 == 3 else AGAIN for n in range(40)]
+    talks = [[it | {"content": f"{it['content']} {n}"}, LAST] for n, it in enumerate(asked)]
+    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    stream = survey_corpus(DataConfig(path=str(rows), streaming=True)).stream
+    assert stream is not None
+    ranges = plan_sample_ranges(stream, lanes=[0], of=1, seed=0, first=0, last=30)
+    read = read_in_process(tokenizer, SFT, skip)
+    lengths = [len(sample["input_ids"]) for _, sample in read(stream, ranges, 0, 500)]
+    assert 0 < lengths.count(2) < len(lengths)
+    with pytest.raises(DataError, match=f"(?i){named}"):
+        list(read_in_process(tokenizer, SFT)(stream, ranges, 0, 500))
+
+
 def test_a_sweep_over_what_is_scored_says_that_its_scores_do_not_compare() -> None:
     def notes(**parameters: list[Any]) -> list[str]:
         config = load_config({"sweep": {"parameters": parameters}, "method": {"type": "lora"}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -137,13 +138,15 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
 
 
 def _lengths(config: Config, corpus: Corpus) -> SampleLengths:
+    from rayfin.data.accepted import accepted_pairs
     from rayfin.data.token_settings import TokenSettings
     from rayfin.data.tokenization import tokenize_examples
 
     some = [*corpus.train[:_SAMPLED], *corpus.eval[: _SAMPLED // 4]]
     settings = TokenSettings.of(config.data, config.train)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
-    tokens = tokenize_examples([settings.with_system(each) for each in some], tokenizer)
+    encode = partial(tokenize_examples, tokenizer=tokenizer)
+    _, tokens = accepted_pairs([settings.with_system(each) for each in some], encode, settings)
     return SampleLengths.of([len(sample["input_ids"]) for sample in tokens])
 
 

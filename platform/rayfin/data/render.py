@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
+class RefusedConversation(DataError):
+    """A conversation that the chat template refuses, or whose answer can't be told from it."""
+
+
 @dataclass(frozen=True)
 class RenderedConversation:
     """A conversation as text, with the character positions of what is learned."""
@@ -82,7 +86,10 @@ def render_conversations(
     until = [example.messages[: turn + 1] for example, turn in pairs]
     wholes = iter(render_texts(until, tokenizer, tools=tools))
     ending = _TurnEnding(tokenizer)
-    return [_with_spans([(next(prompts), next(wholes)) for _ in its], ending) for its in turns]
+    return [
+        _with_spans([(next(prompts), next(wholes)) for _ in its], ending, example)
+        for its, example in zip(turns, conversations, strict=True)
+    ]
 
 
 def turn_end(tokenizer: PreTrainedTokenizerFast) -> Ends:
@@ -140,7 +147,9 @@ class _TurnEnding:
         return start + len(trimmed) if trimmed.endswith(self._tokens) else len(whole)
 
 
-def _with_spans(renderings: list[tuple[str, str]], ending: _TurnEnding) -> RenderedConversation:
+def _with_spans(
+    renderings: list[tuple[str, str]], ending: _TurnEnding, example: Example
+) -> RenderedConversation:
     """Return a conversation of (prompt, whole) renderings of each turn, with its end added.
 
     The end is learned after earlier answers, too, where the text has it there.
@@ -148,10 +157,11 @@ def _with_spans(renderings: list[tuple[str, str]], ending: _TurnEnding) -> Rende
     added, (last_prompt, last_whole) = ending.added, renderings[-1]
     text = last_whole + added
     if not text.startswith(last_prompt) or len(text) <= len(last_prompt):
-        raise DataError(
-            "data: the chat template's text of a conversation doesn't begin with its generation "
-            f"prompt (...{last_prompt[-40:]!r}), so the answer can't be told from the question; "
-            "use a model whose template keeps the two the same, or another data.chat_template"
+        raise RefusedConversation(
+            f"data: the chat template's text of {_named(example.messages)} doesn't begin with its "
+            f"generation prompt (...{last_prompt[-40:]!r}), so the answer can't be told "
+            "from the question; use a model whose template keeps the two the same, or another "
+            "data.chat_template"
         )
     spans = []
     for prompt, whole in renderings:
@@ -164,7 +174,7 @@ def _with_spans(renderings: list[tuple[str, str]], ending: _TurnEnding) -> Rende
 
 
 def render_example(example: Example, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Return a whole conversation as text; raises DataError where the template refuses it."""
+    """Return a whole conversation as text; raises as `render_texts` does."""
     return render_texts([example.messages], tokenizer, tools=[example.tools])[0]
 
 
@@ -177,8 +187,8 @@ def render_texts(
 ) -> list[str]:
     """Render conversations as text; `opens` adds the beginning of the assistant's next turn.
 
-    `tools` are those of each conversation, or none at all. Raises DataError where the chat template
-    refuses a conversation.
+    `tools` are those of each conversation, or none at all. Raises RefusedConversation, which names
+    the first one that the chat template refuses.
     """
     if not conversations:
         return []
@@ -214,12 +224,19 @@ def _templated(
             add_generation_prompt=opens,
         )
     except Exception as error:  # a template is a program: it raises what it likes
+        if len(conversations) > 1:  # one of them; which, the error doesn't say
+            return [_templated([each], tokenizer, tools, opens)[0] for each in conversations]
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"data: the chat template refuses a conversation ({reason:.200}); change the data as "
-            "it asks, or use another model or data.chat_template"
+        raise RefusedConversation(
+            f"data: the chat template refuses {_named(conversations[0])} ({reason:.200}); change "
+            "the data as it asks, or use another model or data.chat_template"
         ) from error
     return [str(text) for text in texts]
+
+
+def _named(messages: Sequence[ChatTurn]) -> str:
+    asked = next((turn["content"] for turn in messages if turn["role"] == "user"), "")
+    return f"the conversation with the question {str(asked)[:60]!r}"
 
 
 def _plain(messages: Sequence[ChatTurn], eos: str, opens: bool) -> str:

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rayfin.data.accepted import encode_accepted
 from rayfin.data.conversion import RowStatistics
 from rayfin.data.file_ranges import read_range
 from rayfin.data.fitting import fit_samples
 from rayfin.data.stream import SampleRange, Stream
 from rayfin.data.token_settings import DEFAULTS, TokenSettings
 from rayfin.data.tokenization import encode_examples
+from rayfin.errors import DataError
 from rayfin.objectives import Objective
 from rayfin.samples import Example, TokenizedSample
 
@@ -38,7 +40,8 @@ def tokenize_range(
     """Return the samples of a range, cut to `max_length` tokens.
 
     A sample whose answer lies beyond `max_length`, or that is left out, keeps two tokens and no
-    loss, so that it still occupies its place in the plan.
+    loss, so that it still occupies its place in the plan; one that the chat template refuses has
+    those of another. Raises DataError where it refuses all of them.
     """
     source = stream.sources[samples.file_range.source]
     statistics = RowStatistics(source.settings)
@@ -51,19 +54,24 @@ def tokenize_range(
     random.Random(f"{seed}/{samples.epoch}/{samples.number}").shuffle(examples)
     examples = examples[samples.start : samples.stop]
     encode = partial(encode_examples, tokenizer=tokenizer, objective=objective, settings=settings)
-    wholes = encode(examples)
+    encoded = encode_accepted(examples, encode, settings)
+    wholes = [whole for whole in encoded if whole is not None]
+    if not wholes:
+        raise DataError(
+            "data: the chat template refuses every conversation of a part of the streamed data; "
+            "use another model or data.chat_template"
+        )
     fit = fit_samples(
-        examples,
+        [example for example, it in zip(examples, encoded, strict=True) if it is not None],
         wholes,
         encode=encode,
         max_length=max_length,
         objective=objective,
         settings=settings,
     )
-    return [
-        objective.without_loss(whole) if sample is None else sample
-        for sample, whole in zip(fit, wholes, strict=True)
-    ]
+    kept = iter(zip(fit, wholes, strict=True))
+    pairs = [(None, wholes[0]) if whole is None else next(kept) for whole in encoded]
+    return [objective.without_loss(whole) if it is None else it for it, whole in pairs]
 
 
 def read_in_process(

@@ -23,11 +23,15 @@ class TokenSettings:
     """The assistant's turns that have loss."""
     truncation: Literal["right", "left", "drop"] = "right"
     """What becomes of a sample that is too long."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What becomes of a conversation that the chat template refuses."""
 
     @classmethod
     def of(cls, data: DataConfig, train: TrainConfig) -> TokenSettings:
         """Return the settings of two sections of a configuration."""
-        return cls(data.chat_template, data.system, train.train_on, data.truncation)
+        return cls(
+            data.chat_template, data.system, train.train_on, data.truncation, data.on_bad_row
+        )
 
     def of_conversations(self) -> list[str]:
         """Return the names of those that were set and mean nothing to plain texts."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rayfin.data.accepted import accepted_corpus, accepted_pairs
 from rayfin.data.corpus import Corpus
 from rayfin.data.fitting import Encode, fit_samples
 from rayfin.data.learned import learned_ends, missing_end_note, template_notes, unlearned_notes
@@ -62,8 +63,9 @@ def tokenize_corpus(
             "offsets; use a model that has a tokenizer.json"
         )
     encode = partial(encode_examples, tokenizer=tokenizer, objective=objective, settings=settings)
-    whole = encode([*corpus.train, *corpus.eval])
-    train, held_out = whole[: len(corpus.train)], whole[len(corpus.train) :]
+    given = len(corpus.train) + len(corpus.eval)
+    corpus, train, held_out = accepted_corpus(corpus, encode, settings)
+    whole = [*train, *held_out]
     fit = partial(
         _fit_split, encode=encode, max_length=max_length, objective=objective, settings=settings
     )
@@ -75,6 +77,11 @@ def tokenize_corpus(
         *unlearned_notes(corpus, whole, kept, max_length, settings),
         *template_notes(corpus, tokenizer, settings),
     )
+    if refused := given - len(whole):
+        notes += (
+            f"data: {refused} of {given} conversations left out (data.on_bad_row=skip), as the "
+            "chat template refuses them",
+        )
     if ends == Ends():
         notes += (missing_end_note(corpus, train, tokenizer),)
     cut = sum(len(sample["input_ids"]) > max_length for sample in whole)
@@ -117,10 +124,9 @@ def check_lengths(
     for split, examples in (("train", corpus.train), ("eval", corpus.eval)):
         some = sorted(examples, key=_bytes if settings.truncation == "drop" else _prompt_bytes)[:16]
         some += [example for example in examples if example.uses_tools][:16]
-        if all(sample is None for sample in fit(some, encode(some))):
+        if not any(fit(*accepted_pairs(some, encode, settings))):
             _fit_split(
-                examples,
-                encode(examples),
+                *accepted_pairs(examples, encode, settings),
                 encode=encode,
                 max_length=max_length,
                 objective=objective,

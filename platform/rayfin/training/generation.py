@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rayfin.data import render_prompt, turn_end
+from rayfin.data.render import RefusedConversation
 from rayfin.data.token_settings import TokenSettings
 from rayfin.heartbeat import beat
 from rayfin.models import max_positions
@@ -155,7 +156,10 @@ def _questions(
     for example in map(settings.with_system, examples):
         if not example.messages:
             continue
-        prompt = render_prompt(example.messages, tokenizer, example.tools)
+        try:
+            prompt = render_prompt(example.messages, tokenizer, example.tools)
+        except RefusedConversation:  # it was left out of training, too
+            continue
         reference = turn_text(example.messages[-1])
         if (taken := tokens(prompt)) >= spec.data.max_length:
             continue

@@ -1,0 +1,62 @@
+"""Leave out conversations that the chat template refuses, as `data.on_bad_row` says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rayfin.data.corpus import Corpus
+from rayfin.data.fitting import Encode
+from rayfin.data.render import RefusedConversation
+from rayfin.data.token_settings import TokenSettings
+from rayfin.errors import DataError
+from rayfin.samples import Example, TokenizedSample
+
+
+def encode_accepted(
+    examples: Sequence[Example], encode: Encode, settings: TokenSettings
+) -> list[TokenizedSample | None]:
+    """Return the samples of examples, with None for those that the chat template refuses.
+
+    Raises RefusedConversation for the first of them unless `settings.on_bad_row` is skip.
+    """
+    try:
+        return list(encode(examples))
+    except RefusedConversation as error:
+        if settings.on_bad_row == "error":
+            raise RefusedConversation(
+                f"{error}, or leave such conversations out with data.on_bad_row=skip"
+            ) from error
+    found: list[TokenizedSample | None] = []
+    for example in examples:
+        try:
+            found += encode([example])
+        except RefusedConversation:
+            found.append(None)
+    return found
+
+
+def accepted_pairs(
+    examples: Sequence[Example], encode: Encode, settings: TokenSettings
+) -> tuple[list[Example], list[TokenizedSample]]:
+    """Return the examples that `encode_accepted` does not leave out, and their samples."""
+    encoded = encode_accepted(examples, encode, settings)
+    pairs = zip(examples, encoded, strict=True)
+    return (
+        [example for example, sample in pairs if sample is not None],
+        [sample for sample in encoded if sample is not None],
+    )
+
+
+def accepted_corpus(
+    corpus: Corpus, encode: Encode, settings: TokenSettings
+) -> tuple[Corpus, list[TokenizedSample], list[TokenizedSample]]:
+    """Return a corpus without the conversations that are left out, and each split's samples."""
+    train, train_samples = accepted_pairs(corpus.train, encode, settings)
+    held_out, eval_samples = accepted_pairs(corpus.eval, encode, settings)
+    if not train or not held_out:
+        raise DataError(
+            f"data: the chat template refuses all of the {'eval' if train else 'train'} split; "
+            "use another model or data.chat_template"
+        )
+    return replace(corpus, train=tuple(train), eval=tuple(held_out)), train_samples, eval_samples
