@@ -195,6 +195,12 @@ def test_profile() -> None:
     ).profile
     values = profile.as_dict()
     assert json.loads(json.dumps(values)) == values
+    held_out = [Example(text=text) for text in ("a q", "c q")]
+    same, other = (
+        tokenize_corpus(corpus_of(held_out[0], eval_), tokenizer, 64).profile.eval_digest
+        for eval_ in reversed(held_out)
+    )
+    assert values.pop("eval_digest") == same != other  # of the held-out samples alone
     assert values == {
         "rows_train": 3,
         "rows_eval": 1,
