@@ -72,7 +72,8 @@ class StartingAdapter:
         why = (
             "it has no training state"
             if self.steps is None
-            else "its data, seed, samples a step, objective or optimizer were others"
+            else "its data, seed, samples a step and their order, objective, or optimizer and its "
+            "arguments were not all the same"
         )
         return (
             f"starts from the weights of {self.name}; the optimizer and the order of the data "
