@@ -24,7 +24,7 @@ class SourceConfig(Section):
 
     path: str = Field(min_length=1)
     """What data.path may be: a file, a directory of files, a hub id, or `pydocs`."""
-    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    weight: float | None = Field(None, gt=0)
     """Its share of each epoch's samples, relative to the other weights; null takes all its rows."""
     split: str | None = Field(None, min_length=1)
     """The one split of a directory or hub data set to use, or `all` taken as one."""
