@@ -26,7 +26,7 @@ from rayfin.training.batches import plan_epochs, plan_samples
 from rayfin.training.combination import check_combination
 from rayfin.training.starting_adapter import pinned, read_starting_adapter
 from rayfin.training.starting_checks import check_starting_adapter
-from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.plan import SweepPlan, find_resumable
 
 STATE = "training_state.safetensors"
 GUIDE = Path(__file__).parents[2] / "docs" / "adapters.md"
@@ -331,7 +331,7 @@ def test_an_adapter_s_content_names_the_trial(adapter: Path, tmp_path: Path) -> 
         method = SAME | {"init_from": name} | settings
         sections = {"model": {"name": "tiny"}, "method": method, "data": {"path": str(data)}}
         config = Config.model_validate(sections | {"storage": str(tmp_path / "runs")})
-        return SweepPlan("test", config, storage)
+        return SweepPlan("rows-lora-1", config, storage)
 
     data = tmp_path / "rows.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n' * 9)
@@ -347,6 +347,7 @@ def test_an_adapter_s_content_names_the_trial(adapter: Path, tmp_path: Path) -> 
 
     # `latest` moves on: another trial, but not within a sweep that has begun.
     begun = plan("support")
+    begun.save()
     assert begun.trial({}).fingerprint == by_name.fingerprint
     weights = load_file(copy / "adapter_model.safetensors")
     (copy / "adapter_model.safetensors").unlink()
@@ -358,6 +359,9 @@ def test_an_adapter_s_content_names_the_trial(adapter: Path, tmp_path: Path) -> 
     moved = plan("support").trial({})
     assert moved.fingerprint != by_name.fingerprint
     assert moved.fingerprint == plan("support@2").trial({}).fingerprint
+    found = [find_resumable(plan(name).config, storage) for name in ("support", "support@1")]
+    assert [it and it.trial({}).fingerprint for it in found] == [by_name.fingerprint] * 2
+    assert find_resumable(plan("support@2").config, storage) is None
 
     path = registry.resolve("support@2").path / "adapter_model.safetensors"
     path.chmod(0o644)

@@ -387,9 +387,14 @@ def test_what_trains_nothing_has_no_rerun(
     notes: type[Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    one = row(1, "failed", trial_id="train-00000001", sweep_id="train")
+    told = {"scenario": {"init_from": {"adapter": "support@3"}}}
+    one = row(1, "failed", trial_id="train-00000001", sweep_id="train", **told)
     monkeypatch.setattr(single, "train_once", lambda *_, **__: one)
     notes.removed.add(one.trial_id)
-    config = configuration().model_copy(update={"history": "sqlite:///history.sqlite"})
+    method = configuration().method.model_copy(update={"init_from": "support"})
+    changes = {"history": "sqlite:///history.sqlite", "method": method}
+    config = configuration().model_copy(update=changes)
     (line,) = rayfin.train(config, rerun=True, progress=False).failed
-    assert line.endswith("; the same command without --rerun sends it")
+    assert line.endswith(
+        "; the same command without --rerun with method.init_from=support@3 sends it"
+    )

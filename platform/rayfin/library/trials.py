@@ -180,6 +180,7 @@ def train(
     `trial.error` of the result. Raises UsageErrors before any work is done, and where the storage
     or the history can't be written.
     """
+    from rayfin.training.starting_adapter import version_of
     from rayfin.tuning.single import train_once
 
     prepare_process()
@@ -200,6 +201,10 @@ def train(
                 on_record=tracking.record,
             )
         failures, again = Failures(), " without --rerun" if rerun else ""
+        lineage = row.scenario.get("init_from")
+        start = str(lineage.get("adapter")) if isinstance(lineage, dict) else None
+        if version_of(experiment.config.method.init_from, start) is not None:  # an alias may move
+            again += f" with method.init_from={start}"
         published: AdapterVersion | None = None
         if row.status == "finished":
             with failures.noting(*experiment.unpublished(row, again)):

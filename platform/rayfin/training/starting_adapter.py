@@ -93,6 +93,20 @@ def pinned(config: Config) -> MethodConfig:
     return method.model_copy(update={"init_from": str(directory)})
 
 
+def version_of(written: str | None, found: str | None) -> str | None:
+    """Return `found`, NAME@VERSION, where `written` names that adapter without a version."""
+    if written is None or found is None:
+        return None
+    from rayfin.adapters import AdapterRef
+
+    try:
+        asked, named = AdapterRef.parse(written), AdapterRef.parse(found)
+    except AdapterError:  # a directory
+        return None
+    same = asked.name == named.name and asked.version is None and named.version is not None
+    return found if same else None
+
+
 def _directory(name: str, storage: str) -> Path:
     from rayfin.adapters import AdapterRef, Catalog
 

@@ -21,7 +21,7 @@ from rayfin.paths import Storage, StoragePath, write_text
 from rayfin.training import TrialSpec
 from rayfin.training.companions import of_companions
 from rayfin.training.spec import absolute
-from rayfin.training.starting_adapter import StartingAdapter, read_starting_adapter
+from rayfin.training.starting_adapter import StartingAdapter, read_starting_adapter, version_of
 from rayfin.tuning.space import SearchSpace, Values
 
 _CONFIG = "config.yaml"
@@ -70,9 +70,14 @@ class SweepPlan:
         return self.storage.sweep(self.sweep_id)
 
     def save(self) -> None:
-        """Write the resolved configuration, by which `find_resumable` knows the sweep again."""
+        """Write the resolved configuration, by which `find_resumable` knows the sweep again.
+
+        It names the version of the adapter from which trials start: an alias may move.
+        """
         file = self.location / _CONFIG
-        write_text(file.path, dump_yaml(self.config))
+        start = self.start(self.space.pinned(self.config))
+        config = self.config if start is None else _starting_from(self.config, start.name)
+        write_text(file.path, dump_yaml(config))
         file.upload_file()
 
     def trial(self, values: Values) -> PlannedTrial:
@@ -147,11 +152,23 @@ def find_resumable(config: Config, storage: Storage) -> SweepPlan | None:
     for name in sorted(names, reverse=True):
         file = sweeps / name / _CONFIG
         try:
-            if file.download_file() and _what(load_config(file.path)) == _what(config):
-                return SweepPlan(name, config, storage)
+            if not file.download_file():
+                continue
+            saved = load_config(file.path)
+            same = _starting_from(config, saved.method.init_from)
+            if _what(saved) == _what(same):
+                return SweepPlan(name, same, storage)
         except RayfinError:
             continue  # another version's sweep: not this command's
     return None
+
+
+def _starting_from(config: Config, adapter: str | None) -> Config:
+    """Return `config` with this version of its adapter, where it names one without a version."""
+    if (version := version_of(config.method.init_from, adapter)) is None:
+        return config
+    method = config.method.model_copy(update={"init_from": version})
+    return config.model_copy(update={"method": method})
 
 
 def _what(config: Config) -> dict[str, Any]:
