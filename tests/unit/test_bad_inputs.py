@@ -166,7 +166,7 @@ CONFIGURATION = [
     case("text-for-number", *TRAIN, "train.max_steps=many", say=("'many'", "whole number")),
     case("fraction", *SWEEP, "train.max_steps=2.5", say=("2.5", "whole number")),
     case("number-for-section", *SWEEP, "train=7", say=("train: 7", "key: value")),
-    case("null", *SWEEP, "train.max_steps=null", say=("train.max_steps: null", "whole number")),
+    case("null", *SWEEP, "train.seed=null", say=("train.seed: null", "whole number")),
     case("rank-zero", *TRAIN, "method.r=0", say=("method.r: 0", "greater than or equal to 1")),
     case("negative-lr", *SWEEP, "train.learning_rate=-1e-3", say=("-0.001", "greater than 0")),
     case("infinite-lr", *SWEEP, "train.learning_rate=.inf", say=("train.learning_rate", "finite")),
