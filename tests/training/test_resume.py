@@ -172,7 +172,9 @@ def test_an_optimizer_a_schedule_or_noise_goes_on_as_in_a_whole_run(
     if option == "all weights in 8 bits":  # but the embeddings, which stay in 32
         method, settings = "full", {}
     spec = lab.spec(method, settings, **train)
-    check_optimization(Config(**{part: getattr(spec, part) for part in type(spec).model_fields}))
+    check_optimization(
+        Config(**{part: getattr(spec, part) for part in Config.model_fields if hasattr(spec, part)})
+    )
     ((directory, step),) = kill_in_a_step(lab, [spec])
     assert_goes_on(lab, spec, directory, step, steps_taken)
     metrics = lab.finish(saved_at_every_step(spec)).result.metrics

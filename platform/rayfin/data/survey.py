@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rayfin.config.data import DataConfig
@@ -282,16 +282,16 @@ def _digest(
         digest.update(f"{part.source.eval_hash_limit} {part.source.hashes_prompt}\n".encode())
         if len(parts) > 1:
             digest.update(f"{sum(part.rows)}\n".encode())
-        _add_digests(digest, split)
+        _add_digests(digest.update, split)
     for split in evaluated:
         digest.update(b"eval\n")
-        _add_digests(digest, split)
+        _add_digests(digest.update, split)
     return digest.hexdigest()[:32]
 
 
-def _add_digests(digest: hashlib._Hash, split: SurveyedSplit) -> None:
+def _add_digests(add: Callable[[bytes], None], split: SurveyedSplit) -> None:
     for number in sorted(split.survey.digests):
-        digest.update(split.survey.digests[number].encode())
+        add(split.survey.digests[number].encode())
 
 
 def _sample(
