@@ -10,9 +10,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers.trainer import TRAINER_STATE_NAME
 
-from rayfin.compat.transformers import SteppedTrainer
+from rayfin.compat.transformers import TRAINER_STATE_NAME, SteppedTrainer
 from rayfin.config import TrainConfig
 from rayfin.errors import StorageError, TrialError
 from rayfin.heartbeat import beat, pause
