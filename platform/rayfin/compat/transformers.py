@@ -17,8 +17,9 @@ from rayfin.compat.versions import check_trainer
 
 with redirect_stdout(sys.stderr):  # where WANDB_MODE=offline, it prints that, among the results
     from transformers import Trainer
-    from transformers.trainer import TRAINER_STATE_NAME as TRAINER_STATE_NAME
+    from transformers import trainer as _trainer
 
+TRAINER_STATE_NAME: str = _trainer.TRAINER_STATE_NAME
 _name = partial(PrivateName, __name__)
 _step = partial(_name, "transformers", instead="a documented method of Trainer to override")
 
