@@ -24,7 +24,7 @@ from rayfin.training.trial import run_trial
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Seconds of each trial that something befalls.
-STEPS = (80, 50, 10, 51)
+STEPS = (90, 140, 10, 141)
 SWEEP = (
     f"sweep.parameters.train.max_steps={list(STEPS)}",
     "sweep.search=grid",
