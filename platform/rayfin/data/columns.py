@@ -134,7 +134,7 @@ UNSUPPORTED_IN = {
     },
     "prompt_completion": _with_reason(_CHOICES, "context choices options input instruction 指令"),
 }
-"""The same for one format only."""
+"""Format -> columns that can't be trained on in this format only, each with the reason."""
 
 UNSUPPORTED_TURN_KEYS = {
     "tool_responses": "what a tool answers is a turn of its own, of the role tool",

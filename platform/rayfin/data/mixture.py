@@ -22,7 +22,7 @@ class SourceUse:
     """What is taken of one source."""
 
     path: str
-    """As the user gave it."""
+    """The path of the source, as the user gave it."""
     rows: int
     """The number of usable rows, without those of a split of its own to evaluate on."""
     train: int

@@ -44,7 +44,7 @@ class Row(NamedTuple):
     row_like_lines: int = 0
     """The number of lines within quoted cells that look like rows of their own."""
     encoding: str = ""
-    """Of the first row of a file that is not UTF-8, the encoding of the file."""
+    """The encoding of the file, given with its first row alone; empty for UTF-8."""
 
 
 @dataclass(frozen=True)

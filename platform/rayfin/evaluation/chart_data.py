@@ -20,7 +20,7 @@ _LOSS_POINTS = 20_000
 
 
 def ordered(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """As they were started; the report numbers them so."""
+    """Return the trials in the order in which they were started, as the report numbers them."""
     return sorted(trials, key=lambda trial: (trial.created_at, trial.trial_id))
 
 

@@ -114,7 +114,7 @@ class ModelCard(ResponseDocument):
     root: str
     """The version that answers now: `support@3`; of the base, its own name."""
     parent: str | None
-    """Of an adapter, the base's name."""
+    """The base's name for an adapter; null for the base."""
 
 
 class ModelList(ResponseDocument):

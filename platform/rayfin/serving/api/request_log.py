@@ -61,7 +61,7 @@ class RequestRecord:
     last_token: float | None = None
     finish_reasons: list[str] = field(default_factory=list)
     prompt: Any = None
-    """As the client wrote it; kept only where the log wants text, as is the next."""
+    """The prompt as the client wrote it; kept, like `answers`, only where the log wants text."""
     answers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -174,9 +174,9 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: Messages | None = None
     tools: Tools | None = None
-    """Of a conversation."""
+    """The tools of a conversation, which the chat template writes."""
     add_special_tokens: bool | None = None
-    """Of a text: with the tokens that the tokenizer puts around it; null is true."""
+    """Whether a text gets the tokens that the tokenizer puts around it; null is true."""
 
 
 class LoadAdapterBody(Body):

@@ -46,7 +46,7 @@ class BaseLayout:
     """The most that an adapter's own output head and embeddings may take, in `itemsize` a value."""
     itemsize: int = 4
     quantization_bit: int | None = None
-    """In which the base is loaded; None where its weights are whole."""
+    """The bits in which the base is loaded; None where its weights are whole."""
 
     @classmethod
     def of(cls, model: Any, base: Base) -> BaseLayout:

@@ -133,7 +133,7 @@ class SlotLinear(torch.nn.Module):
         self.filled: dict[int, int] = {}
         """Slot -> rank of what it holds for this layer."""
         self.ranks = torch.zeros(slots + 1, dtype=torch.int32)
-        """The same for the kernel, by slot; 0 while a slot is filled."""
+        """The rank of each slot's adapter as the kernel reads it; 0 while a slot is filled."""
         self._ranks = self.ranks.numpy()  # the same memory, quicker to write to
         self._scaled: set[int] = set()
 
