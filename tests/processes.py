@@ -15,7 +15,7 @@ from contextlib import suppress
 
 import psutil
 
-BOUND = 180.0
+BOUND = 540.0
 """Seconds within which a process that was killed is gone, or one that is asked has answered."""
 
 

@@ -106,7 +106,7 @@ def browse(page, profile, size="1100,900"):
          "--disable-sync", "--disable-dev-shm-usage", f"--user-data-dir={profile}",
          f"--window-size={size}",
          "--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()],
-        check=False, capture_output=True, text=True, timeout=180,
+        check=False, capture_output=True, text=True, timeout=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]

@@ -95,7 +95,7 @@ def server() -> Iterator[Server]:
     def run(program: str, *arguments: str) -> None:
         command = [str(programs / program), *arguments]
         done = subprocess.run(
-            command, cwd=folder, text=True, check=False, timeout=120, **account,
+            command, cwd=folder, text=True, check=False, timeout=540, **account,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}" + (

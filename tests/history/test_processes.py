@@ -59,7 +59,7 @@ def test_processes_open_a_new_history_at_once_and_lose_nothing(url):
             process.stdin.write("go\n")
             process.stdin.flush()
         for process in (a, b, c, d):
-            process.communicate(timeout=180)
+            process.communicate(timeout=540)
             assert process.returncode == 0
     with History.open(url) as history:
         found = history.trials()
@@ -73,7 +73,7 @@ def test_a_killed_writer_leaves_what_it_wrote(url, record):
         process.stdin.flush()
         written = [process.stdout.readline().strip() for _ in range(15)]
         process.kill()
-        rest, _ = process.communicate(timeout=180)
+        rest, _ = process.communicate(timeout=540)
     # The last line may have been cut off by the kill.
     written += [line.strip() for line in rest.splitlines(keepends=True) if line.endswith("\n")]
     with History.open(url) as history:

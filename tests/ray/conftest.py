@@ -27,9 +27,9 @@ from rayfin.paths import StoragePath, cache_dir
 
 ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "blue", "green", "pink", "gold", "teal", "grey", "lime")
-PATIENCE = 240.0
+PATIENCE = 540.0
 """Seconds in which a running command does the next thing that a test waits for."""
-END = 270.0
+END = 560.0
 """Seconds in which one that a test waits for has ended; below pytest's own bound of 600."""
 
 
@@ -161,7 +161,7 @@ class Driver:
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         self.out, self.err = self.process.communicate(timeout=PATIENCE)
-        left = psutil.wait_procs(family, timeout=60)[1]
+        left = psutil.wait_procs(family, timeout=PATIENCE)[1]
         assert left == [], "processes outlive their driver"
 
     def interrupt(self) -> int:

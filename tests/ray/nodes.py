@@ -21,7 +21,7 @@ import psutil
 
 _NEEDED = ("ip", "unshare", "nsenter", "mount", "hostname")
 _SUBNET = "10.77.0"  # every network has it for itself
-_PATIENCE = 120.0
+_PATIENCE = 540.0
 _MACHINES = 4  # in a row, before a node's start is given up
 
 # `ray` without two processes that a head starts for its users: the dashboard's, which is there with

@@ -24,7 +24,7 @@ from rayfin.paths import StoragePath
 from rayfin.training import TrialSpec
 from rayfin.training.trial import run_trial
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_group_that_is_interrupted_goes_on_alone(

@@ -168,7 +168,7 @@ def test_a_ray_of_our_own_listens_on_loopback_and_asks_for_its_token(cluster: st
     assert not [command for command in commands if any(extra in command for extra in extras)]
 
     with grpc.insecure_channel(cluster) as channel, pytest.raises(grpc.RpcError) as refused:
-        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=120)
+        channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=540)
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 

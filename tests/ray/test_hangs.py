@@ -27,7 +27,7 @@ from rayfin.training.strategies import WorkerLayout
 from rayfin.training.workers import WorkerGroup
 from rayfin.tuning.cluster import nodes, worker_resources
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 HANG_MINUTES = 0.4
 FAULT = "a fault of this worker alone"
@@ -80,7 +80,7 @@ def test_a_trial_whose_disk_stalls_fails_and_the_sweep_goes_on_with_its_cpus(
     assert len(rows) == 3 and {row.status for row in rows} == {"finished", "stopped"}
     pids = {row.scenario["worker"]["pid"] for row in rows}
     assert len(pids) == 1, "the process that hung was not replaced once, and then kept"
-    give_up = time.monotonic() + 180
+    give_up = time.monotonic() + 540
     while ray.available_resources().get("CPU", 0.0) < 2:
         assert time.monotonic() < give_up, "what stopped trials held is not free again"
         time.sleep(0.1)

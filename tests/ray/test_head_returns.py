@@ -13,7 +13,7 @@ pytestmark = [
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.long,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1200),
 ]
 
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")

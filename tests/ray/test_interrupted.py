@@ -20,7 +20,7 @@ from rayfin.training.spec import TrialResult
 from rayfin.tuning.plan import PlannedTrial
 from rayfin.tuning.record import Recorder
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 # Seconds a trial, and a checkpoint every tenth of one.
 STEPS = 100

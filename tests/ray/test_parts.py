@@ -516,7 +516,7 @@ def test_what_outlives_its_driver_is_ended_and_nobody_who_has_its_number_since()
     watcher = subprocess.Popen([sys.executable, "-S", "-E", program, *told], stdin=subprocess.PIPE)
     try:
         assert watcher.poll() is None and outliving.poll() is None
-        watcher.communicate(timeout=180)  # the driver ends
+        watcher.communicate(timeout=540)  # the driver ends
         assert watcher.returncode == 0 and outliving.wait(180) == -signal.SIGKILL
         assert other.poll() is None
     finally:

@@ -20,7 +20,7 @@ from rayfin.paths import Storage, write_text
 from rayfin.training import TrialSpec
 from rayfin.training.scoring import score
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SWEEP = (
     "train.max_steps=8",

@@ -39,8 +39,8 @@ from rayfin.serving.engine.vllm import VllmEngine
 from rayfin.serving.engine.vllm_backend import Lora, sampling_arguments
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120.0
-STARTS = 240.0
+PATIENCE = 540.0
+STARTS = 560.0
 """Seconds within which a deployment is there, or says why not."""
 PROMPT = "Hello"
 TASK: dict[str, Any] = {"task_type": "CAUSAL_LM"}

@@ -13,7 +13,7 @@ import pytest
 
 from rayfin.errors import RayfinError
 
-GONE_WITHIN = 180.0
+GONE_WITHIN = 560.0
 """Seconds."""
 
 

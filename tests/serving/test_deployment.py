@@ -144,7 +144,7 @@ def test_adapters_answer_by_name(service: Any, says: Says) -> None:
 
 def raw(service: Any, data: bytes) -> tuple[int, Any]:
     """What comes of bytes that no client library would send: status and JSON."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=180) as client:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=540) as client:
         with contextlib.suppress(OSError):  # it may be refused before all of it is sent
             client.sendall(data)
         answer = b""
@@ -346,7 +346,7 @@ def body(tokens: int, **more: Any) -> dict[str, Any]:
 
 def async_client(service: Any) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=service.told["url"], timeout=120, limits=limits)
+    return httpx.AsyncClient(base_url=service.told["url"], timeout=540, limits=limits)
 
 
 def test_ten_times_too_much_is_refused_in_bounded_memory(service: Any) -> None:

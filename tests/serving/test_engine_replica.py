@@ -29,7 +29,7 @@ from rayfin.serving.engine_replica import ChunkQueue, EngineReplica, merge_chunk
 from rayfin.serving.routing import RESIDENT, STATS
 
 
-def until(true: Callable[[], Any], seconds: float = 180.0) -> Any:
+def until(true: Callable[[], Any], seconds: float = 540.0) -> Any:
     deadline = time.monotonic() + seconds
     while not (answer := true()):
         assert time.monotonic() < deadline, "it did not come about"
@@ -203,7 +203,7 @@ def test_what_goes_wrong_in_a_look_at_the_registry_is_in_the_log(
     one = replica_cleanup.ReplicaCleanup(SimpleNamespace(), SimpleNamespace(versions=fails))  # type: ignore[arg-type]
     one.know(AdapterSource("red@1", Path("red")))
     for _ in range(2):  # the second comes after the first was told
-        assert looked.acquire(timeout=180)
+        assert looked.acquire(timeout=540)
     one.close()
     assert "the registry could not be looked at" in caplog.text
     assert "nobody thought of it" in caplog.text

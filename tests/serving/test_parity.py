@@ -144,7 +144,7 @@ def smollm2_adapters(
 @pytest.mark.smollm2
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization_bit", [None, pytest.param(4, marks=pytest.mark.long)])
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_lora_p_tuning_ia3_and_vera_on_smollm2(
     lab: Any,
     engines: Any,

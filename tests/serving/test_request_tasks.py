@@ -56,7 +56,7 @@ class Lab:
 
     def last(self, request_id: str) -> Chunk:
         """The last chunk of a request that has ended, after which none may come."""
-        assert self.ended.acquire(timeout=180)
+        assert self.ended.acquire(timeout=540)
         self.tasks.drain(30)
         # What the loop was at is done: no task is left that could give the sink another chunk.
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(180)

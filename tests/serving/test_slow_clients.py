@@ -25,7 +25,7 @@ from rayfin.serving import proxy as proxy_module
 from rayfin.serving.connections import BoundedProtocol, FairLimiter, client_of
 from rayfin.serving.proxy import ClientLimits, ProxyMiddleware
 
-PATIENCE = 180.0
+PATIENCE = 540.0
 SHORT = 0.3
 HEAD = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
 

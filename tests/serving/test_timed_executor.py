@@ -12,7 +12,7 @@ import pytest
 from rayfin.errors import Unavailable
 from rayfin.serving.timed_executor import TimedExecutor
 
-PATIENCE = 180.0
+PATIENCE = 540.0
 NEVER = 3600.0
 SOON = 0.1
 

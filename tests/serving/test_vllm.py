@@ -73,7 +73,7 @@ def linears(model: str) -> dict[str, tuple[int, int]]:
 
 
 def until(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 540
     while not true():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.005)

@@ -23,7 +23,7 @@ from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import started
 from rayfin.tuning.worker import GroupTrainable
 
-PATIENCE = 180.0
+PATIENCE = 540.0
 SOON = 0.002
 """Minutes."""
 

@@ -25,7 +25,7 @@ from rayfin.tuning.plan import RESULT, TRIAL, PlannedTrial
 from rayfin.tuning.rows import died, started
 from rayfin.tuning.single import train_once
 
-PATIENCE = 120.0
+PATIENCE = 540.0
 
 
 class OnCpu(worker.LocalTrainable):

@@ -138,7 +138,7 @@ def test_an_adapter_by_loftq_is_served_over_four_bits_alone(lab: Any, tmp_path: 
 @pytest.mark.smollm2
 @pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("name", "settings"), [("lora", {"init_lora_weights": "pissa"}), ("vera", {"r": 256})]
 )

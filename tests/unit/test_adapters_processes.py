@@ -71,7 +71,7 @@ def start(popen: Callable[..., subprocess.Popen[str]]) -> Start:
 
 
 def published(child: subprocess.Popen[str]) -> list[int]:
-    output, _ = child.communicate(timeout=180)
+    output, _ = child.communicate(timeout=540)
     return [int(line) for line in output.split() if line != "ready"]
 
 
@@ -132,7 +132,7 @@ def test_death_at_every_write(tmp_path: Path, source: Path, action: str, start: 
     registry = Registry(tmp_path / "adapters")
     for _ in range(12):
         registry.publish("support", source, {})
-    output, _ = start(DIE, registry.root, source, action).communicate(timeout=180)
+    output, _ = start(DIE, registry.root, source, action).communicate(timeout=540)
     signals, newest = zip(*(map(int, line.split()) for line in output.splitlines()), strict=True)
 
     assert len(signals) >= 3

@@ -55,7 +55,7 @@ def another_driver(location: StoragePath, cache: Path, host: str = "") -> Iterat
         yield process.pid
     finally:
         process.kill()
-        process.communicate(timeout=180)
+        process.communicate(timeout=540)
 
 
 def plan_of(root: Path, *settings: str) -> SweepPlan:

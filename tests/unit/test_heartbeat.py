@@ -18,7 +18,7 @@ import pytest
 from rayfin import heartbeat, watchdog
 from rayfin.heartbeat import beat, hang_position, pause, seconds_silent, thread_position, watched
 
-PATIENCE = 180.0
+PATIENCE = 540.0
 SECONDS = 0.3
 """What a thread that does hang may be silent for."""
 

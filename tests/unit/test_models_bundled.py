@@ -67,7 +67,7 @@ def names(directory: Path) -> set[str]:
 def test_importing_models_loads_no_heavy_library(start: Start) -> None:
     code = "import sys, rayfin.models; print({'torch', 'transformers', 'ray'} & set(sys.modules))"
     process = start(code)
-    assert process.communicate(timeout=180)[0].strip() == "set()"
+    assert process.communicate(timeout=540)[0].strip() == "set()"
 
 
 def test_tiny_is_made_once_and_found_again(cache: Path) -> None:
@@ -116,8 +116,8 @@ def test_a_second_process_waits_for_the_first_and_takes_its_result(
     first = start(HALTING_BUILD)
     assert first_line(first) == "building"
     second = start(HALTING_BUILD)
-    first_output, _ = first.communicate("go on\n", timeout=180)
-    second_output, _ = second.communicate("go on\n", timeout=180)
+    first_output, _ = first.communicate("go on\n", timeout=540)
+    second_output, _ = second.communicate("go on\n", timeout=540)
     assert first.returncode == second.returncode == 0
     # Had it built too, it would have said so first.
     assert second_output == first_output
@@ -128,7 +128,7 @@ def test_a_killed_conversion_leaves_nothing(cache: Path, start: Start) -> None:
     killed = start(HALTING_BUILD)
     assert first_line(killed) == "building"
     killed.kill()
-    killed.communicate(timeout=180)
+    killed.communicate(timeout=540)
     assert not (cache / "tiny-1").exists()
     locate(TINY)
     assert names(cache) == {"tiny-1", ".tiny-1.lock"}

@@ -24,7 +24,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "cluster" / "spot_notice.py"
 NODE = "5" * 56
-PATIENCE = 180.0
+PATIENCE = 540.0
 
 # In the place of Ray's: writes down how it was called; fails as often as the file says.
 DRAIN = """

@@ -29,7 +29,7 @@ from rayfin.serving.engine.engine import Engine
 from rayfin.serving.engine.request import AdapterSource
 
 BASE = "tiny"
-PATIENCE = 180.0
+PATIENCE = 540.0
 
 
 @dataclass

@@ -208,7 +208,7 @@ class Terminal:
         os.write(self._ours, f"{line}\n".encode())
 
     def until(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 540
         while not happened():
             assert time.monotonic() < deadline, self.seen
             if select.select([self._ours], [], [], 0.02)[0]:

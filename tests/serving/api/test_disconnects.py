@@ -58,7 +58,7 @@ class Caller:
 
     async def _ask(self, url: str, body: dict[str, Any]) -> None:
         async with (
-            httpx.AsyncClient(base_url=url, timeout=180) as client,
+            httpx.AsyncClient(base_url=url, timeout=540) as client,
             client.stream("POST", "/v1/completions", json=body) as response,
         ):
             async for _ in response.aiter_raw():

@@ -71,7 +71,7 @@ def test_generated_requests_get_what_the_document_says(short: Any) -> None:
                 if operation.path.endswith("/completions"):
                     case.body.setdefault("stream", number % 2 == 0)
             headers = {"authorization": "Bearer user"}
-            response = case.call(headers=headers, timeout=180)
+            response = case.call(headers=headers, timeout=540)
             statuses[operation.path, response.status_code] += 1
             case.validate_response(response, checks=checks, headers=headers)
 

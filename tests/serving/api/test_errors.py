@@ -262,7 +262,7 @@ def test_a_body_just_within_the_limit_is_read(
 def test_a_slow_client_is_sent_away(tools: Any, engine: Any, shared_registry: Registry) -> None:
     with (
         tools.serving(engine, shared_registry, tools.ApiConfig(body_seconds=0.1)) as server,
-        socket.create_connection(("127.0.0.1", server.port), timeout=180) as client,
+        socket.create_connection(("127.0.0.1", server.port), timeout=540) as client,
     ):
         client.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n" + b'{"model'

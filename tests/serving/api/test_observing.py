@@ -152,7 +152,7 @@ def test_two_requests_of_one_id_are_answered_at_once(tools: Any, engine: Any, se
     def ask(_: int) -> int:
         body = {"model": "tiny", "prompt": "hi", "max_tokens": 64, "ignore_eos": True}
         headers = {"x-request-id": "the-same"}
-        with httpx.Client(base_url=server.url, timeout=180) as http:
+        with httpx.Client(base_url=server.url, timeout=540) as http:
             return http.post("/v1/completions", json=body, headers=headers).status_code
 
     with ThreadPoolExecutor(4) as threads:

@@ -31,7 +31,7 @@ from rayfin.serving.engine.request import AdapterSource
 from rayfin.serving.replica_cleanup import ReplicaCleanup
 from rayfin.serving.timed_executor import TimedExecutor
 
-PATIENCE = 180.0
+PATIENCE = 540.0
 NEVER = 3600.0
 """Seconds of a limit that passes only where a test says so."""
 

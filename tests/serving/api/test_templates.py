@@ -182,7 +182,7 @@ def test_a_template_that_takes_too_long_keeps_no_one_waiting(
 
     async def ask_all() -> list[int]:
         client = openai.AsyncOpenAI(
-            api_key="x", base_url=f"{patient.url}/v1", max_retries=0, timeout=180
+            api_key="x", base_url=f"{patient.url}/v1", max_retries=0, timeout=540
         )
 
         async def ask(model: str) -> int:
