@@ -15,8 +15,10 @@ import pytest
 
 from rayfin.cli import main
 from rayfin.cli.completion import DataCompleter
-from rayfin.config import DataConfig
+from rayfin.config import DataConfig, load_config
 from rayfin.data import load_corpus
+from rayfin.data_tools.row_files import RowStream
+from rayfin.samples import Example
 
 GUIDE = Path(__file__).parents[2] / "docs" / "data-tools.md"
 
@@ -348,3 +350,15 @@ def test_a_file_of_data_is_completed() -> None:
     assert list(found) == ["tickets.jsonl"] and "data.eval_path=" in DataCompleter("experiment")(
         "da"
     )
+
+
+def test_rows_are_streamed_anew_at_each_iteration() -> None:
+    """And the first row that tells the format may come late."""
+    lines = ['{"note": 1}\n'] * 1200 + ['{"prompt": "a", "completion": "b"}\n'] * 2
+    Path("late.jsonl").write_text("".join(lines))
+    stream = RowStream(load_config(None, ["data.path=late.jsonl", "data.on_bad_row=skip"]))
+    for _ in range(2):
+        used = [row.line for row, it in stream if isinstance(it, Example)]
+        assert (stream.shape, used) == ("prompt_completion", [1201, 1202])
+        assert (stream.count, stream.bad) == (1202, 1200)
+        stream.check()

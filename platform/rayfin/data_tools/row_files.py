@@ -1,12 +1,13 @@
-"""Read the rows of one data set with what they become, and write rows and reports whole."""
+"""Read the rows of one data set with the samples that they are, and write rows and reports."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rayfin.data.conversion import (
 )
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
+from rayfin.data.shapes import fitting_shape
 from rayfin.data.sources import find_splits, read_rows
 from rayfin.errors import ConfigError, DataError
 from rayfin.samples import Example
@@ -30,6 +32,111 @@ MADE_BY = "made_by"
 
 _USED = ("split", "name", "format", "columns", "encoding", "on_bad_row", "ignore_columns")
 """The settings of data by which rows are read, besides the path."""
+
+_ROWS_TO_DETECT_SHAPE = 1000
+
+
+class RowStream:
+    """The rows of `data.path`, read one after the other; only the first thousand are ever held.
+
+    Each iteration reads them from the start. After one that came to its end, `check` raises what
+    makes the data unusable, and `notes` says what was guessed.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Find the rows and their format.
+
+        Raises ConfigError for data.sources and data.eval_path, and DataError where the data has
+        splits of its own, has no row, or has none of a format that is read.
+        """
+        data = config.data
+        if data.sources or data.eval_path is not None:
+            name = "sources" if data.sources else "eval_path"
+            raise ConfigError(f"data.{name}: this command reads data.path alone; leave it out")
+        self._config = config
+        self._selection = find_splits(data)
+        if self._selection.eval is not None:
+            raise DataError(
+                f"data.path: '{data.path}' has splits of its own; "
+                f"data.split={self._selection.train.name} takes one of them, data.split=all joins "
+                "them"
+            )
+        self.settings = replace(RowSettings.of(data), whole=True)
+        first = self._first_rows()
+        if not first:
+            raise empty_split_error(data, self._selection.train, "")
+        self.shape = detect_shape(first, data)
+        """The format of the rows, as `data.format` names it."""
+        self._begin()
+
+    def _begin(self) -> None:
+        self._statistics = RowStatistics(self.settings)
+        self._first_bad: BadRow | None = None
+        self.bad = 0
+        """The number of rows of this iteration that can't be used."""
+
+    def _first_rows(self) -> list[Row]:
+        """Return the first rows; where none fits a format, also the first further on that does."""
+        rows = read_rows(self._selection.train, self.settings)
+        first = list(islice(rows, _ROWS_TO_DETECT_SHAPE))
+        return (
+            first if any(map(self._fits, first)) else [*first, *islice(filter(self._fits, rows), 1)]
+        )
+
+    def _fits(self, row: Row) -> bool:
+        """Whether a row tells the format of all."""
+        if row.problem is not None:
+            return False
+        if self._config.data.format == "auto":
+            return fitting_shape(row.value, self.settings) is not None
+        named = (name for _, name in self.settings.columns)
+        return isinstance(row.value, Mapping) and all(name in row.value for name in named)
+
+    @property
+    def count(self) -> int:
+        """The number of rows read, with those that an open quote makes part of another."""
+        return self._statistics.rows
+
+    def rows(self) -> Iterator[Row]:
+        """Yield all rows in their order, from the start; `convert` says what each is."""
+        self._begin()
+        yield from read_rows(self._selection.train, self.settings)
+
+    def convert(self, row: Row) -> Example | str:
+        """Return the sample that a row is, or the reason why it can't be used, and count it."""
+        example = self._statistics.convert(row, self.shape)
+        if isinstance(example, str):
+            self.bad += row.rows
+            self._first_bad = self._first_bad or BadRow(row.file, row.line, example, row.rows)
+        return example
+
+    def __iter__(self) -> Iterator[tuple[Row, Example | str]]:
+        """Yield each row with the sample that it is, or the reason why it can't be used."""
+        for row in self.rows():
+            yield row, self.convert(row)
+
+    def check(self, *, may_skip: bool = False) -> None:
+        """Raise DataError where no row could be used, and where settings name what no row has.
+
+        A bad row is one too, unless data.on_bad_row=skip or `may_skip`.
+        """
+        data, first = self._config.data, self._first_bad
+        if first is not None and data.on_bad_row == "error" and not may_skip:
+            raise bad_rows_error(first, self.bad, self.count)
+        if first is not None and not self._statistics.samples:
+            raise no_valid_row_error(data, first)
+        self._statistics.check_names()
+
+    def notes(self, used: Collection[str] = ()) -> list[str]:
+        """Return what was guessed, what is not trained on or not read, and settings without effect.
+
+        `used` are the settings of data that have one besides those by which rows are read.
+        """
+        return [
+            *self._selection.unread_notes(),
+            *self._statistics.notes(0, None),  # the bad rows are listed one by one
+            *unused_settings(self._config, [*_USED, *used]),
+        ]
 
 
 @dataclass
@@ -49,45 +156,19 @@ class ReadRows:
 
 
 def read_whole(config: Config) -> ReadRows:
-    """Read all rows of `data.path`.
+    """Read all rows of `data.path`, and hold them.
 
-    Raises DataError where it has splits of its own, where no row can be used, and for a bad row
-    unless data.on_bad_row=skip.
+    Raises what `RowStream` and its `check` raise.
     """
-    data = config.data
-    if data.sources or data.eval_path is not None:
-        name = "sources" if data.sources else "eval_path"
-        raise ConfigError(f"data.{name}: this command reads data.path alone; leave it out")
-    selection = find_splits(data)
-    if selection.eval is not None:
-        raise DataError(
-            f"data.path: '{data.path}' has splits of its own; data.split={selection.train.name} "
-            "takes one of them, data.split=all joins them"
-        )
-    settings = replace(RowSettings.of(data), whole=True)
-    rows = list(read_rows(selection.train, settings))
-    if not rows:
-        raise empty_split_error(data, selection.train, "")
-    found = ReadRows(detect_shape(rows, data))
-    statistics, bad = RowStatistics(settings), list[BadRow]()
-    for row in rows:
-        example = statistics.convert(row, found.shape)
+    stream = RowStream(config)
+    found = ReadRows(stream.shape)
+    for row, example in stream:
         if isinstance(example, Example):
             found.rows.append((row, example))
         else:
-            bad.append(BadRow(row.file, row.line, example, row.rows))
             found.left_out.append(left_out(row, example))
-    if bad and data.on_bad_row == "error":
-        raise bad_rows_error(bad[0], sum(each.rows for each in bad), statistics.rows)
-    if not found.rows:
-        raise no_valid_row_error(data, bad[0])
-    statistics.check_names()
-    found.count = statistics.rows
-    found.notes = [
-        *selection.unread_notes(),
-        *statistics.notes(0, None),  # the bad rows are listed one by one
-        *unused_settings(config, _USED),
-    ]
+    stream.check()
+    found.count, found.notes = stream.count, stream.notes()
     return found
 
 
