@@ -17,7 +17,8 @@ from rayfin.cli import main
 from rayfin.cli.completion import DataCompleter
 from rayfin.config import DataConfig, load_config
 from rayfin.data import load_corpus
-from rayfin.data_tools.row_files import RowStream
+from rayfin.data_tools.new_files import write_new
+from rayfin.data_tools.row_files import RowStream, RowWriter
 from rayfin.samples import Example
 
 GUIDE = Path(__file__).parents[2] / "docs" / "data-tools.md"
@@ -131,14 +132,13 @@ def test_a_command_that_is_ended_leaves_no_half_of_a_file(
 ) -> None:
     before = sorted(Path().iterdir())
 
-    def killed(path: Path, values: Any) -> int:
+    def killed(_: RowWriter, path: Path, values: Any) -> int:
         path.write_bytes(b"half")
         if path.name in ("train.jsonl",):
             return 0
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rayfin.data_tools.splitting.write_rows", killed)
-    monkeypatch.setattr("rayfin.data_tools.conversion.write_rows", killed)
+    monkeypatch.setattr("rayfin.data_tools.row_files.RowWriter.write", killed)
     for words in (
         ["split", "tickets.jsonl", "--output=parts", "data.on_bad_row=skip"],
         ["convert", "faq.md", "--output=out.jsonl"],
@@ -146,6 +146,23 @@ def test_a_command_that_is_ended_leaves_no_half_of_a_file(
         assert main(["data", *words]) == 130
     left = [path.name for path in sorted(Path().iterdir()) if path not in before]
     assert left == []
+
+
+def test_what_killed_commands_left_is_removed(capsys: pytest.CaptureFixture[str]) -> None:
+    """But nothing that another command is still writing, and nothing of another name."""
+    Path(".parts-0badcafe").mkdir()
+    Path(".parts-0badcafe/train.jsonl").write_text("half")
+    others = [Path(".out.jsonl-0badcafe"), Path(".out.report.json-0badcafe")]
+    for path in others:
+        path.write_text("half")
+    with write_new(Path("out.jsonl")) as written:
+        written.write_text("whole")
+        printed(capsys, "convert", "faq.md", "--output=out.jsonl")
+        assert written.read_text() == "whole" and not any(path.exists() for path in others)
+        Path("out.jsonl").unlink()
+    printed(capsys, "split", "tickets.jsonl", "--output=parts", "data.on_bad_row=skip")
+    assert [path.name for path in Path().iterdir() if path.name.startswith(".")] == []
+    assert Path("out.jsonl").read_text() == "whole"
 
 
 _PAIRS = "data.format=prompt_completion"
@@ -274,7 +291,15 @@ def test_a_split_of_a_table_keeps_every_column(capsys: pytest.CaptureFixture[str
     pq.write_table(table.append_column("photo", pa.array([b"\x89PNG"] * 4)), "t.parquet")
     said = printed(capsys, "split", "t.parquet", "--output=refused", code=2)
     assert "the column 'photo' holds a value of type bytes" in said
+    assert "leave it out with data.ignore_columns=[photo]" in said
     assert not Path("refused").exists()
+    said = printed(
+        capsys, "split", "t.parquet", "--output=pale", "data.ignore_columns=[photo,skipped]"
+    )
+    assert "- not written, as JSON has no form for it: photo\n" in said
+    assert rows_of("pale/train.jsonl") and all(
+        "photo" not in row and row["skipped"] == "kept" for row in rows_of("pale/train.jsonl")
+    )
 
 
 def test_what_was_guessed_and_what_has_no_effect_is_told(

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rayfin.cli.completion import DataCompleter
+from rayfin.cli.data_arguments import add_data, add_output, configuration, print_report
 from rayfin.cli.parser import print_json
-from rayfin.cli.settings import add_settings
-from rayfin.errors import UsageError
 
-_LEFT_OUT_SHOWN = 5
 _MARKED = "bold green"
 """The style of what is learned of a sample."""
 
@@ -30,7 +26,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     summary = "what is read as what, how long it is, and some samples as they are trained on"
     inspect = verbs.add_parser("inspect", help=summary, description=summary.capitalize())
-    _add_data(inspect)
+    add_data(inspect)
     inspect.add_argument(
         "--samples", type=_count, default=3, metavar="N", help="show N training samples (3)"
     )
@@ -40,8 +36,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     summary = "divide data into files for training, validation and test"
     split = verbs.add_parser("split", help=summary, description=summary.capitalize())
-    _add_data(split)
-    _add_output(split, "DIRECTORY", "a new directory for the files")
+    add_data(split)
+    add_output(split, "DIRECTORY", "a new directory for the files")
     split.add_argument(
         "--val-size", type=float, default=0.1, metavar="X", help="share for validation (0.1)"
     )
@@ -53,29 +49,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
     summary = "bring data, or a FAQ in Markdown, into JSON Lines"
     convert = verbs.add_parser("convert", help=summary, description=summary.capitalize())
-    _add_data(convert)
-    _add_output(convert, "FILE", "a new .jsonl file")
+    add_data(convert)
+    add_output(convert, "FILE", "a new .jsonl file")
     convert.epilog = f"Example: {convert.prog} faq.md --output faq.jsonl"
     convert.set_defaults(handler=convert_data)
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    """Add the argument DATA, and settings after it."""
-    add_settings(parser)
-    for action in parser._actions:
-        if action.dest == "settings":
-            action.completer = DataCompleter("experiment")  # type: ignore[attr-defined]
-            action.metavar = "DATA | config.yaml | section.key=value"
-            action.help = (
-                "a file, directory or hub id (data.path) or a configuration file first, if any, "
-                "and settings that win over it"
-            )
-
-
-def _add_output(parser: argparse.ArgumentParser, what: str, meaning: str) -> None:
-    """Add --output, which is required, and --json."""
-    parser.add_argument("--output", type=Path, required=True, metavar=what, help=meaning)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _count(text: str) -> int:
@@ -84,33 +61,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _configuration(settings: list[str]) -> Config:
-    """Return the configuration of DATA or a configuration file, and settings.
-
-    Raises UsageError where nothing names the data.
-    """
-    from rayfin.config import load_config
-
-    file: Path | None = None
-    named: list[str] = []
-    if settings and "=" not in settings[0]:
-        if settings[0].lower().endswith((".yaml", ".yml")):
-            file = Path(settings[0])
-        else:
-            named = [f"data.path={settings[0]}"]
-        settings = settings[1:]
-    config = load_config(file, [*named, *settings])
-    if not {"path", "sources"} & config.data.model_fields_set:
-        raise UsageError("nothing names the data; give a file, a directory or a hub id")
-    return config
-
-
 def inspect_data(args: argparse.Namespace) -> int:
     """`rayfin data inspect`"""
     from rayfin.data_tools import inspection
     from rayfin.library.process import prepare_process
 
-    config = _configuration(args.settings)
+    config = configuration(args.settings)
     prepare_process()
     found = inspection.inspect_data(config, args.samples)
     if args.json:
@@ -124,11 +80,11 @@ def split_data(args: argparse.Namespace) -> int:
     """`rayfin data split`"""
     from rayfin.data_tools.splitting import split_data
 
-    config = _configuration(args.settings)
+    config = configuration(args.settings)
     report = split_data(config, args.output, val_size=args.val_size, test_size=args.test_size)
     names = [name for name in ("train", "validation", "test") if name in report]
     counts = ", ".join(f"{report[name]} in {name}.jsonl" for name in names)
-    _print_report(args, report, f"{args.output}: {counts}", args.output / "report.json")
+    print_report(args, report, f"{args.output}: {counts}", args.output / "report.json")
     return 0
 
 
@@ -136,33 +92,10 @@ def convert_data(args: argparse.Namespace) -> int:
     """`rayfin data convert`"""
     from rayfin.data_tools.conversion import convert_data
 
-    report = convert_data(_configuration(args.settings), args.output)
+    report = convert_data(configuration(args.settings), args.output)
     said = f"{args.output}: {report['written']} of {report['rows']} rows as {report['format']}"
-    _print_report(args, report, said, args.output.with_suffix(".report.json"))
+    print_report(args, report, said, args.output.with_suffix(".report.json"))
     return 0
-
-
-def _print_report(args: argparse.Namespace, report: dict[str, Any], said: str, file: Path) -> None:
-    """Print what was written, and what was left out, of which the report in `file` has all."""
-    from rich.text import Text
-
-    from rayfin.redaction import printable
-    from rayfin.tables import output
-
-    if args.json:
-        print_json(report)
-        return
-    console, lost = output(), report["left_out"]
-    console.print(Text(printable(said)))
-    for note in report["notes"]:
-        console.print(Text(printable(f"- {note.removeprefix('data: ')}")))
-    for each in lost[:_LEFT_OUT_SHOWN]:
-        reason = f"- left out: {each['file']}:{each['line']}: {each['reason']}"
-        console.print(Text(printable(reason)))
-    if len(lost) > _LEFT_OUT_SHOWN:
-        console.print(Text(f"- and {len(lost) - _LEFT_OUT_SHOWN} more"))
-    if lost:
-        console.print(Text(f"{printable(str(file))} has all that was left out"))
 
 
 def _print_inspection(config: Config, found: Inspection) -> None:

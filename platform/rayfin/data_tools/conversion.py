@@ -11,17 +11,17 @@ from rayfin.data.conversion import RowStatistics
 from rayfin.data.row_settings import NO_SETTINGS
 from rayfin.data.rows import Row
 from rayfin.data_tools.faq import faq_rows, is_markdown
+from rayfin.data_tools.new_files import check_new, write_new
 from rayfin.data_tools.row_files import (
     MADE_BY,
+    RowWriter,
     as_report,
     json_line,
     left_out,
     read_whole,
     unused_settings,
-    write_rows,
 )
-from rayfin.errors import ConfigError, DataError, StorageError
-from rayfin.paths import write_whole
+from rayfin.errors import ConfigError, DataError
 from rayfin.samples import Example
 
 
@@ -36,7 +36,7 @@ def convert_data(config: Config, target: Path) -> dict[str, Any]:
     if target.suffix.lower() != ".jsonl":
         raise ConfigError(f"--output: '{target}' is no JSON Lines; give a name that ends in .jsonl")
     report_file = target.with_suffix(".report.json")
-    _check_new(target, report_file)
+    check_new(target, report_file)
     source = Path(config.data.path)
     if is_markdown(source):
         rows = list(faq_rows(source))
@@ -63,17 +63,10 @@ def convert_data(config: Config, target: Path) -> dict[str, Any]:
             "left_out": lost,
         }
     )
-    with write_whole(report_file) as last, write_whole(target) as first:
+    with write_new(report_file) as last, write_new(target) as first:
         last.write_bytes(json_line(report))
-        write_rows(first, values)
-        _check_new(target, report_file)
+        RowWriter(()).write(first, values)
     return report
-
-
-def _check_new(*files: Path) -> None:
-    for file in files:
-        if file.exists():
-            raise StorageError(f"'{file}' exists; give --output the name of a new file")
 
 
 def _first(lost: Sequence[dict[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from rayfin.data.conversion import (
     empty_split_error,
     no_valid_row_error,
 )
+from rayfin.data.row_reader import ignore_setting
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
 from rayfin.data.shapes import fitting_shape
@@ -213,7 +214,7 @@ def _refused(value: object, column: str) -> Any:
     kind = type(value).__name__
     raise DataError(
         f"data.path: the column '{column}' holds a value of type {kind}, for which JSON has no "
-        "form; write the table without that column, or with text in it"
+        f"form; leave it out with {ignore_setting([column])}, or write the table with text in it"
     )
 
 
@@ -234,11 +235,41 @@ def _as_json(value: object, column: str, otherwise: Callable[[object, str], Any]
     return otherwise(value, column)
 
 
-def write_rows(path: Path, values: Iterable[object]) -> int:
-    """Write rows as JSON Lines and return their number; `path` is a temporary one."""
-    count = 0
-    with path.open("wb") as file:
-        for value in values:
-            file.write(json_line(value))
-            count += 1
-    return count
+class RowWriter:
+    """Writes rows as JSON Lines, without what JSON has no form for in columns that are ignored."""
+
+    def __init__(self, ignored: Collection[str]) -> None:
+        self._ignored = ignored
+        self._dropped = set[str]()
+
+    def line(self, value: object) -> bytes:
+        """Return a row as a line; raises DataError for what has no form in another column."""
+        if self._ignored and isinstance(value, Mapping):
+            ignored = {name: each for name, each in value.items() if name in self._ignored}
+            dropped = {name for name, each in ignored.items() if not _has_form(each)}
+            self._dropped |= dropped
+            value = {name: each for name, each in value.items() if name not in dropped}
+        return json_line(value)
+
+    def write(self, path: Path, values: Iterable[object]) -> int:
+        """Write rows to a temporary file, and return their number."""
+        count = 0
+        with path.open("wb") as file:
+            for value in values:
+                file.write(self.line(value))
+                count += 1
+        return count
+
+    def notes(self) -> list[str]:
+        """Return a line on the columns of which something was not written, if any."""
+        if not self._dropped:
+            return []
+        return [f"not written, as JSON has no form for it: {', '.join(sorted(self._dropped))}"]
+
+
+def _has_form(value: object) -> bool:
+    try:
+        _as_json(value, "", _refused)
+    except DataError:
+        return False
+    return True

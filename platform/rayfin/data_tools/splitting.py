@@ -8,9 +8,9 @@ from typing import Any
 
 from rayfin.config import Config
 from rayfin.data.load import hold_out
-from rayfin.data_tools.row_files import MADE_BY, as_report, json_line, read_whole, write_rows
-from rayfin.errors import ConfigError, DataError, StorageError
-from rayfin.paths import write_directory_whole
+from rayfin.data_tools.new_files import check_new, write_new_directory
+from rayfin.data_tools.row_files import MADE_BY, RowWriter, as_report, json_line, read_whole
+from rayfin.errors import ConfigError, DataError
 from rayfin.samples import Example
 
 
@@ -22,15 +22,15 @@ def split_data(
     Rows stay as they are, in their order. Which go where is decided by a hash of their content, as
     data.val_size does it: rows with the same prompt stay together. Returns the report, which is
     written as report.json, with the rows that can't be used. Raises DataError for too few different
-    rows and for values that JSON has no form for, and StorageError where the directory exists.
+    rows and for values that JSON has no form for, other than those of data.ignore_columns, which
+    are left out; raises StorageError where the directory exists.
     """
     if not 0 < val_size < 1 or not 0 <= test_size < 1 or val_size + test_size >= 1:
         raise ConfigError(
             f"val_size {val_size:g} and test_size {test_size:g} must be shares of the rows that "
             "leave some to train on; give 0.1 and 0.1, say"
         )
-    if directory.exists():
-        raise StorageError(f"'{directory}' exists; give the name of a new directory")
+    check_new(directory)
     read = read_whole(config)
     rest: Sequence[Example] = [example for _, example in read.rows]
     of: dict[str, str] = {}
@@ -45,9 +45,10 @@ def split_data(
         rest, held = hold_out(rest, size * len(read.rows) / len(rest))
         of |= {example.canonical(): name for example in held}
     names = ["train", "validation", *(["test"] if test_size else [])]
-    with write_directory_whole(directory) as temporary:
+    writer = RowWriter(config.data.ignore_columns)
+    with write_new_directory(directory) as temporary:
         counts = {
-            name: write_rows(
+            name: writer.write(
                 temporary / f"{name}.jsonl",
                 (row.value for row, it in read.rows if of.get(it.canonical(), "train") == name),
             )
@@ -60,7 +61,7 @@ def split_data(
                 "shape": read.shape,
                 "rows": read.count,
                 **counts,
-                "notes": read.notes,
+                "notes": [*read.notes, *writer.notes()],
                 "left_out": read.left_out,
             }
         )
