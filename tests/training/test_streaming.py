@@ -16,6 +16,7 @@ from rayfin.data.stream import Stream, plan_sample_ranges
 from rayfin.data.stream_reader import read_in_process
 from rayfin.errors import DataError
 from rayfin.models import load_tokenizer
+from rayfin.models.chat_templates import read_chat_template
 from rayfin.objectives import SFT
 from rayfin.samples import NO_LOSS, Example
 from rayfin.training import TrialSpec
@@ -300,6 +301,64 @@ def test_after_a_kill_it_goes_on_at_the_right_sample(
     assert trained == every[4:], "it was saved after step 4"
     assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
     assert [p["step"] for p in resumed.curve] == [p["step"] for p in whole.curve]
+
+
+def refusing(path: Path, condition: str) -> str:
+    """A file with a chat template that refuses conversations with such a message `m`."""
+    check = f"{{% if {condition} %}}{{{{ raise_exception('No roads') }}}}{{% endif %}}"
+    loop = "{%- for message in messages -%}"
+    before = "{%- for m in messages %}" + check + "{% endfor %}" + loop
+    path.write_text(read_chat_template("chatml").replace(loop, before))
+    return str(path)
+
+
+@pytest.mark.long
+def test_refused_conversations_are_passed_over_and_counted(
+    lab: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where whole parts of a file are refused, and once where a trial is resumed."""
+    monkeypatch.setattr(file_ranges, "_MIN_BYTES", 1000)
+    talks = rows(60)
+    for row in talks[:24]:
+        row["prompt"] += " road"
+    data = {
+        "path": written(tmp_path / "a.jsonl", talks),
+        "streaming": True,
+        "chat_template": refusing(tmp_path / "own.jinja", "'road' in m.content"),
+        "on_bad_row": "skip",
+        "max_length": 128,
+    }
+    spec = lab.spec(data=data, max_steps=None, num_train_epochs=1, save_steps=4)
+    evaluations: list[Any] = []
+
+    def dies(result: Any) -> None:
+        evaluations.append(result)
+        if len(evaluations) == 2:
+            raise RuntimeError("the machine is gone")
+
+    (directory := tmp_path / "trial").mkdir()
+    assert lab.run(spec, directory=directory, report=dies).status == "failed"
+    ended = lab.run(spec, directory=directory)
+    assert ended.status == "finished", ended.error
+    corpus = load_corpus(spec.data)
+    held = sum("road" in example.messages[0]["content"] for example in corpus.eval)
+    refused, read, steps = 24 - held, corpus.rows, ended.metrics["steps"]
+    assert ended.scenario["data"]["notes"][-2:] == [
+        "data: 24 of 60 sampled conversations left out (data.on_bad_row=skip), as the chat "
+        "template refuses them",
+        f"data: {refused} of {read} conversations left out (data.on_bad_row=skip), as the chat "
+        f"template refuses them, in {steps} steps",
+    ]
+    assert ended.metrics["eval_loss"] < ended.metrics["base_eval_loss"]
+
+    # All but two are refused: one that is held out, and one that the first step doesn't read.
+    asked = [each[0].messages[0]["content"] for each in (corpus.train, corpus.eval)]
+    other = refusing(tmp_path / "o.jinja", f"m.role == 'user' and m.content not in {asked}")
+    failed = lab.run(lab.spec(data=data | {"chat_template": other}, max_steps=1, eval_steps=1))
+    assert failed.error == (
+        "data: the chat template refuses all 4 rows that 1 step read of the streamed data; use "
+        "another model or data.chat_template"
+    )
 
 
 def test_any_number_of_workers_trains_the_same_steps(lab: Any, spec: TrialSpec) -> None:

@@ -331,15 +331,15 @@ def test_streamed_samples_are_made_by_the_same_settings(tmp_path: Path, tokenize
 
 
 def test_a_conversation_that_the_template_refuses_is_named_or_left_out(tmp_path: Path) -> None:
-    own = tmp_path / "own.jinja"
+    def write(name: str, text: str) -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
     refusal = "{% if 'road' in m.content %}{{ raise_exception('No roads') }}{% endif %}"
-    own.write_text(
-        read_chat_template("chatml").replace(
-            "{%- for message in messages -%}", "{%- for m in messages %}" + refusal + "{% endfor %}"
-            "{%- for message in messages -%}"
-        )
-    )  # fmt: skip
-    tokenizer = load_tokenizer(ModelConfig(name="tiny"), str(own))
+    loop = "{%- for message in messages -%}"
+    checked = "{%- for m in messages %}" + refusal + "{% endfor %}" + loop
+    own = write("own.jinja", read_chat_template("chatml").replace(loop, checked))
+    tokenizer = load_tokenizer(ModelConfig(name="tiny"), own)
     good, refused = Example((AGAIN, LAST)), TALK
     corpus, skip = corpus_of(good, refused, good, good), TokenSettings(on_bad_row="skip")
     named = "refuses the conversation with the question 'Where does .* roads.*on_bad_row=skip"
@@ -362,8 +362,13 @@ def test_a_conversation_that_the_template_refuses_is_named_or_left_out(tmp_path:
     assert stream is not None
     ranges = plan_sample_ranges(stream, lanes=[0], of=1, seed=0, first=0, last=30)
     read = read_in_process(tokenizer, SFT, skip)
-    lengths = [len(sample["input_ids"]) for _, sample in read(stream, ranges, 0, 500)]
-    assert 0 < lengths.count(2) < len(lengths)
+    samples = [sample for _, sample in read(stream, ranges, 0, 500)]
+    assert 0 < samples.count(None) < len(samples) == 30
+    none = load_tokenizer(
+        ModelConfig(name="tiny"), write("none.jinja", "{{ raise_exception('No') }}")
+    )
+    samples = [each for _, each in read_in_process(none, SFT, skip)(stream, ranges, 0, 500)]
+    assert samples == [None] * 30
     with pytest.raises(DataError, match=f"(?i){named}"):
         list(read_in_process(tokenizer, SFT)(stream, ranges, 0, 500))
 

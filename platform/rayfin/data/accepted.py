@@ -8,6 +8,7 @@ from dataclasses import replace
 from rayfin.data.corpus import Corpus
 from rayfin.data.fitting import Encode
 from rayfin.data.render import RefusedConversation
+from rayfin.data.splits import count_rows
 from rayfin.data.token_settings import TokenSettings
 from rayfin.errors import DataError
 from rayfin.samples import Example, TokenizedSample
@@ -48,6 +49,37 @@ def accepted_pairs(
     )
 
 
+def left_out_note(refused: int, given: int, *, sampled: bool = False) -> tuple[str, ...]:
+    """Return a line on the conversations that the chat template refuses, if there are any.
+
+    `sampled`: the `given` ones are a sample of streamed data.
+    """
+    if not refused:
+        return ()
+    of = f"{given} {'sampled ' if sampled else ''}conversations"
+    return (
+        f"data: {refused} of {of} left out (data.on_bad_row=skip), as the chat template refuses "
+        "them",
+    )
+
+
+def streamed_note(refused: int, read: int, steps: int) -> tuple[str, ...]:
+    """Return a line on the samples that a trial on streamed data left out, if there are any.
+
+    `read` are the samples of its `steps`. Raises DataError where the chat template refuses all.
+    """
+    made = f"{steps} step{'' if steps == 1 else 's'}"
+    if refused and refused == read:
+        raise _all_refused(f"all {count_rows(read)} that {made} read of the streamed data")
+    return tuple(f"{note}, in {made}" for note in left_out_note(refused, read))
+
+
+def _all_refused(what: str) -> DataError:
+    return DataError(
+        f"data: the chat template refuses {what}; use another model or data.chat_template"
+    )
+
+
 def accepted_corpus(
     corpus: Corpus, encode: Encode, settings: TokenSettings
 ) -> tuple[Corpus, list[TokenizedSample], list[TokenizedSample]]:
@@ -55,8 +87,8 @@ def accepted_corpus(
     train, train_samples = accepted_pairs(corpus.train, encode, settings)
     held_out, eval_samples = accepted_pairs(corpus.eval, encode, settings)
     if not train or not held_out:
-        raise DataError(
-            f"data: the chat template refuses all of the {'eval' if train else 'train'} split; "
-            "use another model or data.chat_template"
-        )
+        refused = f"all of the {'eval' if train else 'train'} split"
+        if not train and corpus.stream is not None:
+            refused = f"all of a sample of {count_rows(len(corpus.train))} of the streamed data"
+        raise _all_refused(refused)
     return replace(corpus, train=tuple(train), eval=tuple(held_out)), train_samples, eval_samples

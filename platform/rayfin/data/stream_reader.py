@@ -14,7 +14,6 @@ from rayfin.data.fitting import fit_samples
 from rayfin.data.stream import SampleRange, Stream
 from rayfin.data.token_settings import DEFAULTS, TokenSettings
 from rayfin.data.tokenization import encode_examples
-from rayfin.errors import DataError
 from rayfin.objectives import Objective
 from rayfin.samples import Example, TokenizedSample
 
@@ -22,9 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 StreamReader = Callable[
-    [Stream, Sequence[SampleRange], int, int], Iterator[tuple[int, TokenizedSample]]
+    [Stream, Sequence[SampleRange], int, int], Iterator[tuple[int, TokenizedSample | None]]
 ]
-"""Called with a stream, sample ranges, the seed and max_length; yields (lane, sample) in order."""
+"""Called with a stream, sample ranges, the seed and max_length; yields (lane, sample) in order.
+
+None stands for a sample that the chat template refuses.
+"""
 
 
 def tokenize_range(
@@ -36,12 +38,12 @@ def tokenize_range(
     *,
     seed: int,
     max_length: int,
-) -> list[TokenizedSample]:
+) -> list[TokenizedSample | None]:
     """Return the samples of a range, cut to `max_length` tokens.
 
     A sample whose answer lies beyond `max_length`, or that is left out, keeps two tokens and no
-    loss, so that it still occupies its place in the plan; one that the chat template refuses has
-    those of another. Raises DataError where it refuses all of them.
+    loss, so that it still occupies its place in the plan; one that the chat template refuses is
+    None. Raises RefusedConversation for it unless `settings.on_bad_row` is skip.
     """
     source = stream.sources[samples.file_range.source]
     statistics = RowStatistics(source.settings)
@@ -56,11 +58,6 @@ def tokenize_range(
     encode = partial(encode_examples, tokenizer=tokenizer, objective=objective, settings=settings)
     encoded = encode_accepted(examples, encode, settings)
     wholes = [whole for whole in encoded if whole is not None]
-    if not wholes:
-        raise DataError(
-            "data: the chat template refuses every conversation of a part of the streamed data; "
-            "use another model or data.chat_template"
-        )
     fit = fit_samples(
         [example for example, it in zip(examples, encoded, strict=True) if it is not None],
         wholes,
@@ -69,9 +66,11 @@ def tokenize_range(
         objective=objective,
         settings=settings,
     )
-    kept = iter(zip(fit, wholes, strict=True))
-    pairs = [(None, wholes[0]) if whole is None else next(kept) for whole in encoded]
-    return [objective.without_loss(whole) if it is None else it for it, whole in pairs]
+    kept = (
+        objective.without_loss(whole) if it is None else it
+        for it, whole in zip(fit, wholes, strict=True)
+    )
+    return [None if whole is None else next(kept) for whole in encoded]
 
 
 def read_in_process(
@@ -81,7 +80,7 @@ def read_in_process(
 
     def read(
         stream: Stream, ranges: Sequence[SampleRange], seed: int, max_length: int
-    ) -> Iterator[tuple[int, TokenizedSample]]:
+    ) -> Iterator[tuple[int, TokenizedSample | None]]:
         for each in ranges:
             tokenized = tokenize_range(
                 stream, each, tokenizer, objective, settings, seed=seed, max_length=max_length

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from rayfin.data.accepted import accepted_corpus, accepted_pairs
+from rayfin.data.accepted import accepted_corpus, accepted_pairs, left_out_note
 from rayfin.data.corpus import Corpus
 from rayfin.data.fitting import Encode, fit_samples
 from rayfin.data.learned import learned_ends, missing_end_note, template_notes, unlearned_notes
@@ -76,12 +76,8 @@ def tokenize_corpus(
     notes = (
         *unlearned_notes(corpus, whole, kept, max_length, settings),
         *template_notes(corpus, tokenizer, settings),
+        *left_out_note(given - len(whole), given, sampled=corpus.stream is not None),
     )
-    if refused := given - len(whole):
-        notes += (
-            f"data: {refused} of {given} conversations left out (data.on_bad_row=skip), as the "
-            "chat template refuses them",
-        )
     if ends == Ends():
         notes += (missing_end_note(corpus, train, tokenizer),)
     cut = sum(len(sample["input_ids"]) > max_length for sample in whole)

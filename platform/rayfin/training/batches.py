@@ -120,7 +120,7 @@ def samples_of(
         )
         return PlannedSamples(data.train, plan, objective.length, filler)
 
-    def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, TokenizedSample]]:
+    def read(lanes: Sequence[int], first: int) -> Iterator[tuple[int, TokenizedSample | None]]:
         ranges = (plan_epoch_ranges if in_epochs else plan_sample_ranges)(
             stream,
             lanes=lanes,
@@ -185,7 +185,7 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
 
     def __init__(
         self,
-        read: Callable[[Sequence[int], int], Iterator[tuple[int, TokenizedSample]]],
+        read: Callable[[Sequence[int], int], Iterator[tuple[int, TokenizedSample | None]]],
         *,
         samples_per_step: int,
         max_steps: int,
@@ -200,15 +200,16 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
 
         `batch_size` is that of one worker; `length` counts the tokens that the model computes for
         a sample; `filler` is that of `PlannedSamples`, where each pass over `rows` samples has
-        steps of its own.
+        steps of its own. It also takes the place of a sample that is None: a refused one.
         """
         self.length, self.filler = length, filler
         self.rows, self.steps_before = rows, steps_before
         self.read, self.samples_per_step, self.max_steps = read, samples_per_step, max_steps
         self.batch_size, self.workers = batch_size, workers
-        self._source: Iterator[tuple[int, TokenizedSample]] | None = None
-        self._waiting: dict[int, deque[TokenizedSample]] = defaultdict(deque)
+        self._source: Iterator[tuple[int, TokenizedSample | None]] | None = None
+        self._waiting: dict[int, deque[TokenizedSample | None]] = defaultdict(deque)
         self._tokens: dict[int, int] = defaultdict(int)
+        self._refused: dict[int, int] = defaultdict(int)
 
     def __len__(self) -> int:
         return self.max_steps * self.samples_per_step
@@ -232,6 +233,9 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
             other, sample = next(self._source)
             self._waiting[other].append(sample)
         sample = self._waiting[lane].popleft()
+        if sample is None:
+            self._refused[step] += 1
+            return self.filler
         self._tokens[step] += self.length(sample)
         return sample
 
@@ -239,6 +243,21 @@ class StreamedSamples(torch.utils.data.Dataset[TokenizedSample]):
         """Estimate the tokens from position `start` to `stop` by this worker's share of them."""
         steps = range(start // self.samples_per_step, stop // self.samples_per_step)
         return sum(self._tokens[step] for step in steps) * self.workers
+
+    def refused(self, first: int, last: int) -> int:
+        """Return how many of this worker's samples of those steps the chat template refuses."""
+        return sum(self._refused[step] for step in range(first, last))
+
+    def count(self, steps: int) -> int:
+        """Return how many samples the first steps have, over all workers."""
+
+        def before(step: int) -> int:
+            if self.rows is None:
+                return step * self.samples_per_step
+            passes, inside = divmod(step, -(-self.rows // self.samples_per_step))
+            return passes * self.rows + inside * self.samples_per_step
+
+        return before(self.steps_before + steps) - before(self.steps_before)
 
     def close(self) -> None:
         """End what reads ahead."""

@@ -45,6 +45,8 @@ class TrainingProgress:
     learning_rate: float
     schedule: dict[str, Any] | None = None
     """The state of a schedule that follows the evaluations, and no function of the steps is."""
+    refused: int | None = None
+    """The number of streamed samples so far that the chat template refuses, if any."""
 
 
 def staging(location: StoragePath) -> Path:

@@ -17,6 +17,7 @@ from rayfin.errors import StorageError, TrialError
 from rayfin.heartbeat import beat, pause
 from rayfin.objectives import Objective
 from rayfin.paths import StoragePath
+from rayfin.training.batches import PlannedSamples, StreamedSamples
 from rayfin.training.checkpoint import (
     TrainingProgress,
     gather_random_states,
@@ -56,11 +57,26 @@ class CheckpointedTrainer(SteppedTrainer):
     resumed_weights: dict[str, torch.Tensor]
     continued: TrainingState | None
     """What the adapter that the trial continues has beside its weights."""
+    planned: PlannedSamples | StreamedSamples
+    _refused_before = 0
 
     @property
     def train_seconds(self) -> float:
         """Seconds spent in optimizer steps, those before a resume included."""
         return self.clock.before + self.clock.seconds
+
+    def refused_samples(self) -> int:
+        """Return how many samples so far the chat template refuses, those before a resume included.
+
+        All workers call it together.
+        """
+        if not isinstance(self.planned, StreamedSamples):
+            return 0  # they are not among the samples
+        own = self.planned.refused(self.clock.first_step, self.state.global_step)
+        if self.accelerator.num_processes > 1:
+            counted = torch.tensor(own, device=self.accelerator.device)
+            own = int(self.accelerator.reduce(counted).item())
+        return self._refused_before + own
 
     # --- the best evaluation --------------------------------------------------------------
 
@@ -133,6 +149,7 @@ class CheckpointedTrainer(SteppedTrainer):
     def write_optimizer_state(self, directory: str) -> None:
         if self.args.should_save or self.parallel.gathers:
             moments = self.parallel.moments(self.trained, self.optimizer)
+        refused = self.refused_samples()  # all workers count together
         if self.args.should_save:
             save_tensors(moments, Path(directory), _MOMENTS)
             scheduler: Any = self.lr_scheduler
@@ -141,6 +158,7 @@ class CheckpointedTrainer(SteppedTrainer):
                 schedule_steps=scheduler.last_epoch,
                 learning_rate=scheduler.get_last_lr()[0],
                 schedule=schedule_state(self.train_config, scheduler),
+                refused=refused or None,
             )
             save_progress(progress, Path(directory))
             if self.base_scores is not None:
@@ -168,6 +186,7 @@ class CheckpointedTrainer(SteppedTrainer):
             progress = load_progress(directory)
             resume_schedule(self.lr_scheduler, progress)
             self.clock.before = progress.train_seconds
+            self._refused_before = progress.refused or 0
             if self.base_scores is None and (directory / f"{_BASE_SCORES}.safetensors").exists():
                 self.base_scores = load_tensors(directory, _BASE_SCORES)["table"]
         self.resumed_weights = {}

@@ -67,7 +67,7 @@ def read_on_ray(spec: TrialSpec) -> StreamReader:
 
     def read(
         stream: Stream, ranges: Sequence[SampleRange], seed: int, max_length: int
-    ) -> Iterator[tuple[int, TokenizedSample]]:
+    ) -> Iterator[tuple[int, TokenizedSample | None]]:
         import ray.data  # here, as few trials stream
 
         _prepare()
@@ -87,7 +87,7 @@ def read_on_ray(spec: TrialSpec) -> StreamReader:
             batch: Any
             for batch in samples.iter_batches(batch_size=None, batch_format="pyarrow"):
                 for row in batch.to_pylist():
-                    yield row.pop("lane"), row
+                    yield row.pop("lane"), row if row["input_ids"] is not None else None
 
     return read
 
@@ -104,7 +104,10 @@ def _tokenize(
     seed: int,
     max_length: int,
 ) -> Any:
-    """Turn a table of sample ranges into a table of their tokenised samples."""
+    """Turn a table of sample ranges into a table of their tokenised samples.
+
+    A sample that the chat template refuses is null in all columns but its lane.
+    """
     import pyarrow as pa
 
     tokenizer = _tokenizer(spec.model, spec.data.chat_template)
@@ -119,15 +122,11 @@ def _tokenize(
         )
         lanes += [each.lane] * (len(samples) - len(lanes))
     tokens = pa.list_(pa.int32())
-    return pa.table(
-        {
-            "lane": lanes,
-            **{
-                name: pa.array([sample[name] for sample in samples], tokens)
-                for name in (samples[0] if samples else ("input_ids", "labels"))
-            },
-        }
-    )
+    names = next((sample for sample in samples if sample is not None), ("input_ids", "labels"))
+    columns = {
+        name: pa.array([sample and sample[name] for sample in samples], tokens) for name in names
+    }
+    return pa.table({"lane": lanes, **columns})
 
 
 def _prepare() -> None:

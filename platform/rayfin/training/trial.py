@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.collector import collector_paused
 from rayfin.compat.bitsandbytes import forget_optimizers
+from rayfin.data.accepted import streamed_note
 from rayfin.errors import StorageError, TrialOutOfMemory
 from rayfin.hardware import Hardware, describe_hardware
 from rayfin.heartbeat import beat, pause
@@ -135,7 +136,7 @@ def _train(
         import_bitsandbytes()  # before Trainer imports PEFT, which would import it the slow way
         from transformers import set_seed
 
-        from rayfin.training.batches import samples_of
+        from rayfin.training.batches import StreamedSamples, samples_of
         from rayfin.training.generation import sample_generator
         from rayfin.training.initialization import initialize
         from rayfin.training.parallel_strategies import parallel_strategy
@@ -227,6 +228,10 @@ def _train(
             initialize(model, spec, objective, data, cache)
         with embedding_noise(model, spec.train.neftune_noise_alpha):
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if isinstance(trainer.planned, StreamedSamples):
+            refused, steps = trainer.refused_samples(), trainer.state.global_step
+            notes = streamed_note(refused, trainer.planned.count(steps), steps)
+            scenario["data"]["notes"] += notes
         trainer.return_to_best()
         template, origin = spec.data.chat_template, cache.origin(spec.model)
         adapter = _finish(trainer, model, tokenizer, data.ends, location, origin, template, begun)
