@@ -107,6 +107,8 @@ class Recommendation(_Schema):
     differences that trials have removed, 0 to 1."""
     explanation: str
     """What the recommendation rests on, as a sentence."""
+    notes: list[str]
+    """What was guessed of the model or the data, as they were only described."""
     rule: str
     """The rules' recommendation for the scenario."""
     scenario: dict[str, Any]

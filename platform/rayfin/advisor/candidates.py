@@ -9,6 +9,7 @@ from typing import Any
 
 from rayfin.advisor import practice
 from rayfin.advisor.features import category_codes, data_row, model_row
+from rayfin.advisor.measurements import LengthFacts
 from rayfin.advisor.rules import rule_for
 from rayfin.advisor.scenario import Scenario
 from rayfin.config import Config, with_values
@@ -64,6 +65,10 @@ class ScenarioFacts:
     hardware: Hardware
     profile: Mapping[str, Any] | None = None
     """The profile of the data, as records hold it; unknown entries may be missing."""
+    lengths: LengthFacts | None = None
+    """The lengths of the samples before any cut; None where they are not known."""
+    notes: tuple[str, ...] = ()
+    """What was guessed of the model or the data, as lines."""
 
     @property
     def rows(self) -> int | None:

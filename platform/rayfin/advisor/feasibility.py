@@ -122,6 +122,7 @@ def _estimate(
         known.hardware,
         measured=measured,
         tokens=known.scenario.sequence_length,
+        profile=known.lengths and known.lengths.cut(candidate.config.data.max_length),
     )
 
 

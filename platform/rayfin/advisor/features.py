@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from rayfin.advisor.kernel import Columns
-from rayfin.advisor.model_names import facts_from_name
+from rayfin.advisor.model_names import facts_from_name, name_to_read
 from rayfin.config import TrainConfig
 from rayfin.config.optimizers import (
     ADAM_SETTINGS,
@@ -134,7 +134,11 @@ def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
 
 def model_row(name: str, facts: Mapping[str, Any]) -> dict[str, float]:
     """Return the columns of a base model, from its facts as records hold them, or from its name."""
-    said = facts_from_name(str(facts.get("name") or name))
+    called, identity, architecture = (
+        str(facts.get(key) or otherwise)
+        for key, otherwise in (("name", name), ("identity", name), ("architecture", ""))
+    )
+    said = facts_from_name(name_to_read(called, identity, architecture))
     total = _number(facts.get("parameters"))
     if not total > 0:
         total = said.size_b * 1e9 if said.size_b else NAN

@@ -44,7 +44,7 @@ _MEASURED = 600
 _NEWEST = 2000
 """The most trials of a history that an estimate rests on."""
 _GROWN = 1.25
-_FORMAT = 6
+_FORMAT = 7
 """The version of the cache; raise it whenever the same trials would give other columns or
 hyperparameters."""
 

@@ -45,6 +45,15 @@ class LengthFacts:
         """Take the facts from a profile."""
         return cls(*(getattr(profile, field.name) for field in fields(cls)))
 
+    def cut(self, length: int) -> LengthFacts:
+        """Return the facts with samples cut to so many tokens."""
+        return LengthFacts(
+            min(self.tokens_per_sample_mean, length),
+            min(self.tokens_per_sample_p95, length),
+            min(self.tokens_per_sample_max, length),
+            self.completion_share,
+        )
+
     def longest_of(self, samples: int) -> int:
         """Return the expected tokens of the longest of so many samples, from known quantiles."""
         known = (

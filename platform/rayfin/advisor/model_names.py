@@ -15,6 +15,9 @@ _PUBLISHED = {
     "kimi-k2": (1000.0, 32.0),
     "mixtral-8x7b": (46.7, 12.9),
     "mixtral-8x22b": (141.0, 39.0),
+    "phi-3-mini": (3.8, 3.8),
+    "phi-4-mini": (3.8, 3.8),
+    "phi-4": (14.7, 14.7),
 }
 _BUNDLED = {"tiny": 90_688 / 1e9}
 """The billions of parameters of rayfin's own test model, which has no size in its name."""
@@ -24,6 +27,8 @@ _TUNED = re.compile(r"(?<![a-z])(instruct|chat|it|thinking|sft|dpo|rl|reasoning)
 _BASE = re.compile(r"(?<![a-z])(base|pt|pretrained)(?![a-z])")
 _FAMILY = re.compile(r"([a-z]+)[-_ ]?(v?\d+(?:\.\d+)?(?![\d.]*[bm]\b))?")
 _POINT = re.compile(r"(?<=-\d)_(?=\d)")  # of stablelm-2-1_6b and llama-3_3
+_CACHED = re.compile(r"models--[^/]+--([^/]+)/snapshots/")
+_CLASS = re.compile(r"(For[A-Z]|LMHead).*")  # of LlamaForCausalLM and GPT2LMHeadModel
 _PUBLISHER = re.compile(r"^(nvidia|meta|mistralai|google|microsoft)[-_]")
 
 
@@ -52,6 +57,16 @@ def facts_from_name(name: str) -> NameFacts:
     version = (family[2] or "").removeprefix("v") if family else ""
     tuned = True if _TUNED.search(plain) else False if _BASE.search(plain) else None
     return NameFacts(size, active, brand, brand + version, tuned)
+
+
+def name_to_read(name: str, identity: str, architecture: str) -> str:
+    """Return the name that tells a model's family: for a directory, its architecture's.
+
+    How a directory is called says nothing, but for one of the Hugging Face hub's cache.
+    """
+    if (cached := _CACHED.search(name)) is not None:
+        return cached[1]
+    return _CLASS.sub("", architecture) if identity.startswith("local@") else name
 
 
 def _sizes(plain: str) -> tuple[float | None, float | None]:

@@ -92,6 +92,7 @@ def recommend(
         source="learned" if learned else "rules",
         relevance=most,
         explanation=explanation(most, knowledge, columns, learned=learned),
+        notes=list(known.notes),
         rule=recommend_text(known.scenario, "en"),
         scenario=known.scenario.as_dict(),
         trials=knowledge.trials,

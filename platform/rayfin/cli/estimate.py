@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from rayfin.cli.recommend import add_described, described
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="X",
         help="what all that the run uses costs an hour, in any currency",
     )
+    add_described(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.epilog = f"Example: {parser.prog} data.path=my.jsonl method.type=lora method.r=16"
     parser.set_defaults(handler=run)
@@ -34,20 +36,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Print the estimate; returns exit code 0, whether the configuration fits or not."""
     from rayfin.config import load_config
-    from rayfin.hardware import describe_hardware
-    from rayfin.library.advice import estimate
+    from rayfin.library.advice import estimate_on
 
     config = load_config(*split_settings(args.settings))
-    found = estimate(config, price_per_hour=args.price_per_hour)
-    hardware = describe_hardware(config.scaling.use_gpu)
+    found, hardware, facts = estimate_on(config, described(args), args.price_per_hour)
     if args.json:
         print(json.dumps({**found.as_dict(), "hardware": hardware.as_dict()}))
     else:
-        _print(config, found, hardware)
+        _print(config, facts.name, found, hardware)
     return 0
 
 
-def _print(config: Config, found: Estimate, hardware: Hardware) -> None:
+def _print(config: Config, model: str, found: Estimate, hardware: Hardware) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -71,7 +71,7 @@ def _print(config: Config, found: Estimate, hardware: Hardware) -> None:
     length = (
         f"{found.steps} steps" if epochs is None else f"{epochs:g} epochs ({found.steps} steps)"
     )
-    what = f"{config.model.name}, {config.method.type}, {length}"
+    what = f"{model}, {config.method.type}, {length}"
     # Text, so that brackets in a path are not taken for markup.
     console.print(Text(f"{what} on {hardware.device_name} ({hardware.device})", style="bold"))
     if found.strategy is not None:

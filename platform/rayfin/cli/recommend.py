@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,23 @@ if TYPE_CHECKING:
     from rayfin.config import Config
     from rayfin.hardware import Hardware
 
+DESCRIBED = {
+    "hardware": (str, "cpu, single_gpu or multi_gpu; default: this machine's"),
+    "gpu-memory-gb": (float, "GiB of one GPU"),
+    "num-gpus": (int, "GPUs that train together"),
+    "model-size-b": (float, "billions of parameters, in place of model.name"),
+    "rows": (int, "number of training samples, in place of data.path"),
+    "tokens-per-sample": (float, "mean length of these samples"),
+}
+"""The options that describe hardware, model and data that are not here, with their types."""
 _CHOICES = {
     "hardware": ("cpu", "single_gpu", "multi_gpu"),
     "latency": ("strict", "normal"),
     "priority": ("quality", "cost", "latency"),
 }
-_SCENARIO = {
-    "hardware": (str, "cpu, single_gpu or multi_gpu; default: this machine's"),
+_SCENARIO = DESCRIBED | {
     "latency": (str, "strict or normal: whether answers are waited for"),
     "priority": (str, "quality, cost or latency"),
-    "gpu-memory-gb": (float, "GiB of one GPU"),
-    "num-gpus": (int, "GPUs that train together"),
     "latency-target-ms": (float, "milliseconds to the first token"),
     "budget-hours": (float, "hours that a training may take"),
 }
@@ -35,10 +42,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("recommend", help=summary, description=f"{summary.capitalize()}")
     add_settings(parser)
     parser.add_argument("-k", type=_count, default=3, metavar="N", help="configurations (3)")
-    for name, (kind, meaning) in _SCENARIO.items():
-        parser.add_argument(
-            f"--{name}", type=kind, choices=_CHOICES.get(name), metavar="X", help=meaning
-        )
+    add_described(parser, _SCENARIO)
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="quality against cost")
     parser.add_argument(
         "--scaffold", type=Path, metavar="DIR", help="write configurations to train, sweep, serve"
@@ -50,6 +54,23 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "what would is said. Guide: docs/recommend.md"
     )
     parser.set_defaults(handler=run)
+
+
+def add_described(
+    parser: argparse.ArgumentParser, options: Mapping[str, tuple[type, str]] = DESCRIBED
+) -> None:
+    """Add options that describe a scenario; `described` returns their values."""
+    for name, (kind, meaning) in options.items():
+        parser.add_argument(
+            f"--{name}", type=kind, choices=_CHOICES.get(name), metavar="X", help=meaning
+        )
+
+
+def described(
+    args: argparse.Namespace, options: Mapping[str, tuple[type, str]] = DESCRIBED
+) -> dict[str, Any]:
+    """Return what is told of a scenario, by the names of `rayfin.recommend`'s arguments."""
+    return {field: getattr(args, field) for field in (name.replace("-", "_") for name in options)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
     from rayfin.errors import NothingFits
     from rayfin.library import advice
 
-    config = load_config(*split_settings(args.settings))
-    known = {field: getattr(args, field) for field in map(_field, _SCENARIO)}
-    facts = advice.scenario_facts(config, known)
+    known = described(args, _SCENARIO)
+    config, facts = advice.scenario_of(load_config(*split_settings(args.settings)), known)
+    if args.scaffold is not None:
+        _check_named(known)
     answer = advice.answer(config, facts, args.k)
     if answer.nothing_fits is not None:
         if not args.json:
@@ -88,9 +110,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _field(option: str) -> str:
-    """Return the name of an option's field of a scenario, which is that of its value too."""
-    return option.replace("-", "_")
+def _check_named(known: Mapping[str, Any]) -> None:
+    """Raise ConfigError where files are to be written for a model or data without a name."""
+    from rayfin.errors import ConfigError
+
+    for option, setting in (("model_size_b", "model.name"), ("rows", "data.path")):
+        if known[option] is not None:
+            told = option.replace("_", "-")
+            raise ConfigError(
+                f"--scaffold writes files that train, and --{told} is not enough for them; name "
+                f"{setting}, or leave --scaffold out"
+            )
 
 
 def _write_picture(answer: Recommendation, path: Path) -> None:
@@ -114,6 +144,8 @@ def _print(
     what = f"{config.model.name} on {config.data.title}, {hardware.device_name}"
     console.print(Text(what, style="bold"))
     console.print(Text(answer.explanation))
+    for note in answer.notes:
+        console.print(Text(note, style="dim"))
     for choice in answer.choices:
         console.print()
         _print_choice(console, choice)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from rayfin.errors import ConfigError, did_you_mean
@@ -15,12 +15,15 @@ from rayfin.library.stores import begun_history
 if TYPE_CHECKING:
     from rayfin.advisor.answer import Recommendation
     from rayfin.advisor.candidates import ScenarioFacts
+    from rayfin.advisor.description import Description
     from rayfin.advisor.estimate import Estimate
     from rayfin.advisor.knowledge import Knowledge
-    from rayfin.advisor.measurements import MeasuredTrial
+    from rayfin.advisor.measurements import LengthFacts, MeasuredTrial
     from rayfin.advisor.scenario import HardwareClass, Latency, Priority, Scenario
     from rayfin.config import Config
+    from rayfin.data import DataProfile
     from rayfin.hardware import Hardware
+    from rayfin.models import ModelFacts
 
 
 def recommend(
@@ -34,6 +37,9 @@ def recommend(
     latency_target_ms: float | None = None,
     budget_hours: float | None = None,
     priority: Priority | None = None,
+    model_size_b: float | None = None,
+    rows: int | None = None,
+    tokens_per_sample: float | None = None,
     progress: bool = True,
 ) -> Recommendation:
     """Recommend `k` configurations for a model, data and hardware, learned from all trials.
@@ -45,6 +51,9 @@ def recommend(
     - `latency`: strict or normal, whether answers are waited for; `latency_target_ms` is that of
       the first token.
     - `budget_hours`: that a training may take. `priority`: quality, cost or latency.
+    - `model_size_b`: billions of parameters, in place of model.name.
+    - `rows`: the number of training samples, in place of data.path, with a mean length of
+      `tokens_per_sample`.
     - `progress`: tell on standard error what there is to know of the data, else in the log.
 
     Where nothing fits, `choices` is empty and `nothing_fits` says what would. Nothing is trained or
@@ -58,13 +67,15 @@ def recommend(
         "latency_target_ms": latency_target_ms,
         "budget_hours": budget_hours,
         "priority": priority,
+        "model_size_b": model_size_b,
+        "rows": rows,
+        "tokens_per_sample": tokens_per_sample,
     }
     for name, allowed in _choices().items():
         if known[name] is not None and known[name] not in allowed:
             near = did_you_mean(str(known[name]), allowed)
             raise ConfigError(f"{name}='{known[name]}' must be one of {', '.join(allowed)}{near}")
-    config = configuration(config)
-    return answer(config, scenario_facts(config, known, progress=progress), k)
+    return answer(*scenario_of(configuration(config), known, progress=progress), k)
 
 
 def _choices() -> Mapping[str, tuple[str, ...]]:
@@ -75,40 +86,58 @@ def _choices() -> Mapping[str, tuple[str, ...]]:
     return {name: get_args(kind) for name, kind in kinds.items()}
 
 
-def scenario_facts(
-    config: Config, known: dict[str, Any], *, progress: bool = True
-) -> ScenarioFacts:
-    """Return the facts that a recommendation for `config` needs.
+def scenario_of(
+    config: Config, known: Mapping[str, Any], *, progress: bool = True
+) -> tuple[Config, ScenarioFacts]:
+    """Return the configuration and the facts that a recommendation for `config` needs.
 
-    `known` is what is told of the scenario, by the names of `Scenario`'s fields; None is not told.
+    `known` is what is told of the scenario, by the names of `recommend`'s arguments; None is not
+    told. Raises UsageErrors.
     """
     from rayfin.advisor.candidates import ScenarioFacts, given_settings
     from rayfin.advisor.scenario import Scenario
-    from rayfin.hardware import describe_hardware
-    from rayfin.models import describe_model
 
     prepare_process()
-    known = {name: value for name, value in known.items() if value is not None}
+    told, known = _told(config, known)
     if "data.max_length" in given_settings(config):
         known["sequence_length"] = config.data.max_length
-    machine = describe_hardware(config.scaling.use_gpu)
-    if "gpu_memory_gb" in known and "hardware" not in known:
-        known.setdefault("num_gpus", max(1, machine.device_count))
-    facts = describe_model(config.model)
-    corpus = read_data(config, notes_to(progress))
+    elif told.max_length is not None:
+        known["sequence_length"] = told.max_length
+    facts, guessed = told.model(config)
+    if told.rows is None:
+        corpus = read_data(config, notes_to(progress))
+        known["dataset_rows"] = len(corpus.train)
+        profile: dict[str, Any] = {
+            "rows_train": len(corpus.train),
+            "digest": corpus.digest,
+            "source": corpus.source,
+        }
+    else:
+        known["dataset_rows"], profile = told.rows, dict(told.profile)
     scenario = Scenario.detect(
         use_gpu=config.scaling.use_gpu,
-        model_name=config.model.name,
+        model_name=facts.name,
         model_size_b=facts.parameters / 1e9,
-        dataset_rows=len(corpus.train),
         **known,
     )
-    profile = {
-        "rows_train": len(corpus.train),
-        "digest": corpus.digest,
-        "source": corpus.source,
-    }
-    return ScenarioFacts(scenario, facts, _described(machine, scenario), profile)
+    notes = tuple(note for note in (guessed, told.note) if note is not None)
+    hardware = _hardware(config, scenario)
+    return told.applied(config), ScenarioFacts(
+        scenario, facts, hardware, profile, told.lengths, notes
+    )
+
+
+def _told(config: Config, known: Mapping[str, Any]) -> tuple[Description, dict[str, Any]]:
+    """Return what is told in place of a model and data, and the rest of what is told."""
+    from rayfin.advisor.description import Description
+    from rayfin.hardware import describe_hardware
+
+    rest = {name: value for name, value in known.items() if value is not None}
+    told = Description(**{each.name: rest.pop(each.name, None) for each in fields(Description)})
+    told.check(config)
+    if "gpu_memory_gb" in rest and "hardware" not in rest:
+        rest.setdefault("num_gpus", max(1, describe_hardware(config.scaling.use_gpu).device_count))
+    return told, rest
 
 
 def answer(config: Config, facts: ScenarioFacts, k: int = 3) -> Recommendation:
@@ -120,8 +149,11 @@ def answer(config: Config, facts: ScenarioFacts, k: int = 3) -> Recommendation:
     return recommendation.recommend(facts, _knowledge(config), k, config=config)
 
 
-def _described(machine: Hardware, scenario: Scenario) -> Hardware:
+def _hardware(config: Config, scenario: Scenario) -> Hardware:
     """Return this machine, or the one that the scenario describes."""
+    from rayfin.hardware import describe_hardware
+
+    machine = describe_hardware(config.scaling.use_gpu)
     if scenario.hardware == "cpu":
         return replace(machine, device="cpu", device_memory=machine.host_memory, device_count=0)
     if machine.device == "cuda" and scenario.gpu_memory_gb is None:
@@ -146,41 +178,82 @@ def _knowledge(config: Config) -> Knowledge:
 
 
 def estimate(
-    config: ConfigSource = None, *, price_per_hour: float | None = None, progress: bool = True
+    config: ConfigSource = None,
+    *,
+    price_per_hour: float | None = None,
+    hardware: HardwareClass | None = None,
+    gpu_memory_gb: float | None = None,
+    num_gpus: int | None = None,
+    model_size_b: float | None = None,
+    rows: int | None = None,
+    tokens_per_sample: float | None = None,
+    progress: bool = True,
 ) -> Estimate:
-    """Estimate the memory, time and cost of a configuration on this machine, before it runs.
+    """Estimate the memory, time and cost of a configuration before it runs.
 
     - `config`: a Config, a mapping of its sections, or the path of a YAML file.
     - `price_per_hour`: what all that the run uses costs an hour, in any currency.
+    - `hardware`, `gpu_memory_gb`, `num_gpus`, `model_size_b`, `rows`, `tokens_per_sample`: as in
+      `recommend`; this machine, and the configuration's model and data, where nothing is said.
     - `progress`: tell on standard error what there is to know of the data, else in the log.
 
     The result says whether it fits; nothing is trained or written. Raises UsageErrors for a
     combination, data or a model that can't be used.
     """
+    told = {
+        "hardware": hardware,
+        "gpu_memory_gb": gpu_memory_gb,
+        "num_gpus": num_gpus,
+        "model_size_b": model_size_b,
+        "rows": rows,
+        "tokens_per_sample": tokens_per_sample,
+    }
+    return estimate_on(configuration(config), told, price_per_hour, progress=progress)[0]
+
+
+def estimate_on(
+    config: Config,
+    known: Mapping[str, Any],
+    price_per_hour: float | None = None,
+    *,
+    progress: bool = True,
+) -> tuple[Estimate, Hardware, ModelFacts]:
+    """Return the estimate of a configuration, with the hardware and the model that it is for.
+
+    `known` is what is told of the scenario, by the names of `estimate`'s arguments; None is not
+    told. Raises UsageErrors.
+    """
     from rayfin.advisor import estimate as estimates
     from rayfin.advisor.memory_check import sampled_profile
-    from rayfin.hardware import describe_hardware
-    from rayfin.models import describe_model
+    from rayfin.advisor.scenario import Scenario
     from rayfin.training.combination import check_combination
     from rayfin.training.precision import with_precision
 
     prepare_process()
-    config = configuration(config)
     check_combination(config)
-    config = with_precision(config)
+    note = notes_to(progress)
+    told, known = _told(config, known)
+    machine = _hardware(config, Scenario.detect(use_gpu=config.scaling.use_gpu, **known))
+    facts, guessed = told.model(config)
+    for line in (guessed, told.note):
+        if line is not None:
+            note(line)
+    if machine.device == "cpu":
+        config = with_precision(config)
     measured = _measured(config)
-    corpus = read_data(config, notes_to(progress))
-    profile = sampled_profile(config, corpus)
-    config = config.with_rows(corpus.rows)
+    profile: DataProfile | LengthFacts | None
+    if told.rows is None:
+        corpus = read_data(config, note)
+        profile = sampled_profile(config, corpus)
+        config = config.with_rows(corpus.rows)
+    else:
+        profile = told.lengths and told.lengths.cut(config.data.max_length)
+        config = config.with_rows(told.rows)
     check_combination(config)  # now that its steps are known
-    return estimates.estimate(
-        config,
-        describe_model(config.model),
-        describe_hardware(config.scaling.use_gpu),
-        measured=measured,
-        price_per_hour=price_per_hour,
-        profile=profile,
+    found = estimates.estimate(
+        config, facts, machine, measured=measured, price_per_hour=price_per_hour, profile=profile
     )
+    return found, machine, facts
 
 
 def _measured(config: Config) -> list[MeasuredTrial]:

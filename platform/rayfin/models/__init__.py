@@ -12,7 +12,7 @@ from rayfin.models.facts import (
     weight_names,
 )
 from rayfin.models.load import Head, check_model, dtype_on, load_base, load_tokenizer
-from rayfin.models.source import locate
+from rayfin.models.source import is_hub, is_in_hub_cache, locate
 from rayfin.models.tiny import write_tiny
 
 __all__ = [
@@ -29,6 +29,8 @@ __all__ = [
     "hub_id",
     "identity",
     "import_bitsandbytes",
+    "is_hub",
+    "is_in_hub_cache",
     "load_base",
     "load_tokenizer",
     "locate",

@@ -44,6 +44,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory has weights in any format, or the index of some."""
+    names = ("model.safetensors", "model.safetensors.index.json", *_PICKLES)
+    return any(next(directory.glob(name), None) for name in names)
+
+
 def weight_files(directory: Path) -> list[WeightFile]:
     """Return the safetensors files of a checkpoint.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ModelError
 from rayfin.models.bundled import BUNDLED
-from rayfin.models.checkpoint import check_causal, read_config, weight_files
+from rayfin.models.checkpoint import check_causal, has_weights, read_config, weight_files
 from rayfin.models.sizes import sizes_of
 from rayfin.models.source import is_hub, model_directory
 from rayfin.sizes import Sizes
@@ -50,21 +50,22 @@ def identity(config: ModelConfig) -> str:
     return content_identity(directory)
 
 
-def content_identity(directory: Path) -> str:
+def content_identity(directory: Path, *, weights: bool = True) -> str:
     """Return `local@` and 16 hexadecimal digits, a digest of a model's files; raises ModelError.
 
     The headers and both ends of every tensor are hashed, by which a trained copy differs. Whole
     files would take minutes, and their first bytes are the embedding, which merged adapters keep.
+    Without `weights`, only the configuration and the tokenizer are.
     """
     read_config(directory)
     digest = hashlib.sha256()
     for name in ("config.json", *_TOKENIZER_FILES):
         if (path := directory / name).is_file():
             digest.update(name.encode() + hashlib.sha256(path.read_bytes()).digest())
-    for weights in weight_files(directory):
-        digest.update(weights.path.name.encode() + weights.header)
-        with weights.path.open("rb") as file:
-            for first, last in weights.spans:
+    for part in weight_files(directory) if weights else ():
+        digest.update(part.path.name.encode() + part.header)
+        with part.path.open("rb") as file:
+            for first, last in part.spans:
                 file.seek(first)
                 digest.update(file.read(min(_SAMPLE, last - first)))
                 file.seek(max(first, last - _SAMPLE))
@@ -124,14 +125,17 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         ) from error
 
 
-def describe_model(config: ModelConfig) -> ModelFacts:
+def describe_model(config: ModelConfig, *, weights: bool = True) -> ModelFacts:
     """Return the facts of a model, read from its configuration; raises ModelError.
 
     For common architectures that takes milliseconds and neither torch nor transformers (`sizes`).
+    Without `weights`, a directory that has none will do; its identity is that of its other files.
     """
     directory = model_directory(config, weights=False)
     sizes = sizes_of(read_config(directory)) or _sizes_of_meta_model(meta_model(config))
-    return ModelFacts(name=config.name, identity=identity(config), **vars(sizes))
+    bare = not (weights or config.name in BUNDLED or is_hub(config) or has_weights(directory))
+    known_by = content_identity(directory, weights=False) if bare else identity(config)
+    return ModelFacts(name=config.name, identity=known_by, **vars(sizes))
 
 
 def _sizes_of_meta_model(model: PreTrainedModel) -> Sizes:

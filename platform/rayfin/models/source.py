@@ -58,6 +58,18 @@ def model_directory(config: ModelConfig, *, weights: bool = True) -> Path:
     return Path(name).expanduser().resolve()
 
 
+def is_in_hub_cache(config: ModelConfig) -> bool:
+    """Whether the small files of a hub model are on this machine; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(config.name, "config.json", revision=config.revision)
+    except HFValidationError:
+        return False
+    return isinstance(found, str)
+
+
 def _hub_directory(config: ModelConfig, weights: bool) -> Path:
     name = config.name
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
