@@ -155,11 +155,11 @@ def test_the_guides_commands_run(capfd: pytest.CaptureFixture[str]) -> None:
     Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     blocks = re.findall(r"```bash\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 9
     for command in commands:
         said, _, comment = command.partition("#")
         program, *arguments = said.split()
-        assert (program, arguments[0]) == ("rayfin", "recommend")
+        assert program == "rayfin" and arguments[0] in ("recommend", "estimate")
         assert main(arguments) == (1 if "exit code 1" in comment else 0), command
     assert "nothing fits: smollm2-135m needs " in capfd.readouterr().err
 

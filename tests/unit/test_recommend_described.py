@@ -173,6 +173,6 @@ def test_a_configuration_alone_is_enough_and_tells_the_family(tmp_path: Path) ->
 
 
 def test_a_model_of_the_hubs_cache_is_of_the_family_of_its_name() -> None:
-    path = "/home/me/hub/models--meta-llama--Llama-3.1-8B/snapshots/d04e592bb4f6aa9cfee91e2e"
+    path = "/hub/models--meta-llama--Llama-3.1-8B/snapshots/d04e592bb4f6aa9cfee91e2e"
     facts = {"name": path, "identity": "local@0123456789abcdef", "architecture": "LlamaForCausalLM"}
     assert model_row("", facts)["generation"] == model_row("Llama-3.1-8B", {})["generation"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rayfin.cli.recommend import add_described, described
+from rayfin.cli.described import add_described, described
 from rayfin.cli.settings import add_settings, split_settings
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.cli.described import add_described, described, values_of
 from rayfin.cli.parser import print_json
 from rayfin.cli.settings import add_settings, split_settings
 
@@ -15,21 +16,11 @@ if TYPE_CHECKING:
     from rayfin.config import Config
     from rayfin.hardware import Hardware
 
-DESCRIBED = {
-    "hardware": (str, "cpu, single_gpu or multi_gpu; default: this machine's"),
-    "gpu-memory-gb": (float, "GiB of one GPU"),
-    "num-gpus": (int, "GPUs that train together"),
-    "model-size-b": (float, "billions of parameters, in place of model.name"),
-    "rows": (int, "number of training samples, in place of data.path"),
-    "tokens-per-sample": (float, "mean length of these samples"),
-}
-"""The options that describe hardware, model and data that are not here, with their types."""
 _CHOICES = {
-    "hardware": ("cpu", "single_gpu", "multi_gpu"),
     "latency": ("strict", "normal"),
     "priority": ("quality", "cost", "latency"),
 }
-_SCENARIO = DESCRIBED | {
+_SCENARIO = {
     "latency": (str, "strict or normal: whether answers are waited for"),
     "priority": (str, "quality, cost or latency"),
     "latency-target-ms": (float, "milliseconds to the first token"),
@@ -42,7 +33,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser("recommend", help=summary, description=f"{summary.capitalize()}")
     add_settings(parser)
     parser.add_argument("-k", type=_count, default=3, metavar="N", help="configurations (3)")
-    add_described(parser, _SCENARIO)
+    add_described(parser)
+    for name, (kind, meaning) in _SCENARIO.items():
+        parser.add_argument(
+            f"--{name}", type=kind, choices=_CHOICES.get(name), metavar="X", help=meaning
+        )
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="quality against cost")
     parser.add_argument(
         "--scaffold", type=Path, metavar="DIR", help="write configurations to train, sweep, serve"
@@ -54,23 +49,6 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "what would is said. Guide: docs/recommend.md"
     )
     parser.set_defaults(handler=run)
-
-
-def add_described(
-    parser: argparse.ArgumentParser, options: Mapping[str, tuple[type, str]] = DESCRIBED
-) -> None:
-    """Add options that describe a scenario; `described` returns their values."""
-    for name, (kind, meaning) in options.items():
-        parser.add_argument(
-            f"--{name}", type=kind, choices=_CHOICES.get(name), metavar="X", help=meaning
-        )
-
-
-def described(
-    args: argparse.Namespace, options: Mapping[str, tuple[type, str]] = DESCRIBED
-) -> dict[str, Any]:
-    """Return what is told of a scenario, by the names of `rayfin.recommend`'s arguments."""
-    return {field: getattr(args, field) for field in (name.replace("-", "_") for name in options)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from rayfin.errors import NothingFits
     from rayfin.library import advice
 
-    known = described(args, _SCENARIO)
+    known = described(args) | values_of(args, _SCENARIO)
     config, facts = advice.scenario_of(load_config(*split_settings(args.settings)), known)
     if args.scaffold is not None:
         _check_named(known)
