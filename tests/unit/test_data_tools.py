@@ -24,6 +24,8 @@ from rayfin.samples import Example
 GUIDE = Path(__file__).parents[2] / "docs" / "data-tools.md"
 
 
+PASSWORD = "How do I reset my password when I have lost the phone that I signed up with?"
+INVOICE = "Can I pay by invoice?"
 FAQ = """# Support
 
 Our most common questions.
@@ -52,6 +54,10 @@ def _tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("faq.md").write_text(FAQ)
     lines = [json.dumps(row) + "\n" for row in [*rows, {"id": 10, "prompt": "no answer"}]]
     Path("tickets.jsonl").write_text("".join(lines))
+    asked = (PASSWORD, INVOICE, PASSWORD, PASSWORD.replace("my ", "the "), "Is there a discount?")
+    for name, prompts in (("questions", asked), ("held", [INVOICE])):
+        pairs = [json.dumps({"prompt": each, "completion": "See Settings."}) for each in prompts]
+        Path(f"{name}.jsonl").write_text("\n".join(pairs))
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
@@ -64,7 +70,7 @@ def test_what_the_guide_shows_is_what_the_commands_print(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     blocks = re.findall(r"```console\n\$ rayfin data (.*?)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 5
     for command, shown in blocks:
         said = [line.rstrip() for line in printed(capsys, *shlex.split(command)).splitlines()]
         assert said == [line.rstrip() for line in shown.splitlines()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from rayfin.cli import data_duplicates
 from rayfin.cli.data_arguments import add_data, add_output, configuration, print_report
 from rayfin.cli.parser import print_json
 
@@ -53,6 +54,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_output(convert, "FILE", "a new .jsonl file")
     convert.epilog = f"Example: {convert.prog} faq.md --output faq.jsonl"
     convert.set_defaults(handler=convert_data)
+
+    data_duplicates.register(verbs)
 
 
 def _count(text: str) -> int:

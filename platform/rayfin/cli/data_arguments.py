@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +33,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
             )
 
 
-def add_output(parser: argparse.ArgumentParser, what: str, meaning: str) -> None:
-    """Add --output, which is required, and --json."""
-    parser.add_argument("--output", type=Path, required=True, metavar=what, help=meaning)
+def add_output(
+    parser: argparse.ArgumentParser, what: str, meaning: str, *, needed: bool = True
+) -> None:
+    """Add --output, which may be `needed`, and --json."""
+    parser.add_argument("--output", type=Path, required=needed, metavar=what, help=meaning)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -60,22 +64,39 @@ def configuration(settings: list[str]) -> Config:
 
 def print_report(args: argparse.Namespace, report: dict[str, Any], said: str, file: Path) -> None:
     """Print what was written, and what was left out, of which the report in `file` has all."""
+    if args.json:
+        print_json(report)
+        return
+    lost = report["left_out"]
+    print_summary(said, report["notes"], lost, len(lost), f"{file} has all that was left out")
+
+
+def print_summary(
+    said: str,
+    notes: Iterable[str],
+    rows: Iterable[dict[str, Any]],
+    count: int,
+    rest: str,
+    *,
+    what: str = "left out",
+) -> None:
+    """Print what was done, notes, and the first of `count` rows that are `what`, with the reasons.
+
+    `rest` says where all of them are.
+    """
     from rich.text import Text
 
     from rayfin.redaction import printable
     from rayfin.tables import output
 
-    if args.json:
-        print_json(report)
-        return
-    console, lost = output(), report["left_out"]
+    console = output()
     console.print(Text(printable(said)))
-    for note in report["notes"]:
+    for note in notes:
         console.print(Text(printable(f"- {note.removeprefix('data: ')}")))
-    for each in lost[:_LEFT_OUT_SHOWN]:
-        reason = f"- left out: {each['file']}:{each['line']}: {each['reason']}"
+    for each in islice(rows, _LEFT_OUT_SHOWN):
+        reason = f"- {what}: {each['file']}:{each['line']}: {each['reason']}"
         console.print(Text(printable(reason)))
-    if len(lost) > _LEFT_OUT_SHOWN:
-        console.print(Text(f"- and {len(lost) - _LEFT_OUT_SHOWN} more"))
-    if lost:
-        console.print(Text(f"{printable(str(file))} has all that was left out"))
+    if count > _LEFT_OUT_SHOWN:
+        console.print(Text(f"- and {count - _LEFT_OUT_SHOWN} more"))
+    if count:
+        console.print(Text(printable(rest)))

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rayfin.config import Config
+from rayfin.config import Config, DataConfig
 from rayfin.data.conversion import (
     RowStatistics,
     bad_rows_error,
@@ -24,6 +24,7 @@ from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
 from rayfin.data.shapes import fitting_shape
 from rayfin.data.sources import find_splits, read_rows
+from rayfin.data.splits import SplitSelection
 from rayfin.errors import ConfigError, DataError
 from rayfin.samples import Example
 
@@ -44,24 +45,16 @@ class RowStream:
     makes the data unusable, and `notes` says what was guessed.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, selection: SplitSelection | None = None) -> None:
         """Find the rows and their format.
 
-        Raises ConfigError for data.sources and data.eval_path, and DataError where the data has
-        splits of its own, has no row, or has none of a format that is read.
+        `selection` is what to read where that is not the whole of data.path. Without it, raises
+        ConfigError for data.sources and data.eval_path, and DataError where the data has splits of
+        its own. Raises DataError where there is no row, or none of a format that is read.
         """
         data = config.data
-        if data.sources or data.eval_path is not None:
-            name = "sources" if data.sources else "eval_path"
-            raise ConfigError(f"data.{name}: this command reads data.path alone; leave it out")
         self._config = config
-        self._selection = find_splits(data)
-        if self._selection.eval is not None:
-            raise DataError(
-                f"data.path: '{data.path}' has splits of its own; "
-                f"data.split={self._selection.train.name} takes one of them, data.split=all joins "
-                "them"
-            )
+        self._selection = selection or _only_split(data)
         self.settings = replace(RowSettings.of(data), whole=True)
         first = self._first_rows()
         if not first:
@@ -133,11 +126,26 @@ class RowStream:
 
         `used` are the settings of data that have one besides those by which rows are read.
         """
-        return [
-            *self._selection.unread_notes(),
-            *self._statistics.notes(0, None),  # the bad rows are listed one by one
-            *unused_settings(self._config, [*_USED, *used]),
-        ]
+        return [*self.reading_notes(), *unused_settings(self._config, [*_USED, *used])]
+
+    def reading_notes(self) -> list[str]:
+        """Return what was guessed, and what is not trained on or not read."""
+        # The bad rows are listed one by one.
+        return [*self._selection.unread_notes(), *self._statistics.notes(0, None)]
+
+
+def _only_split(data: DataConfig) -> SplitSelection:
+    """Return all of data.path, which must have no split for evaluation."""
+    if data.sources or data.eval_path is not None:
+        name = "sources" if data.sources else "eval_path"
+        raise ConfigError(f"data.{name}: this command reads data.path alone; leave it out")
+    selection = find_splits(data)
+    if selection.eval is not None:
+        raise DataError(
+            f"data.path: '{data.path}' has splits of its own; data.split={selection.train.name} "
+            "takes one of them, data.split=all joins them"
+        )
+    return selection
 
 
 @dataclass
