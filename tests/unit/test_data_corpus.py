@@ -286,7 +286,12 @@ def test_bad_parquet_rows_and_unused_columns(tmp_path: Path) -> None:
         ("a\0.jsonl", None, "does not exist; give"),
         ("absent", None, "does not exist; give"),
         ("a.txt", b"x", "unsupported extension '.txt'; give a file ending in .jsonl"),
-        ("a.xlsx", b"x", 'is a workbook, which is not read; save the sheet with the rows as "CSV'),
+        ("a.ods", b"x", "is a workbook of a kind that is not read; save it as .xlsx, or the"),
+        (
+            "a.xlsx",
+            b"\xd0\xcf\x11\xe0",
+            "can't be read as a workbook (File is not a zip file)",
+        ),
         ("a.parquet.gz", b"x", "unsupported extension"),
         ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b"\n \n", "is empty"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -424,6 +425,15 @@ def parquet(rows: list[Row]) -> bytes:
     return sink.getvalue()
 
 
+def workbook(pairs: list[Pair]) -> bytes:
+    book, sink = openpyxl.Workbook(), io.BytesIO()
+    assert book.active is not None
+    for row in [("prompt", "completion"), *pairs]:
+        book.active.append(row)
+    book.save(sink)
+    return sink.getvalue()
+
+
 FRENCH = [
     (f"Où est la ville numéro {n}, s’il vous plaît ?", f"Là-bas, près de l’hôtel à gauche ({n}).")
     for n in range(20)
@@ -463,6 +473,7 @@ FILES: dict[str, File] = {
         lzma.compress(json.dumps([{"prompt": q, "completion": a} for q, a in GERMAN]).encode())
     ),
     "a.parquet": File(parquet([{"prompt": q, "completion": a} for q, a in GERMAN])),
+    "a.xlsx": File(workbook(GERMAN)),
     "utf16.jsonl": File(as_jsonl(GERMAN).encode("utf-16"), read_as="UTF-16"),
     "utf16-no-mark.jsonl": File(as_jsonl(CHINESE).encode("utf-16-le"), CHINESE, "UTF-16-LE"),
     "utf16-big-endian.csv": File(as_csv(CHINESE).encode("utf-16-be"), CHINESE, "UTF-16-BE"),

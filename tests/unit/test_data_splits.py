@@ -251,10 +251,10 @@ def test_metadata_is_no_row_and_data_of_that_name_is(tmp_path: Path) -> None:
 
 def test_what_looks_like_data_and_is_not_read_is_named(tmp_path: Path) -> None:
     write(tmp_path, "data.jsonl")
-    for name in ("more.xlsx", "old/some.jsonl.7z", ".cache/a.zip", "run.py"):
+    for name in ("more.xls", "old/some.jsonl.7z", ".cache/a.zip", "run.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-    assert "data: not read: more.xlsx and old/some.jsonl.7z; what is" in load(tmp_path).notes[1]
+    assert "data: not read: more.xls and old/some.jsonl.7z; what is" in load(tmp_path).notes[1]
 
 
 def test_links_are_followed_and_what_cannot_be_listed_is_refused(

@@ -42,8 +42,8 @@ class RowStatistics:
     """(format, column, name) of the columns that were recognised by another name."""
     columns: set[tuple[str, str]] = field(default_factory=set)
     """(format's column, name) of the columns that settings name."""
-    encodings: dict[str, str] = field(default_factory=dict)
-    """The encoding of each file that is not UTF-8."""
+    read_as: dict[str, str] = field(default_factory=dict)
+    """What each file was read as of which that was guessed: its encoding, its sheet."""
     row_like_lines: int = 0
     """The number of lines within quoted cells that look like rows of their own."""
     suspect_rows: list[str] = field(default_factory=list)
@@ -56,8 +56,8 @@ class RowStatistics:
     def convert(self, row: Row, shape: str) -> Example | str:
         """Return the row as an example, or the reason why it can't be one."""
         self.rows += row.rows
-        if row.encoding:
-            self.encodings[row.file] = row.encoding
+        if row.read_as:
+            self.read_as[row.file] = row.read_as
         if row.problem is not None:
             return row.problem
         if row.row_like_lines:
@@ -92,7 +92,7 @@ class RowStatistics:
         self.names |= other.names
         self.other_names |= other.other_names
         self.columns |= other.columns
-        self.encodings |= other.encodings
+        self.read_as |= other.read_as
         self.row_like_lines += other.row_like_lines
         self.suspect_rows += other.suspect_rows
 
@@ -102,7 +102,7 @@ class RowStatistics:
 
         `skipped` is the number of bad rows, and `first` the first of them.
         """
-        notes = [*self._encoding_notes(), *self._name_notes()]
+        notes = [*self._file_notes(), *self._name_notes()]
         if self.unused:
             names = sorted(self.unused)
             some = {n: f" ({self.unused[n]} of {self.samples} rows)" for n in names}
@@ -124,11 +124,11 @@ class RowStatistics:
             notes.append(f"data: {skipped} of {self.rows} rows are bad and left out, first {first}")
         return tuple(notes)
 
-    def _encoding_notes(self) -> Iterator[str]:
-        for encoding in sorted(set(self.encodings.values())):
-            files = sorted(name for name, of in self.encodings.items() if of == encoding)
+    def _file_notes(self) -> Iterator[str]:
+        for read_as in sorted(set(self.read_as.values())):
+            files = sorted(name for name, of in self.read_as.items() if of == read_as)
             more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-            yield f"data: {files[0]}{more} read as {encoding.upper()}"
+            yield f"data: {files[0]}{more} read as {read_as}"
 
     def _name_notes(self) -> Iterator[str]:
         for shape in sorted({shape for shape, _, _ in self.other_names}):

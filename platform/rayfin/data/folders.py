@@ -19,7 +19,7 @@ from rayfin.errors import DataError, listed
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b.*")
 _MOST_NAMED = 3
 _OTHER_FORMATS = re.compile(
-    r"(?!(readme|license|licence|requirements)\.).*\.(txt|xlsx?|ods|feather|orc|avro|tfrecord|np[yz]|"
+    r"(?!(readme|license|licence|requirements)\.).*\.(txt|xls[bm]?|ods|feather|orc|avro|tfrecord|np[yz]|"
     r"pkl|pickle|db|sqlite|zip|tar|tgz|gz|bz2|xz|zst|7z)",
     re.IGNORECASE,
 )

@@ -28,6 +28,7 @@ from rayfin.data.rows import (
     not_utf8,
     open_source,
 )
+from rayfin.data.workbook import read_workbook
 from rayfin.errors import DataError
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -49,7 +50,7 @@ def read_file(path: Path, settings: RowSettings = NO_SETTINGS) -> Iterator[Row]:
         with source:
             rows = _TEXTS[ending](str(path), source, settings)
             if encoding:
-                yield from (row._replace(encoding=encoding) for row in islice(rows, 1))
+                yield from (row._replace(read_as=encoding.upper()) for row in islice(rows, 1))
             yield from rows
 
 
@@ -221,6 +222,7 @@ _TEXTS: dict[str, Callable[[str, IO[bytes], RowSettings], Iterator[Row]]] = {
 _TABLES: dict[str, Callable[[Path, RowSettings], Iterator[Row]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
+    ".xlsx": read_workbook,
 }
 
 

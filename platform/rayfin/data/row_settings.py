@@ -9,6 +9,9 @@ from rayfin.config.data import DataConfig
 from rayfin.data.columns import COLUMNS, OPTIONAL
 from rayfin.errors import DataError, did_you_mean
 
+WORKBOOK = ".xlsx"
+"""The suffix of workbooks whose sheets are read as tables."""
+
 
 @dataclass(frozen=True)
 class RowSettings:
@@ -22,6 +25,8 @@ class RowSettings:
     """The encoding of text files, `utf-8` by whatever name; None is what their bytes say."""
     whole: bool = False
     """Whether the values of a table that are not trained on are read too, to be written again."""
+    sheet: str | None = None
+    """The sheet of a workbook; None is its first."""
     named: frozenset[str] = field(init=False)
     """The formats' columns that the user named."""
 
@@ -35,7 +40,9 @@ class RowSettings:
         encoding = config.encoding
         if encoding is not None:
             encoding = _checked_encoding(encoding, config.streaming)
-        return cls(frozenset(config.ignore_columns), tuple(config.columns.items()), encoding)
+        sheet = config.name if config.path.lower().endswith(WORKBOOK) else None
+        ignored, columns = frozenset(config.ignore_columns), tuple(config.columns.items())
+        return cls(ignored, columns, encoding, sheet=sheet)
 
     def column_of(self, name: str) -> str | None:
         """Return the format's column that a column of the table is, None for one that is no one's.

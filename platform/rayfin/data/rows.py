@@ -43,8 +43,8 @@ class Row(NamedTuple):
     """More than one where a problem, such as an open quote, made several rows one."""
     row_like_lines: int = 0
     """The number of lines within quoted cells that look like rows of their own."""
-    encoding: str = ""
-    """The encoding of the file, given with its first row alone; empty for UTF-8."""
+    read_as: str = ""
+    """What its file was read as where that was guessed, given with the first row alone."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,17 @@ def _told_encoding(source: IO[bytes]) -> str | None:
     return None
 
 
+def most_unpacked(path: Path) -> int:
+    """Return how many bytes a compressed file may unpack to: more is meant to fill the memory."""
+    return max(_LEAST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+
+
 class _Unpacked(io.RawIOBase):
     """The content of a compressed file, up to a multiple of the file's own size."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._most = max(_LEAST_UNPACKED, _MOST_TIMES * path.stat().st_size)
+        self._most = most_unpacked(path)
         self._open()
 
     def _open(self) -> None:

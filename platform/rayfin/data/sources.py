@@ -15,7 +15,7 @@ from rayfin.data.conversion import RowStatistics, detect_shape
 from rayfin.data.folders import directory_splits
 from rayfin.data.pydocs import PydocsRows
 from rayfin.data.readers import allowed_names, is_plainly_utf8, is_readable, read_file
-from rayfin.data.row_settings import NO_SETTINGS, RowSettings
+from rayfin.data.row_settings import NO_SETTINGS, WORKBOOK, RowSettings
 from rayfin.data.rows import Row
 from rayfin.data.splits import ALL, Split, SplitSelection, select_evaluated, select_splits
 from rayfin.data.tool_calls import without_nulls_of_calls
@@ -248,10 +248,10 @@ def read_rows(split: Split, settings: RowSettings = NO_SETTINGS) -> Iterator[Row
 
 
 def _one_file(config: DataConfig, file: Path) -> SplitSelection:
-    if file.suffix.lower() in (".xlsx", ".xls", ".xlsm", ".ods"):
+    if file.suffix.lower() in (".xls", ".xlsm", ".xlsb", ".ods"):
         raise DataError(
-            f"data.path: '{config.path}' is a workbook, which is not read; save the sheet with the "
-            'rows as "CSV UTF-8" and give that file'
+            f"data.path: '{config.path}' is a workbook of a kind that is not read; save it as "
+            '.xlsx, or the sheet with the rows as "CSV UTF-8", and give that file'
         )
     if not is_readable(file):
         raise DataError(
@@ -269,7 +269,7 @@ def _check_plain(config: DataConfig) -> None:
             f"data.split: '{config.split}' can't be had of data.path='{config.path}', which has no "
             "splits, as directories and hub data sets do; leave data.split out"
         )
-    if config.name is not None:
+    if config.name is not None and not config.path.lower().endswith(WORKBOOK):
         raise DataError(
             f"data.name: '{config.name}' can't be had of data.path='{config.path}', which has no "
             "configurations, as hub data sets do; leave data.name out"
