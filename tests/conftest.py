@@ -18,6 +18,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes, a busy machine decides.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 # Before any test loads torch: see rayfin.cli, which does the same for the command line.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

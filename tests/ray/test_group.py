@@ -74,7 +74,7 @@ def test_what_a_lost_machine_held_in_a_group_is_given_back_from_another(
     cluster: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = ray.util.placement_group([{"CPU": 1}])
-    assert group.wait(180)
+    assert group.wait(540)
     job = Job(0, TrialSpec.of(load_config(None, [])), StoragePath.at(bucket))
 
     async def work() -> None:
@@ -128,7 +128,7 @@ def test_a_death_that_ray_tells_of_is_a_line_of_the_log(
     with tempfile.NamedTemporaryFile() as file:
         with pytest.raises(ray.exceptions.WorkerCrashedError):
             ray.get(dies.remote(file.name))
-        assert told.wait(180)
+        assert told.wait(540)
         pid = Path(file.name).read_text()
     (line,) = [text for text in caplog.messages if text.startswith("Ray: ")]
     assert line.startswith(f"Ray: process {pid} died: ") and "\n" not in line

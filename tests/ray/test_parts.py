@@ -476,7 +476,7 @@ def test_a_ray_that_does_not_start_in_time_is_ended_and_tried_again(
         shutil.rmtree(place)
         for process in (*begun, *others):
             process.kill()
-            process.wait(180)
+            process.wait(540)
 
 
 @pytest.mark.parametrize(
@@ -517,12 +517,12 @@ def test_what_outlives_its_driver_is_ended_and_nobody_who_has_its_number_since()
     try:
         assert watcher.poll() is None and outliving.poll() is None
         watcher.communicate(timeout=540)  # the driver ends
-        assert watcher.returncode == 0 and outliving.wait(180) == -signal.SIGKILL
+        assert watcher.returncode == 0 and outliving.wait(540) == -signal.SIGKILL
         assert other.poll() is None
     finally:
         for process in (outliving, other, watcher):
             process.kill()
-            process.wait(180)
+            process.wait(540)
 
 
 # --- the worker -------------------------------------------------------------------------------

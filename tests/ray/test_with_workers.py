@@ -61,7 +61,7 @@ def test_a_stopped_job_lets_go_of_its_workers(processes: Any, cluster: Cluster) 
     with start(processes, cluster, "1", "CPU", "--", "sleep", "300") as process:
         assert line(process) == "1 of 1 times CPU=1 are there"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(180) == 143
+        assert process.wait(540) == 143
         assert requested() == b"[]"
 
 
@@ -73,5 +73,5 @@ def test_the_command_starts_when_the_workers_are_there(processes: Any, cluster: 
         cluster.add_node(num_cpus=1)
         assert line(process) == "2 of 2 times CPU=1 are there"
         assert line(process) == "started"
-        assert process.wait(180) == 7
+        assert process.wait(540) == 7
         assert requested() == b"[]"

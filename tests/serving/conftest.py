@@ -97,7 +97,7 @@ class Answer:
             self.ended.set()
 
     def wait(self) -> Answer:
-        assert self.ended.wait(120), "no answer"
+        assert self.ended.wait(PATIENCE), "no answer"
         return self
 
     @property

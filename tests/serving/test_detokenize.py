@@ -17,7 +17,7 @@ from rayfin.serving.engine.detokenize import Detokenizer
 both = pytest.mark.parametrize(
     "name", ["tiny", pytest.param("smollm2-135m", marks=pytest.mark.smollm2)]
 )
-quick = settings(deadline=None, max_examples=60)
+quick = settings(max_examples=60)
 
 PIECES = [
     "a",

@@ -133,7 +133,7 @@ def test_a_cancelled_request_frees_its_row_and_its_slot(
 
     endless = lab.greedy(4000)
     engine.submit(Request("running", tuple(prompt), endless, tiny_adapters["lora"]), sink)
-    assert begun.wait(180)
+    assert begun.wait(540)
     waiting = lab.ask(engine, prompt, tiny_adapters["ia3"])
     gone: list[Chunk] = []
     engine.submit(Request("waiting", tuple(prompt), endless, tiny_adapters["dora"]), gone.append)

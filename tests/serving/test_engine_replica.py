@@ -90,7 +90,8 @@ def test_a_call_that_is_cancelled_frees_its_row(replica: EngineReplica) -> None:
     async def leave() -> None:
         request = replace(asked("long", 1900), streamed=False)
         call = asyncio.create_task(collect(replica, request))
-        await asyncio.sleep(0.5)  # it has its first message, and waits for the last
+        while not replica.record_routing_stats()[STATS]["running"]:
+            await asyncio.sleep(0.01)  # it has its first message then, and waits for the last
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -171,7 +172,7 @@ def test_a_registry_that_stalls_keeps_no_dead_callers_request(
 
     def stalls(name: str) -> tuple[int, ...]:
         entered.set()
-        leave.wait(180)
+        leave.wait(540)
         return (1,)
 
     monkeypatch.setattr(replica_cleanup, "_PERIOD", 0.01)
@@ -180,10 +181,10 @@ def test_a_registry_that_stalls_keeps_no_dead_callers_request(
     catalog: Any = SimpleNamespace(versions=stalls)
     one = replica_cleanup.ReplicaCleanup(engine, catalog)
     one.know(AdapterSource("red@1", Path("red")))
-    assert entered.wait(180)
+    assert entered.wait(540)
     one.begun(asked("orphan", 4), "a caller that has died")
     try:
-        assert cancelled.wait(180)
+        assert cancelled.wait(540)
         one.close()
         assert not leave.is_set() and not one._thread.is_alive()
     finally:

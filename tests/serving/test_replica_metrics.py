@@ -189,12 +189,12 @@ def test_a_head_that_hangs_keeps_no_replica_from_ending(
 
     def hang() -> dict[str, float]:
         entered.set()
-        leave.wait(180)
+        leave.wait(540)
         return {}
 
     monkeypatch.setattr(replica_metrics, "_CLOSING_SECONDS", 0.01)
     one = ReplicaCounters("engine", hang)
     one.close()
-    assert entered.wait(180) and not leave.is_set() and one._thread.is_alive()
+    assert entered.wait(540) and not leave.is_set() and one._thread.is_alive()
     leave.set()
     one._thread.join()

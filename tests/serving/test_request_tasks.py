@@ -59,7 +59,7 @@ class Lab:
         assert self.ended.acquire(timeout=540)
         self.tasks.drain(30)
         # What the loop was at is done: no task is left that could give the sink another chunk.
-        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(180)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), self.loop).result(540)
         given = self.chunks[request_id]
         assert [chunk.finish_reason is not None for chunk in given[:-1]] == [False] * len(
             given[:-1]
@@ -71,7 +71,7 @@ class Lab:
 def lab() -> Iterator[Lab]:
     lab = Lab()
     yield lab
-    asyncio.run_coroutine_threadsafe(lab.tasks.cancel_all(), lab.loop).result(180)
+    asyncio.run_coroutine_threadsafe(lab.tasks.cancel_all(), lab.loop).result(540)
     lab.loop.call_soon_threadsafe(lab.loop.stop)
     lab.thread.join()
     lab.loop.close()
@@ -112,5 +112,5 @@ def test_what_is_too_much_is_refused(lab: Lab) -> None:
     lab.tasks.drain(0)
     with pytest.raises(Overloaded, match="no requests any more"):
         lab.ask("waits-3")
-    asyncio.run_coroutine_threadsafe(lab.tasks.cancel_all(), lab.loop).result(180)
+    asyncio.run_coroutine_threadsafe(lab.tasks.cancel_all(), lab.loop).result(540)
     assert {lab.last(name).finish_reason for name in ("waits-1", "waits-2")} == {"cancelled"}

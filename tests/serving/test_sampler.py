@@ -154,7 +154,7 @@ def test_any_seed_that_a_request_may_carry_works(seed: int):
     assert tokens(logits, first) == tokens(logits, second)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     repetition=st.floats(0.2, 5),
     presence=st.floats(-2, 2),

@@ -249,7 +249,7 @@ def test_a_client_that_raises_ends_its_own_request(
         raise ValueError("gone")
 
     engine.submit(Request("gone", tuple(prompt), lab.greedy(LONG)), sink)
-    assert called.wait(180)
+    assert called.wait(540)
     until(lambda: backend.engine.stats().running == 0)
     assert len(lab.ask(engine, prompt).wait().token_ids) == 16
 

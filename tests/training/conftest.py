@@ -307,7 +307,7 @@ class Forks:
         self._process = None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(180)
+        process.wait(540)
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 pipe.close()

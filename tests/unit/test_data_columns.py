@@ -108,7 +108,8 @@ def outcome(path: Path, *overrides: str) -> tuple[str | None, str]:
 
 
 @settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_whatever_is_added_to_a_row_is_used_refused_or_named(

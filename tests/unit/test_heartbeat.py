@@ -158,8 +158,8 @@ from rayfin.heartbeat import beat, pause, watched
 
 def run_trial():
     if sys.argv[2:]:
-        beat("loading the base model", bulk=True)
         from safetensors import safe_open
+        beat("loading the base model", bulk=True)
         with safe_open(sys.argv[2], framework="numpy"):  # it holds Python's lock while it waits
             pass
     pause()

@@ -80,7 +80,6 @@ def test_a_hub_that_hangs_up_is_asked_once(calls: list[object]) -> None:
     assert len(calls) <= 2  # the client tries a connection that broke once more
 
 
-@pytest.mark.timeout(60)
 def test_a_look_up_of_the_address_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the name server is behind a firewall: no time limit of the client covers it."""
     answered = Event()

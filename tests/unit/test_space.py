@@ -155,7 +155,7 @@ def spaces(draw: st.DrawFn) -> Config:
 
 
 @given(spaces(), st.randoms(use_true_random=False))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_drawn_trial_is_valid_and_holds_all_that_was_written(
     config: Config, random: Random
 ) -> None:

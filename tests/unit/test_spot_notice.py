@@ -209,7 +209,7 @@ def test_googles_notice_drains_the_node_once(service: Service, machine: Machine)
     service.answers = ["FALSE", "FALSE\n", "TRUE"]
     code, said = ended(machine.watch("gcp", service.url))
     assert code == 0, said
-    assert 25 <= machine.seconds() <= 30
+    assert 1 <= machine.seconds() <= 30  # less what has passed since
     # The first is answered at once; those after it wait, and know from which state on.
     waits = [re.search(r"wait_for_change=true&last_etag=([^&]*)&", path) for path in service.asked]
     assert [wait and wait[1] for wait in waits] == [None, "a%2Fb1", "a%2Fb2"]
@@ -229,7 +229,7 @@ def test_a_service_that_fails_is_asked_on(
     code, said = ended(machine.watch(cloud, service.url))
     assert code == 0, said
     assert len(service.asked) == len(answers)
-    assert machine.seconds() > 20
+    assert machine.seconds() >= 1
     assert said.count("asking on") == 1, "one line, however long it lasts"
 
 

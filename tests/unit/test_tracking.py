@@ -48,7 +48,7 @@ class Notes(Tracker):
     def _called(self, what: str) -> None:
         self.calls.append(what)
         if self.hangs.is_set():
-            self.released.wait(120)
+            self.released.wait(540)
         if self.away.is_set():
             raise ConnectionError("refused https://me:hunter2@notes.example/")
 

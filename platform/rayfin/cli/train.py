@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -34,8 +32,6 @@ def run(args: argparse.Namespace) -> int:
     """
     from rayfin.library.trials import train
 
-    # The interpreter's last collections would walk over all objects of torch, for nothing.
-    atexit.register(gc.freeze)
     config = experiment.configuration(args)
     return show(train(config, **options(args, config)), as_json=args.json)
 

@@ -101,7 +101,7 @@ def test_nobody_waits_without_an_end_for_a_load_that_hangs(
 
     def hang(*arguments: Any, **options: Any) -> Any:
         entered.set()
-        assert leave.wait(180)
+        assert leave.wait(540)
         return add_adapter(*arguments, **options)
 
     monkeypatch.setattr(admin, "add_adapter", hang)
@@ -109,7 +109,7 @@ def test_nobody_waits_without_an_end_for_a_load_that_hangs(
         path = registry.resolve("support@1").path
         loading = pool.submit(load, server, "fresh", path)
         try:
-            assert entered.wait(180)
+            assert entered.wait(540)
             monkeypatch.setattr(admin, "_TURN_SECONDS", 0.05)
             for response in (unload(server, "sales"), load(server, "other", path)):
                 assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from rayfin.adapters import Registry
@@ -219,7 +218,7 @@ class Terminal:
         try:
             self.until(lambda: self.seen.endswith(prompt))
             os.write(self._ours, b"\x04")
-            return self.process.wait(180)
+            return self.process.wait(540)
         finally:
             self.process.kill()
             self.process.wait()
@@ -231,7 +230,7 @@ def test_ctrl_c_stops_an_answer_and_frees_its_row(server: Any) -> None:
     terminal = Terminal(server.url)
 
     def running() -> bool:
-        return bool(httpx.get(f"{server.url}/health").json()["running"])
+        return bool(server.http.get("/health").json()["running"])
 
     try:
         terminal.until(lambda: "tiny> " in terminal.seen)

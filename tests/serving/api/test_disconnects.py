@@ -46,7 +46,7 @@ class Caller:
 
     def hang_up(self) -> None:
         self._loop.call_soon_threadsafe(self._task.cancel)
-        self._thread.join(180)
+        self._thread.join(540)
 
     def _run(self) -> None:
         try:

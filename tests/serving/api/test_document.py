@@ -24,7 +24,6 @@ EXAMPLES = settings(
     max_examples=12,
     derandomize=True,
     database=None,
-    deadline=None,
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=list(HealthCheck),
 )

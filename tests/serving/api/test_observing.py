@@ -321,7 +321,7 @@ def test_health_waits_for_no_lookup_and_has_a_place_beside_them(
 
     def stalls(model: str, **more: Any) -> Any:
         entered.append(model)
-        leave.wait(180)
+        leave.wait(540)
         return resolve(model, **more)
 
     monkeypatch.setattr(names, "resolve", stalls)
