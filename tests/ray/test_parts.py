@@ -30,16 +30,17 @@ from rayfin.methods import MethodConfig
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
 from rayfin.tuning import cluster, end_with_driver, tune, worker
+from rayfin.tuning.asha import scheduler
 from rayfin.tuning.cluster import even_share
 from rayfin.tuning.hooks import TuneRecorder
 from rayfin.tuning.lost_nodes import LostNodeWatch
-from rayfin.tuning.plan import TRIAL, SweepPlan, find_resumable, new_plan
+from rayfin.tuning.plan import RESULT, TRIAL, SweepPlan, find_resumable, new_plan
 from rayfin.tuning.progress import ProgressDisplay
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import recalled, started, usable
 from rayfin.tuning.search import HistorySearch
 from rayfin.tuning.sweep import SweepOptions, run_sweep
-from rayfin.tuning.tune import scheduler, trial_resources
+from rayfin.tuning.tune import trial_resources
 
 AXES = {"method.r": [2, 4, 8, 16], "train.seed": [0, 1, 2]}
 
@@ -118,12 +119,33 @@ def test_asha_goes_on_with_the_rungs_of_known_trials(plan: SweepPlan, metric: st
     curve = [{"step": step, "eval_loss": 1.0} for step in (2, 4, 6, 8)]
     known = [ended(plan, r, curve=curve) for r in (2, 4, 8)]
     asha = scheduler(plan, known)
-    weak: Any = SimpleNamespace(trial_id="weak", placement_group_factory=None)
-    strong: Any = SimpleNamespace(trial_id="strong", placement_group_factory=None)
-    asha.on_trial_add(None, weak)
-    asha.on_trial_add(None, strong)
-    assert asha.on_trial_result(None, weak, {"step": 2, metric: 9.0}) == "STOP"
-    assert asha.on_trial_result(None, strong, {"step": 2, metric: 0.5}) == "CONTINUE"
+    assert heard(asha, plan, "weak", {"step": 2, metric: 9.0}) == "STOP"
+    assert heard(asha, plan, "strong", {"step": 2, metric: 0.5}) == "CONTINUE"
+
+
+def heard(asha: Any, plan: SweepPlan, name: str, result: dict[str, Any], on: str = "a") -> str:
+    """What ASHA says to the result of a trial that was scored on the held-out tokens `on`."""
+    planned = plan.trial({"method.r": 16, "train.seed": 0})
+    found: Any = SimpleNamespace(trial_id=name, config={TRIAL: planned})
+    told = TrialResult("running", scenario={"data": {"eval_digest": on}})
+    asha.on_trial_add(None, found)
+    said: str = asha.on_trial_result(None, found, result | {RESULT: told})
+    if said == "STOP":
+        asha.on_trial_complete(None, found, result | {RESULT: told})
+    return said
+
+
+def test_asha_compares_only_trials_that_were_scored_on_the_same_tokens(plan: SweepPlan) -> None:
+    curve = [{"step": 2, "eval_loss": 1.0}]
+    known = [
+        ended(plan, r, curve=curve, scenario={"data": {"eval_digest": "a"}}) for r in (2, 4, 8)
+    ]
+    asha = scheduler(plan, known)
+    for loss in (9.0, 8.0, 7.0):  # of other tokens than those before, and better and better
+        assert heard(asha, plan, f"b {loss}", {"step": 2, "eval_loss": loss}, "b") == "CONTINUE"
+    assert heard(asha, plan, "b 9.5", {"step": 2, "eval_loss": 9.5}, "b") == "STOP"
+    assert heard(asha, plan, "a 2.0", {"step": 2, "eval_loss": 2.0}, "a") == "STOP"
+    assert heard(asha, plan, "failed", {"step": 2}, "a") == "CONTINUE"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +165,7 @@ def test_asha_compares_trials_of_epochs_at_shares_of_their_own_steps(
     settings = plan.config.model_dump(exclude_unset=True)
     plan = dataclasses.replace(plan, config=Config.model_validate(settings | {"train": train}))
     plan = with_sweep(plan, **sweep)
-    asha = scheduler(plan, [])
+    asha = scheduler(plan, []).of("any")
     (bracket,) = asha._brackets
     assert (asha._time_attr, [at for at, _ in bracket._rungs]) == (unit, pytest.approx(rungs))
 

@@ -201,6 +201,7 @@ def test_profile() -> None:
         for eval_ in reversed(held_out)
     )
     assert values.pop("eval_digest") == same != other  # of the held-out samples alone
+    assert values.pop("eval_answers") is None  # plain texts are no answers
     assert values == {
         "rows_train": 3,
         "rows_eval": 1,

@@ -20,13 +20,13 @@ from rayfin.evaluation.verdict import SweepOutcome, sweep_verdict
 from rayfin.history import TrialRecord
 from rayfin.history.comparable import comparable, comparison_groups
 from rayfin.paths import Storage
+from rayfin.tuning.asha import longest_trial
 from rayfin.tuning.comparison import comparison_notes
 from rayfin.tuning.plan import find_resumable, new_plan
 from rayfin.tuning.progress import ProgressDisplay, trials_table
 from rayfin.tuning.rows import started
 from rayfin.tuning.space_check import check_space
 from rayfin.tuning.sweep import best_trial
-from rayfin.tuning.tune import longest_trial
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_a_sweep_over_lengths_runs_resumes_and_compares_what_is_comparable(
         each = -(-row.scenario["data"]["rows_train"] // 8)
         assert train["max_steps"] == row.metrics["steps"] == train["num_train_epochs"] * each
     lengths = (row.spec["data"]["max_length"] for row in rows)
-    groups = set(zip(lengths, comparison_groups(rows), strict=True))
-    assert len(groups) == len(set(comparison_groups(rows))) == 2
+    groups = set(zip(lengths, comparison_groups(rows, "eval_loss"), strict=True))
+    assert len(groups) == len(set(comparison_groups(rows, "eval_loss"))) == 2
     assert result.best is not None and result.best.spec["data"]["max_length"] == 128
     uncut = [row for row in rows if row.spec["data"]["max_length"] == 128]
     assert result.best.metrics["eval_loss"] == min(row.metrics["eval_loss"] for row in uncut)
@@ -108,8 +108,8 @@ def test_trials_of_any_length_compare_where_nothing_is_cut(
 ) -> None:
     axes = {"train.num_train_epochs": [0.5, 1], "data.max_length": [128, 200]}
     result = rayfin.sweep(swept(config, axes, num_samples=4), progress=False)
-    assert len(set(comparison_groups(result.trials))) == 1
-    assert not [note for note in result.notes if "held-out tokens" in note]
+    assert len(set(comparison_groups(result.trials, "eval_loss"))) == 1
+    assert not [note for note in result.notes if "other held-out tokens" in note]
     assert len(comparable(result.trials, "eval_loss")) == 4
 
 
@@ -148,7 +148,7 @@ def test_rows_of_an_earlier_version_compare_with_those_of_their_own_settings(
     rows = [earlier, row(4, 1.0, "a"), row(8, 2.0, "a"), row(4, 0.1, "b", max_length=40)]
     other = old == {"max_length": 40}
     expected = {False: [earlier, *rows[1:3]], True: rows[:1] + rows[3:]}[other]
-    keys = comparison_groups(rows)
+    keys = comparison_groups(rows, "eval_loss")
     assert [r for r, key in zip(rows, keys, strict=True) if key == keys[0]] == expected
     assert best_trial(rows, "eval_loss", "min") == rows[1 if other else 0]
     (note,) = comparison_notes(plan.space, rows)

@@ -489,6 +489,29 @@ def test_scores_are_compared_within_a_task_and_a_model_only() -> None:
     assert groups[key].regrets == pytest.approx(alone[key].regrets)
 
 
+def test_scores_of_other_held_out_tokens_are_another_scenario_s() -> None:
+    """Trials that differ there in nothing keep the code that they had before."""
+
+    def scored(n: int, loss: float, digest: str | None, **data: Any) -> TrialRecord:
+        plain = trial(n, 1e-4 * 2**n, loss)
+        told = DATA if digest is None else DATA | {"eval_digest": digest}
+        spec = plain.spec | {"data": plain.spec["data"] | data}
+        return plain.updated(spec=spec, scenario=plain.scenario | {"data": told})
+
+    long = [scored(n, 2.0 + n / 10, "long") for n in range(3)]
+    old = scored(3, 2.3, None)  # of an earlier version, with the settings of `long`
+    short = [scored(n, 0.5 - n / 100, "short", max_length=40) for n in range(4, 6)]
+    plain = TrialTable.of(trial(n, 1e-4 * 2**n, 2.0) for n in range(4)).column("group")
+    assert TrialTable.of([*long, old]).column("group").tolist() == plain.tolist()
+    table = TrialTable.of([*long, old, *short])
+    assert table.column("group")[:4].tolist() == plain.tolist()
+    assert len({*table.column("group")}) == 2 and len({*table.column("task")}) == 1
+    groups = group_by_scenario(table)
+    assert groups[plain[0]].regrets == pytest.approx([0.0, 1 / 3, 2 / 3, 1.0])
+    (other,) = (group for code, group in groups.items() if code != plain[0])
+    assert other.regrets == pytest.approx([1.0, 0.0])
+
+
 def test_samples_of_one_data_set_are_one_task_and_their_scores_are_kept_apart() -> None:
     whole, some, other = (
         row(trial(1, scenario=trial(1).scenario | {"data": DATA | {"digest": d, "source": s}}))

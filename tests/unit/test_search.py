@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -136,6 +137,54 @@ def test_a_resumed_sweep_tells_the_sampler_what_each_row_says(data: Path) -> Non
     interrupted = [plan.space.values_in(row.spec) for row in rows]
     again = proposed_by(HistorySearch(plan, first=interrupted))
     assert [trial.values for trial in again[: len(points)]] == points
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_search_learns_how_a_trial_stands_among_those_that_it_compares_with(
+    data: Path, resumed: bool
+) -> None:
+    """Shorter samples have the smaller losses here, of other tokens; rates near 1e-3 are better."""
+    axes = (RATES, "sweep.parameters.data.max_length=[40,128]", "sweep.search=tpe")
+    plan = plan_of(data, *axes, "sweep.num_samples=40")
+    told: list[TrialRecord] = []
+
+    def go_on(search: HistorySearch, trials: int) -> list[PlannedTrial]:
+        found = []
+        for number in range(trials):
+            trial = search.suggest(str(number))
+            assert trial is not None
+            length = trial.spec.data.max_length
+            loss = length / 10 + abs(math.log10(trial.spec.train.learning_rate / 1e-3))
+            scenario = {"data": {"eval_digest": str(length)}}
+            search.tell(str(number), loss, 60, scenario)
+            row = finished(trial, plan.config)
+            told.append(row.updated(metrics={"eval_loss": loss, "steps": 60}, scenario=scenario))
+            found.append(trial)
+        return found
+
+    search = HistorySearch(plan)
+    go_on(search, 24)
+    if resumed:
+        search = HistorySearch(plan, known=told)
+    values = {t.number: t.value for t in search._study.trials if t.value is not None}
+    assert len(values) == 24
+    by_length: dict[int, list[float]] = {}
+    for row, value in zip(told, values.values(), strict=True):
+        by_length.setdefault(row.spec["data"]["max_length"], []).append(value)
+    assert median(by_length[40]) == pytest.approx(median(by_length[128]))
+    late = go_on(search, 16)
+    assert {trial.spec.data.max_length for trial in late} == {40, 128}
+    assert sum(1e-4 < trial.spec.train.learning_rate < 1e-2 for trial in late) >= 9
+
+
+def test_scores_that_compare_are_told_as_they_are(data: Path) -> None:
+    plan = plan_of(data, RATES, "sweep.search=tpe", "sweep.num_samples=9")
+    search = HistorySearch(plan)
+    assert len(proposed_by(search)) == 9
+    first = search._study
+    assert search._study is first and [t.value for t in first.trials if t.value is not None] == [
+        one.value for one in search._ended
+    ]
 
 
 class First:

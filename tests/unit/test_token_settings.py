@@ -381,7 +381,9 @@ def test_a_sweep_over_what_is_scored_says_that_its_scores_do_not_compare() -> No
     assert notes(**{"train.learning_rate": [1e-3, 2e-3]}) == []
     axes = {"data.chat_template": ["chatml", "phi"], "train.train_on": ["all", "last"]}
     (note,) = notes(**axes)
-    assert note.startswith("data.chat_template and train.train_on decide which tokens are scored")
+    assert note.startswith(
+        "data.chat_template and train.train_on decide which held-out tokens are scored: "
+    )
 
 
 def test_the_end_is_learned_where_the_pad_token_is_the_end_token(tokenizer: Any) -> None:

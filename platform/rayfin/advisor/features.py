@@ -176,7 +176,8 @@ def category_codes(
 ) -> dict[str, float]:
     """Return the categorical columns of the data (`task`) and of comparable scores (`group`).
 
-    A group is a model on one split of the data; another sample of the data is another group.
+    A group is a model on one split of the data; another sample of the data is another group, and
+    `TrialTable` tells those apart that were scored on other tokens of it.
     `profile` is the data's, as records hold it; `otherwise` names data whose profile does not.
     `start` is the identity of the adapter that the trials continue.
     """

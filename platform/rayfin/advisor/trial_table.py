@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -11,10 +12,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfin.advisor.features import COLUMNS, row_of
+from rayfin.advisor.features import COLUMNS, code, row_of
 from rayfin.advisor.kernel import Array
 from rayfin.errors import HistoryError
 from rayfin.history import TrialRecord
+from rayfin.history.comparable import comparison_groups
 from rayfin.metrics import BASE, score_names, score_of
 from rayfin.paths import write_whole
 from rayfin.statuses import SCORED
@@ -23,6 +25,7 @@ Flags = NDArray[np.bool_]
 
 _WORST_OF_MEDIAN = 4.0
 _LARGEST = 1e6  # no loss, and no perplexity of a model that learned anything, is larger
+_OF_TOKENS = "eval_loss"  # of all scores, those of samples too: a table has one group for them all
 _MAX_COUNT = 4  # more measurements don't make a setting better known: seeds are not all of it
 
 # "eval_loss became inf at step 3", "diverged", "train loss is nan"; not "no finance.jsonl".
@@ -52,7 +55,8 @@ class TrialTable:
         Left out are trials that still run, that have an impossible setting (a rank of -3), that
         ended for a reason other than their setting, or that have no score.
         """
-        ids, rows, scores, bases, diverged = [], [], [], [], []
+        kept: list[TrialRecord] = []
+        rows, scores, bases, diverged = [], [], [], []
         names, measured = COLUMNS.names, score_names()
         for record in records:
             ended = record.status in SCORED
@@ -64,15 +68,18 @@ class TrialTable:
             here = _scores(record, "") if ended else [np.nan] * len(measured)
             if ended and np.isnan(here).all():
                 continue
-            ids.append(record.trial_id)
+            kept.append(record)
             rows.append([values[name] for name in names])
             scores.append(here)
             bases.append(_scores(record, BASE))
             diverged.append(not ended)
         width = (len(rows), len(measured))
+        features = np.array(rows, dtype=float).reshape(len(rows), len(names))
+        group = names.index("group")
+        features[:, group] = _by_comparison(kept, features[:, group])
         return cls(
-            np.array(ids, dtype=np.str_),
-            np.array(rows, dtype=float).reshape(len(rows), len(names)),
+            np.array([record.trial_id for record in kept], dtype=np.str_),
+            features,
             np.array(scores, dtype=float).reshape(width),
             np.array(bases, dtype=float).reshape(width),
             np.array(diverged, dtype=bool),
@@ -244,6 +251,28 @@ def _regrets(scores: Array, bases: Array, metric: str, usual: float) -> tuple[Ar
     spread = max(worst - best, measured.least_spread * share, 1e-9)
     regrets = np.clip((scores - best) / spread, 0.0, 1.0)
     return np.where(np.isnan(scores), 1.0, regrets), spread, best
+
+
+def _by_comparison(records: Sequence[TrialRecord], codes: Array) -> Array:
+    """Return the codes of the trials' scenarios, others where other held-out tokens were scored.
+
+    The trials of a scenario that compare with most of it keep its code.
+    """
+    found = codes.copy()
+    told = (record.scenario.get("data") for record in records)
+    digests = [data.get("eval_digest") if isinstance(data, dict) else None for data in told]
+    by_code: dict[float, list[int]] = {}
+    for index, value in enumerate(codes.tolist()):
+        by_code.setdefault(value, []).append(index)
+    for value, indices in by_code.items():
+        if len({digests[index] for index in indices} - {None}) < 2:
+            continue
+        groups = comparison_groups([records[index] for index in indices], _OF_TOKENS)
+        (usual, _), *_ = Counter(groups).most_common(1)
+        for index, group in zip(indices, groups, strict=True):
+            if group != usual:
+                found[index] = code(f"{value} {group}")
+    return found
 
 
 def has_diverged(record: TrialRecord) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rayfin.data.corpus import Corpus
 from rayfin.data.mixture import SourceUse
-from rayfin.samples import NO_LOSS, TokenizedSample
+from rayfin.samples import NO_LOSS, Example, TokenizedSample
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ class DataProfile:
     """A hash that is the same for every subset and split of the data."""
     eval_digest: str
     """A hash of the evaluation split's tokens after the cut, and of which of them have a loss."""
+    eval_answers: str | None
+    """A hash of the evaluation samples' content, where each has one answer and none was cut.
+
+    Trials that share it have the same answers to give, in whatever tokens. None elsewhere.
+    """
     eval_split: str
     """The name of the evaluation split, or `held_out` for rows held out of training."""
     eval_rows_in_train: int
@@ -72,11 +77,13 @@ def profile_of(
     train: Sequence[TokenizedSample],
     held_out: Sequence[TokenizedSample],
     truncated: int,
+    eval_is_whole: bool,
     notes: Sequence[str],
 ) -> DataProfile:
     """Return the profile of a corpus that was tokenised and cut to `train` and `held_out`.
 
-    `truncated` samples were cut; `notes` are the notes on the tokenisation.
+    `truncated` samples were cut, and none of `held_out` where `eval_is_whole`; `notes` are the
+    notes on the tokenisation.
     """
     examples = [*corpus.train, *corpus.eval]
     lengths = sorted(len(sample["input_ids"]) for sample in [*train, *held_out])
@@ -111,6 +118,7 @@ def profile_of(
         digest=corpus.digest,
         source=corpus.source,
         eval_digest=_digest(held_out),
+        eval_answers=_answers(corpus.eval) if eval_is_whole else None,
         eval_split=corpus.eval_split,
         eval_rows_in_train=corpus.eval_rows_in_train,
         sources=corpus.sources,
@@ -122,6 +130,16 @@ def _digest(samples: Sequence[TokenizedSample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sorted(dict[str, Any](sample).items())}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _answers(examples: Sequence[Example]) -> str | None:
+    """Return a hash of conversations that have one answer each; None where any has not."""
+    digest = hashlib.sha256()
+    for example in examples:
+        if [turn["role"] for turn in example.messages].count("assistant") != 1:
+            return None
+        digest.update(f"{example.canonical()}\n".encode())
     return digest.hexdigest()[:32]
 
 

@@ -86,6 +86,7 @@ def tokenize_corpus(
         train=kept_train,
         held_out=kept_eval,
         truncated=0 if settings.truncation == "drop" else cut,
+        eval_is_whole=not any(len(sample["input_ids"]) > max_length for sample in held_out),
         notes=notes,
     )
     return TokenizedCorpus(kept_train, kept_eval, profile, corpus.stream, ends)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rayfin.advisor.chart_marks import MARKS, mark_number
 from rayfin.config import Config, Space
 from rayfin.evaluation.quantities import setting, show_setting, unit_for
+from rayfin.history.comparable import not_comparable
 from rayfin.history.record import finite
 from rayfin.metrics import COSTS, METRICS
 
@@ -36,6 +37,8 @@ def chart_data(
         values = [_scaled(trial.metrics.get(key), cost_divisor) for trial in trials]
         if any(value is not None for value in values):
             costs.append({**cost, "values": values})
+    others = not_comparable(trials, sweep.metric, best)
+    other_losses = not_comparable(trials, "eval_loss", best)
     thinnest = max(50, _LOSS_POINTS // max(1, len(trials)))
     return {
         "metric": {**metric, "mode": sweep.direction},
@@ -51,11 +54,15 @@ def chart_data(
                 "status": trial.status,
                 "look": mark_number(setting(trial.spec, "method.type")[1]),
                 "best": best is not None and trial.trial_id == best.trial_id,
-                "metric": _scaled(trial.metrics.get(sweep.metric), divisor),
+                # Scores of other held-out samples have no place on one axis with the best trial's.
+                "other": other,
+                "metric": None if other else _scaled(trial.metrics.get(sweep.metric), divisor),
                 "loss": _thin(_points(trial.curve, "loss"), thinnest),
-                "evalLoss": _points(trial.curve, "eval_loss"),
+                "evalLoss": [] if losses else _points(trial.curve, "eval_loss"),
             }
-            for number, trial in enumerate(trials, 1)
+            for number, (trial, other, losses) in enumerate(
+                zip(trials, others, other_losses, strict=True), 1
+            )
         ],
     }
 

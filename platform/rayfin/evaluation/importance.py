@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayfin.config import DataConfig, ModelConfig
 from rayfin.evaluation.quantities import setting
-from rayfin.history.comparable import eval_digests, written_settings
+from rayfin.history.comparable import comparison_groups, eval_digests, written_settings
 from rayfin.history.record import finite
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ def comparable_trials(trials: Sequence[TrialRecord], metric: str) -> list[TrialR
     the data, these are the trials of the largest group.
     """
     groups: dict[str, list[TrialRecord]] = {}
-    for trial, digest in zip(trials, eval_digests(trials), strict=True):
+    facts = zip(trials, comparison_groups(trials, metric), eval_digests(trials), strict=True)
+    for trial, group, digest in facts:
         if trial.status == "finished" and finite(trial.metrics.get(metric)) is not None:
             model = written_settings(trial.spec.get("model"), ModelConfig)
-            data = digest or written_settings(trial.spec.get("data"), DataConfig)
-            scenario = [model, data]
+            # Of rows that don't tell what they were scored on, only the same settings are the same.
+            data = None if digest else written_settings(trial.spec.get("data"), DataConfig)
+            scenario = [group, model, data]
             groups.setdefault(json.dumps(scenario, sort_keys=True), []).append(trial)
     return max(groups.values(), key=len, default=[])
 

@@ -39,6 +39,7 @@ from rayfin.evaluation.quantities import (
     show_setting,
 )
 from rayfin.evaluation.verdict import SweepOutcome, sweep_verdict
+from rayfin.history.comparable import not_comparable
 from rayfin.history.record import finite
 from rayfin.metrics import BASE, FIGURES, METRICS, score_names
 from rayfin.paths import Storage, write_text
@@ -276,8 +277,9 @@ def _table(
         if any(finite(t.metrics.get(key)) is not None for t in trials)
     ]
     names = list(config.sweep.parameters)
+    others = not_comparable(trials, config.sweep.metric, best)
     rows = []
-    for number, trial in enumerate(trials, 1):
+    for number, (trial, other) in enumerate(zip(trials, others, strict=True), 1):
         cells = []
         for name in names:
             has, value = setting(trial.spec, name)
@@ -294,20 +296,21 @@ def _table(
                 "status": trial.status,
                 "status_word": STATUS_WORDS.get(trial.status, trial.status),
                 "cells": cells,
-                "reason": _reason(trial),
+                "reason": _reason(trial, other=other),
             }
         )
     return {"columns": names + [METRICS[key].label for key in measured], "rows": rows}
 
 
-def _reason(trial: TrialRecord) -> dict[str, str]:
+def _reason(trial: TrialRecord, *, other: bool) -> dict[str, str]:
     """Why a trial is not a finished one: a line, and the whole text where there is more."""
     text = redact((trial.error or "").strip())
     if not text:
         steps = finite(trial.metrics.get("steps"))
         stopped = trial.status == "stopped" and steps is not None
         line = f"after {show_number(steps or 0)} steps" if stopped else early_stop(trial)
-        return {"line": line, "rest": ""}
+        scored = "scored on other held-out tokens" if other else ""
+        return {"line": ", ".join(filter(None, (line, scored))), "rest": ""}
     # The last line of a traceback is the one that says what happened.
     lines = text.splitlines()
     line = (lines[-1] if lines[0].startswith("Traceback") else lines[0]).strip()

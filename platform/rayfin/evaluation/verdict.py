@@ -83,7 +83,7 @@ def sweep_verdict(outcome: SweepOutcome) -> Verdict:
     if best is None:
         return _nothing(trials, interrupted)
     metric = config.sweep.metric
-    *groups, here = comparison_groups([*trials, best])
+    *groups, here = comparison_groups([*trials, best], metric)
     alike = [t for t, group in zip(trials, groups, strict=True) if group == here]
     scored = [t.status for t in alike if finite(t.metrics.get(metric)) is not None]
     change = change_of(best, metric)

@@ -38,6 +38,17 @@ class SweepResult:
     interrupted: bool = False
     """Whether Ctrl-C ended it; the same sweep with `resume=True` goes on."""
 
+    @property
+    def not_comparable(self) -> tuple[str, ...]:
+        """The ids of the trials whose scores don't compare with the best one's.
+
+        They were scored on other held-out tokens; see `notes`.
+        """
+        from rayfin.history.comparable import not_comparable
+
+        others = not_comparable(self.trials, self.config.sweep.metric, self.best)
+        return tuple(row.trial_id for row, other in zip(self.trials, others, strict=True) if other)
+
     def as_dict(self) -> dict[str, Any]:
         """Return plain values, as `rayfin sweep --json` prints them."""
         return {
@@ -46,6 +57,7 @@ class SweepResult:
             "trials": [row.model_dump(mode="json") for row in self.trials],
             "notes": list(self.notes),
             "best": self.best.trial_id if self.best else None,
+            "not_comparable": list(self.not_comparable),
             "verdict": self.verdict.as_dict(),
             "adapter": self.published.as_dict() if self.published else None,
             "report": self.report,

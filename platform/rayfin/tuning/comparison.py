@@ -21,7 +21,7 @@ def comparison_notes(space: SearchSpace, rows: Sequence[TrialRecord]) -> list[st
     chosen = comparable(rows, metric)
     if not chosen:
         return []
-    keys = comparison_groups(rows)
+    keys = comparison_groups(rows, metric)
     here = next(key for row, key in zip(rows, keys, strict=True) if row is chosen[0])
     groups: dict[str, list[int]] = {}
     for number, (row, key) in enumerate(zip(rows, keys, strict=True)):

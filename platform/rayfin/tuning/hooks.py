@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray.tune
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import Searcher
 
 from rayfin.compat.ray_tune import count_deaths_as_failures
+from rayfin.history.comparable import comparison_group
+from rayfin.training.spec import TrialResult
 from rayfin.tuning.lost_nodes import LostNodeWatch
-from rayfin.tuning.plan import RESULT, TRIAL
+from rayfin.tuning.plan import RESULT, TRIAL, PlannedTrial
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.search import HistorySearch
 
@@ -62,13 +66,63 @@ class TuneSearcher(_Unpickled, Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         last = {} if error or result is None else result
-        self._search.tell(trial_id, last.get(self._search.metric), last.get("step"))
+        told: TrialResult | None = last.get(RESULT)
+        scenario = {} if told is None else told.scenario
+        self._search.tell(trial_id, last.get(self._search.metric), last.get("step"), scenario)
 
     def save(self, checkpoint_path: str) -> None:
         """Do nothing: a sweep is resumed from the history, never from Tune's pickles."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Do nothing; see `save`."""
+
+
+class ComparableAsha(_Unpickled, FIFOScheduler):
+    """ASHA that compares a trial only with trials that were scored on the same held-out samples.
+
+    Each such group of trials has an ASHA of its own; a trial joins one by its first evaluation.
+    """
+
+    def __init__(self, metric: str, new: Callable[[], AsyncHyperBandScheduler]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._score, self._new = metric, new
+        self._by_group: dict[str, AsyncHyperBandScheduler] = {}
+        self._joined: dict[str, AsyncHyperBandScheduler] = {}
+
+    def of(self, group: str) -> AsyncHyperBandScheduler:
+        """Return the ASHA of a group of trials, by its `comparison_group`."""
+        if group not in self._by_group:
+            self._by_group[group] = self._new()
+        return self._by_group[group]
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        asha = self._asha_of(tune_controller, trial, result)
+        return str(asha.on_trial_result(tune_controller, trial, result)) if asha else self.CONTINUE
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        if (asha := self._asha_of(tune_controller, trial, result)) is not None:
+            asha.on_trial_complete(tune_controller, trial, result)
+            del self._joined[trial.trial_id]
+
+    def _asha_of(
+        self, tune_controller: Any, trial: Trial, result: dict[str, Any]
+    ) -> AsyncHyperBandScheduler | None:
+        """Return the ASHA that a trial has joined; None for a result without a score."""
+        if self._score not in result:
+            return None
+        if trial.trial_id not in self._joined:
+            planned: PlannedTrial = trial.config[TRIAL]
+            told: TrialResult = result[RESULT]
+            stage, profile = planned.spec.train.stage, told.scenario.get("data", {})
+            group = comparison_group(stage, profile, self._score)
+            # Rows of an earlier version don't tell their group, and are taken for the first one's.
+            untold = comparison_group(stage, {}, self._score)
+            if group not in self._by_group and untold in self._by_group:
+                self._by_group[group] = self._by_group.pop(untold)
+            asha = self.of(group)
+            asha.on_trial_add(tune_controller, trial)
+            self._joined[trial.trial_id] = asha
+        return self._joined[trial.trial_id]
 
 
 class StorageStopper(_Unpickled, ray.tune.Stopper):

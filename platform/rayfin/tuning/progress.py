@@ -14,6 +14,7 @@ from rich.text import Text
 from rayfin.config import Config
 from rayfin.config.steps import epoch_of, position
 from rayfin.history import TrialRecord
+from rayfin.history.comparable import not_comparable
 from rayfin.metrics import METRICS, Score
 from rayfin.metrics import Column as MetricColumn
 from rayfin.objectives import OBJECTIVES, stage_of
@@ -157,7 +158,8 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
     space = SearchSpace(config)
     axes = list(space.axes)
     measured = _columns(config.train.stage, *(stage_of(row.spec) for row in rows))
-    notes = [row.error or _origin(row) for row in rows]
+    others = not_comparable(rows, sweep.metric)
+    notes = [row.error or _origin(row, other) for row, other in zip(rows, others, strict=True)]
     epochs = any(row.spec["train"].get("num_train_epochs") is not None for row in rows)
     columns = [
         TableColumn("#", right=True),
@@ -184,10 +186,14 @@ def trials_table(config: Config, rows: Sequence[TrialRecord], *, title: str = ""
                 *([epoch_of(row.spec["train"], row.metrics.get("steps", 0))] if epochs else []),
                 f"{row.metrics.get('steps', 0)}/{row.spec['train']['max_steps']}",
                 *(_number(row, name) for name, _ in measured),
-                *([note[:60]] if any(notes) else []),
+                *([note[:_NOTE]] if any(notes) else []),
             ]
         )
     return TextTable(columns, cells, title=title)
+
+
+_NOTE = 120
+"""The most characters of a note in the table: those of an early stop, for example."""
 
 
 def few_settings(config: Config, distinct: int) -> str | None:
@@ -221,9 +227,10 @@ def settings(config: Config, row: TrialRecord) -> str:
     )
 
 
-def _origin(row: TrialRecord) -> str:
+def _origin(row: TrialRecord, other: bool) -> str:
     origin = "from the history" if "recalled_from" in row.scenario else ""
-    return ", ".join(filter(None, (early_stop(row), origin)))
+    scored = "scored on other held-out tokens" if other else ""
+    return ", ".join(filter(None, (early_stop(row), origin, scored)))
 
 
 def _columns(*stages: str) -> list[tuple[str, MetricColumn]]:

@@ -145,7 +145,7 @@ def early_stop(row: TrialRecord) -> str:
     """Return where early stopping ended a trial, and which evaluation's adapter was kept, if so."""
     stop, kept = row.scenario.get("early_stop"), row.scenario.get("kept_step")
     words = [f"early stop at step {stop}"] if stop is not None else []
-    words += [f"kept that of step {kept}"] if kept is not None else []
+    words += [f"kept the adapter of step {kept}, the best evaluation"] if kept is not None else []
     return ", ".join(words)
 
 

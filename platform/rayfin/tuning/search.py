@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from rayfin.config import Config
 from rayfin.history import TrialRecord
+from rayfin.history.comparable import centred, comparison_group, comparison_groups
+from rayfin.objectives import stage_of
 from rayfin.statuses import SCORED
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
+from rayfin.tuning.sampler import new_sampler, with_values
 from rayfin.tuning.space import Choices, Values, decode
 
 # So many draws in a row that were all tried before: the sampler has nothing new in a small space.
@@ -39,6 +40,10 @@ class EndedTrial:
     """The steps that it went, which are less than its spec says where the scheduler stopped it."""
     recalled: bool = False
     """Whether another sweep trained it: its result was known before."""
+    scenario: Mapping[str, Any] = field(default_factory=dict)
+    """What its row says it was scored on, if anything."""
+    number: int | None = None
+    """Its number in the study; None where the sampler does not know it."""
 
 
 class Advisor(Protocol):
@@ -104,10 +109,11 @@ class HistorySearch:
         self._space = plan.space
         self._random = random.Random(sweep.seed)
         self._ended: list[EndedTrial] = []
+        self._groups: set[str] = set()
         self._running: dict[str, Mapping[str, Any]] = {}
         self._queued = 0
         self._study = optuna.create_study(
-            sampler=_sampler(plan.config),
+            sampler=new_sampler(plan.config),
             direction="minimize" if sweep.direction == "min" else "maximize",
         )
         self._asked: dict[str, optuna.Trial] = {}
@@ -116,6 +122,7 @@ class HistorySearch:
         self._left = sweep.num_samples - len(known)
         for record in known:
             self._learn(record)
+        self._centre()
         for values in first:
             self._queued += self._enqueue(values)
         if sweep.search == "grid":
@@ -137,15 +144,25 @@ class HistorySearch:
         self._running[name] = trial.spec.model_dump(mode="json")
         return trial
 
-    def tell(self, name: str, value: float | None, steps: int | None = None) -> None:
-        """Take what a suggested trial came to after how many steps; None for one that failed."""
+    def tell(
+        self,
+        name: str,
+        value: float | None,
+        steps: int | None = None,
+        scenario: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Take what a suggested trial came to after how many steps; None for one that failed.
+
+        `scenario` is its row's, which says on what held-out samples it was scored.
+        """
         asked = self._asked.pop(name, None)
         if asked is None:
             return
         if value is not None and not math.isfinite(value):
             value = None
         steps = None if value is None else steps
-        self._end(asked, EndedTrial(self._running.pop(name), value, steps))
+        ended = EndedTrial(self._running.pop(name), value, steps, scenario=scenario or {})
+        self._end(asked, ended)
 
     def _propose(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """Return the next trial that must be trained; others are recalled on the way."""
@@ -160,22 +177,48 @@ class HistorySearch:
                 return proposal
             spec = trial.spec.model_dump(mode="json")  # the record's own may say it differently
             if record.status == "finished":
-                self._end(
-                    asked, EndedTrial(spec, float(record.metrics[self.metric]), recalled=True)
-                )
+                value = float(record.metrics[self.metric])
+                self._end(asked, EndedTrial(spec, value, recalled=True, scenario=record.scenario))
             else:  # it says nothing of what such a setting is worth
                 self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
         return None
 
     def _end(self, asked: optuna.Trial, tried: EndedTrial) -> None:
         """Tell the sampler, and keep for the advisor, what a trial came to."""
-        self._ended.append(tried)
+        self._keep(replace(tried, number=asked.number))
         if tried.value is None:
             # A failed trial has no value; told as such, the sampler neither waits for it nor learns
             # from it.
-            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            self._study.tell(asked.number, state=optuna.trial.TrialState.FAIL)
         else:
-            self._study.tell(asked, float(tried.value))
+            self._study.tell(asked.number, float(tried.value))
+        self._centre()
+
+    def _keep(self, tried: EndedTrial) -> None:
+        self._ended.append(tried)
+        if tried.value is not None:
+            profile = tried.scenario.get("data") or {}
+            self._groups.add(comparison_group(stage_of(tried.spec), profile, self.metric))
+
+    def _centre(self) -> None:
+        """Tell the sampler of each trial how it stands within the trials that it compares with.
+
+        Where all compare with all, the scores stay as they are.
+        """
+        if (ended := self._centred()) != self._ended:
+            values = {one.number: one.value for one in ended}
+            self._study = with_values(self._study, values)
+
+    def _centred(self) -> list[EndedTrial]:
+        """Return the ended trials, with their scores centred by what compares."""
+        if len(self._groups) < 2:
+            return self._ended
+        scored = [one for one in self._ended if one.value is not None]
+        groups = comparison_groups(scored, self.metric)
+        values = iter(centred([one.value for one in scored if one.value is not None], groups))
+        return [
+            one if one.value is None else replace(one, value=next(values)) for one in self._ended
+        ]
 
     def _advised(self) -> tuple[optuna.Trial, PlannedTrial] | None:
         """Return the advisor's choice among points that were not tried."""
@@ -194,7 +237,7 @@ class HistorySearch:
             return None
         trials = list(options.values())
         specs = [trial.spec.model_dump(mode="json") for trial in trials]
-        chosen = self._advisor.choose(specs, self._ended, list(self._running.values()))
+        chosen = self._advisor.choose(specs, self._centred(), list(self._running.values()))
         self._enqueue(trials[chosen].values)
         return self._draw(1)
 
@@ -205,7 +248,7 @@ class HistorySearch:
             yield from space.grid()
             return
         yield from (space.drawn(self._random) for _ in range(_OPTIONS))
-        good = [one for one in self._ended if one.value is not None]
+        good = [one for one in self._centred() if one.value is not None]
         good.sort(key=lambda one: one.value or 0.0, reverse=self.direction == "max")
         for one in good[:_BEST]:
             values = space.values_in(one.spec)
@@ -264,29 +307,14 @@ class HistorySearch:
         if record.status not in SCORED:
             value = None
         recalled = "recalled_from" in record.scenario
-        number = None if value is None else float(value)
-        steps = None if number is None else record.metrics.get("steps")
-        self._ended.append(EndedTrial(record.spec, number, steps, recalled=recalled))
+        score = None if value is None else float(value)
+        steps = None if score is None else record.metrics.get("steps")
+        ended = EndedTrial(record.spec, score, steps, recalled=recalled, scenario=record.scenario)
         if parameters is None or value is None:
+            self._keep(ended)
             return
+        self._keep(replace(ended, number=len(self._study.trials)))
         axes = {axis: self._space.distributions[axis] for axis in parameters}
         self._study.add_trial(
             optuna.trial.create_trial(params=parameters, distributions=axes, value=float(value))
-        )
-
-
-def _sampler(config: Config) -> optuna.samplers.BaseSampler:
-    sweep = config.sweep
-    if sweep.search in ("random", "grid"):
-        return optuna.samplers.RandomSampler(seed=sweep.seed)
-    # Optuna's default of 10 random trials would leave TPE nothing to do in a sweep of 8.
-    startup = max(3, min(10, sweep.num_samples // 3))
-    with warnings.catch_warnings():  # Optuna calls `group` experimental
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            seed=sweep.seed,
-            n_startup_trials=startup,
-            multivariate=True,
-            group=True,  # axes that only some methods have are drawn from the trials that have them
-            constant_liar=True,
         )

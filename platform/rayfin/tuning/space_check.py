@@ -9,7 +9,9 @@ from typing import Any
 
 from rayfin.config import Config, Space, format_value, leaf_names
 from rayfin.errors import ConfigError, MethodError, did_you_mean, listed
+from rayfin.history.comparable import decides_scored_tokens, keeps_scored_answers
 from rayfin.methods import METHODS
+from rayfin.metrics import score_of
 from rayfin.objectives import OBJECTIVES
 from rayfin.training.combination import check_combination
 from rayfin.training.strategies import check_scaling
@@ -21,9 +23,6 @@ from rayfin.tuning.space import (
     Values,
     has_setting,
 )
-
-_TOKENS = ("data.chat_template", "data.system", "data.truncation", "train.train_on")
-"""Settings that decide which tokens a sample has, or which of them are scored."""
 
 
 def check_space(space: SearchSpace) -> None:
@@ -79,14 +78,26 @@ def space_notes(space: SearchSpace) -> list[str]:
 
 
 def _rescored(space: SearchSpace) -> list[str]:
-    """Return a line where trials of the space are scored on different tokens."""
-    if not (axes := [name for name in _TOKENS if name in space.axes]):
+    """Return a line on what is compared with what, where an axis decides what is scored."""
+    config = space.config
+    axes = [axis for axis in space.axes if decides_scored_tokens(axis, config.data)]
+    kept = [axis for axis in axes if keeps_scored_answers(axis)]
+    if not axes:
         return []
+    metric, more = config.sweep.metric, ""
+    if kept and (others := _shares_of_samples(config.train.stage)):
+        which = "it" if metric in others else f"sweep.metric={others[0]}"
+        more = f"; {which} compares across {listed(kept)} where answers are single and none is cut"
+    who = "ASHA, the search" if config.sweep.scheduler == "asha" else "the search"
     return [
-        f"{listed(axes)} {'decides' if len(axes) == 1 else 'decide'} which tokens are scored: "
-        f"{space.config.sweep.metric} of trials that differ there is of different tokens, and "
-        "doesn't say which trial answers better"
+        f"{listed(axes)} {'decides' if len(axes) == 1 else 'decide'} which held-out tokens are "
+        f"scored: {who} and the choice of the best compare {metric} only among trials "
+        f"scored on the same ones{more}"
     ]
+
+
+def _shares_of_samples(stage: str) -> list[str]:
+    return [name for name in OBJECTIVES[stage].metrics if score_of(name).of_samples]
 
 
 def _unusual_capacities(space: SearchSpace) -> list[str]:

@@ -114,7 +114,8 @@ function legend() {
     const group = draw(key, "g", { class: `series c${look.get(trial)} ${trial.status}` });
     draw(group, "path", { class: "eval-line", d: "M1 5H19" });
     drawMark(group, report, look.get(trial), 10, 5, 3.5, "key");
-    const score = trial.metric === null ? "no score" : withUnit(trial.metric, report.metric.unit);
+    const unscored = trial.other ? "other held-out tokens" : "no score";
+    const score = trial.metric === null ? unscored : withUnit(trial.metric, report.metric.unit);
     const method = compares(report) ? `${report.methods.find((m) => m.look === trial.look).name} ` : "";
     html(button, "span", { text: `${method}#${trial.number}  ${score}${trial.best ? ", best" : ""}` });
     button.title = [trial.id, ...page.settings(trial)].join("\n");
