@@ -7,8 +7,9 @@ import random
 import re
 import shlex
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -16,7 +17,7 @@ from rayfin.cli import main
 from rayfin.config import DataConfig, build_config, dump_yaml, load_config
 from rayfin.data import Corpus, file_ranges, load_corpus
 from rayfin.data.mixture import samples_to_take, source_hash
-from rayfin.data.stream import plan_sample_ranges
+from rayfin.data.stream import plan_epoch_ranges
 from rayfin.data.stream_reader import tokenize_range
 from rayfin.errors import ConfigError, DataError
 from rayfin.objectives import SFT
@@ -249,55 +250,113 @@ def test_a_mix_depends_on_content_only(tmp_path: Path) -> None:
     assert (alone.digest, alone.source) == (path.digest, path.source)
 
 
-def test_a_streamed_mix_has_other_rows_of_the_larger_source_in_each_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And in each epoch as many of each as its weight says."""
-    monkeypatch.setattr(file_ranges, "_MIN_BYTES", 1000)
-    a = write(tmp_path / "a.jsonl", rows("a", 40))
-    b = write(tmp_path / "b.jsonl", chats("b", 400))
-    sources = [{"path": a, "weight": 1}, {"path": b, "weight": 2}]
-    stream = load(sources=sources, streaming=True).stream
-    assert stream is not None
-    epoch = sum(stream.rows)
-    assert epoch == 36 + 72 and len(stream.ranges) > 12
-    seen: list[list[str]] = []
+@dataclass
+class Reading:
+    """Reads what streamed data are trained on, in small parts of the files."""
 
-    def encode(examples: Any, _: Any) -> list[Any]:
-        seen[-1] += [example.messages[0]["content"] for example in examples]
+    seen: list[str] = field(default_factory=list)
+
+    def epochs(self, corpus: Corpus, first: int, last: int, lanes: int = 1) -> list[str]:
+        """What the first lane reads between two steps, as samples in canonical form."""
+        stream, sft = corpus.stream, cast("Any", SFT)
+        assert stream is not None and len(stream.ranges) > 12
+        self.seen.clear()
+        for each in plan_epoch_ranges(stream, lanes=[0], of=lanes, seed=3, first=first, last=last):
+            tokenize_range(stream, each, sft, sft, seed=3, max_length=64)
+        return list(self.seen)
+
+    def encode(self, examples: Any, _: Any) -> list[Any]:
+        self.seen += [example.canonical() for example in examples]
         return [{"input_ids": [1, 2], "labels": [1, 2]} for _ in examples]
 
-    sft: Any = SFT
-    monkeypatch.setattr(sft, "encode", encode)
-    for number in range(2):
-        seen.append([])
-        first, last = number * epoch, (number + 1) * epoch
-        for each in plan_sample_ranges(stream, lanes=[0], of=1, seed=3, first=first, last=last):
-            tokenize_range(stream, each, sft, sft, seed=3, max_length=64)
-        assert Counter(text[0] for text in seen[-1]) == {"a": 36, "b": 72}
-        assert len(set(seen[-1])) == epoch, "no row comes twice in an epoch"
-    of_b = [{text for text in each if text[0] == "b"} for each in seen]
-    assert of_b[0] != of_b[1]
+
+@pytest.fixture
+def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+    reading, sft = Reading(), cast("Any", SFT)
+    monkeypatch.setattr(file_ranges, "_MIN_BYTES", 700)
+    monkeypatch.setattr(sft, "encode", reading.encode)
+    return reading
 
 
-def test_a_prompt_held_out_of_one_source_is_not_trained_on_in_another(tmp_path: Path) -> None:
+def held(split: tuple[Any, ...]) -> Counter[str]:
+    return Counter(example.canonical() for example in split)
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_a_streamed_mix_has_the_rows_of_the_one_that_is_held(
+    tmp_path: Path, reading: Reading, evaluated: bool
+) -> None:
+    """In every epoch, also where rows are in the data several times, and read on in the middle."""
+    a = write(tmp_path / "a.jsonl", rows("a", 40))
+    many = chats("b", 40) * 6 + chats("c", 90) + chats("d", 30) * 3
+    b = write(tmp_path / "b.jsonl", many)
+    mine = {"eval_path": write(tmp_path / "mine.jsonl", rows("mine", 3))} if evaluated else {}
+    for weight in (1, 2.5, 6):
+        sources = [{"path": a, "weight": 1}, {"path": b, "weight": weight}]
+        streamed = load(sources=sources, streaming=True, **mine)
+        kept = load(sources=sources, **mine)
+        epoch = len(kept.train)
+        if evaluated:
+            assert streamed.rows == epoch == 40 + round(40 * weight)
+        else:  # six equal rows may not fit into what is held out, and are kept together
+            assert abs(streamed.rows - epoch) < 6
+            assert streamed.rows + len(streamed.eval) == epoch + len(kept.eval)
+            continue
+        assert held(streamed.eval) == held(kept.eval)
+        whole = reading.epochs(streamed, 0, 2 * epoch)
+        for part in (whole[:epoch], whole[epoch:]):
+            assert Counter(part) == held(kept.train)
+        assert whole[:epoch] != whole[epoch:]
+        assert reading.epochs(streamed, epoch + 17, 2 * epoch) == whole[epoch + 17 :]
+        sample = held(streamed.train)
+        assert sample == held(kept.train), "the profile is that of the rows that are trained on"
+    digests = {
+        load(sources=[sources[0], {"path": b, "weight": w}], streaming=True, **mine).digest
+        for w in (1, 2)
+    }
+    assert len(digests) == 2
+
+
+def test_a_prompt_held_out_of_one_source_is_not_trained_on_in_another(
+    tmp_path: Path, reading: Reading, monkeypatch: pytest.MonkeyPatch
+) -> None:
     common = rows("common", 60)
     a = write(tmp_path / "a.jsonl", common + rows("a", 40))
     b = write(tmp_path / "b.jsonl", [{**row, "completion": "another"} for row in common])
-    corpus = load(sources=[{"path": a}, {"path": b}], val_size=0.3)
+    settings: dict[str, Any] = {"sources": [{"path": a}, {"path": b}], "val_size": 0.3}
+    corpus, streamed = load(**settings), load(**settings, streaming=True)
     asked = [{e.messages[0]["content"] for e in split} for split in (corpus.train, corpus.eval)]
     assert asked[0] & asked[1] == set() and len(corpus.train) + len(corpus.eval) == 160
     assert all(use.eval > 0 for use in corpus.sources) and corpus.eval_rows_in_train == 0
+    assert held(streamed.eval) == held(corpus.eval) and streamed.sources == corpus.sources
+    assert Counter(reading.epochs(streamed, 0, len(corpus.train))) == held(corpus.train)
+    assert streamed.notes == corpus.notes
+
+    # No more are evaluated on than are held: the rest is left out, and told.
+    monkeypatch.setattr("rayfin.data.survey.MAX_HELD_OUT", 20)
+    few = load(**settings, streaming=True)
+    assert len(few.eval) == 20 and any("left out, of prompts held out" in n for n in few.notes)
+    prompts = {e.messages[0]["content"] for e in few.eval}
+    trained = [json.loads(each)[0]["content"] for each in reading.epochs(few, 0, few.rows)]
+    assert len(trained) == few.rows and prompts.isdisjoint(trained)
 
 
-def test_a_held_out_prompt_is_not_trained_on_beside_a_split_of_its_own(tmp_path: Path) -> None:
+def test_a_held_out_prompt_is_not_trained_on_beside_a_split_of_its_own(
+    tmp_path: Path, streaming: bool
+) -> None:
     common = rows("common", 40)
     write(tmp_path / "own" / "train.jsonl", [{**row, "completion": "x"} for row in common])
     write(tmp_path / "own" / "validation.jsonl", rows("held", 3))
     plain = write(tmp_path / "plain.jsonl", common)
     small = write(tmp_path / "small.jsonl", common[:1])
-    for sources in ([str(tmp_path / "own"), plain], [plain, small], [small, plain]):
-        corpus = load(sources=[{"path": path} for path in sources], val_size=0.6)
+
+    def mixed(*paths: str, **settings: Any) -> Corpus:
+        sources = [{"path": path} for path in paths]
+        return load(sources=sources, streaming=streaming, **settings)
+
+    own = str(tmp_path / "own")
+    for sources in ([own, plain], [plain, small], [small, plain]):
+        corpus = mixed(*sources, val_size=0.6)
         asked = [{e.messages[0]["content"] for e in split} for split in (corpus.train, corpus.eval)]
         assert asked[0] & asked[1] == set() and corpus.eval_rows_in_train == 0
         if len(corpus.eval) == 27:
@@ -306,7 +365,7 @@ def test_a_held_out_prompt_is_not_trained_on_beside_a_split_of_its_own(tmp_path:
                 "on 3 rows of validation.jsonl; 24 rows left out, of prompts held out of another "
                 "source"
             )
-    assert names(load(sources=[{"path": str(tmp_path / "own")}, {"path": plain}]).eval)["held"] == 3
+    assert names(mixed(own, plain).eval)["held"] == 3
 
 
 def test_sources_with_splits_of_their_own(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow
 from rayfin.data.sources import Source, Sources, find_sources, read_rows
 from rayfin.data.splits import Split
+from rayfin.data.stream_parts import all_held_out
 from rayfin.data.survey import survey_corpus
 from rayfin.errors import DataError
 from rayfin.objectives import SFT, Objective
@@ -268,10 +269,7 @@ def _hold_out_of_each(
 
     moved = [without_held(train) for train, _ in pairs]
     if not any(train for train, _ in moved):
-        raise DataError(
-            "data.sources: every row is held out of one of them; give more rows, or rows to "
-            "evaluate on as data.eval_path"
-        )
+        raise all_held_out()
     return [
         (train, held_out if has_own else held_out + more)
         for (_, held_out), (train, more), has_own in zip(pairs, moved, own, strict=True)

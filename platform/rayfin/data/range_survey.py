@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from rayfin.data.conversion import RowStatistics
 from rayfin.data.file_ranges import read_range
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow
-from rayfin.data.stream import FileRange
+from rayfin.data.stream import FileRange, RowChoice, order_number
 from rayfin.samples import Example
 
 MAX_HELD_OUT = 1000
@@ -50,6 +51,8 @@ class RangeSurvey:
     """The smallest hash of the samples' order."""
     found: set[str] = field(default_factory=set)
     """Those of the wanted hashes that samples here have."""
+    orders: dict[int, array[int]] = field(default_factory=dict)
+    """The first 64 bits of each sample's order hash, for each range, where they are asked for."""
     bad: int = 0
     """The number of bad rows."""
     first_bad: tuple[int, int, str] | None = None
@@ -66,6 +69,7 @@ class RangeSurvey:
         self.by_content = heapq.nsmallest(_HASHES_KEPT, self.by_content + other.by_content)
         self.source = min(self.source, other.source)
         self.found |= other.found
+        self.orders |= other.orders
         self.bad += other.bad
         self.statistics.add(other.statistics)
         self.first_bad = self.first_bad or other.first_bad
@@ -77,12 +81,20 @@ def survey_ranges(
     settings: RowSettings,
     numbers: Sequence[int],
     wanted: frozenset[str] = frozenset(),
+    *,
+    chosen: Callable[[int], RowChoice] | None = None,
+    with_orders: bool = False,
 ) -> RangeSurvey:
-    """Survey the ranges of these numbers, looking for samples with the `wanted` content hashes."""
+    """Survey the ranges of these numbers, looking for samples with the `wanted` content hashes.
+
+    `chosen` returns what tells which samples of a range count; without it all do. `with_orders`
+    keeps 8 bytes of each sample, by which they can be ordered.
+    """
     survey = RangeSurvey(statistics=RowStatistics(settings))
     by_prompt, by_content = _SmallestHashes(), _SmallestHashes()
     for number in numbers:
-        digest, count = hashlib.sha256(), 0
+        digest, count, orders = hashlib.sha256(), 0, array("Q")
+        counts_here = None if chosen is None else chosen(number)
         for row in read_range(ranges[number], settings):
             example = survey.statistics.convert(row, shape)
             if not isinstance(example, Example):
@@ -90,9 +102,14 @@ def survey_ranges(
                 survey.first_bad = survey.first_bad or (number, row.line, example)
                 continue
             content, prompt = example.canonical_forms()
+            if counts_here is not None and not counts_here(content, prompt):
+                continue
             count += 1
             digest.update(f"{content}\n".encode())
-            survey.source = min(survey.source, content_hash(ORDER_SALT, content))
+            order = content_hash(ORDER_SALT, content)
+            survey.source = min(survey.source, order)
+            if with_orders:
+                orders.append(order_number(order))
             prompt_hash = content_hash(EVAL_SALT, prompt)
             by_prompt.add(HashedExample(prompt_hash, number, content))
             eval_hash = content_hash(EVAL_SALT, content)
@@ -100,6 +117,8 @@ def survey_ranges(
             if eval_hash in wanted:
                 survey.found.add(eval_hash)
         survey.counts[number], survey.digests[number] = count, digest.hexdigest()
+        if with_orders:
+            survey.orders[number] = orders
     survey.by_prompt, survey.by_content = by_prompt.smallest(), by_content.smallest()
     return survey
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from rayfin.config.data import DataConfig
 from rayfin.data.conversion import (
@@ -22,7 +24,7 @@ from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
 from rayfin.data.sources import EVAL_PATH, Source
 from rayfin.data.splits import Split
-from rayfin.data.stream import FileRange
+from rayfin.data.stream import FileRange, TakenRows
 from rayfin.objectives import Objective
 
 _BATCH_BYTES = 2**25
@@ -43,6 +45,8 @@ class SurveyedSplit:
     shape: str
     """The format of the rows, as `data.format` names it."""
     survey: RangeSurvey
+    taken: TakenRows | None = None
+    """Which samples the survey counts; None for all."""
 
     @property
     def rows(self) -> int:
@@ -73,23 +77,67 @@ def open_split(
 
 
 def survey_split(
-    opened: SurveyedSplit, map_batches: MapBatches, wanted: frozenset[str] = frozenset()
+    opened: SurveyedSplit,
+    map_batches: MapBatches,
+    wanted: frozenset[str] = frozenset(),
+    *,
+    with_orders: bool = False,
 ) -> SurveyedSplit:
     """Look through all ranges of a split, for samples with the `wanted` content hashes, too.
 
-    Raises DataError for bad rows unless they are to be skipped.
+    `with_orders` is that of `survey_ranges`. Raises DataError for bad rows unless they are to be
+    skipped.
     """
-    config, ranges = opened.source.config, opened.ranges
-    settings = RowSettings.of(config)
-    total = RangeSurvey(statistics=RowStatistics(settings))
-    survey_batch = partial(survey_ranges, ranges, opened.shape, settings, wanted=wanted)
-    with opened.source.errors():
-        for survey in map_batches(survey_batch, _batches(ranges)):
-            total.add(survey)
-        found = replace(opened, survey=total)
-        if total.first_bad is not None:
-            _check_bad_rows(config, found, total.first_bad)
+    total = survey_chosen(opened, map_batches, wanted=wanted, with_orders=with_orders)
+    found = replace(opened, survey=total)
+    if total.first_bad is not None:
+        with opened.source.errors():
+            _check_bad_rows(opened.source.config, found, total.first_bad)
     return found
+
+
+def survey_chosen(split: SurveyedSplit, map_batches: MapBatches, **options: Any) -> RangeSurvey:
+    """Look through all ranges of a split with these `options` of `survey_ranges`."""
+    settings = RowSettings.of(split.source.config)
+    total = RangeSurvey(statistics=RowStatistics(settings))
+    survey_batch = partial(survey_ranges, split.ranges, split.shape, settings, **options)
+    with split.source.errors():
+        for survey in map_batches(survey_batch, _batches(split.ranges)):
+            total.add(survey)
+    return total
+
+
+def survey_taken(
+    split: SurveyedSplit, count: int, map_batches: MapBatches, wanted: frozenset[str]
+) -> SurveyedSplit:
+    """Return a split of which only the first `count` samples by their order's hash count."""
+    if count >= split.rows:
+        return split
+    taken = _first_rows(split.survey.orders, count)
+    again = survey_chosen(split, map_batches, wanted=wanted, chosen=taken.of_range)
+    survey = replace(
+        split.survey,
+        counts=again.counts,
+        by_prompt=again.by_prompt,
+        by_content=again.by_content,
+        found=again.found,
+        orders={},
+    )
+    return replace(split, survey=survey, taken=taken)
+
+
+def _first_rows(orders: Mapping[int, array[int]], count: int) -> TakenRows:
+    """Return the first `count` samples by their order's hash; of equal ones those in front."""
+    import numpy as np
+
+    by_range = {n: np.frombuffer(orders[n], dtype=np.uint64) for n in sorted(orders) if orders[n]}
+    every = np.concatenate([*by_range.values()])
+    last = np.partition(every, count - 1)[count - 1]
+    wanted = count - int(np.count_nonzero(every < last))
+    equal = {n: int(np.count_nonzero(hashes == last)) for n, hashes in by_range.items()}
+    so_far = zip(equal, itertools.accumulate(equal.values()), strict=True)
+    number, seen = next(each for each in so_far if each[1] >= wanted)
+    return TakenRows(int(last), number, wanted - (seen - equal[number]))
 
 
 def _check_bad_rows(

@@ -13,10 +13,10 @@ import bisect
 import functools
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from rayfin.data.content_hash import EVAL_SALT, content_hash
+from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
 from rayfin.data.row_settings import NO_SETTINGS, RowSettings
 from rayfin.samples import Example
 
@@ -39,9 +39,45 @@ class FileRange:
         return self.file.lower().endswith(".parquet")
 
 
+RowChoice = Callable[[str, str], bool]
+"""Called with the content and the prompt of each sample of a range, in order: whether it counts."""
+
+
+@dataclass(frozen=True)
+class TakenRows:
+    """The samples that are taken of a weighted source: the first ones by their order's hash."""
+
+    last: int
+    """The first 64 bits of the hash of the last one."""
+    number: int
+    """The number of the last range, among those of the source, where samples of that hash are
+    taken."""
+    count: int
+    """How many samples of that hash are taken in that range."""
+
+    def of_range(self, number: int) -> RowChoice:
+        """Return what tells which samples of the source's range `number` are taken."""
+        equal = 0
+
+        def is_taken(content: str, _: str) -> bool:
+            nonlocal equal
+            hashed = order_number(content_hash(ORDER_SALT, content))
+            if hashed != self.last:
+                return hashed < self.last
+            equal += 1
+            return (number, equal) <= (self.number, self.count)
+
+        return is_taken
+
+
+def order_number(hashed: str) -> int:
+    """Return the first 64 bits of a hash, as an integer."""
+    return int(hashed[:16], 16)
+
+
 @dataclass(frozen=True)
 class StreamSource:
-    """How the rows of one source of streamed data are read, and which of them are held out."""
+    """How the rows of one source of streamed data are read, and which of them are trained on."""
 
     shape: str
     """The format of the rows, as `data.format` names it."""
@@ -51,11 +87,48 @@ class StreamSource:
     """Samples whose hash is at most this one are held out for evaluation; empty holds out none."""
     hashes_prompt: bool = False
     """Whether the prompt is hashed; where almost all prompts are equal, the whole sample is."""
+    taken: TakenRows | None = None
+    """The samples that are taken of a weighted source; None takes all."""
+    held_elsewhere: frozenset[str] = frozenset()
+    """The hashes of the prompts, or whole samples, that are held out of other sources."""
+    first_range: int = 0
+    """The number of its first range in the stream."""
 
-    def is_held_out(self, example: Example) -> bool:
-        """Whether a sample is held out for evaluation."""
-        content = example.canonical_prompt() if self.hashes_prompt else example.canonical()
-        return content_hash(EVAL_SALT, content) <= self.eval_hash_limit
+    def trained(self, examples: Iterable[Example], number: int) -> Iterator[Example]:
+        """Yield those samples of a range that are trained on; `number` is that in the stream."""
+        is_taken = self._taken_of(number - self.first_range)
+        for example in examples:
+            content, prompt = example.canonical_forms()
+            if is_taken(content, prompt) and not self.is_held_out(content, prompt):
+                yield example
+
+    def is_held_out(self, content: str, prompt: str) -> bool:
+        """Whether a sample is held out for evaluation, here or of another source."""
+        return self._is_held_here(content, prompt) or self._is_held_elsewhere(content, prompt)
+
+    def shared_of_range(self, number: int) -> RowChoice:
+        """Return what tells which samples of its range `number` are held out elsewhere alone."""
+        is_taken = self._taken_of(number)
+
+        def is_shared(content: str, prompt: str) -> bool:
+            if not is_taken(content, prompt) or self._is_held_here(content, prompt):
+                return False
+            return self._is_held_elsewhere(content, prompt)
+
+        return is_shared
+
+    def _taken_of(self, number: int) -> RowChoice:
+        return (lambda *_: True) if self.taken is None else self.taken.of_range(number)
+
+    def _is_held_here(self, content: str, prompt: str) -> bool:
+        hashed = prompt if self.hashes_prompt else content
+        return content_hash(EVAL_SALT, hashed) <= self.eval_hash_limit
+
+    def _is_held_elsewhere(self, content: str, prompt: str) -> bool:
+        if not self.held_elsewhere:
+            return False
+        hashes = (content_hash(EVAL_SALT, each) for each in (prompt, content))
+        return any(each in self.held_elsewhere for each in hashes)
 
 
 @dataclass(frozen=True)

@@ -47,12 +47,10 @@ def tokenize_range(
     """
     source = stream.sources[samples.file_range.source]
     statistics = RowStatistics(source.settings)
-    examples = [
-        example
-        for row in read_range(samples.file_range, source.settings)
-        if isinstance(example := statistics.convert(row, source.shape), Example)
-        and not source.is_held_out(example)
-    ]
+    rows = read_range(samples.file_range, source.settings)
+    converted = (statistics.convert(row, source.shape) for row in rows)
+    valid = (example for example in converted if isinstance(example, Example))
+    examples = [*source.trained(valid, samples.number)]
     random.Random(f"{seed}/{samples.epoch}/{samples.number}").shuffle(examples)
     examples = examples[samples.start : samples.stop]
     encode = partial(encode_examples, tokenizer=tokenizer, objective=objective, settings=settings)

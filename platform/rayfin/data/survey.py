@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from rayfin.config.data import DataConfig
 from rayfin.data.conversion import RowStatistics
@@ -22,15 +20,18 @@ from rayfin.data.mixture import (
 from rayfin.data.range_survey import MAX_HELD_OUT, SAMPLED, HashedExample
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.sources import Sources, find_sources
-from rayfin.data.split_survey import MapBatches, SurveyedSplit, open_split, survey_split
-from rayfin.data.stream import Stream, StreamSource
+from rayfin.data.split_survey import (
+    MapBatches,
+    SurveyedSplit,
+    open_split,
+    survey_split,
+    survey_taken,
+)
+from rayfin.data.stream import Stream
+from rayfin.data.stream_parts import StreamPart, most_to_hold_out, take, without_shared
 from rayfin.errors import DataError
 from rayfin.objectives import SFT, Objective
 from rayfin.samples import Example
-
-_LEAST_OF_RANGE = 8
-"""The samples that are at least taken of a range where only some of a source are: a range is read
-as a whole, which is not worth it for fewer."""
 
 
 def survey_corpus(
@@ -51,18 +52,31 @@ def survey_corpus(
     ]
     evaluated = _evaluated(sources, opened, objective, map_batches)
     wanted = frozenset(each.hash for split in evaluated for each in _scored(split))
-    train = [survey_split(each, map_batches, wanted) for each in opened]
-    rows = [split.rows for split in train]
+    weighted = sources.train[0].weight is not None
+    surveyed = [survey_split(each, map_batches, wanted, with_orders=weighted) for each in opened]
+    rows = [split.rows for split in surveyed]
     taken = training_samples(sources, rows, None)
     most = samples_to_take(taken, [None] * len(taken), MAX_HELD_OUT)
-    own = {split.ranges[0].source for split in evaluated} if sources.evaluation is None else None
-    parts = [
-        _take(split, count, 0 if own is None or number in own else _to_hold_out(config, count, cap))
-        for number, (split, count, cap) in enumerate(zip(train, taken, most, strict=True))
+    train = [
+        survey_taken(split, count, map_batches, wanted)
+        for split, count in zip(surveyed, taken, strict=True)
     ]
+    firsts = [0, *itertools.accumulate(len(split.ranges) for split in train)]
+    if sources.evaluation is not None:
+        most_held = [0] * len(train)
+        own = frozenset[int]()
+    else:
+        own = frozenset(split.ranges[0].source for split in evaluated)
+        most_held = [
+            0 if number in own else most_to_hold_out(config, count, cap)
+            for number, (count, cap) in enumerate(zip(taken, most, strict=True))
+        ]
+    parts = list(map(take, train, most_held, firsts))
     if not evaluated and not any(part.held_out for part in parts):
         raise _nothing_held_out(config, train)
-    return _corpus(config, sources, train, evaluated, parts, taken)
+    if len(parts) > 1:
+        parts = without_shared(train, parts, map_batches, most=MAX_HELD_OUT, own=own)
+    return _corpus(config, sources, train, evaluated, parts, rows, taken)
 
 
 def _check_large(config: DataConfig) -> None:
@@ -103,76 +117,6 @@ def _scored(split: SurveyedSplit) -> list[HashedExample]:
     return split.survey.by_content[:MAX_HELD_OUT]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What is taken of one source."""
-
-    source: StreamSource
-    rows: list[int]
-    """The number of training samples of each of its ranges."""
-    held_out: Sequence[HashedExample] = ()
-
-
-def _to_hold_out(config: DataConfig, count: int, most: int) -> int:
-    return min(max(round(config.val_size * count), 1), count - 1, max(most, 1))
-
-
-def _take(split: SurveyedSplit, count: int, to_hold_out: int) -> _Part:
-    """Return what is taken of a source: `count` samples, with those that are held out.
-
-    Where samples can't be told apart, none is held out.
-    """
-    settings, survey = RowSettings.of(split.source.config), split.survey
-    held_out: Sequence[HashedExample] = ()
-    hashes_prompt = False
-    if to_hold_out > 0 and len({each.content for each in survey.by_content}) > 1:
-        held_out = _first_groups(survey.by_prompt, to_hold_out)
-        hashes_prompt = bool(held_out)
-        # Where not even one prompt's samples fit, only equal samples are kept together instead.
-        held_out = held_out or _first_groups(survey.by_content, to_hold_out)
-        first = survey.by_content[0].hash
-        held_out = held_out or [each for each in survey.by_content if each.hash == first]
-        if len(held_out) == len(survey.by_content):
-            raise DataError(
-                f"{split.source.setting}.path: '{split.source.config.path}': almost all of its "
-                f"{split.rows} rows are the same; give different ones"
-            )
-    held = Counter(each.number for each in held_out)
-    numbers = range(len(split.ranges))
-    rows = _spread(
-        [survey.counts[n] - held[n] for n in numbers],
-        sorted(numbers, key=lambda n: survey.digests[n]),
-        count - len(held_out),
-    )
-    limit = held_out[-1].hash if held_out else ""  # an empty one is less than every hash
-    return _Part(StreamSource(split.shape, settings, limit, hashes_prompt), rows, held_out)
-
-
-def _spread(rows: list[int], order: Sequence[int], wanted: int) -> list[int]:
-    """Return how many of the rows of each range are taken, `wanted` in all.
-
-    Ranges come in an order that depends on their content.
-    """
-    if wanted >= sum(rows):
-        return rows
-    taken = [0] * len(rows)
-    most = max(_LEAST_OF_RANGE, -(-wanted // len(rows)))
-    while wanted:
-        for number in order:
-            more = min(most, rows[number] - taken[number], wanted)
-            taken[number] += more
-            wanted -= more
-    return taken
-
-
-def _first_groups(ordered: Sequence[HashedExample], most: int) -> Sequence[HashedExample]:
-    """Return the first examples, at most `most`; of those with the same hash, all or none."""
-    count = min(most, len(ordered))
-    while 0 < count < len(ordered) and ordered[count - 1].hash == ordered[count].hash:
-        count -= 1
-    return ordered[:count]
-
-
 def _nothing_held_out(config: DataConfig, train: Sequence[SurveyedSplit]) -> DataError:
     """Return the error for data of which nothing can be held out."""
     if config.sources:
@@ -191,10 +135,14 @@ def _corpus(
     sources: Sources,
     train: Sequence[SurveyedSplit],
     evaluated: Sequence[SurveyedSplit],
-    parts: Sequence[_Part],
+    parts: Sequence[StreamPart],
+    rows: Sequence[int],
     taken: Sequence[int],
 ) -> Corpus:
-    """Build the corpus from what was found in the sources and in what they are evaluated on."""
+    """Build the corpus from what was found in the sources and in what they are evaluated on.
+
+    `rows` are the usable rows of each source, and `taken` those that are taken of it.
+    """
     every = [*train, *evaluated]
     statistics = RowStatistics(RowSettings.of(config))
     for split in every:
@@ -207,7 +155,6 @@ def _corpus(
     if sources.evaluation is not None:
         scored = _scored(evaluated[0])
     common = sum(any(each.hash in split.survey.found for split in train) for each in scored)
-    rows = [split.rows for split in train]
     trained = [sum(part.rows) for part in parts]
     notes = source_notes(
         sources,
@@ -216,6 +163,7 @@ def _corpus(
         evaluated=len(scored),
         common=common,
         val_size=config.val_size,
+        dropped=[part.shared for part in parts],
     )
     stream = Stream(
         sources=tuple(part.source for part in parts),
@@ -236,7 +184,7 @@ def _corpus(
         sources=uses,
         notes=(
             *notes,
-            *_limit_notes(sources, evaluated, parts),
+            *_limit_notes(evaluated),
             *statistics.notes(stream.bad_rows, bad[0] if bad else None),
         ),
         stream=stream,
@@ -254,27 +202,19 @@ def _first_hashes(
     return firsts
 
 
-def _limit_notes(
-    sources: Sources, evaluated: Sequence[SurveyedSplit], parts: Sequence[_Part]
-) -> list[str]:
+def _limit_notes(evaluated: Sequence[SurveyedSplit]) -> list[str]:
     """Return a line on each thing that is not done because the data is large."""
-    lines = [
+    return [
         f"data: {split.rows - MAX_HELD_OUT} of the {split.rows} rows of "
         f"{split.split.description} are not evaluated on: of streamed data at most {MAX_HELD_OUT} "
         "are, chosen by their hash"
         for split in evaluated
         if split.rows > MAX_HELD_OUT
     ]
-    if len(parts) > 1 and any(part.held_out for part in parts):
-        lines.append(
-            "data: not looked for, as the data is streamed: rows held out of one source that "
-            "another one trains on; where sources overlap, give data.eval_path"
-        )
-    return lines
 
 
 def _digest(
-    train: Sequence[SurveyedSplit], evaluated: Sequence[SurveyedSplit], parts: Sequence[_Part]
+    train: Sequence[SurveyedSplit], evaluated: Sequence[SurveyedSplit], parts: Sequence[StreamPart]
 ) -> str:
     """Return a hash of all samples, in their order, and of which of them are trained on."""
     digest = hashlib.sha256()
@@ -282,6 +222,8 @@ def _digest(
         digest.update(f"{part.source.eval_hash_limit} {part.source.hashes_prompt}\n".encode())
         if len(parts) > 1:
             digest.update(f"{sum(part.rows)}\n".encode())
+        if (taken := part.source.taken) is not None:
+            digest.update(f"to {taken.last:016x}\n".encode())
         _add_digests(digest.update, split)
     for split in evaluated:
         digest.update(b"eval\n")
@@ -295,12 +237,13 @@ def _add_digests(add: Callable[[bytes], None], split: SurveyedSplit) -> None:
 
 
 def _sample(
-    train: Sequence[SurveyedSplit], parts: Sequence[_Part], trained: Sequence[int]
+    train: Sequence[SurveyedSplit], parts: Sequence[StreamPart], rows: Sequence[int]
 ) -> tuple[Example, ...]:
     """Return some training samples of all sources, as many of each as it has in an epoch."""
-    shares = samples_to_take(trained, [None] * len(trained), SAMPLED)
+    shares = samples_to_take(rows, [None] * len(rows), SAMPLED)
     found: list[Example] = []
     for split, part, most in zip(train, parts, shares, strict=True):
         examples = (Example.from_canonical(each.content) for each in split.survey.by_content)
-        found += itertools.islice((e for e in examples if not part.source.is_held_out(e)), most)
+        trained = (e for e in examples if not part.source.is_held_out(*e.canonical_forms()))
+        found += itertools.islice(trained, most)
     return tuple(found)
