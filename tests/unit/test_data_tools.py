@@ -54,6 +54,9 @@ def _tickets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("faq.md").write_text(FAQ)
     lines = [json.dumps(row) + "\n" for row in [*rows, {"id": 10, "prompt": "no answer"}]]
     Path("tickets.jsonl").write_text("".join(lines))
+    answers = ("Open\xa0**Settings**.\r\n", "\u200b", "```python\nif x:\n\tgo()  \n```\n", "k")
+    lines = [json.dumps({"prompt": "How?", "completion": answer}) for answer in answers]
+    Path("scraped.jsonl").write_text("\n".join([*lines, '{"prompt": "Why?", "completion']))
     asked = (PASSWORD, INVOICE, PASSWORD, PASSWORD.replace("my ", "the "), "Is there a discount?")
     for name, prompts in (("questions", asked), ("held", [INVOICE])):
         pairs = [json.dumps({"prompt": each, "completion": "See Settings."}) for each in prompts]
@@ -70,7 +73,7 @@ def test_what_the_guide_shows_is_what_the_commands_print(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     blocks = re.findall(r"```console\n\$ rayfin data (.*?)\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for command, shown in blocks:
         said = [line.rstrip() for line in printed(capsys, *shlex.split(command)).splitlines()]
         assert said == [line.rstrip() for line in shown.splitlines()]

@@ -1,11 +1,11 @@
-"""`rayfin data`: look at data, divide it and convert it before it is trained on."""
+"""`rayfin data`: look at data, clean, divide and convert it before it is trained on."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from rayfin.cli import data_duplicates
+from rayfin.cli import data_clean, data_duplicates
 from rayfin.cli.data_arguments import add_data, add_output, configuration, print_report
 from rayfin.cli.parser import print_json
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `data` and its verbs to the command line."""
-    summary = "look at data, divide and convert it before training"
+    summary = "look at data, clean, divide and convert it before training"
     data = subparsers.add_parser("data", help=summary, description=summary.capitalize())
     verbs = data.add_subparsers(dest="verb", metavar="VERB", required=True)
 
@@ -55,6 +55,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     convert.epilog = f"Example: {convert.prog} faq.md --output faq.jsonl"
     convert.set_defaults(handler=convert_data)
 
+    data_clean.register(verbs)
     data_duplicates.register(verbs)
 
 

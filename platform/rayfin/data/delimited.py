@@ -115,7 +115,8 @@ def _rows(
             continue
         problem = _problem_of_cells(cells, header)
         if problem is not None:
-            yield Row(file, line, problem=problem)
+            raw = _encoded(lines[begin : reader.line_num])
+            yield Row(file, line, problem=problem, raw=raw)
             if header is None:  # without a header no row after it means anything
                 return
         elif header is None:
@@ -154,9 +155,13 @@ def _broken(file: str, line: int, lost: list[str], delimiter: str, reason: str) 
         reason = f"the quote opened on line {opened} is never closed"
     if rows > 1:
         reason += f", and takes the {rows} lines from here on along"
-    return Row(
-        file, line, problem=f"broken CSV: {reason}; double each quote within a cell", rows=rows
-    )
+    problem = f"broken CSV: {reason}; double each quote within a cell"
+    return Row(file, line, problem=problem, rows=rows, raw=_encoded(lost))
+
+
+def _encoded(lines: list[str]) -> bytes:
+    """Return the bytes that lines were read from."""
+    return "".join(lines).encode(errors="surrogateescape")
 
 
 def _problem_of_cells(cells: list[str], header: list[str] | None) -> str | None:

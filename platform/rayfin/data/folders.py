@@ -18,6 +18,11 @@ from rayfin.errors import DataError, listed
 # `split-00000-of-00012.parquet`: what the hub and the datasets library write.
 _SHARD = re.compile(r"(?P<split>\w+(\.\w+)*)-\d{5}-of-\d{5}\b.*")
 _MOST_NAMED = 3
+_REPORT = b'{"made_by": "rayfin data '
+
+LEFT_OUT = ".left_out.jsonl"
+"""How the name of a file ends that holds the rows which `rayfin data clean` left out of another."""
+
 _OTHER_FORMATS = re.compile(
     r"(?!(readme|license|licence|requirements)\.).*\.(txt|xls[bm]?|ods|feather|orc|avro|tfrecord|np[yz]|"
     r"pkl|pickle|db|sqlite|zip|tar|tgz|gz|bz2|xz|zst|7z)",
@@ -72,7 +77,7 @@ def directory_splits(
     return (
         sorted(splits, key=_rank),
         unnamed,
-        [*notes, *_unread_settings(root), *_unread_formats(root)],
+        [*notes, *_unread_settings(root), *_unread_left_out(root), *_unread_formats(root)],
     )
 
 
@@ -171,11 +176,33 @@ def _is_metadata(file: Path) -> bool:
         return "splits" in _object_of(file)
     if name == "state.json":
         return "_data_files" in _object_of(file)
-    if name.endswith("report.json"):  # what `rayfin data` says of a file that it wrote
-        return "made_by" in _object_of(file)
+    if name.endswith("report.json"):
+        return _is_report(file)
+    if name.endswith(LEFT_OUT):
+        return _is_report(file.with_name(name.removesuffix(LEFT_OUT) + ".report.json"))
     return name in ("dataset_info.json", "dataset_infos.json", "config.json") and bool(
         _object_of(file)
     )
+
+
+def _is_report(file: Path) -> bool:
+    """Whether a file is what `rayfin data` says of another file that it wrote; it may be long."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(64).startswith(_REPORT)
+    except OSError:
+        return False
+
+
+def _unread_left_out(root: Path) -> list[str]:
+    """Return a note on files of rows that were left out of others, if there are any."""
+    files = [file for file in sorted(root.rglob(f"*{LEFT_OUT}")) if _is_metadata(file)]
+    if not files:
+        return []
+    return [
+        f"data: not read: {_shown(root, files)}: rows that rayfin data clean left out; to be used, "
+        "they are mended and cleaned again"
+    ]
 
 
 def _object_of(file: Path) -> dict[str, Any]:

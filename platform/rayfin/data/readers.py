@@ -109,7 +109,7 @@ def parse_lines(
                 raw = raw.decode(encoding).encode()
             except UnicodeDecodeError as error:
                 problem = f"not {encoding} (byte {raw[error.start]:#04x}); see data.encoding"
-                yield Row(file, number, problem=problem)
+                yield Row(file, number, problem=problem, raw=raw)
                 continue
         if raw.strip():
             yield _parsed(file, number, raw)
@@ -126,7 +126,7 @@ def _parsed(file: str, line: int, raw: bytes) -> Row:
     try:
         return Row(file, line, _json(raw.decode().strip().removesuffix(",")))
     except UnicodeDecodeError as error:
-        return Row(file, line, problem=not_utf8(raw, raw[error.start]))
+        return Row(file, line, problem=not_utf8(raw, raw[error.start]), raw=raw)
     except json.JSONDecodeError as error:
         if b"\0" in raw:
             order = "le" if raw[1:2] == b"\0" else "be"  # without a mark; the first byte is ASCII
@@ -135,9 +135,9 @@ def _parsed(file: str, line: int, raw: bytes) -> Row:
             problem = "broken JSON: an object must be on one line; jq -c . puts it there"
         else:
             problem = f"broken JSON: {error.msg} at column {error.colno}"
-        return Row(file, line, problem=problem)
+        return Row(file, line, problem=problem, raw=raw)
     except (ValueError, RecursionError) as error:
-        return Row(file, line, problem=f"JSON that can't be read: {error}")
+        return Row(file, line, problem=f"JSON that can't be read: {error}", raw=raw)
 
 
 # NaN is no JSON, but what pandas makes of a missing value; a number it can't be here.

@@ -96,12 +96,7 @@ class RowReader:
 
         Records what is unused or unsupported. Raises RowProblem for a missing column.
         """
-        names = (shape, *row)
-        plan = self._plans.get(names)
-        if plan is None:
-            if len(self._plans) > _MOST_PLANS:  # rows of names of their own
-                self._plans.clear()
-            plan = self._plans[names] = _plan(shape, names[1:], self.settings)
+        plan = self._plan(row, shape)
         found = {}
         for name, column, needed in plan.used:
             value = row[name]
@@ -131,6 +126,20 @@ class RowReader:
                 f"{lacking} missing: format {shape} needs {self._needed(shape)}; found {have}"
             )
         return found
+
+    def used_names(self, row: Mapping[str, Any], shape: str) -> list[tuple[str, str]]:
+        """Return (the row's name, the format's column) of each column that `shape` may use."""
+        plan = self._plan(row, shape)
+        return [*((name, column) for name, column, _ in plan.used), *plan.others]
+
+    def _plan(self, row: Mapping[str, Any], shape: str) -> _Plan:
+        names = (shape, *row)
+        plan = self._plans.get(names)
+        if plan is None:
+            if len(self._plans) > _MOST_PLANS:  # rows of names of their own
+                self._plans.clear()
+            plan = self._plans[names] = _plan(shape, names[1:], self.settings)
+        return plan
 
     def keys(self, turn: Mapping[str, Any], where: str, used: Container[str]) -> dict[str, Any]:
         """Return the used keys of a turn, or of a part of its content, and record the others.

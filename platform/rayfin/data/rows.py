@@ -45,6 +45,8 @@ class Row(NamedTuple):
     """The number of lines within quoted cells that look like rows of their own."""
     read_as: str = ""
     """What its file was read as where that was guessed, given with the first row alone."""
+    raw: bytes = b""
+    """What stands in the file in the place of a row that can't be read, where that is known."""
 
 
 @dataclass(frozen=True)

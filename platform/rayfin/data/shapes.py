@@ -67,7 +67,7 @@ def to_example(row: object, shape: str, reader: RowReader | None = None) -> Exam
 
     `reader` knows what of the row to ignore, and records what is not used.
     """
-    if isinstance(row, list) and shape == "messages" and _is_turns(row):
+    if isinstance(row, list) and shape == "messages" and is_turns(row):
         row = {"messages": row}
     if not isinstance(row, Mapping):
         raise RowProblem(f"a row must be an object, not {kind(row)}")
@@ -191,12 +191,12 @@ def _history(row: Mapping[str, Any], reader: RowReader) -> list[Turn]:
 def _said(value: object, column: str, role: str, reader: RowReader) -> list[Turn]:
     """Return the turns of a column that holds one turn's text, or a list of turns or its JSON."""
     column = reader.name_in_row(column)
-    if isinstance(value, str) and not _is_turns(parsed_list(value)):
+    if isinstance(value, str) and not is_turns(parsed_list(value)):
         return [Turn(role, string(value, column))]
     return turns(value, column, reader)
 
 
-def _is_turns(value: list[Any]) -> bool:
+def is_turns(value: list[Any]) -> bool:
     """Whether all items of a list name a speaker; another list may be the text of a question."""
     return bool(value) and all(
         isinstance(each, Mapping) and (not each.keys().isdisjoint(SPEAKER_KEYS) or is_pair(each))

@@ -1,1 +1,1 @@
-"""Work on data before training: look at it, divide it, convert it, find duplicates in it."""
+"""Work on data before training: look at it, clean, divide and convert it, find duplicates in it."""

@@ -32,7 +32,15 @@ MADE_BY = "made_by"
 """The key of a report, by which `rayfin.data.folders` knows that it holds no rows."""
 
 
-_USED = ("split", "name", "format", "columns", "encoding", "on_bad_row", "ignore_columns")
+READING_SETTINGS = (
+    "split",
+    "name",
+    "format",
+    "columns",
+    "encoding",
+    "on_bad_row",
+    "ignore_columns",
+)
 """The settings of data by which rows are read, besides the path."""
 
 _ROWS_TO_DETECT_SHAPE = 1000
@@ -126,7 +134,7 @@ class RowStream:
 
         `used` are the settings of data that have one besides those by which rows are read.
         """
-        return [*self.reading_notes(), *unused_settings(self._config, [*_USED, *used])]
+        return [*self.reading_notes(), *unused_settings(self._config, [*READING_SETTINGS, *used])]
 
     def reading_notes(self) -> list[str]:
         """Return what was guessed, and what is not trained on or not read."""
