@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shlex
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from rayfin.data import Corpus, file_ranges, load_corpus
 from rayfin.data.mixture import samples_to_take, source_hash
 from rayfin.data.stream import plan_epoch_ranges
 from rayfin.data.stream_reader import tokenize_range
-from rayfin.errors import ConfigError, DataError
+from rayfin.errors import ConfigError, DataError, DependencyError
 from rayfin.objectives import SFT
 from rayfin.training import TrialSpec
 
@@ -551,6 +552,27 @@ def test_configurations_and_splits_of_a_hub_data_set(
         with pytest.raises(DataError, match=says) as caught:
             load(path="owner/name", **settings)
         assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(
+        DependencyError, match=r"'owner/name' .* run: pip install datasets, or give"
+    ):
+        load(path="owner/name")
+
+
+def test_a_repository_in_the_hubs_cache_is_read_by_its_snapshot(tmp_path: Path) -> None:
+    """Its files are links to the blobs; two snapshots are not one data set."""
+    blobs, snapshots = (tmp_path / "set" / name for name in ("blobs", "snapshots"))
+    for revision in ("0ld", "new"):
+        for name in ("en/train", "en/test", "de/a"):
+            blob = write(blobs / f"{revision}-{name}", rows(name, 4))
+            link = snapshots / revision / f"{name}.jsonl"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(blob)
+        (snapshots / revision / "README.md").write_bytes(CARD.replace("\n", "\r\n").encode())
+    corpus = load(path=str(snapshots / "new"), name="en")
+    assert (names(corpus.train), names(corpus.eval)) == ({"en/train": 4}, {"en/test": 4})
+    with pytest.raises(DataError, match=r"snapshots are data sets of their own; give one .*/0ld, "):
+        load(path=str(tmp_path / "set"))
 
 
 def shown() -> list[tuple[str, list[str]]]:

@@ -19,7 +19,7 @@ from rayfin.data.row_settings import NO_SETTINGS, WORKBOOK, RowSettings
 from rayfin.data.rows import Row
 from rayfin.data.splits import ALL, Split, SplitSelection, select_evaluated, select_splits
 from rayfin.data.tool_calls import without_nulls_of_calls
-from rayfin.errors import DataError
+from rayfin.errors import DataError, DependencyError
 from rayfin.hub import REMEDY, HubUnreachable, dataset_access
 from rayfin.samples import Example
 
@@ -220,6 +220,12 @@ def find_splits(
         )
     if not local.is_dir():
         return _one_file(config, local)
+    if (local / "blobs").is_dir() and (local / "snapshots").is_dir():
+        found = sorted(str(each) for each in (local / "snapshots").iterdir())
+        raise DataError(
+            f"data.path: '{path}' is a repository in the hub's cache, whose snapshots are data "
+            f"sets of their own; give one of them: {', '.join(found[:3]) or 'there is none'}"
+        )
     splits, others, notes = directory_splits(
         local,
         together=wanted == ALL or choose is select_evaluated,
@@ -288,7 +294,14 @@ def _existing(path: str) -> Path | None:
 def _hub_splits(
     config: DataConfig, name: str, wanted: str | None, choose: _Choose
 ) -> SplitSelection:
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        raise DependencyError(
+            f"data.path: '{config.path}' is no local path, and a hub data set needs the package "
+            f"datasets, which can't be imported ({error!s:.100}); run: pip install datasets, or "
+            "give a local file or directory"
+        ) from error
 
     one = None if wanted == ALL else wanted
     chosen = {} if config.name is None else {"name": config.name}
@@ -304,6 +317,8 @@ def _hub_splits(
         remedy = "give an existing file or directory, or owner/name[:split]"
         if isinstance(error, HubUnreachable):
             remedy = REMEDY
+        elif "OfflineModeIsEnabled" in reason:
+            remedy = f"unset HF_HUB_OFFLINE, or {REMEDY}"
         elif "vailable" in reason:
             remedy = "name one of its configurations with data.name"
         elif first.startswith("Unknown split"):
