@@ -23,6 +23,7 @@ from rayfin.objectives import objective_of
 from rayfin.objectives.tensors import label_logits
 from rayfin.training.optimization import check_optimization
 from rayfin.training.optimizer_state import named_state, states_of
+from rayfin.training.schedules import warmup_steps
 from rayfin.training.sharding import optimizer_bytes
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial_cache import TrialCache
@@ -259,6 +260,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": 2, "warmup_ratio": 0.1}, "say the same; give one of them"),
     ({"warmup_steps": 60}, "would never reach its peak; use 59 or less"),
     ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "has no warm-up.*constant_with_warmup"),
+    ({"warmup_ratio": 0.2, "lr_scheduler_type": "greedy"}, "warmup_ratio=0.2: .* has no warm-up"),
+    ({"warmup_ratio": 0.2, "lr_scheduler_type": "constant"}, "leave it out, or use constant_with"),
+    ({"warmup_ratio": 0.99, "max_steps": 4}, "is all of them: .* use train.warmup_steps=3 or less"),
     ({"lr_scheduler_kwargs": {"power": 2}}, "cosine has no such argument.*it takes num_cycles"),
     ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 2}}, "it takes none"),
     (
@@ -295,6 +299,24 @@ def test_what_can_t_work_or_has_no_effect_is_refused(train: dict[str, Any], word
     with pytest.raises(ConfigError, match=words) as told:
         check_optimization(Config.model_validate({"train": train}))
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("axis", ["train.lr_scheduler_type", "train.warmup_ratio"])
+def test_a_sweep_may_vary_the_schedule_beside_the_warm_up(axis: str) -> None:
+    train = {"lr_scheduler_type": "constant", "warmup_ratio": 0.2}
+    values = {"train.lr_scheduler_type": ["constant", "cosine"], "train.warmup_ratio": [0.1, 0.2]}
+    sweep = {"parameters": {axis: values[axis]}}
+    check_optimization(Config.model_validate({"train": train, "sweep": sweep}))
+
+
+def test_one_step_trains(lab: Any) -> None:
+    metrics = lab.run(lab.spec(max_steps=1)).metrics
+    assert metrics["eval_loss"] != metrics["base_eval_loss"]
+
+
+@pytest.mark.parametrize(("steps", "rising"), [(1, 0), (2, 1), (33, 1), (34, 2), (60, 2)])
+def test_a_share_of_warm_up_is_never_all_steps(steps: int, rising: int) -> None:
+    assert warmup_steps(TrainConfig(max_steps=steps), steps) == rising
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ class TrainConfig(Section):
     lr_scheduler_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Arguments of the schedule, as in {min_lr_rate: 0.1}."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    """Share of max_steps in which the learning rate rises."""
+    """Share of max_steps in which the learning rate rises, rounded up; never all of them."""
     warmup_steps: int | None = Field(None, ge=0)
     """Steps in which the learning rate rises; null takes warmup_ratio."""
     weight_decay: float = Field(0.0, ge=0)

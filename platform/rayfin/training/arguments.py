@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 
 from rayfin.training.parallel import ParallelStrategy
-from rayfin.training.schedules import EVALUATED
+from rayfin.training.schedules import EVALUATED, warmup_steps
 
 
 def training_arguments(
@@ -32,7 +32,7 @@ def training_arguments(
         lr_scheduler_type="constant" if evaluated else train.lr_scheduler_type,
         lr_scheduler_kwargs=dict(train.lr_scheduler_kwargs) or None,
         metric_for_best_model="eval_loss" if evaluated else None,
-        warmup_steps=train.warmup_ratio if train.warmup_steps is None else train.warmup_steps,
+        warmup_steps=warmup_steps(train, train.max_steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         activation_checkpointing=train.gradient_checkpointing,

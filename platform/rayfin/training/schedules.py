@@ -22,10 +22,14 @@ _NOMINAL_STEPS = 1000
 
 
 def warmup_steps(train: TrainConfig, steps: int) -> int:
-    """Return the steps in which the learning rate rises, of a trial of so many steps."""
+    """Return the steps in which the learning rate rises, of a trial of so many steps.
+
+    A share of them is never all: the rate of the first step is 0, and a trial of one step would
+    train nothing.
+    """
     if train.warmup_steps is not None:
         return train.warmup_steps
-    return math.ceil(steps * train.warmup_ratio)
+    return min(math.ceil(steps * train.warmup_ratio), steps - 1)
 
 
 def check_schedule(train: TrainConfig, steps: int | None) -> None:
@@ -44,6 +48,12 @@ def check_schedule(train: TrainConfig, steps: int | None) -> None:
         raise ConfigError(
             f"train.warmup_steps={train.warmup_steps} of {steps} steps in all: the learning rate "
             f"would never reach its peak; use {max(0, steps - 1)} or less"
+        )
+    shared = train.warmup_steps is None and name not in WITHOUT_WARMUP
+    if steps is not None and shared and math.ceil(steps * train.warmup_ratio) >= steps > 1:
+        raise ConfigError(
+            f"train.warmup_ratio={train.warmup_ratio:g} of {steps} steps is all of them: the "
+            f"learning rate would never reach its peak; use train.warmup_steps={steps - 1} or less"
         )
     if name in PLAIN_SCHEDULES and not given:
         return
