@@ -147,7 +147,7 @@ def test_what_is_printed_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert said.startswith("t.jsonl: 3 of 7 rows; left out: 1 empty, 3 unreadable\n")
     assert "- changed: 2 rows: " in said and "special-spaces in 1" in said
-    assert "- 1 rows have U+FFFD, for characters that were lost before, first t.csv:6;" in said
+    assert "- 1 row with U+FFFD, for characters that were lost before, first t.csv:6;" in said
     assert "- no effect on what is written: data.on_bad_row\n" in said
     assert said.endswith("t.left_out.jsonl has the rows left out, t.report.json all reasons\n")
     assert rows_of("t.jsonl")[1] == {"question": "x", "answer": "y", "tag": "3"}
@@ -220,6 +220,7 @@ def test_conversations_are_cleaned_turn_by_turn(capsys: pytest.CaptureFixture[st
         ('{"text": "a"}\n', ["--min-chars=0"], "--min-chars: 0 is not allowed; give 1 or more"),
         ('{"text": "a"}\n', ["--max-chars=4", "--min-chars=5"], "--max-chars: 4 is less than"),
         ('{"text": "a"}\n', ["--output=there.jsonl"], "'there.left_out.jsonl' exists"),
+        ('{"text": "a"}\n', ["--output=/dev/null/y.jsonl"], "can't be written (File exists); give"),
         ('{"text": "a"}\n', ["data.ignore_columns=[b]"], "no row has 'b'"),
     ],
 )

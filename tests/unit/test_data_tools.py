@@ -188,6 +188,11 @@ _PAIRS = "data.format=prompt_completion"
         ),
         ('{"text": "a"}', ["split", "x.jsonl", "--output=o", "--val-size=1"], "val_size 1 and"),
         ('{"text": "a"}', ["split", "x.jsonl", "--output=faq.md"], "'faq.md' exists"),
+        (
+            '{"text": "a"}\n{"text": "b"}\n',
+            ["split", "x.jsonl", "--output=/dev/null/y"],
+            "'/dev/null/y' can't be written (File exists); give --output a place that",
+        ),
         ("", ["convert", "x.jsonl", "--output=o.jsonl"], "'x.jsonl' is empty"),
         ('{"text": "a"}', ["convert", "x.jsonl", "--output=o.csv"], "'o.csv' is no JSON Lines"),
         ('{"text": "a"}', ["convert", "x.jsonl", "--output=tickets.jsonl"], "jsonl' exists"),

@@ -77,5 +77,7 @@ def _summary(output: Path, report: dict[str, Any]) -> str:
 
 def _changes(report: dict[str, Any]) -> list[str]:
     """Return a line on what was changed."""
+    from rayfin.data.splits import count_rows
+
     kinds = [f"{kind} in {found['rows']}" for kind, found in report["changes"].items()]
-    return [f"changed: {report['changed']} rows{': ' if kinds else ''}{', '.join(kinds)}"]
+    return [f"changed: {count_rows(report['changed'])}{': ' if kinds else ''}{', '.join(kinds)}"]

@@ -14,6 +14,7 @@ from typing import IO, Any
 from rayfin.config import Config
 from rayfin.data.folders import LEFT_OUT
 from rayfin.data.rows import Row
+from rayfin.data.splits import count_rows
 from rayfin.data_tools.new_files import check_new, write_new
 from rayfin.data_tools.reports import check_target, write_report
 from rayfin.data_tools.row_cleaning import RowCleaner
@@ -234,11 +235,11 @@ class _Cleaning:
         yield from self._writer.notes()
         if self._replaced_rows:
             yield (
-                f"{self._replaced_rows} rows have U+FFFD, for characters that were lost before, "
-                f"first {self._replaced[0]}; where they matter, export the data again"
+                f"{count_rows(self._replaced_rows)} with U+FFFD, for characters that were lost "
+                f"before, first {self._replaced[0]}; where they matter, export the data again"
             )
         if self._unwritable:
-            yield (f"{self._unwritable} unreadable rows can't be set aside; mend them in the data")
+            yield (f"{count_rows(self._unwritable)} can't even be copied; mend them in the data")
 
 
 def _count(characters: int) -> str:

@@ -11,7 +11,8 @@ from rayfin.data.conversion import RowStatistics
 from rayfin.data.row_settings import NO_SETTINGS
 from rayfin.data.rows import Row
 from rayfin.data_tools.faq import faq_rows, is_markdown
-from rayfin.data_tools.new_files import check_new, write_new
+from rayfin.data_tools.new_files import write_new
+from rayfin.data_tools.reports import check_target
 from rayfin.data_tools.row_files import (
     MADE_BY,
     RowWriter,
@@ -21,7 +22,7 @@ from rayfin.data_tools.row_files import (
     read_whole,
     unused_settings,
 )
-from rayfin.errors import ConfigError, DataError
+from rayfin.errors import DataError
 from rayfin.samples import Example
 
 
@@ -33,10 +34,7 @@ def convert_data(config: Config, target: Path) -> dict[str, Any]:
     rows that can't be used unless data.on_bad_row=skip, and StorageError where `target` or the
     report exists.
     """
-    if target.suffix.lower() != ".jsonl":
-        raise ConfigError(f"--output: '{target}' is no JSON Lines; give a name that ends in .jsonl")
-    report_file = target.with_suffix(".report.json")
-    check_new(target, report_file)
+    report_file = check_target(target)
     source = Path(config.data.path)
     if is_markdown(source):
         rows = list(faq_rows(source))

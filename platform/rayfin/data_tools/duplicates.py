@@ -9,7 +9,7 @@ import numpy as np
 
 from rayfin.config import Config
 from rayfin.data_tools.compared_rows import ComparedRows
-from rayfin.data_tools.new_files import write_new
+from rayfin.data_tools.new_files import write_errors, write_new
 from rayfin.data_tools.reports import check_target, write_report
 from rayfin.data_tools.row_files import MADE_BY, RowStream
 from rayfin.data_tools.similar import Matches
@@ -29,7 +29,7 @@ def dedupe_data(
     """
     report_file = check_target(target)
     stream = RowStream(config)
-    with ComparedRows(target.parent, part, threshold) as rows:
+    with write_errors(target), ComparedRows(target.parent, part, threshold) as rows:
         rows.read(stream)
         matches = rows.matches(np.arange(len(rows)))
         similar = int(np.count_nonzero(matches.other >= 0))

@@ -14,6 +14,7 @@ from rayfin.config import Config
 from rayfin.data.sources import Source, find_sources, find_splits
 from rayfin.data_tools.compared_rows import ComparedRows
 from rayfin.data_tools.duplicates import incomplete_notes, is_left_out, write_without
+from rayfin.data_tools.new_files import write_errors
 from rayfin.data_tools.reports import check_target, write_report
 from rayfin.data_tools.row_files import MADE_BY, RowStream
 from rayfin.errors import ConfigError, DataError, UsageError
@@ -45,7 +46,7 @@ def find_leaks(
     train, evaluation, errors = _streams(config)
     if part is None:
         part = "whole" if "text" in (train.shape, evaluation.shape) else "prompt"
-    with ComparedRows(report_file.parent, part, threshold) as rows:
+    with write_errors(report_file), ComparedRows(report_file.parent, part, threshold) as rows:
         with errors():
             rows.read(evaluation)
         held = len(rows)

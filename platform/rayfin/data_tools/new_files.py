@@ -22,16 +22,29 @@ def check_new(*paths: Path) -> None:
 
 
 @contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise a StorageError for what the system raises where `path` can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"'{path}' can't be written ({error.strerror or error}); give --output a place that "
+            "you may write to and that has room"
+        ) from error
+
+
+@contextmanager
 def write_new(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`, which becomes `path` on success and else is removed.
 
     Raises StorageError where `path` exists, before and after the block.
     """
     check_new(path)
-    _remove_unfinished(path)
-    with write_whole(path) as temporary, _locked(temporary):
-        yield temporary
-        check_new(path)
+    with write_errors(path):
+        _remove_unfinished(path)
+        with write_whole(path) as temporary, _locked(temporary):
+            yield temporary
+            check_new(path)
 
 
 @contextmanager
@@ -41,13 +54,14 @@ def write_new_directory(path: Path) -> Iterator[Path]:
     Raises StorageError where `path` exists, before and after the block.
     """
     check_new(path)
-    _remove_unfinished(path)
-    try:
-        with write_directory_whole(path) as temporary, _locked(temporary):
-            yield temporary
-    except FileExistsError:
-        check_new(path)
-        raise
+    with write_errors(path):
+        _remove_unfinished(path)
+        try:
+            with write_directory_whole(path) as temporary, _locked(temporary):
+                yield temporary
+        except FileExistsError:
+            check_new(path)
+            raise
 
 
 def _remove_unfinished(path: Path) -> None:

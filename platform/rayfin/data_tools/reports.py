@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rayfin.data_tools.new_files import check_new
+from rayfin.data_tools.new_files import check_new, write_errors
 from rayfin.data_tools.row_files import as_report, json_line
 from rayfin.errors import ConfigError
 
@@ -28,7 +28,8 @@ def check_target(target: Path) -> Path:
         raise ConfigError(f"--output: '{target}' is no JSON Lines; give a name that ends in .jsonl")
     report_file = report_beside(target)
     check_new(target, report_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     return report_file
 
 
