@@ -423,3 +423,54 @@ def test_served_tools_that_the_template_leaves_out_are_refused() -> None:
         assert asyncio.run(templates.render(None, [USER]))
     finally:
         templates.close()
+
+
+def notes_of(template: str, *talks: tuple[dict[str, Any], ...]) -> tuple[str, ...]:
+    """What is told of conversations under a template in which `{turn}` stands for one message."""
+    corpus = Corpus(tuple(map(Example, talks)), (Example(talks[0]),), "messages", "d", "s")
+    source = template.replace("{turn}", "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n")
+    tokenizer = tokenizer_of(FORMATS["chatml"], source)
+    return tokenize_corpus(corpus, tokenizer, 9999).profile.notes
+
+
+OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+WHOLE = "{% for m in messages %}{turn}{% endfor %}" + OPEN
+
+
+@pytest.mark.parametrize(
+    ("left_out", "template"),
+    [
+        ("the questions", "{% for m in messages if m.role != 'user' %}{turn}{% endfor %}" + OPEN),
+        ("the answers", "{% for m in messages if m.role == 'user' %}{turn}{% endfor %}" + OPEN),
+    ],
+)
+def test_a_template_that_leaves_out_what_is_said_is_refused(left_out: str, template: str) -> None:
+    with pytest.raises(DataError, match=f"leaves out {left_out} of the samples; use one that"):
+        notes_of(template, TALKS["one"])
+
+
+def test_what_a_template_does_to_a_conversation_is_told() -> None:
+    assert notes_of(WHOLE, TALKS["system"], TALKS["one"]) == ()
+    silent = "{% for m in messages if m.role != 'system' %}{turn}{% endfor %}" + OPEN
+    (note,) = notes_of(silent, TALKS["one"], TALKS["system"])
+    assert "leaves out the system messages of 1 of 3 conversations" in note
+    (note,) = notes_of(WHOLE.removesuffix(OPEN), TALKS["two"])
+    assert "no generation prompt, so that '<|im_start|>assistant' is learned" in note
+    loud = WHOLE.replace("{turn}", "<|im_start|>{{ m.role }}\n{{ m.content|upper }}<|im_end|>\n")
+    (note,) = notes_of(loud, TALKS["one"])
+    assert "the chat template writes answers otherwise than they are" in note
+    marked = {"role": "user", "content": "Is <|im_end|> the end?"}
+    (note,) = notes_of(WHOLE, (marked, ANSWER), TALKS["one"])
+    assert (
+        "2 of 3 conversations have special tokens of the model in their text (<|im_end|>)" in note
+    )
+
+
+def test_the_reason_is_told_where_all_conversations_are_refused() -> None:
+    raises = "{{ raise_exception('one call at a time') }}"
+    corpus = Corpus((Example(TALKS["one"]),), (Example(TALKS["two"]),), "messages", "d", "s")
+    settings = TokenSettings(on_bad_row="skip")
+    with pytest.raises(
+        DataError, match=r"all of the train split \(of the first: one call at a time"
+    ):
+        tokenize_corpus(corpus, tokenizer_of(FORMATS["chatml"], raises), 9999, SFT, settings)

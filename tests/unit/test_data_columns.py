@@ -4,7 +4,7 @@ import copy
 import csv
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +292,33 @@ def test_layouts_that_mean_the_same_are_read_the_same(tmp_path: Path) -> None:
     rows = [{"messages": said(each, a)} for each, (_, a) in zip(two, PAIRS, strict=True)]
     first = load(write(tmp_path / "b.jsonl", rows)).train[0].messages[0]["content"]
     assert first.startswith("one\nquestion")
+
+
+def test_results_stand_in_the_order_of_their_calls(tmp_path: Path) -> None:
+    names = ("Perth", "Accra", "Oslo")
+    calls = [
+        {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": "{}"}}
+        for n, name in enumerate(names)
+    ]
+
+    def rows(order: Sequence[int], wrong: int | None = None) -> list[Row]:
+        results = [
+            {"role": "tool", "tool_call_id": f"c{n if n != wrong else 9}", "content": names[n]}
+            for n in order
+        ]
+        called = {"role": "assistant", "content": None, "tool_calls": calls}
+        return [
+            {"messages": [{"role": "user", "content": q}, called, *results, *said(q, a)[1:]]}
+            for q, a in PAIRS
+        ]
+
+    straight = load(write(tmp_path / "a.jsonl", rows((0, 1, 2))))
+    assert [turn["content"] for turn in straight.train[0].messages[2:5]] == [*names]
+    assert load(write(tmp_path / "b.jsonl", rows((2, 0, 1)))).digest == straight.digest
+    with pytest.raises(
+        DataError, match=r"messages\[3\]\.tool_call_id is 'c9', and the calls before"
+    ):
+        load(write(tmp_path / "b.jsonl", rows((0, 1, 2), wrong=1)))
 
 
 @pytest.mark.parametrize("key", LEARN_KEYS)

@@ -89,15 +89,16 @@ def test_what_is_learned_is_marked_in_a_terminal(
 
 
 def test_what_is_read_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """A max_length that cuts every answer off is told, and nothing is hidden by it."""
+    """A max_length that cuts every answer off is told beside the lengths; no sample is trained."""
     Path("mine.yaml").write_text(
         "model: {name: tiny}\ndata: {path: tickets.jsonl, max_length: 8}\n"
     )
     found = json.loads(printed(capsys, "inspect", "mine.yaml", "--json", "--samples=2"))
     assert (found["shape"], found["rows_train"], found["rows_eval"]) == ("prompt_completion", 8, 1)
     assert found["lengths"]["longest"] > 8 and found["lengths"]["percentiles"]["p50"] > 8
-    assert (found["bad_rows"], len(found["samples"])) == (1, 2)
+    assert (found["bad_rows"], found["samples"]) == (1, [])
     assert "data.max_length: 8 cuts every answer off" in found["notes"][-1]
+    found = json.loads(printed(capsys, "inspect", "mine.yaml", "data.max_length=99", "--json"))
     assert [part["learned"] for part in found["samples"][0]] == [False, True, False]
 
 

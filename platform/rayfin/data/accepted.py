@@ -74,10 +74,19 @@ def streamed_note(refused: int, read: int, steps: int) -> tuple[str, ...]:
     return tuple(f"{note}, in {made}" for note in left_out_note(refused, read))
 
 
-def _all_refused(what: str) -> DataError:
+def _all_refused(what: str, reason: str = "") -> DataError:
     return DataError(
-        f"data: the chat template refuses {what}; use another model or data.chat_template"
+        f"data: the chat template refuses {what}{reason}; use another model or data.chat_template"
     )
+
+
+def _first_reason(examples: Sequence[Example], encode: Encode) -> str:
+    """Return what the template says of the first example, in brackets."""
+    try:
+        encode(examples[:1])
+    except RefusedConversation as error:
+        return f" (of the first: {error.why})" if error.why else ""
+    return ""
 
 
 def accepted_corpus(
@@ -90,5 +99,5 @@ def accepted_corpus(
         refused = f"all of the {'eval' if train else 'train'} split"
         if not train and corpus.stream is not None:
             refused = f"all of a sample of {count_rows(len(corpus.train))} of the streamed data"
-        raise _all_refused(refused)
+        raise _all_refused(refused, _first_reason(corpus.eval if train else corpus.train, encode))
     return replace(corpus, train=tuple(train), eval=tuple(held_out)), train_samples, eval_samples

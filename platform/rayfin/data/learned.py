@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from rayfin.data.corpus import Corpus
-from rayfin.data.render import learned_turns, probed, render_example, turn_end
+from rayfin.data.render import learned_turns, probed, turn_end
 from rayfin.data.token_settings import DEFAULTS, TokenSettings
-from rayfin.data.tools import leaves_out_words, said_beside_calls
-from rayfin.models.chat_templates import template_label, unknown_special_tokens
-from rayfin.models.ends import PROBES, Ends, after_answer
+from rayfin.models.ends import PROBES, Ends, shows_answer
 from rayfin.samples import NO_LOSS, Example, TokenizedSample
 
 if TYPE_CHECKING:
@@ -52,9 +49,14 @@ def missing_end_note(
         why = "every answer is cut before its end; raise data.max_length"
     elif any(example.text is None for example in corpus.train) and tokenizer.chat_template:
         why = (
-            "the model's chat template writes none, and its tokenizer has no eos_token; "
-            "use a model that has either"
+            "the chat template writes none, and the tokenizer has no eos_token; use a model that "
+            "has either, or another data.chat_template"
         )
+        if not shows_answer(probed(PROBES[0], tokenizer)):
+            why = (
+                "the chat template writes answers otherwise than they are, so that what follows "
+                "one can't be told; use another data.chat_template"
+            )
     else:
         why = "the model's tokenizer has no eos_token; name one in its tokenizer_config.json"
     return f"data: no end of an answer is learned, and answers go on to max_tokens: {why}"
@@ -95,51 +97,6 @@ def unlearned_notes(
             f"data.max_length={max(lengths)} cuts none"
         )
     return tuple(notes)
-
-
-def template_notes(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerFast, settings: TokenSettings
-) -> tuple[str, ...]:
-    """Return what is to be told of a chat template that was chosen, and of a default system."""
-    talks = [each for each in (*corpus.train, *corpus.eval) if each.text is None]
-    written = settings.of_conversations()
-    if written and not talks:
-        return (f"data: {', '.join(written)} has no effect, as the data are plain texts",)
-    notes: list[str] = []
-    if settings.system is not None:
-        notes.append(_system_note(talks, tokenizer, settings))
-    spoken = said_beside_calls(talks)
-    if spoken and leaves_out_words(spoken[0], partial(render_example, tokenizer=tokenizer)):
-        notes.append(
-            f"data: in {len(spoken)} of {len(talks)} conversations the assistant says something "
-            "beside a tool call, which the chat template leaves out: it is not learned"
-        )
-    if settings.chat_template is not None:
-        shown = probed(PROBES[0], tokenizer)
-        if unknown := unknown_special_tokens(shown, tokenizer):
-            ends = [token for token in unknown if token in after_answer(shown)]
-            taught = f", and answers are taught to end with {', '.join(ends)}" if ends else ""
-            notes.append(
-                f"data: data.chat_template={template_label(settings.chat_template)} writes "
-                f"{', '.join(unknown)}, which the model's tokenizer has no tokens for: they are "
-                f"plain text to the model{taught}"
-            )
-    return tuple(notes)
-
-
-def _system_note(
-    talks: Sequence[Example], tokenizer: PreTrainedTokenizerFast, settings: TokenSettings
-) -> str:
-    given = [example for example in talks if settings.with_system(example) is not example]
-    if not given:
-        return "data: data.system has no effect, as every conversation has a system message"
-    texts = [render_example(it, tokenizer) for it in (given[0], settings.with_system(given[0]))]
-    if texts[0] == texts[1]:
-        return "data: data.system has no effect, as the chat template leaves system messages out"
-    return (
-        f"data: {len(given)} of {len(talks)} conversations had no system message and have "
-        "data.system; give it in requests to the adapter, too"
-    )
 
 
 def _rewritten_notes(

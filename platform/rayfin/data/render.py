@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rayfin.data.tools import check_tools, refuse_tools
+from rayfin.data.tools import check_written, refuse_tools
 from rayfin.errors import DataError
 from rayfin.models.chat_templates import begins_with_bos
 from rayfin.models.ends import PROBES, Ends, after_answer, leaves_open, turn_ends
@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 class RefusedConversation(DataError):
     """A conversation that the chat template refuses, or whose answer can't be told from it."""
+
+    def __init__(self, message: str, why: str = "") -> None:
+        """`why` is the reason that the template gives, if it does."""
+        super().__init__(message)
+        self.why = why
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,10 @@ def render_conversations(
     where the template writes nothing there, as no answer would be taught to end otherwise. An
     earlier turn that the template writes otherwise once others follow (without its reasoning, for
     example) is not learned, and none is with `last_only`. Raises DataError where the text does not
-    begin with what generation would be given, and for tools that the template leaves out.
+    begin with what generation would be given, and for questions, answers or tools that
+    the template leaves out.
     """
-    check_tools(conversations, lambda example: render_example(example, tokenizer))
+    check_written(conversations, lambda example: render_example(example, tokenizer))
     turns = [learned_turns(example)[-1 if last_only else 0 :] for example in conversations]
     pairs = [
         (example, turn) for example, its in zip(conversations, turns, strict=True) for turn in its
@@ -161,7 +167,8 @@ def _with_spans(
             f"data: the chat template's text of {_named(example.messages)} doesn't begin with its "
             f"generation prompt (...{last_prompt[-40:]!r}), so the answer can't be told "
             "from the question; use a model whose template keeps the two the same, or another "
-            "data.chat_template"
+            "data.chat_template",
+            f"its text doesn't begin with its generation prompt, ...{last_prompt[-40:]!r}",
         )
     spans = []
     for prompt, whole in renderings:
@@ -229,7 +236,8 @@ def _templated(
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RefusedConversation(
             f"data: the chat template refuses {_named(conversations[0])} ({reason:.200}); change "
-            "the data as it asks, or use another model or data.chat_template"
+            "the data as it asks, or use another model or data.chat_template",
+            f"{reason:.200}",
         ) from error
     return [str(text) for text in texts]
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from rayfin.data.accepted import accepted_corpus, accepted_pairs, left_out_note
 from rayfin.data.corpus import Corpus
 from rayfin.data.fitting import Encode, fit_samples
-from rayfin.data.learned import learned_ends, missing_end_note, template_notes, unlearned_notes
+from rayfin.data.learned import learned_ends, missing_end_note, unlearned_notes
 from rayfin.data.profile import DataProfile, profile_of
 from rayfin.data.render import RenderedConversation, render_conversations
 from rayfin.data.stream import Stream
+from rayfin.data.template_notes import template_notes
 from rayfin.data.token_settings import DEFAULTS, TokenSettings
 from rayfin.errors import DataError, ModelError
 from rayfin.models.chat_templates import begins_with_bos

@@ -1,8 +1,8 @@
-"""Refuse tools, calls and results that a chat template would leave out of the text."""
+"""Refuse what a chat template would leave out of the text: questions, answers, tools and calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +15,27 @@ _WAY_OUT = (
     "set data.chat_template to one that writes tools (hermes, llama3, mistral or a file of your "
     "own), or leave tools out of the data with data.ignore_columns=[tools] and without such turns"
 )
+_WRITES_TURNS = "use one that writes messages' role and content"
 
 
-def check_tools(examples: Sequence[Example], render: Callable[[Example], str]) -> None:
-    """Raise DataError where `render` writes the same without a sample's tools, calls or results.
+def check_written(examples: Sequence[Example], render: Callable[[Example], str]) -> None:
+    """Raise DataError where `render` writes the same for another question, answer, tool or call.
 
     Of those that have each of them, one with and one without a system message is looked at, and
     the same of those with several calls at once, as templates treat all others alike.
     """
-    if not any(example.uses_tools for example in examples):
-        return
-    for what, change in _CHANGES.items():
+    _check(examples, render, _CHANGES_OF_TURNS, _WRITES_TURNS)
+    if any(example.uses_tools for example in examples):
+        _check(examples, render, _CHANGES_OF_TOOLS, _WAY_OUT)
+
+
+def _check(
+    examples: Sequence[Example],
+    render: Callable[[Example], str],
+    changes: Mapping[str, Callable[[Example], Example | None]],
+    remedy: str,
+) -> None:
+    for what, change in changes.items():
         found: dict[tuple[bool, bool], tuple[Example, Example]] = {}
         for example in examples:
             kind = (has_system(example.messages), _most_calls(example) > 1)
@@ -39,8 +49,16 @@ def check_tools(examples: Sequence[Example], render: Callable[[Example], str]) -
                 same = False  # the template has looked at it
             if same:
                 raise DataError(
-                    f"data: the chat template leaves out {what} of the samples; {_WAY_OUT}"
+                    f"data: the chat template leaves out {what} of the samples; {remedy}"
                 )
+
+
+def without_system(example: Example) -> Example | None:
+    """Return the example without its system message, or None where it has none."""
+    if not has_system(example.messages):
+        return None
+    unlearned = tuple(turn - 1 for turn in example.unlearned)
+    return replace(example, messages=example.messages[1:], unlearned=unlearned)
 
 
 def said_beside_calls(examples: Iterable[Example]) -> list[Example]:
@@ -117,7 +135,29 @@ def _with_turn(
     return None
 
 
-_CHANGES: dict[str, Callable[[Example], Example | None]] = {
+def _changed_turn(role: str) -> Callable[[Example], Example | None]:
+    """Return what changes the last turn of a role that says something, where there is one."""
+
+    def change(example: Example) -> Example | None:
+        said = [n for n, turn in enumerate(example.messages) if _says(turn, role)]
+        if not said:
+            return None
+        before, turn = example.messages[: said[-1]], example.messages[said[-1]]
+        after = example.messages[said[-1] + 1 :]
+        return replace(example, messages=(*before, turn | {"content": _MARK}, *after))
+
+    return change
+
+
+def _says(turn: ChatTurn, role: str) -> bool:
+    return turn["role"] == role and not turn.get("tool_calls") and bool(turn["content"].strip())
+
+
+_CHANGES_OF_TURNS = {
+    "the questions": _changed_turn("user"),
+    "the answers": _changed_turn("assistant"),
+}
+_CHANGES_OF_TOOLS: dict[str, Callable[[Example], Example | None]] = {
     "the tools": _without_tools,
     "the tool calls": _renamed_call,
     "the arguments of tool calls": _changed_arguments,

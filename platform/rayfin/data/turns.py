@@ -132,6 +132,7 @@ def conversation(said: Sequence[Turn], column: str) -> Example:
             f"{column} ends with a {said[-1].role} turn, not an assistant turn; take out what "
             "follows the last answer"
         )
+    said = _with_results_in_order(said, column)
     answers = [number for number, turn in enumerate(said) if turn.role == "assistant"]
     learned = [number for number in answers if said[number].learned]
     if not learned:
@@ -143,6 +144,35 @@ def conversation(said: Sequence[Turn], column: str) -> Example:
     # What is said before the first question isn't learned in any case.
     unlearned = [n for n in answers if asked[0] < n < learned[-1] and n not in learned]
     return Example(tuple(turn.message() for turn in said), unlearned=tuple(unlearned))
+
+
+def _with_results_in_order(said: Sequence[Turn], column: str) -> Sequence[Turn]:
+    """Return the turns with the results of several calls in the order of the calls.
+
+    Most templates write results without the id of their call, and tell them by their order. Raises
+    RowProblem for a result of a call that is not among those before it.
+    """
+    found = list(said)
+    for start, turn in enumerate(said):
+        ids = [call.get("id") for call in turn.more.get("tool_calls", ())]
+        if not ids or None in ids:
+            continue
+        end = start + 1
+        while end < len(said) and said[end].role == "tool":
+            end += 1
+        results = said[start + 1 : end]
+        named = [result.more.get("tool_call_id") for result in results]
+        unknown = next((n for n, each in enumerate(named) if each and each not in ids), None)
+        if unknown is not None:
+            raise RowProblem(
+                f"{column}[{start + 1 + unknown}].tool_call_id is {named[unknown]!r:.40}, and the "
+                f"calls before it are {', '.join(map(str, ids)):.80}; give each result its call's"
+            )
+        if all(named):
+            found[start + 1 : end] = sorted(
+                results, key=lambda result: ids.index(result.more["tool_call_id"])
+            )
+    return found
 
 
 def _with_one_system_turn(said: Sequence[Turn]) -> Sequence[Turn]:

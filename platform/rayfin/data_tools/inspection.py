@@ -97,7 +97,7 @@ def inspect_data(config: Config, samples: int = 3) -> Inspection:
     try:
         cut = cache.tokenized(spec.model_copy(update={"data": data}))
     except DataError as error:  # too short a max_length: that is what is to be said
-        shown, notes = whole.train, (*some.notes, str(error))
+        shown, notes = [], (*some.notes, str(error))
     else:
         shown, notes = cut.train, cut.profile.notes
     tokenizer = cache.tokenizer(spec)

@@ -125,6 +125,11 @@ def leaves_open(text: str) -> bool:
     return _ANSWER in text and not after_answer(text).strip()
 
 
+def shows_answer(text: str) -> bool:
+    """Whether the rendering of a probe has its answer as it was given."""
+    return _ANSWER in text
+
+
 def after_answer(text: str) -> str:
     """Return what follows the answer of a probe, or '' where the template changed the answer."""
     return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
