@@ -23,7 +23,7 @@ from rayfin.library.results import SweepResult
 from rayfin.models import load_tokenizer
 from rayfin.objectives import SFT
 from rayfin.tuning.progress import trials_table
-from rayfin.tuning.rows import early_stop
+from rayfin.tuning.rows import early_stop, end_line
 from rayfin.tuning.space import SearchSpace
 from rayfin.tuning.space_check import space_notes
 
@@ -168,3 +168,35 @@ def test_what_was_kept_is_said_in_words() -> None:
     console = Console(width=160, file=io.StringIO())
     console.print(trials_table(build_config({"sweep": {"parameters": {"method.r": [2]}}}), [ended]))
     assert early_stop(ended) in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("keep", "scenario", "says"),
+    [
+        ("last", {}, ""),
+        (
+            "last",
+            {"early_stop": 4},
+            "early stop at step 4, after 2 evaluations without a better exact_match; kept the adapter "
+            "of step 4, the last (train.keep=best keeps that of the best evaluation)",
+        ),
+        (
+            "best",
+            {"kept_step": 2},
+            "kept the adapter of step 2, the best evaluation by exact_match",
+        ),
+        ("best", {}, "kept the adapter of step 4, the last and the best evaluation by exact_match"),
+        (
+            "best",
+            {"early_stop": 4, "kept_step": 2},
+            "early stop at step 4, after 2 evaluations without a better exact_match; kept the adapter "
+            "of step 2, the best evaluation by exact_match",
+        ),
+    ],
+)
+def test_a_training_ends_with_what_it_kept_and_why(
+    keep: str, scenario: dict[str, Any], says: str
+) -> None:
+    train = {"max_steps": 40, "keep": keep, "early_stopping_patience": 2}
+    ended = row(2, 1.0, {}, train=train, metric="exact_match").updated(scenario=scenario)
+    assert end_line(ended) == says

@@ -149,6 +149,31 @@ def early_stop(row: TrialRecord) -> str:
     return ", ".join(words)
 
 
+def end_line(row: TrialRecord) -> str:
+    """Return why a finished trial ended before its last step, and which adapter was kept.
+
+    It is empty where neither train.early_stopping_patience nor train.keep=best had a say.
+    """
+    train, stop = row.spec["train"], row.scenario.get("early_stop")
+    metric, patience = row.spec.get("metric") or "score", train.get("early_stopping_patience")
+    words = []
+    if stop is not None:
+        evaluations = f"{patience} evaluation{'' if patience == 1 else 's'}"
+        words.append(f"early stop at step {stop}, after {evaluations} without a better {metric}")
+    if train.get("keep") == "best" and row.status == "finished":
+        kept, best = row.scenario.get("kept_step"), f"the best evaluation by {metric}"
+        which = (
+            f"{row.metrics['steps']}, the last and {best}" if kept is None else f"{kept}, {best}"
+        )
+        words.append(f"kept the adapter of step {which}")
+    elif stop is not None:
+        words.append(
+            f"kept the adapter of step {stop}, the last (train.keep=best keeps that of the best "
+            "evaluation)"
+        )
+    return "; ".join(words)
+
+
 def with_result(row: TrialRecord, result: TrialResult) -> TrialRecord:
     """Return `row` with a trial's result in it; a finished one without its main score is failed."""
     status, error = result.status, result.error

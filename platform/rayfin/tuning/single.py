@@ -30,7 +30,7 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.record import OnRecord
-from rayfin.tuning.rows import early_stop, ended, let_checkpoints_go, started, usable, with_result
+from rayfin.tuning.rows import end_line, ended, let_checkpoints_go, started, usable, with_result
 from rayfin.watchdog import WHERE
 
 RUNS = "train"
@@ -334,7 +334,7 @@ def _train_row(
             )
             record(result)
     tell()
-    if words := early_stop(row):
+    if words := end_line(row):
         say.show(words)
     if row.status == "finished":
         let_checkpoints_go(row)
