@@ -27,6 +27,8 @@ from rayfin.tuning.rows import early_stop, end_line
 from rayfin.tuning.space import SearchSpace
 from rayfin.tuning.space_check import space_notes
 
+STOP = "early stop at step 4, after 2 evaluations without a better exact_match"
+BEST = "the best evaluation by exact_match"
 AT = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -177,20 +179,19 @@ def test_what_was_kept_is_said_in_words() -> None:
         (
             "last",
             {"early_stop": 4},
-            "early stop at step 4, after 2 evaluations without a better exact_match; kept the adapter "
-            "of step 4, the last (train.keep=best keeps that of the best evaluation)",
+            f"{STOP}; kept the adapter of step 4, the last ("
+            "train.keep=best keeps that of the best evaluation)",
         ),
         (
             "best",
             {"kept_step": 2},
-            "kept the adapter of step 2, the best evaluation by exact_match",
+            f"kept the adapter of step 2, {BEST}",
         ),
-        ("best", {}, "kept the adapter of step 4, the last and the best evaluation by exact_match"),
+        ("best", {}, f"kept the adapter of step 4, the last and {BEST}"),
         (
             "best",
             {"early_stop": 4, "kept_step": 2},
-            "early stop at step 4, after 2 evaluations without a better exact_match; kept the adapter "
-            "of step 2, the best evaluation by exact_match",
+            f"{STOP}; kept the adapter of step 2, {BEST}",
         ),
     ],
 )

@@ -162,10 +162,8 @@ def end_line(row: TrialRecord) -> str:
         words.append(f"early stop at step {stop}, after {evaluations} without a better {metric}")
     if train.get("keep") == "best" and row.status == "finished":
         kept, best = row.scenario.get("kept_step"), f"the best evaluation by {metric}"
-        which = (
-            f"{row.metrics['steps']}, the last and {best}" if kept is None else f"{kept}, {best}"
-        )
-        words.append(f"kept the adapter of step {which}")
+        step = f"{row.metrics['steps']}, the last and" if kept is None else f"{kept},"
+        words.append(f"kept the adapter of step {step} {best}")
     elif stop is not None:
         words.append(
             f"kept the adapter of step {stop}, the last (train.keep=best keeps that of the best "
