@@ -311,3 +311,18 @@ def test_a_killed_command_leaves_the_data_and_no_half_of_a_file(
     assert len(rows_of("clean.jsonl")) == len(rows_of("converted.jsonl")) == 200
     assert len(rows_of("parts/train.jsonl")) + len(rows_of("parts/validation.jsonl")) == 200
     assert Path("x.jsonl").read_bytes() == content
+
+
+def test_turns_that_a_table_spells_as_json_are_written_as_lists(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In JSON Lines, JSON text is text."""
+    turns = [[{"role": role, "content": "Hm."}] for role in ("user", "assistant")]
+    cells = ",".join('"' + json.dumps(each).replace('"', '""') + '"' for each in turns)
+    Path("a.csv").write_text(f"prompt,completion\n{cells}\nWhat?,[1]\n")
+    report = clean(capsys, "data.path=a.csv", "--output=b.jsonl")
+    assert rows_of("b.jsonl")[0] == dict(zip(("prompt", "completion"), turns, strict=True))
+    assert rows_of("b.jsonl")[1] == {"prompt": "What?", "completion": "[1]"}
+    assert len([note for note in report["notes"] if "1 row read as turns" in note]) == 2
+    found = [load_corpus(DataConfig(path=name)).digest for name in ("a.csv", "b.jsonl")]
+    assert found[0] == found[1]

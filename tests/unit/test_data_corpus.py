@@ -164,7 +164,7 @@ def turns(*pairs: tuple[object, object]) -> dict[str, object]:
         (turns(("user", "x"), ("assistant", 4)), "messages[1].content must be a string, not a num"),
         (turns(("user", "x"), ("assistant", ["y"])), "content[0] must be an object, not a string"),
         (turns(("user", "x"), ("assistant", {})), "must be a string, not an object"),
-        (turns(("me", "x")), "is 'me'; allowed are system, developer, user, human, assistant, gpt"),
+        (turns(("me", "x")), "is 'me'; allowed are system, developer, user, human, pro"),
         (turns(("user", "x"), ("assistant", "\ud800")), "not valid UTF-8 text"),
         (turns(("user", "x")), "ends with a user turn, not an assistant turn"),
         (turns(("assistant", "x")), "has no user turn before the answer"),
@@ -199,7 +199,10 @@ def test_a_bad_row_is_named_or_skipped(
         ({"instruction": "a", "input": [1], "output": "b"}, "input must be a string, not a list"),
         ({"prompt": "a"}, "completion missing"),
         ({"prompt": " ", "completion": "b"}, "prompt is empty"),
-        ({"prompt": 4, "completion": "b"}, "prompt must be a list of turns, not a number"),
+        (
+            {"prompt": 4, "completion": "b"},
+            "a text or a list of turns, not a number; put it in quotes, ",
+        ),
         (
             {"conversations": [{"from": "me", "value": "x"}]},
             "from is 'me'; allowed are system, developer, user, human",
@@ -233,7 +236,10 @@ def test_bad_csv_rows_are_named_by_the_line_they_begin_on(tmp_path: Path) -> Non
     corpus = load(path, on_bad_row="skip")
     assert questions_of(corpus) == {"two\nlines", "also"}
     assert [(bad.line, bad.reason) for bad in corpus.skipped] == [
-        (4, "has 3 cells where the header has 2"),
+        (
+            4,
+            "has 3 cells where the header has 2; put a cell that holds the delimiter in quotes",
+        ),
         (5, "has 1 cells where the header has 2"),
         (6, "not UTF-8 (byte 0xff); if the file is windows-1252, set data.encoding=windows-1252"),
         (7, "holds a NUL character"),

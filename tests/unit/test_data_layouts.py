@@ -328,6 +328,42 @@ LAYOUTS: dict[str, Cell] = {
         refused="context: is a part of the question",
         settings=["data.columns={instruction: question, input: context, output: answer}"],
     ),
+    "an instruction beside a question": Cell(
+        lambda q, a: {"instruction": q, "question": "In Europa.", "response": a},
+        "input",
+        refused="question: is asked beside what this format takes as the question; put the two "
+        "together, or set 'data.columns={instruction: instruction, input: question, output: resp",
+        settings=["data.columns={instruction: instruction, input: question, output: response}"],
+    ),
+    "a prompt beside a query": Cell(
+        lambda q, a: {"prompt": q, "query": "In Europa.", "response": a},
+        "input",
+        refused="query: is asked beside what",
+        settings=["data.columns={instruction: prompt, input: query, output: response}"],
+    ),
+    "a passage beside a question": Cell(
+        lambda q, a: {"question": q, "passage": "In Europa.", "answer": a},
+        "input",
+        refused="passage: is a part of the question",
+        settings=["data.columns={instruction: question, input: passage, output: answer}"],
+    ),
+    "a premise and a hypothesis beside a question": Cell(
+        lambda q, a: {"question": q, "premise": "x", "hypothesis": "y", "answer": a},
+        refused="premise and hypothesis: is a part of the question",
+    ),
+    "speakers of LangChain": Cell(
+        lambda q, a: {"messages": [{"role": "human", "content": q}, {"role": "ai", "content": a}]}
+    ),
+    "用户, 助手": Cell(
+        lambda q, a: {"messages": [{"role": "用户", "content": q}, {"role": "助手", "content": a}]}
+    ),
+    "an unused column of many levels": Cell(
+        lambda q, a: {"prompt": q, "completion": a, "tree": json.loads("[" * 500 + "]" * 500)}
+    ),
+    "a number as the answer": Cell(
+        lambda q, a: {"prompt": q, "completion": 4},
+        refused="completion must be a text or a list of turns, not a number; put it in quotes, as",
+    ),
     "good and bad answers": Cell(
         lambda q, a: {"prompt": q, "completion": a, "label": True},
         refused="label: which answers are good",
@@ -397,6 +433,26 @@ def test_layouts(tmp_path: Path, name: str) -> None:
         e.canonical() for e in found
     }
     assert streamed.notes == corpus.notes
+
+
+def test_json_text_is_a_list_of_turns_in_a_table_alone(tmp_path: Path) -> None:
+    """An answer may be JSON; in a cell of a table it is the only form that turns can have."""
+    pairs = [(json.dumps([user(q)]), json.dumps(said(q, a)[1:])) for q, a in GERMAN]
+    (tmp_path / "a.jsonl").write_text(as_jsonl(pairs))
+    (tmp_path / "a.csv").write_text(as_csv(pairs))
+    (tmp_path / "a.xlsx").write_bytes(workbook(pairs))
+    texts, *tables = (read(tmp_path / name) for name in ("a.jsonl", "a.csv", "a.xlsx"))
+    for corpus, wanted in [(texts, pairs), *((table, GERMAN) for table in tables)]:
+        assert {e.canonical() for e in [*corpus.train, *corpus.eval]} == expected("plain", wanted)
+        assert all(" of 20 rows read as " in note for note in corpus.notes)
+    assert [len(corpus.notes) for corpus in (texts, *tables)] == [2, 2, 2]
+    assert read(tmp_path / "a.jsonl", "data.streaming=true").notes == texts.notes
+    flights = [(q, f'[{{"from": "{a}", "to": "Rom"}}]') for q, a in GERMAN]
+    for name, text in (("b.jsonl", as_jsonl(flights)), ("b.csv", as_csv(flights))):
+        (tmp_path / name).write_text(text)
+        corpus = read(tmp_path / name)
+        assert {e.canonical() for e in [*corpus.train, *corpus.eval]} == expected("plain", flights)
+        assert corpus.notes == ()
 
 
 def as_csv(pairs: list[Pair], delimiter: str = ",", first: str = "") -> str:

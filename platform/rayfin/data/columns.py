@@ -33,6 +33,9 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 _SYSTEM = {"system_prompt": "system", "system_message": "system"}
 _TOOLS = {"functions": "tools"}
 
+TEXTS_OR_TURNS = ("prompt", "completion", "chosen", "rejected")
+"""The columns that hold the text of one turn, or a list of turns."""
+
 OTHER_NAMES: dict[str, dict[str, str]] = {
     "preference": _TOOLS,
     "messages": {
@@ -83,9 +86,13 @@ SPEAKERS = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    "ai": "assistant",
     **dict.fromkeys(("function_call", "function-call", "tool_call", "tool_calls"), "call"),
     **dict.fromkeys(("tool", "tools", "observation", "function", "ipython"), "tool"),
     **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
+    "系统": "system",
+    "用户": "user",
+    "助手": "assistant",
 }
 """The role of each speaker, in lower case; a `call` is an assistant's turn that calls tools."""
 
@@ -106,6 +113,12 @@ _PAIRS = "rows of this format can't be preference pairs"
 _TEMPLATE = "options of the chat template can't be given by the data yet"
 _PARTIAL = "only whole turns can be left out of the learning (weight: 0)"
 _CHOICES = "is a part of the question that this format has no place for; put it into the question"
+_ASKED = "is asked beside what this format takes as the question; put the two together"
+PARTS = (_CHOICES, _ASKED)
+"""The reasons to refuse what is a part of the question."""
+
+_QUESTIONS = "question query problem 问题"
+_PASSAGES = "choices options passage article document premise hypothesis"
 
 
 def _with_reason(reason: str, names: str) -> dict[str, str]:
@@ -129,10 +142,14 @@ UNSUPPORTED_IN = {
     "messages": _with_reason("earlier turns belong into messages", "history"),
     "conversations": _with_reason("earlier turns belong into conversations", "history"),
     "instruction": {
-        **_with_reason(_CHOICES, "choices options"),
+        **_with_reason(_CHOICES, _PASSAGES),
+        **_with_reason(_ASKED, _QUESTIONS),
         "context": "input has a value already; put the two together",
     },
-    "prompt_completion": _with_reason(_CHOICES, "context choices options input instruction 指令"),
+    "prompt_completion": {
+        **_with_reason(_CHOICES, f"{_PASSAGES} context input instruction 指令"),
+        **_with_reason(_ASKED, _QUESTIONS),
+    },
 }
 """Format -> columns that can't be trained on in this format only, each with the reason."""
 
@@ -186,11 +203,16 @@ def is_blank(value: object, *, text: bool = False) -> bool:
     """
     if isinstance(value, str):
         return not value.strip() or (text and value.strip() in ("[]", "{}", "null", "NaN"))
-    if isinstance(value, Mapping):
-        return all(is_blank(each) for each in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(is_blank(each) for each in value)
-    return is_missing(value)
+    left = [value]
+    while left:  # no recursion, as containers may be nested deeply
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, (list, tuple)):
+            left += value
+        elif not (is_missing(value) or (isinstance(value, str) and not value.strip())):
+            return False
+    return True
 
 
 def parsed_list(value: object) -> list[Any]:

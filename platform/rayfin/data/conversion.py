@@ -46,6 +46,8 @@ class RowStatistics:
     """What each file was read as of which that was guessed: its encoding, its sheet."""
     row_like_lines: int = 0
     """The number of lines within quoted cells that look like rows of their own."""
+    spelled_turns: Counter[tuple[str, bool]] = field(default_factory=Counter)
+    """The rows with the JSON text of turns in (column, whether turns are made of it)."""
     suspect_rows: list[str] = field(default_factory=list)
     """FILE:LINE of each row that has such lines."""
 
@@ -70,14 +72,19 @@ class RowStatistics:
             example = to_example(row.value, shape, reader)
         except UnsupportedContent as problem:
             return str(problem)
+        except RecursionError:
+            return "holds lists or objects within each other so deeply that they can't be read"
         except RowProblem as problem:
             other = fitting_shape(row.value, self.settings)
             if other is not None and other != shape:
                 return (
-                    f"has format {other}, but the data has format {shape}; all rows need the same"
+                    f"has format {other}, but the data has format {shape}; all rows need the same;"
+                    " put each format's rows into a file of its own, and name both in data.sources"
                 )
             return str(problem)
         self.samples += 1
+        if reader.spelled_turns:
+            self.spelled_turns.update(reader.spelled_turns.items())
         if reader.unused:
             self.unused.update(reader.unused)
         if reader.other_names:
@@ -93,6 +100,7 @@ class RowStatistics:
         self.other_names |= other.other_names
         self.columns |= other.columns
         self.read_as |= other.read_as
+        self.spelled_turns += other.spelled_turns
         self.row_like_lines += other.row_like_lines
         self.suspect_rows += other.suspect_rows
 
@@ -137,6 +145,18 @@ class RowStatistics:
             pairs.sort(key=lambda pair: (order.index(pair[0]), pair[1]))
             listed = ", ".join(f"{column}={printable(name.strip())}" for column, name in pairs)
             yield f"data: read as {shape} ({listed})"
+        for (name, turns), count in sorted(self.spelled_turns.items()):
+            rows = f"{printable(name)} of {f'{count} rows' if count > 1 else '1 row'}"
+            if turns:
+                yield (
+                    f"data: {rows} read as turns, from the JSON text in the cell; where that text "
+                    "is meant, give the rows as JSON Lines"
+                )
+            else:
+                yield (
+                    f"data: {rows} read as text, though it is the JSON text of a list of turns; "
+                    "where turns are meant, give the list itself"
+                )
 
     def check_names(self) -> None:
         """Raise DataError for a name in data.ignore_columns or data.columns that no row has."""

@@ -10,7 +10,7 @@ from typing import IO
 
 from rayfin.data.columns import NOT_NEEDED, USED
 from rayfin.data.row_settings import RowSettings
-from rayfin.data.rows import Row, not_utf8
+from rayfin.data.rows import Row, TableRow, not_utf8
 
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?', re.IGNORECASE)
 _LARGEST_CELL = 2**27
@@ -123,10 +123,10 @@ def _rows(
             header = [cell.strip() or f"column {n}" for n, cell in enumerate(cells, 1)]
             may_lack = [(settings.column_of(n) or n).casefold() in NOT_NEEDED for n in header]
         else:
-            value = {
-                name: None if lacks and cell in _NO_VALUE else cell
+            value = TableRow(
+                (name, None if lacks and cell in _NO_VALUE else cell)
                 for name, cell, lacks in zip(header, cells, may_lack, strict=True)
-            }
+            )
             yield Row(file, line, value, row_like_lines=_row_like_lines(cells, header, delimiter))
 
 
@@ -177,5 +177,6 @@ def _problem_of_cells(cells: list[str], header: list[str] | None) -> str | None:
         twice = [name for name in named if named.count(name) > 1]
         return f"the header has '{twice[0]}' twice; rename one of them" if twice else None
     if len(cells) != len(header):
-        return f"has {len(cells)} cells where the header has {len(header)}"
+        remedy = "; put a cell that holds the delimiter in quotes" * (len(cells) > len(header))
+        return f"has {len(cells)} cells where the header has {len(header)}{remedy}"
     return None

@@ -13,6 +13,7 @@ from rayfin.data.columns import (
     COLUMNS,
     OPTIONAL,
     OTHER_NAMES,
+    PARTS,
     UNSUPPORTED,
     UNSUPPORTED_IN,
     UNSUPPORTED_TURN_KEYS,
@@ -21,12 +22,13 @@ from rayfin.data.columns import (
     parsed_list,
 )
 from rayfin.data.row_settings import RowSettings
+from rayfin.data.rows import TableRow
 
 _PLAIN = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 _YAML_WORDS = ("true", "false", "null", "yes", "no", "on", "off", "y", "n")
 _MOST_NAMES = 2
 _MOST_PLANS = 1000
-_INPUTS = ("context", "input")
+_INSTRUCTIONS = ("instruction", "指令")
 
 
 class RowProblem(ValueError):
@@ -61,11 +63,15 @@ class RowReader:
     """The names whose content can't be trained on, with the reasons."""
     other_names: dict[str, str] = field(default_factory=dict)
     """The columns that have another name in this row, with that name."""
+    spelled_turns: dict[str, bool] = field(default_factory=dict)
+    """The columns with the JSON text of a list of turns, with whether turns are made of it."""
+    of_table: bool = False
+    """Whether the row is of a table whose cells are all texts."""
     _plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
 
     def next_row(self) -> RowReader:
         """Return a reader with the same settings for another row of the same format."""
-        if self.unused or self.unsupported or self.other_names:
+        if self.unused or self.unsupported or self.other_names or self.spelled_turns:
             return RowReader(self.settings, _plans=self._plans)
         return self
 
@@ -96,6 +102,7 @@ class RowReader:
 
         Records what is unused or unsupported. Raises RowProblem for a missing column.
         """
+        self.of_table = isinstance(row, TableRow)
         plan = self._plan(row, shape)
         found = {}
         for name, column, needed in plan.used:
@@ -116,8 +123,8 @@ class RowReader:
         for name, why in plan.unused:
             if not is_blank(row[name], text=True):
                 self._record(name, why)
-        if shape == "prompt_completion" and self.unsupported:
-            self._suggest_input(found)
+        if shape in ("prompt_completion", "instruction") and self.unsupported:
+            self._suggest_input(found, shape)
         if not plan.needed <= found.keys():
             missing = [name for name in COLUMNS[shape] if name not in found]
             have = ", ".join(str(name) for name in list(row)[:8]) or "no column"
@@ -170,14 +177,17 @@ class RowReader:
             found["instruction"] = found.pop("input")
             self.other_names.pop("input", None)
 
-    def _suggest_input(self, found: Mapping[str, Any]) -> None:
+    def _suggest_input(self, found: Mapping[str, Any], shape: str) -> None:
         """Add the setting that makes an input of what stands beside a question in the row."""
-        beside = [each for each in self.unsupported if each.strip().casefold() in _INPUTS]
-        texts = [isinstance(found.get(column), str) for column in COLUMNS["prompt_completion"]]
-        if len(beside) == 1 and all(texts):
-            asked, answer = map(self.name_in_row, COLUMNS["prompt_completion"])
-            names = {"instruction": asked, "input": beside[0], "output": answer}
-            self.unsupported[beside[0]] += f", or set {columns_setting(names)}"
+        beside = [each for each in self.unsupported if _why_unsupported(shape, each) in PARTS]
+        texts = [isinstance(found.get(column), str) for column in COLUMNS[shape]]
+        if len(beside) != 1 or not all(texts) or "input" in found:
+            return
+        asked, answer = map(self.name_in_row, COLUMNS[shape])
+        names = {"instruction": asked, "input": beside[0], "output": answer}
+        if beside[0].strip().casefold() in _INSTRUCTIONS:
+            names |= {"instruction": beside[0], "input": asked}
+        self.unsupported[beside[0]] += f", or set {columns_setting(names)}"
 
     def _record(self, name: str, why: str | None) -> None:
         if why is not None:

@@ -32,6 +32,10 @@ _READ_SIZE, _SAMPLE = 2**20, 2**23
 _LEAST_UNPACKED, _MOST_TIMES = 64 * 2**20, 100
 
 
+class TableRow(dict[str, Any]):
+    """A row of a table whose cells are texts: a list in one can only be given as its JSON text."""
+
+
 class Row(NamedTuple):
     """One row of a file: its value, or the problem that kept it from being read."""
 

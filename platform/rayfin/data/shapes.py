@@ -13,7 +13,9 @@ from rayfin.data.tool_calls import tools_of
 from rayfin.data.turns import (
     Turn,
     as_list,
+    as_text,
     conversation,
+    is_conversation,
     is_pair,
     kind,
     question_and_answer,
@@ -189,10 +191,22 @@ def _history(row: Mapping[str, Any], reader: RowReader) -> list[Turn]:
 
 
 def _said(value: object, column: str, role: str, reader: RowReader) -> list[Turn]:
-    """Return the turns of a column that holds one turn's text, or a list of turns or its JSON."""
+    """Return the turns of a column that holds one turn's text, or a list of turns.
+
+    A list that is spelled as JSON is one in a table, whose cells hold nothing else, and a text in
+    all other files, where an answer may be meant to be JSON.
+    """
     column = reader.name_in_row(column)
-    if isinstance(value, str) and not is_turns(parsed_list(value)):
+    if isinstance(value, str):
+        said = parsed_list(value)
+        if is_conversation(said):
+            reader.spelled_turns[column] = reader.of_table
+            if reader.of_table:
+                return turns(said, column, reader)
         return [Turn(role, string(value, column))]
+    if not isinstance(value, (list, tuple)):
+        remedy = as_text(value)
+        raise RowProblem(f"{column} must be a text or a list of turns, not {kind(value)}{remedy}")
     return turns(value, column, reader)
 
 

@@ -25,8 +25,7 @@ from rayfin.samples import ChatTurn, Example
 _MORE_KEYS = {"assistant": CALL_KEYS, "tool": RESULT_KEYS}
 """The keys that only the turns of some roles have."""
 
-_SHOWN_SPEAKERS = ("system", "developer", "user", "human", "assistant", "gpt", "tool")
-
+_SAID_KEYS = (*CONTENT_KEYS, *CALL_KEYS)
 _PART_KEYS = frozenset(("type", "text"))
 _KINDS = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
 
@@ -195,6 +194,15 @@ def as_list(value: object, column: str) -> Sequence[Any]:
     return value
 
 
+def is_conversation(value: list[Any]) -> bool:
+    """Whether all items of a list are turns, with a speaker and what it says or calls."""
+    return bool(value) and all(
+        isinstance(each, Mapping)
+        and (is_pair(each) or not any(map(each.keys().isdisjoint, (SPEAKER_KEYS, _SAID_KEYS))))
+        for each in value
+    )
+
+
 def _turn(turn: object, column: str, where: str, reader: RowReader) -> Turn:
     if not isinstance(turn, Mapping):
         raise RowProblem(f"{where} must be an object, not {kind(turn)}")
@@ -207,7 +215,7 @@ def _turn(turn: object, column: str, where: str, reader: RowReader) -> Turn:
     if is_missing(given.get(speaker_key)):
         raise RowProblem(f"{where}.{speaker_key} is missing")
     if role is None:
-        allowed = ", ".join(_SHOWN_SPEAKERS)
+        allowed = ", ".join(SPEAKERS)
         raise RowProblem(f"{where}.{speaker_key} is {speaker!r:.40}; allowed are {allowed}")
     place = f"{where}.{key}"
     more = _more(given, role, column, where, reader)
@@ -295,12 +303,22 @@ def _is_learned(given: Mapping[str, Any], role: str, where: str) -> bool:
 def string(value: object, where: str, *, may_be_empty: bool = False) -> str:
     """Return a value that is text and can be learned; raises RowProblem for any other."""
     if not isinstance(value, str):
-        raise RowProblem(f"{where} must be a string, not {kind(value)}")
+        raise RowProblem(f"{where} must be a string, not {kind(value)}{as_text(value)}")
     if not may_be_empty and not value.strip():
         raise RowProblem(f"{where} is empty")
     if not value.isascii() and not _is_valid(value):
         raise RowProblem(f"{where} is not valid UTF-8 text")
     return value
+
+
+def as_text(value: object) -> str:
+    """Return how a value that is no text can be given as one, or an empty text for a missing one.
+
+    It is not done here: of 1.50 and of an object, it is not known how the text is to be written.
+    """
+    if isinstance(value, (bool, int, float)):
+        return f'; put it in quotes, as "{json.dumps(value)}"'
+    return "; give the text that is meant, as a string" if isinstance(value, Mapping) else ""
 
 
 def _is_valid(text: str) -> bool:

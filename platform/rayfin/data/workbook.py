@@ -16,7 +16,7 @@ from typing import Any
 
 from rayfin.data.columns import NAMED
 from rayfin.data.row_settings import RowSettings
-from rayfin.data.rows import Row, most_unpacked
+from rayfin.data.rows import Row, TableRow, most_unpacked
 from rayfin.errors import DataError, DependencyError, did_you_mean
 
 _INSTEAD = 'save the sheet with the rows as "CSV UTF-8" and give that file'
@@ -189,7 +189,7 @@ def _rows(
                 f"column {get_column_letter(nameless)} has a value here and no name; give each "
                 "column one in the first row that is filled, and take out a title above that"
             )
-        found = {name: values.get(column) for column, name in header.items()}
+        found = TableRow((name, values.get(column)) for column, name in header.items())
         yield Row(file, line, found) if problem is None else Row(file, line, problem=problem)
 
 

@@ -17,7 +17,6 @@ from rayfin.data.columns import (
 )
 from rayfin.data.row_reader import RowReader
 from rayfin.data.row_settings import RowSettings
-from rayfin.data.shapes import is_turns
 from rayfin.data.turns import is_pair
 from rayfin.data_tools.text_cleaning import TextCleaner
 
@@ -60,7 +59,7 @@ class RowCleaner:
     def _column(self, value: object, column: str) -> object:
         if isinstance(value, str):
             turns = parsed_list(value)
-            if not turns or not (column in _LISTS or is_turns(turns)):
+            if not turns or column not in _LISTS:
                 return self._texts.clean(value)
             cleaned = [self._turn(each) for each in turns]
             return value if cleaned == turns else json.dumps(cleaned, ensure_ascii=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.config import Config, DataConfig
+from rayfin.data.columns import TEXTS_OR_TURNS, parsed_list
 from rayfin.data.conversion import (
     RowStatistics,
     bad_rows_error,
@@ -19,12 +20,13 @@ from rayfin.data.conversion import (
     empty_split_error,
     no_valid_row_error,
 )
-from rayfin.data.row_reader import ignore_setting
+from rayfin.data.row_reader import RowReader, ignore_setting
 from rayfin.data.row_settings import RowSettings
-from rayfin.data.rows import BadRow, Row
+from rayfin.data.rows import BadRow, Row, TableRow
 from rayfin.data.shapes import fitting_shape
 from rayfin.data.sources import find_splits, read_rows
 from rayfin.data.splits import SplitSelection
+from rayfin.data.turns import is_conversation
 from rayfin.errors import ConfigError, DataError
 from rayfin.samples import Example
 
@@ -69,6 +71,7 @@ class RowStream:
             raise empty_split_error(data, self._selection.train, "")
         self.shape = detect_shape(first, data)
         """The format of the rows, as `data.format` names it."""
+        self._reader = RowReader(self.settings)
         self._begin()
 
     def _begin(self) -> None:
@@ -102,7 +105,19 @@ class RowStream:
     def rows(self) -> Iterator[Row]:
         """Yield all rows in their order, from the start; `convert` says what each is."""
         self._begin()
-        yield from read_rows(self._selection.train, self.settings)
+        for row in read_rows(self._selection.train, self.settings):
+            is_table = isinstance(row.value, TableRow)
+            yield row._replace(value=self._with_lists(row.value)) if is_table else row
+
+    def _with_lists(self, value: TableRow) -> TableRow:
+        """Return a table's row with lists for the JSON text of turns, as JSON Lines hold them."""
+        found = TableRow(value)
+        for name, column in self._reader.used_names(value, self.shape):
+            said = parsed_list(value[name]) if column in TEXTS_OR_TURNS else []
+            if is_conversation(said):
+                found[name] = said
+                self._statistics.spelled_turns[name, True] += 1
+        return found
 
     def convert(self, row: Row) -> Example | str:
         """Return the sample that a row is, or the reason why it can't be used, and count it."""
