@@ -163,6 +163,22 @@ def test_similar_rows_are_found_among_many(capsys: pytest.CaptureFixture[str]) -
     assert missed <= 2
 
 
+def test_rows_that_share_much_text_hide_no_duplicate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a template makes all rows candidates, they are compared with the most similar alone."""
+    monkeypatch.setattr("rayfin.data_tools.similar._MOST_IN_BUCKET", 3)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 9))) for _ in range(500)]
+    template = " ".join(rng.choices(words, k=30))
+    texts = [f"{template} {' '.join(rng.choices(words, k=14))}" for _ in range(60)]
+    texts += [f"{text}s" for text in texts[::6]]
+    write("all.jsonl", [{"text": text} for text in texts])
+    report = json.loads(run(capsys, "dedupe", "all.jsonl", "--output=some.jsonl", "--json"))
+    assert [each["line"] for each in report["left_out"]] == list(range(61, 71))
+    assert "share much text with many others" in report["notes"][0]
+
+
 def test_leaks_end_with_1_and_are_taken_out(capsys: pytest.CaptureFixture[str]) -> None:
     """A prompt that is evaluated on is a leak whatever its answer is."""
     Path("data").mkdir()

@@ -56,9 +56,8 @@ def incomplete_notes(matches: Matches) -> list[str]:
     if not matches.incomplete:
         return []
     return [
-        f"{matches.incomplete} rows share much text with so many others that they were compared "
-        "with the most similar ones by estimate alone, and a similar row may have been missed; a "
-        "higher --threshold compares fewer"
+        f"{matches.incomplete} rows share much text with many others, with the most similar of "
+        "which alone they were compared: of rows just above the threshold some may have been missed"
     ]
 
 

@@ -19,12 +19,13 @@ from rayfin.data_tools.minhash import (
 )
 from rayfin.data_tools.spill import Spill
 
-_MOST_IN_BUCKET = 500
-_MOST_CHECKED = 20
+_MOST_IN_BUCKET = 100
+_MOST_CHECKED = 10
 """Bounds on the work for one row, which only rows meet that share much text with many others."""
 _ERRORS = 4
 """How many standard errors below the threshold an estimate may be for a pair to be checked."""
 _CACHED_TEXTS = 64
+_MIXING = np.uint64(0x9E3779B97F4A7C15)
 _Rows = NDArray[np.int64]
 
 
@@ -39,7 +40,8 @@ class Matches:
     equal: NDArray[np.bool_]
     """Whether the two are equal."""
     incomplete: int = 0
-    """The rows that matched none of those they were compared with, where more were possible."""
+    """The rows without a match that share text with too many others to be compared with them all.
+    """
 
     @classmethod
     def none(cls, rows: int) -> Matches:
@@ -89,8 +91,7 @@ def match_similar(
     for place, own in buckets:
         row = int(rows[place])
         if references is None or place >= references:
-            places, complete = buckets.earlier(own)
-            others = rows[places]
+            others = rows[buckets.earlier(own)]
             near = estimated(signatures.low_bytes[row], signatures.low_bytes[others])
             best = np.argsort(-near, kind="stable")[: np.count_nonzero(near >= threshold - margin)]
             for other in others[best[:_MOST_CHECKED]].tolist():
@@ -99,7 +100,7 @@ def match_similar(
                     matches.other[row], matches.similarity[row] = other, similarity
                     break
             else:
-                matches.incomplete += not complete or len(best) > _MOST_CHECKED
+                matches.incomplete += bool(buckets.divided[place]) or len(best) > _MOST_CHECKED
             if matches.other[row] >= 0:
                 continue
         if references is None or place < references:
@@ -118,12 +119,11 @@ class _Buckets:
     """
 
     def __init__(self, bands: NDArray[np.uint32], rows: _Rows) -> None:
+        self.divided = np.zeros(len(rows), bool)
+        """Whether a row is in a bucket that was so large that it was divided."""
         members, sizes = [], []
-        for band in bands.T:
-            keys = band[rows]
-            order = np.argsort(keys, kind="stable")
-            starts = _starts(keys[order])
-            counts = np.diff(np.append(starts, len(keys)))
+        for number in range(bands.shape[1]):
+            order, counts = self._of_band(bands, rows, number)
             members.append(order[np.repeat(counts > 1, counts)].astype(np.int32))
             sizes.append(counts[counts > 1])
         self._members, counts = np.concatenate(members), np.concatenate(sizes)
@@ -136,26 +136,37 @@ class _Buckets:
         self._first = _starts(ordered)
         self._rows = ordered[self._first]
 
+    def _of_band(
+        self, bands: NDArray[np.uint32], rows: _Rows, number: int
+    ) -> tuple[_Rows, NDArray[np.int64]]:
+        """Return the rows in the order of their buckets of one band, and the size of each bucket.
+
+        A large bucket is divided by further bands until each part is small enough, or all of its
+        rows have all bands in common: what is much more similar than the rest stays together.
+        """
+        keys = bands[rows, number].astype(np.uint64)
+        for more in range(1, bands.shape[1] + 1):
+            order = np.argsort(keys, kind="stable")
+            counts = np.diff(np.append(_starts(keys[order]), len(keys)))
+            large = order[np.repeat(counts > _MOST_IN_BUCKET, counts)]
+            if not len(large) or more == bands.shape[1]:
+                break
+            self.divided[large] = True
+            further = bands[rows[large], (number + more) % bands.shape[1]]
+            keys[large] = (keys[large] ^ (keys[large] >> np.uint64(29))) * _MIXING + further
+        return order, counts
+
     def __iter__(self) -> Iterator[tuple[int, NDArray[np.int32]]]:
         """Yield each row that shares a bucket with another one, in order, with its buckets."""
         ends = np.append(self._first, len(self._bucket))[1:]
         for row, first, end in zip(self._rows, self._first, ends, strict=True):
             yield int(row), self._bucket[first:end]
 
-    def earlier(self, buckets: NDArray[np.int32]) -> tuple[NDArray[np.int32], bool]:
-        """Return the rows added to some buckets, in order, and whether these are all of them."""
-        found = []
-        complete = True
-        for start, added in zip(
-            self._starts[buckets].tolist(), self._added[buckets].tolist(), strict=True
-        ):
-            if added:
-                skipped = max(added - _MOST_IN_BUCKET, 0)
-                complete = complete and not skipped
-                found.append(self._members[start + skipped : start + added])
-        if not found:
-            return self._members[:0], complete
-        return np.unique(np.concatenate(found)), complete
+    def earlier(self, buckets: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Return the rows added to some buckets, in order."""
+        starts, added = self._starts[buckets].tolist(), self._added[buckets].tolist()
+        found = [self._members[n : n + count] for n, count in zip(starts, added, strict=True)]
+        return np.unique(np.concatenate(found))
 
     def add(self, row: int, buckets: NDArray[np.int32]) -> None:
         """Add a row to its buckets; they hold no more rows than have been looked at."""
