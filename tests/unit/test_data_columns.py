@@ -282,7 +282,16 @@ def test_layouts_that_mean_the_same_are_read_the_same(tmp_path: Path) -> None:
     developer = [
         {"messages": [{"role": "developer", "content": "Be brief."}, *said(q, a)]} for q, a in PAIRS
     ]
-    for rows in (LAYOUTS["parts"], LAYOUTS["question_answer"], mixed, named):
+    untyped = [{"messages": said([{"text": q}], [a])} for q, a in PAIRS]
+    responses = [
+        {
+            "messages": said(
+                [{"type": "input_text", "text": q}], [{"type": "output_text", "text": a}]
+            )
+        }
+        for q, a in PAIRS
+    ]
+    for rows in (LAYOUTS["parts"], LAYOUTS["question_answer"], mixed, named, untyped, responses):
         assert load(write(tmp_path / "b.jsonl", rows)).digest == plain.digest
     assert (
         load(write(tmp_path / "b.jsonl", developer)).digest
@@ -346,6 +355,11 @@ def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path, key: str) -> None:
         (("no",), f"messages[1].{key} is 'no'; allowed are 0"),
     ]:
         assert reason in outcome(write(tmp_path / "b.jsonl", rows(*weights)))[1]
+    pairs = [
+        {"messages": [{"human": q, "gpt": f"bad {q}", key: 0}, {"human": "No!", "gpt": a}]}
+        for q, a in PAIRS
+    ]
+    assert load(write(tmp_path / "b.jsonl", pairs)).digest == first.digest
     asked = rows()
     asked[0]["messages"][0][key] = 0
     assert load(write(tmp_path / "b.jsonl", asked)).digest == plain.digest

@@ -122,6 +122,9 @@ def test_a_template_that_rewrites_earlier_turns_learns_the_last() -> None:
 def test_a_greeting_before_the_first_question_is_not_learned() -> None:
     tokenizer = make_tokenizer(CHATML)
     assert learned(one(tokenizer, ANSWER, USER, AGAIN), tokenizer) == "ba<|im_end|>"
+    corpus = corpus_of(Example((ANSWER, USER, AGAIN)), Example((USER, AGAIN)))
+    (note,) = tokenize_corpus(corpus, tokenizer, 200).profile.notes
+    assert note.startswith("data: 1 of 2 samples begin with an answer before the first question")
 
 
 @pytest.mark.parametrize("template", [CHATML, None])

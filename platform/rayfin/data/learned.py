@@ -77,6 +77,12 @@ def unlearned_notes(
     count = len(samples)
     shown = f"{count} samples" if corpus.stream is None else f"a sample of {count}"
     notes: list[str] = []
+    examples = [*corpus.train, *corpus.eval]
+    if greetings := sum(map(_begins_with_answer, examples)):
+        notes.append(
+            f"data: {greetings} of {shown} begin with an answer before the first question, which "
+            "is read and not learned; a question before it makes it learned"
+        )
     if settings.train_on == "all":
         notes += _rewritten_notes(corpus, samples, shown)
     lengths = [len(sample["input_ids"]) for sample in samples]
@@ -97,6 +103,11 @@ def unlearned_notes(
             f"data.max_length={max(lengths)} cuts none"
         )
     return tuple(notes)
+
+
+def _begins_with_answer(example: Example) -> bool:
+    first = next((turn["role"] for turn in example.messages if turn["role"] != "system"), "")
+    return first == "assistant"
 
 
 def _rewritten_notes(

@@ -27,6 +27,7 @@ _MORE_KEYS = {"assistant": CALL_KEYS, "tool": RESULT_KEYS}
 
 _SAID_KEYS = (*CONTENT_KEYS, *CALL_KEYS)
 _PART_KEYS = frozenset(("type", "text"))
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _KINDS = {str: "a string", bool: "a boolean", list: "a list", dict: "an object", type(None): "null"}
 
 
@@ -97,15 +98,19 @@ def is_pair(turn: object) -> bool:
 
 def _pair(pair: Mapping[str, Any], column: str, where: str, reader: RowReader) -> list[Turn]:
     """Return the turns of a question and its answer, and of the system prompt beside them."""
-    given = reader.keys(pair, column, {*PAIR_KEYS, "system"})
+    given = reader.keys(pair, column, {*PAIR_KEYS, "system", *LEARN_KEYS})
     said = {}
     for key, value in given.items():
+        if key in LEARN_KEYS:
+            continue
         role = PAIR_KEYS.get(key, key)
         if role in said:
             raise RowProblem(f"{where} has two keys for the {role}'s turn; give one of them")
         if role != "system" or not is_blank(value):
             said[role] = string(value, f"{where}.{key}")
-    return [Turn(role, said[role]) for role in ("system", "user", "assistant") if role in said]
+    learned = _is_learned(given, "assistant", where)
+    roles = [role for role in ("system", "user", "assistant") if role in said]
+    return [Turn(role, said[role], learned or role != "assistant") for role in roles]
 
 
 def conversation(said: Sequence[Turn], column: str) -> Example:
@@ -271,10 +276,11 @@ def _text(content: object, name: str, where: str, reader: RowReader) -> object:
     if not isinstance(content, list):
         return content
     texts = []
-    for number, part in enumerate(content):
+    for number, given in enumerate(content):
+        part = {"text": given} if isinstance(given, str) else given
         if not isinstance(part, Mapping):
             raise RowProblem(f"{where}[{number}] must be an object, not {kind(part)}")
-        if part.get("type") != "text":
+        if part.get("type") not in _TEXT_PARTS and (part.get("type") or "text" not in part):
             raise UnsupportedContent(
                 f"{where}[{number}].type is {part.get('type')!r:.40}: of the parts of a content "
                 "only text can be trained on yet; take such conversations out"
