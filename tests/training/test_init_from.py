@@ -6,9 +6,10 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from rayfin.errors import AdapterError, MethodError, RayfinError
 from rayfin.history import History
 from rayfin.methods import METHODS
 from rayfin.paths import Storage
-from rayfin.training import TrialSpec
+from rayfin.training import TrialSpec, starting_checks
 from rayfin.training.batches import plan_epochs, plan_samples
 from rayfin.training.combination import check_combination
 from rayfin.training.starting_adapter import pinned, read_starting_adapter
@@ -376,3 +377,15 @@ def test_a_binding_to_four_bits_is_kept(adapter: Path) -> None:
     with pytest.raises(MethodError, match=r"4 bits have lost, and method\.quantization_bit=null"):
         check_starting_adapter(start, config)
     assert json.loads((adapter / "rayfin.json").read_text())["files"][STATE]["bytes"] > 0
+
+
+def test_bitsandbytes_is_imported_before_peft_imports_it_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def imported() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(starting_checks, "import_bitsandbytes", imported, raising=False)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(KeyboardInterrupt):
+        starting_checks.check_starting_adapter(cast("Any", None), Config())

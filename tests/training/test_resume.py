@@ -301,6 +301,7 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
     parts = {part: getattr(spec, part) for part in ("model", "data", "method", "train")}
     config, storage = Config(**parts, storage=str(tmp_path)), Storage.at(tmp_path)
     put = History.put
+    told: list[str] = []
 
     def left(history: History, row: TrialRecord) -> None:
         if row.status == "finished":
@@ -309,14 +310,19 @@ def test_a_single_run_keeps_its_checkpoints_until_its_end_is_recorded(
 
     def run(**options: bool) -> TrialRecord:
         steps_taken.clear()
-        return train_once(config, history=history, storage=storage, show=lambda _: None, **options)
+        told.clear()
+        return train_once(config, history=history, storage=storage, show=told.append, **options)
 
     with History.open(storage.history_url) as history:
         with monkeypatch.context() as patch:
             patch.setattr(History, "put", left)
             with pytest.raises(KeyboardInterrupt):
                 run()
+        last = spec.train.max_steps
+        assert told[-1] == f"the same command goes on from step {last - 1}, its newest checkpoint"
         first = run()
+        assert told[0] == f"goes on from step {last - 1}, its newest checkpoint"
+        assert told[-1].startswith(f"step {last}/{last}  eval_loss ")
         assert first.status == "finished" and steps_taken == [spec.train.max_steps - 1]
         (directory,) = tmp_path.glob("sweeps/train/trials/*")
         assert latest_checkpoint(StoragePath(directory / "checkpoints")) is None

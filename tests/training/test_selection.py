@@ -22,6 +22,7 @@ from rayfin.training.checkpoint import latest_checkpoint
 from rayfin.training.combination import check_combination
 from rayfin.training.selection import best_step, evaluations_without_gain
 from rayfin.training.spec import TrialResult
+from rayfin.tuning.progress import evaluation_line
 
 RATES = {"full": 0.01, "adalora": 0.03, "lora": 0.003, "pissa": 0.01}
 """Rates at which the evaluation is best at step 2 or 4, and worse from then on."""
@@ -104,6 +105,8 @@ def test_the_kept_adapter_scores_the_best_evaluation_of_its_curve_in_plain_peft(
     # The optimizer's state is of the last step, and would not belong to these weights.
     assert not (kept.adapter / "training_state.safetensors").exists()
     assert kept.result.metrics["eval_loss"] == losses[best]
+    line = evaluation_line(kept.result, kept.spec.train.model_dump())
+    assert line.startswith(f"step 12/12  eval_loss {losses[12]:.4f}"), "the last evaluation's"
     assert lab.plain_loss(lab.reload(kept), kept.spec) == lab.rounded(losses[best])
     assert lab.answers(lab.reload(kept), kept.spec) == kept.answers
     if method in ("lora", "full"):

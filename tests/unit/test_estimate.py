@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from rayfin.cli import estimate as verb
 from rayfin.cli.parser import Parser
 from rayfin.config import Config, MethodConfig, ModelConfig, build_config
 from rayfin.config.schema import Strategy
-from rayfin.errors import ConfigError, MethodError
+from rayfin.errors import ConfigError, UsageError
 from rayfin.hardware import Hardware
 from rayfin.history import History, TrialRecord
 from rayfin.methods import METHODS, attach, detach
@@ -787,8 +788,23 @@ def test_the_command_reads_the_history(tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "corrected by 3 measured trials, 3 of them of this model and method" in shown
     assert "peak memory" in shown and "training time" in shown
+    assert "evaluations and answers are not counted" in shown
 
 
-def test_the_command_refuses_what_training_would() -> None:
-    with pytest.raises(MethodError, match=r"quantization_bit=4 can't work with method.type=full"):
-        run("model.name=tiny", "method.type=full", "method.quantization_bit=4")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("method.type=full method.quantization_bit=4", "quantization_bit=4 can't work with method"),
+        ("method.type=lora train.optim=paged_adamw_8bit", "paged_adamw_8bit needs a GPU"),
+        ("method.type=lora method.init_from=support@9", "there is no registry of adapters"),
+        ("method.type=lora method.init_from=./nosuch", "'./nosuch' is neither NAME@VERSION"),
+    ],
+)
+def test_the_command_refuses_what_training_would(settings: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        run("model.name=tiny", *settings.split(), f"storage={tmp_path}", "--hardware", "cpu")
+
+
+def test_a_setting_for_gpus_may_be_estimated_for_one(tmp_path: Path) -> None:
+    optim = "train.optim=paged_adamw_8bit"
+    assert run(*SMALL, optim, f"storage={tmp_path}", "--hardware", "single_gpu", "--json") == 0

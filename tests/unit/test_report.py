@@ -70,6 +70,12 @@ def data_of(page):
     return json.loads(re.search(r'id="report-data">(.*?)</script>', page, re.S).group(1))
 
 
+def test_a_sweep_over_epochs_tells_the_steps_that_they_were(tmp_path):
+    epochs = config(sweep={"parameters": {"train.num_train_epochs": [1, 2]}})
+    rows = [record(n, spec={"train": {"num_train_epochs": n, "max_steps": 7 * n}}) for n in (1, 2)]
+    assert "up to 14 optimizer steps each" in written(tmp_path, rows, config=epochs)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_parameter_that_decides_comes_first(seed):
     shares = parameter_importance(history(24, seed), "eval_loss", "min", list(SPACE))

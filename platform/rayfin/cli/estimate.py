@@ -69,7 +69,9 @@ def _print(config: Config, model: str, found: Estimate, hardware: Hardware) -> N
         table.add_row("[bold]cost[/bold]", *_shown(found.cost, "{:,.2f}".format))
     epochs = config.train.num_train_epochs
     length = (
-        f"{found.steps} steps" if epochs is None else f"{epochs:g} epochs ({found.steps} steps)"
+        _counted(found.steps, "step")
+        if epochs is None
+        else f"{_counted(epochs, 'epoch')} ({_counted(found.steps, 'step')})"
     )
     what = f"{model}, {config.method.type}, {length}"
     # Text, so that brackets in a path are not taken for markup.
@@ -79,6 +81,9 @@ def _print(config: Config, model: str, found: Estimate, hardware: Hardware) -> N
         each = f"each of {workers} workers" if workers > 1 else "one worker"
         console.print(Text(f"{each}, {found.strategy}: {found.strategy_why}"))
     console.print(table)
+    console.print(
+        Text("time and cost of the optimizer steps; evaluations and answers are not counted")
+    )
     console.print(Text(_ground(found), style="dim"))
 
 
@@ -87,6 +92,10 @@ _VERDICTS = {
     False: "[red]not enough[/red]",
     None: "[yellow]may not be enough[/yellow]",
 }
+
+
+def _counted(count: float, what: str) -> str:
+    return f"{count:g} {what}{'' if count == 1 else 's'}"
 
 
 def _shown(interval: Interval, show: Callable[[float], str]) -> tuple[str, str]:

@@ -96,10 +96,18 @@ def write_sweep_report(
         table=_table(trials, config, best),
         data=_json(chart_data(trials, config, best)),
         least_trials=LEAST_TRIALS,
+        most_steps=_most_steps(trials, config),
         config_yaml=dump_yaml(config),
     )
     write_text(path, page)
     return path
+
+
+def _most_steps(trials: Sequence[TrialRecord], config: Config) -> int | None:
+    """Return the optimizer steps of the longest trial; None where epochs have not been counted."""
+    sections = (row.spec.get("train") or {} for row in trials)
+    counts = [it["max_steps"] for it in sections if isinstance(it.get("max_steps"), int)]
+    return max(counts, default=config.train.steps)
 
 
 def _assets() -> dict[str, Any]:

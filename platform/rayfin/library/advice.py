@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rayfin.errors import ConfigError, did_you_mean
@@ -227,7 +228,10 @@ def estimate_on(
     from rayfin.advisor.memory_check import sampled_profile
     from rayfin.advisor.scenario import Scenario
     from rayfin.training.combination import check_combination
+    from rayfin.training.optimization import check_device
     from rayfin.training.precision import with_precision
+    from rayfin.training.starting_adapter import pinned, read_starting_adapter
+    from rayfin.tuning.preflight import check_method
 
     prepare_process()
     check_combination(config)
@@ -238,6 +242,10 @@ def estimate_on(
     for line in (guessed, told.note):
         if line is not None:
             note(line)
+    check_device(config.model, config.train, machine.device)
+    directory = pinned(config).init_from
+    if guessed is None:  # else there are no modules to look at
+        check_method(config, read_starting_adapter(Path(directory)) if directory else None)
     if machine.device == "cpu":
         config = with_precision(config)
     measured = _measured(config)

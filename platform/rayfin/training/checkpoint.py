@@ -80,6 +80,12 @@ def _checkpoints(location: StoragePath) -> list[StoragePath]:
     return [location / name for name in sorted(named, key=_step)]
 
 
+def checkpoint_step(location: StoragePath) -> int | None:
+    """Return the step of the newest checkpoint at `location`, whose files are not looked into."""
+    there = (_step(one.path.name) for one in reversed(_checkpoints(location)) if one.exists())
+    return next(there, None)
+
+
 def _step(name: str) -> int:
     return int(name.removeprefix("checkpoint-"))
 

@@ -10,7 +10,7 @@ from rayfin.config import Config, MethodConfig
 from rayfin.errors import MethodError, listed
 from rayfin.methods import METHODS
 from rayfin.methods.attach import ADAPTER, attach
-from rayfin.models import base_of, locate, meta_model
+from rayfin.models import base_of, import_bitsandbytes, locate, meta_model
 from rayfin.objectives import objective_of
 from rayfin.training.starting_adapter import WEIGHTS, StartingAdapter
 
@@ -22,6 +22,7 @@ def check_starting_adapter(start: StartingAdapter, config: Config) -> None:
 
     PEFT attaches the method to a skeleton of the base, and says what the file has to hold.
     """
+    import_bitsandbytes()  # before PEFT, which would import it with a warning
     from peft import get_peft_model_state_dict
 
     method = config.method

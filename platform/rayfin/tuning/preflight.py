@@ -20,6 +20,7 @@ from rayfin.objectives import objective_of
 from rayfin.training.combination import check_combination
 from rayfin.training.companions import companion_models, of_companions
 from rayfin.training.optimization import check_device, needs_device
+from rayfin.training.starting_adapter import StartingAdapter
 from rayfin.training.starting_checks import check_starting_adapter
 from rayfin.tuning.plan import SweepPlan
 
@@ -59,14 +60,19 @@ def check_run(plan: SweepPlan, configs: Iterable[Config], cluster: str | None) -
             of_companions(config.train, config.model, plan.identity)
         method = config.method.model_dump_json()  # a mapping among its settings has no hash
         if first_time(config.model, method):
-            _check_modules(config)
-            if (start := plan.start(plan.space.pinned(config))) is not None:
-                check_starting_adapter(start, config)
+            check_method(config, plan.start(plan.space.pinned(config)))
         if first_time(config.model, method, config.data):
             check_positions(config, max_positions(config.model))
         settings = TokenSettings.of(config.data, config.train)
         if first_time(config.model, config.data, objective.identity, settings):
             _check_lengths(config, corpus, settings)
+
+
+def check_method(config: Config, start: StartingAdapter | None) -> None:
+    """Raise MethodError where the method doesn't fit the model, or the adapter it starts from."""
+    _check_modules(config)
+    if start is not None:
+        check_starting_adapter(start, config)
 
 
 def _check_modules(config: Config) -> None:

@@ -207,9 +207,12 @@ def few_settings(config: Config, distinct: int) -> str | None:
 def evaluation_line(result: TrialResult, train: Mapping[str, Any]) -> str:
     """Return how a trial does: `step 15/60  eval_loss 2.1034  exact_match 0.1250  118 tokens/s`.
 
-    `train` is the section of its specification, as the history holds it.
+    `train` is the section of its specification, as the history holds it. The scores are those of
+    the last evaluation: those of the result are of the adapter that train.keep=best has kept.
     """
-    metrics = result.metrics
+    scores = {name for objective in OBJECTIVES.values() for name in objective.metrics}
+    evaluated = (point for point in reversed(result.curve) if scores & point.keys())
+    metrics = result.metrics | next(evaluated, {})
     told = [position(train, metrics["steps"])]
     for name, column in _columns(*OBJECTIVES):
         if name in metrics:

@@ -25,12 +25,20 @@ from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.driver_lock import driver_lock
 from rayfin.tuning.driver_watch import watched_driver
-from rayfin.tuning.generations import generation_lines, generations_of
+from rayfin.tuning.generations import generation_lines
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.record import OnRecord
-from rayfin.tuning.rows import end_line, ended, let_checkpoints_go, started, usable, with_result
+from rayfin.tuning.rows import (
+    end_line,
+    ended,
+    goes_on,
+    let_checkpoints_go,
+    started,
+    usable,
+    with_result,
+)
 from rayfin.watchdog import WHERE
 
 RUNS = "train"
@@ -187,15 +195,20 @@ def _train_locked(
     if before and before[0].status == "finished":
         # Else a run that is to be made anew would go on from them.
         clear_checkpoints(trial.location / "checkpoints")
+    elif before and (words := goes_on(trial)) is not None:
+        say.show(words)
     row = started(trial, before[0].created_at if before else None)
     _put(row, history, say)
     try:
         return _train_row(row, plan, trial, history, cluster, say)
-    except BaseException:  # also Ctrl-C: the same command goes on
+    except BaseException as error:  # also Ctrl-C: the same command goes on
         with contextlib.suppress(HistoryError):
             changed = history.change(trial.trial_id, _interrupted)
             if changed is not None:
                 say.record(changed)
+        if isinstance(error, KeyboardInterrupt):
+            again = goes_on(trial) or "starts again, as it has no checkpoint yet"
+            say.note(f"the same command {again}")
         raise
 
 
@@ -239,7 +252,7 @@ def _train_row(
         row = with_result(row, result)
         with busy("recording the result"):
             _put(row, history, say)
-        if generations_of(result.curve):  # what the last evaluation measured follows at the end
+        if result.status == "finished":
             say.show(evaluation_line(result, row.spec["train"]))
             show_answers(result)
 
