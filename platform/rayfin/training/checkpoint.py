@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayfin.errors import StorageError
 from rayfin.models import BASE_BITS, BASE_IDENTITY, Base
 from rayfin.models.chat_templates import CHAT_TEMPLATE, template_label
 from rayfin.models.ends import END_OF_TURN, Ends
@@ -80,10 +81,13 @@ def _checkpoints(location: StoragePath) -> list[StoragePath]:
     return [location / name for name in sorted(named, key=_step)]
 
 
-def checkpoint_step(location: StoragePath) -> int | None:
-    """Return the step of the newest checkpoint at `location`, whose files are not looked into."""
-    there = (_step(one.path.name) for one in reversed(_checkpoints(location)) if one.exists())
-    return next(there, None)
+def resume_line(location: StoragePath) -> str | None:
+    """Return where a trial with these checkpoints goes on; None where it has none."""
+    with contextlib.suppress(OSError, StorageError):  # the training says what is wrong with it
+        for one in reversed(_checkpoints(location)):
+            if one.exists():
+                return f"goes on from step {_step(one.path.name)}, its newest checkpoint"
+    return None
 
 
 def _step(name: str) -> int:

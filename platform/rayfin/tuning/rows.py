@@ -17,7 +17,7 @@ from rayfin.history.versions import package_versions
 from rayfin.objectives import main_metric, stage_of
 from rayfin.paths import StoragePath
 from rayfin.statuses import Status
-from rayfin.training.checkpoint import checkpoint_step, clear_checkpoints
+from rayfin.training.checkpoint import clear_checkpoints
 from rayfin.training.spec import MEMORY_MONITOR, TrialResult
 from rayfin.training.starting_adapter import saves_state
 from rayfin.tuning.plan import PlannedTrial
@@ -134,14 +134,6 @@ def let_checkpoints_go(row: TrialRecord) -> None:
     if row.directory is not None and "recalled_from" not in row.scenario:
         with contextlib.suppress(OSError, StorageError):  # they only take room
             clear_checkpoints(StoragePath.at(row.directory) / "checkpoints")
-
-
-def goes_on(planned: PlannedTrial) -> str | None:
-    """Return where a trial that was interrupted goes on; None where it has no checkpoint."""
-    step = None
-    with contextlib.suppress(OSError, StorageError):  # the training says what is wrong with it
-        step = checkpoint_step(planned.location / "checkpoints")
-    return None if step is None else f"goes on from step {step}, its newest checkpoint"
 
 
 def sweep_of(planned: PlannedTrial) -> str:

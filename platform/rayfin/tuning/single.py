@@ -18,7 +18,7 @@ from rayfin.history.driver import interrupted, mark_lost_trials
 from rayfin.objectives import main_metric, objective_of
 from rayfin.paths import Storage
 from rayfin.statuses import UNFINISHED
-from rayfin.training.checkpoint import clear_checkpoints
+from rayfin.training.checkpoint import clear_checkpoints, resume_line
 from rayfin.training.combination import check_combination
 from rayfin.training.precision import MIXED, in_mixed_precision, precision_note, with_precision
 from rayfin.training.spec import TrialResult, TrialSpec
@@ -30,15 +30,7 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.preflight import check_run
 from rayfin.tuning.progress import evaluation_line
 from rayfin.tuning.record import OnRecord
-from rayfin.tuning.rows import (
-    end_line,
-    ended,
-    goes_on,
-    let_checkpoints_go,
-    started,
-    usable,
-    with_result,
-)
+from rayfin.tuning.rows import end_line, ended, let_checkpoints_go, started, usable, with_result
 from rayfin.watchdog import WHERE
 
 RUNS = "train"
@@ -195,7 +187,7 @@ def _train_locked(
     if before and before[0].status == "finished":
         # Else a run that is to be made anew would go on from them.
         clear_checkpoints(trial.location / "checkpoints")
-    elif before and (words := goes_on(trial)) is not None:
+    elif before and (words := resume_line(trial.location / "checkpoints")) is not None:
         say.show(words)
     row = started(trial, before[0].created_at if before else None)
     _put(row, history, say)
@@ -207,7 +199,7 @@ def _train_locked(
             if changed is not None:
                 say.record(changed)
         if isinstance(error, KeyboardInterrupt):
-            again = goes_on(trial) or "starts again, as it has no checkpoint yet"
+            again = resume_line(trial.location / "checkpoints") or "starts again"
             say.note(f"the same command {again}")
         raise
 
