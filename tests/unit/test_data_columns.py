@@ -526,3 +526,9 @@ def test_it_is_told_once_on_stderr_and_in_the_row(
     told: list[str] = []
     read_data(load_config(None, [*command, "data.ignore_columns=[id]"]), told.append)
     assert told and not any("not used" in line for line in told)
+
+
+def test_rows_that_differ_in_what_is_not_used_alone(tmp_path: Path) -> None:
+    rows: list[Row] = [{"prompt": "Does it?", "completion": "no", "place": q} for q, _ in PAIRS]
+    digest, text = outcome(write(tmp_path / "a.jsonl", rows))
+    assert digest is None and "all 4 rows are the same (not used of them: place); give" in text

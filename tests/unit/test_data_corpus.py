@@ -148,7 +148,7 @@ def turns(*pairs: tuple[object, object]) -> dict[str, object]:
     [
         (b"{broken", "broken JSON: Expecting property name"),
         (b'{"messages": "\xff"}', "not UTF-8 (byte 0xff)"),
-        (b"[1]", "must be an object, not a list"),
+        (b"[1]", "must be an object with columns, not a list"),
         (b"[" * 100_000, "can't be read"),
         (
             b'{"other": 1}',
@@ -307,7 +307,7 @@ def test_bad_parquet_rows_and_unused_columns(tmp_path: Path) -> None:
         ("a.json", b"\n\xff", "a.json:2: not UTF-8"),
         ("a.csv", b"\0t", "a.csv:1: holds a NUL"),
         ("a.csv", b"text,text\na,b\n", "a.csv:1: the header has 'text' twice; rename one of them"),
-        ("a.jsonl.gz", b"no gzip", "can't be read"),
+        ("a.jsonl.gz", b"no gzip", "is not packed, though its name ends in .gz; take that"),
         (
             "a.jsonl",
             b'{"text": "one"}',

@@ -314,13 +314,43 @@ LAYOUTS: dict[str, Cell] = {
     "a table of something else": Cell(
         lambda q, a: {"ort": q, "kreis": a, "wert": "1e-4", "land": a},
         refused="rename ort, kreis, wert, land to those of a format: chosen, rejected | messages | "
-        "conversations | instruction, output | prompt, completion | text)",
+        "conversations | instruction, output | prompt, completion | text, or name them with "
+        "'data.columns={prompt: ..., completion: ...}')",
     ),
     "turns by another name": Cell(
         lambda q, a: {"talk": said(q, a), "sys": SYSTEM},
         "system",
         refused="; perhaps 'data.columns={messages: talk}' is meant",
         settings=["data.columns={messages: talk, system: sys}"],
+    ),
+    "a text and its address": Cell(
+        lambda q, a: {"content": f"{q} {a}", "url": "https://x.org/a"},
+        refused="; perhaps 'data.columns={text: content}' is meant)",
+    ),
+    "an article and its highlights": Cell(
+        lambda q, a: {"id": "x", "article": q, "highlights": a},
+        refused="rename id, article, highlights to those",
+        settings=[
+            "data.columns={prompt: article, completion: highlights}",
+            "data.ignore_columns=[id]",
+        ],
+    ),
+    "two conversations": Cell(
+        lambda q, a: {"good_output": said(q, a), "bad_output": said(q, a)},
+        refused=" | text, or name them with 'data.columns={prompt: ...",
+    ),
+    "a title beside lists": Cell(
+        lambda q, a: {"title": q, "paragraphs": [{"context": a}]},
+        refused=" | text, or name them with 'data.columns={prompt: ...",
+    ),
+    "a text and its class": Cell(
+        lambda q, a: {"text": q, "label": a},
+        refused="label: which answers are good, or which class",
+        settings=["data.columns={prompt: text, completion: label}"],
+    ),
+    "an empty answer": Cell(
+        lambda q, a: {"prompt": q, "completion": " "},
+        refused="completion is empty; fill it in, or name the column that is meant with data.col",
     ),
     "context beside a question": Cell(
         lambda q, a: {"question": q, "context": "In Europa.", "answer": a},
@@ -669,6 +699,15 @@ def test_columns_in_a_configuration_file(tmp_path: Path) -> None:
         (
             ["data.columns={promt: mail}"],
             "data.columns: 'promt' is no column of a format (did you mean 'prompt'?); give ",
+        ),
+        (
+            ["data.columns={question: mail, answer: reply}"],
+            "'question' is no column of a format; perhaps 'data.columns={prompt: mail, completion: "
+            "reply}' is meant; give ",
+        ),
+        (
+            ["data.columns={mail: prompt, reply: completion}"],
+            "perhaps 'data.columns={prompt: mail, completion: reply}' is meant; give ",
         ),
         (
             ["data.columns={prompt: mail, completion: mail}"],

@@ -148,3 +148,41 @@ def test_rows_that_a_quoted_cell_may_have_taken_along_are_told(
     # With one column each line of a cell would look like a row.
     path.write_text('text\n"one\ntwo\nthree"\nfour\n')
     assert load_corpus(DataConfig(path=str(path))).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (json.dumps({"train": ROWS, "test": ROWS}), "several lists (train, test); write each to a"),
+        (json.dumps({str(n): row for n, row in enumerate(ROWS)}), "of rows by their names; write"),
+        (json.dumps({"prompt": {"0": "a"}, "completion": {"0": "b"}}), "orient='records', lines="),
+        (json.dumps({"columns": ["a"], "index": [0], "data": [["b"]]}), "orient='records', lines="),
+        (json.dumps(ROWS) + "\n" + json.dumps(ROWS), "not a list; jq -c '.[]' FILE writes the"),
+        (json.dumps(ROWS, indent=1)[:-2] + ",\n]", "nothing between a comma and ]; take the comma"),
+    ],
+)
+def test_json_that_is_no_list_of_rows_is_refused_with_a_remedy(
+    tmp_path: Path, text: str, reason: str
+) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError) as caught:
+        samples(tmp_path / "a.json")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.csv", "Code of Oslo?,OSL\nCode of Lima?,LIM\n", "no header, as its first line reads"),
+        ("a.jsonl.gz", LINES, "is not packed, though its name ends in .gz; take that"),
+        ("a.md", "# What?\nThat.\n", "a.md --output NAME.jsonl makes rows of its questions and"),
+        ("a.zip", "PK", ".xlsx (texts also with .gz, .zst, .bz2, .xz after it)"),
+    ],
+)
+def test_files_that_are_not_what_they_seem(
+    tmp_path: Path, name: str, text: str, reason: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        samples(tmp_path / name)
+    assert reason in str(caught.value) and "data.columns={" not in str(caught.value)

@@ -17,7 +17,7 @@ from rayfin.data.row_reader import (
 )
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow, Row
-from rayfin.data.shapes import fitting_shape, nearest_shape, to_example
+from rayfin.data.shapes import fitting_shape, nearest_shape, no_object, to_example
 from rayfin.data.splits import Split, SplitSelection
 from rayfin.data.suggestions import suggestion
 from rayfin.errors import DataError, did_you_mean
@@ -183,17 +183,19 @@ def _unknown_columns(row: object) -> str:
     """Return why a row that has no column of any format can't be used."""
     need = " | ".join(", ".join(columns) for columns in COLUMNS.values())
     if not isinstance(row, Mapping):
-        return "a row must be an object with columns"
+        return no_object(row)
     have = ", ".join(str(name) for name in list(row)[:8]) or "none"
-    return (
-        f"it has none of the known columns: rename {have} to those of a format: {need}"
-        f"{suggestion(row)}"
-    )
+    more = suggestion(row) or ", or name them with 'data.columns={prompt: ..., completion: ...}'"
+    return f"it has none of the known columns: rename {have} to those of a format: {need}{more}"
 
 
 def no_valid_row_error(config: DataConfig, first: BadRow, instead: str = "") -> DataError:
     """Return the error for data without a valid row; `first` is the first bad one."""
-    return DataError(f"data.path: '{config.path}' has no valid row (the first: {first}){instead}")
+    empty = first.reason.endswith(" is empty")
+    remedy = "; fill it in, or name the column that is meant with data.columns" * empty
+    return DataError(
+        f"data.path: '{config.path}' has no valid row (the first: {first}{remedy}){instead}"
+    )
 
 
 def bad_rows_error(first: BadRow, bad: int, rows: int) -> DataError:
@@ -217,7 +219,10 @@ def check_shape(config: DataConfig, shape: str, objective: Objective) -> None:
     if shape == "preference":
         has = "preference pairs (chosen, rejected)"
         if "prompt_completion" in objective.shapes:
-            remedy = "give the chosen answers as prompt and completion"
+            remedy = (
+                "give the chosen answers as prompt and completion, or leave the pairs out of rows "
+                "that hold a conversation too, with data.ignore_columns=[chosen,rejected]"
+            )
     raise DataError(
         f"data.path: '{config.title}' has {has}, which train.stage={objective.name} can't train "
         f"on; {remedy}"

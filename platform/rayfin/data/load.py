@@ -17,6 +17,7 @@ from rayfin.data.conversion import (
     check_shape,
     empty_split_error,
     no_valid_row_error,
+    printable,
 )
 from rayfin.data.corpus import Corpus
 from rayfin.data.mixture import (
@@ -154,7 +155,7 @@ def _corpus(
         dropped = [count - len(kept) - len(held) for count, (kept, held) in left]
         held_out = [mine + held for mine, (_, held) in zip(held_out, pairs, strict=True)]
         if not any(held_out):
-            raise _nothing_held_out(config, train)
+            raise _nothing_held_out(config, train, reader.statistics.unused)
     all_train, all_held = _joined(train), _joined(held_out)
     if evaluation is not None:
         all_held = evaluation[: config.max_samples]
@@ -276,7 +277,9 @@ def _hold_out_of_each(
     ]
 
 
-def _nothing_held_out(config: DataConfig, parts: Sequence[tuple[Example, ...]]) -> DataError:
+def _nothing_held_out(
+    config: DataConfig, parts: Sequence[tuple[Example, ...]], unused: Iterable[str]
+) -> DataError:
     """Return the error for data of which nothing can be held out."""
     if config.sources:
         return DataError(
@@ -288,8 +291,10 @@ def _nothing_held_out(config: DataConfig, parts: Sequence[tuple[Example, ...]]) 
             f"data.path: '{config.path}' has {len(parts[0])} usable row; "
             "training and evaluation need at least 2"
         )
+    names = ", ".join(map(printable, sorted(unused)[:8]))
+    not_used = f" (not used of them: {names})" if names else ""
     return DataError(
-        f"data.path: '{config.path}': all {len(parts[0])} rows are the same; "
+        f"data.path: '{config.path}': all {len(parts[0])} rows are the same{not_used}; "
         "give at least 2 different ones"
     )
 

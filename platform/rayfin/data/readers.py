@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import lzma
@@ -28,6 +29,7 @@ from rayfin.data.rows import (
     not_utf8,
     open_source,
 )
+from rayfin.data.turns import is_conversation
 from rayfin.data.workbook import read_workbook
 from rayfin.errors import DataError
 
@@ -60,6 +62,11 @@ def read_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
+        if isinstance(error, gzip.BadGzipFile) and "Not a gzipped file" in str(error):
+            raise DataError(
+                f"data.path: '{path}' is not packed, though its name ends in {path.suffix}; take "
+                "that off the name"
+            ) from error
         reason = getattr(error, "strerror", None) or error
         raise DataError(
             f"data.path: '{path}' can't be read ({reason}); check that the file is whole "
@@ -134,10 +141,17 @@ def _parsed(file: str, line: int, raw: bytes) -> Row:
         elif raw.strip() in (b"{", b"["):
             problem = "broken JSON: an object must be on one line; jq -c . puts it there"
         else:
-            problem = f"broken JSON: {error.msg} at column {error.colno}"
+            problem = _broken(error)
         return Row(file, line, problem=problem, raw=raw)
     except (ValueError, RecursionError) as error:
         return Row(file, line, problem=f"JSON that can't be read: {error}", raw=raw)
+
+
+def _broken(error: json.JSONDecodeError) -> str:
+    at, text = error.pos, error.doc
+    if text[at : at + 1] in ("]", "}") and text[max(0, at - 100) : at].rstrip()[-1:] == ",":
+        return f"broken JSON: there is nothing between a comma and {text[at]}; take the comma out"
+    return f"broken JSON: {error.msg} at column {error.colno}"
 
 
 # NaN is no JSON, but what pandas makes of a missing value; a number it can't be here.
@@ -171,19 +185,51 @@ def _whole(file: str, raw: bytes) -> Iterator[Row]:
         elif error.msg == "Extra data" or (b"\n" in raw.strip() and first[:1] != b"["):
             yield from parse_lines(file, io.BytesIO(raw))
         else:
-            problem = f"broken JSON: {error.msg} at column {error.colno}"
-            yield Row(file, error.lineno, problem=problem)
+            yield Row(file, error.lineno, problem=_broken(error))
         return
     except (ValueError, RecursionError) as error:
         yield Row(file, 1, problem=f"JSON that can't be read: {error}")
         return
     if isinstance(whole, dict):
+        if problem := _problem_of_object(whole):
+            yield Row(file, 1, problem=problem)
+            return
         whole = _listed(whole)
     if not isinstance(whole, list):
         yield Row(file, 1, problem="must be a list of objects, or an object that has one list")
         return
     for number, value in enumerate(whole, 1):
         yield Row(file, number, value)
+
+
+def _problem_of_object(whole: dict[str, Any]) -> str:
+    """Return why an object is neither one row nor holds one list of them, or an empty text."""
+    values = list(whole.values())
+    objects = bool(values) and all(isinstance(value, dict) and value for value in values)
+    by_number = objects and all(str(key).isdecimal() for value in values for key in value)
+    if by_number or {"columns", "index", "data"} == whole.keys():
+        remedy = "write rows, with df.to_json(FILE, orient='records', lines=True)"
+        return f"an object of columns, as pandas writes it; {remedy}"
+    if len(values) < 2 or NEEDED & whole.keys():
+        return ""
+    if objects and len({tuple(value) for value in values}) == 1:
+        return "an object of rows by their names; write a list, with jq -c '.[]'"
+    if all(_is_list_of_rows(value) for value in values):
+        names = list(whole)
+        return (
+            f"an object of several lists ({', '.join(names[:4])}); write each to a file of its "
+            f"own, with jq -c '.{names[0]}[]': a directory of files is read by their names"
+        )
+    return ""
+
+
+def _is_list_of_rows(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, dict) for each in value)
+        and not is_conversation(value)
+    )
 
 
 def _listed(whole: dict[str, Any]) -> list[Any]:
@@ -246,4 +292,4 @@ def is_plainly_utf8(path: Path) -> bool:
 
 def allowed_names() -> str:
     """Return the suffixes of the supported files, separated by commas."""
-    return ", ".join([*_TEXTS, *_TABLES])
+    return f"{', '.join([*_TEXTS, *_TABLES])} (texts also with {', '.join(PACKED)} after it)"

@@ -125,6 +125,9 @@ class RowReader:
                 self._record(name, why)
         if shape in ("prompt_completion", "instruction") and self.unsupported:
             self._suggest_input(found, shape)
+        if shape == "text" and isinstance(row.get("label"), str) and "label" in self.unsupported:
+            names = {"prompt": self.name_in_row("text"), "completion": "label"}
+            self.unsupported["label"] += f", or set {columns_setting(names)}"
         if not plan.needed <= found.keys():
             missing = [name for name in COLUMNS[shape] if name not in found]
             have = ", ".join(str(name) for name in list(row)[:8]) or "no column"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rayfin.config.data import DataConfig
-from rayfin.data.columns import COLUMNS, OPTIONAL
+from rayfin.data.columns import COLUMNS, OPTIONAL, OTHER_NAMES
 from rayfin.errors import DataError, did_you_mean
 
 WORKBOOK = ".xlsx"
@@ -71,13 +72,29 @@ def _columns_of(shape: str) -> set[str]:
     return {*COLUMNS[shape], *OPTIONAL[shape]}
 
 
+def _meant(columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the names of a format's columns that are given by other names, or the wrong way round.
+
+    Empty where they are neither.
+    """
+    turned = {name: column for column, name in columns.items()}
+    for shape, others in OTHER_NAMES.items():
+        for names in (columns, turned):
+            own = [name if name in _columns_of(shape) else others.get(name) for name in names]
+            if None not in own and len({*own}) == len(own):
+                return {str(of): name for of, name in zip(own, names.values(), strict=True)}
+    return {}
+
+
 def _check_columns(config: DataConfig) -> None:
     known = sorted({column for shape in COLUMNS for column in _columns_of(shape)})
     for column in config.columns:
         if column not in known:
+            pairs = ", ".join(f"{of}: {name}" for of, name in _meant(config.columns).items())
+            perhaps = f"; perhaps 'data.columns={{{pairs}}}' is meant" if pairs else ""
             raise DataError(
-                f"data.columns: '{column}' is no column of a format{did_you_mean(column, known)}; "
-                f"give {', '.join(known)} the names that they have in the table"
+                f"data.columns: '{column}' is no column of a format{did_you_mean(column, known)}"
+                f"{perhaps}; give {', '.join(known)} the names that they have in the table"
             )
     owners: dict[str, str] = {}
     for column, name in config.columns.items():

@@ -72,7 +72,7 @@ def to_example(row: object, shape: str, reader: RowReader | None = None) -> Exam
     if isinstance(row, list) and shape == "messages" and is_turns(row):
         row = {"messages": row}
     if not isinstance(row, Mapping):
-        raise RowProblem(f"a row must be an object, not {kind(row)}")
+        raise RowProblem(no_object(row))
     reader = reader or RowReader()
     columns = reader.columns(row, shape)
     try:
@@ -86,6 +86,13 @@ def to_example(row: object, shape: str, reader: RowReader | None = None) -> Exam
     if reader.unsupported:
         raise reader.unsupported_error()
     return example
+
+
+def no_object(row: object) -> str:
+    """Return why what is neither an object nor a list of turns can't be a row."""
+    rows = isinstance(row, list) and all(isinstance(each, Mapping) for each in row)
+    remedy = "; jq -c '.[]' FILE writes the items of such lists as rows" * rows
+    return f"a row must be an object with columns, not {kind(row)}{remedy}"
 
 
 _PAIR = COLUMNS["prompt_completion"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -258,6 +259,11 @@ def _one_file(config: DataConfig, file: Path) -> SplitSelection:
         raise DataError(
             f"data.path: '{config.path}' is a workbook of a kind that is not read; save it as "
             '.xlsx, or the sheet with the rows as "CSV UTF-8", and give that file'
+        )
+    if file.suffix.lower() in (".md", ".markdown"):
+        raise DataError(
+            f"data.path: '{config.path}' is markdown; rayfin data convert {shlex.quote(str(file))} "
+            "--output NAME.jsonl makes rows of its questions and answers"
         )
     if not is_readable(file):
         raise DataError(
