@@ -383,6 +383,26 @@ def test_names_are_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatc
         TRACKERS["trackio"](None)
 
 
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("file:///no/such/mlruns", "file:///no/such/mlruns"),
+        ("foo://me:hunter2@x", "foo://me:***@x"),
+    ],
+)
+def test_an_mlflow_address_that_it_can_t_use_is_refused_in_one_line(
+    uri: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ConfigError) as refused:
+        TRACKERS["mlflow"](None)
+    line = str(refused.value)
+    assert line.startswith(f"report_to=mlflow: MLFLOW_TRACKING_URI={shown} can't be used (")
+    assert line.endswith("or a file of its own by MLFLOW_TRACKING_URI=sqlite:///mlflow.db")
+    assert "hunter2" not in line and "\n" not in line
+
+
 def test_what_trains_nothing_has_no_rerun(
     notes: type[Notes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

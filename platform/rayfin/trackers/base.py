@@ -7,6 +7,7 @@ configuration (`report_to`) and the driver find it. Nothing here loads a tracker
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +17,14 @@ from typing import Any, ClassVar, TypeVar
 
 from rayfin.errors import DependencyError
 from rayfin.paths import StoragePath
+from rayfin.redaction import redact
 from rayfin.statuses import Status
 
 PROJECT = "rayfin"
 """The project or experiment in which runs stand, unless the tracker's own variable names one."""
+
+_LONGEST_ERROR = 200
+"""Characters of an error of a tracker's package that are shown."""
 
 Point = tuple[int, dict[str, float]]
 """A step, and what was measured at it by name."""
@@ -145,6 +150,12 @@ def check_installed(names: Iterable[str]) -> None:
                 f"report_to={name} needs the package {package}, which isn't installed; run: "
                 f"pip install 'rayfin[{name}]'"
             )
+
+
+def one_line(error: Exception) -> str:
+    """Return an error of a tracker's package as one short line, without secrets."""
+    text = textwrap.shorten(redact(str(error)), _LONGEST_ERROR, placeholder=" …")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def answers_table(answers: Sequence[Mapping[str, Any]]) -> str:

@@ -9,10 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.errors import ConfigError
+from rayfin.redaction import redact_url
 from rayfin.statuses import Status
-from rayfin.trackers.base import PROJECT, Answers, Point, Run, Tracker, answers_table, register
+from rayfin.trackers.base import (
+    PROJECT,
+    Answers,
+    Point,
+    Run,
+    Tracker,
+    answers_table,
+    one_line,
+    register,
+)
 
 _KEY = "rayfin.key"
+_ALLOWED = (
+    "name MLflow's server by MLFLOW_TRACKING_URI=http://HOST:PORT, or a file of its own by "
+    "MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
+)
 _STATUSES: dict[Status, str] = {
     "running": "RUNNING",
     "interrupted": "KILLED",
@@ -40,15 +54,18 @@ class MLflow(Tracker):
         super().__init__(storage)
         uri = os.environ.get("MLFLOW_TRACKING_URI")
         if not uri:
-            raise ConfigError(
-                "report_to=mlflow: name MLflow's server by MLFLOW_TRACKING_URI=http://HOST:PORT, "
-                "or a file of its own by MLFLOW_TRACKING_URI=sqlite:///mlflow.db"
-            )
+            raise ConfigError(f"report_to=mlflow: {_ALLOWED}")
         for name, value in _PATIENCE.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        self._uri, self._client = uri, MlflowClient(tracking_uri=uri)
+        try:
+            self._uri, self._client = uri, MlflowClient(tracking_uri=uri)
+        except Exception as error:  # its own, and those of each database's package
+            raise ConfigError(
+                f"report_to=mlflow: MLFLOW_TRACKING_URI={redact_url(uri)} can't be used "
+                f"({one_line(error)}); {_ALLOWED}"
+            ) from error
         self._experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         self._experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from rayfin.errors import StorageError
 from rayfin.paths import StoragePath, write_json
-from rayfin.redaction import redact
 from rayfin.statuses import SCORED
-from rayfin.trackers.base import Run, Tracker
+from rayfin.trackers.base import Run, Tracker, one_line
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +125,7 @@ class Sender:
         try:
             self._tracker.close()
         except Exception as error:  # noqa: BLE001  # each package has errors of its own
-            self._held_back = _one_line(error)
+            self._held_back = one_line(error)
 
     def _all_sent(self, runs: list[Run], last: bool) -> bool:
         """Send runs, and return whether the tracker took them.
@@ -152,10 +151,10 @@ class Sender:
             self._send(run)
         except Exception as error:  # each package has errors of its own
             log.debug("tracker %s", self.name, exc_info=error)
-            self._errors[run.run_id] = _one_line(error)
+            self._errors[run.run_id] = one_line(error)
             self._tell(
                 "away",
-                f"{self.name}: {_one_line(error)}; the training goes on, and what is missing there "
+                f"{self.name}: {one_line(error)}; the training goes on, and what is missing there "
                 "is sent later",
             )
             return False
@@ -262,8 +261,3 @@ class Sender:
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(redact(str(error)).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
