@@ -29,7 +29,7 @@ LEAST_THRESHOLD = 0.5
 class ComparedRows:
     """All rows in their order, on disk, with the hashes by which equal and similar ones are found.
 
-    A row takes about 300 bytes of memory, whatever its length.
+    A row takes about 550 bytes of memory, whatever its length.
     """
 
     def __init__(self, directory: Path, part: str, threshold: float) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
@@ -94,12 +95,10 @@ def _work(connection: Connection, threshold: float) -> None:
     """Answer batches until the other end is closed, be it by a kill of its process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hasher = MinHasher(threshold)
-    while True:
-        try:
+    with suppress(EOFError, OSError):
+        while True:
             texts: Sequence[str] = connection.recv()
-        except EOFError:
-            return
-        connection.send(hasher.signatures(texts))
+            connection.send(hasher.signatures(texts))
 
 
 def _ended() -> RayfinError:
