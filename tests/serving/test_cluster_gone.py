@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rayfin.config.serving import ServeConfig
 from rayfin.errors import RayfinError
 
 GONE_WITHIN = 560.0
@@ -53,6 +55,35 @@ def test_a_head_that_answers_no_more_is_told_of(
     assert told.startswith(f"the Ray cluster at {address} {says}")
     stop.set()
     deployment_lifecycle.watch(stop, address)  # who is told to stop has nothing to tell
+
+
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field` is deprecated")
+def test_a_proxy_that_does_not_answer_in_time_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve itself waits a minute for it when the application is there."""
+    from rayfin.serving import deployment_lifecycle
+
+    def run(*_: object, **__: object) -> None:
+        raise TimeoutError("Proxies not available after 60s.")
+
+    serve = SimpleNamespace(
+        start=lambda **_: None, status=lambda: SimpleNamespace(applications={}), run=run
+    )
+    monkeypatch.setattr(deployment_lifecycle, "serve", serve)
+    monkeypatch.setattr(deployment_lifecycle, "ray_cluster", nullcontext)
+    monkeypatch.setattr(deployment_lifecycle.kv_store, "clear", lambda: None)
+    monkeypatch.setattr(deployment_lifecycle, "planned", lambda config: (config, None))
+    monkeypatch.setattr(deployment_lifecycle, "application", lambda *_: None)
+    deleted: list[str] = []
+    monkeypatch.setattr(deployment_lifecycle, "delete_application", deleted.append)
+    said = (
+        r"HTTP proxy did not start \(Proxies not available after 60s\.\); the machine may be very"
+    )
+    with (
+        pytest.raises(RayfinError, match=said),
+        deployment_lifecycle.serving(ServeConfig(), "127.0.0.1:1"),
+    ):
+        pass
+    assert deleted == ["rayfin"]
 
 
 @pytest.mark.ray

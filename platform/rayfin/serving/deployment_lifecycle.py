@@ -80,10 +80,7 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[RunningDeploym
                 else {"runtime_env": {"env_vars": proxy.ENVIRONMENT}},
             )
         except (RayError, TimeoutError) as error:
-            raise RayfinError(
-                f"Ray Serve's HTTP proxy did not start ({_last_line(error)}); the machine "
-                "may be very busy or short of memory; start it again"
-            ) from error
+            raise _no_proxy(error) from error
         if APP in serve.status().applications:
             raise ConfigError(
                 f"application '{APP}' is served on this cluster already; stop that one first, or "
@@ -100,6 +97,8 @@ def serving(config: ServeConfig, address: str | None) -> Iterator[RunningDeploym
                 delete_application(APP)
             if isinstance(error, RuntimeError):
                 raise RayfinError(_reason(error)) from error
+            if isinstance(error, TimeoutError):
+                raise _no_proxy(error) from error
             raise
         host = "localhost" if deployment.host == "0.0.0.0" else deployment.host
         lost = False
@@ -176,6 +175,13 @@ def _reason(error: RuntimeError) -> str:
     ours = re.findall(r"rayfin\.errors\.\w+: (.+)", "\n".join([*told, str(error)]))
     why = ours[-1].strip() if ours else _last_line(error)
     return f"the deployment did not start: {why}"
+
+
+def _no_proxy(error: Exception) -> RayfinError:
+    return RayfinError(
+        f"Ray Serve's HTTP proxy did not start ({_last_line(error)}); the machine "
+        "may be very busy or short of memory; start it again"
+    )
 
 
 def _last_line(error: Exception) -> str:
