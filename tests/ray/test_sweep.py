@@ -185,7 +185,7 @@ def with_many_words(directory: Path) -> Path:
 
     tiny = ModelConfig(name="tiny")
     config = load_base(tiny, None, "cpu").config
-    config.vocab_size = 65536
+    config.vocab_size = 16384
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     load_tokenizer(tiny).save_pretrained(directory)
     return directory

@@ -228,12 +228,13 @@ def _continued(
 
 
 _UPDATE = """
-import sys, ray
+import gc, sys, ray
 from ray import serve
 from rayfin.config import load_serve_config
 from rayfin.serving.deployment import APP, build_app
 ray.init(sys.argv[1], log_to_driver=False)
 serve.run(build_app(load_serve_config(None, sys.argv[2:])), name=APP, route_prefix="/")
+gc.freeze()  # or the interpreter's last collection takes longer than all this on a busy machine
 """
 
 
@@ -257,6 +258,7 @@ class Service:
             "deployment.replicas": 2,
             "deployment.cpus": 0.5,
             "deployment.health_check_seconds": 0.5,
+            "deployment.drain_seconds": 500,  # of tests that fail alone; rayfin's own: 30
             "deployment.port": port,
             **{f"engine.{name}": value for name, value in settings.items()},
         }
