@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rayfin.data.tools import check_written, refuse_tools
+from rayfin.data.tools import check_tools, refuse_tools
 from rayfin.errors import DataError
 from rayfin.models.chat_templates import begins_with_bos
 from rayfin.models.ends import PROBES, Ends, after_answer, leaves_open, turn_ends
@@ -78,10 +78,9 @@ def render_conversations(
     where the template writes nothing there, as no answer would be taught to end otherwise. An
     earlier turn that the template writes otherwise once others follow (without its reasoning, for
     example) is not learned, and none is with `last_only`. Raises DataError where the text does not
-    begin with what generation would be given, and for questions, answers or tools that
-    the template leaves out.
+    begin with what generation would be given, and for tools that the template leaves out.
     """
-    check_written(conversations, lambda example: render_example(example, tokenizer))
+    check_tools(conversations, lambda example: render_example(example, tokenizer))
     turns = [learned_turns(example)[-1 if last_only else 0 :] for example in conversations]
     pairs = [
         (example, turn) for example, its in zip(conversations, turns, strict=True) for turn in its

@@ -12,10 +12,11 @@ from rayfin.data.corpus import Corpus
 from rayfin.data.fitting import Encode, fit_samples
 from rayfin.data.learned import learned_ends, missing_end_note, unlearned_notes
 from rayfin.data.profile import DataProfile, profile_of
-from rayfin.data.render import RenderedConversation, render_conversations
+from rayfin.data.render import RenderedConversation, render_conversations, render_example
 from rayfin.data.stream import Stream
 from rayfin.data.template_notes import template_notes
 from rayfin.data.token_settings import DEFAULTS, TokenSettings
+from rayfin.data.tools import check_turns
 from rayfin.errors import DataError, ModelError
 from rayfin.models.chat_templates import begins_with_bos
 from rayfin.models.ends import Ends
@@ -65,6 +66,8 @@ def tokenize_corpus(
         )
     encode = partial(encode_examples, tokenizer=tokenizer, objective=objective, settings=settings)
     given = len(corpus.train) + len(corpus.eval)
+    talks = [each for each in (*corpus.train, *corpus.eval) if each.text is None]
+    check_turns(talks, partial(render_example, tokenizer=tokenizer))
     corpus, train, held_out = accepted_corpus(corpus, encode, settings)
     whole = [*train, *held_out]
     fit = partial(

@@ -18,13 +18,20 @@ _WAY_OUT = (
 _WRITES_TURNS = "use one that writes messages' role and content"
 
 
-def check_written(examples: Sequence[Example], render: Callable[[Example], str]) -> None:
-    """Raise DataError where `render` writes the same for another question, answer, tool or call.
+def check_turns(examples: Sequence[Example], render: Callable[[Example], str]) -> None:
+    """Raise DataError where `render` writes the same for another question, or another answer.
+
+    One sample with and one without a system message is looked at.
+    """
+    _check(examples, render, _CHANGES_OF_TURNS, _WRITES_TURNS)
+
+
+def check_tools(examples: Sequence[Example], render: Callable[[Example], str]) -> None:
+    """Raise DataError where `render` writes the same without a sample's tools, calls or results.
 
     Of those that have each of them, one with and one without a system message is looked at, and
     the same of those with several calls at once, as templates treat all others alike.
     """
-    _check(examples, render, _CHANGES_OF_TURNS, _WRITES_TURNS)
     if any(example.uses_tools for example in examples):
         _check(examples, render, _CHANGES_OF_TOOLS, _WAY_OUT)
 
@@ -42,7 +49,10 @@ def _check(
             if kind not in found and (changed := change(example)) is not None:
                 found[kind] = (example, changed)
         for example, changed in found.values():
-            written = render(example)
+            try:
+                written = render(example)
+            except DataError:
+                continue  # a conversation that the template refuses is told of as such
             try:
                 same = render(changed) == written
             except DataError:
