@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +24,7 @@ from rayfin.objectives import objective_of
 from rayfin.objectives.tensors import label_logits
 from rayfin.training.optimization import check_optimization
 from rayfin.training.optimizer_state import named_state, states_of
-from rayfin.training.schedules import warmup_steps
+from rayfin.training.schedules import idle_patience, warmup_steps
 from rayfin.training.sharding import optimizer_bytes
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial_cache import TrialCache
@@ -307,6 +308,23 @@ def test_a_sweep_may_vary_the_schedule_beside_the_warm_up(axis: str) -> None:
     values = {"train.lr_scheduler_type": ["constant", "cosine"], "train.warmup_ratio": [0.1, 0.2]}
     sweep = {"parameters": {axis: values[axis]}}
     check_optimization(Config.model_validate({"train": train, "sweep": sweep}))
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"early_stopping_patience": 3}, "early_stopping_patience=3 .* 4 evaluations .*use 2 or"),
+        ({"early_stopping_patience": 2}, None),
+        ({"early_stopping_patience": 1, "eval_steps": 30}, "2 evaluations of a trial; evaluate"),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "patience=10 .* 4 evaluations .*use 1 or"),
+        (PLATEAU | {"eval_steps": 20}, None),
+        ({"lr_scheduler_type": "greedy"}, "patience=10 .* 4 evaluations .*use 2 or less"),
+        ({"lr_scheduler_type": "greedy", "eval_steps": 5}, None),
+    ],
+)
+def test_a_patience_that_can_t_act_is_named(train: dict[str, Any], words: str | None) -> None:
+    told = " ".join(idle_patience(TrainConfig.model_validate(train)))
+    assert re.search(words, told) if words else not told
 
 
 def test_one_step_trains(lab: Any) -> None:

@@ -36,6 +36,14 @@ SLIPS = {
     "history list data.path=x": "'data.path' is no setting that rayfin history list uses",
     "adapters list history=x": "'history' is no setting that rayfin adapters list uses",
     "doctor storge=x": "(did you mean 'storage'?)",
+    # Names of other tools, and values that pydantic's words don't explain.
+    "train train.optim=adamw": "(did you mean 'adamw_torch'?)",
+    "train train.metric_for_best_model=eval_loss": "(did you mean 'sweep.metric'?)",
+    "train train.bf16=true": "(did you mean 'model.dtype'?)",
+    "train method.type=lora train.dropout=0.1": "(did you mean 'method.lora_dropout'?)",
+    "train train.warmup_steps=0.1": "a share of all steps is train.warmup_ratio",
+    "train data.val_size=0": "or those of a file of their own by data.eval_path",
+    "train train.eval_steps=0": "a whole number of steps from 1, or a share of all steps above 0",
     "completion bash storage=x": "'storage=x' is no argument of rayfin completion",
 }
 

@@ -112,6 +112,9 @@ PLAIN_SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine", "constant", "consta
 """Schedules without an argument that they need."""
 
 
+_PLAIN_NAMES = {"adam": "adamw_torch", "adamw": "adamw_torch"}
+
+
 def check_name(name: Any) -> Any:
     """Return a setting `train.optim` as it is; raise ValueError for a name that rayfin lacks.
 
@@ -119,7 +122,7 @@ def check_name(name: Any) -> Any:
     """
     if not isinstance(name, str) or name in OPTIMIZERS:
         return name
-    missing, near = None, did_you_mean(name, OPTIMIZERS)
+    missing, near = None, did_you_mean(_PLAIN_NAMES.get(name.lower(), name), OPTIMIZERS)
     if importlib.util.find_spec("transformers") is not None:
         import_bitsandbytes()  # Trainer imports PEFT, which would import it with a warning
         from rayfin.compat.transformers import missing_for_optimizer

@@ -39,6 +39,29 @@ _WANTED = {
 }
 
 
+_INTERVAL = "a whole number of steps from 1, or a share of all steps above 0 and below 1"
+_ALLOWED = {
+    "train.eval_steps": _INTERVAL,
+    "train.save_steps": _INTERVAL,
+    "train.warmup_steps": "a whole number from 0; a share of all steps is train.warmup_ratio",
+    "data.val_size": (
+        "a share above 0 and below 1: trials are compared on held-out samples, few of them by "
+        "0.01, say, or those of a file of their own by data.eval_path"
+    ),
+}
+"""What is allowed of settings of which pydantic's words say too little."""
+
+_MEANT = {
+    "train.dropout": "method.lora_dropout",
+    "train.lora_dropout": "method.lora_dropout",
+    "train.metric_for_best_model": "sweep.metric",
+    "train.load_best_model_at_end": "train.keep",
+    "train.bf16": "model.dtype",
+    "train.fp16": "model.dtype",
+}
+"""Settings by Transformers' and other tools' names, and rayfin's for the same."""
+
+
 def describe(
     error: ValidationError, tree: Mapping[str, Any], kind: type[BaseModel] = Config
 ) -> str:
@@ -73,7 +96,7 @@ def describe(
                 given = "what is given" if is_secret(key) else format_value(value)
                 wanted.setdefault((key, given), []).append(words)
     for (key, given), choices in wanted.items():
-        allowed = " or ".join(dict.fromkeys(choices))
+        allowed = _ALLOWED.get(key) or " or ".join(dict.fromkeys(choices))
         sentences.append(f"{key}: {given} is not allowed; it should be {allowed}")
     return "; ".join(dict.fromkeys(sentences))
 
@@ -148,7 +171,8 @@ def _unknown(key: str, known: list[str]) -> str:
         for name in reversed(names):
             nested = f"{{'{name}': {nested}}}"
         return f"{key}: unknown key; write {nested}"
-    if near := did_you_mean(key, known):
+    meant = _MEANT.get(key)
+    if near := did_you_mean(meant if meant in known else key, known):
         return f"{key}: unknown key{near}"
     section, dot, _ = key.rpartition(".")
     prefix = section + dot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from rayfin.compat.bitsandbytes import import_bitsandbytes
@@ -13,6 +14,8 @@ from rayfin.errors import ConfigError, did_you_mean
 
 EVALUATED = ("reduce_lr_on_plateau", "greedy")
 """Schedules that change the rate after an evaluation, by its eval loss, and have no warm-up."""
+_BESIDE_PATIENCE = {"reduce_lr_on_plateau": 3, "greedy": 2}
+"""The evaluations that each needs beside its patience: a higher rate needs no worse evaluation."""
 WITHOUT_WARMUP = ("constant", *EVALUATED)
 
 # Set by rayfin, or following from what it sets.
@@ -75,6 +78,32 @@ def check_schedule(train: TrainConfig, steps: int | None) -> None:
             f"train.lr_scheduler_type={name}: {problem}; its train.lr_scheduler_kwargs are "
             f"{', '.join(takes)}"
         )
+
+
+def idle_patience(train: TrainConfig) -> Iterator[str]:
+    """Yield a line for each patience that can't act, as its trial has too few evaluations.
+
+    The steps must have been counted. The first evaluation is always the best so far, and nothing is
+    trained after the last.
+    """
+    evaluations = math.ceil(train.max_steps / train.evaluate_every)
+
+    def told(what: str, patience: float, others: int, least: int) -> Iterator[str]:
+        if patience + others > evaluations:
+            most = evaluations - others
+            lower = f"use {most} or less, or " if most >= least else ""
+            yield (
+                f"{what} can't act in the {evaluations} evaluations of a trial; {lower}evaluate "
+                f"more often, by train.eval_steps (every {train.evaluate_every} steps now)"
+            )
+
+    if train.early_stopping_patience is not None:
+        patience = train.early_stopping_patience
+        yield from told(f"train.early_stopping_patience={patience}", patience, 2, 1)
+    if (others := _BESIDE_PATIENCE.get(train.lr_scheduler_type)) is not None:
+        waits = train.lr_scheduler_kwargs.get("patience", 10)
+        name = f"train.lr_scheduler_type={train.lr_scheduler_type} with patience={waits}"
+        yield from told(name, float(waits), others, 0)
 
 
 def own_schedule(train: TrainConfig, optimizer: Any, steps: int) -> Any:

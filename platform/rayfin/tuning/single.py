@@ -21,6 +21,7 @@ from rayfin.statuses import UNFINISHED
 from rayfin.training.checkpoint import clear_checkpoints, resume_line
 from rayfin.training.combination import check_combination
 from rayfin.training.precision import MIXED, in_mixed_precision, precision_note, with_precision
+from rayfin.training.schedules import idle_patience
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.driver_lock import driver_lock
@@ -136,9 +137,9 @@ def _train(
         )
     check_run(plan, [config], cluster)
     mark_lost_trials(history)
-    for note in plan.notes:
-        say.note(note)
     trial = plan.trial({})
+    for note in (*plan.notes, *idle_patience(trial.spec.train)):
+        say.note(note)
     if (start := plan.start(trial.spec.method)) is not None:
         corpus = plan.corpus(trial.spec.data, objective_of(config.train))
         say.note(start.note(trial.spec.course(corpus.digest)))
