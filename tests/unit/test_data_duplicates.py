@@ -117,7 +117,7 @@ def test_a_part_of_each_row_is_compared(
     capsys: pytest.CaptureFixture[str], part: str, lines: list[int]
 ) -> None:
     """System turns don't make rows similar."""
-    system = {"role": "system", "content": "You answer questions about accounts. " * 20}
+    system = {"role": "system", "content": " ".join(map(str, range(500)))}
     other = "Write to the support, who will send you a letter with a new one."
     write(
         "all.jsonl",
