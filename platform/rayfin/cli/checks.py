@@ -30,6 +30,13 @@ OPTIONAL = {
     "psycopg": "rayfin[postgres]",
     "deepspeed": "rayfin[deepspeed]",
     "vllm": "vllm",
+    "openpyxl": "rayfin[excel]",
+    "tensorboard": "rayfin[tensorboard]",
+    "mlflow-skinny": "rayfin[mlflow]",
+    "wandb": "rayfin[wandb]",
+    "trackio": "rayfin[trackio]",
+    "liger-kernel": "liger-kernel",
+    "flash-attn": "flash-attn",
 }
 """Package -> what to install for it."""
 
