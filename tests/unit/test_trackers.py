@@ -277,7 +277,7 @@ def test_mlflow_s_server_is_killed_in_the_middle_of_a_sweep(
     assert main(words) == 3, capfd.readouterr().err
     out, err = capfd.readouterr()
     assert "Best trial" in out and [row.status for row in history()] == ["finished"] * 2
-    assert err.count("the training goes on, and what is missing there is sent later") == 1
+    assert err.count("nothing waits for it, and what is missing there is sent when it answers") == 1
     assert re.search(r"report_to: mlflow lacks a part of \d runs: .*with --resume sends it", err)
     assert "hunter2" not in err
 

@@ -14,6 +14,7 @@ import pytest
 import rayfin
 from rayfin.adapters import AdapterVersion
 from rayfin.config import Config, load_config
+from rayfin.config.schema import PublishConfig
 from rayfin.errors import ConfigError, DependencyError
 from rayfin.evaluation import SweepOutcome
 from rayfin.history import TrialRecord
@@ -40,6 +41,8 @@ class Notes(Tracker):
     removed: set[str]
     unended: list[str]
     held_back: str | None = None
+
+    address = "here"
 
     @property
     def location(self) -> str:
@@ -262,7 +265,9 @@ def test_what_a_tracker_missed_is_sent_when_it_is_back(
     notes.away.clear()
     assert first.tracking.missing() == []
     away, back = first.told
-    assert away.endswith("; the training goes on, and what is missing there is sent later")
+    assert away.endswith(
+        "; nothing waits for it, and what is missing there is sent when it answers"
+    )
     assert back == "notes answers again, and has what it missed"
     assert "hunter2" not in "".join(first.told)
     trial = found(notes, row(1).trial_id)
@@ -381,6 +386,39 @@ def test_names_are_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("TRACKIO_SPACE_ID", "me/space")
     with pytest.raises(ConfigError, match="TRACKIO_SPACE_ID names another place"):
         TRACKERS["trackio"](None)
+
+
+def test_another_address_gets_what_the_first_one_has(
+    notes: type[Notes], driver: Callable[[], Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert driver().run(row(1, "finished", 8)) == []
+    monkeypatch.setattr(Notes, "address", "elsewhere")
+    notes.runs.clear()
+    notes.away.set()
+    (line,) = driver().run(row(1, "finished", 8))
+    assert line.startswith("notes lacks a part of 1 run")
+    notes.away.clear()
+    assert driver().run(row(1, "finished", 8)) == []
+    assert [step for step, _ in found(notes, row(1).trial_id)["points"]] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("publishes", [True, False])
+def test_a_published_training_ends_once(
+    notes: type[Notes], driver: Callable[[], Driver], tmp_path: Path, publishes: bool
+) -> None:
+    first = driver()
+    config = configuration().model_copy(update={"publish": PublishConfig(name="support")})
+    first.tracking = Tracking(config, Storage.at(tmp_path), first.told.append)
+    one = row(1, "finished", 8, trial_id="train-00000001", sweep_id="train")
+    first.tracking.record(one)
+    threading.Event().wait(0.2)  # the sender would have ended it by now
+    if publishes:
+        version = AdapterVersion("support", 1, tmp_path, {}, "LORA", None, ())
+        first.tracking.trained(one, version)
+    assert first.tracking.missing() == []
+    run = found(notes, one.trial_id)
+    assert run["ends"] == ["running", "finished"]
+    assert run["tags"].get("rayfin.adapter") == ("support@1" if publishes else None)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ class Tracking:
         """Where the runs are to be found, a line for each tracker."""
         self._senders = [Sender(tracker, note) for tracker in trackers]
         self._runs: dict[str, Run] = {}
+        self._unpublished: Run | None = None
+        """A training that is to be published: it ends with that tag, as no run ends twice."""
         self._system: dict[str, dict[int, dict[str, float]]] = {}
 
     def __enter__(self) -> Self:
@@ -64,13 +66,16 @@ class Tracking:
         starts = run.sweep is not None and run.sweep.run_id not in self._runs
         if run.sweep is not None and starts and run.status == "running":
             self._put(run.sweep)
-        self._put(run)
+        if run.sweep is None and run.status == "finished" and self._config.publish is not None:
+            self._runs[run.run_id] = self._unpublished = run
+        else:
+            self._put(run)
 
     def published(self, row: TrialRecord, version: AdapterVersion) -> None:
         """Tag a trial with the version of the registry that it became."""
         if self._senders:
             self.record(row)
-            run = self._runs[row.trial_id]
+            run, self._unpublished = self._runs[row.trial_id], None
             self._put(replace(run, tags={**run.tags, "rayfin.adapter": version.ref}))
 
     def trained(self, row: TrialRecord, version: AdapterVersion | None) -> None:
@@ -105,6 +110,8 @@ class Tracking:
         `option` is the one with which the same command sends it, if it needs one.
         """
         remedy = f"the same command{option} sends it"
+        if self._unpublished is not None:
+            self._put(self._unpublished)
         senders, self._senders = self._senders, []
         for sender in senders:
             sender.ask_to_close()

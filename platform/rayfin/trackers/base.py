@@ -90,6 +90,11 @@ class Tracker(ABC):
     def location(self) -> str:
         """Where the runs are to be found, for people; it may hold secrets."""
 
+    @property
+    def address(self) -> str:
+        """What tells where the runs go from elsewhere, without secrets; it is noted with them."""
+        return ""
+
     @abstractmethod
     def start(self, run: Run, key: str, native: str | None, parent: str | None) -> str:
         """Start a run, or go on with `native`, and return its id.

@@ -68,10 +68,15 @@ class MLflow(Tracker):
             ) from error
         self._experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
         self._experiment_id = os.environ.get("MLFLOW_EXPERIMENT_ID")
+        self._address = f"{redact_url(uri)} {self._experiment_id or self._experiment}"
 
     @property
     def location(self) -> str:
         return f"{self._uri}, experiment {self._experiment_id or self._experiment}"
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     def start(self, run: Run, key: str, native: str | None, parent: str | None) -> str:
         if native is None:

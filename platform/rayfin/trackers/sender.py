@@ -28,6 +28,8 @@ _LONGEST_PAUSE = 30.0
 class _Sent:
     """What a tracker has of a run, kept in the run's directory: a resumed sweep goes on there."""
 
+    address: str = ""
+    """Where the run went (`Tracker.address`); empty in notes of before it was noted."""
     key: str = ""
     native: str | None = None
     settings: bool = False
@@ -48,6 +50,7 @@ class _Sent:
             if not location.download_file():
                 return cls()
             values = json.loads(location.path.read_text(encoding="utf-8"))
+            values = {"address": "", **values}
             return cls(**{one.name: values[one.name] for one in fields(cls)})
         except (OSError, ValueError, KeyError, TypeError):  # torn, or another version's
             return cls()
@@ -154,8 +157,8 @@ class Sender:
             self._errors[run.run_id] = one_line(error)
             self._tell(
                 "away",
-                f"{self.name}: {one_line(error)}; the training goes on, and what is missing there "
-                "is sent later",
+                f"{self.name}: {one_line(error)}; nothing waits for it, and what is missing there "
+                "is sent when it answers",
             )
             return False
         if self._errors.pop(run.run_id, None) is not None and not self._errors:
@@ -180,7 +183,7 @@ class Sender:
         if run.begins and run.run_id not in self._begun:
             self._begun.add(run.run_id)
             if sent.status in SCORED:  # what was interrupted, or failed, goes on instead
-                sent = self._sent[run.run_id] = _Sent()
+                sent = self._sent[run.run_id] = _Sent(address=sent.address)
         points = [point for point in run.points if point[0] > sent.step]
         answers = [point for point in run.answers if point[0] > sent.answers]
         tags = {key: value for key, value in run.tags.items() if sent.tags.get(key, "") != value}
@@ -242,7 +245,11 @@ class Sender:
 
     def _sent_of(self, run: Run) -> _Sent:
         if run.run_id not in self._sent:
-            self._sent[run.run_id] = _Sent.read(self._file(run))
+            sent, address = _Sent.read(self._file(run)), self._tracker.address
+            if sent.address not in ("", address):  # nothing is there yet
+                sent = _Sent(key=sent.key)
+            sent.address = address
+            self._sent[run.run_id] = sent
         return self._sent[run.run_id]
 
     def _keep(self, run: Run) -> None:

@@ -42,6 +42,11 @@ class TensorBoard(Tracker):
     def location(self) -> str:
         return f"tensorboard --logdir {self._directory}"
 
+    @property
+    def address(self) -> str:
+        """The directory that was named; the storage's own may move with the storage."""
+        return os.fspath(self._directory) if os.environ.get(_DIRECTORY) else "storage"
+
     def start(self, run: Run, key: str, native: str | None, parent: str | None) -> str:
         if native is None:
             own = run.run_id.removeprefix(f"{run.sweep.run_id}-") if run.sweep else key

@@ -41,6 +41,10 @@ class Trackio(Tracker):
     def location(self) -> str:
         return f"trackio show --project {PROJECT}"
 
+    @property
+    def address(self) -> str:
+        return os.environ.get("TRACKIO_DIR") or "cache"
+
     def start(self, run: Run, key: str, native: str | None, parent: str | None) -> str:
         native = native or key
         self._runs[native] = run

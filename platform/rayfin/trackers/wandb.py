@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.errors import ConfigError
+from rayfin.redaction import redact_url
 from rayfin.statuses import SCORED
 from rayfin.trackers.base import PROJECT, Answers, Point, Run, Tracker, register
 
@@ -42,6 +43,7 @@ class WeightsAndBiases(Tracker):
                 "report_to=wandb: there is no API key; run `wandb login`, set WANDB_API_KEY, or "
                 "keep the runs on this machine by WANDB_MODE=offline"
             )
+        self._server = redact_url(settings.base_url)
         self._project = os.environ.get("WANDB_PROJECT") or PROJECT
         self._directory = os.environ.get("WANDB_DIR") or os.fspath(storage or Path.cwd())
         self._settings = wandb.Settings(
@@ -68,6 +70,14 @@ class WeightsAndBiases(Tracker):
         if self._offline:
             return f"{self._directory}/wandb (offline; `wandb sync` sends it)"
         return f"project {self._project}"
+
+    @property
+    def address(self) -> str:
+        if self._disabled:
+            return "disabled"
+        if self._offline:  # the storage's own directory may move with the storage
+            return f"offline {os.environ.get('WANDB_DIR') or 'storage'} {self._project}"
+        return f"{self._server} {self._project}"
 
     def start(self, run: Run, key: str, native: str | None, parent: str | None) -> str:
         if native is None:
