@@ -23,6 +23,7 @@ import pytest
 
 from rayfin.config import load_config
 from rayfin.data import Corpus, Example, load_corpus
+from rayfin.data.rows import lines_of as raw_lines
 from rayfin.errors import DataError
 
 Row = dict[str, Any]
@@ -894,3 +895,27 @@ def test_an_example_with_tools_is_the_same_after_its_canonical_form() -> None:
     # Of what has no tools, the form is that of all histories before there were any.
     assert Example((user("x"),)).canonical() == '[{"content":"x","role":"user"}]'
     assert not Example((user("x"),)).uses_tools
+
+
+def test_a_canonical_form_is_what_json_writes_whatever_the_characters() -> None:
+    """Splits and fingerprints come of it: of histories before orjson wrote it, too."""
+    every = [*map(chr, range(0x100)), "\u2028", "\ud800", "\udfff", "\U0001f600", "", "[", "/"]
+    for content in [*every, "".join(every), *(f"a{each}b" for each in every)]:
+        turns = (user("x"), {"role": "assistant", "content": content})
+        said = [dict(sorted(turn.items())) for turn in turns]
+        assert Example(turns).canonical() == json.dumps(said, separators=(",", ":"))
+        assert Example((*turns, turns[0])).canonical_prompt() == Example(turns).canonical()
+        assert Example(text=content).canonical() == json.dumps(content)
+
+
+def test_lines_are_the_same_wherever_a_block_of_a_file_ends() -> None:
+    block = 2**20
+    for size in (block - 2, block - 1, block, block + 1, 2 * block):
+        lines = [b"a" * size + b"\n", b"\n", b"b\r\n", b"c" * block + b"\n", b"end"]
+        source = io.BytesIO(b"".join(lines))
+        assert list(raw_lines(source)) == lines
+        for count in range(1, len(lines)):
+            begins = sum(map(len, lines[:count]))
+            for stop, wanted in ((begins, count), (begins + 1, count + 1)):
+                source.seek(0)
+                assert list(raw_lines(source, stop)) == lines[:wanted]

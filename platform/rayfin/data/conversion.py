@@ -67,7 +67,8 @@ class RowStatistics:
             self.suspect_rows.append(f"{row.file}:{row.line}")
         if self.settings.ignore or self.settings.columns:
             self.names.update(names_in(row.value))
-        self._reader = reader = self._reader.next_row()
+        reader = self._reader
+        reader.begin_row()
         try:
             example = to_example(row.value, shape, reader)
         except UnsupportedContent as problem:

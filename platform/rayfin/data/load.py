@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rayfin.config.data import DataConfig
-from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
+from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash, content_hashes
 from rayfin.data.conversion import (
     RowStatistics,
     alternative_to,
@@ -215,20 +215,18 @@ def hold_out(
     samples stay together instead; at least two samples must differ.
     """
     keyed = _group_key(examples)
-    groups: dict[str, list[Example]] = defaultdict(list)
-    for example in examples:
-        groups[content_hash(EVAL_SALT, keyed(example))].append(example)
+    hashes = content_hashes(EVAL_SALT, map(keyed, examples))
+    groups = Counter(hashes)
     wanted = min(max(round(val_size * len(examples)), 1), len(examples) - 1)
     held: set[str] = set()
     taken = 0
     for key in sorted(groups):
-        if taken + len(groups[key]) <= wanted:
+        if taken + groups[key] <= wanted:
             held.add(key)
-            taken += len(groups[key])
+            taken += groups[key]
     if not held:
-        held.add(min(groups, key=lambda key: (len(groups[key]), key)))
-    is_held = [content_hash(EVAL_SALT, keyed(example)) in held for example in examples]
-    pairs = list(zip(examples, is_held, strict=True))
+        held.add(min(groups, key=lambda key: (groups[key], key)))
+    pairs = list(zip(examples, (key in held for key in hashes), strict=True))
     return tuple(e for e, held in pairs if not held), tuple(e for e, held in pairs if held)
 
 

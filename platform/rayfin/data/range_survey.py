@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hash
+from rayfin.data.content_hash import EVAL_SALT, ORDER_SALT, content_hashes
 from rayfin.data.conversion import RowStatistics
 from rayfin.data.file_ranges import read_range
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import BadRow
 from rayfin.data.stream import FileRange, RowChoice, order_number
-from rayfin.samples import Example
 
 MAX_HELD_OUT = 1000
 """The most samples held out of a streamed data set: each evaluation scores them all."""
@@ -25,6 +25,7 @@ SAMPLED = 500
 
 GREATEST_HASH = "f" * 64
 _HASHES_KEPT = MAX_HELD_OUT + SAMPLED + 1
+_BATCH_ROWS = 32  # what a processor's cache holds
 
 
 class HashedExample(NamedTuple):
@@ -95,27 +96,29 @@ def survey_ranges(
     for number in numbers:
         digest, count, orders = hashlib.sha256(), 0, array("Q")
         counts_here = None if chosen is None else chosen(number)
-        for row in read_range(ranges[number], settings):
-            example = survey.statistics.convert(row, shape)
-            if not isinstance(example, Example):
-                survey.bad += 1
-                survey.first_bad = survey.first_bad or (number, row.line, example)
-                continue
-            content, prompt = example.canonical_forms()
-            if counts_here is not None and not counts_here(content, prompt):
-                continue
-            count += 1
-            digest.update(f"{content}\n".encode())
-            order = content_hash(ORDER_SALT, content)
-            survey.source = min(survey.source, order)
+        rows = read_range(ranges[number], settings)
+        while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+            contents, prompts = list[str](), list[str]()
+            for row in batch:
+                example = survey.statistics.convert(row, shape)
+                if isinstance(example, str):
+                    survey.bad += 1
+                    survey.first_bad = survey.first_bad or (number, row.line, example)
+                    continue
+                content, prompt = example.canonical_forms()
+                if counts_here is None or counts_here(content, prompt):
+                    contents.append(content)
+                    prompts.append(prompt)
+            count += len(contents)
+            digest.update("".join([f"{content}\n" for content in contents]).encode())
+            hashes = content_hashes(ORDER_SALT, contents)
+            survey.source = min([survey.source, *hashes])
             if with_orders:
-                orders.append(order_number(order))
-            prompt_hash = content_hash(EVAL_SALT, prompt)
-            by_prompt.add(HashedExample(prompt_hash, number, content))
-            eval_hash = content_hash(EVAL_SALT, content)
-            by_content.add(HashedExample(eval_hash, number, content))
-            if eval_hash in wanted:
-                survey.found.add(eval_hash)
+                orders.extend(map(order_number, hashes))
+            hashes = content_hashes(EVAL_SALT, contents)
+            survey.found |= wanted.intersection(hashes)
+            by_content.add(number, hashes, contents)
+            by_prompt.add(number, content_hashes(EVAL_SALT, prompts), contents)
         survey.counts[number], survey.digests[number] = count, digest.hexdigest()
         if with_orders:
             survey.orders[number] = orders
@@ -128,14 +131,15 @@ class _SmallestHashes:
 
     def __init__(self) -> None:
         self._held: list[HashedExample] = []
-        self._largest: HashedExample | None = None
+        self._largest = GREATEST_HASH
 
-    def add(self, example: HashedExample) -> None:
-        if self._largest is None or example < self._largest:
-            self._held.append(example)
-            if len(self._held) > 4 * _HASHES_KEPT:
-                self._held = self.smallest()
-                self._largest = self._held[-1]
+    def add(self, number: int, hashes: Sequence[str], contents: Sequence[str]) -> None:
+        """Add the contents of the range with this number that have these hashes."""
+        pairs = zip(hashes, contents, strict=True)
+        self._held += [HashedExample(h, number, c) for h, c in pairs if h <= self._largest]
+        if len(self._held) > 4 * _HASHES_KEPT:
+            self._held = self.smallest()
+            self._largest = self._held[-1].hash
 
     def smallest(self) -> list[HashedExample]:
         return heapq.nsmallest(_HASHES_KEPT, self._held)

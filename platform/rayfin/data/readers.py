@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from json.scanner import make_scanner
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,11 +105,11 @@ def parse_lines(
             continue
         if encoding is None:
             try:  # what almost all lines are
-                value, end = _RAW_DECODE(text := line.decode())
+                value, end = _SCAN(text := line.decode(), 0)
                 if text[end:] in ("\n", "\r\n", ""):
                     yield Row(file, number, value)
                     continue
-            except (ValueError, RecursionError):
+            except (StopIteration, ValueError, RecursionError):
                 pass
         raw = line.removeprefix(_BYTE_ORDER_MARK) if first and number == 1 else line
         if encoding is not None:
@@ -156,7 +157,8 @@ def _broken(error: json.JSONDecodeError) -> str:
 
 # NaN is no JSON, but what pandas makes of a missing value; a number it can't be here.
 _DECODER = json.JSONDecoder(parse_constant=_CONSTANTS.get)
-_RAW_DECODE = _DECODER.raw_decode  # which does not look for white space at both ends
+# It does not look for white space at both ends.
+_SCAN: Callable[[str, int], tuple[Any, int]] = make_scanner(_DECODER)  # type: ignore[arg-type]
 
 
 def _json(text: str) -> object:

@@ -48,8 +48,10 @@ class _Plan(NamedTuple):
     """(the row's name, the column that it is another name of), the preferred ones first."""
     unused: tuple[tuple[str, str | None], ...]
     """(the row's name, why a row that has a value there is refused)."""
-    needed: frozenset[str]
+    needed: tuple[str, ...]
     """The columns that the format needs."""
+    has_instruction: bool
+    """Whether one of the names is that of an instruction."""
 
 
 @dataclass
@@ -69,11 +71,15 @@ class RowReader:
     """Whether the row is of a table whose cells are all texts."""
     _plans: dict[tuple[str, ...], _Plan] = field(default_factory=dict)
 
-    def next_row(self) -> RowReader:
-        """Return a reader with the same settings for another row of the same format."""
-        if self.unused or self.unsupported or self.other_names or self.spelled_turns:
-            return RowReader(self.settings, _plans=self._plans)
-        return self
+    def begin_row(self) -> None:
+        """Forget what the last row had."""
+        if self.unused:
+            self.unused.clear()
+            self.unsupported.clear()
+        if self.other_names:
+            self.other_names.clear()
+        if self.spelled_turns:
+            self.spelled_turns.clear()
 
     def name_in_row(self, column: str) -> str:
         """Return the name that a column has in this row, for messages."""
@@ -128,13 +134,9 @@ class RowReader:
         if shape == "text" and isinstance(row.get("label"), str) and "label" in self.unsupported:
             names = {"prompt": self.name_in_row("text"), "completion": "label"}
             self.unsupported["label"] += f", or set {columns_setting(names)}"
-        if not plan.needed <= found.keys():
-            missing = [name for name in COLUMNS[shape] if name not in found]
-            have = ", ".join(str(name) for name in list(row)[:8]) or "no column"
-            lacking = " and ".join(map(self.settings.name_of, missing))
-            raise RowProblem(
-                f"{lacking} missing: format {shape} needs {self._needed(shape)}; found {have}"
-            )
+        for column in plan.needed:
+            if column not in found:
+                raise self._missing(row, shape, found)
         return found
 
     def used_names(self, row: Mapping[str, Any], shape: str) -> list[tuple[str, str]]:
@@ -173,10 +175,9 @@ class RowReader:
 
     def _fill_instruction(self, found: dict[str, Any], plan: _Plan) -> None:
         """Make the input the instruction of a row that has the column, but nothing in it."""
-        has = any(
-            of == "instruction" for _, of in (*(pair[:2] for pair in plan.used), *plan.others)
-        )
-        if has and "input" in found and is_blank(found.get("instruction")):
+        if not plan.has_instruction or "input" not in found:
+            return
+        if is_blank(found.get("instruction")):
             found["instruction"] = found.pop("input")
             self.other_names.pop("input", None)
 
@@ -196,6 +197,15 @@ class RowReader:
         if why is not None:
             self.unsupported[name] = why
         self.unused.add(name)
+
+    def _missing(self, row: Mapping[str, Any], shape: str, found: Container[str]) -> RowProblem:
+        """Return the error for a row without a column that its format needs."""
+        missing = [name for name in COLUMNS[shape] if name not in found]
+        have = ", ".join(str(name) for name in list(row)[:8]) or "no column"
+        lacking = " and ".join(map(self.settings.name_of, missing))
+        return RowProblem(
+            f"{lacking} missing: format {shape} needs {self._needed(shape)}; found {have}"
+        )
 
     def _needed(self, shape: str) -> str:
         """Return the columns that a format needs: `prompt (or question, query), completion`."""
@@ -228,7 +238,8 @@ def _plan(shape: str, names: tuple[str, ...], settings: RowSettings) -> _Plan:
             unused.append((name, _why_unsupported(shape, name)))
     # A format's own name in capital letters is preferred to its other names.
     ordered = [pair for plain in (*known, *aliases) for pair in others.get(plain, ())]
-    return _Plan(tuple(used), tuple(ordered), tuple(unused), frozenset(needed))
+    columns = [column for _, column, *_ in (*used, *ordered)]
+    return _Plan(tuple(used), tuple(ordered), tuple(unused), needed, "instruction" in columns)
 
 
 def _why_unsupported(shape: str, name: str) -> str | None:

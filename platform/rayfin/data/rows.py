@@ -216,13 +216,16 @@ def lines_of(source: IO[bytes], stop: int | None = None) -> Iterator[bytes]:
     Of a line of more than LONGEST_LINE bytes, only the first LONGEST_LINE + 1 are yielded.
     """
     most = LONGEST_LINE + 1
-    at = 0 if stop is None else source.tell()
-    while (stop is None or at < stop) and (line := source.readline(most)):
-        yield line
-        at += len(line)
-        if len(line) == most:
-            skip_line(source)
-            at = 0 if stop is None else source.tell()
+    while (size := _READ_SIZE if stop is None else min(_READ_SIZE, stop - source.tell())) > 0:
+        if not (block := source.read(size)):
+            return
+        *whole, rest = block.split(b"\n")  # in half the time of as many calls of readline
+        for line in whole:
+            yield line + b"\n"
+        if rest:
+            yield (line := rest + source.readline(most - len(rest)))
+            if len(line) == most:
+                skip_line(source)
 
 
 def skip_line(source: IO[bytes], stop: int | None = None) -> None:

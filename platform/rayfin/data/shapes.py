@@ -17,6 +17,7 @@ from rayfin.data.turns import (
     conversation,
     is_conversation,
     is_pair,
+    is_text,
     kind,
     question_and_answer,
     string,
@@ -71,7 +72,7 @@ def to_example(row: object, shape: str, reader: RowReader | None = None) -> Exam
     """
     if isinstance(row, list) and shape == "messages" and is_turns(row):
         row = {"messages": row}
-    if not isinstance(row, Mapping):
+    if type(row) is not dict and not isinstance(row, Mapping):
         raise RowProblem(no_object(row))
     reader = reader or RowReader()
     columns = reader.columns(row, shape)
@@ -113,10 +114,10 @@ def _from_conversations(row: Mapping[str, Any], reader: RowReader) -> Example:
 
 
 def _from_instruction(row: Mapping[str, Any], reader: RowReader) -> Example:
-    question = string(row["instruction"], reader.name_in_row("instruction"))
+    question = _text(row, "instruction", reader)
     if "input" in row:
-        question = f"{question}\n\n{string(row['input'], reader.name_in_row('input'))}"
-    answer = string(row["output"], reader.name_in_row("output"))
+        question = f"{question}\n\n{_text(row, 'input', reader)}"
+    answer = _text(row, "output", reader)
     if "system" not in row and "history" not in row:
         return question_and_answer(question, answer)
     said = [*_history(row, reader), Turn("user", question), Turn("assistant", answer)]
@@ -125,15 +126,14 @@ def _from_instruction(row: Mapping[str, Any], reader: RowReader) -> Example:
 
 def _from_prompt_completion(row: Mapping[str, Any], reader: RowReader) -> Example:
     if len(row) == 2 and all(type(text) is str and "[" not in text for text in row.values()):
-        question, answer = (string(row[of], reader.name_in_row(of)) for of in _PAIR)
-        return question_and_answer(question, answer)
+        return question_and_answer(*(_text(row, column, reader) for column in _PAIR))
     asked = _said(row["prompt"], "prompt", "user", reader)
     said = _said(row["completion"], "completion", "assistant", reader)
     return _with_system(row, [*_history(row, reader), *asked, *said], "completion", reader)
 
 
 def _from_text(row: Mapping[str, Any], reader: RowReader) -> Example:
-    return Example(text=string(row["text"], reader.name_in_row("text")))
+    return Example(text=_text(row, "text", reader))
 
 
 def _from_preference(row: Mapping[str, Any], reader: RowReader) -> Example:
@@ -171,8 +171,7 @@ def _with_system(
     """Return the conversation, with the column `system` as its first turn."""
     column = reader.name_in_row(column)
     if "system" in row:
-        name = reader.name_in_row("system")
-        system = string(row["system"], name)
+        name, system = reader.name_in_row("system"), _text(row, "system", reader)
         if not said or said[0].role != "system":
             said = [Turn("system", system), *said]
         elif said[0].content != system:
@@ -181,6 +180,12 @@ def _with_system(
                 f"column out with data.ignore_columns=[{name}]"
             )
     return conversation(said, column)
+
+
+def _text(row: Mapping[str, Any], column: str, reader: RowReader) -> str:
+    """Return the text of a column; raises RowProblem for what can't be learned."""
+    value = row[column]
+    return value if is_text(value) else string(value, reader.name_in_row(column))
 
 
 def _history(row: Mapping[str, Any], reader: RowReader) -> list[Turn]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from rayfin.data.columns import (
     CALL_KEYS,
@@ -66,18 +66,17 @@ def usual_conversation(value: object, reader: RowReader) -> Example | None:
     if type(value) is not list or len(value) % 2 or not value or reader.settings.ignore:
         return None
     messages: list[ChatTurn] = []
-    for number, turn in enumerate(value):
+    role, next_role = "user", "assistant"
+    for turn in value:
         if type(turn) is not dict or len(turn) != 2:
             return None
         speaker, content = turn.get("role"), turn.get("content")
         if speaker is None:
             speaker, content = turn.get("from"), turn.get("value")
-        role = "assistant" if number % 2 else "user"
-        if type(speaker) is not str or SPEAKERS.get(speaker) != role or type(content) is not str:
-            return None
-        if not content or content.isspace() or not (content.isascii() or _is_valid(content)):
+        if type(speaker) is not str or SPEAKERS.get(speaker) != role or not is_text(content):
             return None
         messages.append({"role": role, "content": content})
+        role, next_role = next_role, role
     return Example(tuple(messages))
 
 
@@ -308,11 +307,13 @@ def _is_learned(given: Mapping[str, Any], role: str, where: str) -> bool:
 
 def string(value: object, where: str, *, may_be_empty: bool = False) -> str:
     """Return a value that is text and can be learned; raises RowProblem for any other."""
+    if is_text(value):
+        return value
     if not isinstance(value, str):
         raise RowProblem(f"{where} must be a string, not {kind(value)}{as_text(value)}")
     if not may_be_empty and not value.strip():
         raise RowProblem(f"{where} is empty")
-    if not value.isascii() and not _is_valid(value):
+    if not _is_valid(value):
         raise RowProblem(f"{where} is not valid UTF-8 text")
     return value
 
@@ -325,6 +326,16 @@ def as_text(value: object) -> str:
     if isinstance(value, (bool, int, float)):
         return f'; put it in quotes, as "{json.dumps(value)}"'
     return "; give the text that is meant, as a string" if isinstance(value, Mapping) else ""
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is text that can be learned."""
+    return (
+        type(value) is str
+        and value != ""
+        and not value.isspace()
+        and (value.isascii() or _is_valid(value))
+    )
 
 
 def _is_valid(text: str) -> bool:
