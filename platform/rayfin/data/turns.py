@@ -307,13 +307,11 @@ def _is_learned(given: Mapping[str, Any], role: str, where: str) -> bool:
 
 def string(value: object, where: str, *, may_be_empty: bool = False) -> str:
     """Return a value that is text and can be learned; raises RowProblem for any other."""
-    if is_text(value):
-        return value
     if not isinstance(value, str):
         raise RowProblem(f"{where} must be a string, not {kind(value)}{as_text(value)}")
     if not may_be_empty and not value.strip():
         raise RowProblem(f"{where} is empty")
-    if not _is_valid(value):
+    if not value.isascii() and not _is_valid(value):
         raise RowProblem(f"{where} is not valid UTF-8 text")
     return value
 
@@ -330,12 +328,9 @@ def as_text(value: object) -> str:
 
 def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is text that can be learned."""
-    return (
-        type(value) is str
-        and value != ""
-        and not value.isspace()
-        and (value.isascii() or _is_valid(value))
-    )
+    if type(value) is not str or not value or value.isspace():
+        return False
+    return value.isascii() or _is_valid(value)
 
 
 def _is_valid(text: str) -> bool:
