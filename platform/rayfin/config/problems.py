@@ -45,7 +45,7 @@ _ALLOWED = {
     "train.save_steps": _INTERVAL,
     "train.warmup_steps": "a whole number from 0; a share of all steps is train.warmup_ratio",
     "data.val_size": (
-        "a share above 0 and below 1: trials are compared on held-out samples, few of them by "
+        "greater than 0 and less than 1: trials are compared on held-out samples, few of them by "
         "0.01, say, or those of a file of their own by data.eval_path"
     ),
 }
