@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import rayfin
 from rayfin.advisor import description, knowledge
 from rayfin.advisor.features import model_row
 from rayfin.advisor.published_models import _NAMES, _PUBLISHED, published_model, usual_model
@@ -93,6 +94,8 @@ def test_published_models_have_the_parameters_of_their_pages() -> None:
         ("microsoft/Phi-3-mini-4k-instruct", 32, "published for phi3"),
         ("NousResearch/Hermes-3-Llama-3.1-8B", 32, "guessed from llama3.1 of 8B"),
         ("Qwen/Qwen3-30B-A3B", 58, "taken to be dense"),
+        ("microsoft/Phi-4-multimodal-instruct", 19, "5.6 billion parameters, and its shapes"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 25, "guessed from qwen2.5 of 7B"),
     ],
 )
 def test_a_name_tells_family_and_size(name: str, layers: int, said: str) -> None:
@@ -136,6 +139,34 @@ def test_an_estimate_is_that_of_the_recommendation(capfd: pytest.CaptureFixture[
     assert found["memory"] == first["predictions"]["memory_bytes"]
     assert found["seconds"] == first["predictions"]["train_seconds"]
     assert found["hardware"]["device"] == "cuda" and found["room"] == 24 * 2**30
+    cut = ["--rows", "99", "--tokens-per-sample", "90"]  # at the same length, without being told
+    whole = printed(capfd, "estimate", *cut, *GPU, "method.type=lora")
+    same = printed(capfd, "estimate", *cut, *GPU, "method.type=lora", "data.max_length=320")
+    assert (whole["memory"], whole["seconds"]) == (same["memory"], same["seconds"])
+
+
+def test_what_is_assumed_of_hardware_and_lengths_is_told(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    notes = printed(capfd, "recommend", *SIZE, "--hardware", "multi_gpu")["notes"]
+    assert notes[2:] == [
+        "2 GPUs are assumed; num_gpus says how many",
+        "each GPU is taken to have 12 GiB; gpu_memory_gb says how many",
+    ]
+    rows = [json.dumps({"prompt": f"q {n}", "completion": "a"}) for n in range(20)]
+    Path("my.jsonl").write_text("\n".join(rows))
+    given = ("data.path=my.jsonl", "method.type=lora", "scaling.use_gpu=true", *GPU)
+    assert main(["estimate", "model.name=Qwen/Qwen2.5-7B", *given]) == 0
+    assert "taken to have data.max_length=256 tokens" in capfd.readouterr().err
+    with pytest.raises(ConfigError, match="must be one of cpu, single_gpu, multi_gpu"):
+        rayfin.estimate(hardware="gpu")  # type: ignore[arg-type]
+
+
+def test_a_directory_that_is_not_there_is_not_guessed_at(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["recommend", "model.name=./models/llama-3-8b", *SIZE[2:], *GPU]) == 2
+    assert "there is no directory './models/llama-3-8b'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rayfin.advisor.measurements import LengthFacts
 from rayfin.advisor.published_models import published_model, size_note, usual_model
 from rayfin.config import Config
 from rayfin.errors import ConfigError
-from rayfin.models import ModelFacts, describe_model, is_hub, is_in_hub_cache
+from rayfin.models import ModelFacts, describe_model, is_hub, is_in_hub_cache, is_path
 
 _P95, _LONGEST, _KEPT = 2.0, 4.0, 3.0
 """The length that 95 % of samples keep to, the longest one's, and that at which they are cut, as
@@ -70,8 +70,8 @@ class Description:
             facts, like = usual_model(self.model_size_b)
             return facts, size_note(facts, like)
         named = config.model
-        away = named.revision is None and is_hub(named) and not is_in_hub_cache(named)
-        if away and (found := published_model(named.name)) is not None:
+        away = is_hub(named) and not is_path(named.name) and not is_in_hub_cache(named)
+        if away and named.revision is None and (found := published_model(named.name)) is not None:
             return found
         return describe_model(named, weights=False), None
 

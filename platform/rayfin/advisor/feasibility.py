@@ -30,6 +30,7 @@ from rayfin.errors import RayfinError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.models.facts import ModelFacts
+from rayfin.training.precision import with_precision
 
 _SOLD_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """The memory of the GPUs that are sold, in GiB."""
@@ -116,8 +117,11 @@ def _fitted(
 def _estimate(
     candidate: Candidate, known: ScenarioFacts, measured: Sequence[MeasuredTrial]
 ) -> Estimate:
+    config = candidate.config
+    if known.hardware.device == "cpu":
+        config = with_precision(config)  # as it is trained
     return estimate(
-        candidate.config,
+        config,
         known.facts,
         known.hardware,
         measured=measured,

@@ -17,6 +17,7 @@ _PUBLISHED = {
     "mixtral-8x22b": (141.0, 39.0),
     "phi-3-mini": (3.8, 3.8),
     "phi-4-mini": (3.8, 3.8),
+    "phi-4-multimodal": (5.6, 5.6),
     "phi-4": (14.7, 14.7),
 }
 _BUNDLED = {"tiny": 90_688 / 1e9}

@@ -7,6 +7,7 @@ numbers of parameters that they give with those that the models' pages name.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +75,8 @@ _USUAL = (
 _SAME_SIZE = 1.06
 """The largest factor between the size in a name and that of the table for one and the same model:
 names round (`phi-4` has 14.7 billion parameters)."""
+_MORE_THAN_TEXT = re.compile(r"(?<![a-z])(vl|omni|vision|audio|multimodal)(?![a-z])")
+"""What is in the names of models that have an encoder of images or sound beside the shapes here."""
 _LEAST_B, _MOST_B = 0.01, 10_000.0
 
 
@@ -87,9 +90,10 @@ def published_model(name: str) -> tuple[ModelFacts, str] | None:
     if said.size_b is None or not _LEAST_B <= said.size_b <= _MOST_B:
         return None
     dense = said.active_b == said.size_b
+    text_alone = _MORE_THAN_TEXT.search(name.lower()) is None
     for (generation, billions), shape in _PUBLISHED.items():
         same = abs(math.log(said.size_b / billions)) <= math.log(_SAME_SIZE)
-        if same and dense and generation == said.generation:
+        if same and dense and text_alone and generation == said.generation:
             sizes = _sizes(shape)
             return _facts(name, sizes), (
                 f"model.name: '{name}' is not here; its sizes are those published for "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rayfin.errors import ConfigError, did_you_mean
 from rayfin.library.experiment import ConfigSource, configuration, read_data
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from rayfin.data import DataProfile
     from rayfin.hardware import Hardware
     from rayfin.models import ModelFacts
+
+_ASSUMED_GIB = 12.0
+"""The memory of a GPU of which nobody says it: the smallest class of `rayfin.advisor.practice`."""
 
 
 def recommend(
@@ -72,10 +75,6 @@ def recommend(
         "rows": rows,
         "tokens_per_sample": tokens_per_sample,
     }
-    for name, allowed in _choices().items():
-        if known[name] is not None and known[name] not in allowed:
-            near = did_you_mean(str(known[name]), allowed)
-            raise ConfigError(f"{name}='{known[name]}' must be one of {', '.join(allowed)}{near}")
     return answer(*scenario_of(configuration(config), known, progress=progress), k)
 
 
@@ -96,7 +95,6 @@ def scenario_of(
     told. Raises UsageErrors.
     """
     from rayfin.advisor.candidates import ScenarioFacts, given_settings
-    from rayfin.advisor.scenario import Scenario
 
     prepare_process()
     told, known = _told(config, known)
@@ -115,14 +113,10 @@ def scenario_of(
         }
     else:
         known["dataset_rows"], profile = told.rows, dict(told.profile)
-    scenario = Scenario.detect(
-        use_gpu=config.scaling.use_gpu,
-        model_name=facts.name,
-        model_size_b=facts.parameters / 1e9,
-        **known,
+    scenario, hardware, assumed = _scenario(
+        config, known, model_name=facts.name, model_size_b=facts.parameters / 1e9
     )
-    notes = tuple(note for note in (guessed, told.note) if note is not None)
-    hardware = _hardware(config, scenario)
+    notes = tuple(note for note in (guessed, told.note, *assumed) if note is not None)
     return told.applied(config), ScenarioFacts(
         scenario, facts, hardware, profile, told.lengths, notes
     )
@@ -134,11 +128,22 @@ def _told(config: Config, known: Mapping[str, Any]) -> tuple[Description, dict[s
     from rayfin.hardware import describe_hardware
 
     rest = {name: value for name, value in known.items() if value is not None}
+    for name, allowed in _choices().items():
+        if name in rest and rest[name] not in allowed:
+            near = did_you_mean(str(rest[name]), allowed)
+            raise ConfigError(f"{name}='{rest[name]}' must be one of {', '.join(allowed)}{near}")
     told = Description(**{each.name: rest.pop(each.name, None) for each in fields(Description)})
     told.check(config)
     if "gpu_memory_gb" in rest and "hardware" not in rest:
-        rest.setdefault("num_gpus", max(1, describe_hardware(config.scaling.use_gpu).device_count))
+        here = describe_hardware(_use_gpu(config, rest)).device_count
+        rest.setdefault("num_gpus", max(1, here))
     return told, rest
+
+
+def _use_gpu(config: Config, told: Mapping[str, Any]) -> bool | Literal["auto"]:
+    """Return whether this machine's GPUs are looked at; none has to be here for another machine."""
+    elsewhere = {"hardware", "gpu_memory_gb", "num_gpus"} & told.keys()
+    return "auto" if elsewhere else config.scaling.use_gpu
 
 
 def answer(config: Config, facts: ScenarioFacts, k: int = 3) -> Recommendation:
@@ -150,21 +155,34 @@ def answer(config: Config, facts: ScenarioFacts, k: int = 3) -> Recommendation:
     return recommendation.recommend(facts, _knowledge(config), k, config=config)
 
 
-def _hardware(config: Config, scenario: Scenario) -> Hardware:
-    """Return this machine, or the one that the scenario describes."""
+def _scenario(
+    config: Config, told: Mapping[str, Any], **found: Any
+) -> tuple[Scenario, Hardware, list[str]]:
+    """Return the scenario and its hardware, with lines on what is assumed of the hardware."""
+    from rayfin.advisor.scenario import Scenario
     from rayfin.hardware import describe_hardware
 
-    machine = describe_hardware(config.scaling.use_gpu)
+    use_gpu = _use_gpu(config, told)
+    machine = describe_hardware(use_gpu)
+    notes = []
+    if told.get("hardware") == "multi_gpu" and "num_gpus" not in told:
+        found["num_gpus"] = max(2, machine.device_count)
+        notes.append(f"{found['num_gpus']} GPUs are assumed; num_gpus says how many")
+    scenario = Scenario.detect(use_gpu=use_gpu, **found, **told)
     if scenario.hardware == "cpu":
-        return replace(machine, device="cpu", device_memory=machine.host_memory, device_count=0)
-    if machine.device == "cuda" and scenario.gpu_memory_gb is None:
-        return machine
-    memory = int((scenario.gpu_memory_gb or 12.0) * 2**30)
-    name = machine.device_name if machine.device == "cuda" else "a GPU"
-    count = scenario.num_gpus or 1
-    return replace(
-        machine, device="cuda", device_name=name, device_count=count, device_memory=memory
+        memory = machine.host_memory
+        return scenario, replace(machine, device="cpu", device_memory=memory, device_count=0), notes
+    if scenario.gpu_memory_gb is None:
+        scenario = replace(scenario, gpu_memory_gb=_ASSUMED_GIB)
+        notes.append(f"each GPU is taken to have {_ASSUMED_GIB:g} GiB; gpu_memory_gb says how many")
+    hardware = replace(
+        machine,
+        device="cuda",
+        device_name=machine.device_name if machine.device == "cuda" else "a GPU",
+        device_count=scenario.num_gpus or 1,
+        device_memory=int((scenario.gpu_memory_gb or _ASSUMED_GIB) * 2**30),
     )
+    return scenario, hardware, notes
 
 
 def _knowledge(config: Config) -> Knowledge:
@@ -225,8 +243,10 @@ def estimate_on(
     told. Raises UsageErrors.
     """
     from rayfin.advisor import estimate as estimates
+    from rayfin.advisor.candidates import given_settings
     from rayfin.advisor.memory_check import sampled_profile
-    from rayfin.advisor.scenario import Scenario
+    from rayfin.config import with_values
+    from rayfin.models import lacks_weights
     from rayfin.training.combination import check_combination
     from rayfin.training.optimization import check_device
     from rayfin.training.precision import with_precision
@@ -237,9 +257,11 @@ def estimate_on(
     check_combination(config)
     note = notes_to(progress)
     told, known = _told(config, known)
-    machine = _hardware(config, Scenario.detect(use_gpu=config.scaling.use_gpu, **known))
+    _, machine, assumed = _scenario(config, known)
     facts, guessed = told.model(config)
-    for line in (guessed, told.note):
+    if told.max_length is not None and "data.max_length" not in given_settings(config):
+        config = with_values(config, {"data.max_length": told.max_length})
+    for line in (guessed, told.note, *assumed):
         if line is not None:
             note(line)
     check_device(config.model, config.train, machine.device)
@@ -250,13 +272,20 @@ def estimate_on(
         config = with_precision(config)
     measured = _measured(config)
     profile: DataProfile | LengthFacts | None
-    if told.rows is None:
-        corpus = read_data(config, note)
-        profile = sampled_profile(config, corpus)
-        config = config.with_rows(corpus.rows)
-    else:
+    if told.rows is not None:
         profile = told.lengths and told.lengths.cut(config.data.max_length)
         config = config.with_rows(told.rows)
+    else:
+        corpus = read_data(config, note)
+        if guessed is None and not lacks_weights(config.model):
+            profile = sampled_profile(config, corpus)
+        else:
+            profile = None
+            note(
+                f"all samples are taken to have data.max_length={config.data.max_length} tokens, "
+                "as the model's tokenizer is not here to count them"
+            )
+        config = config.with_rows(corpus.rows)
     check_combination(config)  # now that its steps are known
     found = estimates.estimate(
         config, facts, machine, measured=measured, price_per_hour=price_per_hour, profile=profile

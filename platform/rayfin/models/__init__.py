@@ -7,12 +7,13 @@ from rayfin.models.facts import (
     ModelFacts,
     describe_model,
     identity,
+    lacks_weights,
     max_positions,
     meta_model,
     weight_names,
 )
 from rayfin.models.load import Head, check_model, dtype_on, load_base, load_tokenizer
-from rayfin.models.source import is_hub, is_in_hub_cache, locate
+from rayfin.models.source import is_hub, is_in_hub_cache, is_path, locate
 from rayfin.models.tiny import write_tiny
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "import_bitsandbytes",
     "is_hub",
     "is_in_hub_cache",
+    "is_path",
+    "lacks_weights",
     "load_base",
     "load_tokenizer",
     "locate",

@@ -125,6 +125,13 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
         ) from error
 
 
+def lacks_weights(config: ModelConfig) -> bool:
+    """Whether the model is a local directory without weights."""
+    if config.name in BUNDLED or is_hub(config):
+        return False
+    return not has_weights(model_directory(config, weights=False))
+
+
 def describe_model(config: ModelConfig, *, weights: bool = True) -> ModelFacts:
     """Return the facts of a model, read from its configuration; raises ModelError.
 
@@ -133,7 +140,7 @@ def describe_model(config: ModelConfig, *, weights: bool = True) -> ModelFacts:
     """
     directory = model_directory(config, weights=False)
     sizes = sizes_of(read_config(directory)) or _sizes_of_meta_model(meta_model(config))
-    bare = not (weights or config.name in BUNDLED or is_hub(config) or has_weights(directory))
+    bare = not weights and lacks_weights(config)
     known_by = content_identity(directory, weights=False) if bare else identity(config)
     return ModelFacts(name=config.name, identity=known_by, **vars(sizes))
 

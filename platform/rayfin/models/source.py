@@ -58,6 +58,11 @@ def model_directory(config: ModelConfig, *, weights: bool = True) -> Path:
     return Path(name).expanduser().resolve()
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name can be that of a directory only, and of no model of the hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def is_in_hub_cache(config: ModelConfig) -> bool:
     """Whether the small files of a hub model are on this machine; nothing is downloaded."""
     from huggingface_hub import try_to_load_from_cache
@@ -72,7 +77,7 @@ def is_in_hub_cache(config: ModelConfig) -> bool:
 
 def _hub_directory(config: ModelConfig, weights: bool) -> Path:
     name = config.name
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_path(name):
         raise ModelError(
             f"model.name: there is no directory '{name}'; give a directory with config.json and "
             f"safetensors weights, a hub id, or one of: {', '.join(sorted(BUNDLED))}"
