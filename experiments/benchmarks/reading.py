@@ -2,17 +2,21 @@
 
 What rayfin does with them is what `data.streaming=true` does before training: each row is parsed,
 its format and every column and turn checked, and its content hashed (the split, the fingerprint and
-the profile's sample come of that). The tokens are not counted. The time is the processor's, of one
-process; the best of three rounds of each side in turn.
+the profile's sample come of that). With `data.streaming=false` all samples are held in memory and
+ordered, too. The tokens are not counted. The time is the processor's, of one process; medians of
+three rounds of all sides in turn.
 """
 
 from __future__ import annotations
 
 import json
+import platform
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from common import parse_arguments, print_figure
@@ -44,9 +48,17 @@ def parse(path: Path) -> None:
             json.loads(line)
 
 
-def read(path: Path) -> None:
-    """What rayfin does before a streamed trial."""
-    load_corpus(load_config(None, [f"data.path={path}", "data.streaming=true"]).data)
+def read(path: Path, *, streaming: bool) -> None:
+    """What rayfin does before a trial."""
+    load_corpus(load_config(None, [f"data.path={path}", f"data.streaming={streaming}"]).data)
+
+
+def processor() -> str:
+    """The name of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
 
 
 def seconds(work: Callable[[Path], None], path: Path) -> float:
@@ -60,17 +72,21 @@ def main() -> None:
     """Print the rates and their ratio for each layout."""
     quick = parse_arguments(__doc__ or "").quick
     count = 20_000 if quick else 1_000_000
+    print(f"processor: {processor()}")
     with tempfile.TemporaryDirectory() as folder:
         for layout in ("messages", "instruction"):
             path = Path(folder) / f"{layout}.jsonl"
             write_rows(path, count, layout)
-            rounds = [(seconds(parse, path), seconds(read, path)) for _ in range(3)]
-            parsed, whole = (min(side) for side in zip(*rounds, strict=True))
+            sides = (parse, partial(read, streaming=True), partial(read, streaming=False))
+            rounds = [[seconds(side, path) for side in sides] for _ in range(3)]
+            parsed, *wholes = (statistics.median(side) for side in zip(*rounds, strict=True))
             size = path.stat().st_size / 1e6
-            print_figure("reading", f"{count} rows of {layout}", size / whole, "MB/s", 60)
-            print_figure(
-                "reading", f"{layout}: time of json.loads", whole / parsed, "times", 8, most=True
-            )
+            for how, whole in zip(("streamed", "in memory"), wholes, strict=True):
+                what = f"{count} rows of {layout}, {how}"
+                print_figure("reading", what, size / whole, "MB/s", 60)
+                print_figure(
+                    "reading", f"{what}: time of json.loads", whole / parsed, "times", 8, most=True
+                )
             path.unlink()
 
 

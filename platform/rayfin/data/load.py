@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rayfin.config.data import DataConfig
@@ -52,10 +54,26 @@ def load_corpus(config: DataConfig, objective: Objective = SFT) -> Corpus:
     if config.streaming:
         return survey_corpus(config, objective=objective)
     sources, reader = find_sources(config), _Reader(config, objective)
-    parts = [reader.source(source) for source in sources.train]
-    evaluation = reader.evaluation(sources.evaluation)
-    reader.finish()
-    return _corpus(config, sources, parts, evaluation, reader)
+    with _no_garbage_collection():
+        parts = [reader.source(source) for source in sources.train]
+        evaluation = reader.evaluation(sources.evaluation)
+        reader.finish()
+        return _corpus(config, sources, parts, evaluation, reader)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Keep the collector of cycles away from samples, which have none.
+
+    It would go through all that are held, again and again as they get more.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True)
