@@ -113,21 +113,28 @@ def test_an_interrupted_trial_comes_first_whatever_its_method(config: Config, la
 # --- ASHA -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", ["eval_loss", "perplexity"])
-def test_asha_goes_on_with_the_rungs_of_known_trials(plan: SweepPlan, metric: str) -> None:
+@pytest.mark.parametrize("profile", [{}, {"eval_digest": "a"}])
+@pytest.mark.parametrize(
+    ("metric", "weak", "strong"),
+    [("eval_loss", 9.0, 0.5), ("perplexity", 9.0, 0.5), ("exact_match", 0.1, 0.9)],
+)
+def test_asha_goes_on_with_the_rungs_of_known_trials(
+    plan: SweepPlan, metric: str, weak: float, strong: float, profile: dict[str, Any]
+) -> None:
+    """Rows of earlier versions tell of their held-out tokens only, or nothing."""
     plan = with_sweep(plan, metric=metric)
-    curve = [{"step": step, "eval_loss": 1.0} for step in (2, 4, 6, 8)]
-    known = [ended(plan, r, curve=curve) for r in (2, 4, 8)]
+    curve = [{"step": step, "eval_loss": 1.0, "exact_match": 0.5} for step in (2, 4, 6, 8)]
+    known = [ended(plan, r, curve=curve, scenario={"data": profile}) for r in (2, 4, 8)]
     asha = scheduler(plan, known)
-    assert heard(asha, plan, "weak", {"step": 2, metric: 9.0}) == "STOP"
-    assert heard(asha, plan, "strong", {"step": 2, metric: 0.5}) == "CONTINUE"
+    assert heard(asha, plan, "weak", {"step": 2, metric: weak}) == "STOP"
+    assert heard(asha, plan, "strong", {"step": 2, metric: strong}) == "CONTINUE"
 
 
 def heard(asha: Any, plan: SweepPlan, name: str, result: dict[str, Any], on: str = "a") -> str:
     """What ASHA says to the result of a trial that was scored on the held-out tokens `on`."""
     planned = plan.trial({"method.r": 16, "train.seed": 0})
     found: Any = SimpleNamespace(trial_id=name, config={TRIAL: planned})
-    told = TrialResult("running", scenario={"data": {"eval_digest": on}})
+    told = TrialResult("running", scenario={"data": {"eval_digest": on, "eval_answers": f"{on}!"}})
     asha.on_trial_add(None, found)
     said: str = asha.on_trial_result(None, found, result | {RESULT: told})
     if said == "STOP":

@@ -24,10 +24,12 @@ from rayfin.objectives import objective_of
 from rayfin.objectives.tensors import label_logits
 from rayfin.training.optimization import check_optimization
 from rayfin.training.optimizer_state import named_state, states_of
-from rayfin.training.schedules import idle_patience, warmup_steps
+from rayfin.training.schedules import idle_patience, idle_warmup, warmup_steps
 from rayfin.training.sharding import optimizer_bytes
 from rayfin.training.trainer import TrialTrainer
 from rayfin.training.trial_cache import TrialCache
+from rayfin.tuning.space import SearchSpace
+from rayfin.tuning.space_check import space_notes
 
 ON_CPU = [name for name, facts in OPTIMIZERS.items() if not facts.paged]
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_steps": 1}
@@ -261,9 +263,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"warmup_steps": 2, "warmup_ratio": 0.1}, "say the same; give one of them"),
     ({"warmup_steps": 60}, "would never reach its peak; use 59 or less"),
     ({"warmup_steps": 2, "lr_scheduler_type": "constant"}, "has no warm-up.*constant_with_warmup"),
-    ({"warmup_ratio": 0.2, "lr_scheduler_type": "greedy"}, "warmup_ratio=0.2: .* has no warm-up"),
-    ({"warmup_ratio": 0.2, "lr_scheduler_type": "constant"}, "leave it out, or use constant_with"),
-    ({"warmup_ratio": 0.99, "max_steps": 4}, "is all of them: .* use train.warmup_steps=3 or less"),
     ({"lr_scheduler_kwargs": {"power": 2}}, "cosine has no such argument.*it takes num_cycles"),
     ({"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"power": 2}}, "it takes none"),
     (
@@ -302,12 +301,37 @@ def test_what_can_t_work_or_has_no_effect_is_refused(train: dict[str, Any], word
     assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("axis", ["train.lr_scheduler_type", "train.warmup_ratio"])
-def test_a_sweep_may_vary_the_schedule_beside_the_warm_up(axis: str) -> None:
-    train = {"lr_scheduler_type": "constant", "warmup_ratio": 0.2}
-    values = {"train.lr_scheduler_type": ["constant", "cosine"], "train.warmup_ratio": [0.1, 0.2]}
-    sweep = {"parameters": {axis: values[axis]}}
-    check_optimization(Config.model_validate({"train": train, "sweep": sweep}))
+_NO_WARMUP = "warmup_ratio=0.2 has no effect: .* has no warm-up; leave it out, or use constant_with"
+_NO_PEAK = "warmup_ratio=0.9 of 5 steps is all of them: .* use train.warmup_steps=4 or less"
+_WARMUP = {"lr_scheduler_type": "constant", "warmup_ratio": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("train", "axes", "words"),
+    [
+        (_WARMUP, {"method.r": [2, 4]}, _NO_WARMUP),
+        (_WARMUP | {"lr_scheduler_type": "greedy"}, {"method.r": [2, 4]}, _NO_WARMUP),
+        (_WARMUP | {"warmup_ratio": 0.0}, {"method.r": [2, 4]}, None),
+        (_WARMUP, {"train.lr_scheduler_type": ["constant", "cosine"]}, None),
+        (_WARMUP, {"train.warmup_ratio": [0.1, 0.2]}, None),
+        ({"max_steps": 5, "warmup_ratio": 0.9}, {"method.r": [2, 4]}, _NO_PEAK),
+        ({"warmup_ratio": 0.9}, {"train.max_steps": [60, 5]}, _NO_PEAK),
+        ({"max_steps": 5}, {"train.warmup_ratio": [0.1, 0.9]}, _NO_PEAK),
+        ({"max_steps": 1, "warmup_ratio": 0.9}, {"method.r": [2, 4]}, None),
+        ({"num_train_epochs": 1, "warmup_ratio": 0.9}, {"method.r": [2, 4]}, None),
+    ],
+)
+def test_a_share_of_warm_up_without_effect_or_of_all_steps_is_named(
+    train: dict[str, Any], axes: dict[str, list[Any]], words: str | None
+) -> None:
+    """It trained before it was named, and a half-done sweep with it goes on."""
+    own = {"lr_scheduler_kwargs": {"min_lr": 0.0}} if "greedy" in train.values() else {}
+    config = Config.model_validate({"train": train | own, "sweep": {"parameters": axes}})
+    check_optimization(config)
+    lines = space_notes(SearchSpace(config))
+    assert len(lines) == (words is not None) and re.search(words or "", " ".join(lines))
+    if "method.r" in axes:
+        assert [*idle_warmup(config.train, config.train.steps)] == lines
 
 
 @pytest.mark.parametrize(
@@ -333,8 +357,10 @@ def test_one_step_trains(lab: Any) -> None:
 
 
 @pytest.mark.parametrize(("steps", "rising"), [(1, 0), (2, 1), (33, 1), (34, 2), (60, 2)])
-def test_a_share_of_warm_up_is_never_all_steps(steps: int, rising: int) -> None:
+def test_a_share_of_warm_up_is_rounded_up_but_that_of_one_step(steps: int, rising: int) -> None:
     assert warmup_steps(TrainConfig(max_steps=steps), steps) == rising
+    every = TrainConfig(max_steps=steps, warmup_ratio=0.99)
+    assert warmup_steps(every, steps) == (0 if steps == 1 else steps)
 
 
 @pytest.mark.parametrize(

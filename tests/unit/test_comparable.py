@@ -22,6 +22,7 @@ from rayfin.history.comparable import centred, comparable, comparison_groups, no
 from rayfin.library.results import SweepResult
 from rayfin.models import load_tokenizer
 from rayfin.objectives import SFT
+from rayfin.tuning.comparison import comparison_notes
 from rayfin.tuning.progress import trials_table
 from rayfin.tuning.rows import early_stop, end_line
 from rayfin.tuning.space import SearchSpace
@@ -98,8 +99,53 @@ def test_exact_matches_compare_where_the_same_answers_are_given(tmp_path: Path, 
 def test_centred_scores_tell_nothing_between_groups_and_all_within() -> None:
     values, groups = [1.0, 2.0, 4.0, 10.0, 30.0, 7.0], ["a", "a", "a", "b", "b", "c"]
     found = centred(values, groups)
-    assert found == [4.5, 5.5, 7.5, -4.5, 15.5, 5.5]
+    assert found == [1.0, 2.0, 4.0, 1.0, 3.0, 2.0]
     assert centred(values, ["a"] * 6) == values
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "stand"),
+    [
+        ([3.0, 4.0, 5.0], [30.0, 100.0, 300.0], [3.0, 4.0, 4.0 + 200 / 70]),
+        (
+            [3.0, 4.0, 5.0],
+            [30.0, 30.0, 30.0, 30.0],
+            [4.0] * 4,
+        ),  # it is the larger, but says nothing
+        ([3.0, 4.0, 5.0], [30.0, 30.0, 60.0], [4.0, 4.0, 7.0]),
+        ([3.0, 3.0, 3.0], [30.0], [3.0]),
+    ],
+)
+def test_groups_of_scores_on_other_scales_stand_alike(
+    a: list[float], b: list[float], stand: list[float]
+) -> None:
+    """The better ones of a model with large perplexities are no better than those of another."""
+    found = centred([*a, *b], ["a"] * len(a) + ["b"] * len(b))
+    assert found == [*a, *map(pytest.approx, stand)]
+
+
+def test_the_end_names_what_decided_on_what_was_scored() -> None:
+    axes = {
+        "train.train_on": ["all", "last"],
+        "data.streaming": [False, True],
+        "model.dtype": ["auto", "float32"],
+    }
+    space = SearchSpace(build_config({"sweep": {"parameters": axes}}))
+    rows = []
+    for number, on in enumerate(["all", "all", "last"]):
+        other = on == "last"
+        rows.append(
+            row(
+                number,
+                1.0,
+                {"eval_digest": on},
+                train={"max_steps": 4, "train_on": on},
+                data={"path": "a", "streaming": other},
+                model={"name": "tiny", "dtype": "float32" if other else "auto"},
+            )
+        )
+    (note,) = comparison_notes(space, rows)
+    assert note.startswith("trial 3 with train.train_on=last was scored on other held-out tokens")
 
 
 @pytest.mark.parametrize(
@@ -127,6 +173,21 @@ def test_a_sweep_says_what_it_will_compare_before_it_starts(
     lines = space_notes(SearchSpace(build_config({"data": data, "sweep": sweep})))
     (line,) = lines or [""]
     assert (says or "") in line and (says is None) == (line == "")
+
+
+@pytest.mark.parametrize(
+    ("search", "scheduler", "who"),
+    [
+        ("auto", "asha", "ASHA, the search and the choice of the best compare"),
+        ("tpe", "none", "the search and the choice of the best compare"),
+        ("grid", "asha", "ASHA and the choice of the best compare"),
+        ("random", "none", "the choice of the best compares"),
+    ],
+)
+def test_a_sweep_says_who_compares(search: str, scheduler: str, who: str) -> None:
+    sweep = {"parameters": {"data.max_length": [40, 64]}, "search": search, "scheduler": scheduler}
+    (line,) = space_notes(SearchSpace(build_config({"sweep": sweep})))
+    assert f"tokens are scored: {who} eval_loss only among trials" in line
 
 
 def test_reports_show_on_one_axis_only_what_compares(tmp_path: Path) -> None:

@@ -180,11 +180,23 @@ def test_a_search_learns_how_a_trial_stands_among_those_that_it_compares_with(
 def test_scores_that_compare_are_told_as_they_are(data: Path) -> None:
     plan = plan_of(data, RATES, "sweep.search=tpe", "sweep.num_samples=9")
     search = HistorySearch(plan)
-    assert len(proposed_by(search)) == 9
     first = search._study
+    assert len(proposed_by(search)) == 9
     assert search._study is first and [t.value for t in first.trials if t.value is not None] == [
         one.value for one in search._ended
     ]
+
+
+def test_a_score_that_was_told_otherwise_is_told_as_it_is_where_it_stands_so(data: Path) -> None:
+    """With B's third score both medians are 0, as if nothing was centred; .1 was told before."""
+    search = HistorySearch(plan_of(data, RATES, "sweep.search=tpe", "sweep.num_samples=9"))
+    told = []
+    for number, (group, value) in enumerate([("A", 0.0), ("B", 0.2), ("B", 0.0), ("B", 0.0)]):
+        search.suggest(str(number))
+        search.tell(str(number), value, 60, {"data": {"eval_digest": group}})
+        told.append([trial.value for trial in search._study.trials])
+    assert told[2] == [0.1, 0.2, 0.0]
+    assert told[3] == [0.0, 0.2, 0.0, 0.0]
 
 
 class First:

@@ -22,6 +22,7 @@ from rayfin.library import tracking as module
 from rayfin.library.tracking import Tracking
 from rayfin.paths import Storage
 from rayfin.trackers import TRACKERS, Answers, Point, Run, Tracker, check_installed, register
+from rayfin.trackers.base import one_line
 from rayfin.tuning import single
 
 START = datetime(2026, 5, 6, 7, tzinfo=UTC)
@@ -404,14 +405,26 @@ def test_another_address_gets_what_the_first_one_has(
 
 @pytest.mark.parametrize("publishes", [True, False])
 def test_a_published_training_ends_once(
-    notes: type[Notes], driver: Callable[[], Driver], tmp_path: Path, publishes: bool
+    notes: type[Notes],
+    driver: Callable[[], Driver],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    publishes: bool,
 ) -> None:
-    first = driver()
+    first, later, end, sent = driver(), row(2, "failed"), Notes.end, threading.Event()
+
+    def ended(self: Notes, native: str, run: Run) -> None:
+        end(self, native, run)
+        if run.run_id == later.trial_id:
+            sent.set()
+
+    monkeypatch.setattr(Notes, "end", ended)
     config = configuration().model_copy(update={"publish": PublishConfig(name="support")})
     first.tracking = Tracking(config, Storage.at(tmp_path), first.told.append)
     one = row(1, "finished", 8, trial_id="train-00000001", sweep_id="train")
     first.tracking.record(one)
-    threading.Event().wait(0.2)  # the sender would have ended it by now
+    first.tracking.record(later)
+    assert sent.wait(540)  # what came before it would have been sent first
     if publishes:
         version = AdapterVersion("support", 1, tmp_path, {}, "LORA", None, ())
         first.tracking.trained(one, version)
@@ -419,6 +432,19 @@ def test_a_published_training_ends_once(
     run = found(notes, one.trial_id)
     assert run["ends"] == ["running", "finished"]
     assert run["tags"].get("rayfin.adapter") == ("support@1" if publishes else None)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no such run", "no such run"),
+        ("x" * 300, "x" * 199 + "…"),
+        ("refused: " + "x" * 300, "refused: " + "x" * 190 + "…"),
+        ("word " * 60, "word " * 39 + "…"),
+    ],
+)
+def test_an_error_is_cut_to_a_line_that_still_says_it(text: str, shown: str) -> None:
+    assert one_line(ValueError(text)) == f"ValueError: {shown}"
 
 
 @pytest.mark.parametrize(

@@ -155,19 +155,31 @@ def not_comparable(rows: Sequence[Any], metric: str, best: Any = None) -> list[b
 
 
 def centred(values: Sequence[float], groups: Sequence[str]) -> list[float]:
-    """Return the values as if each group had the median of all: what is left between groups.
+    """Return the values as if each group had the median and the spread of the largest one.
 
-    Which of two groups is better nothing tells, and so a trial counts by how it stands within its
-    own. The only one of a group is taken to be as good as most.
+    Which of two groups is better nothing tells, and the scores of one may differ by far more than
+    those of another; so a trial counts by how it stands within its own. The only one of a group is
+    taken to be as good as most. The largest is that of those whose scores differ, if there is any.
     """
     if len({*groups}) < 2:
         return [*values]
     members: dict[str, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         members.setdefault(group, []).append(value)
-    every = statistics.median(values)
     medians = {group: statistics.median(some) for group, some in members.items()}
-    return [v - medians[group] + every for v, group in zip(values, groups, strict=True)]
+    spreads = {group: _spread(some, medians[group]) for group, some in members.items()}
+    largest = max(members, key=lambda group: (spreads[group] > 0, len(members[group])))
+    scales = {group: spreads[largest] / (spread or 1.0) for group, spread in spreads.items()}
+    return [
+        (value - medians[group]) * scales[group] + medians[largest] if group != largest else value
+        for value, group in zip(values, groups, strict=True)
+    ]
+
+
+def _spread(values: Sequence[float], median: float) -> float:
+    """Return the median absolute deviation, or the mean one where most values are the same."""
+    deviations = [abs(value - median) for value in values]
+    return statistics.median(deviations) or statistics.fmean(deviations)
 
 
 def _of_answers(metric: str) -> bool:

@@ -159,7 +159,10 @@ def check_installed(names: Iterable[str]) -> None:
 
 def one_line(error: Exception) -> str:
     """Return an error of a tracker's package as one short line, without secrets."""
-    text = textwrap.shorten(redact(str(error)), _LONGEST_ERROR, placeholder=" …")
+    whole = " ".join(redact(str(error)).split())
+    text = textwrap.shorten(whole, _LONGEST_ERROR, placeholder=" …")
+    if len(text) < min(len(whole), _LONGEST_ERROR // 2):  # a word of it is too long
+        text = f"{whole[: _LONGEST_ERROR - 1]}…"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

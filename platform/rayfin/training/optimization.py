@@ -11,7 +11,7 @@ from rayfin.config.optimizers import ADAM_SETTINGS, OPTIMIZERS, parse_arguments
 from rayfin.errors import ConfigError, HardwareError
 from rayfin.objectives import objective_of
 from rayfin.training.precision import MIXED
-from rayfin.training.schedules import EVALUATED, WITHOUT_WARMUP, check_schedule
+from rayfin.training.schedules import EVALUATED, check_schedule
 
 _ATTENTION_PACKAGES = {
     "flash_attention_2": "flash_attn",
@@ -38,7 +38,6 @@ def check_optimization(config: Config) -> None:
             f"train.warmup_steps={train.warmup_steps} and train.warmup_ratio={train.warmup_ratio:g}"
             " say the same; give one of them"
         )
-    _check_warmup(config)
     check_schedule(train, train.steps)
     if train.lr_scheduler_type in EVALUATED and "eval_loss" not in objective.metrics:
         raise ConfigError(
@@ -82,19 +81,6 @@ def check_device(model: ModelConfig, train: TrainConfig, device: str) -> None:
         return
     for setting, remedy in _gpu_settings(model, train):
         raise HardwareError(f"{setting} needs a GPU, and this would run on CPU; use {remedy}")
-
-
-def _check_warmup(config: Config) -> None:
-    """Raise ConfigError for a warm-up of a schedule without one, where a sweep varies neither."""
-    train, axes = config.train, config.sweep.parameters
-    ratio, name = train.warmup_ratio, train.lr_scheduler_type
-    if name not in WITHOUT_WARMUP or ratio == TrainConfig().warmup_ratio:
-        return
-    if not {"train.lr_scheduler_type", "train.warmup_ratio"} & axes.keys():
-        raise ConfigError(
-            f"train.warmup_ratio={ratio:g}: train.lr_scheduler_type={name} has no warm-up; leave "
-            "it out, or use constant_with_warmup"
-        )
 
 
 def _check_optimizer(train: TrainConfig) -> None:

@@ -27,12 +27,12 @@ _NOMINAL_STEPS = 1000
 def warmup_steps(train: TrainConfig, steps: int) -> int:
     """Return the steps in which the learning rate rises, of a trial of so many steps.
 
-    A share of them is never all: the rate of the first step is 0, and a trial of one step would
-    train nothing.
+    A share is rounded up, but that of one step: the rate of the first step of a warm-up is 0, and
+    the trial would train nothing.
     """
     if train.warmup_steps is not None:
         return train.warmup_steps
-    return min(math.ceil(steps * train.warmup_ratio), steps - 1)
+    return 0 if steps == 1 else math.ceil(steps * train.warmup_ratio)
 
 
 def check_schedule(train: TrainConfig, steps: int | None) -> None:
@@ -51,12 +51,6 @@ def check_schedule(train: TrainConfig, steps: int | None) -> None:
         raise ConfigError(
             f"train.warmup_steps={train.warmup_steps} of {steps} steps in all: the learning rate "
             f"would never reach its peak; use {max(0, steps - 1)} or less"
-        )
-    shared = train.warmup_steps is None and name not in WITHOUT_WARMUP
-    if steps is not None and shared and math.ceil(steps * train.warmup_ratio) >= steps > 1:
-        raise ConfigError(
-            f"train.warmup_ratio={train.warmup_ratio:g} of {steps} steps is all of them: the "
-            f"learning rate would never reach its peak; use train.warmup_steps={steps - 1} or less"
         )
     if name in PLAIN_SCHEDULES and not given:
         return
@@ -77,6 +71,26 @@ def check_schedule(train: TrainConfig, steps: int | None) -> None:
         raise ConfigError(
             f"train.lr_scheduler_type={name}: {problem}; its train.lr_scheduler_kwargs are "
             f"{', '.join(takes)}"
+        )
+
+
+def idle_warmup(train: TrainConfig, steps: int | None) -> Iterator[str]:
+    """Yield a line for a share of warm-up that the schedule does not have, or that is all steps.
+
+    `steps` is None where their number is not known yet.
+    """
+    ratio, name = train.warmup_ratio, train.lr_scheduler_type
+    if train.warmup_steps is not None or ratio in (0, TrainConfig().warmup_ratio):
+        return
+    if name in WITHOUT_WARMUP:
+        yield (
+            f"train.warmup_ratio={ratio:g} has no effect: train.lr_scheduler_type={name} has no "
+            "warm-up; leave it out, or use constant_with_warmup"
+        )
+    elif steps is not None and warmup_steps(train, steps) >= steps:
+        yield (
+            f"train.warmup_ratio={ratio:g} of {steps} steps is all of them: the learning rate "
+            f"never reaches its peak; use train.warmup_steps={steps - 1} or less"
         )
 
 

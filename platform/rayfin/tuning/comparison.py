@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rayfin.errors import listed
 from rayfin.history import TrialRecord
-from rayfin.history.comparable import comparable, comparison_groups
+from rayfin.history.comparable import comparable, comparison_groups, decides_scored_tokens
 from rayfin.history.record import finite
 from rayfin.statuses import SCORED
 from rayfin.tuning.space import SearchSpace
@@ -35,7 +35,7 @@ def comparison_notes(space: SearchSpace, rows: Sequence[TrialRecord]) -> list[st
         settings = [
             f"{axis}={' or '.join(values)}"
             for axis in space.axes
-            if axis.startswith(("data.", "model.")) or axis == "train.stage"
+            if decides_scored_tokens(axis, space.config.data)
             if (values := _values(space, axis, some)) != _values(space, axis, chosen)
         ]
         with_settings = f" with {', '.join(settings)}" if settings else ""

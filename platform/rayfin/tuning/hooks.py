@@ -115,10 +115,13 @@ class ComparableAsha(_Unpickled, FIFOScheduler):
             told: TrialResult = result[RESULT]
             stage, profile = planned.spec.train.stage, told.scenario.get("data", {})
             group = comparison_group(stage, profile, self._score)
-            # Rows of an earlier version don't tell their group, and are taken for the first one's.
-            untold = comparison_group(stage, {}, self._score)
-            if group not in self._by_group and untold in self._by_group:
-                self._by_group[group] = self._by_group.pop(untold)
+            # Rows of earlier versions tell their tokens and not their answers, or neither, and are
+            # taken for the first group's then.
+            tokens = {"eval_digest": profile.get("eval_digest")}
+            for known in (tokens, {}):
+                earlier = comparison_group(stage, known, self._score)
+                if group not in self._by_group and earlier in self._by_group:
+                    self._by_group[group] = self._by_group.pop(earlier)
             asha = self.of(group)
             asha.on_trial_add(tune_controller, trial)
             self._joined[trial.trial_id] = asha

@@ -28,7 +28,7 @@ def new_sampler(config: Config) -> optuna.samplers.BaseSampler:
         )
 
 
-def with_values(study: optuna.Study, values: Mapping[int | None, float | None]) -> optuna.Study:
+def with_values(study: optuna.Study, values: Mapping[int, float]) -> optuna.Study:
     """Return a study with the same trials, in which those of `values` have other values.
 
     What a study was told of a trial is final. `values` are by the trials' numbers, which stay, as

@@ -109,6 +109,7 @@ class HistorySearch:
         self._space = plan.space
         self._random = random.Random(sweep.seed)
         self._ended: list[EndedTrial] = []
+        self._told: dict[int, float] = {}
         self._groups: set[str] = set()
         self._running: dict[str, Mapping[str, Any]] = {}
         self._queued = 0
@@ -197,6 +198,8 @@ class HistorySearch:
     def _keep(self, tried: EndedTrial) -> None:
         self._ended.append(tried)
         if tried.value is not None:
+            if tried.number is not None:
+                self._told[tried.number] = tried.value
             profile = tried.scenario.get("data") or {}
             self._groups.add(comparison_group(stage_of(tried.spec), profile, self.metric))
 
@@ -205,9 +208,13 @@ class HistorySearch:
 
         Where all compare with all, the scores stay as they are.
         """
-        if (ended := self._centred()) != self._ended:
-            values = {one.number: one.value for one in ended}
-            self._study = with_values(self._study, values)
+        values = {
+            one.number: one.value
+            for one in self._centred()
+            if one.number is not None and one.value is not None
+        }
+        if values != self._told:
+            self._study, self._told = with_values(self._study, values), values
 
     def _centred(self) -> list[EndedTrial]:
         """Return the ended trials, with their scores centred by what compares."""

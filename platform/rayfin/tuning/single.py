@@ -21,7 +21,7 @@ from rayfin.statuses import UNFINISHED
 from rayfin.training.checkpoint import clear_checkpoints, resume_line
 from rayfin.training.combination import check_combination
 from rayfin.training.precision import MIXED, in_mixed_precision, precision_note, with_precision
-from rayfin.training.schedules import idle_patience
+from rayfin.training.schedules import idle_patience, idle_warmup
 from rayfin.training.spec import TrialResult, TrialSpec
 from rayfin.training.strategies import WorkerLayout, check_scaling, needs_group
 from rayfin.tuning.driver_lock import driver_lock
@@ -138,7 +138,8 @@ def _train(
     check_run(plan, [config], cluster)
     mark_lost_trials(history)
     trial = plan.trial({})
-    for note in (*plan.notes, *idle_patience(trial.spec.train)):
+    train = trial.spec.train
+    for note in (*plan.notes, *idle_warmup(train, train.max_steps), *idle_patience(train)):
         say.note(note)
     if (start := plan.start(trial.spec.method)) is not None:
         corpus = plan.corpus(trial.spec.data, objective_of(config.train))

@@ -14,6 +14,7 @@ from rayfin.methods import METHODS
 from rayfin.metrics import score_of
 from rayfin.objectives import OBJECTIVES
 from rayfin.training.combination import check_combination
+from rayfin.training.schedules import WITHOUT_WARMUP, idle_warmup
 from rayfin.training.strategies import check_scaling
 from rayfin.tuning.space import (
     METHOD,
@@ -62,7 +63,10 @@ def variants(space: SearchSpace) -> list[Config]:
 
 
 def space_notes(space: SearchSpace) -> list[str]:
-    """Return a line for each setting that not every method takes, or that suits only some."""
+    """Return a line for each setting that not every method takes, or that suits only some.
+
+    Settings without an effect, and what is compared with what, are told, too.
+    """
     methods, config = space.methods, space.config
     written = [f"method.{name}" for name in config.method.model_fields_set if name != "type"]
     lines = []
@@ -74,7 +78,20 @@ def space_notes(space: SearchSpace) -> list[str]:
             lines.append(
                 f"{setting} is for {listed(having)}; {listed(lacking)} {verb} no such setting"
             )
-    return lines + _unusual_capacities(space) + _rescored(space)
+    return lines + _unusual_capacities(space) + _idle_warmups(space) + _rescored(space)
+
+
+_WARMUP = ("train.lr_scheduler_type", "train.warmup_ratio")
+
+
+def _idle_warmups(space: SearchSpace) -> list[str]:
+    """Return a line for each share of warm-up that is all steps, or that no trial has."""
+    varied, lines = {*_WARMUP} & space.axes.keys(), dict[str, None]()
+    for values in _probed(space, (*_WARMUP, "train.max_steps", "train.num_train_epochs")):
+        train = space.config_of(values).train
+        if not (varied and train.lr_scheduler_type in WITHOUT_WARMUP):
+            lines |= dict.fromkeys(idle_warmup(train, train.steps))
+    return [*lines]
 
 
 def _rescored(space: SearchSpace) -> list[str]:
@@ -88,11 +105,12 @@ def _rescored(space: SearchSpace) -> list[str]:
     if kept and (others := _shares_of_samples(config.train.stage)):
         which = "it" if metric in others else f"sweep.metric={others[0]}"
         more = f"; {which} compares across {listed(kept)} where answers are single and none is cut"
-    who = "ASHA, the search" if config.sweep.scheduler == "asha" else "the search"
+    asha, learns = config.sweep.scheduler == "asha", config.sweep.search not in ("grid", "random")
+    who = ["ASHA"] * asha + ["the search"] * learns + ["the choice of the best"]
     return [
         f"{listed(axes)} {'decides' if len(axes) == 1 else 'decide'} which held-out tokens are "
-        f"scored: {who} and the choice of the best compare {metric} only among trials "
-        f"scored on the same ones{more}"
+        f"scored: {listed(who)} {'compares' if len(who) == 1 else 'compare'} {metric} only among "
+        f"trials scored on the same ones{more}"
     ]
 
 
