@@ -37,16 +37,21 @@ def end_family(process: subprocess.Popen[str], bound: float = BOUND) -> None:
     for one in family:
         with suppress(psutil.NoSuchProcess):
             one.kill()
-    give_up = time.monotonic() + bound
-    while left := [one for one in family[1:] if runs(one)]:
-        if time.monotonic() > give_up:
-            raise RuntimeError(f"these outlive SIGKILL by {bound:g} seconds: {left}")
-        time.sleep(0.02)
+    wait_for_end(*family[1:], bound=bound)
     process.wait(bound)
     for pipe in (process.stdin, process.stdout, process.stderr):
         if pipe is not None:
             with suppress(OSError):  # of a line that nobody reads any more
                 pipe.close()
+
+
+def wait_for_end(*processes: psutil.Process, bound: float = BOUND) -> None:
+    """Wait until they have ended; raises RuntimeError for those that outlive `bound` seconds."""
+    give_up = time.monotonic() + bound
+    while left := [one for one in processes if runs(one)]:
+        if time.monotonic() > give_up:
+            raise RuntimeError(f"these still run after {bound:g} seconds: {left}")
+        time.sleep(0.02)
 
 
 def runs(process: psutil.Process) -> bool:

@@ -7,7 +7,9 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,18 @@ import pytest
 from datasketch import MinHash
 
 from rayfin.cli import main
-from rayfin.data_tools.minhash import MinHasher, band_sizes, shingle_hashes
+from rayfin.data_tools import signing
+from rayfin.data_tools.minhash import (
+    NUM_PERM,
+    MinHasher,
+    Signatures,
+    band_sizes,
+    shingle_hashes,
+)
 from rayfin.data_tools.signing import Signer
+from rayfin.data_tools.similar import Matches, match_similar
+from rayfin.data_tools.spill import Spill
+from rayfin.errors import RayfinError
 
 ENGLISH = "How do I reset the password of my account when I have lost my phone?"
 CHINESE = "我的手机丢了，应该怎样重新设置账户的登录密码？请告诉我具体的步骤。"
@@ -29,7 +41,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> None:
-    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -80,7 +92,7 @@ def test_equal_and_similar_rows_are_left_out_and_reported(
     words = ("dedupe", "all.jsonl", "--output=new/some.jsonl", "data.on_bad_row=skip")
     report = json.loads(run(capsys, *words, "--json"))
     assert rows_of("new/some.jsonl") == [rows[0], rows[1], rows[5]]
-    assert report == json.loads(Path("new/some.report.json").read_text())
+    assert report == json.loads(Path("new/some.report.json").read_text(encoding="utf-8"))
     counts = [report[name] for name in ("rows", "written", "equal", "similar", "unusable")]
     assert counts == [8, 3, 1, 3, 1] and counts[0] == sum(counts[1:])
     lost = report["left_out"]
@@ -179,6 +191,50 @@ def test_rows_that_share_much_text_hide_no_duplicate(
     assert "share much text with many others" in report["notes"][0]
 
 
+def test_a_row_equal_to_one_left_out_duplicates_the_one_that_is_kept(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write("all.jsonl", [{"text": text} for text in (ENGLISH, f"{ENGLISH} Eh", f"{ENGLISH} Eh")])
+    report = json.loads(run(capsys, "dedupe", "all.jsonl", "--output=some.jsonl", "--json"))
+    assert (report["written"], report["equal"], report["similar"]) == (1, 0, 2)
+    found = [(each["duplicate_of"]["line"], each["similarity"]) for each in report["left_out"]]
+    assert found == [(1, pytest.approx(jaccard(ENGLISH, f"{ENGLISH} Eh"), abs=1e-6))] * 2
+
+
+def test_copies_of_a_row_to_compare_with_hide_no_other(tmp_path: Path) -> None:
+    """And are compared with once, as there may be very many."""
+    texts = Spill(tmp_path)
+    for text in [CHINESE] * 20 + [ENGLISH, ENGLISH]:
+        texts.append(text.encode())
+    low_bytes = np.zeros((22, NUM_PERM), np.uint8)
+    low_bytes[20] = [1] * 10 + [0] * 118  # seems less similar to the last row than the copies do
+    signatures = Signatures(np.zeros((22, 1), np.uint32), low_bytes)
+    matches = Matches.none(22)
+    match_similar(matches, np.arange(22), 21, signatures, texts, 0.8)
+    assert matches.other.tolist() == [-1] * 21 + [20] and not matches.incomplete
+    texts.close()
+
+
+def test_the_output_appears_last(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that where it is there, the report on what it lacks is there too."""
+    write("all.jsonl", [pair("a"), pair("b"), {"prompt": "c"}])
+    write("held.jsonl", [pair("b")])
+    names: list[str] = []
+    replace = Path.replace
+
+    def recorded(self: Path, target: Path) -> Path:
+        names.append(target.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", recorded)
+    for verb, *more in (["dedupe"], ["convert"], ["clean"], ["leaks", "data.eval_path=held.jsonl"]):
+        words = ["all.jsonl", f"--output={verb}.jsonl", *more]
+        run(capsys, verb, *words, *([] if verb == "clean" else ["data.on_bad_row=skip"]))
+        assert names[-1] == f"{verb}.jsonl" and f"{verb}.report.json" in names[:-1]
+
+
 def test_leaks_end_with_1_and_are_taken_out(capsys: pytest.CaptureFixture[str]) -> None:
     """A prompt that is evaluated on is a leak whatever its answer is."""
     Path("data").mkdir()
@@ -202,6 +258,13 @@ def test_leaks_end_with_1_and_are_taken_out(capsys: pytest.CaptureFixture[str]) 
         "- leak: data/train.jsonl:1: equal to data/test.jsonl:2\n"
         "- leak: data/train.jsonl:5: 0.901 similar to data/test.jsonl:2\n"
         "--json lists all\n"
+    )
+    bad = [train[0], {"prompt": "b"}]
+    write("bad.jsonl", bad)
+    said = run(capsys, "leaks", "bad.jsonl", eval_path, "data.on_bad_row=skip", code=1)
+    assert said.endswith(
+        "- 1 of the rows can't be used, and aren't compared\n"
+        "- leak: bad.jsonl:1: equal to data/test.jsonl:2\n--json lists all\n"
     )
     same = json.loads(run(capsys, "leaks", "data", "--json", code=1))  # by its own split
     assert [each["evaluated"]["line"] for each in same["left_out"]] == [2, 2]
@@ -299,7 +362,7 @@ main(["data", "dedupe", "all.jsonl", "--output=some.jsonl"])
 
 @pytest.mark.long
 def test_a_kill_in_the_middle_leaves_nothing_but_the_input(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], processes: ModuleType
 ) -> None:
     """Its processes end with it, and the same command then does all, with the same signatures."""
     write("all.jsonl", [pair(f"{ENGLISH} {'x' * n}") for n in range(0, 200, 10)])
@@ -310,8 +373,9 @@ def test_a_kill_in_the_middle_leaves_nothing_but_the_input(
     assert Path("all.jsonl").read_bytes() == before
     workers = [int(pid) for pid in Path("workers").read_text().split()]
     assert len(workers) == 2
-    running = [psutil.Process(pid) for pid in workers if psutil.pid_exists(pid)]
-    assert psutil.wait_procs(running, timeout=540)[1] == []
+    for pid in workers:
+        with suppress(psutil.NoSuchProcess):
+            processes.wait_for_end(psutil.Process(pid))
     left = {path.name for path in Path().iterdir()}
     assert not left & {"some.jsonl", "some.report.json"}
     run(capsys, "dedupe", "all.jsonl", "--output=some.jsonl")
@@ -321,6 +385,34 @@ def test_a_kill_in_the_middle_leaves_nothing_but_the_input(
         "some.report.json",
         "workers",
     }
+
+
+def test_processes_that_compare_are_few_and_started_with_interrupts_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C ends them by the end of the command; what they need to import would print errors.
+
+    And that one can't be started is no error of the output. Batches of long texts are small.
+    """
+    handlers: list[Any] = []
+
+    def start(_: object) -> None:
+        handlers.append(signal.getsignal(signal.SIGINT))
+        if len(handlers) == 8:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(signing, "_BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(signing, "_BATCHES_HERE", 2)
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.start", start)
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess.join", lambda _: None)
+    signer = Signer(0.8, 64)
+    signer.add(ENGLISH)
+    signer.add(ENGLISH)
+    with pytest.raises(RayfinError, match=r"no process can be started .*\(Resource temporarily"):
+        signer.add(ENGLISH)
+    signer.close()
+    assert handlers == [signal.SIG_IGN] * 8 and signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.mark.long

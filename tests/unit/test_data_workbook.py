@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import openpyxl
 import pytest
 
+from rayfin.cli import main
 from rayfin.config import DataConfig
 from rayfin.data import Corpus, load_corpus
 from rayfin.errors import DataError, DependencyError
@@ -126,6 +128,45 @@ def test_merged_cells(tmp_path: Path) -> None:
     write(path, ("Our answers",), HEADER, *ROWS)
     with pytest.raises(DataError, match=r":2: column B has a value here and no name"):
         load(path)
+
+
+def test_merged_cells_without_a_value_and_with_a_bad_one(tmp_path: Path) -> None:
+    """Nothing stands in for them: rows of a bad one are bad, and an empty one fills no row."""
+    path = tmp_path / "book.xlsx"
+    rows = [("a", "b", None), ("c", "d", "#N/A"), ("e", "f", None), ("g", "h", None)]
+    sheet = write(path, (*HEADER, "system"), *rows)
+    sheet.merge_cells("C3:C4")
+    sheet.merge_cells("A6:A9")
+    sheet.parent.save(path)
+    corpus = load(path, on_bad_row="skip")
+    assert pairs(corpus) == {("a", "b"), ("g", "h")}
+    assert any("2 bad rows" in note or "2 of 4 rows" in note for note in corpus.notes), corpus.notes
+
+
+def test_columns_that_are_not_trained_on_are_written_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ignored ones too; a cell without plain text is left out or set aside, and said so."""
+    path = tmp_path / "book.xlsx"
+    sheet = write(path, (*HEADER, "price", "note"), ("a", "b", 12, "n"), ("c", "d", 1.5, None))
+    sheet["C3"].number_format = "0.00 [$€]"
+    sheet.append((None, None, 13.5, None))
+    sheet.parent.save(path)
+    new, ignored = tmp_path / "new.jsonl", tmp_path / "ignored.jsonl"
+    words = ["data", "clean", str(path), "--output"]
+    assert main([*words, str(ignored), "data.ignore_columns=[price]"]) == 0
+    assert "- not written, as JSON has no form for it: price\n" in capsys.readouterr().out
+    row = {"prompt": "a", "completion": "b", "price": "12", "note": "n"}
+    assert [json.loads(line) for line in ignored.read_text().splitlines()] == [
+        row, {"prompt": "c", "completion": "d", "note": None}
+    ]  # fmt: skip
+    assert main([*words, str(new)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "C3 is the number 1.5 in the format" in said
+    assert "leave the column out with data.ignore_columns=[price]" in said
+    assert [json.loads(line) for line in new.read_text().splitlines()] == [row]
+    aside = new.with_suffix(".left_out.jsonl").read_text().splitlines()
+    assert json.loads(aside[0]) == {"prompt": "c", "completion": "d", "price": "1.5"}
 
 
 def test_without_openpyxl_the_command_that_installs_it_is_named(

@@ -68,7 +68,8 @@ def print_report(args: argparse.Namespace, report: dict[str, Any], said: str, fi
         print_json(report)
         return
     lost = report["left_out"]
-    print_summary(said, report["notes"], lost, len(lost), f"{file} has all that was left out")
+    count = sum(each.get("rows", 1) for each in lost)
+    print_summary(said, report["notes"], lost, count, f"{file} has all that was left out")
 
 
 def print_summary(
@@ -93,10 +94,12 @@ def print_summary(
     console.print(Text(printable(said)))
     for note in notes:
         console.print(Text(printable(f"- {note.removeprefix('data: ')}")))
+    shown = 0
     for each in islice(rows, _LEFT_OUT_SHOWN):
+        shown += each.get("rows", 1)
         reason = f"- {what}: {each['file']}:{each['line']}: {each['reason']}"
         console.print(Text(printable(reason)))
-    if count > _LEFT_OUT_SHOWN:
-        console.print(Text(f"- and {count - _LEFT_OUT_SHOWN} more"))
+    if count > shown:
+        console.print(Text(f"- and {count - shown} more"))
     if count:
         console.print(Text(printable(rest)))

@@ -100,6 +100,11 @@ def _print_leaks(output: Path | None, report: dict[str, Any], file: Path) -> Non
     if output:
         said += f"; {output}: {report['written']} rows"
     rest = f"{file} has all that was left out" if output else "--json lists all"
-    lost = found + report["unusable"]
-    what = "left out" if output else "leak"
-    print_summary(said, report["notes"], reported_rows(file), lost, rest, what=what)
+    notes, lost, what = report["notes"], reported_rows(file), "left out" if output else "leak"
+    if output:
+        found += report["unusable"]
+    else:
+        lost = (each for each in lost if "evaluated" in each)
+        if report["unusable"]:
+            notes = [*notes, f"{report['unusable']} of the rows can't be used, and aren't compared"]
+    print_summary(said, notes, lost, found, rest, what=what)

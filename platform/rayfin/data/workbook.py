@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 import zipfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayfin.data.columns import NAMED
+from rayfin.data.row_reader import ignore_setting
 from rayfin.data.row_settings import RowSettings
 from rayfin.data.rows import Row, TableRow, most_unpacked
 from rayfin.errors import DataError, DependencyError, did_you_mean
@@ -147,35 +149,30 @@ def _rows(
 ) -> Iterator[Row]:
     from openpyxl.utils import get_column_letter
 
-    file, header = str(path), dict[int, str]()
+    file, header, ignored = str(path), dict[int, str](), settings.ignore
     filled: dict[int, tuple[int, Any]] = {}
     """Column -> (last row, value) of the merged range of rows that reaches into it."""
     down = {(top, left): low for top, low, left, right in merged if left == right and low > top}
     across = [each for each in merged if each[2] < each[3]]
     for line, (row, asked) in enumerate(zip(cells, formulas, strict=False), 1):
         values: dict[int, Any] = {}
-        problem: str | None = None
         for column, cell in enumerate(row, 1):
             name = header.get(column, "")
-            if name in settings.ignore:
+            if name in settings.ignore and not settings.whole:
                 continue
-            try:
-                value = _value(cell, asked[column - 1] if column <= len(asked) else None)
-            except ValueError as error:
-                plain = (settings.column_of(name) or name).casefold()
-                if not settings.whole and plain not in NAMED:
-                    continue  # nothing depends on it
-                problem = problem or f"cell {cell.coordinate} {error}"
-                continue
+            formula = asked[column - 1] if column <= len(asked) else None
+            value = _value_or_problem(cell, formula, name, settings)
             if value is not None:
                 values[column] = value
-            if (line, column) in down:
-                filled[column] = (down[line, column], value)
+                if (line, column) in down:
+                    filled[column] = (down[line, column], value)
         filled = {column: each for column, each in filled.items() if each[0] >= line}
         values = {column: value for column, (_, value) in filled.items()} | values
-        if not values and problem is None:
+        used = [value for column, value in values.items() if header.get(column) not in ignored]
+        if not used:
             continue
-        problem = _spread(line, across) or problem
+        unreadable = (value.problem for value in used if isinstance(value, _Unreadable))
+        problem = _spread(line, across) or next(unreadable, None)
         if not header:
             header = {column: str(value).strip() for column, value in values.items()}
             problem = problem or _problem_of_header(header, line, merged)
@@ -189,8 +186,38 @@ def _rows(
                 f"column {get_column_letter(nameless)} has a value here and no name; give each "
                 "column one in the first row that is filled, and take out a title above that"
             )
-        found = TableRow((name, values.get(column)) for column, name in header.items())
-        yield Row(file, line, found) if problem is None else Row(file, line, problem=problem)
+        if problem is not None:
+            names = {column: header.get(column) or get_column_letter(column) for column in values}
+            cells_as_text = {names[column]: str(value) for column, value in values.items()}
+            raw = json.dumps(cells_as_text, ensure_ascii=False).encode()
+            yield Row(file, line, problem=problem, raw=raw)
+            continue
+        yield Row(file, line, TableRow((name, values.get(n)) for n, name in header.items()))
+
+
+@dataclass(frozen=True)
+class _Unreadable:
+    """A cell's value that has no plain text, and so none in JSON."""
+
+    text: str
+    problem: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _value_or_problem(cell: Any, formula: Any, name: str, settings: RowSettings) -> Any:
+    """Return the value of a cell in the column `name`, and None also where nothing needs it."""
+    try:
+        return _value(cell, formula)
+    except ValueError as error:
+        problem = f"cell {cell.coordinate} {error}"
+        if (settings.column_of(name) or name).casefold() not in NAMED:
+            if not settings.whole:
+                return None
+            if name:
+                problem += f", or leave the column out with {ignore_setting([name])}"
+        return _Unreadable(str(formula.value if cell.value is None else cell.value), problem)
 
 
 def _spread(line: int, across: Sequence[tuple[int, int, int, int]]) -> str | None:

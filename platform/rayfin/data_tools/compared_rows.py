@@ -131,6 +131,7 @@ class ComparedRows:
             compared = compared[matches.other[compared] < 0]
             more = self._signer.signatures(), self._texts, self.threshold
             compare(match_similar, compared, *more)
+        matches.pass_on()
         return matches
 
     def is_usable(self, row: int) -> bool:

@@ -61,7 +61,7 @@ def convert_data(config: Config, target: Path) -> dict[str, Any]:
             "left_out": lost,
         }
     )
-    with write_new(report_file) as last, write_new(target) as first:
+    with write_new(target) as first, write_new(report_file) as last:
         last.write_bytes(json_line(report))
         RowWriter(()).write(first, values)
     return report

@@ -74,7 +74,7 @@ def write_without(
 
     `name` is the key of the row that one left out matches.
     """
-    with write_new(report_file) as last, write_new(target) as first:
+    with write_new(target) as first, write_new(report_file) as last:
         lost = (row for row in numbers if is_left_out(rows, row, matches))
         write_report(last, report, (rows.reported(row, matches, name) for row in lost))
         with first.open("wb") as file:

@@ -26,7 +26,7 @@ _COUNTS_TWICE = re.compile(
 _HASHED_AT_ONCE = 4096
 """The shingles whose permutations are held at once, which fit into a processor's cache."""
 _LEAST_RECALL = 0.98
-_FACTORS = np.random.default_rng(0).integers(2**64, size=(NUM_PERM, 2), dtype=np.uint64) | 1
+FACTORS = np.random.default_rng(0).integers(2**64, size=(NUM_PERM, 2), dtype=np.uint64) | 1
 
 
 class Signatures(NamedTuple):
@@ -75,7 +75,7 @@ class MinHasher:
         for number, text in enumerate(texts):
             values[number] = self._minima(shingle_hashes(text))
         used = values[:, : self._bands * self._rows].astype(np.uint64)
-        mixed = used.reshape(-1, self._bands, self._rows) * _FACTORS[: self._rows, 0]
+        mixed = used.reshape(-1, self._bands, self._rows) * FACTORS[: self._rows, 0]
         bands = (mixed.sum(axis=2, dtype=np.uint64) >> np.uint64(32)).astype(np.uint32)
         return Signatures(bands, values.astype(np.uint8))
 
@@ -105,9 +105,9 @@ def shingle_hashes(text: str) -> NDArray[np.uint64]:
     if 0 < len(codes) < _SHINGLE:
         codes = np.pad(codes, (0, _SHINGLE - len(codes)))
     count = max(len(codes) - _SHINGLE + 1, 0)
-    hashes = np.full(count, _FACTORS[_SHINGLE, 1])
+    hashes = np.full(count, FACTORS[_SHINGLE, 1])
     for place in range(_SHINGLE):
-        hashes += codes[place : place + count] * _FACTORS[place, 1]
+        hashes += codes[place : place + count] * FACTORS[place, 1]
     return hashes
 
 

@@ -89,9 +89,11 @@ class RowCleaner:
             return self._texts.clean(content)
         if not isinstance(content, list):
             return content
-        return [
-            {**part, "text": self._texts.clean(part["text"])}
-            if isinstance(part, Mapping) and isinstance(part.get("text"), str)
-            else part
-            for part in content
-        ]
+        return [self._part(part) for part in content]
+
+    def _part(self, part: Any) -> Any:
+        if isinstance(part, str):
+            return self._texts.clean(part)
+        if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            return {**part, "text": self._texts.clean(part["text"])}
+        return part

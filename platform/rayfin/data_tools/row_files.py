@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, time
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ READING_SETTINGS = (
 """The settings of data by which rows are read, besides the path."""
 
 _ROWS_TO_DETECT_SHAPE = 1000
+_DEEPEST = 200
 
 
 class RowStream:
@@ -214,9 +215,21 @@ def unused_settings(config: Config, used: Collection[str]) -> list[str]:
 
 def left_out(row: Row, reason: str) -> dict[str, Any]:
     """Return what a report says of a row that is not written."""
-    there = {} if row.value is None else {"row": row.value}
+    there = {} if row.value is None or _is_deep(row.value) else {"row": row.value}
     several = {"rows": row.rows} if row.rows > 1 else {}
     return {"file": row.file, "line": row.line, "reason": reason, **several, **there}
+
+
+def _is_deep(value: object) -> bool:
+    """Whether lists and objects are nested more deeply than a report can hold them."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = (each for each in level if isinstance(each, (Mapping, list, tuple)))
+        lists = (each.values() if isinstance(each, Mapping) else each for each in nested)
+        level = list(chain.from_iterable(lists))
+        if not level:
+            return False
+    return True
 
 
 def json_line(value: object) -> bytes:
@@ -237,14 +250,18 @@ def json_line(value: object) -> bytes:
 
 def as_report(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return a report as JSON can hold it, with `(bytes)`, say, in the place of bytes."""
-    plain: dict[str, Any] = _as_json(report, "", lambda value, _: f"({type(value).__name__})")
+    plain: dict[str, Any] = _as_json(report, "", _in_report)
     return plain
 
 
+def _in_report(value: object, _: str) -> str:
+    return f"({value if isinstance(value, float) else type(value).__name__})"
+
+
 def _refused(value: object, column: str) -> Any:
-    kind = type(value).__name__
+    what = str(value) if isinstance(value, float) else f"a value of type {type(value).__name__}"
     raise DataError(
-        f"data.path: the column '{column}' holds a value of type {kind}, for which JSON has no "
+        f"data.path: the column '{column}' holds {what}, for which JSON has no "
         f"form; leave it out with {ignore_setting([column])}, or write the table with text in it"
     )
 
@@ -261,6 +278,8 @@ def _as_json(value: object, column: str, otherwise: Callable[[object, str], Any]
             return None if text == "NaT" else text
         case float() if math.isnan(value):
             return None
+        case float() if math.isinf(value):
+            return otherwise(value, column)
         case str() | int() | float() | None:
             return value
     return otherwise(value, column)

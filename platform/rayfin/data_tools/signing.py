@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from rayfin.data_tools.minhash import MinHasher, Signatures
 from rayfin.errors import RayfinError
 
-_BATCH = 1000
+_BATCH, _BATCH_CHARACTERS = 1000, 2**22
+"""The most texts of a batch, and the characters that end one."""
+_MOST_PROCESSES = 8
+"""Reading and matching, which are done by one, take longer than more would need to sign."""
 _BATCHES_HERE = 20
 """The batches that take less time here than starting the processes does."""
 
 
 class Signer:
-    """Collects texts and makes their signatures, `processes` batches at the same time."""
+    """Collects texts and makes their signatures, up to `processes` batches at the same time."""
 
     def __init__(self, threshold: float, processes: int) -> None:
-        self._threshold, self._processes = threshold, processes
+        self._threshold, self._processes = threshold, min(processes, _MOST_PROCESSES)
         self._hasher = MinHasher(threshold)
         self._texts: list[str] = []
+        self._characters = 0
         self._done: list[Signatures] = []
         self._workers: list[tuple[BaseProcess, Connection]] = []
         self._busy = deque[Connection]()
@@ -33,7 +38,8 @@ class Signer:
     def add(self, text: str) -> None:
         """Add a text."""
         self._texts.append(text)
-        if len(self._texts) == _BATCH:
+        self._characters += len(text)
+        if len(self._texts) == _BATCH or self._characters >= _BATCH_CHARACTERS:
             self._sign()
 
     def signatures(self) -> Signatures:
@@ -54,12 +60,13 @@ class Signer:
         self._workers = []
 
     def _sign(self) -> None:
-        texts, self._texts = self._texts, []
+        texts, self._texts, self._characters = self._texts, [], 0
         if self._processes == 1 or len(self._done) < _BATCHES_HERE:
             self._done.append(self._hasher.signatures(texts))
             return
         if not self._workers:
-            self._workers = [_start(self._threshold) for _ in range(self._processes)]
+            for _ in range(self._processes):  # one by one, so that all that run are known
+                self._workers.append(_start(self._threshold))
         # A process gets a batch only after its result was read, so that neither waits for the other
         # with a full pipe.
         if len(self._busy) == self._processes:
@@ -86,9 +93,31 @@ def _start(threshold: float) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_work, args=(there, threshold), daemon=True)
-    process.start()
-    there.close()
+    try:
+        with _interrupts_ignored():
+            process.start()
+    except OSError as error:
+        here.close()
+        raise RayfinError(
+            f"no process can be started that compares texts ({error.strerror or error}); end other "
+            "processes, or give fewer rows at a time"
+        ) from error
+    finally:
+        there.close()
     return process, here
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C where that can be set, which a process started meanwhile inherits."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _work(connection: Connection, threshold: float) -> None:

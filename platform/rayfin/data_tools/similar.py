@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rayfin.data_tools.minhash import (
+    FACTORS,
     NUM_PERM,
     Signatures,
     estimated,
@@ -24,7 +24,10 @@ _MOST_CHECKED = 10
 """Bounds on the work for one row, which only rows meet that share much text with many others."""
 _ERRORS = 4
 """How many standard errors below the threshold an estimate may be for a pair to be checked."""
-_CACHED_TEXTS = 64
+_MOST_CACHED = 2**25
+"""The bytes of texts' shingles that are held for the rows after these."""
+_OBJECT = 256
+"""The bytes of an array and its place in a cache, without its elements."""
 _MIXING = np.uint64(0x9E3779B97F4A7C15)
 _Rows = NDArray[np.int64]
 
@@ -47,6 +50,15 @@ class Matches:
     def none(cls, rows: int) -> Matches:
         """Return matches of rows of which none has one yet."""
         return cls(np.full(rows, -1), np.zeros(rows), np.zeros(rows, bool))
+
+    def pass_on(self) -> None:
+        """Give rows that are equal to one with a match that match, as that one isn't kept."""
+        equal = np.flatnonzero(self.equal)
+        first = self.other[equal]
+        passed = self.other[first] >= 0
+        equal, first = equal[passed], first[passed]
+        self.other[equal], self.similarity[equal] = self.other[first], self.similarity[first]
+        self.equal[equal] = False
 
 
 def match_equal(
@@ -85,9 +97,11 @@ def match_similar(
     compared with the first `references` ones of `rows` alone, and these with none. What is recorded
     is the similarity of the whole texts, no estimate.
     """
+    if references is not None:
+        rows, references = _first_of_same(rows, references, signatures)
     buckets = _Buckets(signatures.bands, rows)
     margin = _ERRORS * (threshold * (1 - threshold) / NUM_PERM) ** 0.5
-    shingles = lru_cache(_CACHED_TEXTS)(lambda row: _shingles(texts, row))
+    shingles = _Shingles(texts)
     for place, own in buckets:
         row = int(rows[place])
         if references is None or place >= references:
@@ -107,9 +121,32 @@ def match_similar(
             buckets.add(place, own)
 
 
-def _shingles(texts: Spill, row: int) -> NDArray[np.uint64]:
-    """Return the different shingles of a row's text, sorted."""
-    return np.unique(shingle_hashes(texts[row].decode("utf-8", "surrogatepass")))
+def _first_of_same(rows: _Rows, references: int, signatures: Signatures) -> tuple[_Rows, int]:
+    """Return the rows, and how many of them are references, of which one has each signature."""
+    words = signatures.low_bytes.view(np.uint64)
+    hashes = words[rows[:references]] @ FACTORS[: words.shape[1], 0]
+    first = np.sort(np.unique(hashes, return_index=True)[1])
+    return np.concatenate((rows[first], rows[references:])), len(first)
+
+
+class _Shingles:
+    """The different shingles of rows' texts, sorted, of which those used last are held."""
+
+    def __init__(self, texts: Spill) -> None:
+        self._texts = texts
+        self._held: dict[int, NDArray[np.uint64]] = {}
+        self._bytes = 0
+
+    def __call__(self, row: int) -> NDArray[np.uint64]:
+        found = self._held.pop(row, None)
+        if found is None:
+            text = self._texts[row].decode("utf-8", "surrogatepass")
+            found = np.unique(shingle_hashes(text))
+            self._bytes += found.nbytes + _OBJECT
+        self._held[row] = found
+        while self._bytes > _MOST_CACHED and len(self._held) > 1:
+            self._bytes -= self._held.pop(next(iter(self._held))).nbytes + _OBJECT
+        return found
 
 
 class _Buckets:

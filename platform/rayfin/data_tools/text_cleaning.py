@@ -29,7 +29,9 @@ REPLACEMENT = "\ufffd"
 
 _SPACE = " \t\u3000"
 _LINE_ENDS = re.compile(r"\r\n|[\r\x0b\x0c\u2028\u2029]")
-_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\^_])")
+_ESCAPES = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(?:\x07|\x1b\\)|[@-Z\\^_](?![A-Za-z]))"
+)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
 _SPECIAL_SPACES = re.compile(r"[\xa0\u1680\u2000-\u200a\u202f\u205f]")
 # Scripts without spaces between words mark them by zero-width spaces.
