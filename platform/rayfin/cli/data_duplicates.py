@@ -40,9 +40,15 @@ def _add_comparison(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--threshold",
         type=float,
-        default=0.8,
         metavar="X",
-        help="Jaccard similarity from which rows are similar, 0.5 to 1 (0.8); 1: equal rows alone",
+        help="similarity from which rows are similar, 0.5 to 1 (0.8, and 0.95 for embeddings); "
+        "1: equal rows alone",
+    )
+    parser.add_argument(
+        "--embedding-model",
+        metavar="NAME",
+        help="a directory or hub id of a model by whose embeddings' cosine similarity rows are "
+        "compared, rather than by the Jaccard similarity of their characters",
     )
     parser.add_argument("--part", choices=_PARTS, help=f"the part that is compared ({default})")
 
@@ -53,8 +59,8 @@ def dedupe_data(args: argparse.Namespace) -> int:
     from rayfin.data_tools.reports import report_beside, reported_rows
 
     config = configuration(args.settings)
-    part = args.part or "whole"
-    report = dedupe_data(config, args.output, part=part, threshold=args.threshold)
+    how = {"threshold": args.threshold, "embedding_model": args.embedding_model}
+    report = dedupe_data(config, args.output, part=args.part or "whole", **how)
     file = report_beside(args.output)
     if args.json:
         print_json(json.loads(file.read_bytes()))
@@ -78,9 +84,8 @@ def find_leaks(args: argparse.Namespace) -> int:
     config = configuration(args.settings)
     with tempfile.TemporaryDirectory() as folder:
         file = report_beside(args.output) if args.output else Path(folder) / "report.json"
-        report = leaks.find_leaks(
-            config, file, args.output, part=args.part, threshold=args.threshold
-        )
+        how = {"threshold": args.threshold, "embedding_model": args.embedding_model}
+        report = leaks.find_leaks(config, file, args.output, part=args.part, **how)
         if args.json:
             print_json(json.loads(file.read_bytes()))
         else:

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfin.data.rows import Row
+from rayfin.data_tools.embedding_model import OPTION, EmbeddingModel
+from rayfin.data_tools.embeddings import DEFAULT_THRESHOLD, Embeddings, match_embeddings
 from rayfin.data_tools.row_files import RowStream, RowWriter, as_report, json_line, left_out
 from rayfin.data_tools.signing import Signer
 from rayfin.data_tools.similar import Matches, match_equal, match_similar
@@ -24,28 +26,47 @@ from rayfin.samples import ChatTurn, Example
 
 PARTS = ("whole", "prompt", "answer")
 LEAST_THRESHOLD = 0.5
+DEFAULT_JACCARD = 0.8
 
 
 class ComparedRows:
     """All rows in their order, on disk, with the hashes by which equal and similar ones are found.
 
-    A row takes about 550 bytes of memory, whatever its length.
+    A row takes about 550 bytes of memory, whatever its length, and fewer with embeddings.
     """
 
-    def __init__(self, directory: Path, part: str, threshold: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        part: str,
+        threshold: float | None = None,
+        embedding_model: str | None = None,
+    ) -> None:
         """Prepare to compare `part` of each row, for equality alone where the threshold is 1.
 
-        The disk of `directory` needs room for the rows twice over. Raises ConfigError for a
-        threshold that is not from 0.5 to 1.
+        Similarity is that of embeddings where a model for them is named, and else Jaccard's. The
+        disk of `directory` needs room for the rows twice over, and for embeddings. Raises
+        ConfigError for a threshold that is not from 0.5 to 1, or 1 with a model, and ModelError for
+        a model that can't be used.
         """
+        if threshold is None:
+            threshold = DEFAULT_JACCARD if embedding_model is None else DEFAULT_THRESHOLD
         if not LEAST_THRESHOLD <= threshold <= 1:
             raise ConfigError(
                 f"--threshold: {threshold:g} is not from {LEAST_THRESHOLD:g} to 1, where 1 finds "
                 "equal rows alone; give 0.8, say"
             )
+        if threshold == 1 and embedding_model is not None:
+            raise ConfigError(
+                f"{OPTION}: with --threshold 1 equal rows alone are found, without any model; "
+                "leave one of them out"
+            )
         self.part, self.threshold = part, threshold
+        self._model = model = None if embedding_model is None else EmbeddingModel(embedding_model)
         self._lines, self._texts = Spill(directory), Spill(directory)
-        self._signer = Signer(threshold, cpu_count()) if threshold < 1 else None
+        self._embeddings = None if model is None else Embeddings(model, self._texts, directory)
+        use_signatures = threshold < 1 and model is None
+        self._signer = Signer(threshold, cpu_count()) if use_signatures else None
         self._usable, self._has_text = bytearray(), bytearray()
         self._digests = bytearray()
         self._files: list[str] = []
@@ -87,13 +108,26 @@ class ComparedRows:
                 self._add(None, "")
             else:
                 self._lines.append(writer.line(row.value))
-                text = "" if self._signer is None else compared_text(example, self.part)
+                text = "" if self.threshold == 1 else compared_text(example, self.part)
                 self._add(exact_form(example, self.part), text)
         stream.check()
 
     def notes(self) -> list[str]:
-        """Return a line on what of the rows will not be written, if anything."""
-        return [note for writer in self._writers for note in writer.notes()]
+        """Return lines on what of the rows is not written, or not compared, if anything."""
+        notes = [note for writer in self._writers for note in writer.notes()]
+        if self._model is not None and self._model.truncated:
+            notes.append(
+                f"rows with more than the {self._model.max_tokens} tokens that are embedded of "
+                f"each: {self._model.truncated}; only their beginnings were compared"
+            )
+        return notes
+
+    def comparison(self) -> dict[str, Any]:
+        """Return what a report says of how rows are compared."""
+        told: dict[str, Any] = {"part": self.part, "threshold": self.threshold}
+        if self._model is not None:
+            told |= {"embedding_model": self._model.name, "pooling": self._model.pooling}
+        return told
 
     def _add_position(self, row: Row) -> None:
         if not self._files or self._files[-1] != row.file:
@@ -126,9 +160,11 @@ class ComparedRows:
         usable = order[np.frombuffer(self._usable, bool)[order]]
         digests = np.frombuffer(self._digests, np.uint64).reshape(-1, 2)
         compare(match_equal, usable, digests)
-        if self._signer is not None:
-            compared = usable[np.frombuffer(self._has_text, bool)[usable]]
-            compared = compared[matches.other[compared] < 0]
+        compared = usable[np.frombuffer(self._has_text, bool)[usable]]
+        compared = compared[matches.other[compared] < 0]
+        if self._embeddings is not None:
+            compare(match_embeddings, compared, self._embeddings, self.threshold)
+        elif self._signer is not None:
             more = self._signer.signatures(), self._texts, self.threshold
             compare(match_similar, compared, *more)
         matches.pass_on()

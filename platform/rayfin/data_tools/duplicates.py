@@ -16,20 +16,27 @@ from rayfin.data_tools.similar import Matches
 
 
 def dedupe_data(
-    config: Config, target: Path, *, part: str = "whole", threshold: float = 0.8
+    config: Config,
+    target: Path,
+    *,
+    part: str = "whole",
+    threshold: float | None = None,
+    embedding_model: str | None = None,
 ) -> dict[str, Any]:
     """Write the rows that no earlier written row is equal or similar to, as they are, in order.
 
-    Two rows are similar where the Jaccard similarity of `part` of each is at least `threshold`; at
-    1 only equal rows are duplicates. Returns the report but for its list of the rows left out,
-    which is written beside `target` (`NAME.report.json`) with it: where each stands, the row that
-    it duplicates, and their similarity. Raises ConfigError for a threshold or part that can't be
-    used, DataError for rows that can't be used unless data.on_bad_row=skip, and StorageError where
-    `target` or the report exists.
+    Two rows are similar where the Jaccard similarity of `part` of each is at least `threshold`
+    (0.8); at 1 only equal rows are duplicates. With `embedding_model`, as model.name gives a model,
+    it is the cosine similarity of its embeddings (0.95). Returns the report but for its list of the
+    rows left out, which is written beside `target` (`NAME.report.json`) with it: where each stands,
+    the row that it duplicates, and their similarity. Raises ConfigError for a threshold or part
+    that can't be used, ModelError for such a model, DataError for rows that can't be used unless
+    data.on_bad_row=skip, and StorageError where `target` or the report exists.
     """
     report_file = check_target(target)
     stream = RowStream(config)
-    with write_errors(target), ComparedRows(target.parent, part, threshold) as rows:
+    by = part, threshold, embedding_model
+    with write_errors(target), ComparedRows(target.parent, *by) as rows:
         rows.read(stream)
         matches = rows.matches(np.arange(len(rows)))
         similar = int(np.count_nonzero(matches.other >= 0))
@@ -38,8 +45,7 @@ def dedupe_data(
             MADE_BY: "rayfin data dedupe",
             "path": config.data.path,
             "format": stream.shape,
-            "part": part,
-            "threshold": threshold,
+            **rows.comparison(),
             "rows": stream.count,
             "written": stream.count - stream.bad - similar,
             "equal": equal,

@@ -29,24 +29,27 @@ def find_leaks(
     target: Path | None = None,
     *,
     part: str | None = None,
-    threshold: float = 0.8,
+    threshold: float | None = None,
+    embedding_model: str | None = None,
 ) -> dict[str, Any]:
     """Compare each row to train on with those to evaluate on, and write the report.
 
     What is evaluated on is data.eval_path, or the data's own split for evaluation. Rows are leaks
-    where they are equal, or where the Jaccard similarity of `part` of each is at least `threshold`;
-    without `part` it is the prompt, and of plain texts the whole. With `target`, the other rows to
-    train on are written there as they are. Returns the report but for its list of the leaks.
+    where they are equal, or where the Jaccard similarity of `part` of each is at least `threshold`
+    (0.8), or with `embedding_model` the cosine similarity of its embeddings (0.95); without `part`
+    it is the prompt, and of plain texts the whole. With `target`, the other rows to train on are
+    written there as they are. Returns the report but for its list of the leaks.
     Raises UsageError where nothing is evaluated on, DataError for rows that can't be used unless
     data.on_bad_row=skip and where `target` would have no row, ConfigError for a threshold or part
-    that can't be used, and StorageError where a file exists.
+    that can't be used, ModelError for such a model, and StorageError where a file exists.
     """
     if target is not None:
         check_target(target)
     train, evaluation, errors = _streams(config)
     if part is None:
         part = "whole" if "text" in (train.shape, evaluation.shape) else "prompt"
-    with write_errors(report_file), ComparedRows(report_file.parent, part, threshold) as rows:
+    by = part, threshold, embedding_model
+    with write_errors(report_file), ComparedRows(report_file.parent, *by) as rows:
         with errors():
             rows.read(evaluation)
         held = len(rows)
@@ -61,8 +64,7 @@ def find_leaks(
             MADE_BY: "rayfin data leaks",
             "path": config.data.path,
             "eval_path": config.data.eval_path or config.data.path,
-            "part": part,
-            "threshold": threshold,
+            **rows.comparison(),
             "rows": train.count,
             "equal": equal,
             "similar": found - equal,

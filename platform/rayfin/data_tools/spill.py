@@ -7,6 +7,9 @@ import tempfile
 from array import array
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class Spill:
     """A list of byte strings in a temporary file that has no name, so that no kill leaves it."""
@@ -31,6 +34,11 @@ class Spill:
             self._flushed = len(self)
         start, end = self._ends[number], self._ends[number + 1]
         return os.pread(self._file.fileno(), end - start, start)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the number of bytes of each byte string."""
+        ends = np.array(self._ends, np.int64)
+        return ends[1:] - ends[:-1]
 
     def close(self) -> None:
         """Remove the file."""
