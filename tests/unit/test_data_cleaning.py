@@ -151,21 +151,23 @@ def test_no_row_is_lost_and_those_left_out_can_be_mended(
 def test_what_is_printed_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.csv").write_text(
         "question,answer,tag\nhow?,so\xa0,1\nwhat?,,2\ncells,two\n\x07x,y,3\ns,\ufffd,4\n"
-        '"open,x,5\nlost,y,6\n',
+        '"open,x,5\nlost,y,6\nlost,y,7\nlost,y,8\n',
         encoding="utf-8",
     )
     assert main(["data", "clean", "t.csv", "--output=t.jsonl", "data.on_bad_row=error"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("t.jsonl: 3 of 7 rows; left out: 1 empty, 3 unreadable\n")
+    assert said.startswith("t.jsonl: 3 of 9 rows; left out: 1 empty, 5 unreadable\n")
     assert "- changed: 2 rows: " in said and "special-spaces in 1" in said
     assert "- 1 row with U+FFFD, for characters that were lost before, first t.csv:6;" in said
     assert "- no effect on what is written: data.on_bad_row\n" in said
-    assert "- left out: t.csv:7: " in said and "more" not in said, "a quote left open is 2 rows"
+    assert "- left out: t.csv:7: " in said and "more" not in said, (
+        "all are told, 4 rows in one line"
+    )
     assert said.endswith("t.left_out.jsonl has the rows left out, t.report.json all reasons\n")
     assert rows_of("t.jsonl")[1] == {"question": "x", "answer": "y", "tag": "3"}
     assert rows_of("t.left_out.jsonl")[1:] == [
         {"unreadable": "cells,two"},
-        {"unreadable": '"open,x,5\nlost,y,6'},
+        {"unreadable": '"open,x,5\nlost,y,6\nlost,y,7\nlost,y,8'},
     ]
 
 

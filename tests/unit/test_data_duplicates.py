@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -311,6 +313,23 @@ def test_what_cannot_be_compared_is_refused(
     said = run(capsys, *words, code=2)
     assert says in said and said.count("\n") == 1
     assert sorted(Path().iterdir()) == before
+
+
+def test_without_room_for_temporary_files_the_remedy_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is another one where there is no output, beside which they would be."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write("two.jsonl", [pair("a"), pair("b")])
+    write("held.jsonl", [pair("b")])
+    monkeypatch.setattr(Spill, "append", full)
+    words = ["leaks", "two.jsonl", "data.eval_path=held.jsonl"]
+    assert "No space left on device); set TMPDIR to" in run(capsys, *words, code=2)
+    said = run(capsys, *words, "--output=o.jsonl", code=2)
+    assert "No space left on device); give --output a place" in said
 
 
 def test_signatures_are_those_of_datasketch() -> None:

@@ -14,13 +14,14 @@ from rayfin.config import Config
 from rayfin.data.sources import Source, find_sources, find_splits
 from rayfin.data_tools.compared_rows import ComparedRows
 from rayfin.data_tools.duplicates import incomplete_notes, is_left_out, write_without
-from rayfin.data_tools.new_files import write_errors
+from rayfin.data_tools.new_files import ELSEWHERE, write_errors
 from rayfin.data_tools.reports import check_target, write_report
 from rayfin.data_tools.row_files import MADE_BY, RowStream
 from rayfin.errors import ConfigError, DataError, UsageError
 
 _LEAKED = "evaluated"
 """The key of a report for the row evaluated on that a row to train on is equal or similar to."""
+_MORE_ROOM = "set TMPDIR to a directory with room for the rows twice over, or give --output"
 
 
 def find_leaks(
@@ -49,7 +50,8 @@ def find_leaks(
     if part is None:
         part = "whole" if "text" in (train.shape, evaluation.shape) else "prompt"
     by = part, threshold, embedding_model
-    with write_errors(report_file), ComparedRows(report_file.parent, *by) as rows:
+    remedy = _MORE_ROOM if target is None else ELSEWHERE
+    with write_errors(report_file, remedy), ComparedRows(report_file.parent, *by) as rows:
         with errors():
             rows.read(evaluation)
         held = len(rows)

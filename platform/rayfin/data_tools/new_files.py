@@ -12,6 +12,8 @@ from pathlib import Path
 from rayfin.errors import StorageError
 from rayfin.paths import unfinished_writes, write_directory_whole, write_whole
 
+ELSEWHERE = "give --output a place that you may write to and that has room"
+
 
 def check_new(*paths: Path) -> None:
     """Raise StorageError where one of these files or directories exists."""
@@ -22,14 +24,13 @@ def check_new(*paths: Path) -> None:
 
 
 @contextmanager
-def write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path, remedy: str = ELSEWHERE) -> Iterator[None]:
     """Raise a StorageError for what the system raises where `path` can't be written."""
     try:
         yield
     except OSError as error:
         raise StorageError(
-            f"'{path}' can't be written ({error.strerror or error}); give --output a place that "
-            "you may write to and that has room"
+            f"'{path}' can't be written ({error.strerror or error}); {remedy}"
         ) from error
 
 
