@@ -217,6 +217,17 @@ def test_copies_of_a_row_to_compare_with_hide_no_other(tmp_path: Path) -> None:
     texts.close()
 
 
+def test_rows_with_one_prompt_are_all_leaks_where_it_is_similar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: they are not compared with each other."""
+    monkeypatch.setattr("rayfin.data_tools.similar._MOST_IN_BUCKET", 3)
+    write("all.jsonl", [pair(ENGLISH, str(n)) for n in range(9)])
+    write("held.jsonl", [pair(f"{ENGLISH} Thanks")])
+    said = run(capsys, "leaks", "all.jsonl", "data.eval_path=held.jsonl", code=1)
+    assert "9 of 9 rows are leaks (0 equal, 9 similar)" in said and "share much" not in said
+
+
 def test_the_output_appears_last(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

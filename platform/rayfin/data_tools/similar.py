@@ -99,7 +99,7 @@ def match_similar(
     """
     if references is not None:
         rows, references = _first_of_same(rows, references, signatures)
-    buckets = _Buckets(signatures.bands, rows)
+    buckets = _Buckets(signatures.bands, rows, len(rows) if references is None else references)
     margin = _ERRORS * (threshold * (1 - threshold) / NUM_PERM) ** 0.5
     shingles = _Shingles(texts)
     for place, own in buckets:
@@ -155,7 +155,9 @@ class _Buckets:
     Rows are given as their places in `rows`.
     """
 
-    def __init__(self, bands: NDArray[np.uint32], rows: _Rows) -> None:
+    def __init__(self, bands: NDArray[np.uint32], rows: _Rows, most: int) -> None:
+        """Find the buckets of `rows`, of which at most the first `most` will be added."""
+        self._may_be_added = np.arange(len(rows)) < most
         self.divided = np.zeros(len(rows), bool)
         """Whether a row is in a bucket that was so large that it was divided."""
         members, sizes = [], []
@@ -178,14 +180,17 @@ class _Buckets:
     ) -> tuple[_Rows, NDArray[np.int64]]:
         """Return the rows in the order of their buckets of one band, and the size of each bucket.
 
-        A large bucket is divided by further bands until each part is small enough, or all of its
-        rows have all bands in common: what is much more similar than the rest stays together.
+        A bucket to which many rows may be added is divided by further bands until each part is
+        small enough, or all of its rows have all bands in common: what is much more similar than
+        the rest stays together.
         """
         keys = bands[rows, number].astype(np.uint64)
         for more in range(1, bands.shape[1] + 1):
             order = np.argsort(keys, kind="stable")
-            counts = np.diff(np.append(_starts(keys[order]), len(keys)))
-            large = order[np.repeat(counts > _MOST_IN_BUCKET, counts)]
+            starts = _starts(keys[order])
+            counts = np.diff(np.append(starts, len(keys)))
+            most = np.add.reduceat(self._may_be_added[order], starts, dtype=np.int64)
+            large = order[np.repeat(most > _MOST_IN_BUCKET, counts)]
             if not len(large) or more == bands.shape[1]:
                 break
             self.divided[large] = True
