@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,19 +81,12 @@ def test_what_nobody_means_goes_unless_it_is_kept(text: str, cleaned: str, kind:
     assert TextCleaner([kind]).clean(text) != cleaned
 
 
-def test_long_runs_take_no_longer_than_they_are() -> None:
-    """Patterns that look back or ahead at every place take 16 times as long for 4 times that."""
-    cleaner = TextCleaner()
-
-    def seconds(text: str) -> float:
-        """Of the processor: they don't depend on what else runs."""
-        begin = time.process_time()
-        cleaner.clean(text)
-        return time.process_time() - begin
-
-    for piece in ("```\n", " \t", "\n \n", "\n~~~\n```", "\x1b]", "\u200c", "\x1b[1;"):
-        short, long = (seconds(f"{piece * count}x\xad") for count in (4000, 16000))
-        assert long < 8 * short + 0.1, piece
+@pytest.mark.parametrize(
+    "piece", ["```\n", " \t", "\n \n", "\n~~~\n```", "\x1b]", "\u200c", "\x1b[1;"]
+)
+def test_long_runs_are_cleaned_in_one_pass(piece: str) -> None:
+    """A pattern that looks back or ahead at every place would not end within the test's bound."""
+    assert TextCleaner().clean(f"{piece * 300_000}\nx\xad").endswith("x")
 
 
 def test_unicode_is_normalised_on_request_only() -> None:
