@@ -90,7 +90,7 @@ def test_json_is_one_line_for_machines(sweep: Sweep, capfd: pytest.CaptureFixtur
     result = json.loads(out)
     assert set(result) == {
         "sweep_id", "interrupted", "trials", "notes", "best", "verdict", "adapter", "report",
-        "history", "failed",
+        "history", "failed", "not_comparable",
     }  # fmt: skip
     assert result["best"] == "sweep-a-4"
     assert [trial["trial_id"] for trial in result["trials"]] == ["sweep-a-4", "sweep-a-8"]

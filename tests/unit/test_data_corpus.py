@@ -162,7 +162,7 @@ def turns(*pairs: tuple[object, object]) -> dict[str, object]:
         (turns(("tool", "x")), "messages has a tool turn that follows no assistant turn"),
         (turns(("user", "x"), ("assistant", " \n")), "messages[1].content is empty"),
         (turns(("user", "x"), ("assistant", 4)), "messages[1].content must be a string, not a num"),
-        (turns(("user", "x"), ("assistant", ["y"])), "content[0] must be an object, not a string"),
+        (turns(("user", "x"), ("assistant", [7])), "content[0] must be an object, not a number"),
         (turns(("user", "x"), ("assistant", {})), "must be a string, not an object"),
         (turns(("me", "x")), "is 'me'; allowed are system, developer, user, human, pro"),
         (turns(("user", "x"), ("assistant", "\ud800")), "not valid UTF-8 text"),

@@ -162,7 +162,7 @@ def test_where_nothing_can_end_an_answer_that_is_said(chatml: ModuleType) -> Non
     assert turn_end(tokenizer) == Ends()
     data = tokenize_corpus(corpus_of(Example(messages=(USER, ANSWER))), tokenizer, 200)
     assert data.ends == Ends()
-    assert any("the model's chat template writes none" in note for note in data.profile.notes)
+    assert any("the chat template writes none" in note for note in data.profile.notes)
 
 
 def test_what_is_taught_follows_the_data(chatml: ModuleType) -> None:

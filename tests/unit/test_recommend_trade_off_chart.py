@@ -35,7 +35,7 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
     )
     feasible = Feasibility(memory=None, budget=None, latency=None)
     return Recommendation(
-        source="rules", relevance=0.5, explanation="", rule="", scenario={}, trials=0,
+        source="rules", relevance=0.5, explanation="", notes=[], rule="", scenario={}, trials=0,
         nothing_fits=None if choices else "None fits 1 GiB.",
         points=points,
         choices=[
