@@ -275,6 +275,9 @@ def test_two_workers_on_two_nodes_compute_what_one_process_does_though_one_node_
         losses = [(mine[name], other[name]) for name in mine if name.endswith("loss")]
         assert losses and all(a == pytest.approx(b, rel=1e-3) for a, b in losses)
     assert row.curve[-1]["step"] == 48
+    again = lab.rayfin("train", *settings, *published, "scaling.num_workers=2")
+    assert again.end() == 0, again.out + again.err
+    assert "already in the history" in again.out + again.err
     # The adapter that is published is fetched from the bucket.
     found = load_file(lab.root / "adapters" / "both" / "1" / "adapter_model.safetensors")
     assert one.adapter is not None

@@ -126,6 +126,8 @@ def test_a_size_is_answered_without_files_or_network(capfd: pytest.CaptureFixtur
         "a model of 8B",
         "5000 rows",
     )
+    assert main(["recommend", *SIZE, *GPU, "-k", "1", "train.num_train_epochs=3"]) == 0
+    assert "), training 3 epochs (939 steps): " in capfd.readouterr().out
     named = ("model.name=meta-llama/Llama-3.1-8B", *SIZE[2:])
     same = printed(capfd, "recommend", *named, *GPU)
     assert "published for llama3.1" in same["notes"][0]

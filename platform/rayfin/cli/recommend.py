@@ -156,7 +156,7 @@ def _print_choice(console: Any, choice: Choice) -> None:
     console.print(
         Text(
             f"   memory {show_bytes(memory.expected)} ({show_bytes(memory.low)} to "
-            f"{show_bytes(memory.high)}; {verdict}), training "
+            f"{show_bytes(memory.high)}; {verdict}), {_length(choice)}: "
             f"{show_seconds(seconds.expected)} ({show_seconds(seconds.low)} to "
             f"{show_seconds(seconds.high)})"
         )
@@ -167,6 +167,16 @@ def _print_choice(console: Any, choice: Choice) -> None:
     for trial in choice.trials:
         console.print(Text(f"   {trial.similarity:4.0%} {trial.trial_id}: {trial.summary}", "dim"))
     console.print(Text(f"   served as {choice.deployment}", style="dim"))
+
+
+def _length(choice: Choice) -> str:
+    """Return `3 epochs (27 steps)`, or the steps alone, which the training time is that of."""
+    train = choice.config["train"]
+    steps, epochs = train["max_steps"], train["num_train_epochs"]
+    counted = f"{steps} step{'' if steps == 1 else 's'}"
+    if epochs is None:
+        return f"training {counted}"
+    return f"training {epochs:g} epoch{'' if epochs == 1 else 's'} ({counted})"
 
 
 def _count(text: str) -> int:
