@@ -31,6 +31,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Ray's workers give way to all else, and would starve beside another test.
 os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Answers are compared in English, whatever the language of the machine.
+os.environ.setdefault("LC_MESSAGES", "C")
 # A shell starts what it runs in the background with Ctrl-C ignored, and all commands that tests
 # start, and interrupt, would inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:

@@ -22,6 +22,7 @@ MODULES = sorted((SOURCE / "rayfin").rglob("*.py"))
 ORDER = (
     {"redaction", "version"},
     {"errors", "section", "sizes", "metrics", "samples", "statuses"},
+    {"language"},
     {"compat"},
     {"methods"},
     {"objectives"},

@@ -92,10 +92,10 @@ def test_published_models_have_the_parameters_of_their_pages() -> None:
         ("mistralai/Mistral-7B-Instruct-v0.3", 32, "published for mistral"),
         ("microsoft/phi-4", 40, "published for phi4"),
         ("microsoft/Phi-3-mini-4k-instruct", 32, "published for phi3"),
-        ("NousResearch/Hermes-3-Llama-3.1-8B", 32, "guessed from llama3.1 of 8B"),
+        ("NousResearch/Hermes-3-Llama-3.1-8B", 32, "guessed from llama3.1-8B"),
         ("Qwen/Qwen3-30B-A3B", 58, "taken to be dense"),
         ("microsoft/Phi-4-multimodal-instruct", 19, "5.6 billion parameters, and its shapes"),
-        ("Qwen/Qwen2.5-VL-7B-Instruct", 25, "guessed from qwen2.5 of 7B"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 25, "guessed from qwen2.5-7B"),
     ],
 )
 def test_a_name_tells_family_and_size(name: str, layers: int, said: str) -> None:

@@ -16,6 +16,7 @@ from rayfin.advisor.measurements import LengthFacts
 from rayfin.advisor.published_models import published_model, size_note, usual_model
 from rayfin.config import Config
 from rayfin.errors import ConfigError
+from rayfin.language import localized
 from rayfin.models import ModelFacts, describe_model, is_hub, is_in_hub_cache, is_path
 
 _P95, _LONGEST, _KEPT = 2.0, 4.0, 3.0
@@ -110,7 +111,9 @@ class Description:
         """The line that says what is assumed of the lengths; None where their mean was not told."""
         if self.tokens_per_sample is None:
             return None
-        return (
-            f"95 % of the samples are taken to have at most {_P95 * self.tokens_per_sample:g} "
-            f"tokens, the longest {_LONGEST * self.tokens_per_sample:g}; data.path=FILE counts them"
+        return localized(
+            "95 % of the samples are taken to have at most {most:g} tokens, the longest "
+            "{longest:g}; data.path=FILE counts them",
+            most=_P95 * self.tokens_per_sample,
+            longest=_LONGEST * self.tokens_per_sample,
         )

@@ -23,11 +23,13 @@ from rayfin.advisor.candidates import (
 from rayfin.advisor.estimate import Estimate, Interval, estimate
 from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.advisor.model_sizes import format_size
+from rayfin.advisor.published_models import shown_model
 from rayfin.advisor.scenario import hardware_class
 from rayfin.config import Config, build_config
 from rayfin.config.steps import duration
 from rayfin.errors import RayfinError
 from rayfin.hardware import Hardware
+from rayfin.language import localized, localized_template
 from rayfin.methods import METHODS
 from rayfin.models.facts import ModelFacts
 from rayfin.training.precision import with_precision
@@ -156,30 +158,40 @@ def nothing_fits(
     if not fitting:
         least = min(options, key=lambda one: one.estimate.memory.expected).estimate
         memory = least.memory
-        low, about, high, room = (
-            f"{n / _GIB:.1f}" for n in (memory.low, memory.expected, memory.high, least.room)
-        )
         # What is asked of the other machines is whether anything fits, by the formula: fast.
         remedies = list(_more_room(least, known, measured, base))
-        return (
-            f"nothing fits: {known.facts.name} needs about {about} GiB at least ({low} to {high}), "
-            f"and there are {room} GiB on {known.hardware.device_name}; "
-            f"what would: {_listed(remedies)}"
+        return localized(
+            "nothing fits: {model} needs about {about:.1f} GiB at least ({low:.1f} to {high:.1f}), "
+            "and there are {room:.1f} GiB on {device}; what would: {remedies}",
+            model=shown_model(known.facts.name),
+            about=memory.expected / _GIB,
+            low=memory.low / _GIB,
+            high=memory.high / _GIB,
+            room=least.room / _GIB,
+            device=localized_template(known.hardware.device_name),
+            remedies=_listed(remedies),
         )
     if all(one.feasibility.latency is False for one in fitting):
-        return (
-            f"nothing answers in time: the first token takes {first_token.low:.3g} to "
-            f"{first_token.high:.3g} ms on {known.hardware.device_name}, more than "
-            f"--latency-target-ms {scenario.latency_target_ms:g}; use a smaller model or a faster "
-            "machine, or allow more"
+        return localized(
+            "nothing answers in time: the first token takes {low:.3g} to {high:.3g} ms on "
+            "{device}, more than --latency-target-ms {target:g}; use a smaller model or a faster "
+            "machine, or allow more",
+            low=first_token.low,
+            high=first_token.high,
+            device=localized_template(known.hardware.device_name),
+            target=scenario.latency_target_ms,
         )
     quickest = min(fitting, key=lambda one: one.estimate.seconds.high).estimate
-    low, high = (f"{n / 3600:.2g}" for n in (quickest.seconds.low, quickest.seconds.high))
     length, _ = duration(base.train.model_dump())
-    return (
-        f"nothing ends in time: the fastest takes {low} to {high} hours for "
-        f"{quickest.steps} steps, more than --budget-hours {scenario.budget_hours:g}; use "
-        f"fewer {length}, a smaller model or a faster machine, or allow more"
+    return localized(
+        "nothing ends in time: the fastest takes {low:.2g} to {high:.2g} hours for {steps} steps, "
+        "more than --budget-hours {budget:g}; use fewer {length}, a smaller model or a faster "
+        "machine, or allow more",
+        low=quickest.seconds.low / 3600,
+        high=quickest.seconds.high / 3600,
+        steps=quickest.steps,
+        budget=scenario.budget_hours,
+        length=length,
     )
 
 
@@ -193,26 +205,28 @@ def _more_room(
     free = build_config({"model": base.model.model_dump(), "data": data}, {})
     loose = [name for name in fixed if name.startswith(("method.", "train.", "data.", "scaling."))]
     if loose and (method := _fits(free, known, measured)):
-        yield f"without {', '.join(loose)} ({method} does)"
+        settings = ", ".join(loose)
+        yield localized("without {settings} ({method} does)", settings=settings, method=method)
     gpu = known.hardware.device == "cuda"
     workers = max(1, known.hardware.device_count) * 2
     while gpu and workers <= _MOST_WORKERS and "scaling.num_workers" not in fixed:
         if method := _fits(base, _with_gpus(known, workers), measured):
-            yield f"--num-gpus {workers} ({method}, sharded)"
+            yield localized("--num-gpus {count} ({method}, sharded)", count=workers, method=method)
             break
         workers *= 2
     needed = least.memory.high / _GIB + (1 if gpu else 0)
     if gpu:
         sold = next((size for size in _SOLD_GIB if size >= needed), None)
         if sold is not None:
-            yield f"a GPU of {sold} GiB"
+            yield localized("a GPU of {size} GiB", size=sold)
     else:
-        yield f"a machine with {math.ceil(needed)} GiB"
+        yield localized("a machine with {size} GiB", size=math.ceil(needed))
     facts = known.facts
     for _ in range(_HALVINGS):
         facts = _half(facts)
         if method := _fits(base, replace(known, facts=facts), measured):
-            yield f"a model of up to {format_size(facts.parameters)} ({method})"
+            size = format_size(facts.parameters)
+            yield localized("a model of up to {size} ({method})", size=size, method=method)
             break
 
 
@@ -236,7 +250,8 @@ def _fits(base: Config, known: ScenarioFacts, measured: Sequence[MeasuredTrial])
                 config = with_changes(candidate, changes).config
                 own = config.method
                 four = own.quantization_bit == 4 and not own.quantized_by_default()
-                return f"{candidate.method} over 4-bit weights" if four else candidate.method
+                name = candidate.method
+                return localized("{method} over 4-bit weights", method=name) if four else name
     return None
 
 
@@ -258,6 +273,6 @@ def _half(facts: ModelFacts) -> ModelFacts:
 
 def _listed(remedies: Sequence[str]) -> str:
     if not remedies:
-        return "a machine with more memory, or a smaller model"
+        return localized("a machine with more memory, or a smaller model")
     *rest, last = remedies
-    return f"{'; '.join(rest)}; or {last}" if rest else last
+    return localized("{others}; or {last}", others="; ".join(rest), last=last) if rest else last

@@ -29,6 +29,7 @@ from rayfin.advisor.quality_model import QualityModel, fit_hyperparameters
 from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
+from rayfin.language import localized
 from rayfin.methods import capacities
 from rayfin.metrics import score_names
 from rayfin.paths import cache_dir, write_text
@@ -90,7 +91,7 @@ class Knowledge:
         """Describe the trial at an index of the table, which a prediction rests on."""
         trial_id = self.ids[index]
         record = self.look_up(trial_id)
-        summary = "gone from the history" if record is None else _summary(record)
+        summary = localized("gone from the history") if record is None else _summary(record)
         reference = record is not None and record.scenario.get("reference") is True
         return SupportingTrial(
             trial_id=trial_id, similarity=similarity, summary=summary, reference=reference
@@ -99,7 +100,9 @@ class Knowledge:
     def scenario_of(self, index: int) -> str:
         """Return the scenario of the trial at an index of the table: `smollm2-135m on pydocs`."""
         record = self.look_up(self.ids[index])
-        return "a trial that is gone from the history" if record is None else _where(record)
+        return (
+            localized("a trial that is gone from the history") if record is None else _where(record)
+        )
 
 
 def _summary(record: TrialRecord) -> str:
@@ -113,15 +116,20 @@ def _summary(record: TrialRecord) -> str:
         for name in score_names()
         if isinstance(value := record.metrics.get(name), int | float)
     )
-    what = f"{method.get('type') or 'a trial'} {shown}".rstrip()
-    return f"{what}, {_where(record)}: {next(scores, record.error or record.status)}"
+    what = f"{method.get('type') or localized('a trial')} {shown}".rstrip()
+    return localized(
+        "{what}, {where}: {score}",
+        what=what,
+        where=_where(record),
+        score=next(scores, record.error or record.status),
+    )
 
 
 def _where(record: TrialRecord) -> str:
     """Return a trial's model and data: `smollm2-135m on pydocs`."""
-    base = _section(record, "model").get("name") or "a model"
+    base = _section(record, "model").get("name") or localized("a model")
     rows = _section(record, "data").get("path") or record.sweep_id
-    return f"{Path(str(base)).name} on {Path(str(rows)).name}"
+    return localized("{model} on {data}", model=Path(str(base)).name, data=Path(str(rows)).name)
 
 
 def _section(record: TrialRecord, name: str) -> dict[str, Any]:

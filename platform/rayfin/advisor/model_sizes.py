@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import math
 
+from rayfin.language import localized
+
 LEAST_PARAMETERS = 10_000_000
 FACTOR = 5.0
 """The largest factor between the parameters of two models whose trials count for each other."""
@@ -34,7 +36,7 @@ def is_comparable(parameters: float, other: float) -> bool:
 def format_size(parameters: float) -> str:
     """Return a number of parameters as text, such as `8 billion parameters`."""
     if parameters >= 1e9:
-        return f"{parameters / 1e9:.3g} billion parameters"
+        return localized("{size:.3g} billion parameters", size=parameters / 1e9)
     if parameters >= 1e6:
-        return f"{parameters / 1e6:.3g} million parameters"
-    return f"{parameters:,.0f} parameters"
+        return localized("{size:.3g} million parameters", size=parameters / 1e6)
+    return localized("{size:,.0f} parameters", size=parameters)

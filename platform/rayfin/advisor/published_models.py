@@ -14,6 +14,7 @@ from typing import Any
 from rayfin.advisor.model_names import facts_from_name
 from rayfin.advisor.model_sizes import format_size
 from rayfin.errors import ConfigError
+from rayfin.language import localized
 from rayfin.models.facts import ModelFacts
 from rayfin.models.sizes import sizes_of
 from rayfin.sizes import Sizes
@@ -95,14 +96,25 @@ def published_model(name: str) -> tuple[ModelFacts, str] | None:
         same = abs(math.log(said.size_b / billions)) <= math.log(_SAME_SIZE)
         if same and dense and text_alone and generation == said.generation:
             sizes = _sizes(shape)
-            return _facts(name, sizes), (
-                f"model.name: '{name}' is not here; its sizes are those published for "
-                f"{said.generation} of {format_size(sizes.parameters)}"
+            return _facts(name, sizes), localized(
+                "the sizes of {model} are those published for {family} of {size}; its files are "
+                "not here",
+                model=name,
+                family=said.generation,
+                size=format_size(sizes.parameters),
             )
     facts, like = usual_model(said.size_b, name)
-    mixture = "" if dense else "; it is taken to be dense, which says too much of its time"
-    guess = f"{_guess(facts, like)}{mixture}"
-    return facts, f"model.name: '{name}' is not here; by its name it has {guess}"
+    guess = _guess(facts, like)
+    if dense:
+        return facts, localized(
+            "by its name {model} has {guess}; its files are not here", model=name, guess=guess
+        )
+    return facts, localized(
+        "by its name {model} has {guess}, and it is taken to be dense, which says too much of its "
+        "time; its files are not here",
+        model=name,
+        guess=guess,
+    )
 
 
 def usual_model(size_b: float, name: str | None = None) -> tuple[ModelFacts, str]:
@@ -126,16 +138,23 @@ def usual_model(size_b: float, name: str | None = None) -> tuple[ModelFacts, str
     sizes = replace(
         like, num_layers=layers, linear_parameters=linear, parameters=max(round(total), linear)
     )
-    return _facts(name or f"a model of {size_b:g}B", sizes), f"{near[0]} of {near[1]:g}B"
+    return _facts(name or f"a model of {size_b:g}B", sizes), f"{near[0]}-{near[1]:g}B"
+
+
+def shown_model(name: str) -> str:
+    """Return a model's name as people are shown it."""
+    size = re.fullmatch(r"a model of (\S+)B", name)
+    return localized("a model of {size}B", size=size[1]) if size else name
 
 
 def size_note(facts: ModelFacts, like: str) -> str:
     """Return the line that says what was guessed of a model of which only the size is known."""
-    return f"the model is taken to have {_guess(facts, like)}"
+    return localized("the model is taken to have {guess}", guess=_guess(facts, like))
 
 
 def _guess(facts: ModelFacts, like: str) -> str:
-    return f"{format_size(facts.parameters)}, and its shapes are guessed from {like}"
+    size = format_size(facts.parameters)
+    return localized("{size}, and its shapes are guessed from {like}", size=size, like=like)
 
 
 def _sizes(shape: tuple[Any, ...]) -> Sizes:

@@ -36,6 +36,7 @@ from rayfin.advisor.wording import deployment, explanation, reasons, risks
 from rayfin.config import Config, format_value
 from rayfin.errors import ConfigError
 from rayfin.history import History
+from rayfin.language import current_language
 from rayfin.methods import METHODS, capacities
 
 __all__ = ["LEARNED", "ScenarioFacts", "recommend"]
@@ -93,7 +94,7 @@ def recommend(
         relevance=most,
         explanation=explanation(most, knowledge, columns, learned=learned),
         notes=list(known.notes),
-        rule=recommend_text(known.scenario, "en"),
+        rule=recommend_text(known.scenario, current_language()),
         scenario=known.scenario.as_dict(),
         trials=knowledge.trials,
         choices=[],

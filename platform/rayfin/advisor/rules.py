@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from rayfin.advisor.scenario import Scenario
-
-Language = Literal["zh", "en"]
+from rayfin.language import Language
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,7 @@ class Rule:
     zh: str
     en: str
     reason: str
+    """In English, as the next two; `rayfin.language.localized` has the Chinese."""
     risk: str
     deployment: str
 

@@ -17,6 +17,7 @@ from rayfin.advisor.quality_model import is_informative, model_size
 from rayfin.advisor.rules import Rule
 from rayfin.advisor.scenario import Scenario
 from rayfin.advisor.trial_table import ScenarioTrials
+from rayfin.language import localized
 from rayfin.methods import METHODS
 
 
@@ -24,23 +25,38 @@ def explanation(
     relevance: float, knowledge: Knowledge, columns: Mapping[str, float], *, learned: bool
 ) -> str:
     """Return what a recommendation rests on; for the rules, also how far the nearest trials are."""
-    trials = f"{knowledge.trials} trials of the history and {knowledge.reference} of the reference"
-    doubt = f"{relevance:.0%} of the doubt about which settings are better"
+    trials = localized(
+        "{history} trials of the history and {reference} of the reference",
+        history=knowledge.trials,
+        reference=knowledge.reference,
+    )
     groups = list(knowledge.quality_model.groups.values())
     near = [group for group in groups if is_informative(group, columns)]
     if learned:
         settings = sum(len(group) for group in near)
         models = len({_model(group) for group in near})
-        return (
-            f"learned from {settings} settings tried with {models} model{'s' * (models > 1)} of "
-            f"about this size, among {trials}; they take away {doubt} here"
+        return localized(
+            "learned from {settings} settings tried with {models} model{plural} of about this "
+            "size, among {trials}; they take away {relevance:.0%} of the doubt about which "
+            "settings are better here",
+            settings=settings,
+            models=models,
+            plural="s" * (models > 1),
+            trials=trials,
+            relevance=relevance,
         )
     if near:
-        return (
-            f"the rules: {trials} say next to nothing about this scenario (they take away {doubt})"
+        return localized(
+            "the rules: {trials} say next to nothing about this scenario (they take away "
+            "{relevance:.0%} of the doubt about which settings are better)",
+            trials=trials,
+            relevance=relevance,
         )
-    far = _nearest(knowledge, groups, columns)
-    return f"the rules: {trials} say nothing about a model of this size{far}"
+    return localized(
+        "the rules: {trials} say nothing about a model of this size{far}",
+        trials=trials,
+        far=_nearest(knowledge, groups, columns),
+    )
 
 
 def _nearest(
@@ -48,17 +64,25 @@ def _nearest(
 ) -> str:
     """Return ` (8 billion parameters): the nearest is …`, as far as that is known."""
     size = 10.0 ** columns["parameters"]
-    here = f" ({format_size(size)})" if size > 0 else ""
+    here = localized(" ({size})", size=format_size(size)) if size > 0 else ""
     known = [group for group in groups if model_size(group) > 0 and not is_toy(model_size(group))]
     if not known or not size > 0:
         return here
     away = [abs(math.log(model_size(group) / size)) for group in known]
     group = known[int(np.argmin(away))]
     times = size / model_size(group)
-    far = f"{times:.3g} times smaller" if times > 1 else f"{1 / times:.3g} times larger"
-    return (
-        f"{here}: the nearest, {knowledge.scenario_of(int(group.first[0]))}, is {far}, and "
-        f"settings carry over within a factor of {FACTOR:g}"
+    far = (
+        localized("{times:.3g} times smaller", times=times)
+        if times > 1
+        else localized("{times:.3g} times larger", times=1 / times)
+    )
+    return localized(
+        "{here}: the nearest, {nearest}, is {far}, and settings carry over within a factor of "
+        "{factor:g}",
+        here=here,
+        nearest=knowledge.scenario_of(int(group.first[0])),
+        far=far,
+        factor=FACTOR,
     )
 
 
@@ -77,29 +101,38 @@ def reasons(
     """Return what speaks for a candidate, of which `number` are recommended before it."""
     found = []
     if number:
-        found.append("covers for where those before it go wrong")
+        found.append(localized("covers for where those before it go wrong"))
     own = option.config.method
     if own.quantization_bit is not None and not own.quantized_by_default():
-        found.append("4-bit weights make room for it")
+        found.append(localized("4-bit weights make room for it"))
     elif option.method in rule.methods:
-        found.append(rule.reason)
+        found.append(localized(rule.reason))
     if supporting and supporting[0].similarity > 0.5:
-        found.append(f"much like trial {supporting[0].trial_id}: {supporting[0].summary}")
+        near = supporting[0]
+        found.append(
+            localized("much like trial {trial}: {what}", trial=near.trial_id, what=near.summary)
+        )
     if predictions.shortfall.high < 0.25:
-        found.append("expected near the best known, with little doubt")
+        found.append(localized("expected near the best known, with little doubt"))
     return found
 
 
 def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estimate) -> list[str]:
     """Return what speaks against a candidate."""
-    found = [rule.risk] if rule.risk and option.method in rule.methods else []
+    found = [localized(rule.risk)] if rule.risk and option.method in rule.methods else []
     if predictions.divergence is not None and predictions.divergence >= 0.1:
-        found.append(f"{predictions.divergence:.0%} of settings like it diverge")
+        chance = predictions.divergence
+        found.append(localized("{chance:.0%} of settings like it diverge", chance=chance))
     if predictions.shortfall.high - predictions.shortfall.low > 0.5:
-        found.append("little is known of such settings here: its interval is wide")
+        found.append(localized("little is known of such settings here: its interval is wide"))
     if taken.fits is not True:
-        needs, has = (f"{n / 2**30:.1f}" for n in (taken.memory.expected, taken.room))
-        found.append(f"may not fit the device's memory: expected are {needs} of {has} GiB")
+        found.append(
+            localized(
+                "may not fit the device's memory: expected are {needs:.1f} of {has:.1f} GiB",
+                needs=taken.memory.expected / 2**30,
+                has=taken.room / 2**30,
+            )
+        )
     return found
 
 
@@ -107,11 +140,11 @@ def deployment(option: Candidate, scenario: Scenario, rule: Rule) -> str:
     """Return how to deploy the adapter."""
     method = METHODS[option.method]
     if scenario.latency == "strict" and scenario.hardware == "multi_gpu":
-        return rule.deployment
+        return localized(rule.deployment)
     if method.changes_base:
-        return "a base model of its own"
+        return localized("a base model of its own")
     if option.config.method.quantization_bit == 4:
-        return "beside other adapters on the 4-bit base (engine.quantization_bit=4)"
+        return localized("beside other adapters on the 4-bit base (engine.quantization_bit=4)")
     if scenario.latency == "strict" and method.merging:
-        return "merged into its base model, or an adapter in a shared deployment"
-    return "an adapter in a shared deployment, switched per request"
+        return localized("merged into its base model, or an adapter in a shared deployment")
+    return localized("an adapter in a shared deployment, switched per request")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
+
+from rayfin.language import Language
 
 _HARDWARE = ("cpu", "single_gpu", "multi_gpu")
 _OPTIONS = {
@@ -22,6 +24,16 @@ def add_described(parser: argparse.ArgumentParser) -> None:
     for name, (kind, meaning) in _OPTIONS.items():
         choices = _HARDWARE if name == "hardware" else None
         parser.add_argument(f"--{name}", type=kind, choices=choices, metavar="X", help=meaning)
+
+
+def add_language(parser: argparse.ArgumentParser) -> None:
+    """Add --lang, the language of the answer."""
+    parser.add_argument(
+        "--lang",
+        choices=get_args(Language),
+        metavar="X",
+        help="zh or en, the language of the answer; default: the locale's",
+    )
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:

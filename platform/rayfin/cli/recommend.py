@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayfin.cli.described import add_described, described, values_of
+from rayfin.cli.described import add_described, add_language, described, values_of
 from rayfin.cli.parser import print_json
 from rayfin.cli.settings import add_settings, split_settings
+from rayfin.language import answering_in, locale_language
 
 if TYPE_CHECKING:
     from rayfin.advisor.answer import Choice, Recommendation
@@ -42,6 +43,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--scaffold", type=Path, metavar="DIR", help="write configurations to train, sweep, serve"
     )
+    add_language(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.epilog = (
         f"Example: {parser.prog} model.name=smollm2-135m data.path=my.jsonl --scaffold mine. What "
@@ -59,6 +61,11 @@ def run(args: argparse.Namespace) -> int:
     With --json the answer is printed either way, its `nothing_fits` the same line. Nothing is
     trained, and nothing is written where nothing fits.
     """
+    with answering_in(args.lang or locale_language()):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from rayfin.config import load_config
     from rayfin.errors import NothingFits
     from rayfin.library import advice

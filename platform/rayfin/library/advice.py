@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rayfin.errors import ConfigError, did_you_mean
+from rayfin.language import Language, answering_in, check_language, localized
 from rayfin.library.experiment import ConfigSource, configuration, read_data
 from rayfin.library.messages import notes_to
 from rayfin.library.process import prepare_process
@@ -44,6 +45,7 @@ def recommend(
     model_size_b: float | None = None,
     rows: int | None = None,
     tokens_per_sample: float | None = None,
+    lang: Language = "en",
     progress: bool = True,
 ) -> Recommendation:
     """Recommend `k` configurations for a model, data and hardware, learned from all trials.
@@ -58,6 +60,7 @@ def recommend(
     - `model_size_b`: billions of parameters, in place of model.name.
     - `rows`: the number of training samples, in place of data.path, with a mean length of
       `tokens_per_sample`.
+    - `lang`: en or zh, the language of the sentences.
     - `progress`: tell on standard error what there is to know of the data, else in the log.
 
     Where nothing fits, `choices` is empty and `nothing_fits` says what would. Nothing is trained or
@@ -75,7 +78,9 @@ def recommend(
         "rows": rows,
         "tokens_per_sample": tokens_per_sample,
     }
-    return answer(*scenario_of(configuration(config), known, progress=progress), k)
+    check_language(lang)
+    with answering_in(lang):
+        return answer(*scenario_of(configuration(config), known, progress=progress), k)
 
 
 def _choices() -> Mapping[str, tuple[str, ...]]:
@@ -167,14 +172,20 @@ def _scenario(
     notes = []
     if told.get("hardware") == "multi_gpu" and "num_gpus" not in told:
         found["num_gpus"] = max(2, machine.device_count)
-        notes.append(f"{found['num_gpus']} GPUs are assumed; num_gpus says how many")
+        count = found["num_gpus"]
+        notes.append(localized("{count} GPUs are assumed; num_gpus says how many", count=count))
     scenario = Scenario.detect(use_gpu=use_gpu, **found, **told)
     if scenario.hardware == "cpu":
         memory = machine.host_memory
         return scenario, replace(machine, device="cpu", device_memory=memory, device_count=0), notes
     if scenario.gpu_memory_gb is None:
         scenario = replace(scenario, gpu_memory_gb=_ASSUMED_GIB)
-        notes.append(f"each GPU is taken to have {_ASSUMED_GIB:g} GiB; gpu_memory_gb says how many")
+        notes.append(
+            localized(
+                "each GPU is taken to have {size:g} GiB; gpu_memory_gb says how many",
+                size=_ASSUMED_GIB,
+            )
+        )
     hardware = replace(
         machine,
         device="cuda",

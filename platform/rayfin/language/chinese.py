@@ -1,0 +1,156 @@
+"""The Chinese of each English sentence of an answer, with the same figures.
+
+A figure in braces is filled in by `rayfin.language.localized`. Words that are typed, such as
+settings, options and names of methods, stay as they are; so do units.
+"""
+
+from __future__ import annotations
+
+CHINESE = {
+    # --- what it rests on
+    "{history} trials of the history and {reference} of the reference": (
+        "历史中的 {history} 个试验和 {reference} 个参考试验"
+    ),
+    "learned from {settings} settings tried with {models} model{plural} of about this size, among "
+    "{trials}; they take away {relevance:.0%} of the doubt about which settings are better here": (
+        "学自{trials}，其中 {models} 个规模相近的模型试过 {settings} 组设置；"
+        "它们消除了此处“哪些设置更好”的 {relevance:.0%} 的不确定性"
+    ),
+    "the rules: {trials} say next to nothing about this scenario (they take away {relevance:.0%} "
+    "of the doubt about which settings are better)": (
+        "依据规则：{trials}对此场景几乎没有参考价值"
+        "（只消除了“哪些设置更好”的 {relevance:.0%} 的不确定性）"
+    ),
+    "the rules: {trials} say nothing about a model of this size{far}": (
+        "依据规则：{trials}不能说明这一规模的模型{far}"
+    ),
+    " ({size})": "（{size}）",
+    "{times:.3g} times smaller": "比它小 {times:.3g} 倍",
+    "{times:.3g} times larger": "比它大 {times:.3g} 倍",
+    "{here}: the nearest, {nearest}, is {far}, and settings carry over within a factor of "
+    "{factor:g}": "{here}：最接近的是 {nearest}，{far}，而设置只在 {factor:g} 倍以内可以沿用",
+    "a trial that is gone from the history": "已不在历史中的试验",
+    "gone from the history": "已不在历史中",
+    "a trial": "试验",
+    "a model": "某模型",
+    "a model of {size}B": "{size}B 模型",
+    "{model} on {data}": "{data} 上的 {model}",
+    "{what}, {where}: {score}": "{what}，{where}：{score}",
+    # --- what was guessed
+    "{size:.3g} billion parameters": "{size:.3g}B 参数",
+    "{size:.3g} million parameters": "{size:.3g}M 参数",
+    "{size:,.0f} parameters": "{size:,.0f} 个参数",
+    "the model is taken to have {guess}": "假定模型有 {guess}",
+    "{size}, and its shapes are guessed from {like}": "{size}，各层形状参照 {like} 估计",
+    "the sizes of {model} are those published for {family} of {size}; its files are not here": (
+        "{model} 的尺寸取自已发布的 {family}（{size}）；其文件不在本机"
+    ),
+    "by its name {model} has {guess}; its files are not here": (
+        "按名称推断，{model} 有 {guess}；其文件不在本机"
+    ),
+    "by its name {model} has {guess}, and it is taken to be dense, which says too much of its "
+    "time; its files are not here": (
+        "按名称推断，{model} 有 {guess}，并按稠密模型计算，时间会高估；其文件不在本机"
+    ),
+    "95 % of the samples are taken to have at most {most:g} tokens, the longest {longest:g}; "
+    "data.path=FILE counts them": (
+        "假定 95 % 的样本不超过 {most:g} 个 token，最长 {longest:g} 个；data.path=FILE 可实际统计"
+    ),
+    "{count} GPUs are assumed; num_gpus says how many": (
+        "假定有 {count} 块 GPU；可用 num_gpus 指定"
+    ),
+    "each GPU is taken to have {size:g} GiB; gpu_memory_gb says how many": (
+        "假定每块 GPU 有 {size:g} GiB 显存；可用 gpu_memory_gb 指定"
+    ),
+    # --- for and against a choice
+    "covers for where those before it go wrong": "在前面的方案失效时兜底",
+    "4-bit weights make room for it": "4 位权重为它腾出显存",
+    "much like trial {trial}: {what}": "与试验 {trial} 很相似：{what}",
+    "expected near the best known, with little doubt": "预计接近已知最佳，且把握较大",
+    "{chance:.0%} of settings like it diverge": "类似的设置有 {chance:.0%} 会发散",
+    "little is known of such settings here: its interval is wide": (
+        "对此处的这类设置所知甚少：区间很宽"
+    ),
+    "may not fit the device's memory: expected are {needs:.1f} of {has:.1f} GiB": (
+        "显存可能不够：预计需要 {needs:.1f}，共有 {has:.1f} GiB"
+    ),
+    "without a GPU the base model's forward pass is nearly all of the time, so that few trainable "
+    "parameters and a small model are what helps": (
+        "没有 GPU 时，时间几乎都花在基座模型的前向计算上，可训练参数少、模型小才有用"
+    ),
+    "4-bit weights save memory on CPU but no time; P-Tuning needs more steps than LoRA": (
+        "4 位权重在 CPU 上省内存但不省时间；P-Tuning 需要的步数比 LoRA 多"
+    ),
+    "4-bit weights and recomputed activations leave memory for large batches, which a long run "
+    "over much data needs most": (
+        "4 位权重和激活重计算为大批次留出显存，数据多、训练久时最需要这一点"
+    ),
+    "4-bit products and recomputed activations each cost time for every step": (
+        "4 位乘法和激活重计算都会让每一步变慢"
+    ),
+    "the base fits in its own precision, and with little data the adapter's capacity is not what "
+    "limits it": "基座模型以原精度就放得下，而数据少时，适配器容量不是瓶颈",
+    "small data overfit: watch the evaluation loss, and stop early": (
+        "数据少容易过拟合：关注评估损失，及早停止"
+    ),
+    "answers that are waited for need several GPUs at inference, or a smaller model": (
+        "有人等待的回答需要多 GPU 推理，或更小的模型"
+    ),
+    "4 bits save memory, and cost time to the first token on some GPUs; a distilled model has to "
+    "be evaluated as a new one": (
+        "4 位量化省显存，但在部分 GPU 上会延长首 token 时间；蒸馏出的模型要当作新模型重新评估"
+    ),
+    "several GPUs hold the base in its own precision, and each step's batch is shared": (
+        "多块 GPU 以原精度就放得下基座模型，每一步的批次由它们分担"
+    ),
+    "many workers make the batch larger, and with it the learning rate that fits": (
+        "工作进程越多批次越大，合适的学习率也随之变大"
+    ),
+    "the scenario does not say enough": "场景信息不足",
+    # --- how to deploy it
+    "one base model with 8-bit weights (engine.weights=int8) and the adapter beside": (
+        "一个 8 位权重的基座模型（engine.weights=int8），旁挂适配器"
+    ),
+    "the 4-bit base that it was trained on (engine.quantization_bit=4)": (
+        "训练时所用的 4 位基座模型（engine.quantization_bit=4）"
+    ),
+    "several replicas (deployment.replicas), or a distilled model of its own": (
+        "多个副本（deployment.replicas），或单独部署蒸馏出的模型"
+    ),
+    "a base model of its own": "单独部署为一个完整模型",
+    "beside other adapters on the 4-bit base (engine.quantization_bit=4)": (
+        "与其他适配器共用 4 位基座模型（engine.quantization_bit=4）"
+    ),
+    "merged into its base model, or an adapter in a shared deployment": (
+        "合并进基座模型，或作为共享部署中的适配器"
+    ),
+    "an adapter in a shared deployment, switched per request": (
+        "作为共享部署中的适配器，按请求切换"
+    ),
+    # --- where nothing fits
+    "nothing fits: {model} needs about {about:.1f} GiB at least ({low:.1f} to {high:.1f}), and "
+    "there are {room:.1f} GiB on {device}; what would: {remedies}": (
+        "没有方案放得下：{model} 至少约需 {about:.1f} GiB（{low:.1f} 至 {high:.1f}），"
+        "而 {device} 有 {room:.1f} GiB；可行的办法：{remedies}"
+    ),
+    "nothing answers in time: the first token takes {low:.3g} to {high:.3g} ms on {device}, more "
+    "than --latency-target-ms {target:g}; use a smaller model or a faster machine, or allow more": (
+        "没有方案满足时延：在 {device} 上首 token 需要 {low:.3g} 至 {high:.3g} ms，"
+        "超过 --latency-target-ms {target:g}；请换更小的模型或更快的机器，或放宽限制"
+    ),
+    "nothing ends in time: the fastest takes {low:.2g} to {high:.2g} hours for {steps} steps, more "
+    "than --budget-hours {budget:g}; use fewer {length}, a smaller model or a faster machine, or "
+    "allow more": (
+        "没有方案能按时训练完：最快的 {steps} 步也要 {low:.2g} 至 {high:.2g} 小时，"
+        "超过 --budget-hours {budget:g}；请减小 {length}，换更小的模型或更快的机器，或放宽限制"
+    ),
+    "a GPU": "GPU",
+    "without {settings} ({method} does)": "去掉 {settings}（{method} 即可）",
+    "--num-gpus {count} ({method}, sharded)": "--num-gpus {count}（{method}，分片）",
+    "a GPU of {size} GiB": "一块 {size} GiB 的 GPU",
+    "a machine with {size} GiB": "一台有 {size} GiB 内存的机器",
+    "a model of up to {size} ({method})": "不超过 {size}的模型（{method}）",
+    "{method} over 4-bit weights": "4 位权重上的 {method}",
+    "a machine with more memory, or a smaller model": "内存更大的机器，或更小的模型",
+    "{others}; or {last}": "{others}；或{last}",
+}
