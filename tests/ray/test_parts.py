@@ -30,7 +30,7 @@ from rayfin.methods import MethodConfig
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
 from rayfin.tuning import cluster, end_with_driver, tune, worker
-from rayfin.tuning.asha import scheduler
+from rayfin.tuning.early_stopping import scheduler
 from rayfin.tuning.cluster import even_share
 from rayfin.tuning.hooks import TuneRecorder
 from rayfin.tuning.lost_nodes import LostNodeWatch
@@ -125,7 +125,7 @@ def test_asha_goes_on_with_the_rungs_of_known_trials(
     plan = with_sweep(plan, metric=metric)
     curve = [{"step": step, "eval_loss": 1.0, "exact_match": 0.5} for step in (2, 4, 6, 8)]
     known = [ended(plan, r, curve=curve, scenario={"data": profile}) for r in (2, 4, 8)]
-    asha = scheduler(plan, known)
+    asha = scheduler(plan, known, NO_HISTORY)
     assert heard(asha, plan, "weak", {"step": 2, metric: weak}) == "STOP"
     assert heard(asha, plan, "strong", {"step": 2, metric: strong}) == "CONTINUE"
 
@@ -147,7 +147,7 @@ def test_asha_compares_only_trials_that_were_scored_on_the_same_tokens(plan: Swe
     known = [
         ended(plan, r, curve=curve, scenario={"data": {"eval_digest": "a"}}) for r in (2, 4, 8)
     ]
-    asha = scheduler(plan, known)
+    asha = scheduler(plan, known, NO_HISTORY)
     for loss in (9.0, 8.0, 7.0):  # of other tokens than those before, and better and better
         assert heard(asha, plan, f"b {loss}", {"step": 2, "eval_loss": loss}, "b") == "CONTINUE"
     assert heard(asha, plan, "b 9.5", {"step": 2, "eval_loss": 9.5}, "b") == "STOP"
@@ -172,7 +172,7 @@ def test_asha_compares_trials_of_epochs_at_shares_of_their_own_steps(
     settings = plan.config.model_dump(exclude_unset=True)
     plan = dataclasses.replace(plan, config=Config.model_validate(settings | {"train": train}))
     plan = with_sweep(plan, **sweep)
-    asha = scheduler(plan, []).of("any")
+    asha = scheduler(plan, [], NO_HISTORY).of("any")
     (bracket,) = asha._brackets
     assert (asha._time_attr, [at for at, _ in bracket._rungs]) == (unit, pytest.approx(rungs))
 

@@ -55,13 +55,17 @@ class SweepConfig(Section):
     search: Literal["auto", "advisor", "tpe", "random", "grid"] = "auto"
     """Where the next trial comes from; auto is the advisor where it knows all axes, and past trials
     say anything about them, else Optuna's TPE."""
-    scheduler: Literal["asha", "none"] = "asha"
-    """Stop weak trials early, or run all to the end."""
+    scheduler: Literal["asha", "predictive", "none"] = "asha"
+    """Stop weak trials early: those behind most others (asha), or those whose curve says that they
+    will end worse than the best (predictive). Or run all to the end."""
     grace_period: Interval | None = None
-    """Steps, or below 1 the share of its own, that each trial may run before ASHA can stop it; null
-    takes train.eval_steps."""
+    """Steps, or below 1 the share of its own, that each trial may run before it can be stopped;
+    null takes train.eval_steps."""
     reduction_factor: int = Field(3, ge=2)
     """ASHA keeps one in this many at each rung."""
+    wrong_stop_rate: float = Field(0.05, gt=0, lt=0.5)
+    """The predictive scheduler stops a trial when the probability that it ends better than the best
+    is below this."""
     max_concurrent_trials: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Trials at a time; auto is one a GPU, or one on CPU."""
     max_failures: int = Field(1, ge=0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import ray.tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from rayfin.compat.ray_tune import count_deaths_as_failures
@@ -77,37 +77,58 @@ class TuneSearcher(_Unpickled, Searcher):
         """Do nothing; see `save`."""
 
 
-class ComparableAsha(_Unpickled, FIFOScheduler):
-    """ASHA that compares a trial only with trials that were scored on the same held-out samples.
+class EarlyStopping(Protocol):
+    """What stops trials that compare with each other: a part of what Ray's schedulers do."""
 
-    Each such group of trials has an ASHA of its own; a trial joins one by its first evaluation.
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None: ...
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str: ...
+
+    def on_trial_complete(
+        self, tune_controller: Any, trial: Any, result: dict[str, Any]
+    ) -> None: ...
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None: ...
+
+
+S = TypeVar("S", bound=EarlyStopping)
+
+
+class ComparableScheduler(_Unpickled, FIFOScheduler, Generic[S]):
+    """Early stopping that compares trials only where they were scored on the same samples.
+
+    Each such group of trials has a scheduler of its own; a trial joins one by its first evaluation.
     """
 
-    def __init__(self, metric: str, new: Callable[[], AsyncHyperBandScheduler]) -> None:
+    def __init__(self, metric: str, new: Callable[[], S]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._score, self._new = metric, new
-        self._by_group: dict[str, AsyncHyperBandScheduler] = {}
-        self._joined: dict[str, AsyncHyperBandScheduler] = {}
+        self._by_group: dict[str, S] = {}
+        self._joined: dict[str, S] = {}
 
-    def of(self, group: str) -> AsyncHyperBandScheduler:
-        """Return the ASHA of a group of trials, by its `comparison_group`."""
+    def of(self, group: str) -> S:
+        """Return the scheduler of a group of trials, by its `comparison_group`."""
         if group not in self._by_group:
             self._by_group[group] = self._new()
         return self._by_group[group]
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        asha = self._asha_of(tune_controller, trial, result)
-        return str(asha.on_trial_result(tune_controller, trial, result)) if asha else self.CONTINUE
+        own = self._scheduler_of(tune_controller, trial, result)
+        return str(own.on_trial_result(tune_controller, trial, result)) if own else self.CONTINUE
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        if (asha := self._asha_of(tune_controller, trial, result)) is not None:
-            asha.on_trial_complete(tune_controller, trial, result)
+        if (own := self._scheduler_of(tune_controller, trial, result)) is not None:
+            own.on_trial_complete(tune_controller, trial, result)
             del self._joined[trial.trial_id]
 
-    def _asha_of(
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        if (own := self._joined.pop(trial.trial_id, None)) is not None:
+            own.on_trial_error(tune_controller, trial)
+
+    def _scheduler_of(
         self, tune_controller: Any, trial: Trial, result: dict[str, Any]
-    ) -> AsyncHyperBandScheduler | None:
-        """Return the ASHA that a trial has joined; None for a result without a score."""
+    ) -> S | None:
+        """Return the scheduler that a trial has joined; None for a result without a score."""
         if self._score not in result:
             return None
         if trial.trial_id not in self._joined:
@@ -122,9 +143,9 @@ class ComparableAsha(_Unpickled, FIFOScheduler):
                 earlier = comparison_group(stage, known, self._score)
                 if group not in self._by_group and earlier in self._by_group:
                     self._by_group[group] = self._by_group.pop(earlier)
-            asha = self.of(group)
-            asha.on_trial_add(tune_controller, trial)
-            self._joined[trial.trial_id] = asha
+            own = self.of(group)
+            own.on_trial_add(tune_controller, trial)
+            self._joined[trial.trial_id] = own
         return self._joined[trial.trial_id]
 
 

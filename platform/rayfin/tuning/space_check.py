@@ -105,8 +105,9 @@ def _rescored(space: SearchSpace) -> list[str]:
     if kept and (others := _shares_of_samples(config.train.stage)):
         which = "it" if metric in others else f"sweep.metric={others[0]}"
         more = f"; {which} compares across {listed(kept)} where answers are single and none is cut"
-    asha, learns = config.sweep.scheduler == "asha", config.sweep.search not in ("grid", "random")
-    who = ["ASHA"] * asha + ["the search"] * learns + ["the choice of the best"]
+    learns = config.sweep.search not in ("grid", "random")
+    stopping = {"asha": ["ASHA"], "predictive": ["early stopping"], "none": []}
+    who = stopping[config.sweep.scheduler] + ["the search"] * learns + ["the choice of the best"]
     return [
         f"{listed(axes)} {'decides' if len(axes) == 1 else 'decide'} which held-out tokens are "
         f"scored: {listed(who)} {'compares' if len(who) == 1 else 'compare'} {metric} only among "

@@ -1,4 +1,5 @@
-"""Early stopping of weak trials: Ray Tune's ASHA, on the rungs that past trials have reached."""
+"""Early stopping of weak trials: Ray Tune's ASHA on the rungs that past trials have reached, or by
+what their curves say."""
 
 from __future__ import annotations
 
@@ -8,15 +9,17 @@ from typing import Any
 
 from rayfin.compat.ray_tune import record_rung
 from rayfin.config.steps import share_of_steps
-from rayfin.history import TrialRecord
+from rayfin.history import History, TrialRecord
 from rayfin.history.comparable import comparison_groups
+from rayfin.history.record import finite
 from rayfin.metrics import score_of
 from rayfin.tuning.plan import SweepPlan
+from rayfin.tuning.predictive import stopping_for
 from rayfin.tuning.space import ends_of
 
 
-def scheduler(plan: SweepPlan, known: Sequence[TrialRecord]) -> Any:
-    """Return ASHA with its rungs as `known` trials left them, or no early stopping at all.
+def scheduler(plan: SweepPlan, known: Sequence[TrialRecord], history: History) -> Any:
+    """Return a sweep's early stopping as its `known` trials left it: ASHA with their rungs, say.
 
     A trial is compared with those that were scored on the same held-out samples: see
     `rayfin.history.comparable`.
@@ -27,11 +30,19 @@ def scheduler(plan: SweepPlan, known: Sequence[TrialRecord]) -> Any:
     """
     from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 
-    from rayfin.tuning.hooks import ComparableAsha
+    from rayfin.tuning.hooks import ComparableScheduler
 
     sweep, train = plan.config.sweep, plan.config.train
     if sweep.scheduler == "none":
         return FIFOScheduler()
+    groups = comparison_groups(known, sweep.metric)
+    if sweep.scheduler == "predictive":
+        predictive = ComparableScheduler(sweep.metric, stopping_for(plan, history))
+        for row, group in zip(known, groups, strict=True):
+            value = finite(row.metrics.get(sweep.metric))
+            if row.status == "finished" and value is not None:
+                predictive.of(group).finished(value)
+        return predictive
     epochs = train.num_train_epochs is not None or _EPOCHS in sweep.parameters
     in_shares = epochs if sweep.grace_period is None else sweep.grace_period < 1
     longest = longest_trial(plan)
@@ -53,9 +64,9 @@ def scheduler(plan: SweepPlan, known: Sequence[TrialRecord]) -> Any:
             **times,
         )
 
-    asha = ComparableAsha(sweep.metric, new)
+    asha = ComparableScheduler(sweep.metric, new)
     metric = score_of(sweep.metric)
-    for row, group in zip(known, comparison_groups(known, sweep.metric), strict=True):
+    for row, group in zip(known, groups, strict=True):
         for point in row.curve:
             if (value := metric.at(point)) is not None:
                 step = point["step"]

@@ -1,0 +1,125 @@
+"""Early stopping of trials that almost surely end worse than the best one, by their curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rayfin.config.steps import share_of_steps
+from rayfin.history import History
+from rayfin.metrics import score_of
+from rayfin.training.spec import TrialResult
+from rayfin.tuning.curves import Curve, CurveBank, Ending, reference_curves
+from rayfin.tuning.plan import RESULT, TRIAL, PlannedTrial, SweepPlan
+
+_LEARNED = 400
+"""So many of the history's newest finished trials lend their curves."""
+_RIVAL_SHARES = tuple((place + 0.5) / 10 for place in range(10))
+"""The quantiles that stand for what a running trial may come to."""
+
+
+class PredictiveStopping:
+    """Stops a trial whose probability to end better than the best is below a stated rate.
+
+    The best is the best finished trial's score, or what a running trial is predicted to come to.
+    As each stop is made at a probability below `rate`, of the trials that are stopped at most that
+    share would have ended better, where the predictions hold what they say.
+
+    It takes the place of one of Ray's schedulers in `ComparableScheduler`: its trials were all
+    scored on the same held-out samples.
+    """
+
+    def __init__(self, bank: CurveBank, metric: str, *, rate: float, grace: float) -> None:
+        """`grace`: steps, or below 1 the share of its own, before which no trial is stopped."""
+        self._bank, self._metric, self._rate, self._grace = bank, metric, rate, grace
+        self._sign = score_of(metric).sign
+        self._best = math.inf
+        self._running: dict[str, Ending] = {}
+
+    def finished(self, value: float) -> None:
+        """Take the score of a trial that has finished."""
+        self._best = min(self._best, self._sign * value)
+
+    def chance(self, name: str, curve: Curve) -> float | None:
+        """Return an upper bound of the probability that a running trial ends as the best.
+
+        None where nothing can be said. The trial counts as a rival of the others from now on.
+        """
+        ending = self._bank.ending(curve)
+        if ending is None:
+            return None
+        self._running[name] = ending
+        chances = [ending.below(self._best)] if math.isfinite(self._best) else []
+        for other, rival in self._running.items():
+            if other != name:
+                ends = [rival.quantile(share) for share in _RIVAL_SHARES]
+                chances.append(sum(map(ending.below, ends)) / len(ends))
+        return min(chances, default=1.0)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Do nothing: a trial is known by its first evaluation."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+        """Return STOP or CONTINUE, as Tune has them."""
+        planned: PlannedTrial = trial.config[TRIAL]
+        told: TrialResult = result[RESULT]
+        steps = told.max_steps or planned.spec.train.max_steps
+        curve = _curve(planned, told, steps, self._metric)
+        if curve is None:
+            return "CONTINUE"
+        chance = self.chance(trial.trial_id, curve)
+        at = result["step"] if self._grace >= 1 else share_of_steps(result["step"], steps)
+        if chance is None or chance >= self._rate or at < self._grace:
+            return "CONTINUE"
+        self._running.pop(trial.trial_id)
+        return "STOP"
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
+        """Take the score of a trial that has run to its end; others are rivals no more."""
+        self._running.pop(trial.trial_id, None)
+        told: TrialResult = result[RESULT]
+        value = result.get(self._metric)
+        if told.status != "finished" or value is None or not math.isfinite(value):
+            return
+        self.finished(value)
+        planned: PlannedTrial = trial.config[TRIAL]
+        curve = _curve(planned, told, told.max_steps or planned.spec.train.max_steps, self._metric)
+        if curve is not None:
+            self._bank.add(curve)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Forget a trial that failed."""
+        self._running.pop(trial.trial_id, None)
+
+
+def _curve(planned: PlannedTrial, told: TrialResult, steps: int, metric: str) -> Curve | None:
+    train = {"max_steps": steps, "lr_scheduler_type": planned.spec.train.lr_scheduler_type}
+    row = {"spec": {"train": train}, "curve": told.curve, "metrics": told.metrics}
+    return Curve.of(row, metric, ended=False)
+
+
+def stopping_for(plan: SweepPlan, history: History) -> Callable[[], PredictiveStopping]:
+    """Return what makes the early stopping of each group of a sweep's trials that compare.
+
+    All groups learn from the curves that come with rayfin, and from those of the history's newest
+    trials; a curve is known by its shape, whatever was scored.
+    """
+    sweep, train = plan.config.sweep, plan.config.train
+    past = (*reference_curves(), *_past(history, sweep.metric))
+    bank = CurveBank(past, keeps_best=train.keep == "best")
+
+    def new() -> PredictiveStopping:
+        return PredictiveStopping(
+            bank, sweep.metric, rate=sweep.wrong_stop_rate, grace=sweep.grace_period or 0.0
+        )
+
+    return new
+
+
+def _past(history: History, metric: str) -> Iterator[Curve]:
+    for row in history.trials(status="finished", newest_first=True, limit=_LEARNED):
+        if "recalled_from" not in row.scenario:
+            curve = Curve.of(row, metric)
+            if curve is not None:
+                yield curve
