@@ -4,15 +4,14 @@
         [--storage runs/curves] [--out FILE.jsonl.gz] [--minutes 9]
 
 Every task is a model on a data set at a number of steps; each of its trials has a setting drawn
-at random (a method, a learning rate over four decades, a capacity, a schedule, a seed) and is scored
-on held-out samples sixteen times at equal distances. What the storage holds is not trained again:
-the script ends after so many minutes, and goes on when it is started anew.
+at random (a method, a learning rate over four decades, a capacity, a schedule, a seed) and is
+scored on held-out samples sixteen times at equal distances. What the storage holds is not trained
+again: the script stops after so many minutes, and goes on when it is started anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 import os
@@ -21,17 +20,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-TRAINED = "a model of the size of tiny, wholly trained on another of the data sets"
-
-# Threads that spin while they wait make a busy machine several times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 from rayfin.config import load_config
 from rayfin.paths import Storage, write_json
 from rayfin.training.trial import run_trial
 from rayfin.training.trial_cache import TrialCache
 from rayfin.tuning.curves import REFERENCE, Curve, pack
 from rayfin.tuning.plan import new_plan
+
+TRAINED = "a model of the size of tiny, wholly trained on another of the data sets"
+
+# Threads that spin while they wait make a busy machine several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "tiny 48": ({"model.name": "tiny", "data.max_samples": 200, "train.max_steps": 48}, 16),
@@ -78,7 +77,7 @@ def main() -> None:
         if not file.exists() and time.monotonic() < end:
             write_json(file, train(kind, data, tasks, number, args.storage, cache))
     kept = [json.loads(file.read_text()) for file in sorted(args.storage.glob("curves/*.json"))]
-    names = ("task", "shares", "base", "schedule")
+    names = ("task", "shares", "base", "schedule", "seconds")
     curves = [
         Curve.parse({name: one[name] for name in names} | {"values": one["losses"]})
         for one in kept
@@ -102,16 +101,19 @@ def drawn(kind: str, data: str, number: int) -> dict[str, Any]:
     return settings | ({capacity: rng.choice(values)} if capacity else {})
 
 
-def trained_on_another(
-    data: str, tasks: dict[str, str], storage: Path, cache: TrialCache
-) -> str:
+def trained_on_another(data: str, tasks: dict[str, str], storage: Path, cache: TrialCache) -> str:
     """The directory of a model that is no stranger to language, and one to this data set."""
     names = list(tasks)
     other = names[(names.index(data) + 1) % len(names)]
     settings = {
-        **{"model.name": "tiny", "method.type": "full", "train.learning_rate": 5e-3},
-        **{"data.path": tasks[other], "data.max_length": LENGTHS.get(other, 192)},
-        **{"train.max_steps": 400, "train.eval_steps": 200, "data.val_size": 0.2},
+        "model.name": "tiny",
+        "method.type": "full",
+        "train.learning_rate": 5e-3,
+        "data.path": tasks[other],
+        "data.max_length": LENGTHS.get(other, 192),
+        "train.max_steps": 400,
+        "train.eval_steps": 200,
+        "data.val_size": 0.2,
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     plan = new_plan(load_config(None, overrides), Storage.open(str(storage / "trials")))

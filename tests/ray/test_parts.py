@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +31,8 @@ from rayfin.methods import MethodConfig
 from rayfin.paths import Storage
 from rayfin.training import TrialResult, trial
 from rayfin.tuning import cluster, end_with_driver, tune, worker
-from rayfin.tuning.early_stopping import scheduler
 from rayfin.tuning.cluster import even_share
+from rayfin.tuning.early_stopping import scheduler
 from rayfin.tuning.hooks import TuneRecorder
 from rayfin.tuning.lost_nodes import LostNodeWatch
 from rayfin.tuning.plan import RESULT, TRIAL, SweepPlan, find_resumable, new_plan
@@ -72,6 +73,12 @@ def ended(plan: SweepPlan, r: int, loss: float = 1.0, **changes: Any) -> TrialRe
     row = started(plan.trial({"method.r": r, "train.seed": 0}))
     values = {"status": "finished", "metrics": {"eval_loss": loss, "steps": 8}}
     return row.updated(**(values | changes))
+
+
+@pytest.fixture
+def no_trials(lab: Any) -> Iterator[History]:
+    with History.open(Storage.open(lab.storage).history_url) as history:
+        yield history
 
 
 # --- the search -------------------------------------------------------------------------------
@@ -119,13 +126,18 @@ def test_an_interrupted_trial_comes_first_whatever_its_method(config: Config, la
     [("eval_loss", 9.0, 0.5), ("perplexity", 9.0, 0.5), ("exact_match", 0.1, 0.9)],
 )
 def test_asha_goes_on_with_the_rungs_of_known_trials(
-    plan: SweepPlan, metric: str, weak: float, strong: float, profile: dict[str, Any]
+    plan: SweepPlan,
+    no_trials: History,
+    metric: str,
+    weak: float,
+    strong: float,
+    profile: dict[str, Any],
 ) -> None:
     """Rows of earlier versions tell of their held-out tokens only, or nothing."""
     plan = with_sweep(plan, metric=metric)
     curve = [{"step": step, "eval_loss": 1.0, "exact_match": 0.5} for step in (2, 4, 6, 8)]
     known = [ended(plan, r, curve=curve, scenario={"data": profile}) for r in (2, 4, 8)]
-    asha = scheduler(plan, known, NO_HISTORY)
+    asha = scheduler(plan, known, no_trials)
     assert heard(asha, plan, "weak", {"step": 2, metric: weak}) == "STOP"
     assert heard(asha, plan, "strong", {"step": 2, metric: strong}) == "CONTINUE"
 
@@ -142,12 +154,14 @@ def heard(asha: Any, plan: SweepPlan, name: str, result: dict[str, Any], on: str
     return said
 
 
-def test_asha_compares_only_trials_that_were_scored_on_the_same_tokens(plan: SweepPlan) -> None:
+def test_asha_compares_only_trials_that_were_scored_on_the_same_tokens(
+    plan: SweepPlan, no_trials: History
+) -> None:
     curve = [{"step": 2, "eval_loss": 1.0}]
     known = [
         ended(plan, r, curve=curve, scenario={"data": {"eval_digest": "a"}}) for r in (2, 4, 8)
     ]
-    asha = scheduler(plan, known, NO_HISTORY)
+    asha = scheduler(plan, known, no_trials)
     for loss in (9.0, 8.0, 7.0):  # of other tokens than those before, and better and better
         assert heard(asha, plan, f"b {loss}", {"step": 2, "eval_loss": loss}, "b") == "CONTINUE"
     assert heard(asha, plan, "b 9.5", {"step": 2, "eval_loss": 9.5}, "b") == "STOP"
@@ -167,14 +181,106 @@ def test_asha_compares_only_trials_that_were_scored_on_the_same_tokens(plan: Swe
     ],
 )
 def test_asha_compares_trials_of_epochs_at_shares_of_their_own_steps(
-    plan: SweepPlan, train: dict[str, Any], sweep: dict[str, Any], unit: str, rungs: list[float]
+    plan: SweepPlan,
+    no_trials: History,
+    train: dict[str, Any],
+    sweep: dict[str, Any],
+    unit: str,
+    rungs: list[float],
 ) -> None:
     settings = plan.config.model_dump(exclude_unset=True)
     plan = dataclasses.replace(plan, config=Config.model_validate(settings | {"train": train}))
     plan = with_sweep(plan, **sweep)
-    asha = scheduler(plan, [], NO_HISTORY).of("any")
+    asha = scheduler(plan, [], no_trials).of("any")
     (bracket,) = asha._brackets
     assert (asha._time_attr, [at for at, _ in bracket._rungs]) == (unit, pytest.approx(rungs))
+
+
+# --- early stopping by curves -----------------------------------------------------------------
+
+FALLING = {2: 3.0, 4: 1.6, 6: 1.1, 8: 1.0}
+"""A good trial's losses by its steps; the untrained model's is 6."""
+
+
+def curves(plan: SweepPlan, **changes: Any) -> SweepPlan:
+    return with_sweep(plan, scheduler="predictive", **changes)
+
+
+def scored(
+    stopping: Any, plan: SweepPlan, name: str, losses: dict[int, float], status: Any = "running"
+) -> str:
+    """What the scheduler says to a trial that was scored so until now, on the same tokens."""
+    planned = plan.trial({"method.r": 16, "train.seed": 0})
+    trial: Any = SimpleNamespace(trial_id=name, config={TRIAL: planned})
+    step = max(losses)
+    told = TrialResult(
+        status,
+        metrics={"base_eval_loss": 6.0, "eval_loss": losses[step], "steps": step},
+        curve=[{"step": at, "eval_loss": loss} for at, loss in losses.items()],
+        scenario={"data": {"eval_digest": "a"}},
+        max_steps=8,
+    )
+    result = {"step": step, "share": step / 8, "eval_loss": losses[step], RESULT: told}
+    if status == "running":
+        return str(stopping.on_trial_result(None, trial, result))
+    stopping.on_trial_complete(None, trial, result | {"done": True})
+    return ""
+
+
+def until(step: int, losses: dict[int, float]) -> dict[int, float]:
+    return {at: loss for at, loss in losses.items() if at <= step}
+
+
+def test_a_trial_that_will_end_worse_than_the_best_is_stopped(
+    plan: SweepPlan, no_trials: History
+) -> None:
+    stopping = scheduler(curves(plan), [], no_trials)
+    flat = {2: 5.9, 4: 5.85, 6: 5.83}
+    assert scored(stopping, plan, "only", until(6, FALLING)) == "CONTINUE"
+    assert scored(stopping, plan, "beside a better one", flat) == "STOP"
+    scored(stopping, plan, "only", FALLING, "finished")
+    assert scored(stopping, plan, "flat", flat) == "STOP"
+    close = {step: loss + 0.01 for step, loss in FALLING.items()}
+    assert scored(stopping, plan, "close", until(4, close)) == "CONTINUE"
+
+
+def test_a_trial_that_failed_or_was_stopped_is_no_best(plan: SweepPlan, no_trials: History) -> None:
+    stopping = scheduler(curves(plan), [], no_trials)
+    flat = {2: 5.9, 4: 5.85, 6: 5.83}
+    scored(stopping, plan, "failed", until(6, FALLING))
+    gone: Any = SimpleNamespace(trial_id="failed")
+    stopping.on_trial_error(None, gone)
+    scored(stopping, plan, "stopped", until(6, FALLING), "stopped")
+    assert scored(stopping, plan, "flat", flat) == "CONTINUE"
+
+
+@pytest.mark.parametrize(("grace", "stopped_at"), [(None, 2), (4, 4), (0.6, 6)])
+def test_a_resumed_sweep_knows_its_best_and_waits_for_the_grace_period(
+    plan: SweepPlan, no_trials: History, grace: Any, stopped_at: int
+) -> None:
+    known = [ended(plan, 2, 1.0, scenario={"data": {"eval_digest": "a"}})]
+    stopping = scheduler(curves(plan, grace_period=grace), known, no_trials)
+    rising = {2: 6.2, 4: 6.4, 6: 6.5, 8: 6.5}
+    said = {step: scored(stopping, plan, "rising", until(step, rising)) for step in (2, 4, 6)}
+    assert min(step for step, word in said.items() if word == "STOP") == stopped_at
+
+
+def test_trials_of_the_history_teach_curves(plan: SweepPlan, no_trials: History) -> None:
+    """Here every trial drops at its last step, as none of rayfin's own curves does."""
+    drop = {2: 5.9, 4: 5.85, 6: 5.83, 8: 0.5}
+    assert scored(knowing(plan, no_trials), plan, "flat", until(6, drop)) == "STOP"
+    points = [{"step": step, "eval_loss": loss} for step, loss in drop.items()]
+    for number in range(60):
+        row = ended(plan, 2, 0.5, curve=points)
+        metrics = row.metrics | {"base_eval_loss": 6.0}
+        no_trials.put(row.updated(trial_id=f"{row.trial_id}-{number}", metrics=metrics))
+    assert scored(knowing(plan, no_trials), plan, "flat", until(6, drop)) == "CONTINUE"
+
+
+def knowing(plan: SweepPlan, history: History) -> Any:
+    """The early stopping of a sweep whose best trial came to 1.0."""
+    known = [ended(plan, 2, 1.0, scenario={"data": {"eval_digest": "a"}})]
+    return scheduler(curves(plan), known, history)
 
 
 # --- resources --------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from rayfin.tuning.search import HistorySearch
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep trains as Tune's workers do, one trial after the other in this process."""
     monkeypatch.setattr(tune, "_cluster_and_tune", lambda cluster: nullcontext())
-    monkeypatch.setattr(tune, "scheduler", lambda config, known: None)
+    monkeypatch.setattr(tune, "scheduler", lambda plan, known, history: None)
     monkeypatch.setattr(tune, "_fit", train_here)
 
 

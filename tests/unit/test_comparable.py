@@ -181,6 +181,7 @@ def test_a_sweep_says_what_it_will_compare_before_it_starts(
         ("auto", "asha", "ASHA, the search and the choice of the best compare"),
         ("tpe", "none", "the search and the choice of the best compare"),
         ("grid", "asha", "ASHA and the choice of the best compare"),
+        ("grid", "predictive", "early stopping and the choice of the best compare"),
         ("random", "none", "the choice of the best compares"),
     ],
 )

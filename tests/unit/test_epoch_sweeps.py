@@ -20,8 +20,8 @@ from rayfin.evaluation.verdict import SweepOutcome, sweep_verdict
 from rayfin.history import TrialRecord
 from rayfin.history.comparable import comparable, comparison_groups
 from rayfin.paths import Storage
-from rayfin.tuning.early_stopping import longest_trial
 from rayfin.tuning.comparison import comparison_notes
+from rayfin.tuning.early_stopping import longest_trial
 from rayfin.tuning.plan import find_resumable, new_plan
 from rayfin.tuning.progress import ProgressDisplay, trials_table
 from rayfin.tuning.rows import started

@@ -16,7 +16,7 @@ import gzip
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -63,6 +63,8 @@ class Curve:
     """The score of the untrained model, at share 0."""
     schedule: str = "cosine"
     """`train.lr_scheduler_type`."""
+    seconds: float | None = None
+    """What all steps of the trial took, where the curve has them all."""
 
     @classmethod
     def of(
@@ -101,12 +103,10 @@ class Curve:
     def until(self, count: int, stride: int = 1) -> Curve:
         """Return its first `count` points, and of these every `stride`-th, the last among them."""
         places = range(count - 1, -1, -stride)[::-1]
-        return Curve(
-            self.task,
-            tuple(self.shares[at] for at in places),
-            tuple(self.values[at] for at in places),
-            self.base,
-            self.schedule,
+        return replace(
+            self,
+            shares=tuple(self.shares[at] for at in places),
+            values=tuple(self.values[at] for at in places),
         )
 
     def best_so_far(self) -> Curve:
@@ -115,7 +115,7 @@ class Curve:
         for value in self.values:
             least = min(least, value)
             best.append(least)
-        return Curve(self.task, self.shares, tuple(best), self.base, self.schedule)
+        return replace(self, values=tuple(best))
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as a line of the shipped file has it, to four digits of the score."""
@@ -123,6 +123,7 @@ class Curve:
             "shares": [round(share, 5) for share in self.shares],
             "values": [float(f"{value:.5g}") for value in self.values],
             "base": None if self.base is None else float(f"{self.base:.5g}"),
+            "seconds": None if self.seconds is None else round(self.seconds, 2),
         }
         return asdict(self) | rounded
 
@@ -295,8 +296,9 @@ def _rate_left(schedule: str, share: float) -> float:
 def pack(curves: Sequence[Curve], out: Path) -> None:
     """Write curves as lines of JSON, compressed; the same curves make the same bytes."""
     lines = sorted(json.dumps(curve.as_dict()) for curve in curves)
-    with write_whole(out) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+    text = "".join(f"{line}\n" for line in lines)
+    with write_whole(out) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
 def read_curves(packed: bytes) -> list[Curve]:

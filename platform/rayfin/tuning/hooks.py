@@ -125,9 +125,7 @@ class ComparableScheduler(_Unpickled, FIFOScheduler, Generic[S]):
         if (own := self._joined.pop(trial.trial_id, None)) is not None:
             own.on_trial_error(tune_controller, trial)
 
-    def _scheduler_of(
-        self, tune_controller: Any, trial: Trial, result: dict[str, Any]
-    ) -> S | None:
+    def _scheduler_of(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> S | None:
         """Return the scheduler that a trial has joined; None for a result without a score."""
         if self._score not in result:
             return None

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from rayfin.config.steps import share_of_steps
 from rayfin.history import History
 from rayfin.metrics import score_of
 from rayfin.training.spec import TrialResult
@@ -36,6 +35,19 @@ class PredictiveStopping:
         self._sign = score_of(metric).sign
         self._best = math.inf
         self._running: dict[str, Ending] = {}
+
+    def stops(self, name: str, curve: Curve, step: float) -> bool:
+        """Return whether a trial is to be stopped at `step`, by its curve until there."""
+        chance = self.chance(name, curve)
+        at = step if self._grace >= 1 else curve.shares[-1]
+        if chance is None or chance >= self._rate or at < self._grace:
+            return False
+        self.left(name)
+        return True
+
+    def left(self, name: str) -> None:
+        """Forget a trial that runs no longer: it is no rival any more."""
+        self._running.pop(name, None)
 
     def finished(self, value: float) -> None:
         """Take the score of a trial that has finished."""
@@ -68,16 +80,13 @@ class PredictiveStopping:
         curve = _curve(planned, told, steps, self._metric)
         if curve is None:
             return "CONTINUE"
-        chance = self.chance(trial.trial_id, curve)
-        at = result["step"] if self._grace >= 1 else share_of_steps(result["step"], steps)
-        if chance is None or chance >= self._rate or at < self._grace:
-            return "CONTINUE"
-        self._running.pop(trial.trial_id)
-        return "STOP"
+        return "STOP" if self.stops(trial.trial_id, curve, result["step"]) else "CONTINUE"
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
+    def on_trial_complete(
+        self, tune_controller: Any, trial: Any, result: Mapping[str, Any]
+    ) -> None:
         """Take the score of a trial that has run to its end; others are rivals no more."""
-        self._running.pop(trial.trial_id, None)
+        self.left(trial.trial_id)
         told: TrialResult = result[RESULT]
         value = result.get(self._metric)
         if told.status != "finished" or value is None or not math.isfinite(value):
@@ -90,7 +99,7 @@ class PredictiveStopping:
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Forget a trial that failed."""
-        self._running.pop(trial.trial_id, None)
+        self.left(trial.trial_id)
 
 
 def _curve(planned: PlannedTrial, told: TrialResult, steps: int, metric: str) -> Curve | None:

@@ -78,7 +78,25 @@ def space_notes(space: SearchSpace) -> list[str]:
             lines.append(
                 f"{setting} is for {listed(having)}; {listed(lacking)} {verb} no such setting"
             )
-    return lines + _unusual_capacities(space) + _idle_warmups(space) + _rescored(space)
+    lines += _unusual_capacities(space) + _idle_warmups(space) + _of_other_schedulers(space)
+    return lines + _rescored(space)
+
+
+def _of_other_schedulers(space: SearchSpace) -> list[str]:
+    """Return a line for each written setting of early stopping that the scheduler does not have."""
+    sweep = space.config.sweep
+    having = {
+        "grace_period": ("asha", "predictive"),
+        "reduction_factor": ("asha",),
+        "wrong_stop_rate": ("predictive",),
+    }
+    return [
+        f"sweep.{name} is for sweep.scheduler={' and '.join(which)}; it has no effect on "
+        f"{sweep.scheduler}"
+        for name, which in having.items()
+        if sweep.scheduler not in which
+        and getattr(sweep, name) != type(sweep).model_fields[name].default
+    ]
 
 
 _WARMUP = ("train.lr_scheduler_type", "train.warmup_ratio")

@@ -17,8 +17,8 @@ from rayfin.errors import HardwareError, StorageError
 from rayfin.heartbeat import busy
 from rayfin.history import TrialRecord
 from rayfin.training.strategies import WorkerLayout, needs_group
-from rayfin.tuning.early_stopping import scheduler
 from rayfin.tuning.driver_watch import watched_driver
+from rayfin.tuning.early_stopping import scheduler
 from rayfin.tuning.plan import PlannedTrial, SweepPlan
 from rayfin.tuning.record import Recorder
 from rayfin.tuning.rows import recalled, refused, usable, was_refused
@@ -69,7 +69,13 @@ def run_trials(run: SweepRun) -> bool:
         if search.look_ahead():  # a sweep that the history answers needs no Ray
             with _cluster_and_tune(run.cluster):
                 try:
-                    _fit(plan, search, scheduler(plan, run.known, run.history), recorder, progress.say)
+                    _fit(
+                        plan,
+                        search,
+                        scheduler(plan, run.known, run.history),
+                        recorder,
+                        progress.say,
+                    )
                 finally:  # before Ray ends, which takes a moment in which we may be killed
                     left = recorder.interrupt()
         if recorder.storage_error is not None:
