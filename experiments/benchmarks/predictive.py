@@ -86,8 +86,8 @@ def main() -> None:
             show(f"{name}, {which}, {evaluations} evaluations, {workers} at a time", replays)
             figures.setdefault(name, []).extend(replays)
     for name, replays in figures.items():
-        stops = sum(one.stops for one in replays)
-        wrong = sum(one.wrong for one in replays) / max(1, stops)
+        made = sum(one.stops for one in replays)
+        wrong = sum(one.wrong for one in replays) / max(1, made)
         most = RATE if name == "predictive" else 1.0
         print_figure("predictive", f"{name}_wrong_stops", wrong, "share of stops", most, most=True)
         seconds = statistics.mean(one.seconds for one in replays)
@@ -122,14 +122,15 @@ def asha(evaluations: int) -> Stops:
     """Ray's, with rayfin's settings: the first rung at the first evaluation, one in 3 kept."""
     from ray.tune.schedulers import AsyncHyperBandScheduler
 
-    scheduler = AsyncHyperBandScheduler(
+    # Ray says that times are whole numbers, and takes any.
+    times: dict[str, Any] = {"max_t": 1.0, "grace_period": 1.0 / evaluations}
+    scheduler: Any = AsyncHyperBandScheduler(
         time_attr="share",
         metric="loss",
         mode="min",
-        max_t=1.0,
-        grace_period=1.0 / evaluations,
         reduction_factor=3,
         stop_last_trials=False,
+        **times,
     )
     trials: dict[str, Any] = {}
 

@@ -61,7 +61,7 @@ def test_the_guide_s_commands_print_what_it_shows(
         rows = [row for row in history.trials() if row.sweep_id != "train"]
     swept = [row for row in rows if row.spec["method"]["type"] != "lora"]
     assert sorted(row.spec["method"]["type"] for row in swept) == ["ia3", "p_tuning"]
-    assert {row.status for row in rows} == {"finished"} and len(rows) == 3 + 4 + 1
+    assert {row.status for row in rows} == {"finished"} and len(rows) == 3 + 4 + 1 + 1
     for row in rows:
         if row.spec["method"]["type"] == "lora":
             assert row.spec["method"]["lora_alpha"] == 16
