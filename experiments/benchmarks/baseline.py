@@ -7,6 +7,7 @@ in an order that leaves no padding to speak of: the very order that rayfin train
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 SEED = 0
@@ -21,8 +22,15 @@ def train_with_trl(
     batch_size: int,
     max_steps: int,
     output_dir: str,
+    rank: int = 8,
+    evaluate_every: int | None = None,
+    evaluated: Callable[[int, float], None] = lambda step, loss: None,
 ) -> dict[str, Any]:
-    """Loads the model, trains LoRA on all linear layers, evaluates once; seconds and losses."""
+    """Loads the model, trains LoRA on all linear layers, evaluates once; seconds and losses.
+
+    With `evaluate_every`, it evaluates after every so many steps instead, calls `evaluated` with
+    the step and the loss, and leaves the adapter in `output_dir` before the last call.
+    """
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -38,6 +46,14 @@ def train_with_trl(
         def on_train_end(self, *_: Any, **__: Any) -> None:
             self.seconds = time.perf_counter() - self.started
 
+    class Evaluations(TrainerCallback):
+        """Passes on each evaluation's loss."""
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **told: Any) -> None:
+            if state.global_step >= max_steps:
+                told["model"].save_pretrained(output_dir)
+            evaluated(state.global_step, float(told["metrics"]["eval_loss"]))
+
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     set_seed(SEED)
@@ -47,7 +63,7 @@ def train_with_trl(
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(evaluation),
         peft_config=LoraConfig(
-            r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
         args=SFTConfig(
             output_dir=output_dir,
@@ -67,17 +83,20 @@ def train_with_trl(
             dataset_kwargs={"skip_prepare_dataset": True},
             logging_steps=1,
             save_strategy="no",
-            eval_strategy="no",
+            eval_strategy="steps" if evaluate_every else "no",
+            eval_steps=evaluate_every,
             report_to="none",
             disable_tqdm=True,
         ),
     )
     clock = LoopClock()
     trainer.add_callback(clock)
+    if evaluate_every:
+        trainer.add_callback(Evaluations())
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "train_seconds": clock.seconds,
         "losses": losses,
-        "eval_loss": trainer.evaluate()["eval_loss"],
+        "eval_loss": losses[-1] if evaluate_every else trainer.evaluate()["eval_loss"],
     }
