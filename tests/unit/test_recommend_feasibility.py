@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain, pairwise
 
 import pytest
 
 from rayfin.advisor import Scenario
-from rayfin.advisor.answer import Recommendation
-from rayfin.advisor.candidates import candidates, memory_savings
+from rayfin.advisor.answer import Choice, Recommendation
+from rayfin.advisor.candidates import candidates, given_settings, memory_savings
 from rayfin.advisor.estimate import estimate
 from rayfin.advisor.knowledge import Knowledge
 from rayfin.advisor.recommendation import ScenarioFacts, recommend
@@ -82,27 +84,28 @@ PLACES = [LAPTOP, *(gpus(*many) for many in ((8, 1), (24, 1), (80, 1), (24, 4), 
 
 @pytest.mark.parametrize("hardware", PLACES, ids=lambda it: f"{it.device_count}x{it.device}")
 @pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.1-8b", "llama-3.1-70b"])
-def test_every_choice_may_fit_by_an_estimate_of_its_own(name: str, hardware: Hardware) -> None:
+def test_every_choice_fits_by_an_estimate_of_its_own(name: str, hardware: Hardware) -> None:
     answer = asked(name, hardware, k=8)
     assert (answer.nothing_fits is None) == bool(answer.choices) == bool(answer.points)
     for choice in answer.choices:
         config = build_config(choice.config, {})
         check_scaling(config)
         taken = estimate(config, facts_of(name), hardware)
-        assert choice.feasibility.memory is taken.fits is not False
+        assert choice.feasibility.memory is taken.fits is True
         assert config.scaling.num_workers <= max(1, hardware.device_count)
         for setting, value in choice.settings.items():
             section, leaf = setting.split(".")
             assert choice.config[section][leaf] == value
-        assert "does not fit" not in " ".join(choice.risks)
+        assert "not fit" not in " ".join(choice.risks)
 
 
-def test_an_eight_billion_model_is_made_to_fit_a_24_gib_gpu() -> None:
+def test_an_eight_billion_model_is_made_to_fit_a_12_gib_gpu() -> None:
     """Fewer samples at once, scored ones too, as many in a step, recomputed, over 4-bit weights."""
     roomy = asked("llama-3.1-8b", gpus(640)).choices[0].config["train"]
-    answer = asked("llama-3.1-8b", gpus(24))
+    answer = asked("llama-3.1-8b", gpus(12))
     train = answer.choices[0].config["train"]
     assert answer.choices[0].feasibility.memory is True
+    assert answer.choices[0].method == answer.choices[0].config["method"]["type"] == "qlora"
     assert answer.choices[0].config["method"]["quantization_bit"] == 4
     assert train["gradient_checkpointing"] is True
     assert train["per_device_eval_batch_size"] < 16
@@ -130,7 +133,7 @@ def test_what_was_given_is_not_made_smaller() -> None:
             "llama-3.1-8b",
             gpus(24),
             ("train.per_device_train_batch_size=512",),
-            ["without train.per_device_train_batch_size (lora over 4-bit weights does)"],
+            ["without train.per_device_train_batch_size (lora does)"],
         ),
         ("llama-3.1-8b", gpus(4), (), ["a GPU of ", "a model of up to "]),
     ],
@@ -149,7 +152,7 @@ def test_where_nothing_fits_it_says_what_would(
 def test_the_gpu_that_is_named_is_one_that_it_fits() -> None:
     said = asked("llama-3.1-8b", gpus(4)).nothing_fits or ""
     gib = int(said.split("a GPU of ")[1].split()[0])
-    assert asked("llama-3.1-8b", gpus(gib)).choices[0].feasibility.memory is not False
+    assert asked("llama-3.1-8b", gpus(gib)).choices
 
 
 def test_the_number_of_gpus_that_is_named_is_enough() -> None:
@@ -197,30 +200,65 @@ def test_what_can_not_run_there_is_refused(given: tuple[str, ...], said: str) ->
         asked("smollm2-135m", gpus(24), *given)
 
 
-def test_what_is_expected_not_to_fit_is_no_choice_even_where_there_is_nothing_else() -> None:
-    """8 billion parameters on a laptop: by the estimate it takes a little more than there is."""
+def test_what_may_not_fit_is_no_choice_even_where_there_is_nothing_else() -> None:
+    """8 billion parameters on a laptop: the interval of the estimate holds what there is."""
     small = replace(LAPTOP, device_memory=22 * 2**30, host_memory=22 * 2**30)
     answer = asked("llama-3.1-8b", small)
     assert answer.choices == []
-    needs, has = map(
-        float, re.findall(r"needs about (.+?) GiB .* are (.+?) GiB", answer.nothing_fits or "")[0]
-    )
     low, high = map(float, re.findall(r"\((.+?) to (.+?)\)", answer.nothing_fits or "")[0])
-    assert low < has == 22 < needs < high
+    assert low < 22 < high
 
 
-def test_where_some_settings_may_fit_only_these_are_choices() -> None:
-    """70 billion parameters on 80 GiB: a small rank is expected to fit, a rank of 256 is not."""
-    choices = asked("llama-3.1-70b", gpus(80), k=6).choices
-    assert choices
-    for choice in choices:
-        needs = choice.predictions.memory_bytes.expected
-        assert needs <= 80 * 2**30
-        if choice.feasibility.memory is None:
-            expected = (
-                f"may not fit the device's memory: expected are {needs / 2**30:.1f} of 80.0 GiB"
-            )
-            assert expected in choice.risks
+def test_lora_over_four_bits_is_called_qlora_where_lora_was_given() -> None:
+    for choice in asked("llama-3.1-8b", gpus(12), "method.type=lora").choices:
+        assert choice.method == "qlora"
+        assert choice.config["method"]["type"] == "lora"
+        assert choice.settings["method.quantization_bit"] == 4
+
+
+SIZES = (12, 16, 24, 40, 48, 80)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", SHAPES)
+def test_more_memory_never_answers_worse(name: str, count: int) -> None:
+    """What fits a GPU is as good on a larger one, and takes no longer there."""
+    firsts = [asked(name, gpus(gib, count)).choices[:1] for gib in SIZES]
+    fitting = [first[0] for first in firsts if first]
+    assert firsts == [[]] * (len(SIZES) - len(fitting)) + [[first] for first in fitting]
+    assert_no_worse(fitting)
+
+
+@pytest.mark.parametrize("gib", [24, 80])
+@pytest.mark.parametrize("name", SHAPES)
+def test_more_gpus_never_answer_worse(name: str, gib: int) -> None:
+    firsts = [asked(name, gpus(gib, count)).choices[:1] for count in (1, 2, 4, 8)]
+    fitting = [first[0] for first in firsts if first]
+    assert firsts == [[]] * (len(firsts) - len(fitting)) + [[first] for first in fitting]
+    assert_no_worse(fitting)
+
+
+def assert_no_worse(choices: Sequence[Choice]) -> None:
+    for small, large in pairwise(choices):
+        predicted = [one.predictions for one in (small, large)]
+        assert predicted[1].shortfall.expected <= predicted[0].shortfall.expected + 1e-9
+        # LoRA in the place of QLoRA may take its batch in more parts, which costs 0.3 % here.
+        assert predicted[1].train_seconds.expected <= predicted[0].train_seconds.expected * 1.01
+        assert large.config["data"]["max_length"] == small.config["data"]["max_length"]
+
+
+def test_choices_differ_in_rate_or_method() -> None:
+    for name in SHAPES:
+        for hardware in (gpus(80), gpus(80, 8)):
+            found = asked(name, hardware, k=3).choices
+            kinds = {
+                (one.method.replace("qlora", "lora"), one.config["train"]["learning_rate"])
+                for one in found
+            }
+            assert len(kinds) == 3
+    given = ("method.type=lora", "train.learning_rate=1e-4")
+    found = asked("llama-3.1-8b", gpus(80), *given, k=3).choices
+    assert len({one.config["method"]["r"] for one in found}) == 3  # nothing else is left
 
 
 def test_what_needs_whole_weights_is_not_offered_four_bits() -> None:
@@ -238,12 +276,12 @@ def test_what_needs_whole_weights_is_not_offered_four_bits() -> None:
         offered = [
             changes.get("method.quantization_bit")
             for option in candidates(base, place)
-            for changes in memory_savings(option, {}, place.facts)
+            for changes in chain(*memory_savings(option, given_settings(base), place.facts))
         ]
         assert set(offered) == bits
 
 
-@pytest.mark.parametrize(("saved", "bits"), [("lm_head", {4}), ("self_attn.q_proj", {None})])
+@pytest.mark.parametrize(("saved", "bits"), [("lm_head", {None, 4}), ("self_attn.q_proj", {None})])
 def test_a_linear_module_to_train_whole_leaves_no_quantised_candidate(
     saved: str, bits: set[int | None]
 ) -> None:
@@ -252,9 +290,13 @@ def test_a_linear_module_to_train_whole_leaves_no_quantised_candidate(
     def options(kind: str) -> set[int | None]:
         given = [f"method.type={kind}", f"method.modules_to_save=[{saved}]"]
         base = load_config({"model": model, "data": {"path": "pydocs"}}, given)
-        return {option.config.method.quantization_bit for option in candidates(base, known)}
+        return {
+            changes.get("method.quantization_bit")
+            for option in candidates(base, known)
+            for changes in chain(*memory_savings(option, {}, known.facts))
+        }
 
     assert options("dora") == bits
-    if None in bits:
+    if 4 not in bits:
         with pytest.raises(ConfigError, match="have no gradient in 4 bits; use"):
             options("qlora")

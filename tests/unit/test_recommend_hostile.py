@@ -446,7 +446,7 @@ def test_what_ends_too_late_is_not_chosen_while_something_else_may_do(
     known: dict[str, Recommendation],
 ) -> None:
     slow = known[SMOLLM2.name].choices[0]
-    assert slow.config["method"]["r"] == 32
+    assert slow.config["method"]["r"] == 64
     budget = 0.999 * slow.predictions.train_seconds.low / 3600
     within = replace(place(), scenario=replace(place().scenario, budget_hours=budget))
     answer = answered(history(), within)

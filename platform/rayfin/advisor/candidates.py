@@ -12,20 +12,21 @@ from rayfin.advisor.features import category_codes, data_row, model_row
 from rayfin.advisor.measurements import LengthFacts
 from rayfin.advisor.rules import rule_for
 from rayfin.advisor.scenario import Scenario
-from rayfin.config import Config, with_values
+from rayfin.config import Config, TrainConfig, build_config, with_values
 from rayfin.errors import ConfigError, MethodError, RayfinError
 from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.methods.layers import names_linear
 from rayfin.models.facts import ModelFacts
 from rayfin.training.combination import check_combination
-from rayfin.training.strategies import check_scaling
+from rayfin.training.strategies import check_scaling, refusal
 from rayfin.tuning.preflight import check_positions
 
 _RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Factors on practice's learning rate; less than a factor of two makes no noticeable difference."""
 _CAPACITIES = (1 / 4, 1.0, 4.0)
 """Factors on practice's rank, or number of virtual tokens."""
+_RATE = "train.learning_rate"
 _SECTIONS = ("model", "data", "method", "train", "scaling")
 
 
@@ -39,8 +40,17 @@ class Candidate:
 
     @property
     def method(self) -> str:
-        """The name of the method."""
-        return self.config.method.type
+        """The name of the method; LoRA over 4-bit or 8-bit weights is QLoRA, whatever was given."""
+        own = self.config.method
+        return "qlora" if own.type == "lora" and own.quantization_bit else own.type
+
+    def with_rate(self, rate: float) -> Candidate:
+        """Return the candidate with another learning rate; where it is given, that is kept."""
+        if _RATE not in self.settings:
+            return self
+        train = self.config.train.model_copy(update={"learning_rate": rate})
+        config = self.config.model_copy(update={"train": train})
+        return Candidate(config, {**self.settings, _RATE: rate})
 
 
 def given_settings(config: Config) -> dict[str, Any]:
@@ -76,6 +86,20 @@ class ScenarioFacts:
         known: int | None = (self.profile or {}).get("rows_train")
         return known or self.scenario.dataset_rows
 
+    @property
+    def rank(self) -> int:
+        """The rank that the data ask for (`practice.rank`)."""
+        profile = self.profile or {}
+        tokens, share = (
+            profile.get("tokens_per_sample_mean"),
+            profile.get("completion_share"),
+        )
+        if self.lengths is not None:
+            tokens, share = self.lengths.tokens_per_sample_mean, self.lengths.completion_share
+        told = None if not (tokens and self.rows) else tokens * (share or 1.0) * self.rows
+        each = build_config({"method": {"type": "lora", "r": 1}}, {}).method
+        return practice.rank(told, each.trained_parameters(self.facts))
+
     def columns(self) -> dict[str, float]:
         """Return the scenario's columns in the rows of the learned model."""
         name = self.facts.identity
@@ -86,19 +110,21 @@ class ScenarioFacts:
         )
 
 
-def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
+def candidates(base: Config, known: ScenarioFacts, *, varied: bool = True) -> list[Candidate]:
     """Return variants of `base`: methods, and learning rates and ranks around practice's.
 
     All of them keep the given settings of `base`. Practice decides the rest that the advisor does
-    not (batch size, length, checkpointing, by the memory). Variants that can't run are left out;
-    raises ConfigError where none is left.
+    not, and nothing is done yet to save memory (`memory_savings`). Without `varied` each method has
+    practice's rate and rank alone. Variants that can't run are left out; raises ConfigError where
+    none is left.
     """
-    scenario = known.scenario
+    scenario, r = known.scenario, known.rank
     fixed = given_settings(base)
     found: dict[str, Candidate] = {}
     refused: RayfinError | None = None
     for method in methods_for(fixed, scenario):
-        for values in _variants(method, scenario):
+        usual = practice.settings(scenario, method, r)
+        for values in _capacities(method, usual) if varied else (usual,):
             settings = {
                 name: value
                 for name, value in values.items()
@@ -116,26 +142,43 @@ def candidates(base: Config, known: ScenarioFacts) -> list[Candidate]:
             except (ConfigError, MethodError) as error:
                 refused = refused or error
                 continue
+            if method == "lora" and config.method.quantization_bit and "method.type" not in fixed:
+                continue  # it is QLoRA, which is a candidate of its own
             if "data.max_length" in settings:
                 settings["data.max_length"] = config.data.max_length
             found.setdefault(config.model_dump_json(), Candidate(config, settings))
     if not found:
         raise ConfigError(f"the given settings leave nothing that can be trained: {refused}")
-    return list(found.values())
+    if not varied:
+        return list(found.values())
+    return [
+        one.with_rate(float(f"{one.config.train.learning_rate * factor:.2g}"))
+        for one in found.values()
+        for factor in (_RATES if _RATE in one.settings else (1.0,))
+    ]
 
 
 def memory_savings(
     option: Candidate, fixed: Mapping[str, Any], facts: ModelFacts
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Yield changes to a candidate that save memory, the cheapest first; `fixed` settings are kept.
 
+    They come in lists of ever smaller batches, of which each takes less memory than the one before.
     The samples of a step stay the same: fewer are scored at once, fewer are trained on at once,
-    then activations are recomputed, and then the weights are quantised to 4 bits.
+    then activations are recomputed, then the weights are quantised to 4 bits, and then several
+    workers shard them.
     """
-    method, train = option.config.method, option.config.train
+    method, train, scaling = option.config.method, option.config.train, option.config.scaling
+    shared: list[dict[str, Any]] = [{}]
+    name = "scaling.strategy"
+    several = scaling.num_workers > 1 and scaling.strategy == "auto" and name not in fixed
+    if several and refusal("fsdp", method, train.optim) is None:
+        shared.append({name: "fsdp"})
     bits: list[dict[str, Any]] = [{}]
     four = {"method.quantization_bit": 4}
-    free = not method.quantization_bit and not four.keys() & fixed.keys()
+    # LoRA over 4-bit weights is QLoRA, a candidate of its own unless LoRA was asked for.
+    free = method.type != "lora" or "method.type" in fixed
+    free &= not method.quantization_bit and not four.keys() & fixed.keys()
     if method.quantized_base and free and not _trains_linear_whole(option.config, facts):
         quantized = with_changes(option, four).config.method
         if not any(quantized.refusals(train.max_steps)):  # as of PiSSA, which needs whole weights
@@ -144,20 +187,26 @@ def memory_savings(
     name = "train.gradient_checkpointing"
     if method.gradient_checkpointing and not train.gradient_checkpointing and name not in fixed:
         recomputed.append({name: True})
+    batches = _batches(train, fixed)
+    for parts in itertools.product(shared, bits, recomputed):
+        changes = {key: value for part in parts for key, value in part.items()}
+        yield [changes | batch for batch in batches]
+
+
+def _batches(train: TrainConfig, fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return changes by which fewer samples are held at once, as many in a step; at first none."""
     size, steps = "train.per_device_train_batch_size", "train.gradient_accumulation_steps"
     scored = "train.per_device_eval_batch_size"
     at_once, times = train.per_device_train_batch_size, train.gradient_accumulation_steps
-    batches: list[dict[str, Any]] = [{}]
+    found: list[dict[str, Any]] = [{}]
     while True:
         # Scoring holds the logits of every position: with long samples that is the most of all.
         fewer = {} if scored in fixed else {scored: min(at_once, train.per_device_eval_batch_size)}
-        batches.append(fewer | ({} if len(batches) == 1 else {size: at_once, steps: times}))
-        if at_once % 2 or {size, steps} & fixed.keys():
-            break
-        at_once, times = at_once // 2, times * 2
-    for parts in itertools.product(bits, recomputed, batches):
-        if changes := {key: value for part in parts for key, value in part.items()}:
-            yield changes
+        found.append(fewer | ({} if len(found) == 1 else {size: at_once, steps: times}))
+        if at_once == 1 or {size, steps} & fixed.keys():
+            return found
+        part = next(n for n in range(2, at_once + 1) if at_once % n == 0)
+        at_once, times = at_once // part, times * part
 
 
 def with_changes(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
@@ -225,25 +274,23 @@ def methods_for(fixed: Mapping[str, Any], scenario: Scenario) -> Sequence[str]:
     """Return the given method, or else the rules' methods, then all others that are served."""
     if "method.type" in fixed:
         return [str(fixed["method.type"])]
-    rule = rule_for(scenario).methods or ("lora",)
     # What no engine serves is trained where it is asked for.
     others = (n for n, method in METHODS.items() if method.engines and not method.changes_base)
-    return list(dict.fromkeys([*rule, *others]))
+    return list(dict.fromkeys([*preferred_methods(scenario), *others]))
 
 
-def _variants(method: str, scenario: Scenario) -> Iterator[dict[str, Any]]:
-    usual = practice.settings(scenario, method)
+def preferred_methods(scenario: Scenario) -> Sequence[str]:
+    """Return the rules' methods, and QLoRA behind LoRA for where LoRA does not fit the memory."""
+    rule = rule_for(scenario).methods or ("lora",)
+    at = rule.index("lora") + 1 if "lora" in rule else len(rule)
+    return list(dict.fromkeys([*rule[:at], *(("qlora",) if at else ()), *rule[at:]]))
+
+
+def _capacities(method: str, usual: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     own = METHODS[method]
-    name = f"method.{own.capacity}"
     if own.capacity is None:
-        for rate in _RATES:
-            yield usual | _learning_rate(usual, rate)
+        yield dict(usual)
         return
-    for rate, share in itertools.product(_RATES, _CAPACITIES):
-        settings = own.of_capacity(max(1, round(usual[name] * share)))
-        changed = {f"method.{leaf}": value for leaf, value in settings.items()}
-        yield usual | _learning_rate(usual, rate) | changed
-
-
-def _learning_rate(usual: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    return {"train.learning_rate": float(f"{usual['train.learning_rate'] * factor:.2g}")}
+    for share in _CAPACITIES:
+        settings = own.of_capacity(max(1, round(usual[f"method.{own.capacity}"] * share)))
+        yield {**usual, **{f"method.{leaf}": value for leaf, value in settings.items()}}

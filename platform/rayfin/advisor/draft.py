@@ -86,7 +86,7 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     )
     method = kept.get("method.type") or _first_method(scenario)
     notes: dict[str, str] = {}
-    most = practice.memory_class(scenario.gpu_memory_gb).max_length
+    most = practice.usual_length(scenario.hardware)
     length = kept.get("data.max_length") or lengths.within(most)
     practiced = practice.settings(scenario, method)
     # The default of most methods, and no value of ia3's: an axis over methods needs the line away.

@@ -1,12 +1,12 @@
 """Decide which candidates can run in a scenario, and what would where none can.
 
-A candidate that does not fit the memory is changed (`candidates.memory_savings`) until it does. One
-that still isn't expected to fit, or whose whole interval is too late or too slow, is left out.
+A candidate that does not fit the memory is changed (`candidates.memory_savings`) until it does: it
+fits if the upper bound of the estimate's interval does, nine chances in ten. One that does not fit
+then, or whose whole interval is too late or too slow, is left out.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from rayfin.advisor.candidates import (
 from rayfin.advisor.estimate import Estimate, Interval, estimate
 from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.advisor.model_sizes import format_size
-from rayfin.advisor.published_models import shown_model
+from rayfin.advisor.published_models import LEAST_B, shown_model, usual_model
 from rayfin.advisor.scenario import hardware_class
 from rayfin.config import Config, build_config
 from rayfin.config.steps import duration
@@ -31,12 +31,12 @@ from rayfin.errors import RayfinError
 from rayfin.hardware import Hardware
 from rayfin.language import localized, localized_template
 from rayfin.methods import METHODS
-from rayfin.models.facts import ModelFacts
 from rayfin.training.precision import with_precision
 
 _SOLD_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 """The memory of the GPUs that are sold, in GiB."""
-_HALVINGS = 12
+_HOST_GIB = (8, 16, 32, 64, 128, 256, 512, 1024)
+"""The memory of the machines without a GPU that are named, in GiB."""
 _MOST_WORKERS = 64
 _GIB = 2**30
 
@@ -51,15 +51,12 @@ class AssessedCandidate:
 
     @property
     def fits(self) -> bool:
-        """Whether it is expected to fit the memory, even if that is not certain."""
-        taken = self.estimate
-        return self.feasibility.memory is True or (
-            self.feasibility.memory is None and taken.memory.expected <= taken.room
-        )
+        """Whether it fits the memory, by the upper bound of its estimate."""
+        return self.feasibility.memory is True
 
     @property
     def possible(self) -> bool:
-        """Whether it is expected to fit, and is not certain to be too slow."""
+        """Whether it fits, and is not certain to be too slow."""
         return self.fits and False not in vars(self.feasibility).values()
 
 
@@ -74,20 +71,20 @@ def assess_candidates(
 
     Candidates that differ only in the learning rate share an estimate.
     """
-    takes: dict[str, tuple[dict[str, Any], Estimate]] = {}
+    takes: dict[str, tuple[Candidate, Estimate]] = {}
     options = []
     for candidate in found:
-        train = candidate.config.train.model_copy(update={"learning_rate": 1.0})
-        key = f"{candidate.config.method.model_dump_json()} {train.model_dump_json()}"
+        key = candidate.with_rate(1.0).config.model_dump_json()
         if key not in takes:
             takes[key] = _fitted(candidate, known, measured, fixed)
-        changes, taken = takes[key]
+        changed, taken = takes[key]
         feasibility = Feasibility(
             memory=taken.fits,
             budget=_within(taken.seconds, _seconds(known.scenario.budget_hours)),
             latency=_within(first_token, known.scenario.latency_target_ms),
         )
-        options.append(AssessedCandidate(with_changes(candidate, changes), taken, feasibility))
+        own = changed.with_rate(candidate.config.train.learning_rate)
+        options.append(AssessedCandidate(own, taken, feasibility))
     return options
 
 
@@ -101,18 +98,27 @@ def _fitted(
     known: ScenarioFacts,
     measured: Sequence[MeasuredTrial],
     fixed: Mapping[str, Any],
-) -> tuple[dict[str, Any], Estimate]:
-    """Return the first changes with which a candidate fits, or else takes the least memory."""
-    best: dict[str, Any] = {}
-    taken = _estimate(candidate, known, measured)
+) -> tuple[Candidate, Estimate]:
+    """Return the candidate with the cheapest changes that make it fit, or take the least memory."""
+    best, taken = candidate, _estimate(candidate, known, measured)
     if taken.fits is True:
         return best, taken
-    for changes in memory_savings(candidate, fixed, known.facts):
-        less = _estimate(with_changes(candidate, changes), known, measured)
-        if less.fits is True:
-            return changes, less
-        if less.memory.high < taken.memory.high:
-            best, taken = changes, less
+    for group in memory_savings(candidate, fixed, known.facts):
+        low, high = 0, len(group) - 1
+        while low <= high:  # each takes less than those before it
+            at = high if high == len(group) - 1 else (low + high) // 2
+            changed = with_changes(candidate, group[at])
+            less = _estimate(changed, known, measured)
+            if less.fits is True or less.memory.high < taken.memory.high:
+                best, taken = changed, less
+            if less.fits is True:
+                high = at - 1
+            elif at == len(group) - 1:
+                break
+            else:
+                low = at + 1
+        if taken.fits is True:
+            return best, taken
     return best, taken
 
 
@@ -159,7 +165,7 @@ def nothing_fits(
         least = min(options, key=lambda one: one.estimate.memory.expected).estimate
         memory = least.memory
         # What is asked of the other machines is whether anything fits, by the formula: fast.
-        remedies = list(_more_room(least, known, measured, base))
+        remedies = list(_more_room(known, measured, base))
         return localized(
             "nothing fits: {model} needs about {about:.1f} GiB at least ({low:.1f} to {high:.1f}), "
             "and there are {room:.1f} GiB on {device}; what would: {remedies}",
@@ -196,9 +202,9 @@ def nothing_fits(
 
 
 def _more_room(
-    least: Estimate, known: ScenarioFacts, measured: Sequence[MeasuredTrial], base: Config
+    known: ScenarioFacts, measured: Sequence[MeasuredTrial], base: Config
 ) -> Iterator[str]:
-    """Yield single changes that would make something fit, the smallest first."""
+    """Yield single changes that would make something fit, each the smallest of its kind."""
     data = base.data.model_dump(include={"path", "sources"}, exclude_unset=True)
     named = {"model.name", "model.revision", "data.path", "data.sources"}
     fixed = sorted(given_settings(base).keys() - named)
@@ -207,26 +213,28 @@ def _more_room(
     if loose and (method := _fits(free, known, measured)):
         settings = ", ".join(loose)
         yield localized("without {settings} ({method} does)", settings=settings, method=method)
-    gpu = known.hardware.device == "cuda"
-    workers = max(1, known.hardware.device_count) * 2
+    hardware = known.hardware
+    gpu = hardware.device == "cuda"
+    workers = max(1, hardware.device_count) * 2
     while gpu and workers <= _MOST_WORKERS and "scaling.num_workers" not in fixed:
         if method := _fits(base, _with_gpus(known, workers), measured):
             yield localized("--num-gpus {count} ({method}, sharded)", count=workers, method=method)
             break
         workers *= 2
-    needed = least.memory.high / _GIB + (1 if gpu else 0)
-    if gpu:
-        sold = next((size for size in _SOLD_GIB if size >= needed), None)
-        if sold is not None:
-            yield localized("a GPU of {size} GiB", size=sold)
-    else:
-        yield localized("a machine with {size} GiB", size=math.ceil(needed))
-    facts = known.facts
-    for _ in range(_HALVINGS):
-        facts = _half(facts)
-        if method := _fits(base, replace(known, facts=facts), measured):
-            size = format_size(facts.parameters)
-            yield localized("a model of up to {size} ({method})", size=size, method=method)
+    for size in _SOLD_GIB if gpu else _HOST_GIB:
+        more = hardware.device_memory < size * _GIB
+        if more and (method := _fits(base, _with_memory(known, size), measured)):
+            if gpu:
+                yield localized("a GPU of {size} GiB ({method})", size=size, method=method)
+            else:
+                yield localized("a machine with {size} GiB ({method})", size=size, method=method)
+            break
+    size_b = known.facts.parameters / 1e9
+    while (size_b := size_b / 2) >= LEAST_B:
+        smaller = replace(known, facts=usual_model(size_b)[0])
+        if method := _fits(base, smaller, measured):
+            most = format_size(smaller.facts.parameters)
+            yield localized("a model of up to {size} ({method})", size=most, method=method)
             break
 
 
@@ -237,7 +245,7 @@ def _fits(base: Config, known: ScenarioFacts, measured: Sequence[MeasuredTrial])
     fixed = given_settings(base)
     seen = set()
     try:
-        found = candidates(base, known)
+        found = candidates(base, known, varied=False)
     except RayfinError:
         return None
     for candidate in found:
@@ -245,12 +253,11 @@ def _fits(base: Config, known: ScenarioFacts, measured: Sequence[MeasuredTrial])
         usual = METHODS[candidate.method].usual_alpha is not None or "method.type" in fixed
         if usual and candidate.method not in seen:
             seen.add(candidate.method)
-            changes, taken = _fitted(candidate, known, measured, fixed)
+            changed, taken = _fitted(candidate, known, measured, fixed)
             if taken.fits is True:
-                config = with_changes(candidate, changes).config
-                own = config.method
-                four = own.quantization_bit == 4 and not own.quantized_by_default()
-                name = candidate.method
+                own = changed.config.method
+                four = own.quantization_bit == 4 and changed.method != "qlora"
+                name = changed.method
                 return localized("{method} over 4-bit weights", method=name) if four else name
     return None
 
@@ -261,14 +268,13 @@ def _with_gpus(known: ScenarioFacts, count: int) -> ScenarioFacts:
     return replace(known, scenario=scenario, hardware=hardware)
 
 
-def _half(facts: ModelFacts) -> ModelFacts:
-    """Return the facts of a model of the same kind with about half as many parameters."""
-    return replace(
-        facts,
-        parameters=facts.parameters // 2,
-        linear_parameters=facts.linear_parameters // 2,
-        num_layers=max(1, facts.num_layers // 2),
-    )
+def _with_memory(known: ScenarioFacts, gib: int) -> ScenarioFacts:
+    scenario, hardware = known.scenario, known.hardware
+    if hardware.device == "cuda":
+        scenario = replace(scenario, gpu_memory_gb=float(gib))
+    else:
+        hardware = replace(hardware, host_memory=gib * _GIB)
+    return replace(known, scenario=scenario, hardware=replace(hardware, device_memory=gib * _GIB))
 
 
 def _listed(remedies: Sequence[str]) -> str:

@@ -7,7 +7,6 @@ in rayfin.methods.rates; this module adapts them to the hardware, the model and 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from rayfin.advisor.rules import rule_for
@@ -17,16 +16,16 @@ from rayfin.methods import METHODS, MethodConfig
 from rayfin.methods.adapted import TARGET_MODULES
 
 __all__ = [
-    "CPU_CLASS",
-    "MEMORY_CLASSES",
+    "LEAST_RANK",
+    "MOST_RANK",
+    "STEP_SAMPLES",
     "TARGET_MODULES",
-    "MemoryClass",
     "learning_rate",
     "learning_rate_spread",
     "lora_alpha",
-    "memory_class",
     "rank",
     "settings",
+    "usual_length",
 ]
 
 
@@ -57,84 +56,53 @@ def lora_alpha(method: str, r: int) -> float:
     return alpha
 
 
-@dataclass(frozen=True)
-class MemoryClass:
-    """The settings for devices with so much memory."""
-
-    gib: float
-    """The nominal memory of one GPU, or 0 for a CPU."""
-    r: int
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-    max_length: int
-    """The tokens of a sample, where the scenario doesn't say."""
-    gradient_checkpointing: bool
-    quantise_above_b: float
-    """Billions of parameters above which the base model is loaded in 4 bits."""
-
-    @property
-    def batch_size(self) -> int:
-        """The number of samples of an optimizer step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+STEP_SAMPLES = 16
+"""The samples of an optimizer step: QLoRA's. LoRA does worse with many, and TRL's guide to LoRA
+Without Regret has fewer than 32. On a CPU, which lacks time rather than memory, they are 4:
+rayfin's own default."""
+_CPU_SAMPLES = 4
+LEAST_RANK, MOST_RANK = 16, 128
+"""The ranks between which the data decide. At 16 every method's scale is 2; 128 is the highest that
+the public sweep tried, and QLoRA's is 64."""
 
 
-MEMORY_CLASSES = (
-    MemoryClass(80, 64, 8, 2, 4096, False, 20.0),
-    MemoryClass(40, 32, 8, 2, 2048, False, 10.0),
-    MemoryClass(24, 16, 4, 4, 1024, True, 6.0),
-    MemoryClass(12, 8, 1, 16, 512, True, 3.0),
-)
-"""GPUs, the largest first.
+def usual_length(hardware: str | None) -> int:
+    """Return the tokens that a sample is cut at where nothing is known of the data's lengths.
 
-16 samples a step are QLoRA's, as is the smallest GPU's way to them, 1 by 16; LoRA does worse with
-many, and TRL's guide to LoRA Without Regret has fewer than 32. Above `quantise_above_b` weights in
-16 bits would take half of the memory. The highest rank is QLoRA's 64; that guide has 256 for data
-that outgrow the adapter. How rank, length (TRL's default is 1024) and batch fall with the memory is
-a convention, nothing measured.
-"""
-CPU_CLASS = MemoryClass(0, 8, 4, 1, 256, False, 3.0)
-"""A CPU, which lacks time rather than memory: rayfin's own defaults, a convention."""
-
-_SOLD = 0.9
-"""The share of its nominal memory that a GPU reports at least: some of 24 GB report 22 GiB."""
-
-
-def memory_class(gpu_memory_gb: float | None) -> MemoryClass:
-    """Return the largest class that a GPU of so many GiB has memory for, else the smallest.
-
-    None stands for a CPU.
+    1024 is TRL's default; on a CPU 256 keep the time within reach, a convention.
     """
-    if gpu_memory_gb is None:
-        return CPU_CLASS
-    fitting = (it for it in MEMORY_CLASSES if gpu_memory_gb >= _SOLD * it.gib)
-    return next(fitting, MEMORY_CLASSES[-1])
+    return 256 if hardware == "cpu" else 1024
 
 
-def rank(gpu_memory_gb: float | None) -> int:
-    """Return the rank of a low-rank method by the GiB of a GPU; None stands for a CPU."""
-    return memory_class(gpu_memory_gb).r
+def rank(tokens: float | None = None, parameters_per_rank: float | None = None) -> int:
+    """Return the rank of a low-rank method for so many tokens with a loss in all samples.
+
+    An adapter learns as well as full tuning while it has at least as many parameters as there are
+    such tokens (the LoRA primer of Tinker's documentation, after LoRA Without Regret);
+    `parameters_per_rank` are those of an adapter of rank 1. It is a power of 2. Without either
+    number it is `LEAST_RANK`, with which small data are learned as well as with any more.
+    """
+    if not tokens or not parameters_per_rank:
+        return LEAST_RANK
+    needed = 2 ** math.ceil(math.log2(tokens / parameters_per_rank))
+    return int(min(MOST_RANK, max(LEAST_RANK, needed)))
 
 
-_BYTES, _BYTES_4BIT = 2.0, 0.5
-_BYTES_FULL = _BYTES + 2 + 8
-"""The bytes of a trained parameter, with its gradient and Adam's two moments."""
-
-
-def settings(scenario: Scenario, method: str) -> dict[str, Any]:
+def settings(scenario: Scenario, method: str, r: int = LEAST_RANK) -> dict[str, Any]:
     """Return the dotted settings for a method in a scenario, to be merged into a configuration.
 
-    The model, the data's path and the number of steps are not among them. Raises ConfigError for an
-    unknown method.
+    `r` is the rank of low-rank methods. The model, the data's path and the length of the training
+    are not among them, and no memory is saved: `rayfin.advisor.feasibility` does where it must.
+    Raises ConfigError for an unknown method.
     """
-    own, device = _checked(method), _device_class(scenario)
-    length = max(8, scenario.sequence_length or device.max_length)
-    usual = own.usual(device.r, length)
+    own = _checked(method)
+    length = max(8, scenario.sequence_length or usual_length(_hardware(scenario)))
     return {
         "method.type": method,
-        **{f"method.{name}": value for name, value in usual.items()},
-        **({"method.quantization_bit": 4} if _quantised(method, scenario, device) else {}),
+        **{f"method.{name}": value for name, value in own.usual(r, length).items()},
+        **({"method.quantization_bit": 4} if own.quantized_by_default() else {}),
         "train.learning_rate": learning_rate(method, scenario.model_size_b),
-        **_batch(method, scenario, device, length),
+        **_batch(method, scenario),
         "data.max_length": length,
     }
 
@@ -148,54 +116,25 @@ def _checked(method: str) -> type[MethodConfig]:
     return METHODS[method]
 
 
-def _device_class(scenario: Scenario) -> MemoryClass:
-    if scenario.hardware == "cpu":
-        return CPU_CLASS
-    if scenario.gpu_memory_gb is None and scenario.hardware in ("single_gpu", "multi_gpu"):
-        return MEMORY_CLASSES[-1]
-    return memory_class(scenario.gpu_memory_gb)
+def _hardware(scenario: Scenario) -> str:
+    """Return the scenario's hardware; one that doesn't say is taken for a CPU."""
+    known = scenario.hardware in ("single_gpu", "multi_gpu") or scenario.gpu_memory_gb is not None
+    return "gpu" if known and scenario.hardware != "cpu" else "cpu"
 
 
-def _quantised(method: str, scenario: Scenario, device: MemoryClass) -> bool:
-    large = (scenario.model_size_b or 0) > device.quantise_above_b
-    own = METHODS[method]
-    return own.quantized_by_default() or (large and own.quantized_base)
-
-
-def _batch(method: str, scenario: Scenario, device: MemoryClass, length: int) -> dict[str, Any]:
-    """Return the batch of the device's class, divided where the model or long samples need room.
-
-    It is halved where the weights take more than a quarter of the memory, and again for more than
-    half: a convention, nothing measured. Several GPUs share the batch of one.
-    """
-    filled = _filled(method, scenario, device)
-    crowd = 1 if filled <= 1 / 4 else 2 if filled <= 1 / 2 else 4
-    times = math.ceil(length / device.max_length)
+def _batch(method: str, scenario: Scenario) -> dict[str, Any]:
+    """Return the batch of a step, all of it at once; several GPUs share it."""
+    samples = _CPU_SAMPLES if _hardware(scenario) == "cpu" else STEP_SAMPLES
     workers = 1
     if scenario.hardware == "multi_gpu":
         workers = max(1, scenario.num_gpus or 1)
-    room = device.per_device_train_batch_size // (crowd * times)
-    per_device = max(1, min(room, device.batch_size // workers))
-    checkpointing = (
-        device.gradient_checkpointing
-        or (device is not CPU_CLASS and (crowd > 1 or times > 1))
-        or (rule_for(scenario).gradient_checkpointing and method in rule_for(scenario).methods)
-    )
+    per_device = max(1, samples // workers)
+    rule = rule_for(scenario)
+    recomputed = rule.gradient_checkpointing and method in rule.methods
     found: dict[str, Any] = {
         "train.per_device_train_batch_size": per_device,
         # Of all workers together, which share them evenly.
-        "train.gradient_accumulation_steps": workers
-        * max(1, device.batch_size // (per_device * workers)),
-        "train.gradient_checkpointing": checkpointing and METHODS[method].gradient_checkpointing,
+        "train.gradient_accumulation_steps": workers,
+        "train.gradient_checkpointing": recomputed and METHODS[method].gradient_checkpointing,
     }
     return found | ({"scaling.num_workers": workers} if workers > 1 else {})
-
-
-def _filled(method: str, scenario: Scenario, device: MemoryClass) -> float:
-    """Return the share of a GPU's memory that the weights take; 0 if unknown or without a GPU."""
-    if not device.gib or scenario.model_size_b is None:
-        return 0.0
-    bytes_each = _BYTES_4BIT if _quantised(method, scenario, device) else _BYTES
-    if METHODS[method].trains == "weights":
-        bytes_each = _BYTES_FULL
-    return scenario.model_size_b * 1e9 * bytes_each / (device.gib * 2**30)

@@ -78,7 +78,7 @@ _SAME_SIZE = 1.06
 names round (`phi-4` has 14.7 billion parameters)."""
 _MORE_THAN_TEXT = re.compile(r"(?<![a-z])(vl|omni|vision|audio|multimodal)(?![a-z])")
 """What is in the names of models that have an encoder of images or sound beside the shapes here."""
-_LEAST_B, _MOST_B = 0.01, 10_000.0
+LEAST_B, _MOST_B = 0.01, 10_000.0
 
 
 def published_model(name: str) -> tuple[ModelFacts, str] | None:
@@ -88,7 +88,7 @@ def published_model(name: str) -> tuple[ModelFacts, str] | None:
     the name says. Returns None for a name without a size.
     """
     said = facts_from_name(name)
-    if said.size_b is None or not _LEAST_B <= said.size_b <= _MOST_B:
+    if said.size_b is None or not LEAST_B <= said.size_b <= _MOST_B:
         return None
     dense = said.active_b == said.size_b
     text_alone = _MORE_THAN_TEXT.search(name.lower()) is None
@@ -123,9 +123,9 @@ def usual_model(size_b: float, name: str | None = None) -> tuple[ModelFacts, str
     It is the published model of the nearest size with more or fewer layers. Raises ConfigError for
     a size that no language model has.
     """
-    if not _LEAST_B <= size_b <= _MOST_B:
+    if not LEAST_B <= size_b <= _MOST_B:
         raise ConfigError(
-            f"model_size_b={size_b:g} must be from {_LEAST_B:g} to {_MOST_B:g}: it is in billions "
+            f"model_size_b={size_b:g} must be from {LEAST_B:g} to {_MOST_B:g}: it is in billions "
             "of parameters, so that 8 stands for a model of 8B"
         )
     every = {key: _sizes(_PUBLISHED[key]) for key in _USUAL}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, Self
 
 import numpy as np
@@ -205,6 +206,20 @@ def sample_regrets(
         regrets = regrets + level + noise
     clipped: Array = np.clip(regrets, 0.0, 1.0)
     return clipped
+
+
+def regret_quantiles(process: GaussianProcess, rows: Array, shares: Sequence[float]) -> Array:
+    """Return quantiles of what a new trial would measure at n rows (shares x n).
+
+    They are those of `sample_regrets` with `measured`, without the scatter of samples.
+    """
+    mean, covariance = process.predict(rows)
+    small = 1.0 + 1.0 / _SMALL_GROUP
+    new = small * (process.parameters["offset"] ** 2 + process.parameters["noise"] ** 2)
+    deviation = np.sqrt(covariance.diagonal() + new)
+    z = np.array([[NormalDist().inv_cdf(share)] for share in shares])
+    found: Array = np.clip(prior_mean(rows) + mean + z * deviation, 0.0, 1.0)
+    return found
 
 
 def _square_root(covariance: Array) -> Array:

@@ -18,7 +18,12 @@ from rayfin.advisor.answer import (
     Recommendation,
     TradeOffPoint,
 )
-from rayfin.advisor.candidates import ScenarioFacts, candidates, given_settings
+from rayfin.advisor.candidates import (
+    ScenarioFacts,
+    candidates,
+    given_settings,
+    preferred_methods,
+)
 from rayfin.advisor.feasibility import AssessedCandidate, assess_candidates, feasible, nothing_fits
 from rayfin.advisor.features import COLUMNS, setting_row, unlearned
 from rayfin.advisor.kernel import Array, Hyperparameters
@@ -28,10 +33,12 @@ from rayfin.advisor.quality_model import (
     QualityModel,
     ScenarioPosterior,
     choose_complementary,
+    regret_quantiles,
     relevance,
     sample_regrets,
 )
 from rayfin.advisor.rules import recommend_text, rule_for
+from rayfin.advisor.scenario import Scenario
 from rayfin.advisor.wording import deployment, explanation, reasons, risks
 from rayfin.config import Config, format_value
 from rayfin.errors import ConfigError
@@ -55,8 +62,8 @@ _USUAL, _SAME = 0.4, 0.1
 """The decades within which a learning rate counts as practice's, whose sources differ by as much,
 and within which it counts as one that was tried."""
 _UNMERGEABLE = {"quality": 0.0, "cost": 0.0, "latency": 0.1}
-_MAY_NOT_FIT = 0.1
-"""Added to the regret of what may not fit the memory; what does not fit is never chosen."""
+_MAY_BE_LATE = 0.1
+"""Added to the regret of what may end after the budget; what is certain to is never chosen."""
 
 
 def recommend(
@@ -112,10 +119,8 @@ def recommend(
     regrets = sample_regrets(posterior.process, rows)
     costs = _costs(options, known)
     costs += (1.0 - relevances) * _unusual(options, known)  # as far as trials leave it open
-    chosen = choose_complementary(regrets, k, cost=costs)
-    ranges = np.quantile(
-        sample_regrets(posterior.process, rows, measured=True), (0.1, 0.5, 0.9), axis=0
-    )
+    chosen = _choose(regrets, costs, options, k, None if learned else known.scenario)
+    ranges = regret_quantiles(posterior.process, rows, (0.1, 0.5, 0.9))
     diverges = posterior.divergence(rows)
     rule = rule_for(known.scenario)
     similar = posterior.process.similarity(rows[chosen]) if learned else np.zeros((len(chosen), 0))
@@ -213,7 +218,7 @@ def _tried(
 
 def _costs(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Array:
     """Return what is added to the regrets for time, the rules' preferences, and memory."""
-    scenario, methods = known.scenario, rule_for(known.scenario).methods
+    scenario, methods = known.scenario, preferred_methods(known.scenario)
     seconds = np.array([option.estimate.seconds.expected for option in options])
     costs = _PER_DOUBLING[scenario.priority] * np.log2(seconds / seconds.min())
     for at, option in enumerate(options):
@@ -223,25 +228,51 @@ def _costs(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Array:
         )
         if not METHODS[method].merging:
             costs[at] += _UNMERGEABLE[scenario.priority]
-        if option.feasibility.memory is None:
-            costs[at] += _MAY_NOT_FIT
+        if scenario.budget_hours is not None and option.feasibility.budget is None:
+            costs[at] += _MAY_BE_LATE
     found: Array = costs
     return found
 
 
 def _unusual(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Array:
     """Return what is added to the regrets for each octave away from practice's settings."""
-    found = [option.candidate for option in options]
+    found, r = [option.candidate for option in options], known.rank
     octaves, methods = np.zeros(len(found)), list(dict.fromkeys(one.method for one in found))
     counted = {"train.learning_rate", *(f"method.{name}" for name in capacities())}
     for at, option in enumerate(found):
         octaves[at] = _OCTAVES_OF_METHOD * methods.index(option.method)
-        for name, value in practice.settings(known.scenario, option.method).items():
+        for name, value in practice.settings(known.scenario, option.method, r).items():
             taken = option.settings.get(name)
             if name in counted and taken is not None:
                 octaves[at] += abs(math.log2(taken / value))
     regrets: Array = _PER_OCTAVE * octaves
     return regrets
+
+
+def _choose(
+    regrets: Array,
+    costs: Array,
+    options: Sequence[AssessedCandidate],
+    k: int,
+    by_rules: Scenario | None,
+) -> list[int]:
+    """Return the indices of k options that cover for each other; `by_rules` by the rules' methods.
+
+    Of those that differ in capacity or precision alone the best one is taken, as the difference is
+    small beside that of another rate or method; the others only where nothing else is left.
+    """
+    order = np.argsort(regrets.mean(axis=0) + costs, kind="stable").tolist()
+    preferred = () if by_rules is None else preferred_methods(by_rules)
+    kinds: dict[tuple[str, float], int] = {}
+    for at in order:
+        option = options[at].candidate
+        kind = "lora" if option.method == "qlora" else option.method
+        if not preferred or option.method in preferred:
+            kinds.setdefault((kind, option.config.train.learning_rate), at)
+    best = sorted(kinds.values()) or order
+    chosen = [best[at] for at in choose_complementary(regrets[:, best], k, cost=costs[best])]
+    rest = [at for at in order if at not in best]
+    return chosen + rest[: k - len(chosen)]
 
 
 def _interval(interval: Any) -> PredictionInterval:

@@ -104,7 +104,11 @@ def axes(base: Config, configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _sweep(base: Config, answer: Recommendation) -> Config:
     """Return a sweep around the recommended configurations that share the first one's method."""
-    same = [choice.config for choice in answer.choices if choice.method == base.method.type]
+    same = [
+        choice.config
+        for choice in answer.choices
+        if choice.config["method"]["type"] == base.method.type
+    ]
     parameters = axes(base, same)
     given = saved(base)
     # A sweep's trials run side by side, each in one process.

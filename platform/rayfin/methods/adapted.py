@@ -60,6 +60,8 @@ class LowRankMethod(MethodConfig):
     module_settings: ClassVar[tuple[str, ...]] = ("target_modules", "modules_to_save")
     later: ClassVar[tuple[str, ...]] = ("modules_to_save",)
     """Settings that came later: fingerprints of trials without them are those of before."""
+    by_layer: ClassVar[tuple[str, ...]] = ("modules_to_save",)
+    """Settings by which single layers differ from the others of their name."""
     conv1d: ClassVar[bool] = True
     """Whether it adapts transformers' Conv1D, the linear layers of GPT-2 and its like."""
 
@@ -141,7 +143,11 @@ class LowRankMethod(MethodConfig):
 
     def adapted(self, sizes: Sizes) -> Iterator[tuple[str, Linear, dict[int, float]]]:
         """Yield each kind of adapted layer, with its name and the number of blocks by rank."""
+        same = not any(getattr(self, name) for name in self.by_layer)
         for name, linear, layers, share in targets(self.target_modules, sizes):
+            if same:
+                yield name, linear, {self.rank: share * len(layers)}
+                continue
             found: dict[int, float] = {}
             for layer in layers:
                 rank = self._rank_of(partial(may_be_named, name, layer), layer)

@@ -40,6 +40,10 @@ class LowRankConfig(LowRankMethod):
         *("exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern"),
         *("init_lora_weights", "loraplus_lr_ratio"),
     )
+    by_layer = (
+        *LowRankMethod.by_layer,
+        *("exclude_modules", "layers_to_transform", "rank_pattern"),
+    )
     synonyms = {  # noqa: RUF012
         "r": ("lora_rank", "rank", "lora_r"),
         "lora_alpha": ("alpha",),
