@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from common import print_figure
@@ -254,12 +255,8 @@ def _advisor(table: TrialTable, model: Model) -> list[int]:
 
 
 def _flat(table: TrialTable, model: Model) -> list[int]:
-    prior_mean = quality.prior_mean
-    quality.prior_mean = lambda rows: np.full(len(rows), 0.4)
-    try:
+    with patch.object(quality, "prior_mean", lambda rows: np.full(len(rows), 0.4)):
         return _chosen(quality.QualityModel.of(table), model)
-    finally:
-        quality.prior_mean = prior_mean
 
 
 def _chosen(learned: quality.QualityModel, model: Model) -> list[int]:

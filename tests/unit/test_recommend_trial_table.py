@@ -24,7 +24,7 @@ from rayfin.advisor.features import (
     setting_row,
 )
 from rayfin.advisor.model_names import facts_from_name
-from rayfin.advisor.quality_model import prior_mean
+from rayfin.advisor.prior import prior_mean
 from rayfin.advisor.trial_table import (
     ScenarioTrials,
     TrialTable,

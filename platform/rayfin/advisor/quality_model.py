@@ -25,8 +25,8 @@ from rayfin.advisor.gaussian_process import (
 )
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.model_sizes import is_comparable, is_toy
+from rayfin.advisor.prior import prior_mean
 from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
-from rayfin.methods.rates import lora_rate
 
 MAX_FITTED, MAX_OBSERVED = 400, 500
 """The most settings that hyperparameters are learned from, and that a prediction rests on.
@@ -37,24 +37,6 @@ _MAX_FITTED_OF_GROUP, _MAX_OBSERVED_OF_GROUP = 30, 60
 _SMALL_GROUP = 4.0
 """The number of trials from which a group's best is known about as well as a setting's regret."""
 SAMPLES = 1024
-_ANY_SIZE = 10.0  # decades: 10 billion parameters, whose rate practice takes for any
-_BY_SIZE = 1.5  # coordinates below it: those of methods whose rate is a share of LoRA's
-
-
-def prior_mean(rows: Array) -> Array:
-    """Return the regret that practice expects at n rows (n); it grows away from the usual rate.
-
-    It is 0.25 at the usual learning rate, 0.35 at three times more or less, and 0.6 at fifteen
-    times: enough to decide where no trial does, and little enough for a few trials to overrule. The
-    usual rate is that for the model's size, where it is known.
-    """
-    decades = np.nan_to_num(rows[:, COLUMNS.names.index("learning_rate")], nan=0.5)
-    sizes = np.nan_to_num(rows[:, COLUMNS.names.index("parameters")], nan=_ANY_SIZE)
-    usual = np.array([math.log10(lora_rate(10 ** (size - 9))) for size in sizes])
-    by_size = (rows[:, COLUMNS.indices(("method_x", "method_y"))] < _BY_SIZE).all(axis=1)
-    decades = decades - np.where(by_size, usual - math.log10(lora_rate()), 0.0)
-    regret: Array = 0.25 + 0.4 * (1.0 - np.exp(-((decades / 0.9) ** 2)))
-    return regret
 
 
 @dataclass(frozen=True)
