@@ -37,7 +37,7 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
     return Recommendation(
         source="rules", relevance=0.5, explanation="", notes=[], rule="", scenario={}, trials=0,
         nothing_fits=None if choices else "None fits 1 GiB.",
-        points=points,
+        points=points, alternatives=[],
         choices=[
             Choice(rank=rank, method="lora", settings={}, config={}, predictions=predictions,
                    feasibility=feasible, trials=[], reasons=[], risks=[], deployment="")

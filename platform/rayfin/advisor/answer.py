@@ -36,8 +36,9 @@ class Predictions(_Schema):
     """The peak memory of one worker, in bytes."""
     train_seconds: PredictionInterval
     """The time of all optimizer steps, in seconds."""
-    first_token_ms: PredictionInterval
-    """The milliseconds from a request to its first token, if served on the same hardware."""
+    first_token_ms: PredictionInterval | None
+    """The milliseconds from a request to its first token, if served on the same hardware; null
+    where nothing of about this size was served on such a device."""
 
 
 class Feasibility(_Schema):
@@ -85,6 +86,16 @@ class Choice(_Schema):
     deployment: str
 
 
+class Alternative(_Schema):
+    """Another branch of the rules than to train what is recommended, with its commands."""
+
+    kind: Literal["quantise", "distribute", "merge", "distil"]
+    text: str
+    """What it does and costs, and what of it is not in this version."""
+    commands: list[str]
+    """Commands of a shell; YOUR_MODEL and YOUR_DATA.jsonl stand for what was only described."""
+
+
 class TradeOffPoint(_Schema):
     """A candidate in the chart of shortfall against training time."""
 
@@ -108,7 +119,8 @@ class Recommendation(_Schema):
     explanation: str
     """What the recommendation rests on, as a sentence."""
     notes: list[str]
-    """What was guessed of the model or the data, as they were only described."""
+    """What was guessed of the model or the data, as they were only described, and why what was
+    asked for (a priority, a latency, a budget) changes no choice."""
     rule: str
     """The rules' recommendation for the scenario."""
     scenario: dict[str, Any]
@@ -119,4 +131,6 @@ class Recommendation(_Schema):
     where nothing does."""
     nothing_fits: str | None
     """Why there is no choice, and what would fit, in one line; null where there is one."""
+    alternatives: list[Alternative]
+    """What else could be done in the scenario; empty where nothing fits."""
     points: list[TradeOffPoint]

@@ -27,7 +27,7 @@ _RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)
 _CAPACITIES = (1 / 4, 1.0, 4.0)
 """Factors on practice's rank, or number of virtual tokens."""
 _RATE = "train.learning_rate"
-_SECTIONS = ("model", "data", "method", "train", "scaling")
+SECTIONS = ("model", "data", "method", "train", "scaling")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Candidate:
 def given_settings(config: Config) -> dict[str, Any]:
     """Return the dotted settings that a configuration's file or overrides named, which are kept."""
     found: dict[str, Any] = {}
-    for name in _SECTIONS:
+    for name in SECTIONS:
         section = getattr(config, name)
         found |= {
             f"{name}.{leaf}": getattr(section, leaf)

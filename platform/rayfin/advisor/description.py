@@ -7,6 +7,7 @@ be trained with by mistake: `a model of 8B`, `5000 rows`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,3 +118,13 @@ class Description:
             most=_P95 * self.tokens_per_sample,
             longest=_LONGEST * self.tokens_per_sample,
         )
+
+
+def is_described_model(config: Config) -> bool:
+    """Return whether a configuration names a model of which only the size was told."""
+    return re.fullmatch(r"a model of \S+B", config.model.name) is not None
+
+
+def is_described_data(config: Config) -> bool:
+    """Return whether a configuration names data of which only the number of rows was told."""
+    return re.fullmatch(r"\d+ rows", config.data.path or "") is not None

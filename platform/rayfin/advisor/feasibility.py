@@ -64,7 +64,7 @@ def assess_candidates(
     found: Sequence[Candidate],
     known: ScenarioFacts,
     measured: Sequence[MeasuredTrial],
-    first_token: PredictionInterval,
+    first_token: PredictionInterval | None,
     fixed: Mapping[str, Any],
 ) -> list[AssessedCandidate]:
     """Estimate each candidate, changed to save memory where it must; `fixed` settings are kept.
@@ -142,8 +142,8 @@ def _seconds(hours: float | None) -> float | None:
     return None if hours is None else 3600 * hours
 
 
-def _within(value: PredictionInterval | Interval, limit: float | None) -> bool | None:
-    if limit is None:
+def _within(value: PredictionInterval | Interval | None, limit: float | None) -> bool | None:
+    if limit is None or value is None:
         return None
     return True if value.high <= limit else False if value.low > limit else None
 
@@ -155,7 +155,7 @@ def nothing_fits(
     options: Sequence[AssessedCandidate],
     known: ScenarioFacts,
     measured: Sequence[MeasuredTrial],
-    first_token: PredictionInterval,
+    first_token: PredictionInterval | None,
     base: Config,
 ) -> str:
     """Return one line that says why no candidate is feasible, and what would be."""
@@ -177,7 +177,7 @@ def nothing_fits(
             device=localized_template(known.hardware.device_name),
             remedies=_listed(remedies),
         )
-    if all(one.feasibility.latency is False for one in fitting):
+    if first_token and all(one.feasibility.latency is False for one in fitting):
         return localized(
             "nothing answers in time: the first token takes {low:.3g} to {high:.3g} ms on "
             "{device}, more than --latency-target-ms {target:g}; use a smaller model or a faster "

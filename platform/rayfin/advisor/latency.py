@@ -58,9 +58,11 @@ def _positive(value: Any) -> TypeGuard[float]:
 
 def first_token(
     facts: ModelFacts, hardware: Hardware, served: Sequence[ServingMeasurement]
-) -> PredictionInterval:
+) -> PredictionInterval | None:
     """Return the milliseconds to the first token after a prompt of 128 tokens.
 
+    None where no model of half to twice the size was served on such a device: the formula alone may
+    be wrong by any factor.
     Prefill takes 2 FLOPs per parameter and token (Kaplan et al. 2020, arXiv:2001.08361).
     """
     speed = _FLOPS[hardware.device] * (hardware.cpu_count if hardware.device == "cpu" else 1)
@@ -75,6 +77,8 @@ def first_token(
         if not is_toy(one.parameters) or one.parameters == facts.parameters
         if abs(error := math.log(one.seconds / formula(one.parameters))) < _ABSURD
     ]
+    if not errors:
+        return None
     error = sum(errors) / (1 + len(errors))  # the formula counts as one measurement
     spread = _MEASURED_SPREAD if len(errors) >= 2 else _SPREAD
     middle = 1000 * formula(facts.parameters) * math.exp(error)

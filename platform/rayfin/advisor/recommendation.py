@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayfin.advisor import practice
+from rayfin.advisor.alternatives import alternatives
 from rayfin.advisor.answer import (
     Choice,
     PredictionInterval,
@@ -29,6 +30,12 @@ from rayfin.advisor.features import COLUMNS, setting_row, unlearned
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.knowledge import Knowledge, knowledge_of
 from rayfin.advisor.latency import first_token
+from rayfin.advisor.preferences import (
+    preference_costs,
+    unknown_latency,
+    why_unchanged,
+    without_each,
+)
 from rayfin.advisor.quality_model import (
     QualityModel,
     ScenarioPosterior,
@@ -44,26 +51,18 @@ from rayfin.config import Config, format_value
 from rayfin.errors import ConfigError
 from rayfin.history import History
 from rayfin.language import current_language
-from rayfin.methods import METHODS, capacities
+from rayfin.methods import capacities
 
 __all__ = ["LEARNED", "ScenarioFacts", "recommend"]
 
 LEARNED = 0.3
 """The relevance of past trials from which they decide rather than the rules."""
 _SUPPORTING = 5
-_NOT_IN_THE_RULE = 0.05
-_LATER_IN_THE_RULE = 0.02
-"""Added to the regret of methods that the rules don't name, or name later, to settle ties."""
-_PER_DOUBLING = {"quality": 0.005, "cost": 0.05, "latency": 0.01}
-"""Added to the regret for each doubling of the training time, by the scenario's priority."""
 _PER_OCTAVE = 0.03
 _OCTAVES_OF_METHOD = 2.0
 _USUAL, _SAME = 0.4, 0.1
 """The decades within which a learning rate counts as practice's, whose sources differ by as much,
 and within which it counts as one that was tried."""
-_UNMERGEABLE = {"quality": 0.0, "cost": 0.0, "latency": 0.1}
-_MAY_BE_LATE = 0.1
-"""Added to the regret of what may end after the budget; what is certain to is never chosen."""
 
 
 def recommend(
@@ -106,6 +105,7 @@ def recommend(
         trials=knowledge.trials,
         choices=[],
         nothing_fits=None,
+        alternatives=[],
         points=[],
     )
     if not options:
@@ -117,9 +117,17 @@ def recommend(
     tried = _tried(options, rows, posterior, known)
     options, rows, relevances = [options[at] for at in tried], rows[tried], relevances[tried]
     regrets = sample_regrets(posterior.process, rows)
-    costs = _costs(options, known)
-    costs += (1.0 - relevances) * _unusual(options, known)  # as far as trials leave it open
-    chosen = _choose(regrets, costs, options, k, None if learned else known.scenario)
+    unusual = (1.0 - relevances) * _unusual(options, known)  # as far as trials leave it open
+
+    def choose(scenario: Scenario) -> list[int]:
+        costs = preference_costs(options, scenario) + unusual
+        return _choose(regrets, costs, options, k, None if learned else scenario)
+
+    chosen = choose(known.scenario)
+    notes = list(unknown_latency(known.scenario, latency))
+    for what, without in without_each(known.scenario):
+        if choose(without) == chosen:
+            notes.append(why_unchanged(what, [options[at] for at in chosen]))
     ranges = regret_quantiles(posterior.process, rows, (0.1, 0.5, 0.9))
     diverges = posterior.divergence(rows)
     rule = rule_for(known.scenario)
@@ -149,13 +157,15 @@ def recommend(
             feasibility=option.feasibility,
             trials=supporting,
             reasons=reasons(candidate, rule, predictions, number, supporting),
-            risks=risks(candidate, rule, predictions, taken),
+            risks=risks(candidate, rule, predictions),
             deployment=deployment(candidate, known.scenario, rule),
         )
 
     return answer.model_copy(
         update={
             "choices": [choice(number, at) for number, at in enumerate(chosen)],
+            "notes": [*known.notes, *notes],
+            "alternatives": alternatives(options[chosen[0]].candidate, base, known),
             "points": _trade_offs(options, regrets.mean(axis=0)),
         }
     )
@@ -214,24 +224,6 @@ def _tried(
         usual = practice.learning_rate(option.candidate.method, known.scenario.model_size_b)
         found[at] |= abs(math.log10(rate / usual)) <= _USUAL
     return np.flatnonzero(found) if found.any() else np.arange(len(options))
-
-
-def _costs(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Array:
-    """Return what is added to the regrets for time, the rules' preferences, and memory."""
-    scenario, methods = known.scenario, preferred_methods(known.scenario)
-    seconds = np.array([option.estimate.seconds.expected for option in options])
-    costs = _PER_DOUBLING[scenario.priority] * np.log2(seconds / seconds.min())
-    for at, option in enumerate(options):
-        method = option.candidate.method
-        costs[at] += (
-            _LATER_IN_THE_RULE * methods.index(method) if method in methods else _NOT_IN_THE_RULE
-        )
-        if not METHODS[method].merging:
-            costs[at] += _UNMERGEABLE[scenario.priority]
-        if scenario.budget_hours is not None and option.feasibility.budget is None:
-            costs[at] += _MAY_BE_LATE
-    found: Array = costs
-    return found
 
 
 def _unusual(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Array:

@@ -9,7 +9,6 @@ import numpy as np
 
 from rayfin.advisor.answer import Predictions, SupportingTrial
 from rayfin.advisor.candidates import Candidate
-from rayfin.advisor.estimate import Estimate
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.knowledge import Knowledge
 from rayfin.advisor.model_sizes import FACTOR, format_size, is_toy
@@ -103,7 +102,7 @@ def reasons(
     if number:
         found.append(localized("covers for where those before it go wrong"))
     own = option.config.method
-    if own.quantization_bit is not None and not own.quantized_by_default():
+    if own.quantization_bit is not None and option.method not in rule.methods:
         found.append(localized("4-bit weights make room for it"))
     elif option.method in rule.methods:
         found.append(localized(rule.reason))
@@ -117,7 +116,7 @@ def reasons(
     return found
 
 
-def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estimate) -> list[str]:
+def risks(option: Candidate, rule: Rule, predictions: Predictions) -> list[str]:
     """Return what speaks against a candidate."""
     found = [localized(rule.risk)] if rule.risk and option.method in rule.methods else []
     if predictions.divergence is not None and predictions.divergence >= 0.1:
@@ -125,14 +124,6 @@ def risks(option: Candidate, rule: Rule, predictions: Predictions, taken: Estima
         found.append(localized("{chance:.0%} of settings like it diverge", chance=chance))
     if predictions.shortfall.high - predictions.shortfall.low > 0.5:
         found.append(localized("little is known of such settings here: its interval is wide"))
-    if taken.fits is not True:
-        found.append(
-            localized(
-                "may not fit the device's memory: expected are {needs:.1f} of {has:.1f} GiB",
-                needs=taken.memory.expected / 2**30,
-                has=taken.room / 2**30,
-            )
-        )
     return found
 
 

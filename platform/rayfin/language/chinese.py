@@ -71,9 +71,6 @@ CHINESE = {
     "little is known of such settings here: its interval is wide": (
         "对此处的这类设置所知甚少：区间很宽"
     ),
-    "may not fit the device's memory: expected are {needs:.1f} of {has:.1f} GiB": (
-        "显存可能不够：预计需要 {needs:.1f}，共有 {has:.1f} GiB"
-    ),
     "without a GPU the base model's forward pass is nearly all of the time, so that few trainable "
     "parameters and a small model are what helps": (
         "没有 GPU 时，时间几乎都花在基座模型的前向计算上，可训练参数少、模型小才有用"
@@ -153,4 +150,46 @@ CHINESE = {
     "{method} over 4-bit weights": "4 位权重上的 {method}",
     "a machine with more memory, or a smaller model": "内存更大的机器，或更小的模型",
     "{others}; or {last}": "{others}；或{last}",
+    # --- what was asked for and changes nothing
+    "{what} changes no choice: by the upper bound of its estimate the first one ends in "
+    "{hours:.2g} hours": "{what} 不改变任何方案：按估计的上界，首选在 {hours:.2g} 小时内结束",
+    "{what} changes no choice: none is surer to end in time than the first, which is expected to "
+    "take {hours:.2g} hours": (
+        "{what} 不改变任何方案：没有哪个比首选更有把握按时结束，首选预计需要 {hours:.2g} 小时"
+    ),
+    "{what} changes no choice: nothing that is expected to do as well takes less time": (
+        "{what} 不改变任何方案：预计效果相当的方案都不更省时间"
+    ),
+    "{what} changes no choice: each can be merged into its base, and then answers as fast as that "
+    "does": "{what} 不改变任何方案：每个都能合并进基座，合并后与基座回答得一样快",
+    "{what} changes no choice: of what was given nothing answers sooner": (
+        "{what} 不改变任何方案：在给定的设置下没有回答更快的"
+    ),
+    "whether {target:g} ms to the first token are kept isn't known: no model of about this size "
+    "was served on such a device; rayfin serve measures it": (
+        "首个词元能否在 {target:g} ms 内返回尚不可知：这类设备上没有部署过规模相近的模型；"
+        "rayfin serve 会测量它"
+    ),
+    # --- the rules' other branches
+    "serve the base with 8-bit weights: faster on a CPU, and an answer may differ in a word": (
+        "以 8 位权重部署基座：在 CPU 上更快，个别词可能不同"
+    ),
+    "train or serve over 4-bit weights, a quarter of the memory for the base: where several models "
+    "share a GPU; each step, and the first token, may take longer": (
+        "以 4 位权重训练或部署，基座只占四分之一显存，适合多个模型共用一块 GPU；"
+        "每一步和首个词元可能更慢"
+    ),
+    "serve with one engine on each of the {count} GPUs": "在 {count} 块 GPU 上各部署一个引擎",
+    "serve one model over the {count} GPUs, by vLLM": "用 vLLM 把一个模型分布到 {count} 块 GPU 上",
+    "share the training among the {count} GPUs": "让 {count} 块 GPU 共同训练",
+    "an adapter that is merged into its base costs nothing when it answers; merging is not in this "
+    "version: PEFT's merge_and_unload does it, and what it writes to the directory merged is "
+    "served so": (
+        "合并进基座的适配器在回答时没有额外开销；本版本没有合并命令：可用 PEFT 的 "
+        "merge_and_unload，其写入目录 merged 的模型这样部署"
+    ),
+    "a small model answers sooner; distilling this one into it is not in this version, and what "
+    "the small one takes on the same data is asked so": (
+        "小模型回答更快；本版本没有蒸馏，小模型用同样的数据训练需要什么，可以这样询问"
+    ),
 }
