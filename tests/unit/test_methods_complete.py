@@ -177,7 +177,7 @@ def test_a_file_makes_a_method_that_is_configured_completed_and_advised(halved: 
         describe_hardware(use_gpu=False),
     )
     found = [it for it in candidates(Config(), place) if it.method == halved]
-    assert {it.config.method.rank for it in found} == {4, 16, 64}
+    assert {it.config.method.rank for it in found} == {8, 16, 64}
     assert memory_of(config, place.facts, device="cpu").adapter > 0
 
 

@@ -504,7 +504,7 @@ def test_it_rests_on_the_trials_that_the_history_has(
     best = RATES[3]
     with History.open(url) as history:
         for rate in RATES:
-            for rank in (4, 16, 64):
+            for rank in (8, 16, 64):
                 spec = json.loads(json.dumps(record.spec))
                 spec["method"]["r"], spec["train"]["learning_rate"] = rank, rate
                 loss = 3.0 + abs(RATES.index(rate) - 3) + rank / 1000

@@ -155,6 +155,16 @@ def test_the_gpu_that_is_named_is_one_that_it_fits() -> None:
     assert asked("llama-3.1-8b", gpus(gib)).choices
 
 
+def test_the_length_that_is_named_is_short_enough() -> None:
+    where_long = where("llama-3.1-8b", gpus(24))
+    long = replace(where_long, scenario=replace(where_long.scenario, sequence_length=18_048))
+    said = recommend(long, EMPTY).nothing_fits or ""
+    assert "what would: data.max_length=" in said
+    length = int(said.split("data.max_length=")[1].split()[0])
+    assert 1024 <= length < 18_048
+    assert recommend(long, EMPTY, config=build_config({}, {"data.max_length": length})).choices
+
+
 def test_the_number_of_gpus_that_is_named_is_enough() -> None:
     said = asked("llama-3.1-70b", gpus(24)).nothing_fits or ""
     count = int(said.split("--num-gpus ")[1].split()[0])

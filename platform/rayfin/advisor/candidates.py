@@ -24,7 +24,7 @@ from rayfin.tuning.preflight import check_positions
 
 _RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0, 16.0)
 """Factors on practice's learning rate; less than a factor of two makes no noticeable difference."""
-_CAPACITIES = (1 / 4, 1.0, 4.0)
+_CAPACITIES = (1 / 2, 1.0, 4.0)
 """Factors on practice's rank, or number of virtual tokens."""
 _RATE = "train.learning_rate"
 SECTIONS = ("model", "data", "method", "train", "scaling")

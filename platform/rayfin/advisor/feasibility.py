@@ -25,7 +25,7 @@ from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.advisor.model_sizes import format_size
 from rayfin.advisor.published_models import LEAST_B, shown_model, usual_model
 from rayfin.advisor.scenario import hardware_class
-from rayfin.config import Config, build_config
+from rayfin.config import Config, build_config, with_values
 from rayfin.config.steps import duration
 from rayfin.errors import RayfinError
 from rayfin.hardware import Hardware
@@ -38,6 +38,8 @@ _SOLD_GIB = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)
 _HOST_GIB = (8, 16, 32, 64, 128, 256, 512, 1024)
 """The memory of the machines without a GPU that are named, in GiB."""
 _MOST_WORKERS = 64
+_SHORTEST = 256
+"""The least tokens of a sample that are named as what would fit."""
 _GIB = 2**30
 
 
@@ -213,6 +215,15 @@ def _more_room(
     if loose and (method := _fits(free, known, measured)):
         settings = ", ".join(loose)
         yield localized("without {settings} ({method} does)", settings=settings, method=method)
+    if "data.max_length" not in fixed:
+        longest = candidates(base, known, varied=False)[0].config.data.max_length
+        length = 2 ** ((longest - 1).bit_length() - 1)  # the next smaller power of 2
+        while length >= _SHORTEST:
+            cut = with_values(base, {"data.max_length": length})
+            if method := _fits(cut, known, measured):
+                yield localized("data.max_length={length} ({method})", length=length, method=method)
+                break
+            length //= 2
     hardware = known.hardware
     gpu = hardware.device == "cuda"
     workers = max(1, hardware.device_count) * 2

@@ -144,6 +144,7 @@ CHINESE = {
     "a GPU": "GPU",
     "without {settings} ({method} does)": "去掉 {settings}（{method} 即可）",
     "--num-gpus {count} ({method}, sharded)": "--num-gpus {count}（{method}，分片）",
+    "data.max_length={length} ({method})": "data.max_length={length}（{method}）",
     "a GPU of {size} GiB ({method})": "一块 {size} GiB 的 GPU（{method}）",
     "a machine with {size} GiB ({method})": "一台有 {size} GiB 内存的机器（{method}）",
     "a model of up to {size} ({method})": "不超过 {size}的模型（{method}）",
