@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +19,9 @@ import pytest
 from rayfin.advisor import practice
 from rayfin.advisor.answer import Choice, Recommendation
 from rayfin.advisor.knowledge import Knowledge
+from rayfin.advisor.recommendation import recommend
 from rayfin.advisor.scaffold import scaffold
-from rayfin.config import load_config
+from rayfin.config import ModelConfig, build_config, load_config
 from rayfin.config.load import load_serve_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,3 +196,54 @@ def test_the_configurations_of_the_table_are_the_published_ones() -> None:
         found, sizes = published_model(name), sizes_of(json.loads(json.dumps(shape)))
         assert found is not None and sizes is not None
         assert found[0].parameters == sizes.parameters
+
+
+@pytest.mark.long
+def test_a_training_of_the_files_begins(tmp_path: Path) -> None:
+    """On a model of 0.5B by its shapes, with random weights and another's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import rayfin
+    from rayfin.advisor.published_models import usual_model
+    from rayfin.library import advice
+    from rayfin.models import locate
+
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(locate(ModelConfig(name="tiny")), model)
+    facts, _ = usual_model(0.5)
+    settings = AutoConfig.from_pretrained(model).to_dict() | {
+        "hidden_size": facts.hidden_size,
+        "intermediate_size": facts.intermediate_size,
+        "num_hidden_layers": facts.num_layers,
+        "num_attention_heads": facts.num_attention_heads,
+        "num_key_value_heads": facts.num_key_value_heads,
+        "head_dim": facts.head_dim,
+        "vocab_size": facts.vocab_size,
+        "tie_word_embeddings": True,
+    }
+    for old in model.glob("*.safetensors"):
+        old.unlink()
+    shapes = AutoConfig.for_model(**settings)
+    AutoModelForCausalLM.from_config(shapes, dtype=torch.bfloat16).save_pretrained(model)
+    rows = [{"prompt": f"What is {n} + 1?", "completion": str(n + 1)} for n in range(100)]
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    given = build_config(
+        {
+            "model": {"name": str(model)},
+            "data": {"path": str(data)},
+            "storage": str(tmp_path / "storage"),
+            "history": f"sqlite:///{tmp_path / 'history.db'}",
+        }
+    )
+    told = TABLE.Case(0.5, 0).told | {
+        "model_size_b": None,
+        "rows": None,
+        "tokens_per_sample": None,
+    }
+    config, known = advice.scenario_of(given, told, progress=False)
+    answer = recommend(known, Knowledge.of([]), 1, config=config)
+    files = scaffold(answer, tmp_path / "files", name="mine")
+    begun = load_config(files["train"], ["train.max_steps=1", "train.num_train_epochs=null"])
+    result = rayfin.train(begun, progress=False)
+    assert result.trial.status == "finished" and result.trial.metrics["steps"] == 1
