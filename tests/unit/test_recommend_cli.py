@@ -288,15 +288,6 @@ def test_nothing_is_written_unless_asked_for(
     assert not any(tmp_path.iterdir())
 
 
-def test_people_get_the_choices_and_what_they_rest_on(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["recommend", *GIVEN]) == 0
-    out = capfd.readouterr().out
-    assert out.startswith("tiny on pydocs")
-    assert "the rules: 0 trials of the history" in out
-    assert "1. lora" in out and "train.learning_rate=0.0005" in out
-    assert "The rules say: LoRA or P-Tuning" in out
-
-
 # --- the picture --------------------------------------------------------------------------------
 
 

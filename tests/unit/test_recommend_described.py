@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_a_size_is_answered_without_files_or_network(capfd: pytest.CaptureFixtur
         "5000 rows",
     )
     assert main(["recommend", *SIZE, *GPU, "-k", "1", "train.num_train_epochs=3"]) == 0
-    assert "), training 3 epochs (939 steps): " in capfd.readouterr().out
+    assert re.match(r"Train lora r=\d+, lr \S+, 3 epochs: ", capfd.readouterr().out)
     named = ("model.name=meta-llama/Llama-3.1-8B", *SIZE[2:])
     same = printed(capfd, "recommend", *named, *GPU)
     assert "published for llama3.1" in same["notes"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from rayfin.advisor import RULES, Scenario, recommend_text, rule_for
 from rayfin.advisor import scenario as scenarios
+from rayfin.cli import main
 from rayfin.config.data import DataConfig
 from rayfin.config.schema import ModelConfig
 from rayfin.errors import ConfigError
@@ -50,6 +52,33 @@ def test_each_has_its_sentence_in_both_languages(hardware: str, data: str, laten
     sentence = SENTENCES[hardware, data, latency]
     assert recommend_text(scenario) == recommend_text(scenario, lang="zh") == sentence
     assert recommend_text(scenario, lang="en") == ENGLISH[sentence]
+
+
+HARDWARE = {
+    "cpu": ("--hardware", "cpu"),
+    "single_gpu": ("--hardware", "single_gpu", "--gpu-memory-gb", "24"),
+    "multi_gpu": ("--hardware", "multi_gpu", "--num-gpus", "2", "--gpu-memory-gb", "24"),
+}
+ROWS = {"s": "2000", "m": "50000", "l": "500000"}
+
+
+@pytest.mark.parametrize(("hardware", "data", "latency"), SENTENCES)
+def test_the_command_says_each_sentence_to_the_letter(
+    capfd: pytest.CaptureFixture[str], hardware: str, data: str, latency: str
+) -> None:
+    """In both languages; all figures of the Chinese answer are the English one's."""
+    asked = ["recommend", "--model-size-b", "0.5", "--rows", ROWS[data], "--tokens-per-sample"]
+    asked += ["100", *HARDWARE[hardware], "-k", "2", "method.type=lora", "--why"]
+    asked += ["--latency", "strict"] if latency == "s" else []
+    said = {}
+    for lang in ("zh", "en"):
+        assert main([*asked, "--lang", lang]) == 0
+        said[lang] = capfd.readouterr().out
+    sentence = SENTENCES[hardware, data, latency]
+    assert f"规则建议：{sentence}" in said["zh"].replace("\n", "")
+    assert f"The rules say: {ENGLISH[sentence]}" in said["en"].replace("\n", " ")
+    zh, en = (sorted(re.findall(r"\d+(?:[.,]\d+)*", said[lang])) for lang in ("zh", "en"))
+    assert zh == en
 
 
 @pytest.mark.parametrize(

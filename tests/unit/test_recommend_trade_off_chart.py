@@ -35,12 +35,13 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
     )
     feasible = Feasibility(memory=None, budget=None, latency=None)
     return Recommendation(
-        source="rules", relevance=0.5, explanation="", notes=[], rule="", scenario={}, trials=0,
-        nothing_fits=None if choices else "None fits 1 GiB.",
+        lang="en", source="rules", relevance=0.5, explanation="", notes=[], rule="", scenario={},
+        trials=0, nothing_fits=None if choices else "None fits 1 GiB.",
         points=points, alternatives=[],
         choices=[
-            Choice(rank=rank, method="lora", settings={}, config={}, predictions=predictions,
-                   feasibility=feasible, trials=[], reasons=[], risks=[], deployment="")
+            Choice(rank=rank, method="lora", settings={}, config={}, command="",
+                   predictions=predictions, feasibility=feasible, trials=[], reasons=[],
+                   risks=[], deployment="")
             for rank in range(1, choices + 1)
         ],
     )  # fmt: skip

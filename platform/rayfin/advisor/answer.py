@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from rayfin.advisor.answer_text import answer_text
+from rayfin.language import Language
+
 
 class _Schema(BaseModel):
     model_config = ConfigDict(
@@ -77,6 +80,9 @@ class Choice(_Schema):
     """The dotted settings that differ from the given configuration."""
     config: dict[str, Any]
     """The whole configuration, which `rayfin train` runs as it is."""
+    command: str
+    """The command that trains it; YOUR_MODEL and YOUR_DATA.jsonl stand for what was only
+    described."""
     predictions: Predictions
     feasibility: Feasibility
     trials: list[SupportingTrial]
@@ -109,8 +115,10 @@ class TradeOffPoint(_Schema):
 
 
 class Recommendation(_Schema):
-    """What to run in a scenario, and what that rests on."""
+    """What to run in a scenario, and what that rests on; `print` shows it as the command does."""
 
+    lang: Language
+    """The language of the sentences."""
     source: Literal["rules", "learned"]
     """`learned` where trials tell which settings are better, else `rules`."""
     relevance: float
@@ -134,3 +142,11 @@ class Recommendation(_Schema):
     alternatives: list[Alternative]
     """What else could be done in the scenario; empty where nothing fits."""
     points: list[TradeOffPoint]
+
+    def __str__(self) -> str:
+        """Return the answer as `rayfin recommend` prints it, without the evidence."""
+        return answer_text(self.model_dump(mode="json"))
+
+    def __repr__(self) -> str:
+        """Return the same: an interpreter and a notebook show it."""
+        return str(self)

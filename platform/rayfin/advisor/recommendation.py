@@ -25,6 +25,7 @@ from rayfin.advisor.candidates import (
     given_settings,
     preferred_methods,
 )
+from rayfin.advisor.commands import training_command
 from rayfin.advisor.feasibility import AssessedCandidate, assess_candidates, feasible, nothing_fits
 from rayfin.advisor.features import COLUMNS, setting_row, unlearned
 from rayfin.advisor.kernel import Array, Hyperparameters
@@ -96,6 +97,7 @@ def recommend(
     most = float(relevances.max())
     learned = most >= LEARNED
     answer = Recommendation(
+        lang=current_language(),
         source="learned" if learned else "rules",
         relevance=most,
         explanation=explanation(most, knowledge, columns, learned=learned),
@@ -152,7 +154,8 @@ def recommend(
             rank=number + 1,
             method=candidate.method,
             settings=dict(candidate.settings),
-            config=candidate.config.model_dump(mode="json"),
+            config=(whole := candidate.config.model_dump(mode="json")),
+            command=training_command(whole),
             predictions=predictions,
             feasibility=option.feasibility,
             trials=supporting,

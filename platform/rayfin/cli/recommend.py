@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rayfin.cli.described import add_described, add_language, described, values_of
 from rayfin.cli.parser import print_json
 from rayfin.cli.settings import add_settings, split_settings
-from rayfin.language import answering_in, locale_language
+from rayfin.language import answering_in, locale_language, localized
 
 if TYPE_CHECKING:
-    from rayfin.advisor.answer import Choice, Recommendation
-    from rayfin.config import Config
-    from rayfin.hardware import Hardware
+    from rayfin.advisor.answer import Recommendation
 
 _CHOICES = {
     "latency": ("strict", "normal"),
@@ -42,6 +40,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="quality against cost")
     parser.add_argument(
         "--scaffold", type=Path, metavar="DIR", help="write configurations to train, sweep, serve"
+    )
+    parser.add_argument(
+        "--why", action="store_true", help="also reasons, risks and the trials it rests on"
     )
     add_language(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
@@ -91,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(answer.model_dump(mode="json"))
     else:
-        _print(config, facts.hardware, answer, written)
+        _print(answer, written, why=args.why)
     return 0
 
 
@@ -119,71 +120,15 @@ def _write_picture(answer: Recommendation, path: Path) -> None:
         raise StorageError(f"--picture: '{path}' can't be written ({error.strerror})") from error
 
 
-def _print(
-    config: Config, hardware: Hardware, answer: Recommendation, written: dict[str, Path]
-) -> None:
-    from rich.console import Console
-    from rich.text import Text
+def _print(answer: Recommendation, written: Mapping[str, Path], *, why: bool) -> None:
+    from rayfin.advisor.answer_text import answer_text
 
-    console = Console(highlight=False, soft_wrap=True)
-    what = f"{config.model.name} on {config.data.title}, {hardware.device_name}"
-    console.print(Text(what, style="bold"))
-    console.print(Text(answer.explanation))
-    for note in answer.notes:
-        console.print(Text(note, style="dim"))
-    for choice in answer.choices:
-        console.print()
-        _print_choice(console, choice)
-    console.print()
-    console.print(Text(f"The rules say: {answer.rule}", style="dim"))
-    for name, path in written.items():
-        console.print(f"  {name:9}{path}", markup=False)
-
-
-def _print_choice(console: Any, choice: Choice) -> None:
-    from rich.text import Text
-
-    from rayfin.cli.estimate import show_bytes
-    from rayfin.evaluation.quantities import show_seconds
-
-    predicted, fits = choice.predictions, choice.feasibility
-    console.print(Text(f"{choice.rank}. {choice.method}", style="bold"))
-    settings = " ".join(f"{key}={value}" for key, value in choice.settings.items())
-    console.print(Text(f"   {settings}"))
-    short, chance = predicted.shortfall, predicted.divergence
-    diverges = "" if chance is None else f", diverges {chance:.0%}"
-    console.print(
-        Text(
-            f"   shortfall {short.expected:.2f} ({short.low:.2f} to {short.high:.2f}; 0 is the best"
-            f" known, 1 the worst){diverges}"
-        )
-    )
-    memory, seconds = predicted.memory_bytes, predicted.train_seconds
-    verdict = "fits" if fits.memory else "may not fit"
-    console.print(
-        Text(
-            f"   memory {show_bytes(memory.expected)} ({show_bytes(memory.low)} to "
-            f"{show_bytes(memory.high)}; {verdict}), {_length(choice)}: "
-            f"{show_seconds(seconds.expected)} ({show_seconds(seconds.low)} to "
-            f"{show_seconds(seconds.high)})"
-        )
-    )
-    for mark, lines in (("+", choice.reasons), ("-", choice.risks)):
-        for line in lines:
-            console.print(Text(f"   {mark} {line}"))
-    for trial in choice.trials:
-        console.print(Text(f"   {trial.similarity:4.0%} {trial.trial_id}: {trial.summary}", "dim"))
-    console.print(Text(f"   served as {choice.deployment}", style="dim"))
-
-
-def _length(choice: Choice) -> str:
-    """Return `3 epochs (27 steps)`, or the steps alone, which the training time is that of."""
-    train = choice.config["train"]
-    steps, epochs = train["max_steps"], train["num_train_epochs"]
-    counted = f"{steps} step{'' if steps == 1 else 's'}"
-    if epochs is None:
-        return f"training {counted}"
-    return f"training {epochs:g} epoch{'' if epochs == 1 else 's'} ({counted})"
+    print(answer_text(answer.model_dump(mode="json"), why=why))
+    if written:
+        for name, path in written.items():
+            print(f"  {name:9}{path}")
+    elif not why:
+        print(localized("--why says why; --scaffold DIR writes files to train, sweep and serve"))
 
 
 def _count(text: str) -> int:

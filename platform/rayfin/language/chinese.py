@@ -36,6 +36,43 @@ CHINESE = {
     "a model of {size}B": "{size}B 模型",
     "{model} on {data}": "{data} 上的 {model}",
     "{what}, {where}: {score}": "{what}，{where}：{score}",
+    # --- as it is printed
+    "Train {what}": "训练 {what}",
+    "{method}, lr {rate:g}, {length}{workers}: {memory} GiB, {time} {unit} ({source}, {doubt})": (
+        "{method}，lr {rate:g}，{length}{workers}：{memory} GiB，{time} {unit}（{source}，{doubt}）"
+    ),
+    ", {count} workers": "，{count} 个工作进程",
+    "{memory} of {room}": "{memory} / {room}",
+    "learned": "学自试验",
+    "rules": "依据规则",
+    "little doubt": "把握较大",
+    "some doubt": "把握一般",
+    "much doubt": "把握较小",
+    "{steps} step{plural}": "{steps} 步",
+    "{epochs:g} epoch{plural}": "{epochs:g} 轮",
+    "length": "长度",
+    "method": "方法",
+    "size": "容量",
+    "time": "时间",
+    "shortfall": "差距",
+    "diverges": "发散",
+    "For {model} on {data}, {hardware}. Shortfall: 0 is the best known, 1 the worst; in brackets "
+    "80 % intervals.": (
+        "{model}，数据 {data}，{hardware}。差距：0 为已知最佳，1 为最差；括号内为 80 % 区间。"
+    ),
+    "{sentence}.": "{sentence}。",
+    "The rules say: {rule}": "规则建议：{rule}",
+    " of {size} GiB": "，每块 {size} GiB",
+    "{count} GPU{plural}{each}": "{count} 块 GPU{each}",
+    "Or {kind}: {text}": "也可以{kind}：{text}",
+    "quantise": "量化",
+    "distribute": "分布式",
+    "merge": "合并",
+    "distil": "蒸馏",
+    "served as {how}": "部署方式：{how}",
+    "--why says why; --scaffold DIR writes files to train, sweep and serve": (
+        "--why 说明理由；--scaffold DIR 写出训练、搜索和部署用的文件"
+    ),
     # --- what was guessed
     "{size:.3g} billion parameters": "{size:.3g}B 参数",
     "{size:.3g} million parameters": "{size:.3g}M 参数",
