@@ -15,8 +15,8 @@ from rayfin.methods import METHODS
 
 COLUMNS = 80
 NEAR, WIDE = 0.25, 0.5
-"""The upper end of a shortfall's interval below which there is little doubt, and the width of the
-interval above which there is much. Conventions: the shortfall goes from 0 to 1."""
+"""The upper end of a shortfall's interval below which an answer is quite sure, and the width of
+the interval above which it is unsure. Conventions: the shortfall goes from 0 to 1."""
 _GIB = 2**30
 _CLOSING, _OPENING = "，。；：、）”》", "（“《"
 """Marks that begin no line in Chinese, and that end none."""
@@ -47,6 +47,8 @@ def _lines(answer: Mapping[str, Any], why: bool) -> Iterator[str]:
         yield from wrapped(line)
     for note in answer["notes"]:
         yield from wrapped(f"- {note}", indent=2)
+    if answer["alternatives"]:
+        yield ""
     for other in answer["alternatives"]:
         told = localized("Or {kind}: {text}", kind=_kind(other["kind"]), text=other["text"])
         yield from wrapped(told)
@@ -59,33 +61,38 @@ def _lines(answer: Mapping[str, Any], why: bool) -> Iterator[str]:
 
 
 def _summary(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
-    """Return `qlora r=16, lr 0.0002, 3 epochs: 9.5 of 24 GiB, 3.3 h (rules, much doubt)`."""
+    """Return `qlora r=16, lr 0.0002, 3 epochs: 9.5 of 24 GiB, 3.3 h (rules, unsure)`."""
     config, predicted = choice["config"], choice["predictions"]
-    room = answer["scenario"].get("gpu_memory_gb")
-    memory = _short(predicted["memory_bytes"]["expected"] / _GIB)
     unit, divisor = _time_unit(predicted["train_seconds"]["expected"])
-    workers = config["scaling"]["num_workers"]
     return localized(
-        "{method}, lr {rate:g}, {length}{workers}: {memory} GiB, {time} {unit} ({source}, {doubt})",
+        "{method}, lr {rate:g}, {length}: {memory} GiB, {time} {unit} ({source}, {sure})",
         method=" ".join(filter(None, (choice["method"], _capacity(config["method"])))),
         rate=config["train"]["learning_rate"],
         length=length_text(config["train"]),
-        workers=localized(", {count} workers", count=workers) if workers > 1 else "",
-        memory=memory if room is None else localized("{memory} of {room}", memory=memory,
-                                                     room=_short(room)),
+        memory=_memory(choice, answer["scenario"]),
         time=_short(predicted["train_seconds"]["expected"] / divisor),
         unit=unit,
         source=localized("learned") if answer["source"] == "learned" else localized("rules"),
-        doubt=_doubt(predicted["shortfall"]),
-    )  # fmt: skip
+        sure=_sureness(predicted["shortfall"]),
+    )
 
 
-def _doubt(shortfall: Mapping[str, float]) -> str:
+def _memory(choice: Mapping[str, Any], scenario: Mapping[str, Any]) -> str:
+    """Return `2 x 9.5 of 24`: what each of two workers takes of its GPU, in GiB."""
+    workers, room = choice["config"]["scaling"]["num_workers"], scenario["gpu_memory_gb"]
+    needs = _short(choice["predictions"]["memory_bytes"]["expected"] / _GIB)
+    each = needs if workers == 1 else f"{workers} x {needs}"
+    if room is None:
+        return each
+    return localized("{each} of {room}", each=each, room=_short(room))
+
+
+def _sureness(shortfall: Mapping[str, float]) -> str:
     if shortfall["high"] < NEAR:
-        return localized("little doubt")
+        return localized("quite sure")
     if shortfall["high"] - shortfall["low"] > WIDE:
-        return localized("much doubt")
-    return localized("some doubt")
+        return localized("unsure")
+    return localized("fairly sure")
 
 
 def length_text(train: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rayfin.advisor.answer import Predictions, SupportingTrial
+from rayfin.advisor.answer_text import NEAR, WIDE
 from rayfin.advisor.candidates import Candidate
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.knowledge import Knowledge
@@ -111,7 +112,7 @@ def reasons(
         found.append(
             localized("much like trial {trial}: {what}", trial=near.trial_id, what=near.summary)
         )
-    if predictions.shortfall.high < 0.25:
+    if predictions.shortfall.high < NEAR:
         found.append(localized("expected near the best known, with little doubt"))
     return found
 
@@ -122,7 +123,7 @@ def risks(option: Candidate, rule: Rule, predictions: Predictions) -> list[str]:
     if predictions.divergence is not None and predictions.divergence >= 0.1:
         chance = predictions.divergence
         found.append(localized("{chance:.0%} of settings like it diverge", chance=chance))
-    if predictions.shortfall.high - predictions.shortfall.low > 0.5:
+    if predictions.shortfall.high - predictions.shortfall.low > WIDE:
         found.append(localized("little is known of such settings here: its interval is wide"))
     return found
 

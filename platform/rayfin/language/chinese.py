@@ -38,16 +38,15 @@ CHINESE = {
     "{what}, {where}: {score}": "{what}，{where}：{score}",
     # --- as it is printed
     "Train {what}": "训练 {what}",
-    "{method}, lr {rate:g}, {length}{workers}: {memory} GiB, {time} {unit} ({source}, {doubt})": (
-        "{method}，lr {rate:g}，{length}{workers}：{memory} GiB，{time} {unit}（{source}，{doubt}）"
+    "{method}, lr {rate:g}, {length}: {memory} GiB, {time} {unit} ({source}, {sure})": (
+        "{method}，lr {rate:g}，{length}：{memory} GiB，{time} {unit}（{source}，{sure}）"
     ),
-    ", {count} workers": "，{count} 个工作进程",
-    "{memory} of {room}": "{memory} / {room}",
+    "{each} of {room}": "{each} / {room}",
     "learned": "学自试验",
     "rules": "依据规则",
-    "little doubt": "把握较大",
-    "some doubt": "把握一般",
-    "much doubt": "把握较小",
+    "quite sure": "把握较大",
+    "fairly sure": "把握一般",
+    "unsure": "把握较小",
     "{steps} step{plural}": "{steps} 步",
     "{epochs:g} epoch{plural}": "{epochs:g} 轮",
     "length": "长度",
