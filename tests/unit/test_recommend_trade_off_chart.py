@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from xml.etree import ElementTree
 
 import pytest
@@ -65,7 +66,58 @@ def test_both_axes_have_ticks_that_keep_clear_of_each_other(seconds) -> None:
         assert other - x > (width + next_width) / 2
     assert len({tick.text for tick in texts(drawn, "x-tick")}) == len(across)
     assert len(texts(drawn, "y-tick")) == 6
-    assert "training time, seconds (log scale)" in drawn
+    assert "training time, seconds (log scale; " in drawn
+
+
+def boxes(drawn):
+    """The boxes of all texts and numbers, each with its text, as wide as a wide font makes them."""
+    found = []
+    for text in ElementTree.fromstring(drawn).iter(f"{SVG}text"):
+        size = float(text.get("font-size", 12))
+        wide = size * sum(1.0 if ord(each) > 0x2E7F else 0.62 for each in text.text)
+        if text.get("transform"):  # the label of the shortfall, from below
+            x, y = map(float, re.findall(r"[\d.]+", text.get("transform"))[:2])
+            found.append((text.text, x - size, y - wide / 2, x + size / 3, y + wide / 2))
+            continue
+        x, y = float(text.get("x")), float(text.get("y"))
+        left = {"middle": x - wide / 2, "end": x - wide}.get(text.get("text-anchor"), x)
+        if text.get("class") == "rank":  # with its circle
+            found.append((text.text, x - 8, y - 12, x + 8, y + 4))
+        else:
+            found.append((text.text, left, y - size, left + wide, y + size / 3))
+    return found
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+@pytest.mark.parametrize("choices", [1, 3, 8])
+def test_no_label_overlaps_another_or_leaves_the_picture(choices, lang) -> None:
+    """With as many candidates as there may be, of which many lie on one spot."""
+    crowd = [10.0 ** (1 + n % 7 / 100) for n in range(400)] + [2e3, 5e4]
+    drawn = picture(answer(crowd, choices).model_copy(update={"lang": lang}))
+    found = boxes(drawn)
+    for (text, *one), (other_text, *other) in itertools.combinations(found, 2):
+        apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+        assert apart, (text, other_text)
+    for text, left, top, right, bottom in found:
+        assert min(left, top) >= 0 and right <= 760 and bottom <= 460, text
+
+
+def test_marks_of_two_methods_do_not_cover_each_other() -> None:
+    """A whole column of candidates that take as long and fall as short."""
+    crowd = answer([100.0] * 30 + [300.0], methods=tuple(METHODS)[:11])
+    points = [point.model_copy(update={"shortfall": 0.3}) for point in crowd.points]
+    drawn = picture(crowd.model_copy(update={"points": points}))
+    placed = {}
+    for mark in ElementTree.fromstring(drawn).iter(f"{SVG}path"):
+        if mark.find(f"{SVG}title") is not None:
+            placed.setdefault(mark.get("d"), set()).add(mark.get("transform"))
+    assert len(placed) == 11
+    spots = [
+        tuple(map(float, re.findall(r"[\d.]+", place)[:2]))
+        for places in placed.values()
+        for place in places
+    ]
+    assert all(math.dist(a, b) >= 7.9 for a, b in itertools.combinations(spots, 2))
 
 
 def test_numbers_of_choices_on_one_spot_lie_beside_each_other() -> None:

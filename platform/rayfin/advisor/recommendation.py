@@ -169,7 +169,7 @@ def recommend(
             "choices": [choice(number, at) for number, at in enumerate(chosen)],
             "notes": [*known.notes, *notes],
             "alternatives": alternatives(options[chosen[0]].candidate, base, known),
-            "points": _trade_offs(options, regrets.mean(axis=0)),
+            "points": _trade_offs(options, ranges[1]),
         }
     )
 

@@ -72,6 +72,19 @@ CHINESE = {
     "--why says why; --scaffold DIR writes files to train, sweep and serve": (
         "--why 说明理由；--scaffold DIR 写出训练、搜索和部署用的文件"
     ),
+    # --- the picture
+    "What is expected of each candidate ({source}, relevance {relevance:.0%})": (
+        "各候选方案的预期（{source}，相关度 {relevance:.0%}）"
+    ),
+    "{rank}: {method}, shortfall {shortfall:.2f} in {seconds:.3g} seconds": (
+        "{rank}：{method}，差距 {shortfall:.2f}，{seconds:.3g} 秒"
+    ),
+    "Chosen: {chosen}.": "选出：{chosen}。",
+    "{count} candidates by training time and shortfall.": "{count} 个候选方案的训练时间与差距。",
+    "training time, seconds (log scale; marks that would overlap are moved aside)": (
+        "训练时间，秒（对数刻度；会重叠的标记已错开）"
+    ),
+    "shortfall: 0 is the best known, 1 the worst": "差距：0 为已知最佳，1 为最差",
     # --- what was guessed
     "{size:.3g} billion parameters": "{size:.3g}B 参数",
     "{size:.3g} million parameters": "{size:.3g}M 参数",
