@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import rayfin
 from rayfin.advisor.answer_text import command_lines, wrapped
@@ -170,3 +171,31 @@ def without_words(value: Any) -> Any:
     if isinstance(value, list):
         return [without_words(inner) for inner in value]
     return figures(value) if isinstance(value, str) else value
+
+
+def test_a_scaffold_says_epochs_and_has_a_guide_in_the_answers_language(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked = ("model.name=tiny", "data.path=pydocs", "method.type=lora", "train.num_train_epochs=2")
+    guides = {}
+    for lang in ("en", "zh"):
+        printed(capfd, *asked, "--lang", lang, "--scaffold", lang)
+        train = yaml.safe_load(Path(lang, "train.yaml").read_text(encoding="utf-8"))["train"]
+        assert train["num_train_epochs"] == 2 and "max_steps" not in train
+        guides[lang] = Path(lang, "README.md").read_text(encoding="utf-8")
+    assert ", 2 epochs: " in guides["en"] and "，2 轮：" in guides["zh"]
+    assert figures(guides["en"]) == figures(guides["zh"])
+    for command in ("estimate train.yaml", "train train.yaml", "sweep sweep.yaml"):
+        assert f"rayfin {command}" in guides["en"] and f"rayfin {command}" in guides["zh"]
+
+
+def test_an_estimate_has_the_same_figures_in_both_languages(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    asked = ("--rows", "5000", *SIZE, *TWO, "scaling.num_workers=2", "train.num_train_epochs=1")
+    said = {}
+    for lang in ("en", "zh"):
+        assert main(["estimate", *asked, "--price-per-hour", "3", "--lang", lang]) == 0
+        said[lang] = capfd.readouterr().out
+    assert "peak memory" in said["en"] and "峰值内存" in said["zh"]
+    assert figures(said["en"]) == figures(said["zh"])

@@ -155,7 +155,7 @@ def test_the_guides_commands_run(capfd: pytest.CaptureFixture[str]) -> None:
     Path("my.jsonl").write_text("\n".join(map(json.dumps, rows)))
     blocks = re.findall(r"```bash\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         said, _, comment = command.partition("#")
         program, *arguments = said.split()

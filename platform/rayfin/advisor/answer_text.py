@@ -38,8 +38,10 @@ def _lines(answer: Mapping[str, Any], why: bool) -> Iterator[str]:
         yield from wrapped(answer["nothing_fits"])
         return
     first = choices[0]
-    yield from wrapped(localized("Train {what}", what=_summary(first, answer)), indent=4)
+    yield from wrapped(localized("Train {what}", what=summary(answer)), indent=4)
     yield from command_lines(first["command"])
+    if (probes := answer.get("probes")) is not None:
+        yield from wrapped(probes["summary"])
     yield ""
     yield from _table(choices)
     yield ""
@@ -60,8 +62,13 @@ def _lines(answer: Mapping[str, Any], why: bool) -> Iterator[str]:
             yield from _evidence(choice)
 
 
-def _summary(choice: Mapping[str, Any], answer: Mapping[str, Any]) -> str:
-    """Return `qlora r=16, lr 0.0002, 3 epochs: 9.5 of 24 GiB, 3.3 h (rules, unsure)`."""
+def summary(answer: Mapping[str, Any]) -> str:
+    """Return `qlora r=16, lr 0.0002, 3 epochs: 9.5 of 24 GiB, 3.3 h (rules, unsure)`.
+
+    It is of the first choice of an answer, in the form that `answer_text` takes, in the language in
+    force.
+    """
+    choice = answer["choices"][0]
     config, predicted = choice["config"], choice["predictions"]
     unit, divisor = _time_unit(predicted["train_seconds"]["expected"])
     return localized(
@@ -184,7 +191,9 @@ def _evidence(choice: Mapping[str, Any]) -> Iterator[str]:
         for line in lines:
             yield from _wrapped_at(3, f"{mark} {line}", 2)
     for trial in choice["trials"]:
-        told = f"{trial['likeness']:4.0%} {trial['trial_id']}: {trial['summary']}"
+        told = (
+            f"{trial.get('weight', trial['likeness']):4.0%} {trial['trial_id']}: {trial['summary']}"
+        )
         yield from _wrapped_at(3, told, 5)
     yield from _wrapped_at(3, localized("served as {how}", how=choice["deployment"]))
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import yaml
 
-from rayfin.advisor.answer import Choice, Recommendation
+from rayfin.advisor.answer import Recommendation
+from rayfin.advisor.answer_text import summary
 from rayfin.config import Config, EngineConfig, ServeConfig, build_config, dump_yaml, saved
 from rayfin.config.serving import MAX_RANK
 from rayfin.errors import StorageError
 from rayfin.history.connect import without_password
+from rayfin.language import answering_in, localized
 from rayfin.paths import Storage, write_text
 from rayfin.training import TrialSpec
 
@@ -43,8 +45,9 @@ def scaffold(answer: Recommendation, directory: Path, *, name: str) -> dict[str,
         "train": dump_yaml(base),
         "sweep": dump_yaml(sweep),
         "serve": _serve(base, sweep, name),
-        "commands": _commands(answer, base, name),
     }
+    with answering_in(answer.lang):
+        texts["commands"] = _guide(answer, base, name)
     try:
         for what, path in files.items():
             write_text(path, texts[what])
@@ -157,45 +160,65 @@ def _next_version(base: Config, name: str) -> Path:
     return versions / str(max(numbers, default=0) + 1)
 
 
-def _commands(answer: Recommendation, base: Config, name: str) -> str:
-    first: Choice = answer.choices[0]
-    notes = ""
+def _guide(answer: Recommendation, base: Config, name: str) -> str:
+    """Return the README.md: what was recommended, why, and the commands, in Markdown."""
+    first = answer.choices[0]
+    told = answer.explanation
+    nothing = localized("nothing in particular")
+    settings = [f"`{key}: {_shown(value)}`" for key, value in first.settings.items()]
+    commands = (
+        ("estimate train.yaml", localized("what it takes, before it runs")),
+        ("train train.yaml", localized("one run, published as {name}", name=name)),
+        (
+            "sweep sweep.yaml",
+            localized(
+                "{trials} trials around it; the best is published as {name}",
+                trials=TRIALS,
+                name=name,
+            ),
+        ),
+        ("serve serve.yaml", localized("answers as {name}", name=name)),
+    )
+    parts = [
+        f"# {name}",
+        localized("Train {what}", what=summary(answer.model_dump(mode="json"))),
+        localized("{sentence}.", sentence=told[:1].upper() + told[1:]),
+        localized("Run from this directory:"),
+        "\n".join(["```", *(f"rayfin {what:22}# {why}" for what, why in commands), "```"]),
+        *_notes(base, name),
+        localized("Settings:"),
+        _listed(settings),
+        localized("For it:"),
+        _listed(first.reasons or [nothing]),
+        localized("Against it:"),
+        _listed(first.risks or [nothing]),
+        localized("served as {how}", how=first.deployment),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _notes(base: Config, name: str) -> list[str]:
+    notes = []
     if base.method.changes_base:
-        notes += (
-            "\nserve.yaml serves the whole model that is trained first: "
-            f"{_next_version(base, name)}\n"
+        notes.append(
+            localized(
+                "serve.yaml serves the whole model that is trained first: {path}",
+                path=_next_version(base, name),
+            )
         )
     if base.history is not None and base.history.startswith("postgres"):
-        notes += (
-            "\nThe history's password is in none of these files: set PGPASSWORD, or ~/.pgpass.\n"
+        notes.append(
+            localized(
+                "The history's password is in none of these files: set PGPASSWORD, or ~/.pgpass."
+            )
         )
-    settings = "\n".join(f"- `{key}: {value}`" for key, value in first.settings.items())
-    reasons = "\n".join(f"- {reason}" for reason in first.reasons)
-    risks = "\n".join(f"- {risk}" for risk in first.risks)
-    return f"""# {name}
+    return notes
 
-{answer.explanation[0].upper()}{answer.explanation[1:]}.
 
-Recommended first: {first.method}
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
-{settings}
 
-For it:
-
-{reasons or "- nothing in particular"}
-
-Against it:
-
-{risks or "- nothing in particular"}
-
-Deployment: {first.deployment}.
-
-Run from this directory:
-
-```
-rayfin estimate train.yaml        # what it takes, before it runs
-rayfin train train.yaml           # one run, published as {name}
-rayfin sweep sweep.yaml           # {TRIALS} trials around it; the best is published as {name}
-rayfin serve serve.yaml           # answers as {name}
-```
-{notes}"""
+def _shown(value: Any) -> str:
+    """Return a setting's value as YAML has it."""
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).partition("\n")[0]

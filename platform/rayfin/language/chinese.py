@@ -72,6 +72,59 @@ CHINESE = {
     "--why says why; --scaffold DIR writes files to train, sweep and serve": (
         "--why 说明理由；--scaffold DIR 写出训练、搜索和部署用的文件"
     ),
+    # --- an estimate
+    "peak memory": "峰值内存",
+    "of the device": "设备共有",
+    "of each worker's": "每个工作进程可用",
+    "training time": "训练时间",
+    "cost": "费用",
+    "{epochs:g} epoch{plural} ({steps})": "{epochs:g} 轮（{steps}）",
+    "{model}, {method}, {length} on {machine} ({device})": (
+        "{model}，{method}，{length}，{machine}（{device}）"
+    ),
+    "each of {workers} workers": "{workers} 个工作进程各自",
+    "one worker": "一个工作进程",
+    "time and cost of the optimizer steps; evaluations and answers are not counted": (
+        "时间与费用只计优化器步骤，不含评估与生成回答"
+    ),
+    "may not be enough": "可能不够",
+    "enough": "够用",
+    "not enough": "不够",
+    "{low} to {high}": "{low} 至 {high}",
+    "weights": "权重",
+    "adapter": "适配器",
+    "gradients": "梯度",
+    "optimizer": "优化器",
+    "activations": "激活",
+    "overhead": "其他开销",
+    "the parts by formula; the totals corrected by {trials} measured trials, {near} of them of "
+    "this model and method": (
+        "各部分按公式计算；总量经 {trials} 个实测试验校正，其中 {near} 个属于此模型和方法"
+    ),
+    "by formula alone: no trial on such a device has been measured yet": (
+        "仅按公式计算：还没有此类设备上的实测试验"
+    ),
+    "by formula alone: no trial on such devices under {strategy} has been measured yet": (
+        "仅按公式计算：还没有在 {strategy} 下使用此类设备的实测试验"
+    ),
+    # --- the scaffold's guide
+    "nothing in particular": "没有特别之处",
+    "what it takes, before it runs": "运行前估算开销",
+    "one run, published as {name}": "训练一次，发布为 {name}",
+    "{trials} trials around it; the best is published as {name}": (
+        "在它周围试 {trials} 次，最佳者发布为 {name}"
+    ),
+    "answers as {name}": "以 {name} 提供回答",
+    "Run from this directory:": "在此目录中运行：",
+    "Settings:": "设置：",
+    "For it:": "优点：",
+    "Against it:": "风险：",
+    "serve.yaml serves the whole model that is trained first: {path}": (
+        "serve.yaml 部署先训练出的完整模型：{path}"
+    ),
+    "The history's password is in none of these files: set PGPASSWORD, or ~/.pgpass.": (
+        "这些文件都不含历史数据库的密码：请设置 PGPASSWORD 或 ~/.pgpass。"
+    ),
     # --- the picture
     "What is expected of each candidate ({source}, relevance {relevance:.0%})": (
         "各候选方案的预期（{source}，相关度 {relevance:.0%}）"
