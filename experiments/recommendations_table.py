@@ -255,7 +255,8 @@ it; nothing here was trained. How to read an answer: [recommend.md](recommend.md
 - **batch**: samples at once on all workers x accumulated; their product is a step's.
   **recomputed**: activations (gradient checkpointing). **tokens**: samples are cut at so many.
 - **memory**: of one worker, expected to the upper bound of the 80 % interval, which has to fit.
-  **time**: expected; on a GPU that was never measured it may well be a factor of 2.5 off.
+  **time**: expected, on an A100 from 80 GiB, an A40 from 40, an L4 from 24 and a T4 below; where
+  nothing was measured it may well be a factor of 2.5 off.
 
 {table}
 """

@@ -119,7 +119,7 @@ def test_a_size_alone_is_like_the_nearest_published_model() -> None:
 def test_a_size_is_answered_without_files_or_network(capfd: pytest.CaptureFixture[str]) -> None:
     answer = printed(capfd, "recommend", *SIZE, *GPU)
     first = answer["choices"][0]
-    assert answer["source"] == "rules" and len(answer["notes"]) == 2
+    assert answer["source"] == "rules" and len(answer["notes"]) == 3
     assert answer["scenario"]["dataset_rows"] == 5000
     assert 1e-4 <= first["settings"]["train.learning_rate"] <= 5e-4
     assert first["feasibility"]["memory"] and first["config"]["data"]["max_length"] == 960
@@ -155,6 +155,7 @@ def test_what_is_assumed_of_hardware_and_lengths_is_told(
     assert notes[2:] == [
         "2 GPUs are assumed; num_gpus says how many",
         "each GPU is taken to have 12 GiB; gpu_memory_gb says how many",
+        "each GPU is taken to be as fast as NVIDIA's T4",
     ]
     rows = [json.dumps({"prompt": f"q {n}", "completion": "a"}) for n in range(20)]
     Path("my.jsonl").write_text("\n".join(rows))
@@ -163,6 +164,16 @@ def test_what_is_assumed_of_hardware_and_lengths_is_told(
     assert "taken to have data.max_length=256 tokens" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="must be one of cpu, single_gpu, multi_gpu"):
         rayfin.estimate(hardware="gpu")  # type: ignore[arg-type]
+
+
+def test_a_gpu_of_which_the_memory_is_told_is_as_fast_as_the_usual_one(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    took = [
+        printed(capfd, "estimate", *SIZE, *GPU[:3], gib, "method.type=qlora")["seconds"]["expected"]
+        for gib in ("12", "24", "40", "80")
+    ]
+    assert took == sorted(took, reverse=True) and took[0] > 2 * took[-1]
 
 
 def test_a_directory_that_is_not_there_is_not_guessed_at(

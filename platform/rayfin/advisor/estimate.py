@@ -12,6 +12,7 @@ import numpy as np
 from rayfin.advisor.measurements import LengthFacts, Machine, MeasuredTrial
 from rayfin.advisor.memory import MemoryParts
 from rayfin.advisor.model_sizes import is_toy
+from rayfin.advisor.step_time import DESCRIBED_GPU, usual_gpu
 from rayfin.config.schema import Config
 from rayfin.errors import ConfigError
 from rayfin.hardware import Hardware
@@ -119,7 +120,7 @@ def estimate(
     )
     companions = companion_facts(config.train, config.model)
     config, why = _settled(config, facts, hardware, companions)
-    machine = Machine(hardware.device, hardware.device_name, hardware.cpu_count)
+    machine = Machine(hardware.device, _speed_of(hardware), hardware.cpu_count)
     this = MeasuredTrial(config, facts, machine, lengths, companions=companions)
     # What one process took says little of what several take that share; and a toy model's memory
     # and time are the interpreter's.
@@ -166,6 +167,12 @@ def estimate(
         strategy=_sharing(this),
         strategy_why=why,
     )
+
+
+def _speed_of(hardware: Hardware) -> str:
+    """Return the name of the device whose speed is taken."""
+    described = hardware.device_name == DESCRIBED_GPU
+    return usual_gpu(hardware.device_memory) if described else hardware.device_name
 
 
 def _settled(

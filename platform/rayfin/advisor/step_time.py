@@ -11,11 +11,19 @@ _PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
     "A100": 312e12,
+    "A40": 150e12,
     "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "T4": 65e12,
 }
 """Dense 16-bit tensor FLOP/s by a part of a GPU's name (NVIDIA's data sheets); the first match."""
+DESCRIBED_GPU = "a GPU"
+"""The name of a GPU that is not here, and of which only the memory is told."""
+_USUAL_GPU = ((80, "A100"), (40, "A40"), (24, "L4"), (0, "T4"))
+"""The GPU that one of at least so many GiB is as fast as, where only its memory is told: the slower
+ones of those that are rented, as a budget that is kept is worth more than one that is not."""
 _SUSTAINED = 0.3
 """The share of the peak that training reaches; well-tuned runs reach 0.3 to 0.5
 (arXiv:2204.02311, 4.1)."""
@@ -50,6 +58,11 @@ def step_seconds(
         speed = _SUSTAINED * next(known, 60e12)  # a guess at any other
     launches = _BLOCK_SECONDS[device] * facts.num_layers
     return share.accumulation * (flops / speed + launches)
+
+
+def usual_gpu(memory: float) -> str:
+    """Return the name of a GPU that stands for one with so many bytes, of which no more is told."""
+    return next(name for least, name in _USUAL_GPU if memory >= least * 2**30)
 
 
 def flops_per_token(

@@ -161,6 +161,7 @@ CHINESE = {
     "{count} GPUs are assumed; num_gpus says how many": (
         "假定有 {count} 块 GPU；可用 num_gpus 指定"
     ),
+    "each GPU is taken to be as fast as NVIDIA's {like}": "假定每块 GPU 与 NVIDIA {like} 一样快",
     "each GPU is taken to have {size:g} GiB; gpu_memory_gb says how many": (
         "假定每块 GPU 有 {size:g} GiB 显存；可用 gpu_memory_gb 指定"
     ),

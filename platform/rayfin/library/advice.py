@@ -165,6 +165,7 @@ def _scenario(
 ) -> tuple[Scenario, Hardware, list[str]]:
     """Return the scenario and its hardware, with lines on what is assumed of the hardware."""
     from rayfin.advisor.scenario import Scenario
+    from rayfin.advisor.step_time import DESCRIBED_GPU, usual_gpu
     from rayfin.hardware import describe_hardware
 
     use_gpu = _use_gpu(config, told)
@@ -189,10 +190,13 @@ def _scenario(
     hardware = replace(
         machine,
         device="cuda",
-        device_name=machine.device_name if machine.device == "cuda" else "a GPU",
+        device_name=machine.device_name if machine.device == "cuda" else DESCRIBED_GPU,
         device_count=scenario.num_gpus or 1,
         device_memory=int((scenario.gpu_memory_gb or _ASSUMED_GIB) * 2**30),
     )
+    if hardware.device_name == DESCRIBED_GPU:
+        like = usual_gpu(hardware.device_memory)
+        notes.append(localized("each GPU is taken to be as fast as NVIDIA's {like}", like=like))
     return scenario, hardware, notes
 
 
