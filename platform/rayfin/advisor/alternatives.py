@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rayfin.advisor.answer import Alternative
-from rayfin.advisor.candidates import SECTIONS, Candidate, ScenarioFacts, given_settings
-from rayfin.advisor.description import is_described_data, is_described_model
+from rayfin.advisor.candidates import Candidate, ScenarioFacts
+from rayfin.advisor.commands import training_command
 from rayfin.advisor.preferences import answers_are_waited_for
-from rayfin.config import Config, EngineConfig, ServeConfig
+from rayfin.config import Config, EngineConfig, ServeConfig, with_values
 from rayfin.language import localized
 from rayfin.methods import METHODS
 
@@ -22,7 +22,6 @@ _LEAST_B = 0.135
 _SERVED, _FOUR_BITS = 0.8, 0.55
 """The share of a GPU's memory that weights may take where they are served, the rest being for what
 is kept of requests, and the bytes of a weight in 4 bits: conventions."""
-_NO_MODEL, _NO_DATA = "YOUR_MODEL", "YOUR_DATA.jsonl"
 
 
 def alternatives(first: Candidate, base: Config, known: ScenarioFacts) -> list[Alternative]:
@@ -51,7 +50,7 @@ def _branches(first: Candidate, base: Config, known: ScenarioFacts) -> Iterator[
     elif method.quantization_bit is None:
         found = []
         if first.method == "lora":
-            found.append(_command("train", _trained(first, base, {"method.type": "qlora"})))
+            found.append(_trained(first, {"method.type": "qlora"}))
         yield Alternative(
             kind="quantise",
             text=localized(
@@ -98,7 +97,7 @@ def _distributed(first: Candidate, base: Config, known: ScenarioFacts) -> Altern
             "scaling.num_workers": count,
             "train.gradient_accumulation_steps": _shared_by(first.config, count),
         }
-        commands.append(_command("train", _trained(first, base, shared)))
+        commands.append(_trained(first, shared))
     served, room = _served(first, base), _SERVED * known.hardware.device_memory
     weights = known.facts.parameters * (_FOUR_BITS if method.quantization_bit == 4 else 2)
     if weights <= room:
@@ -134,19 +133,9 @@ def _served(first: Candidate, base: Config) -> dict[str, Any]:
     return found
 
 
-def _trained(first: Candidate, base: Config, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a training with changes to `first`, which keeps what was given."""
-    given = base.model_dump(mode="json", include={*SECTIONS}, exclude_unset=True)
-    flat = {f"{name}.{leaf}": section[leaf] for name, section in given.items() for leaf in section}
-    found: dict[str, Any] = {"model.name": _NO_MODEL}
-    if "data.sources" not in flat:
-        found["data.path"] = _NO_DATA
-    found |= {name: value for name, value in flat.items() if name in given_settings(base)}
-    if is_described_model(base):
-        found["model.name"] = _NO_MODEL
-    if is_described_data(base):
-        found["data.path"] = _NO_DATA
-    return {**found, **first.settings, **changes}
+def _trained(first: Candidate, changes: Mapping[str, Any]) -> str:
+    """Return the command of a training with changes to `first`."""
+    return training_command(with_values(first.config, changes).model_dump(mode="json"))
 
 
 def _shared_by(config: Config, workers: int) -> int:

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rayfin.advisor.description import is_described_data, is_described_model
 from rayfin.config import Config, build_config, parse_overrides, saved
 from rayfin.history.connect import without_password
 
 YOUR_MODEL, YOUR_DATA = "YOUR_MODEL", "YOUR_DATA.jsonl"
 """What stands for a model and data that were only described, to be replaced by hand."""
-_DESCRIBED = {
-    "model.name": (re.compile(r"a model of \S+B"), YOUR_MODEL),
-    "data.path": (re.compile(r"\d+ rows"), YOUR_DATA),
-}
 _SECTIONS = ("model", "data", "method", "train", "scaling", "storage", "history", "publish")
 _NAMED = ("model.name", "data.path", "method.type", "train.learning_rate")
-"""Settings that are said even where they are the defaults, each the first of its section."""
+"""Settings that are said even where they are the defaults, before all others."""
 
 
 def training_command(config: Mapping[str, Any]) -> str:
@@ -28,17 +24,28 @@ def training_command(config: Mapping[str, Any]) -> str:
     Only what differs from the defaults is said. YOUR_MODEL and YOUR_DATA.jsonl stand for what was
     only described. A history's password is left out.
     """
-    tree = saved(build_config(dict(config)))
+    whole = build_config(dict(config))
+    tree = saved(whole)
     usual = Config().model_dump(mode="json")
     method = tree["method"]["type"]
     usual["method"] = build_config({"method": {"type": method}}).method.model_dump(mode="json")
-    words = ["rayfin", "train"]
-    for section in _SECTIONS:
-        leaves = sorted(_leaves(section, tree[section]), key=lambda leaf: leaf[0] not in _NAMED)
-        for name, value in leaves:
-            if (name in _NAMED and value is not None) or value != _at(usual, name):
-                words.append(f"{name}={_text(name, _said(name, value))}")
-    return shlex.join(words)
+    places = {}
+    if is_described_model(whole):
+        places["model.name"] = YOUR_MODEL
+    if is_described_data(whole):
+        places["data.path"] = YOUR_DATA
+    found = {
+        name: places.get(name, value)
+        for section in _SECTIONS
+        for name, value in _leaves(section, tree[section])
+        if (name in _NAMED and value is not None) or value != _at(usual, name)
+    }
+    if isinstance(history := found.get("history"), str):
+        found["history"] = without_password(history)
+    order = sorted(found, key=lambda name: name not in _NAMED)
+    return shlex.join(
+        ["rayfin", "train", *(f"{name}={_text(name, found[name])}" for name in order)]
+    )
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -54,15 +61,6 @@ def _at(tree: Mapping[str, Any], name: str) -> Any:
     section, _, leaf = name.partition(".")
     found = tree.get(section)
     return found.get(leaf) if leaf and isinstance(found, Mapping) else found if not leaf else None
-
-
-def _said(name: str, value: Any) -> Any:
-    if name == "history" and isinstance(value, str):
-        return without_password(value)
-    described = _DESCRIBED.get(name)
-    if described and isinstance(value, str) and described[0].fullmatch(value):
-        return described[1]
-    return value
 
 
 def _text(name: str, value: Any) -> str:

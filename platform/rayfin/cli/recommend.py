@@ -128,7 +128,7 @@ def _print(answer: Recommendation, written: Mapping[str, Path], *, why: bool) ->
         for name, path in written.items():
             print(f"  {name:9}{path}")
     elif not why:
-        print(localized("--why says why; --scaffold DIR writes files to train, sweep and serve"))
+        print(localized("--why says why; --json has all of it"))
 
 
 def _count(text: str) -> int:

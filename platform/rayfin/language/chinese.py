@@ -69,9 +69,7 @@ CHINESE = {
     "merge": "合并",
     "distil": "蒸馏",
     "served as {how}": "部署方式：{how}",
-    "--why says why; --scaffold DIR writes files to train, sweep and serve": (
-        "--why 说明理由；--scaffold DIR 写出训练、搜索和部署用的文件"
-    ),
+    "--why says why; --json has all of it": "--why 说明理由；--json 给出全部内容",
     # --- an estimate
     "peak memory": "峰值内存",
     "of the device": "设备共有",
