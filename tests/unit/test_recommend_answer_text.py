@@ -117,6 +117,8 @@ def test_an_answer_prints_itself_in_its_language(tmp_path: Path) -> None:
     )
     assert str(answer) == repr(answer)
     assert str(answer).startswith("训练 ") and "依据规则" in str(answer)
+    none = rayfin.recommend(model_size_b=70, rows=99, hardware="single_gpu", gpu_memory_gb=12)
+    assert " ".join(str(none).split()) == none.nothing_fits
 
 
 def test_lines_are_broken_between_words_and_between_chinese_characters() -> None:
