@@ -5,8 +5,10 @@
 
 Every task is a model on a data set at a number of steps; each of its trials has a setting drawn
 at random (a method, a learning rate over four decades, a capacity, a schedule, a seed) and is
-scored on held-out samples sixteen times at equal distances. What the storage holds is not trained
-again: the script stops after so many minutes, and goes on when it is started anew.
+scored on held-out samples sixteen times at equal distances. The trials of `rates …` are a ladder of
+learning rates instead, on which experiments/benchmarks/probes.py replays probes. What the storage
+holds is not trained again: the script stops after so many minutes, and goes on when it is started
+anew.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "tiny 48": ({"model.name": "tiny", "data.max_samples": 200, "train.max_steps": 48}, 16),
     "trained 64": ({"model.name": TRAINED, "data.max_samples": 200, "train.max_steps": 64}, 24),
     "trained 160": ({"model.name": TRAINED, "data.max_samples": 200, "train.max_steps": 160}, 24),
+    "rates 160": ({"model.name": TRAINED, "data.max_samples": 200, "train.max_steps": 160}, 17),
     "few rows 128": ({"model.name": TRAINED, "data.max_samples": 50, "train.max_steps": 128}, 16),
     "tiny 160": ({"model.name": "tiny", "data.max_samples": 200, "train.max_steps": 160}, 16),
     "smollm2 16": (
@@ -52,7 +55,9 @@ METHODS: dict[str, tuple[str | None, list[int], float]] = {
     "full": (None, [], 1e-5),
 }
 """Method -> its capacity, values of it, and the least learning rate of four decades."""
-EVALUATIONS = 16
+EVALUATIONS = {"rates 160": 20}
+"""How often a trial is scored, where that isn't 16 times."""
+COSINE = {"train.lr_scheduler_type": "cosine", "train.seed": 0}
 
 
 def main() -> None:
@@ -77,7 +82,7 @@ def main() -> None:
         if not file.exists() and time.monotonic() < end:
             write_json(file, train(kind, data, tasks, number, args.storage, cache))
     kept = [json.loads(file.read_text()) for file in sorted(args.storage.glob("curves/*.json"))]
-    names = ("task", "shares", "base", "schedule", "seconds")
+    names = ("task", "shares", "base", "schedule", "learning_rate", "seconds")
     curves = [
         Curve.parse({name: one[name] for name in names} | {"values": one["losses"]})
         for one in kept
@@ -89,6 +94,9 @@ def main() -> None:
 
 def drawn(kind: str, data: str, number: int) -> dict[str, Any]:
     """The settings of a trial: the same ones for the same number."""
+    if kind.startswith("rates"):
+        rate = 1e-5 * 10 ** (number / 4)
+        return {"method.type": "lora", "train.learning_rate": f"{rate:.3g}"} | COSINE
     rng = random.Random(f"{kind} {data} {number}")
     method = rng.choices(list(METHODS), weights=[5, 1, 2, 2])[0]
     capacity, values, least = METHODS[method]
@@ -141,7 +149,7 @@ def train(
         "data.max_length": LENGTHS.get(data, 192),
         "data.val_size": 0.2,
         "train.per_device_train_batch_size": 4,
-        "train.eval_steps": fixed["train.max_steps"] // EVALUATIONS,
+        "train.eval_steps": fixed["train.max_steps"] // EVALUATIONS.get(kind, 16),
     }
     overrides = [f"{name}={value}" for name, value in settings.items()]
     plan = new_plan(load_config(None, overrides), Storage.open(str(storage / "trials")))

@@ -6,8 +6,8 @@ The curves are those that come with rayfin (experiments/reference_curves.py made
 real training on a CPU). A sweep's trials are those of one task, a model on a data set at a number
 of steps, in an order drawn at random; nothing is trained again. The predictive scheduler has seen
 no curve of that data set, on any model: it learns the sweep's own as they end, as a real sweep's
-does. Its one number, the width of the kernel, was chosen on the tasks `tiny 48 …` alone, and these
-are not reported.
+does. The width of the kernel was chosen on the tasks `tiny 48 …` alone, and these are not reported;
+what a curve is described by, and that a trial that is ahead is not stopped, was chosen on all.
 
 Each task is replayed twice: with all its trials, whose learning rates span four decades, and with
 the better half of them, as a sweep over a narrower space has it.
@@ -32,7 +32,8 @@ from typing import Any
 import numpy as np
 from common import print_figure
 
-from rayfin.tuning.curves import Curve, CurveBank, read_curves, reference_curves
+from rayfin.tuning.curve_bank import CurveBank
+from rayfin.tuning.curves import Curve, read_curves, reference_curves
 from rayfin.tuning.predictive import PredictiveStopping
 
 RATE = 0.05
@@ -72,16 +73,21 @@ def main() -> None:
     }
     print(f"{len(curves)} curves, {len(tasks)} tasks reported, {repeats} orders of each")
     print(f"{'':48}{'stops':>7}{'wrong':>7}{'rate':>8}{'steps':>8}{'seconds':>9}{'lost':>8}")
+    banks = {
+        data: CurveBank(c for c in curves if data_of(c.task) != data)
+        for data in {data_of(task) for task in tasks}
+    }
     figures: dict[str, list[Replay]] = {}
     ways = itertools.product(PARTS.items(), EVALUATIONS, WORKERS)
     for (which, part), evaluations, workers in ways:
         for name in ("asha", "predictive"):
             replays = []
             for task, rows in tasks.items():
-                others = [c for c in curves if data_of(c.task) != data_of(task)]
                 sweep = [thinned(c, evaluations) for c in part(rows)]
                 for seed in range(repeats):
-                    stops = asha(evaluations) if name == "asha" else predictive(others)
+                    stops = (
+                        asha(evaluations) if name == "asha" else predictive(banks[data_of(task)])
+                    )
                     replays.append(replayed(sweep, stops, workers, seed))
             show(f"{name}, {which}, {evaluations} evaluations, {workers} at a time", replays)
             figures.setdefault(name, []).extend(replays)
@@ -147,15 +153,15 @@ def asha(evaluations: int) -> Stops:
     return stops
 
 
-def predictive(others: Sequence[Curve]) -> Stops:
-    """The predictive scheduler, which has seen the curves `others`."""
-    bank = CurveBank(others)
+def predictive(seen: CurveBank) -> Stops:
+    """The predictive scheduler, which has seen these curves."""
+    bank = seen.copy()
     scheduler = PredictiveStopping(bank, "eval_loss", rate=RATE, grace=0.0)
 
     def stops(name: str, curve: Curve, ended: bool) -> bool:
         if ended:
             scheduler.left(name)
-            scheduler.finished(curve.values[-1])
+            scheduler.finished(curve.values[-1], curve)
             bank.add(curve)
             return False
         return scheduler.stops(name, curve, 0)

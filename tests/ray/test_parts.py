@@ -260,8 +260,8 @@ def test_a_resumed_sweep_knows_its_best_and_waits_for_the_grace_period(
 ) -> None:
     known = [ended(plan, 2, 1.0, scenario={"data": {"eval_digest": "a"}})]
     stopping = scheduler(curves(plan, grace_period=grace), known, no_trials)
-    rising = {2: 6.2, 4: 6.4, 6: 6.5, 8: 6.5}
-    said = {step: scored(stopping, plan, "rising", until(step, rising)) for step in (2, 4, 6)}
+    flat = {2: 5.98, 4: 5.97, 6: 5.965}
+    said = {step: scored(stopping, plan, "flat", until(step, flat)) for step in (2, 4, 6)}
     assert min(step for step, word in said.items() if word == "STOP") == stopped_at
 
 

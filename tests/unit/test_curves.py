@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,15 @@ import pytest
 
 from rayfin.config import load_config
 from rayfin.errors import ConfigError
+from rayfin.tuning.curve_bank import CurveBank, Ending
 from rayfin.tuning.curves import (
     REFERENCE,
     Curve,
-    CurveBank,
-    Ending,
     pack,
     read_curves,
     reference_curves,
 )
+from rayfin.tuning.predictive import PredictiveStopping
 from rayfin.tuning.space import SearchSpace
 from rayfin.tuning.space_check import space_notes
 
@@ -74,19 +75,26 @@ def test_a_later_look_errs_less(endings: list[tuple[Curve, int, Ending]]) -> Non
     assert error(12) < error(8) < error(4) < error(2)
 
 
-def test_the_unit_of_a_score_does_not_matter() -> None:
-    bank, early = CurveBank(CURVES), CURVES[0].until(5)
-    base = 0.0 if early.base is None else early.base
-    other = Curve(
-        early.task,
-        early.shares,
-        tuple(1000 - 7 * (1 - value) for value in early.values),
-        1000 - 7 * (1 - base),
-        early.schedule,
-    )
-    one, two = bank.ending(early), bank.ending(other)
-    assert one is not None and two is not None
-    assert two.quantile(0.3) == pytest.approx(1000 - 7 * (1 - one.quantile(0.3)))
+def moved(curve: Curve, factor: float, shift: float) -> Curve:
+    assert curve.base is not None
+    values = tuple(factor * value + shift for value in curve.values)
+    return replace(curve, values=values, base=factor * curve.base + shift)
+
+
+@pytest.mark.parametrize(("zero", "factor", "shift"), [(0, 7.0, 0.0), (-100, 0.01, -3.0)])
+def test_the_unit_of_a_score_does_not_matter(zero: float, factor: float, shift: float) -> None:
+    """Where scores are below 0, as those are of which more is better, nor does their zero."""
+    bank, early = CurveBank(CURVES), moved(CURVES[0].until(5), 1.0, zero)
+    one, other = bank.ending(early), bank.ending(moved(early, factor, shift))
+    assert one is not None and other is not None
+    assert other.quantile(0.3) == pytest.approx(factor * one.quantile(0.3) + shift)
+
+
+def test_a_loss_is_never_predicted_below_zero() -> None:
+    bank = CurveBank(CURVES)
+    plunging = Curve("t", (0.05, 0.1), (2.0, 0.5), base=6.0)
+    ending = bank.ending(plunging)
+    assert ending is not None and ending.quantile(0.0) > 0
 
 
 def test_a_kept_best_never_rises() -> None:
@@ -109,6 +117,15 @@ def test_a_trial_at_its_end_is_certain() -> None:
     ending = CurveBank(CURVES).ending(CURVES[0])
     assert ending is not None
     assert (ending.below(CURVES[0].values[-1]), ending.below(math.inf)) == (0.0, 1.0)
+
+
+def test_a_trial_that_is_ahead_at_the_same_share_is_not_stopped() -> None:
+    late = Curve("t", (0.25, 0.5, 0.75, 1.0), (5.9, 5.5, 2.0, 1.0), base=6.0)
+    early = Curve("t", (0.25, 0.5), (5.2, 5.15), base=6.0)
+    for known, stopped in ((None, True), (late, False)):
+        scheduler = PredictiveStopping(CurveBank(CURVES), "eval_loss", rate=0.05, grace=0.0)
+        scheduler.finished(1.0, known)
+        assert scheduler.stops("early", early, 4) is stopped
 
 
 def record(**changes: Any) -> dict[str, Any]:

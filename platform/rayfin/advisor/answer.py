@@ -102,6 +102,41 @@ class Alternative(_Schema):
     """Commands of a shell; YOUR_MODEL and YOUR_DATA.jsonl stand for what was only described."""
 
 
+class ProbedRate(_Schema):
+    """A learning rate with which the first steps of the first choice were trained."""
+
+    learning_rate: float
+    trial_id: str
+    """Its row in the history."""
+    score: float | None
+    """The metric after these steps; null where the probe failed."""
+    predicted: PredictionInterval | None
+    """What the metric is predicted to come to at the last step; null where nothing can be said."""
+    recalled: bool
+    """Whether the history had it, so that nothing was trained."""
+    seconds: float
+
+
+class ProbeReport(_Schema):
+    """What probes changed, and what they cost."""
+
+    summary: str
+    """Both in one sentence."""
+    metric: str
+    steps: int
+    """The optimizer steps of each probe."""
+    of_steps: int
+    """The optimizer steps of the whole training."""
+    advised: float
+    """The learning rate of the first choice before the probes."""
+    chosen: float
+    """Its learning rate now."""
+    seconds: float
+    """The time of the probes that were trained, loading and scoring included."""
+    rates: list[ProbedRate]
+    """In the order in which they were tried."""
+
+
 class TradeOffPoint(_Schema):
     """A candidate in the chart of shortfall against training time."""
 
@@ -141,6 +176,8 @@ class Recommendation(_Schema):
     """Why there is no choice, and what would fit, in one line; null where there is one."""
     alternatives: list[Alternative]
     """What else could be done in the scenario; empty where nothing fits."""
+    probes: ProbeReport | None = None
+    """What was probed; null where no probes were asked for."""
     points: list[TradeOffPoint]
 
     def __str__(self) -> str:

@@ -53,13 +53,15 @@ class TrialTable:
         """Make a table of the trials that say something about their setting.
 
         Left out are trials that still run, that have an impossible setting (a rank of -3), that
-        ended for a reason other than their setting, or that have no score.
+        ended for a reason other than their setting, or that have no score, and probes.
         """
         kept: list[TrialRecord] = []
         rows, scores, bases, diverged = [], [], [], []
         names, measured = COLUMNS.names, score_names()
         for record in records:
             ended = record.status in SCORED
+            if record.status == "stopped" and "probe" in record.scenario:
+                continue  # what its first steps say of the last, its curve is asked for
             if not ended and not has_diverged(record):
                 continue
             values = row_of(record)

@@ -37,6 +37,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         parser.add_argument(
             f"--{name}", type=kind, choices=_CHOICES.get(name), metavar="X", help=meaning
         )
+    parser.add_argument(
+        "--probe",
+        metavar="N|TIME",
+        help="train the first steps of a few learning rates on this machine: 4, or for 5m",
+    )
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="quality against cost")
     parser.add_argument(
         "--scaffold", type=Path, metavar="DIR", help="write configurations to train, sweep, serve"
@@ -60,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     One line on standard error says what would fit.
 
     With --json the answer is printed either way, its `nothing_fits` the same line. Nothing is
-    trained, and nothing is written where nothing fits.
+    trained without --probe, and nothing is written where nothing fits.
     """
     with answering_in(args.lang or locale_language()):
         return _run(args)
@@ -70,12 +75,25 @@ def _run(args: argparse.Namespace) -> int:
     from rayfin.config import load_config
     from rayfin.errors import NothingFits
     from rayfin.library import advice
+    from rayfin.library.messages import progress_to
+    from rayfin.library.probing import ProbeBudget, check_here, probed
 
+    budget = None if args.probe is None else ProbeBudget.parse(args.probe)
     known = described(args) | values_of(args, _SCENARIO)
+    if budget is not None:
+        check_here(known)
     config, facts = advice.scenario_of(load_config(*split_settings(args.settings)), known)
     if args.scaffold is not None:
         _check_named(known)
     answer = advice.answer(config, facts, args.k)
+    if budget is not None:
+        answer = probed(
+            answer,
+            config,
+            lambda other: advice.answer(other, facts, 1),
+            budget,
+            progress_to(shown=True),
+        )
     if answer.nothing_fits is not None:
         if not args.json:
             raise NothingFits(answer.nothing_fits)

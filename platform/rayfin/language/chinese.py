@@ -136,6 +136,26 @@ CHINESE = {
         "训练时间，秒（对数刻度；会重叠的标记已错开）"
     ),
     "shortfall: 0 is the best known, 1 the worst": "差距：0 为已知最佳，1 为最差",
+    # --- probes
+    "all {count} probes failed ({steps} of {total} steps each, {seconds:.0f} s): the learning rate "
+    "stays {rate:.2g}": (
+        "全部 {count} 个探测都失败了（每个 {steps}/{total} 步，共 {seconds:.0f} s）："
+        "学习率仍为 {rate:.2g}"
+    ),
+    "{count} probes of {steps} of {total} steps keep the learning rate {rate:.2g}; they cost "
+    "{seconds:.0f} s": (
+        "{count} 个探测（每个 {steps}/{total} 步）保留学习率 {rate:.2g}；共用 {seconds:.0f} s"
+    ),
+    "{count} probes of {steps} of {total} steps change the learning rate from {before:.2g} to "
+    "{rate:.2g}; they cost {seconds:.0f} s": (
+        "{count} 个探测（每个 {steps}/{total} 步）把学习率从 {before:.2g} 改为 {rate:.2g}；"
+        "共用 {seconds:.0f} s"
+    ),
+    "failed": "失败",
+    ", from the history": "，取自历史",
+    "probe: learning rate {rate:.2g}, {steps} of {total} steps: {told}{where}": (
+        "探测：学习率 {rate:.2g}，{steps}/{total} 步：{told}{where}"
+    ),
     # --- what was guessed
     "{size:.3g} billion parameters": "{size:.3g}B 参数",
     "{size:.3g} million parameters": "{size:.3g}M 参数",

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rayfin.errors import ConfigError, did_you_mean
 from rayfin.language import Language, answering_in, check_language, localized
 from rayfin.library.experiment import ConfigSource, configuration, read_data
-from rayfin.library.messages import notes_to
+from rayfin.library.messages import notes_to, progress_to
+from rayfin.library.probing import ProbeBudget, check_here, probed
 from rayfin.library.process import prepare_process
 from rayfin.library.stores import begun_history
 
@@ -45,6 +46,7 @@ def recommend(
     model_size_b: float | None = None,
     rows: int | None = None,
     tokens_per_sample: float | None = None,
+    probe: int | str | None = None,
     lang: Language = "en",
     progress: bool = True,
 ) -> Recommendation:
@@ -60,11 +62,14 @@ def recommend(
     - `model_size_b`: billions of parameters, in place of model.name.
     - `rows`: the number of training samples, in place of data.path, with a mean length of
       `tokens_per_sample`.
+    - `probe`: choose the first choice's learning rate by short trainings on this machine: a number
+      of them, or the time for all (`5m`). They become rows of the history.
     - `lang`: en or zh, the language of the sentences.
     - `progress`: tell on standard error what there is to know of the data, else in the log.
 
     Where nothing fits, `choices` is empty and `nothing_fits` says what would. Nothing is trained or
-    written. Raises UsageErrors for data or a model that can't be used, and what can't be meant.
+    written without `probe`. Raises UsageErrors for data or a model that can't be used, and what
+    can't be meant.
     """
     known = {
         "hardware": hardware,
@@ -79,8 +84,17 @@ def recommend(
         "tokens_per_sample": tokens_per_sample,
     }
     check_language(lang)
+    budget = None if probe is None else ProbeBudget.parse(probe)
+    if budget is not None:
+        check_here(known)
     with answering_in(lang):
-        return answer(*scenario_of(configuration(config), known, progress=progress), k)
+        base, facts = scenario_of(configuration(config), known, progress=progress)
+        found = answer(base, facts, k)
+        if budget is not None:
+            found = probed(
+                found, base, lambda other: answer(other, facts, 1), budget, progress_to(progress)
+            )
+        return found
 
 
 def _choices() -> Mapping[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from rayfin.history import History, TrialRecord
 from rayfin.history.comparable import comparison_groups
 from rayfin.history.record import finite
 from rayfin.metrics import score_of
+from rayfin.tuning.curves import Curve
 from rayfin.tuning.plan import SweepPlan
 from rayfin.tuning.predictive import stopping_for
 from rayfin.tuning.space import ends_of
@@ -41,7 +42,7 @@ def scheduler(plan: SweepPlan, known: Sequence[TrialRecord], history: History) -
         for row, group in zip(known, groups, strict=True):
             value = finite(row.metrics.get(sweep.metric))
             if row.status == "finished" and value is not None:
-                predictive.of(group).finished(value)
+                predictive.of(group).finished(value, Curve.of(row, sweep.metric))
         return predictive
     epochs = train.num_train_epochs is not None or _EPOCHS in sweep.parameters
     in_shares = epochs if sweep.grace_period is None else sweep.grace_period < 1

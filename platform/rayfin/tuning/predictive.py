@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rayfin.history import History
 from rayfin.metrics import score_of
 from rayfin.training.spec import TrialResult
-from rayfin.tuning.curves import Curve, CurveBank, Ending, reference_curves
+from rayfin.tuning.curve_bank import CurveBank, Ending
+from rayfin.tuning.curves import Curve, past_curves, reference_curves
 from rayfin.tuning.plan import RESULT, TRIAL, PlannedTrial, SweepPlan
 
-_LEARNED = 400
-"""So many of the history's newest finished trials lend their curves."""
 _RIVAL_SHARES = tuple((place + 0.5) / 10 for place in range(10))
 """The quantiles that stand for what a running trial may come to."""
 
@@ -21,9 +20,11 @@ _RIVAL_SHARES = tuple((place + 0.5) / 10 for place in range(10))
 class PredictiveStopping:
     """Stops a trial whose probability to end better than the best is below a stated rate.
 
-    The best is the best finished trial's score, or what a running trial is predicted to come to.
-    As each stop is made at a probability below `rate`, of the trials that are stopped at most that
-    share would have ended better, where the predictions hold what they say.
+    The best is the best finished trial's score, or what a running trial is predicted to come to. As
+    each stop is made at a probability below `rate`, of the trials that are stopped at most that
+    share would have ended better, where the predictions hold what they say. A trial that was ahead
+    of the best at the same share of its steps is not stopped, whatever is predicted: early on,
+    predictions may err for all trials of a task alike.
 
     It takes the place of one of Ray's schedulers in `ComparableScheduler`: its trials were all
     scored on the same held-out samples.
@@ -34,7 +35,8 @@ class PredictiveStopping:
         self._bank, self._metric, self._rate, self._grace = bank, metric, rate, grace
         self._sign = score_of(metric).sign
         self._best = math.inf
-        self._running: dict[str, Ending] = {}
+        self._best_curve: Curve | None = None
+        self._running: dict[str, tuple[Ending, Curve]] = {}
 
     def stops(self, name: str, curve: Curve, step: float) -> bool:
         """Return whether a trial is to be stopped at `step`, by its curve until there."""
@@ -49,9 +51,10 @@ class PredictiveStopping:
         """Forget a trial that runs no longer: it is no rival any more."""
         self._running.pop(name, None)
 
-    def finished(self, value: float) -> None:
-        """Take the score of a trial that has finished."""
-        self._best = min(self._best, self._sign * value)
+    def finished(self, value: float, curve: Curve | None = None) -> None:
+        """Take the score of a trial that has finished, and its curve."""
+        if self._sign * value < self._best:
+            self._best, self._best_curve = self._sign * value, curve
 
     def chance(self, name: str, curve: Curve) -> float | None:
         """Return an upper bound of the probability that a running trial ends as the best.
@@ -61,10 +64,12 @@ class PredictiveStopping:
         ending = self._bank.ending(curve)
         if ending is None:
             return None
-        self._running[name] = ending
-        chances = [ending.below(self._best)] if math.isfinite(self._best) else []
-        for other, rival in self._running.items():
-            if other != name:
+        self._running[name] = ending, curve
+        chances = []
+        if math.isfinite(self._best) and not _is_ahead(curve, self._best_curve):
+            chances.append(ending.below(self._best))
+        for other, (rival, rival_curve) in self._running.items():
+            if other != name and not _is_ahead(curve, rival_curve):
                 ends = [rival.quantile(share) for share in _RIVAL_SHARES]
                 chances.append(sum(map(ending.below, ends)) / len(ends))
         return min(chances, default=1.0)
@@ -91,15 +96,23 @@ class PredictiveStopping:
         value = result.get(self._metric)
         if told.status != "finished" or value is None or not math.isfinite(value):
             return
-        self.finished(value)
         planned: PlannedTrial = trial.config[TRIAL]
         curve = _curve(planned, told, told.max_steps or planned.spec.train.max_steps, self._metric)
+        self.finished(value, curve)
         if curve is not None:
             self._bank.add(curve)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Forget a trial that failed."""
         self.left(trial.trial_id)
+
+
+def _is_ahead(curve: Curve, of: Curve | None) -> bool:
+    """Return whether a curve is better than another one where both were seen."""
+    if of is None:
+        return False
+    share = min(curve.shares[-1], of.shares[-1])
+    return curve.at(share) < of.at(share)
 
 
 def _curve(planned: PlannedTrial, told: TrialResult, steps: int, metric: str) -> Curve | None:
@@ -115,7 +128,7 @@ def stopping_for(plan: SweepPlan, history: History) -> Callable[[], PredictiveSt
     trials; a curve is known by its shape, whatever was scored.
     """
     sweep, train = plan.config.sweep, plan.config.train
-    past = (*reference_curves(), *_past(history, sweep.metric))
+    past = (*reference_curves(), *past_curves(history, sweep.metric))
     bank = CurveBank(past, keeps_best=train.keep == "best")
 
     def new() -> PredictiveStopping:
@@ -124,11 +137,3 @@ def stopping_for(plan: SweepPlan, history: History) -> Callable[[], PredictiveSt
         )
 
     return new
-
-
-def _past(history: History, metric: str) -> Iterator[Curve]:
-    for row in history.trials(status="finished", newest_first=True, limit=_LEARNED):
-        if "recalled_from" not in row.scenario:
-            curve = Curve.of(row, metric)
-            if curve is not None:
-                yield curve
