@@ -121,7 +121,9 @@ def _table(choices: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     length = localized("length")
     if len({row[length] for row in rows}) == 1:
         rows = [{name: row[name] for name in row if name != length} for row in rows]
-    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    # A rate that probes chose may be one of which no trial tells whether it diverges.
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names, *([row.get(name, "-") for name in names] for row in rows)]
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     between = "  " if sum(widths) + 2 * len(widths) - 2 <= COLUMNS else " "
     for row in cells:

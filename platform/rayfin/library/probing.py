@@ -145,6 +145,7 @@ def _with_rate(
         update={
             "settings": settings,
             "config": pinned.config,
+            "command": pinned.command,
             "predictions": pinned.predictions,
             "trials": pinned.trials,
             "reasons": [reason, *pinned.reasons],
