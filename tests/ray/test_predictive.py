@@ -14,8 +14,8 @@ def test_a_sweep_stops_the_trials_that_cannot_end_as_the_best(lab: Any, cluster:
         "sweep",
         *lab.settings,
         *("train.max_steps=32", "train.eval_steps=4", "method.type=full"),
-        *("sweep.search=grid", "sweep.num_samples=4", "sweep.scheduler=predictive"),
-        "sweep.parameters={train.learning_rate: [3e-3, 1e-6, 2e-6, 2e-3]}",
+        *("sweep.search=grid", "sweep.num_samples=3", "sweep.scheduler=predictive"),
+        "sweep.parameters={train.learning_rate: [3e-3, 1e-6, 2e-6]}",
     )
     assert lab.rayfin_here(*sweep) == 0
     rows = {row.spec["train"]["learning_rate"]: row for row in lab.rows()}
@@ -23,7 +23,6 @@ def test_a_sweep_stops_the_trials_that_cannot_end_as_the_best(lab: Any, cluster:
         3e-3: "finished",
         1e-6: "stopped",
         2e-6: "stopped",
-        2e-3: "finished",
     }
     assert all(rows[rate].metrics["steps"] <= 16 for rate in (1e-6, 2e-6))
     assert rows[1e-6].directory is not None and not lab.checkpoints(rows[1e-6])
