@@ -5,8 +5,8 @@ python experiments/benchmarks/probes.py [--curves FILE.jsonl.gz] [--quick]
 The trials are those of the ladders `rates …` among the curves that come with rayfin: 17 learning
 rates over four decades on each of three data sets, with a model that was trained on another one
 (experiments/reference_curves.py). A probe is the first tenth of such a trial; nothing is trained
-again. Probes start from each rate of the ladder within a decade of the middle, as nobody knows how far off an advised rate is;
-the random trials are eight of the 17, drawn without replacement.
+again. Probes start from each rate of the ladder within a decade of the middle, as nobody knows how
+far off an advised rate is; the random trials are eight of the 17, drawn without replacement.
 
 The figure is the normalised regret of the chosen rate: (its loss - the best) / (worst - best). The
 ratio of costs is that of optimizer steps. The order of rates, and that probes are ranked by their
