@@ -12,6 +12,7 @@ from rayfin.advisor.features import category_codes, data_row, model_row
 from rayfin.advisor.measurements import LengthFacts
 from rayfin.advisor.rules import rule_for
 from rayfin.advisor.scenario import Scenario
+from rayfin.advisor.steps import advised_length
 from rayfin.config import Config, TrainConfig, build_config, with_values
 from rayfin.errors import ConfigError, MethodError, RayfinError
 from rayfin.hardware import Hardware
@@ -120,6 +121,7 @@ def candidates(base: Config, known: ScenarioFacts, *, varied: bool = True) -> li
     """
     scenario, r = known.scenario, known.rank
     fixed = given_settings(base)
+    length = advised_length(known.rows, fixed)
     found: dict[str, Candidate] = {}
     refused: RayfinError | None = None
     for method in methods_for(fixed, scenario):
@@ -127,7 +129,7 @@ def candidates(base: Config, known: ScenarioFacts, *, varied: bool = True) -> li
         for values in _capacities(method, usual) if varied else (usual,):
             settings = {
                 name: value
-                for name, value in values.items()
+                for name, value in {**values, **length}.items()
                 if name == "method.type" or name not in fixed
             }
             try:
@@ -214,10 +216,11 @@ def with_changes(option: Candidate, changes: Mapping[str, Any]) -> Candidate:
     if not changes:
         return option
     config = with_values(option.config, changes)
+    settings = {**option.settings, **changes}
     if config.train.num_train_epochs is not None:  # the samples of a step stay the same
         counted = config.train.with_steps(option.config.train.max_steps)
         config = config.model_copy(update={"train": counted})
-    return Candidate(config, {**option.settings, **changes})
+    return Candidate(config, {name: v for name, v in settings.items() if v is not None})
 
 
 def _trains_linear_whole(config: Config, facts: ModelFacts) -> bool:
@@ -271,12 +274,23 @@ def _check_workers(config: Config, hardware: Hardware) -> None:
 
 
 def methods_for(fixed: Mapping[str, Any], scenario: Scenario) -> Sequence[str]:
-    """Return the given method, or else the rules' methods, then all others that are served."""
+    """Return the given method, or else the rules' methods, then all others that are served.
+
+    Where settings of a method are given without its type, those that have all of them.
+    """
     if "method.type" in fixed:
         return [str(fixed["method.type"])]
     # What no engine serves is trained where it is asked for.
     others = (n for n, method in METHODS.items() if method.engines and not method.changes_base)
-    return list(dict.fromkeys([*preferred_methods(scenario), *others]))
+    given = {leaf for leaf in map(_method_setting, fixed) if leaf is not None}
+    found = dict.fromkeys([*preferred_methods(scenario), *others])
+    return [name for name in found if given <= METHODS[name].model_fields.keys()] or ["lora"]
+
+
+def _method_setting(name: str) -> str | None:
+    """Return the setting of a method that a dotted name is, or None for another section's."""
+    section, _, leaf = name.partition(".")
+    return leaf if section == "method" else None
 
 
 def preferred_methods(scenario: Scenario) -> Sequence[str]:

@@ -25,6 +25,7 @@ from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.advisor.model_sizes import format_size
 from rayfin.advisor.published_models import LEAST_B, shown_model, usual_model
 from rayfin.advisor.scenario import hardware_class
+from rayfin.advisor.steps import SHORTEST, is_given, within_budget
 from rayfin.config import Config, build_config, with_values
 from rayfin.config.steps import duration
 from rayfin.errors import RayfinError
@@ -78,7 +79,7 @@ def assess_candidates(
     for candidate in found:
         key = candidate.with_rate(1.0).config.model_dump_json()
         if key not in takes:
-            takes[key] = _fitted(candidate, known, measured, fixed)
+            takes[key] = _in_time(*_fitted(candidate, known, measured, fixed), known, fixed)
         changed, taken = takes[key]
         feasibility = Feasibility(
             memory=taken.fits,
@@ -140,6 +141,26 @@ def _estimate(
     )
 
 
+def _in_time(
+    candidate: Candidate, taken: Estimate, known: ScenarioFacts, fixed: Mapping[str, Any]
+) -> tuple[Candidate, Estimate]:
+    """Return the candidate with as many of the advised steps as end within the budget.
+
+    The upper bound of the estimate keeps to it. Given lengths are kept, and where too few steps
+    would be left for a training (`steps.within_budget`) so is the advised one.
+    """
+    budget = _seconds(known.scenario.budget_hours)
+    if budget is None or not known.rows or is_given(fixed):
+        return candidate, taken
+    steps = within_budget(taken.steps, taken.seconds.high, budget)
+    if steps is None:
+        return candidate, taken
+    changed = with_changes(candidate, {"train.num_train_epochs": None, "train.max_steps": steps})
+    seconds = taken.seconds.times(steps / taken.steps)
+    cost = taken.cost and taken.cost.times(steps / taken.steps)
+    return changed, replace(taken, steps=steps, seconds=seconds, cost=cost)
+
+
 def _seconds(hours: float | None) -> float | None:
     return None if hours is None else 3600 * hours
 
@@ -189,12 +210,17 @@ def nothing_fits(
             device=localized_template(known.hardware.device_name),
             target=scenario.latency_target_ms,
         )
-    quickest = min(fitting, key=lambda one: one.estimate.seconds.high).estimate
-    length, _ = duration(base.train.model_dump())
+    fastest = min(fitting, key=lambda one: one.estimate.seconds.high)
+    quickest = fastest.estimate
+    length, _ = duration(fastest.candidate.config.train.model_dump())
+    least = quickest.seconds.high
+    if not is_given(given_settings(base)):  # it is cut to what the budget allows
+        least *= min(SHORTEST, quickest.steps) / quickest.steps
     return localized(
         "nothing ends in time: the fastest takes {low:.2g} to {high:.2g} hours for {steps} steps, "
         "more than --budget-hours {budget:g}; use fewer {length}, a smaller model or a faster "
-        "machine, or allow more",
+        "machine, or allow {least:.2g} hours",
+        least=least / 3600,
         low=quickest.seconds.low / 3600,
         high=quickest.seconds.high / 3600,
         steps=quickest.steps,

@@ -38,7 +38,8 @@ def answers_are_waited_for(scenario: Scenario) -> bool:
 def preference_costs(options: Sequence[AssessedCandidate], scenario: Scenario) -> Array:
     """Return what is added to the regrets for time, latency and the rules' preferences (n)."""
     methods = preferred_methods(scenario)
-    seconds = np.array([option.estimate.seconds.expected for option in options])
+    # Of a step: a budget leaves the slower ones fewer steps, not less time.
+    seconds = np.array([one.estimate.seconds.expected / one.estimate.steps for one in options])
     costs = _PER_DOUBLING[scenario.priority] * np.log2(seconds / seconds.min())
     for at, option in enumerate(options):
         own, method = option.candidate.config.method, option.candidate.method

@@ -47,6 +47,7 @@ from rayfin.advisor.quality_model import (
 )
 from rayfin.advisor.rules import recommend_text, rule_for
 from rayfin.advisor.scenario import Scenario
+from rayfin.advisor.steps import cut_risk, length_notes
 from rayfin.advisor.wording import deployment, explanation, reasons, risks
 from rayfin.config import Config, format_value
 from rayfin.errors import ConfigError
@@ -126,9 +127,15 @@ def recommend(
         return _choose(regrets, costs, options, k, None if learned else scenario)
 
     chosen = choose(known.scenario)
-    notes = list(unknown_latency(known.scenario, latency))
+    fixed = given_settings(base)
+    notes = [*length_notes(known.rows, fixed), *unknown_latency(known.scenario, latency)]
+    cuts = [
+        cut_risk(options[at].candidate.config.train.model_dump(), known.rows, fixed)
+        for at in chosen
+    ]
     for what, without in without_each(known.scenario):
-        if choose(without) == chosen:
+        shortened = what.startswith("budget") and any(cuts)
+        if choose(without) == chosen and not shortened:
             notes.append(why_unchanged(what, [options[at] for at in chosen]))
     ranges = regret_quantiles(posterior.process, rows, (0.1, 0.5, 0.9))
     diverges = posterior.divergence(rows)
@@ -160,7 +167,7 @@ def recommend(
             feasibility=option.feasibility,
             trials=supporting,
             reasons=reasons(candidate, rule, predictions, number, supporting),
-            risks=risks(candidate, rule, predictions),
+            risks=[*filter(None, cuts[number : number + 1]), *risks(candidate, rule, predictions)],
             deployment=deployment(candidate, known.scenario, rule),
         )
 

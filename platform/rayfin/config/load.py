@@ -86,13 +86,18 @@ def build_config(tree: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
         merged["method"], _ = _method_over(merged, overrides.pop("method.type"))
     for key, value in overrides.items():
         _put(merged, key, value)
+    written = merged.get("method")
     merged = _default_method(merged)
+    injected = merged.get("method") is not written
     if isinstance(train := merged.get("train"), dict) and train.get("max_steps", 0) is None:
         del train["max_steps"]  # null over a file that has it leaves room for num_train_epochs
     try:
-        return Config.model_validate(merged)
+        found = Config.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(describe(error, merged)) from None
+    if injected:
+        found.method.model_fields_set.discard("type")  # nobody wrote it
+    return found
 
 
 def with_values(config: Config, values: Mapping[str, Any]) -> Config:
@@ -119,8 +124,8 @@ def saved(config: Config) -> dict[str, Any]:
     method that replaces it, or that is swept, has its own defaults; and that train.max_steps, which
     num_train_epochs decides, is left out beside it, or beside an axis of it.
     """
-    method = config.method.model_dump(mode="json", exclude_unset=True)
-    found = config.model_dump(mode="json") | {"method": method}
+    written = config.method.model_dump(mode="json", exclude_unset=True)
+    found = config.model_dump(mode="json") | {"method": {"type": config.method.type} | written}
     swept = "train.num_train_epochs" in config.sweep.parameters
     written = "max_steps" in config.train.model_fields_set
     if config.train.num_train_epochs is not None or (swept and not written):

@@ -258,9 +258,10 @@ CHINESE = {
     ),
     "nothing ends in time: the fastest takes {low:.2g} to {high:.2g} hours for {steps} steps, more "
     "than --budget-hours {budget:g}; use fewer {length}, a smaller model or a faster machine, or "
-    "allow more": (
+    "allow {least:.2g} hours": (
         "没有方案能按时训练完：最快的 {steps} 步也要 {low:.2g} 至 {high:.2g} 小时，"
-        "超过 --budget-hours {budget:g}；请减小 {length}，换更小的模型或更快的机器，或放宽限制"
+        "超过 --budget-hours {budget:g}；请减小 {length}，换更小的模型或更快的机器，"
+        "或允许 {least:.2g} 小时"
     ),
     "a GPU": "GPU",
     "without {settings} ({method} does)": "去掉 {settings}（{method} 即可）",
@@ -313,5 +314,19 @@ CHINESE = {
     "a small model answers sooner; distilling this one into it is not in this version, and what "
     "the small one takes on the same data is asked so": (
         "小模型回答更快；本版本没有蒸馏，小模型用同样的数据训练需要什么，可以这样询问"
+    ),
+    # --- how long to train
+    "how long to train isn't advised, as the number of samples isn't known; rows or data.path says "
+    "it": "样本数未知，因此不建议训练时长；rows 或 data.path 可说明样本数",
+    "{epochs} epoch{plural} over {rows} samples: published trainings pass 3 times over up to some "
+    "{many} samples, fewer times over more, and up to {most} times over few; "
+    "train.num_train_epochs says otherwise": (
+        "{rows} 个样本训练 {epochs} 轮：已发表的训练在约 {many} 个样本以内训练 3 轮，"
+        "更多样本时轮数更少，样本很少时最多 {most} 轮；可用 train.num_train_epochs 另行指定"
+    ),
+    "budget_hours leaves {steps} steps, {share:.2g} epochs, of the advised {epochs} ({all} steps): "
+    "allow {times:.2g} times as long for them": (
+        "budget_hours 只够训练 {steps} 步（{share:.2g} 轮），建议为 {epochs} 轮（{all} 步）："
+        "全部完成需要 {times:.2g} 倍的时间"
     ),
 }

@@ -178,7 +178,8 @@ def _what(config: Config) -> dict[str, Any]:
     sweep["mode"] = config.sweep.direction
     # A swept method's defaults are each trial's own: what was written of it is what counts.
     swept = "method.type" in config.sweep.parameters
-    method = config.method.model_dump(mode="json", exclude_unset=swept)
+    written = config.method.model_dump(mode="json", exclude_unset=swept)
+    method = {"type": config.method.type} | written
     spec = TrialSpec.of(config).model_dump(mode="json")
     del spec["train"]["sample_generations"]
     return spec | {"method": method, "sweep": sweep}
