@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_epochs_follow_from_the_rows_as_in_published_trainings(rows: int, epochs
 
 def test_more_rows_are_never_passed_more_often_nor_trained_on_less() -> None:
     found = [(rows, advised_epochs(rows)) for rows in range(1, 300_000, 97)]
-    for (_, before), (_, after) in zip(found, found[1:], strict=False):
+    for (_, before), (_, after) in itertools.pairwise(found):
         assert after <= before
     assert all(rows * epochs >= 100_000 for rows, epochs in found if rows >= 60_000)
     assert all(-(-rows // 16) * epochs >= 100 for rows, epochs in found if rows > 97)
