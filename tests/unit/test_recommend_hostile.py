@@ -171,7 +171,8 @@ def assert_rules(answer: Recommendation) -> None:
     assert answer.source == "rules"
     first = answer.choices[0]
     assert first.method == "lora"
-    assert first.settings == practice.settings(place().scenario, "lora")
+    usual = practice.settings(place().scenario, "lora")
+    assert first.settings == {**usual, "train.num_train_epochs": 3}
     for choice in answer.choices:
         shortfall = choice.predictions.shortfall
         assert shortfall.high - shortfall.low > 0.5

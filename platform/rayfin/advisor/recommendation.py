@@ -94,6 +94,7 @@ def recommend(
     options = feasible(every)
     rows = _rows(options or every, columns)
     posterior = knowledge.quality_model.posterior(columns)
+    rows = _of_tried_lengths(rows, posterior)
     relevances = _relevances(options or every, rows, posterior)
     most = float(relevances.max())
     learned = most >= LEARNED
@@ -200,6 +201,21 @@ def _rows(options: Sequence[AssessedCandidate], scenario: Mapping[str, float]) -
         values = {**scenario, **setting}
         rows.append([values[name] for name in COLUMNS.names])
     return np.array(rows, dtype=float)
+
+
+def _of_tried_lengths(rows: Array, posterior: ScenarioPosterior) -> Array:
+    """Return candidates' rows with the steps of the nearest length that trials had.
+
+    Which settings are better is taken to be as in the longest trials where an advised training is
+    longer than any of them, and as in the shortest where it is shorter.
+    """
+    column = COLUMNS.names.index("steps")
+    seen = posterior.process.observations.rows[:, column]
+    seen = seen[np.isfinite(seen)]
+    if seen.size:
+        rows = rows.copy()
+        rows[:, column] = rows[:, column].clip(seen.min(), seen.max())
+    return rows
 
 
 def _relevances(
