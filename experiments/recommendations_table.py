@@ -216,7 +216,7 @@ def chosen(choice: Choice) -> list[str]:
     method, train, data = (choice.config[name] for name in ("method", "train", "data"))
     memory, seconds = choice.predictions.memory_bytes, choice.predictions.train_seconds
     epochs = train["num_train_epochs"]
-    steps = f"{train['max_steps']} steps"
+    steps = f"{choice.predictions.steps} steps"
     workers = choice.config["scaling"]["num_workers"]
     # A step's samples are those of all workers, which share them.
     batch = f"{train['per_device_train_batch_size']} x {train['gradient_accumulation_steps']}"

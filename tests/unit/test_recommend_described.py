@@ -152,7 +152,7 @@ def test_what_is_assumed_of_hardware_and_lengths_is_told(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     notes = printed(capfd, "recommend", *SIZE, "--hardware", "multi_gpu")["notes"]
-    assert notes[2:] == [
+    assert notes[2:4] == [
         "2 GPUs are assumed; num_gpus says how many",
         "each GPU is taken to have 12 GiB; gpu_memory_gb says how many",
         "each GPU is taken to be as fast as NVIDIA's T4",

@@ -26,7 +26,8 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
     """Candidates that take `seconds`, and choices that all lie on one spot."""
     points = [
         TradeOffPoint(method=methods[n % len(methods)], settings={"method.r": n}, shortfall=n / 50,
-              train_seconds=taken, memory_bytes=1e9, front=n == 0)
+              steps=60,
+        train_seconds=taken, memory_bytes=1e9, front=n == 0)
         for n, taken in enumerate(seconds)
     ]  # fmt: skip
     spot = PredictionInterval(low=0.1, expected=0.2, high=0.4)

@@ -145,7 +145,7 @@ def test_steps_are_of_the_batch_and_the_rows(
         train = choice.config["train"]
         step = train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
         assert step % choice.config["scaling"]["num_workers"] == 0, case.title
-        passes = train["max_steps"] * step / case.rows
+        passes = choice.predictions.steps * step / case.rows
         assert 0 < passes <= MOST_EPOCHS, (case.title, passes)
         if train["num_train_epochs"] is not None:  # the steps are those of the epochs
             assert passes == pytest.approx(train["num_train_epochs"], rel=0.02), case.title

@@ -37,6 +37,8 @@ class Predictions(_Schema):
     """The probability that the training diverges, or null where no trial tells."""
     memory_bytes: PredictionInterval
     """The peak memory of one worker, in bytes."""
+    steps: int
+    """The optimizer steps of the training."""
     train_seconds: PredictionInterval
     """The time of all optimizer steps, in seconds."""
     first_token_ms: PredictionInterval | None
@@ -79,7 +81,8 @@ class Choice(_Schema):
     settings: dict[str, Any]
     """The dotted settings that differ from the given configuration."""
     config: dict[str, Any]
-    """The whole configuration, which `rayfin train` runs as it is."""
+    """The whole configuration, which `rayfin train` runs as it is; train.max_steps is null where
+    train.num_train_epochs says how long to train."""
     command: str
     """The command that trains it; YOUR_MODEL and YOUR_DATA.jsonl stand for what was only
     described."""

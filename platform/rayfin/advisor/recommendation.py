@@ -151,6 +151,7 @@ def recommend(
             shortfall=PredictionInterval(low=low, expected=middle, high=high),
             divergence=float(diverges[at]) if learned else None,
             memory_bytes=_interval(taken.memory),
+            steps=taken.steps,
             train_seconds=_interval(taken.seconds),
             first_token_ms=latency,
         )
@@ -291,6 +292,14 @@ def _choose(
     chosen = [best[at] for at in choose_complementary(regrets[:, best], k, cost=costs[best])]
     rest = [at for at in order if at not in best]
     return chosen + rest[: k - len(chosen)]
+
+
+def _as_written(config: Config) -> dict[str, Any]:
+    """Return the whole configuration without the steps that follow from its epochs."""
+    found = config.model_dump(mode="json")
+    if config.train.num_train_epochs is not None:
+        found["train"]["max_steps"] = None
+    return found
 
 
 def _interval(interval: Any) -> PredictionInterval:
