@@ -233,7 +233,7 @@ def chosen(choice: Choice) -> list[str]:
         batch,
         "yes" if train["gradient_checkpointing"] else "no",
         str(data["max_length"]),
-        f"{epochs:g} epochs, {steps}" if epochs is not None else steps,
+        f"{epochs:g} epoch{'s' * (epochs != 1)}, {steps}" if epochs is not None else steps,
         f"{memory.expected / GIB:.1f} to {memory.high / GIB:.1f} GiB",
         show_seconds(seconds.expected),
     ]

@@ -26,14 +26,18 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
     """Candidates that take `seconds`, and choices that all lie on one spot."""
     points = [
         TradeOffPoint(method=methods[n % len(methods)], settings={"method.r": n}, shortfall=n / 50,
-              steps=60,
-        train_seconds=taken, memory_bytes=1e9, front=n == 0)
+              train_seconds=taken, memory_bytes=1e9, front=n == 0)
         for n, taken in enumerate(seconds)
     ]  # fmt: skip
     spot = PredictionInterval(low=0.1, expected=0.2, high=0.4)
     time = PredictionInterval(low=1, expected=seconds[0], high=1e9)
     predictions = Predictions(
-        shortfall=spot, divergence=0, memory_bytes=time, train_seconds=time, first_token_ms=time
+        shortfall=spot,
+        divergence=0,
+        memory_bytes=time,
+        steps=60,
+        train_seconds=time,
+        first_token_ms=time,
     )
     feasible = Feasibility(memory=None, budget=None, latency=None)
     return Recommendation(

@@ -163,7 +163,7 @@ def recommend(
             rank=number + 1,
             method=candidate.method,
             settings=dict(candidate.settings),
-            config=(whole := candidate.config.model_dump(mode="json")),
+            config=(whole := _as_written(candidate.config)),
             command=training_command(whole),
             predictions=predictions,
             feasibility=option.feasibility,
