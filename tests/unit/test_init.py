@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rayfin.advisor import draft, scenario
 from rayfin.advisor.draft import SampleLengths
+from rayfin.advisor.estimate import estimate
+from rayfin.advisor.published_models import usual_model
 from rayfin.cli import main
 from rayfin.config import load_config
+from rayfin.hardware import Hardware
 from rayfin.methods import METHODS
 from rayfin.tuning.space import SearchSpace
 from rayfin.tuning.space_check import check_space
@@ -88,3 +92,19 @@ def test_what_it_writes_can_be_swept_over_methods(data: str) -> None:
     written(data)
     axes = "{method.type: [lora, ia3, p_tuning], method.r: [4, 8], method.num_virtual_tokens: [5]}"
     check_space(SearchSpace(load_config("my-sweep.yaml", [f"sweep.parameters={axes}"])))
+
+
+def test_a_large_model_is_made_to_fit_the_gpu(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = usual_model(8.0)[0]
+    gpu = Hardware("cuda", "a GPU", 1, 12 * 2**30, 8, 2**36, True)
+    monkeypatch.setattr(draft, "describe_model", lambda _: facts)
+    monkeypatch.setattr(draft, "describe_hardware", lambda _: gpu)
+    monkeypatch.setattr(scenario, "describe_hardware", lambda use_gpu: gpu)
+    written(data, "method.type=qlora")
+    config = load_config("my-sweep.yaml")
+    assert estimate(config, facts, gpu).fits is True
+    train = config.train
+    assert train.per_device_train_batch_size * train.gradient_accumulation_steps == 16
+    whole = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 16}
+    more = config.model_copy(update={"train": train.model_copy(update=whole)})
+    assert estimate(more, facts, gpu).fits is not True

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rayfin.advisor import practice
-from rayfin.advisor.candidates import given_settings
+from rayfin.advisor.candidates import Candidate, ScenarioFacts, given_settings
+from rayfin.advisor.feasibility import fitted
 from rayfin.advisor.rules import rule_for
 from rayfin.advisor.scaffold import TRIALS, axes
 from rayfin.advisor.scenario import Scenario
@@ -24,6 +25,7 @@ from rayfin.config import (
     load_config,
     parse_yaml,
 )
+from rayfin.hardware import describe_hardware
 from rayfin.history.connect import without_password
 from rayfin.methods import METHODS
 from rayfin.models import describe_model, load_tokenizer
@@ -71,9 +73,9 @@ class SampleLengths:
 def draft(config: Config, corpus: Corpus, *, name: str) -> str:
     """Return the YAML of a sweep over a corpus, with a comment on every setting.
 
-    The given settings of `config` are kept; practice (`rayfin.advisor.practice`) decides the rest
-    for this machine, and the measured lengths of the data decide max_length. `name` is the
-    adapter's. Raises ConfigError, MethodError or ModelError for settings that can't work together.
+    The given settings of `config` are kept. Practice (`rayfin.advisor.practice`) decides the rest,
+    the measured lengths of the data max_length, and this machine's memory what is saved. `name` is
+    the adapter's. Raises ConfigError, MethodError or ModelError for what can't work together.
     """
     kept = given_settings(config)
     facts = describe_model(config.model)
@@ -117,6 +119,9 @@ def draft(config: Config, corpus: Corpus, *, name: str) -> str:
         length = "train.max_steps"
         settings.setdefault(length, min(max(epoch, _FEWEST_STEPS), _MOST_STEPS))
     notes[length] = f"{_rows(corpus)} training samples, {batch} a step: one epoch is {epoch} steps."
+    base = build_config({}, settings)
+    known = ScenarioFacts(scenario, facts, describe_hardware(config.scaling.use_gpu))
+    settings |= fitted(Candidate(base, {}), known, (), kept)[0].settings
     base = build_config({}, settings)
     check_combination(base)
     parameters = config.sweep.parameters or axes(base, [base.model_dump(mode="json")])

@@ -79,7 +79,7 @@ def assess_candidates(
     for candidate in found:
         key = candidate.with_rate(1.0).config.model_dump_json()
         if key not in takes:
-            takes[key] = _in_time(*_fitted(candidate, known, measured, fixed), known, fixed)
+            takes[key] = _in_time(*fitted(candidate, known, measured, fixed), known, fixed)
         changed, taken = takes[key]
         feasibility = Feasibility(
             memory=taken.fits,
@@ -96,7 +96,7 @@ def feasible(options: Sequence[AssessedCandidate]) -> list[AssessedCandidate]:
     return [option for option in options if option.possible]
 
 
-def _fitted(
+def fitted(
     candidate: Candidate,
     known: ScenarioFacts,
     measured: Sequence[MeasuredTrial],
@@ -290,7 +290,7 @@ def _fits(base: Config, known: ScenarioFacts, measured: Sequence[MeasuredTrial])
         usual = METHODS[candidate.method].usual_alpha is not None or "method.type" in fixed
         if usual and candidate.method not in seen:
             seen.add(candidate.method)
-            changed, taken = _fitted(candidate, known, measured, fixed)
+            changed, taken = fitted(candidate, known, measured, fixed)
             if taken.fits is True:
                 own = changed.config.method
                 four = own.quantization_bit == 4 and changed.method != "qlora"
