@@ -257,6 +257,13 @@ def assert_no_worse(choices: Sequence[Choice]) -> None:
         assert large.config["data"]["max_length"] == small.config["data"]["max_length"]
 
 
+def test_what_the_rules_do_not_name_is_no_substitute_where_theirs_does_not_fit() -> None:
+    """On 45.5 GiB 70 billion parameters fit with IA3's few numbers, and not with an adapter."""
+    answer = asked("llama-3.1-70b", gpus(45.5))
+    assert answer.choices == [] and "(qlora" in (answer.nothing_fits or "")
+    assert asked("llama-3.1-70b", gpus(45.5), "method.type=ia3").choices[0].method == "ia3"
+
+
 def test_choices_differ_in_rate_or_method() -> None:
     for name in SHAPES:
         for hardware in (gpus(80), gpus(80, 8)):

@@ -112,8 +112,9 @@ def recommend(
         alternatives=[],
         points=[],
     )
-    if not options:
-        said = nothing_fits(every, known, knowledge.measured, latency, base)
+    ruled = every if learned else _of_the_rules(every, known, base)
+    if not feasible(ruled):
+        said = nothing_fits(ruled, known, knowledge.measured, latency, base)
         return answer.model_copy(update={"nothing_fits": said})
     if not learned:  # trials that say next to nothing must not sway
         posterior = QualityModel({}, Hyperparameters.expected(COLUMNS)).posterior(columns)
@@ -181,6 +182,18 @@ def recommend(
             "points": _trade_offs(options, ranges[1]),
         }
     )
+
+
+def _of_the_rules(
+    options: Sequence[AssessedCandidate], known: ScenarioFacts, base: Config
+) -> Sequence[AssessedCandidate]:
+    """Return the options of the rules' methods, which alone may be first where no trial tells.
+
+    Where a method was given, or none of theirs can work with what was given, all are returned.
+    """
+    preferred = preferred_methods(known.scenario)
+    found = [option for option in options if option.candidate.method in preferred]
+    return options if "method.type" in given_settings(base) or not found else found
 
 
 def _columns(known: ScenarioFacts, model: QualityModel) -> dict[str, float]:
