@@ -151,7 +151,7 @@ def test_what_never_diverged_is_not_said_to(known: dict[str, Recommendation]) ->
     model = QualityModel.of(TrialTable.of(records))
     near = model.posterior(place().columns())
     (group, *_) = model.groups.values()
-    assert not near.divergence(group.rows).any()
+    assert near.divergence(group.rows).max() < 1e-3  # what practice fears is forgotten, nearly
     assert group.regrets.max() == 1.0
 
 

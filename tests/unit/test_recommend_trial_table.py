@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import pickle
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +23,6 @@ from rayfin.advisor.features import (
     setting_row,
 )
 from rayfin.advisor.model_names import facts_from_name
-from rayfin.advisor.prior import prior_mean
 from rayfin.advisor.trial_table import (
     ScenarioTrials,
     TrialTable,
@@ -638,23 +636,6 @@ def test_charges_of_a_sweeps_values() -> None:
     accuracies = regrets_of(np.array([0.1, 0.5]), "exact_match")
     assert accuracies is not None and accuracies.tolist() == [1.0, 0.0]
     assert regrets_of(np.array([np.nan, np.nan]), "eval_loss") is None
-
-
-def test_what_practice_expects_grows_with_the_distance_from_its_rate() -> None:
-    def at(method: Mapping[str, float], decades: float, size: float) -> float:
-        values = dict.fromkeys(COLUMNS.names, math.nan) | method
-        values |= {"learning_rate": decades, "parameters": size}
-        return float(prior_mean(np.array([[values[name] for name in COLUMNS.names]]))[0])
-
-    lora, ia3 = {"method_x": 0.0, "method_y": 0.0}, {"method_x": 0.0, "method_y": 1.5}
-    shift = math.log10(5e-4 / 2e-4)  # practice's rate of a small model beside that of any
-    usual = at(lora, 0.0, 10.0)
-    assert 0.0 < usual < 0.4
-    assert at(lora, shift, 8.0) == pytest.approx(usual)
-    assert at(lora, 0.0, math.nan) == pytest.approx(usual)
-    assert at(lora, 2.0, 10.0) > at(lora, 0.5, 10.0) > at(lora, 0.0, 10.0)
-    assert at(ia3, 0.0, 8.0) == pytest.approx(usual)  # whose rate no source gives by size
-    assert usual < at(lora, math.nan, 10.0) < 1.0
 
 
 # --- files --------------------------------------------------------------------------------------

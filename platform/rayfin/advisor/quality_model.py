@@ -25,7 +25,7 @@ from rayfin.advisor.gaussian_process import (
 )
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.model_sizes import is_comparable, is_toy
-from rayfin.advisor.prior import prior_mean
+from rayfin.advisor.prior import prior_divergence, prior_mean
 from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
 
 MAX_FITTED, MAX_OBSERVED = 400, 500
@@ -37,6 +37,11 @@ _MAX_FITTED_OF_GROUP, _MAX_OBSERVED_OF_GROUP = 30, 60
 _SMALL_GROUP = 4.0
 """The number of trials from which a group's best is known about as well as a setting's regret."""
 SAMPLES = 1024
+LEARNED = 0.3
+"""The relevance of past trials from which they decide rather than the rules."""
+_PAST_SCENARIOS, _PAST_SHARE = 12, 0.9
+"""The most past scenarios that later choices cover for, and how much that counts beside the
+samples; chosen on the public sweep's given models, left out one by one."""
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,36 @@ class ScenarioPosterior:
     def divergence(self, rows: Array) -> Array:
         """Return the probabilities that trainings at n rows diverge (n).
 
-        They are the shares of similar trials that diverged, and of all trials where none is
-        similar.
+        They are the shares of similar trials that diverged, and what practice expects where none
+        is similar.
         """
-        usual = float(self.diverged.mean()) if len(self.diverged) else 0.0
-        seen: Array = usual + self.process.posterior_mean(self.diverged - usual, rows)
-        return np.clip(seen, 0.0, 1.0)
+        observed = self.process.observations.rows
+        found = prior_divergence(rows)
+        if len(observed):
+            unexpected = self.diverged - prior_divergence(observed)
+            found = found + self.process.posterior_mean(unexpected, rows)
+        return np.clip(found, 0.0, 1.0)
+
+    def knows(self, scenario: Mapping[str, float]) -> bool:
+        """Whether any of the trials is of the scenario's task or of its model's family."""
+        observed = self.process.observations.rows
+        return any(
+            bool((observed[:, COLUMNS.names.index(name)] == scenario[name]).any())
+            for name in ("task", "brand")
+        )
+
+    def past_regrets(self, rows: Array) -> Array:
+        """Return what the settings of n rows come to in the most related scenarios (m x n)."""
+        observed = self.process.observations
+        groups = observed.rows[:, COLUMNS.names.index("group")]
+        _, first = np.unique(groups, return_index=True)
+        found = []
+        for at in sorted(first.tolist())[:_PAST_SCENARIOS]:
+            there = rows.copy()
+            there[:, len(COLUMNS.setting) :] = observed.rows[at, len(COLUMNS.setting) :]
+            expected = prior_mean(there) + self.process.posterior_mean(observed.values, there)
+            found.append(np.clip(expected, 0.0, 1.0))
+        return np.array(found).reshape(len(found), len(rows))
 
 
 def relevance(process: GaussianProcess, rows: Array, sets: NDArray[Any] | None = None) -> Array:
@@ -214,21 +243,34 @@ def _square_root(covariance: Array) -> Array:
         return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
-def choose_complementary(regrets: Array, k: int, cost: Array | None = None) -> list[int]:
+def choose_complementary(
+    regrets: Array, k: int, cost: Array | None = None, past: Array | None = None
+) -> list[int]:
     """Choose k rows greedily so that the expected minimum of their regrets is smallest.
 
     Each next row covers for the cases in which those before it go wrong, rather than repeat them.
-    `regrets` are samples (samples x rows); `cost` (rows) is added to them. Returns indices of rows.
+    `regrets` are samples (samples x rows); `cost` (rows) is added to them. `past` are the regrets
+    in other scenarios (scenarios x rows): a new one is rarely between two of them, as samples are,
+    but much like one or the other, so that rows after the first cover for those. Returns indices
+    of rows.
     """
     chosen: list[int] = []
-    left = np.ones((len(regrets), 1))
     paid = regrets if cost is None else regrets + cost
-    for _ in range(min(k, regrets.shape[1])):
-        gain = np.minimum(paid, left).mean(axis=0)
-        gain += 1e-6 * paid.mean(axis=0)  # of two that cover the same, the better one
+    cases = [(paid, np.ones((len(regrets), 1)), 1.0)]
+    if past is not None and len(past):
+        cases = [(paid, cases[0][1], 1.0 - _PAST_SHARE)]
+        cases.append((past if cost is None else past + cost, np.ones((len(past), 1)), _PAST_SHARE))
+    for number in range(min(k, regrets.shape[1])):
+        # Of two that cover the same, the better one.
+        gain = 1e-6 * paid.mean(axis=0)
+        for sampled, left, share in cases if number else cases[:1]:
+            gain += share * np.minimum(sampled, left).mean(axis=0)
         gain[chosen] = np.inf
         chosen.append(int(gain.argmin()))
-        left = np.minimum(left, paid[:, chosen[-1]][:, None])
+        last = chosen[-1]
+        cases = [
+            (sampled, np.minimum(left, sampled[:, [last]]), share) for sampled, left, share in cases
+        ]
     return chosen
 
 

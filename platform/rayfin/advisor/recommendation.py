@@ -38,6 +38,7 @@ from rayfin.advisor.preferences import (
     without_each,
 )
 from rayfin.advisor.quality_model import (
+    LEARNED,
     QualityModel,
     ScenarioPosterior,
     choose_complementary,
@@ -57,8 +58,6 @@ from rayfin.methods import capacities
 
 __all__ = ["LEARNED", "ScenarioFacts", "recommend"]
 
-LEARNED = 0.3
-"""The relevance of past trials from which they decide rather than the rules."""
 _SUPPORTING = 5
 _PER_OCTAVE = 0.03
 _OCTAVES_OF_METHOD = 2.0
@@ -97,7 +96,7 @@ def recommend(
     rows = _of_tried_lengths(rows, posterior)
     relevances = _relevances(options or every, rows, posterior)
     most = float(relevances.max())
-    learned = most >= LEARNED
+    learned = most >= LEARNED and posterior.knows(columns)
     answer = Recommendation(
         lang=current_language(),
         source="learned" if learned else "rules",
@@ -122,11 +121,12 @@ def recommend(
     tried = _tried(options, rows, posterior, known)
     options, rows, relevances = [options[at] for at in tried], rows[tried], relevances[tried]
     regrets = sample_regrets(posterior.process, rows)
+    past = posterior.past_regrets(rows)
     unusual = (1.0 - relevances) * _unusual(options, known)  # as far as trials leave it open
 
     def choose(scenario: Scenario) -> list[int]:
         costs = preference_costs(options, scenario) + unusual
-        return _choose(regrets, costs, options, k, None if learned else scenario)
+        return _choose((regrets, past), costs, options, k, None if learned else scenario)
 
     chosen = choose(known.scenario)
     fixed = given_settings(base)
@@ -282,7 +282,7 @@ def _unusual(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Arra
 
 
 def _choose(
-    regrets: Array,
+    predicted: tuple[Array, Array],
     costs: Array,
     options: Sequence[AssessedCandidate],
     k: int,
@@ -292,7 +292,9 @@ def _choose(
 
     Of those that differ in capacity or precision alone the best one is taken, as the difference is
     small beside that of another rate or method; the others only where nothing else is left.
+    `predicted` are samples of the options' regrets, and those in past scenarios.
     """
+    regrets, past = predicted
     order = np.argsort(regrets.mean(axis=0) + costs, kind="stable").tolist()
     preferred = () if by_rules is None else preferred_methods(by_rules)
     kinds: dict[tuple[str, float], int] = {}
@@ -302,7 +304,9 @@ def _choose(
         if not preferred or option.method in preferred:
             kinds.setdefault((kind, option.config.train.learning_rate), at)
     best = sorted(kinds.values()) or order
-    chosen = [best[at] for at in choose_complementary(regrets[:, best], k, cost=costs[best])]
+    chosen = [
+        best[at] for at in choose_complementary(regrets[:, best], k, costs[best], past[:, best])
+    ]
     rest = [at for at in order if at not in best]
     return chosen + rest[: k - len(chosen)]
 

@@ -13,7 +13,7 @@ from rayfin.advisor.candidates import Candidate
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.knowledge import Knowledge
 from rayfin.advisor.model_sizes import FACTOR, format_size, is_toy
-from rayfin.advisor.quality_model import is_informative, model_size
+from rayfin.advisor.quality_model import LEARNED, is_informative, model_size
 from rayfin.advisor.rules import Rule
 from rayfin.advisor.scenario import Scenario
 from rayfin.advisor.trial_table import ScenarioTrials
@@ -44,6 +44,12 @@ def explanation(
             plural="s" * (models > 1),
             trials=trials,
             relevance=relevance,
+        )
+    if near and relevance >= LEARNED:
+        return localized(
+            "the rules: {trials} include models of about this size, none of this family and none "
+            "trained on this data",
+            trials=trials,
         )
     if near:
         return localized(

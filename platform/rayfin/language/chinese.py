@@ -21,6 +21,10 @@ CHINESE = {
         "依据规则：{trials}对此场景几乎没有参考价值"
         "（只消除了“哪些设置更好”的 {relevance:.0%} 的不确定性）"
     ),
+    "the rules: {trials} include models of about this size, none of this family and none trained "
+    "on this data": (
+        "依据规则：{trials}中有规模相近的模型，但没有同系列的，也没有用这份数据训练过的"
+    ),
     "the rules: {trials} say nothing about a model of this size{far}": (
         "依据规则：{trials}不能说明这一规模的模型{far}"
     ),

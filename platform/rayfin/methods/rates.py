@@ -30,6 +30,26 @@ def lora_rate(model_size_b: float | None = None) -> float:
     return next(rate for below, rate in _LORA if size < below)
 
 
+WIDTH_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+"""By which power of its width a family's rate falls, by tinker-cookbook's `get_lr`."""
+_OTHER_EXPONENT = 0.43
+"""That of other families: the mean of the two, a convention."""
+_AT_WIDTH_2000 = 5e-4
+_LEAST, _MOST = 1e-4, 1e-3
+"""The sources' rates lie between QLoRA's for 33B and PEFT's quicktour's."""
+
+
+def lora_rate_by_width(hidden_size: float, family: str | None = None) -> float:
+    """Return LoRA's rate for a model of a width, a hidden size, and family, such as `llama`.
+
+    It is 5e-4 * (2000 / width) ** exponent: the formula of tinker-cookbook's `get_lr` (Apache-2.0,
+    github.com/thinking-machines-lab/tinker-cookbook), whose LoRA's rate is ten times full tuning's
+    5e-5. Beyond the sources' range it is their nearest rate.
+    """
+    exponent = WIDTH_EXPONENTS.get(family or "", _OTHER_EXPONENT)
+    return min(max(_AT_WIDTH_2000 * (2000.0 / hidden_size) ** exponent, _LEAST), _MOST)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rate:
     """A method's peak learning rate for AdamW, whatever the rank.
