@@ -1,14 +1,14 @@
 """A sweep's first trials: the advisor's, which has seen other tasks, against TPE's and random ones.
 
-python experiments/benchmarks/advisor_sweep.py [--history FILE.jsonl.gz] [--leave-out task]
+python experiments/benchmarks/advisor_sweep.py [--history FILE.jsonl.gz] [--leave-out task model]
     [--repeats 20] [--quick]
 
 The trials are those of the reference history: real CPU sweeps over one grid of methods, learning
 rates and ranks or virtual tokens on each task, a model on a data set
 (experiments/reference_history.py ran them). A search is replayed on a task's grid: what it asks for
-is looked up, and nothing is trained again. The advisor has seen all trials but this task's; with
---leave-out data, none on the same data, and with --leave-out model, none of the same model. It is
-told of the scenario what a real sweep knows before its first trial.
+is looked up, and nothing is trained again. What the advisor has not seen is this task's trials,
+those on the same data, those of the same model, or both of the latter: each of them in turn, or
+what --leave-out names. It is told of the scenario what a real sweep knows before its first trial.
 
 The figure is the normalised regret after n trials, the mean over tasks and repeats:
 
@@ -21,8 +21,9 @@ import argparse
 import gzip
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ from rayfin.tuning.search import EndedTrial
 
 COUNTS = (1, 2, 4, 8, 12, 16)
 TRIALS = 16
+WHAT = ("task", "data", "model", "model-and-data")
 PATIENCE = 50
 
 
@@ -72,46 +74,61 @@ Search = Callable[[Task, int], list[int]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--history", type=Path, metavar="FILE", help="default: rayfin's own")
-    parser.add_argument("--leave-out", choices=["task", "data", "model"], default="task")
+    parser.add_argument("--leave-out", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--quick", action="store_true", help="3 repeats")
     args = parser.parse_args()
     repeats = 3 if args.quick else args.repeats
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    records = _read(args.history) if args.history else list(reference_trials())
+    records = _read(args.history) if args.history else _reference()
     tasks = _tasks(records)
     print(f"{len(tasks)} tasks, {len(records)} trials, {repeats} repeats")
-    knowledge = {
-        task.name: Knowledge.of(
-            [record for record in records if not _same(record, task, args.leave_out)],
-            reference=False,
-        )
-        for task in tasks
-    }
-    searches: dict[str, Search] = {
-        "random": _random,
-        "tpe": _tpe,
-        "advisor": lambda task, seed: _advisor(task, seed, knowledge[task.name]),
-    }
-    regrets = {
-        name: [[task.regrets(search(task, seed)) for seed in range(repeats)] for task in tasks]
-        for name, search in searches.items()
-    }
-    print(f"{'':34}" + "".join(f"{f'n={n}':>8}" for n in COUNTS))
+    alone: dict[str, Search] = {"random": _random, "tpe": _tpe}
+    regrets = {name: _replayed(search, tasks, repeats) for name, search in alone.items()}
+    for what in args.leave_out:
+        knowledge = {
+            task.name: Knowledge.of(
+                [record for record in records if not _same(record, task, what)], reference=False
+            )
+            for task in tasks
+        }
+        regrets["advisor"] = _replayed(partial(_advisor, knowledge), tasks, repeats)
+        _report(what, tasks, regrets)
+
+
+def _replayed(search: Search, tasks: Sequence[Task], repeats: int) -> list[list[list[float]]]:
+    """The regrets after each trial, of each repeat of each task."""
+    return [[task.regrets(search(task, seed)) for seed in range(repeats)] for task in tasks]
+
+
+def _report(
+    what: str, tasks: Sequence[Task], regrets: Mapping[str, Sequence[Sequence[Sequence[float]]]]
+) -> None:
+    """Print and write the figures; but for `task`, their names begin with `what`."""
+    print(f"\n{f'left out by {what}':34}" + "".join(f"{f'n={n}':>8}" for n in COUNTS))
     for at, task in enumerate(tasks):
-        for name in searches:
+        for name in regrets:
             _print(f"{task.name[:24]:24} {name:9}", regrets[name][at])
-    for name in searches:
+    for name in regrets:
         _print(f"{'all':24} {name:9}", [run for runs in regrets[name] for run in runs])
 
     def mean(name: str, n: int) -> float:
         return statistics.mean(run[min(n, len(run)) - 1] for runs in regrets[name] for run in runs)
 
-    for name in searches:
+    def write(figure: str, value: float, bar: float) -> None:
+        begin = "" if what == "task" else f"{what}_"
+        print_figure("advisor_sweep", begin + figure, value, "regret", bar, most=True)
+
+    for name in regrets:
         for n in COUNTS:
-            print_figure("advisor_sweep", f"{name}_{n}", mean(name, n), "regret", 1.0, most=True)
-    ahead = mean("advisor", 4) - mean("tpe", 12)
-    print_figure("advisor_sweep", "advisor_4_less_tpe_12", ahead, "regret", 0.0, most=True)
+            write(f"{name}_{n}", mean(name, n), 1.0)
+    for n, of_tpe in ((4, 12),) if what == "task" else ((4, 8), (8, 12)):
+        write(f"advisor_{n}_less_tpe_{of_tpe}", mean("advisor", n) - mean("tpe", of_tpe), 0.0)
+
+
+def _reference() -> list[TrialRecord]:
+    """What comes with rayfin and was run by it."""
+    return [record for record in reference_trials() if "origin" not in record.scenario]
 
 
 def _read(path: Path) -> list[TrialRecord]:
@@ -124,11 +141,16 @@ def _task(record: TrialRecord) -> str:
 
 
 def _same(record: TrialRecord, task: Task, what: str) -> bool:
-    """Whether a trial is of that task, or has its data, or its model."""
+    """Whether a trial is of that task, has its data, its model, or either."""
     model, data = _task(record).split(" on ")
     own_model, own_data = task.name.split(" on ")
     same_model, same_data = model == own_model, data == own_data
-    return {"task": same_model and same_data, "data": same_data, "model": same_model}[what]
+    return {
+        "task": same_model and same_data,
+        "data": same_data,
+        "model": same_model,
+        "model-and-data": same_model or same_data,
+    }[what]
 
 
 def _tasks(records: Sequence[TrialRecord]) -> list[Task]:
@@ -187,7 +209,7 @@ def _point(record: TrialRecord) -> tuple[str, float, int]:
     return method["type"], record.spec["train"]["learning_rate"], size
 
 
-def _advisor(task: Task, seed: int, knowledge: Knowledge) -> list[int]:
+def _advisor(knowledge: Mapping[str, Knowledge], task: Task, seed: int) -> list[int]:
     about = task.records[0].scenario
     profile = {name: about["data"][name] for name in ("rows_train", "source")}
     scenario = (
@@ -195,7 +217,7 @@ def _advisor(task: Task, seed: int, knowledge: Knowledge) -> list[int]:
         | data_row(profile)
         | category_codes(profile, task.name, otherwise=f"replay {seed}")
     )
-    advisor = SweepAdvisor(knowledge, scenario, "eval_loss", seed=1000 * seed)
+    advisor = SweepAdvisor(knowledge[task.name], scenario, "eval_loss", seed=1000 * seed)
     found: list[int] = []
     for _ in range(min(TRIALS, len(task.records))):
         left = [place for place in range(len(task.records)) if place not in found]

@@ -65,7 +65,7 @@ def print_figure(
     line = {
         "benchmark": benchmark,
         "figure": figure,
-        "value": round(value, 3),
+        "value": round(value, 4),
         "unit": unit,
         "bar": bar,
     }

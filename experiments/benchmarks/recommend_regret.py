@@ -1,6 +1,7 @@
 """How much is lost by running what is recommended, for models that the advisor has never seen.
 
 python experiments/benchmarks/recommend_regret.py --leave-one-model-out SWEEP.csv [--quick]
+python experiments/benchmarks/recommend_regret.py --table SWEEP.csv [--leave-out generation ...]
 python experiments/benchmarks/recommend_regret.py --train SWEEP.csv --test OTHER.csv
 
 The table has columns `model, learning_rate, lora_rank, test_nll, diverged`. For each model that is
@@ -9,7 +10,11 @@ them, and the regret of its first k is
 
     (best NLL among them - model's best) / (model's worst finite - model's best)
 
-where a diverged cell costs 1. Policies:
+where a diverged cell costs 1. What is left out together is each model, each generation (Qwen3),
+each brand (Qwen), each task, or for each model on a task all that shares either. The table is of
+one task; for the last two the trials that come with rayfin join it, but for those of toy models.
+
+Policies:
 
 - random: cells in any order, the exact expectation.
 - constant: the best of all cells in hindsight, and the next best after it. It alone has seen the
@@ -28,8 +33,9 @@ first, then the rank.
 from __future__ import annotations
 
 import argparse
+import operator
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,12 +47,29 @@ from common import print_figure
 from rayfin.advisor import quality_model as quality
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.kernel import Array, Hyperparameters
+from rayfin.advisor.knowledge import reference_trials
+from rayfin.advisor.model_sizes import is_toy
 from rayfin.advisor.trial_table import TrialTable
+from rayfin.history import TrialRecord
 from rayfin.history.csv_table import read_csv
 
 K = 3
-BARS = {1: 0.05, 2: 0.03}
+BARS = {
+    "model": {1: 0.008, 2: 0.0036},
+    "generation": {1: 0.051, 2: 0.003},
+    "split": {1: 0.015, 2: 0.0015},
+}
+"""The most that the advisor's mean regret may be, by what is left out and k."""
+WORST_COVERAGE = 0.6
 QUANTILES = (0.1, 0.5, 0.9)
+SHARED = {
+    "model": ("model",),
+    "generation": ("brand", "generation"),
+    "brand": ("brand",),
+    "task": ("task",),
+    "model-and-task": ("model", "task"),
+}
+"""What the scenarios that are left out together share; of the last, either."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +80,10 @@ class Model:
     rows: Array
     regrets: Array
 
+    def fact(self, name: str) -> float | str:
+        """The code of the model's brand, generation or task, or of the model on the task."""
+        return self.name if name == "model" else float(self.rows[0, COLUMNS.names.index(name)])
+
     @property
     def cells(self) -> Array:
         """log10 of the learning rate, log2 of the rank."""
@@ -64,67 +91,102 @@ class Model:
         return self.rows[:, places]
 
 
-Policy = Callable[[Sequence[Model], TrialTable, Model], Sequence[int]]
-"""Ranks the cells of a model, from the others and their trials."""
+@dataclass(frozen=True)
+class Fold:
+    """Models that are left out, the others, and what the advisor learns from the others."""
+
+    others: Sequence[Model]
+    tested: Sequence[Model]
+    learned: quality.QualityModel
+
+
+Policy = Callable[[Fold, Model], Sequence[int]]
+"""Ranks the cells of a model, from the others."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--leave-one-model-out", type=Path, metavar="CSV")
+    parser.add_argument("--table", type=Path, metavar="CSV")
+    parser.add_argument("--leave-out", nargs="+", choices=SHARED, default=list(SHARED))
     parser.add_argument("--train", type=Path, metavar="CSV")
     parser.add_argument("--test", type=Path, metavar="CSV")
     parser.add_argument("--quick", action="store_true", help="constant, rules and advisor only")
     args = parser.parse_args()
-    if (args.leave_one_model_out is None) == (args.train is None or args.test is None):
-        parser.error("give --leave-one-model-out, or --train and --test")
-    folds = (
-        _left_out(args.leave_one_model_out)
-        if args.leave_one_model_out
-        else _split(args.train, args.test)
-    )
-    tested = [model for _, _, models in folds for model in models]
-    print(f"{len(tested)} models, {sum(len(model.regrets) for model in tested)} cells")
-    policies = _policies(tested, quick=args.quick)
+    given = (args.leave_one_model_out, args.table, args.train and args.test)
+    if sum(one is not None for one in given) != 1:
+        parser.error("give --leave-one-model-out, --table, or --train and --test")
+    if args.train:
+        _report("split", [_split(args.train, args.test)], quick=args.quick)
+        return
+    table, models = _read(args.leave_one_model_out or args.table)
+    for what in ["model"] if args.leave_one_model_out else args.leave_out:
+        of_tasks = "task" in SHARED[what]
+        known = _with_reference(table, models) if of_tasks else (table, models)
+        _report(what, _left_out(*known, SHARED[what]), quick=args.quick)
+
+
+def _report(what: str, folds: Iterable[Fold], *, quick: bool) -> None:
+    """Print and write the figures; but for `model` and `split`, their names begin with `what`."""
+    folds = list(folds)
+    tested = [model for fold in folds for model in fold.tested]
+    cells = sum(len(model.regrets) for model in tested)
+    print(f"\nleft out by {what}: {len(tested)} models, {cells} cells, {len(folds)} times")
     regrets: dict[str, list[list[float]]] = {"random": [_random(model) for model in tested]}
-    inside: list[float] = []
-    for others, table, models in folds:
-        for name, policy in policies.items():
-            for model in models:
-                order = list(policy(others, table, model))
+    inside: dict[str, float] = {}
+    for fold in folds:
+        for name, policy in _policies(tested, quick=quick).items():
+            for model in fold.tested:
+                order = list(policy(fold, model))
                 paid = [float(model.regrets[order[: k + 1]].min()) for k in range(K)]
                 regrets.setdefault(name, []).append(paid)
-        learned = quality.QualityModel.of(table)
-        inside += [_inside(learned, model) for model in models]
+        inside |= {model.name: _inside(fold.learned, model) for model in fold.tested}
     _print(regrets)
-    print(f"80 % intervals hold {np.mean(inside):.1%} of the left-out cells")
+    coverage, worst = float(np.mean(list(inside.values()))), min(inside, key=inside.__getitem__)
+    print(f"80 % intervals hold {coverage:.1%} of all cells, {inside[worst]:.1%} of {worst}'s")
+    begin = "" if what in ("model", "split") else f"{what}_"
     for name, of_models in regrets.items():
         for k in range(K):
             mean = statistics.mean(row[k] for row in of_models)
-            bar = BARS.get(k + 1, 1.0) if name == "advisor" else 1.0
-            print_figure(
-                "recommend_regret", f"{name}_k{k + 1}_mean", mean, "regret", bar, most=True
-            )
-    coverage = float(np.mean(inside))
-    print_figure("recommend_regret", "interval_coverage", coverage, "share", 0.7)
-    print_figure("recommend_regret", "interval_coverage_most", coverage, "share", 0.9, most=True)
+            bar = BARS.get(what, {}).get(k + 1, 1.0) if name == "advisor" else 1.0
+            figure = f"{begin}{name}_k{k + 1}_mean"
+            print_figure("recommend_regret", figure, mean, "regret", bar, most=True)
+    figure = f"{begin}interval_coverage"
+    print_figure("recommend_regret", figure, coverage, "share", 0.7)
+    print_figure("recommend_regret", f"{figure}_worst", inside[worst], "share", WORST_COVERAGE)
+    print_figure("recommend_regret", f"{figure}_most", coverage, "share", 0.9, most=True)
 
 
-def _left_out(path: Path) -> list[tuple[list[Model], TrialTable, list[Model]]]:
-    table, models = _read(path)
+def _left_out(table: TrialTable, models: Sequence[Model], shared: Sequence[str]) -> Iterator[Fold]:
+    either = shared == SHARED["model-and-task"]
+    facts = [tuple(model.fact(name) for name in shared) for model in models]
     codes = table.column("group")
-    return [
-        (
-            [other for other in models if other is not model],
-            table.take(codes != model.rows[0, COLUMNS.names.index("group")]),
-            [model],
-        )
-        for model in models
-    ]
+    for left in dict.fromkeys(facts):
+        tested = [model for model, own in zip(models, facts, strict=True) if own == left]
+        alike = any if either else all
+        others = [
+            model
+            for model, own in zip(models, facts, strict=True)
+            if not alike(map(operator.eq, own, left))
+        ]
+        known = [model.fact("group") for model in others]
+        yield Fold(others, tested, quality.QualityModel.of(table.take(np.isin(codes, known))))
 
 
-def _split(train: Path, test: Path) -> list[tuple[list[Model], TrialTable, list[Model]]]:
+def _split(train: Path, test: Path) -> Fold:
     table, models = _read(train)
-    return [(models, table, _read(test)[1])]
+    return Fold(models, _read(test)[1], quality.QualityModel.of(table))
+
+
+def _with_reference(
+    table: TrialTable, models: Sequence[Model]
+) -> tuple[TrialTable, Sequence[Model]]:
+    """The table and its models, joined by what rayfin ran itself."""
+    records = [one for one in reference_trials() if "origin" not in one.scenario]
+    reference = TrialTable.of(records)
+    known = [not is_toy(10.0**size) for size in reference.column("parameters").tolist()]
+    reference = reference.take(np.array(known))
+    return table.joined(reference), [*models, *_models(reference, records)]
 
 
 def _read(path: Path) -> tuple[TrialTable, list[Model]]:
@@ -136,10 +198,14 @@ def _read(path: Path) -> tuple[TrialTable, list[Model]]:
         # One data set, whatever the file is called.
         data = record.spec.get("data") or {"path": "sweep"}
         records.append(record.updated(spec=record.spec | {"data": data}))
-    names = {record.trial_id: str(record.spec["model"]["name"]) for record in records}
     table = TrialTable.of(records)
     if len(table) != len(records):
         raise SystemExit(f"{path}: {len(records) - len(table)} rows can't be used")
+    return table, _models(table, records)
+
+
+def _models(table: TrialTable, records: Sequence[TrialRecord]) -> list[Model]:
+    names = {record.trial_id: str(record.spec["model"]["name"]) for record in records}
     models = []
     for code in dict.fromkeys(table.column("group").tolist()):
         own = table.take(table.column("group") == code)
@@ -147,24 +213,24 @@ def _read(path: Path) -> tuple[TrialTable, list[Model]]:
         best, worst = np.nanmin(nll), np.nanmax(nll)
         regrets = np.where(np.isnan(nll), 1.0, (nll - best) / max(worst - best, 1e-12))
         models.append(Model(names[str(own.ids[0])], own.rows, regrets))
-    return table, models
+    return models
 
 
 def _policies(tested: Sequence[Model], *, quick: bool) -> dict[str, Policy]:
     policies: dict[str, Policy] = {
-        "constant": lambda _, __, model: _constants(tested, model),
-        "rules": lambda _, __, model: _rules(model),
-        "advisor": lambda _, table, model: _advisor(table, model),
+        "constant": lambda _, model: _constants(tested, model),
+        "rules": lambda _, model: _chosen(_NOTHING, model),
+        "advisor": lambda fold, model: _chosen(fold.learned, model),
     }
     if quick:
         return policies
     return {
         "constant": policies["constant"],
-        "portfolio": lambda others, _, model: _portfolio(others, model),
+        "portfolio": lambda fold, model: _portfolio(fold.others, model),
         "nearest": _nearest,
         "trees": _trees,
         "rules": policies["rules"],
-        "flat": lambda _, table, model: _flat(table, model),
+        "flat": _flat,
         "advisor": policies["advisor"],
     }
 
@@ -207,7 +273,7 @@ def _distinct(places: Array) -> list[int]:
     return list(dict.fromkeys(places.tolist()))
 
 
-def _nearest(others: Sequence[Model], _: TrialTable, model: Model) -> list[int]:
+def _nearest(fold: Fold, model: Model) -> list[int]:
     columns = [*COLUMNS.scenario["size"], "brand", "generation"]
     places = [COLUMNS.names.index(name) for name in columns]
 
@@ -220,19 +286,19 @@ def _nearest(others: Sequence[Model], _: TrialTable, model: Model) -> list[int]:
         size = np.abs(facts(other) - facts(model))[:2].sum()
         return float(np.exp(-size) * (1 + 2 * same[-2] + 2 * same[-1]))
 
-    weights = np.array([similarity(other) for other in others])
-    regrets = np.array([other.regrets[_nearest_cells(other, model.cells)] for other in others])
+    weights = np.array([similarity(other) for other in fold.others])
+    regrets = np.array([one.regrets[_nearest_cells(one, model.cells)] for one in fold.others])
     return quality.choose_complementary(
         np.repeat(regrets, np.ceil(10 * weights).astype(int), axis=0), K
     )
 
 
-def _trees(others: Sequence[Model], _: TrialTable, model: Model) -> list[int]:
+def _trees(fold: Fold, model: Model) -> list[int]:
     from sklearn.ensemble import HistGradientBoostingRegressor
 
-    rows = np.concatenate([other.rows for other in others])
+    rows = np.concatenate([other.rows for other in fold.others])
     varies = (rows != rows[0]).any(axis=0) & ~np.isnan(rows).all(axis=0)
-    regrets = np.concatenate([other.regrets for other in others])
+    regrets = np.concatenate([other.regrets for other in fold.others])
     predicted = []
     for quantile in QUANTILES:
         trees = HistGradientBoostingRegressor(
@@ -246,31 +312,27 @@ def _trees(others: Sequence[Model], _: TrialTable, model: Model) -> list[int]:
     return quality.choose_complementary(np.clip(middle + normal * deviation, 0.0, 1.0), K)
 
 
-def _rules(model: Model) -> list[int]:
-    return _chosen(quality.QualityModel({}, Hyperparameters.expected(COLUMNS)), model)
+_NOTHING = quality.QualityModel({}, Hyperparameters.expected(COLUMNS))
 
 
-def _advisor(table: TrialTable, model: Model) -> list[int]:
-    return _chosen(quality.QualityModel.of(table), model)
-
-
-def _flat(table: TrialTable, model: Model) -> list[int]:
+def _flat(fold: Fold, model: Model) -> list[int]:
     with patch.object(quality, "prior_mean", lambda rows: np.full(len(rows), 0.4)):
-        return _chosen(quality.QualityModel.of(table), model)
+        groups = fold.learned.groups
+        return _chosen(quality.QualityModel(groups, quality.fit_hyperparameters(groups)), model)
 
 
 def _chosen(learned: quality.QualityModel, model: Model) -> list[int]:
     scenario = dict(zip(COLUMNS.names, model.rows[0].tolist(), strict=True))
-    return quality.choose_complementary(
-        quality.sample_regrets(learned.posterior(scenario).process, model.rows), K
-    )
+    posterior = learned.posterior(scenario)
+    regrets = quality.sample_regrets(posterior.process, model.rows)
+    return quality.choose_complementary(regrets, K, past=posterior.past_regrets(model.rows))
 
 
 def _inside(learned: quality.QualityModel, model: Model) -> float:
     """Return the share of the model's cells whose regret lies in its 80 % interval."""
     scenario = dict(zip(COLUMNS.names, model.rows[0].tolist(), strict=True))
-    regrets = quality.sample_regrets(learned.posterior(scenario).process, model.rows, measured=True)
-    low, high = np.quantile(regrets, [0.1, 0.9], axis=0)
+    process = learned.posterior(scenario).process
+    low, high = quality.regret_quantiles(process, model.rows, (0.1, 0.9))
     return float(((model.regrets >= low) & (model.regrets <= high)).mean())
 
 

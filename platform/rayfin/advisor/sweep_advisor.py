@@ -4,7 +4,8 @@ Two Gaussian processes are averaged: one conditioned on the most related trials 
 that knows only what practice expects. Each is weighted by how likely it made the sweep's own
 results (Bayesian model averaging), so that a misleading past loses its weight after a few trials.
 The next trial is the one with the largest expected improvement on the best so far, where running
-trials count with what they may come to.
+trials count with what they may come to. The first trials are of different methods or learning
+rates, in which settings differ most.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rayfin.advisor.features import (
     COLUMNS,
@@ -51,6 +53,11 @@ by then, what a right past knows has been found."""
 _SCALES = (1.0, 2.0, 4.0, 8.0, 16.0)
 _MIN_PROBABILITY = 0.01
 """Models with a smaller probability than this are ignored."""
+_SPREAD_TRIALS = 4
+"""The number of first trials of which no two have about the same method and learning rate."""
+_SAME = {"learning_rate": 0.1, "method_x": 0.3, "method_y": 0.3}
+"""The decades, and the distance of methods' coordinates (of LoRA and QLoRA, say), within which
+settings have about the same."""
 _STEPS = COLUMNS.names.index("steps")
 _POINTS_JUDGED = 64
 """The number of points of the space by which the relevance of the past is judged."""
@@ -145,6 +152,8 @@ class SweepAdvisor:
         rows = self._rows(options)
         # Ended trials count as whole ones: what matters is what such a setting comes to.
         tried = self._rows([*(one.spec for one in ended), *running])
+        left = _unlike(rows, tried) if len(tried) < _SPREAD_TRIALS else np.arange(len(rows))
+        rows = rows[left]
         own, regrets = self._regrets(ended)
         models = _averaged_models(_prior_process(), own, regrets)
         if len(self._past.observations):
@@ -159,7 +168,7 @@ class SweepAdvisor:
             # Where nothing promises to be better, the best of what is left is chosen.
             better -= 1e-6 * samples[:, : len(rows)].mean(axis=0)
             gain += probability * model.scale * better
-        return int(gain.argmax())
+        return int(left[gain.argmax()])
 
     def _regrets(self, ended: Sequence[EndedTrial]) -> tuple[Array, Array]:
         """Return the sweep's own trials as rows and regrets, none before they can be compared.
@@ -181,6 +190,15 @@ class SweepAdvisor:
             values = {**self._scenario, **setting}
             rows.append([values.get(name, math.nan) for name in COLUMNS.names])
         return np.array(rows, dtype=float).reshape(len(rows), len(COLUMNS.names))
+
+
+def _unlike(rows: Array, tried: Array) -> NDArray[np.intp]:
+    """Return the indices of rows unlike all that were tried, or of all where each is like one."""
+    columns = COLUMNS.indices(tuple(_SAME))
+    away = np.abs(rows[:, None, columns] - tried[None][:, :, columns])
+    same = np.all(away < np.array(list(_SAME.values())), axis=2)
+    like = np.any(same, axis=1)
+    return np.flatnonzero(~like) if not like.all() else np.arange(len(rows))
 
 
 def _prior_process() -> GaussianProcess:

@@ -47,7 +47,8 @@ def lora_rate_by_width(hidden_size: float, family: str | None = None) -> float:
     5e-5. Beyond the sources' range it is their nearest rate.
     """
     exponent = WIDTH_EXPONENTS.get(family or "", _OTHER_EXPONENT)
-    return min(max(_AT_WIDTH_2000 * (2000.0 / hidden_size) ** exponent, _LEAST), _MOST)
+    rate: float = _AT_WIDTH_2000 * (2000.0 / hidden_size) ** exponent
+    return min(max(rate, _LEAST), _MOST)
 
 
 @dataclass(frozen=True, kw_only=True)
