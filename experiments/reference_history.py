@@ -141,7 +141,7 @@ def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
     with write_whole(out) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
         file.write("".join(f"{line}\n" for line in sorted(lines)).encode())
     table = TrialTable.of(rows)
-    learned = {"learned_from": len(table), "parameters": QualityModel.of(table).parameters.values}
+    learned = {"parameters": QualityModel.of(table).parameters.values}
     write_json(out.with_name(LEARNED), learned)
     print(f"{len(lines)} trials, {out.stat().st_size / 1024:.0f} KiB: {out}")
 

@@ -132,7 +132,7 @@ def test_trials_outweigh_the_rules_where_they_say_otherwise(
     for name, answer in known.items():
         first = answer.choices[0]
         assert answer.source == "learned"
-        assert answer.relevance > 0.9  # they tried one method, and of that they say all
+        assert answer.relevance > 0.7  # they tried one method, and of that they say most
         assert first.method == "lora"
         assert first.settings["train.learning_rate"] == pytest.approx(BEST_RATE, rel=0.6)
         assert first.trials and all(basis.similarity <= 1.0 for basis in first.trials)

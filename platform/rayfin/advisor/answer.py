@@ -64,6 +64,8 @@ class SupportingTrial(_Schema):
     """A trial that a prediction rests on."""
 
     trial_id: str
+    weight: float
+    """The trial's share in all that moves what is predicted for the choice: at most 1."""
     similarity: float = Field(alias="likeness")
     """The similarity to what is recommended, of setting and scenario together: at most 1."""
     summary: str
@@ -89,7 +91,7 @@ class Choice(_Schema):
     predictions: Predictions
     feasibility: Feasibility
     trials: list[SupportingTrial]
-    """The trials that the predictions rest on, the most similar first; empty for `rules`."""
+    """The trials that the predictions rest on, the weightiest first; empty for `rules`."""
     reasons: list[str]
     risks: list[str]
     deployment: str

@@ -81,11 +81,18 @@ class GaussianProcess:
 
     def posterior_mean(self, values: Array, rows: Array) -> Array:
         """Return the posterior mean (m) of a quantity that was `values` at the observed rows."""
-        observed = self.observations
-        if not len(observed):
-            return np.zeros(len(rows))
-        mean: Array = self._cross(rows) @ (self._inverse() @ values)
+        mean: Array = self.weights(rows) @ values
         return mean
+
+    def weights(self, rows: Array) -> Array:
+        """Return by how much each of n observations moves the posterior mean of m rows (m x n).
+
+        The mean is this matrix times the observed values (Rasmussen & Williams 2006, section 2.6).
+        """
+        if not len(self.observations):
+            return np.zeros((len(rows), 0))
+        found: Array = self._cross(rows) @ self._inverse()
+        return found
 
     def similarity(self, rows: Array) -> Array:
         """Return the prior correlation of each of m rows with each of n observations (m x n)."""

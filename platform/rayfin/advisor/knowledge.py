@@ -1,8 +1,9 @@
 """What the advisor has learned from a history's trials and from the reference's, with its cache.
 
-The result is kept in the cache as arrays and JSON, and is renewed when the history has changed: new
-trials are added at once, and the hyperparameters are learned again when there are a quarter more
-trials than they were learned from.
+The result is kept in the cache as arrays and JSON, and is renewed when trials have changed. The
+hyperparameters are those that were learned from the reference (`LEARNED`), whatever a history
+holds: so what trials say is measured on one scale before and after an import, a few wrong trials
+can't change what all others mean, and the order of imports does not matter.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import contextlib
 import gzip
 import hashlib
 import json
-import math
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -25,8 +25,8 @@ from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.kernel import Hyperparameters
 from rayfin.advisor.latency import ServingMeasurement, served_from
 from rayfin.advisor.measurements import MeasuredTrial, measured_from
-from rayfin.advisor.quality_model import QualityModel, fit_hyperparameters
-from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
+from rayfin.advisor.quality_model import QualityModel
+from rayfin.advisor.trial_table import TrialTable, group_by_scenario
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.language import localized
@@ -38,16 +38,14 @@ from rayfin.version import __version__
 REFERENCE = "reference.jsonl.gz"
 """The trials that come with rayfin; experiments/reference_history.py made them."""
 LEARNED = "reference.json"
-"""The hyperparameters that were learned from them: {learned_from, parameters}."""
+"""The hyperparameters that were learned from them: {parameters}."""
 _MEASURED_EACH = 12
 """The most trials of a model, method and device whose time and memory are kept."""
 _MEASURED = 600
 _NEWEST = 2000
 """The most trials of a history that an estimate rests on."""
-_GROWN = 1.25
-_FORMAT = 7
-"""The version of the cache; raise it whenever the same trials would give other columns or
-hyperparameters."""
+_FORMAT = 8
+"""The version of the cache; raise it whenever the same trials would give other columns."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +72,12 @@ class Knowledge:
         own = list(records)
         shipped = list(reference_trials()) if reference else []
         rows = [*own, *shipped]
-        table = TrialTable.of(rows)
-        groups = group_by_scenario(table)
-        parameters, _ = _learned(groups, len(table), _reference_notes() if reference else {})
+        table = TrialTable.of(_in_order(rows))
         return cls(
-            QualityModel(groups, parameters),
+            QualityModel(
+                group_by_scenario(table),
+                reference_parameters() if reference else Hyperparameters.expected(COLUMNS),
+            ),
             table.ids.tolist(),
             measured_from(_informative(rows)),
             served_from(own),
@@ -87,14 +86,18 @@ class Knowledge:
             {row.trial_id: row for row in rows}.get,
         )
 
-    def supporting_trial(self, index: int, similarity: float) -> SupportingTrial:
+    def supporting_trial(self, index: int, weight: float, similarity: float) -> SupportingTrial:
         """Describe the trial at an index of the table, which a prediction rests on."""
         trial_id = self.ids[index]
         record = self.look_up(trial_id)
         summary = localized("gone from the history") if record is None else _summary(record)
         reference = record is not None and record.scenario.get("reference") is True
         return SupportingTrial(
-            trial_id=trial_id, similarity=similarity, summary=summary, reference=reference
+            trial_id=trial_id,
+            weight=weight,
+            similarity=similarity,
+            summary=summary,
+            reference=reference,
         )
 
     def scenario_of(self, index: int) -> str:
@@ -165,7 +168,19 @@ def knowledge_of(history: History, *, cache: Path | None = None) -> Knowledge:
     kept = _CachedKnowledge(folder / hashlib.sha256(history.shown_url.encode()).hexdigest()[:16])
     # What another version cached rests on other trials, or on other columns of them.
     mark = [*history.mark(), __version__, _FORMAT, zlib.crc32(_reference())]
-    return kept.read(history, mark) or kept.renew(history, mark)
+    served = history.served()
+    mark.append(_digest_without_serving(served))
+    return kept.read(history, mark, served) or kept.renew(history, mark, served)
+
+
+def _digest_without_serving(served: Iterable[TrialRecord]) -> int:
+    """Return a number for what these trials are, whatever serving has measured since.
+
+    Beside a busy server measurements change every few seconds, and the trials don't.
+    """
+    other = {"curve", "updated_at", "metrics"}
+    rows = [[row.model_dump(mode="json", exclude=other), row.trained_metrics] for row in served]
+    return zlib.crc32(json.dumps(rows, sort_keys=True).encode())
 
 
 class _CachedKnowledge:
@@ -178,48 +193,37 @@ class _CachedKnowledge:
     def __init__(self, folder: Path) -> None:
         self._folder, self._learned = folder, folder / "learned.json"
 
-    def read(self, history: History, mark: list[Any]) -> Knowledge | None:
-        """Return the cached knowledge if it is of this very state of the history, or else None."""
+    def read(
+        self, history: History, mark: list[Any], served: Sequence[TrialRecord]
+    ) -> Knowledge | None:
+        """Return the cached knowledge if it is of this very state of the history, or else None.
+
+        `served` are the trials that serving has measured, as they are now.
+        """
         notes = self._notes()
         if notes is None or notes.get("mark") != mark:
             return None
         try:
             table = TrialTable.load(self._table(mark))
-            parameters, _ = _parameters(notes)
             measured = measured_from(map(TrialRecord.parse, notes["measured"]))
-            served = [ServingMeasurement(*one) for one in notes["served"]]
         except (HistoryError, KeyError, TypeError, ValueError):
             return None
-        if parameters is None:
-            return None
-        return _knowledge(
-            history, group_by_scenario(table), parameters, table, measured, served, mark[0]
-        )
+        return _knowledge(history, table, measured, served, mark[0])
 
-    def renew(self, history: History, mark: list[Any]) -> Knowledge:
+    def renew(self, history: History, mark: list[Any], served: Sequence[TrialRecord]) -> Knowledge:
         """Learn from the history in its current state, and cache the result."""
-        rows = history.trials()
-        every = [*rows, *reference_trials()]
-        table = TrialTable.of(every)
-        groups = group_by_scenario(table)
-        notes = self._notes()
-        if notes is None or not _continues(notes, mark):
-            notes = _reference_notes()
-        parameters, learned_from = _learned(groups, len(table), notes)
-        telling, served = _informative(every), served_from(rows)
+        every = [*history.trials(), *reference_trials()]
+        table = TrialTable.of(_in_order(every))
+        telling = _informative(every)
         self._write(
             table,
             {
                 "mark": mark,
                 "columns": COLUMNS.names,
-                "parameters": dict(parameters.values),
-                "learned_from": learned_from,
                 "measured": [_brief(row) for row in telling],
-                "served": [list(vars(one).values()) for one in served],
             },
         )
-        measured = measured_from(telling)
-        return _knowledge(history, groups, parameters, table, measured, served, mark[0])
+        return _knowledge(history, table, measured_from(telling), served, mark[0])
 
     def _notes(self) -> dict[str, Any] | None:
         try:
@@ -244,24 +248,16 @@ class _CachedKnowledge:
                     other.unlink(missing_ok=True)
 
 
-def _continues(notes: Mapping[str, Any], mark: list[Any]) -> bool:
-    """Whether the history is the one that `notes` were made from, or has grown from it.
-
-    One that was deleted and created again under the same name has another first trial.
-    """
-    before = notes.get("mark")
-    if not isinstance(before, list) or [*map(type, before)] != [*map(type, mark)]:
-        return False
-    return before[0] <= mark[0] and before[1] == mark[1] and before[4:] == mark[4:]
+def _in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials in the order of their ids, which is that of no import."""
+    return sorted(records, key=lambda record: record.trial_id)
 
 
 def _knowledge(
     history: History,
-    groups: Mapping[float, ScenarioTrials],
-    parameters: Hyperparameters,
     table: TrialTable,
     measured: Sequence[MeasuredTrial],
-    served: Sequence[ServingMeasurement],
+    served: Sequence[TrialRecord],
     trials: int,
 ) -> Knowledge:
     shipped = {row.trial_id: row for row in reference_trials()}
@@ -275,35 +271,20 @@ def _knowledge(
             return None
 
     ids = table.ids.tolist()
-    quality_model = QualityModel(groups, parameters)
-    return Knowledge(quality_model, ids, measured, served, trials, len(shipped), look_up)
+    quality_model = QualityModel(group_by_scenario(table), reference_parameters())
+    seconds = served_from(served)
+    return Knowledge(quality_model, ids, measured, seconds, trials, len(shipped), look_up)
 
 
-def _learned(
-    groups: Mapping[float, ScenarioTrials], trials: int, notes: Mapping[str, Any]
-) -> tuple[Hyperparameters, int]:
-    """Return hyperparameters and how many trials they were learned from, reusing the noted ones."""
-    parameters, learned_from = _parameters(notes)
-    if parameters is None or not learned_from <= trials <= _GROWN * learned_from:
-        return fit_hyperparameters(groups, parameters), trials
-    return parameters, learned_from
+def reference_parameters() -> Hyperparameters:
+    """Return the hyperparameters that were learned from the reference, which every answer uses.
 
-
-def _reference_notes() -> dict[str, Any]:
-    """Return what was learned from the reference alone, or nothing where the file was left out."""
+    They are the modes of the priors where the file was left out.
+    """
     file = resources.files("rayfin.advisor").joinpath(LEARNED)
-    notes: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return notes
-
-
-def _parameters(notes: Mapping[str, Any]) -> tuple[Hyperparameters | None, int]:
-    values, count = notes.get("parameters"), notes.get("learned_from")
-    names = Hyperparameters.expected(COLUMNS).values.keys()
-    if not isinstance(values, dict) or values.keys() != names or not isinstance(count, int):
-        return None, 0
-    if not all(isinstance(value, float) and math.isfinite(value) for value in values.values()):
-        return None, 0
-    return Hyperparameters(values), count
+    notes = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    expected = Hyperparameters.expected(COLUMNS).values
+    return Hyperparameters({**expected, **notes.get("parameters", {})})
 
 
 def _informative(rows: Sequence[TrialRecord]) -> list[TrialRecord]:

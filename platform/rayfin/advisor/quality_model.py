@@ -90,6 +90,12 @@ class ScenarioPosterior:
     diverged: Array
     """The share of each observation's trials that diverged."""
 
+    def weights(self, rows: Array) -> Array:
+        """Return each observation's share in all that moves the predictions at m rows (m x n)."""
+        found = np.abs(self.process.weights(rows))
+        shares: Array = found / np.maximum(found.sum(axis=1, keepdims=True), 1e-12)
+        return shares
+
     def divergence(self, rows: Array) -> Array:
         """Return the probabilities that trainings at n rows diverge (n).
 

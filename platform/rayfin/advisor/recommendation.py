@@ -142,7 +142,8 @@ def recommend(
     ranges = regret_quantiles(posterior.process, rows, (0.1, 0.5, 0.9))
     diverges = posterior.divergence(rows)
     rule = rule_for(known.scenario)
-    similar = posterior.process.similarity(rows[chosen]) if learned else np.zeros((len(chosen), 0))
+    similar = posterior.process.similarity(rows[chosen])
+    weights = posterior.weights(rows[chosen])
 
     def choice(number: int, at: int) -> Choice:
         option = options[at]
@@ -157,8 +158,12 @@ def recommend(
             first_token_ms=latency,
         )
         supporting = [
-            knowledge.supporting_trial(int(posterior.trials[index]), float(similar[number, index]))
-            for index in np.argsort(-similar[number], kind="stable")[:_SUPPORTING]
+            knowledge.supporting_trial(
+                int(posterior.trials[index]),
+                float(weights[number, index]),
+                float(similar[number, index]),
+            )
+            for index in np.argsort(-weights[number], kind="stable")[:_SUPPORTING]
         ]
         return Choice(
             rank=number + 1,

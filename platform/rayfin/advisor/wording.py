@@ -113,8 +113,8 @@ def reasons(
         found.append(localized("4-bit weights make room for it"))
     elif option.method in rule.methods:
         found.append(localized(rule.reason))
-    if supporting and supporting[0].similarity > 0.5:
-        near = supporting[0]
+    near = max(supporting, key=lambda one: one.similarity, default=None)
+    if near is not None and near.similarity > 0.5:
         found.append(
             localized("much like trial {trial}: {what}", trial=near.trial_id, what=near.summary)
         )

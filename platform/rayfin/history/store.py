@@ -9,7 +9,19 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from sqlalchemy import URL, Connection, Engine, Row, Select, extract, func, select
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    Row,
+    Select,
+    Text,
+    case,
+    cast,
+    extract,
+    func,
+    select,
+)
 
 from rayfin.errors import HistoryError, did_you_mean
 from rayfin.history.comparable import comparable
@@ -21,11 +33,13 @@ from rayfin.history.connect import (
     shown_url,
     writing,
 )
-from rayfin.history.record import TrialRecord, finite
+from rayfin.history.record import SERVING, TrialRecord, finite
 from rayfin.history.tables import TRIALS
 from rayfin.metrics import score_of
 from rayfin.objectives import main_metric, stage_of
 from rayfin.statuses import STATUSES, Status
+
+_SERVED = cast(TRIALS.c.metrics, Text).contains(f'"{SERVING}', autoescape=True)
 
 
 @dataclass(frozen=True)
@@ -201,11 +215,12 @@ class History:
     def mark(self) -> tuple[int, str, str, int]:
         """Return values that change whenever trials do, to tell whether a cache is up to date.
 
-        They are the number of trials, the start of the first one, the last change, and the sum of
-        the times of all changes, which tells of older trials that were merged. Only a row that is
-        merged in place of one with the same time of change goes unnoticed.
+        They are the number of trials, the start of the first one, and, of those that serving has
+        not measured (it changes them every few seconds: see `served`), the last change and the sum
+        of the times of all changes, which tells of older trials that were merged. Only a row that
+        is merged in place of one with the same time of change goes unnoticed.
         """
-        changed = TRIALS.c.updated_at
+        changed = case((_SERVED, None), else_=TRIALS.c.updated_at)
         query = select(
             func.count(),
             func.min(TRIALS.c.created_at),
@@ -215,6 +230,12 @@ class History:
         with database_errors(self._url), self._engine.connect() as connection:
             count, first, last, total = connection.execute(query).one()
         return count, str(first), str(last), int(total or 0)
+
+    def served(self) -> list[TrialRecord]:
+        """Return the trials whose adapters serving has measured, by their ids."""
+        query = select(TRIALS).where(_SERVED).order_by(TRIALS.c.trial_id)
+        with database_errors(self._url), self._engine.connect() as connection:
+            return _many(connection, query)
 
     def sweeps(
         self, *, metric: str | None = None, mode: Literal["min", "max"] | None = None
