@@ -132,7 +132,7 @@ def test_trials_outweigh_the_rules_where_they_say_otherwise(
     for name, answer in known.items():
         first = answer.choices[0]
         assert answer.source == "learned"
-        assert answer.relevance > 0.7  # they tried one method, and of that they say most
+        assert answer.relevance > 2 * LEARNED  # they tried one method, and of that they say most
         assert first.method == "lora"
         assert first.settings["train.learning_rate"] == pytest.approx(BEST_RATE, rel=0.6)
         assert first.trials and all(basis.similarity <= 1.0 for basis in first.trials)
@@ -454,7 +454,7 @@ def test_what_ends_too_late_is_not_chosen_while_something_else_may_do(
     known: dict[str, Recommendation],
 ) -> None:
     slow = known[SMOLLM2.name].choices[0]
-    assert slow.config["method"]["r"] == 64
+    assert slow.config["method"]["r"] > 4  # a faster one is left
     budget = 0.999 * slow.predictions.train_seconds.low / 3600
     within = replace(place(), scenario=replace(place().scenario, budget_hours=budget))
     answer = answered(history(), within)
