@@ -41,7 +41,6 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(knowledge, "cache_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(knowledge, "_reference", lambda: b"")
-    monkeypatch.setattr(knowledge, "_reference_notes", dict)
 
 
 def answered(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
