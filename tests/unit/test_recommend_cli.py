@@ -468,7 +468,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrialRecord
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(knowledge, "_reference", lambda: b"")
-        patch.setattr(knowledge, "_reference_notes", dict)
         given = (*GIVEN, LENGTH, "train.max_steps=2")
         assert main(["recommend", *given, "--scaffold", "mine"]) == 0
         assert main(["train", "mine/train.yaml", "--json"]) == 0
