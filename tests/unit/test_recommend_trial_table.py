@@ -718,7 +718,7 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path: Path, table: TrialTable)
     whole = path.read_bytes()
     random = np.random.default_rng(0)
     refused = 0
-    for place in random.integers(len(whole), size=300):
+    for place in random.integers(len(whole), size=320):
         changed = bytearray(whole)
         changed[place] ^= 1 << random.integers(8)
         path.write_bytes(changed)

@@ -74,6 +74,18 @@ class SupportingTrial(_Schema):
     """Whether the trial comes with rayfin and is not in the history."""
 
 
+class DoubtedTrial(_Schema):
+    """A trial that counts for less than it says, or for nothing."""
+
+    trial_id: str
+    doubt: Literal["impossible", "outlier", "noisy"]
+    """`impossible` is set aside: its score can't be, or lies far below all near it; `outlier`
+    contradicts the trials around it; `noisy` is of a source that scatters more than its settings
+    explain."""
+    summary: str
+    """The trial's setting, scenario and score, in one line."""
+
+
 class Choice(_Schema):
     """A recommended configuration, with its predictions, reasons and risks."""
 
@@ -166,6 +178,8 @@ class Recommendation(_Schema):
     differences that trials have removed, 0 to 1."""
     explanation: str
     """What the recommendation rests on, as a sentence."""
+    doubted: list[DoubtedTrial]
+    """The trials that could say something about the scenario and count for less, or for nothing."""
     notes: list[str]
     """What was guessed of the model or the data, as they were only described, and why what was
     asked for (a priority, a latency, a budget) changes no choice."""

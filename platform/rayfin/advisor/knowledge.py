@@ -14,7 +14,7 @@ import hashlib
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -22,11 +22,11 @@ from typing import Any, Self
 
 from rayfin.advisor.answer import SupportingTrial
 from rayfin.advisor.features import COLUMNS
-from rayfin.advisor.kernel import Hyperparameters
+from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.latency import ServingMeasurement, served_from
 from rayfin.advisor.measurements import MeasuredTrial, measured_from
 from rayfin.advisor.quality_model import QualityModel
-from rayfin.advisor.trial_table import TrialTable, group_by_scenario
+from rayfin.advisor.trial_table import TrialTable, group_by_scenario, set_aside
 from rayfin.errors import HistoryError
 from rayfin.history import History, TrialRecord
 from rayfin.language import localized
@@ -44,7 +44,7 @@ _MEASURED_EACH = 12
 _MEASURED = 600
 _NEWEST = 2000
 """The most trials of a history that an estimate rests on."""
-_FORMAT = 8
+_FORMAT = 9
 """The version of the cache; raise it whenever the same trials would give other columns."""
 
 
@@ -63,6 +63,9 @@ class Knowledge:
     """The number of trials in the history."""
     reference: int
     """The number of trials that come with rayfin, which are not in the history."""
+    set_aside: Mapping[str, Array]
+    """The features of the trials whose score can't be, by their ids: nothing was learned from them.
+    """
     look_up: Callable[[str], TrialRecord | None]
     """Returns a trial by its id, or None where it is gone."""
 
@@ -83,6 +86,7 @@ class Knowledge:
             served_from(own),
             len(own),
             len(shipped),
+            _set_aside(table),
             {row.trial_id: row for row in rows}.get,
         )
 
@@ -90,15 +94,19 @@ class Knowledge:
         """Describe the trial at an index of the table, which a prediction rests on."""
         trial_id = self.ids[index]
         record = self.look_up(trial_id)
-        summary = localized("gone from the history") if record is None else _summary(record)
         reference = record is not None and record.scenario.get("reference") is True
         return SupportingTrial(
             trial_id=trial_id,
             weight=weight,
             similarity=similarity,
-            summary=summary,
+            summary=self.summary_of(trial_id),
             reference=reference,
         )
+
+    def summary_of(self, trial_id: str) -> str:
+        """Return a trial's setting, scenario and score, in one line."""
+        record = self.look_up(trial_id)
+        return localized("gone from the history") if record is None else _summary(record)
 
     def scenario_of(self, index: int) -> str:
         """Return the scenario of the trial at an index of the table: `smollm2-135m on pydocs`."""
@@ -273,7 +281,12 @@ def _knowledge(
     ids = table.ids.tolist()
     quality_model = QualityModel(group_by_scenario(table), reference_parameters())
     seconds = served_from(served)
-    return Knowledge(quality_model, ids, measured, seconds, trials, len(shipped), look_up)
+    aside = _set_aside(table)
+    return Knowledge(quality_model, ids, measured, seconds, trials, len(shipped), aside, look_up)
+
+
+def _set_aside(table: TrialTable) -> dict[str, Array]:
+    return {str(table.ids[index]): table.rows[index] for index in set_aside(table)}
 
 
 def reference_parameters() -> Hyperparameters:

@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfin.advisor.doubt import PRIOR, excess_noise
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.gaussian_process import (
     GaussianProcess,
@@ -74,9 +75,15 @@ class QualityModel:
         chosen = [self.groups[code] for code in nearest]
         if own is not None:
             chosen = [own, *(group for group in chosen if group.code != scenario["group"])]
-        seen, first_trials, diverged = _observations(chosen, MAX_OBSERVED, _MAX_OBSERVED_OF_GROUP)
+        seen, first_trials, diverged, outliers, scatter = _observations(
+            chosen, MAX_OBSERVED, _MAX_OBSERVED_OF_GROUP, self.parameters
+        )
         return ScenarioPosterior(
-            GaussianProcess(COLUMNS, self.parameters, seen), first_trials, diverged
+            GaussianProcess(COLUMNS, self.parameters, seen),
+            first_trials,
+            diverged,
+            outliers,
+            scatter,
         )
 
 
@@ -89,6 +96,10 @@ class ScenarioPosterior:
     """The index in the table of each observation's first trial."""
     diverged: Array
     """The share of each observation's trials that diverged."""
+    outliers: NDArray[np.bool_]
+    """Which observations contradict those around them, and count for little."""
+    scatter: Array
+    """How many times the usual deviation of noise each observation's source has."""
 
     def weights(self, rows: Array) -> Array:
         """Return each observation's share in all that moves the predictions at m rows (m x n)."""
@@ -181,9 +192,14 @@ def is_informative(group: ScenarioTrials, scenario: Mapping[str, float]) -> bool
     Those of models of about the same size do. Those of a toy model count for that model only, and
     those of a model of unknown size for its family only.
     """
-    here = dict(zip(COLUMNS.names, group.rows[0].tolist(), strict=True))
+    return is_informative_row(group.rows[0], scenario)
+
+
+def is_informative_row(row: Array, scenario: Mapping[str, float]) -> bool:
+    """Whether a trial with these features says anything about `scenario`: see `is_informative`."""
+    here = dict(zip(COLUMNS.names, row.tolist(), strict=True))
     family = all(here[name] == scenario.get(name) for name in ("brand", "generation"))
-    there, size = model_size(group), 10.0 ** scenario.get("parameters", math.nan)
+    there, size = 10.0 ** here["parameters"], 10.0 ** scenario.get("parameters", math.nan)
     if math.isnan(there) or math.isnan(size):
         return family
     return family and math.isclose(there, size) if is_toy(there) else is_comparable(there, size)
@@ -200,7 +216,9 @@ def fit_hyperparameters(
     if not telling:
         return Hyperparameters.expected(COLUMNS)
     order = np.random.default_rng(0).permutation(sorted(telling))
-    seen, *_ = _observations([groups[code] for code in order], MAX_FITTED, _MAX_FITTED_OF_GROUP)
+    seen, *_ = _observations(
+        [groups[code] for code in order], MAX_FITTED, _MAX_FITTED_OF_GROUP, PRIOR
+    )
     return fit(COLUMNS, seen, start)
 
 
@@ -296,36 +314,42 @@ def _by_relatedness(
 
 
 def _observations(
-    groups: Sequence[ScenarioTrials], most: int, most_of_group: int
-) -> tuple[Observations, NDArray[np.intp], Array]:
+    groups: Sequence[ScenarioTrials], most: int, most_of_group: int, parameters: Hyperparameters
+) -> tuple[Observations, NDArray[np.intp], Array, NDArray[np.bool_], Array]:
     """Return the observations of the first groups, at most `most`, spread evenly over their
     regrets.
 
-    The other results are the index of each observation's first trial in the table, and the share of
-    its trials that diverged.
+    The other results are the index of each observation's first trial in the table, the share of
+    its trials that diverged, whether it is an outlier, and its source's scatter.
     """
     parts = []
     left = most
     for group in groups:
         chosen = _subsample(group, min(most_of_group, left))
         left -= len(chosen)
-        small = 1.0 + _SMALL_GROUP / len(group)
+        small = np.full(len(chosen), 1.0 + _SMALL_GROUP / len(group))
+        rows, usual = group.rows[chosen], small / group.counts[chosen]
+        values = group.regrets[chosen] - prior_mean(rows)
+        excess, outliers, scatter = excess_noise(rows, values, usual, group.sources[chosen])
         parts.append(
             (
-                group.rows[chosen],
-                group.regrets[chosen] - prior_mean(group.rows[chosen]),
-                small / group.counts[chosen],
-                np.full(len(chosen), small),
+                rows,
+                values,
+                usual + excess / parameters["noise"] ** 2,
+                small,
                 group.first[chosen],
                 group.diverged[chosen],
+                outliers,
+                scatter,
             )
         )
         if left <= 0:
             break
     if not parts:
-        return Observations.none(COLUMNS), np.zeros(0, dtype=np.intp), np.zeros(0)
-    *seen, first_trials, diverged = map(np.concatenate, zip(*parts, strict=True))
-    return Observations(*seen), first_trials, diverged
+        none = np.zeros(0, dtype=np.intp)
+        return Observations.none(COLUMNS), none, np.zeros(0), none.astype(bool), np.zeros(0)
+    *seen, first_trials, diverged, outliers, scatter = map(np.concatenate, zip(*parts, strict=True))
+    return Observations(*seen), first_trials, diverged, outliers, scatter
 
 
 def _subsample(group: ScenarioTrials, most: int) -> NDArray[np.intp]:

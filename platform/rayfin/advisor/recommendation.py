@@ -26,6 +26,7 @@ from rayfin.advisor.candidates import (
     preferred_methods,
 )
 from rayfin.advisor.commands import training_command
+from rayfin.advisor.doubted import doubt_notes, doubted_trials
 from rayfin.advisor.feasibility import AssessedCandidate, assess_candidates, feasible, nothing_fits
 from rayfin.advisor.features import COLUMNS, setting_row, unlearned
 from rayfin.advisor.kernel import Array, Hyperparameters
@@ -94,6 +95,7 @@ def recommend(
     rows = _rows(options or every, columns)
     posterior = knowledge.quality_model.posterior(columns)
     rows = _of_tried_lengths(rows, posterior)
+    doubted = doubted_trials(knowledge, posterior, columns)
     relevances = _relevances(options or every, rows, posterior)
     most = float(relevances.max())
     learned = most >= LEARNED and posterior.knows(columns)
@@ -102,7 +104,8 @@ def recommend(
         source="learned" if learned else "rules",
         relevance=most,
         explanation=explanation(most, knowledge, columns, learned=learned),
-        notes=list(known.notes),
+        notes=[*known.notes, *doubt_notes(doubted)],
+        doubted=doubted,
         rule=recommend_text(known.scenario, current_language()),
         scenario=known.scenario.as_dict(),
         trials=knowledge.trials,

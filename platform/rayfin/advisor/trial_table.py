@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from rayfin.advisor.doubt import far_below, impossible
 from rayfin.advisor.features import COLUMNS, code, row_of
 from rayfin.advisor.kernel import Array
 from rayfin.errors import HistoryError
@@ -26,6 +27,8 @@ Flags = NDArray[np.bool_]
 _WORST_OF_MEDIAN = 4.0
 _LARGEST = 1e6  # no loss, and no perplexity of a model that learned anything, is larger
 _OF_TOKENS = "eval_loss"  # of all scores, those of samples too: a table has one group for them all
+_MOST_COMPARED = 400
+"""The most settings of a scenario, from the lowest loss, that tell which losses can't be."""
 _MAX_COUNT = 4  # more measurements don't make a setting better known: seeds are not all of it
 
 # "eval_loss became inf at step 3", "diverged", "train loss is nan"; not "no finance.jsonl".
@@ -44,6 +47,8 @@ class TrialTable:
     bases: Array
     """The scores of the untrained model, in the same form."""
     diverged: Flags
+    sources: Array
+    """The code of each trial's source (n): an imported table, the reference, or this history."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -56,7 +61,7 @@ class TrialTable:
         ended for a reason other than their setting, or that have no score, and probes.
         """
         kept: list[TrialRecord] = []
-        rows, scores, bases, diverged = [], [], [], []
+        rows, scores, bases, diverged, sources = [], [], [], [], []
         names, measured = COLUMNS.names, score_names()
         for record in records:
             ended = record.status in SCORED
@@ -75,6 +80,7 @@ class TrialTable:
             scores.append(here)
             bases.append(_scores(record, BASE))
             diverged.append(not ended)
+            sources.append(_source(record))
         width = (len(rows), len(measured))
         features = np.array(rows, dtype=float).reshape(len(rows), len(names))
         group = names.index("group")
@@ -85,6 +91,7 @@ class TrialTable:
             np.array(scores, dtype=float).reshape(width),
             np.array(bases, dtype=float).reshape(width),
             np.array(diverged, dtype=bool),
+            np.array(sources, dtype=float),
         )
 
     def column(self, name: str) -> Array:
@@ -93,23 +100,12 @@ class TrialTable:
 
     def take(self, chosen: NDArray[np.intp] | Flags) -> TrialTable:
         """Return the chosen trials."""
-        return TrialTable(
-            self.ids[chosen],
-            self.rows[chosen],
-            self.scores[chosen],
-            self.bases[chosen],
-            self.diverged[chosen],
-        )
+        return TrialTable(*(values[chosen] for values in vars(self).values()))
 
     def joined(self, other: TrialTable) -> TrialTable:
         """Return the trials of both tables."""
-        return TrialTable(
-            np.concatenate([self.ids, other.ids]),
-            np.concatenate([self.rows, other.rows]),
-            np.concatenate([self.scores, other.scores]),
-            np.concatenate([self.bases, other.bases]),
-            np.concatenate([self.diverged, other.diverged]),
-        )
+        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
+        return TrialTable(*(np.concatenate(both) for both in pairs))
 
     def save(self, path: Path) -> None:
         """Write the table to a file, whole or not at all; it holds numbers and text only."""
@@ -158,6 +154,8 @@ class ScenarioTrials:
     """The index in the table of each setting's first trial (n)."""
     diverged: Array
     """The share of each setting's trials that diverged (n)."""
+    sources: Array
+    """The code of each setting's source (n): settings of two sources count as two."""
     spread: float
     """The difference of scores that is a regret of 1, in the metric's unit."""
     best: float
@@ -176,27 +174,62 @@ def group_by_scenario(table: TrialTable, metric: str | None = None) -> dict[floa
     scenario have it, or else the one that most of its settings have.
     """
     codes = table.column("group")
-    order = np.argsort(codes, kind="stable")
-    starts = np.flatnonzero(np.diff(codes[order], prepend=np.nan))
     found = {}
-    for indices in np.split(order, starts[1:]) if len(order) else ():
+    for indices in _by_scenario(table):
         group = _group(table, indices, metric)
         if group is not None:
             found[float(codes[indices[0]])] = group
     return found
 
 
-def _group(
+def set_aside(table: TrialTable, metric: str | None = None) -> NDArray[np.intp]:
+    """Return the indices of trials whose score can't be, which `group_by_scenario` leaves out.
+
+    It is no score of a trained model (`impossible`), or lies far below all others near it.
+    """
+    found = [_doubted(table, indices, metric)[0] for indices in _by_scenario(table)]
+    return np.sort(np.concatenate(found)) if found else np.zeros(0, dtype=np.intp)
+
+
+def _by_scenario(table: TrialTable) -> list[NDArray[np.intp]]:
+    """Return the indices of each scenario's trials."""
+    codes = table.column("group")
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=np.nan))
+    return np.split(order, starts[1:]) if len(order) else []
+
+
+def _doubted(
     table: TrialTable, indices: NDArray[np.intp], metric: str | None
-) -> ScenarioTrials | None:
+) -> tuple[NDArray[np.intp], NDArray[np.intp], int]:
+    """Return the indices to set aside, the others, and the place of the score to compare."""
     names, scores = score_names(), table.scores[indices]
-    settings = _settings(table.rows[indices])
+    settings = _settings(table, indices)
     counts = [len(np.unique(settings[~np.isnan(values)])) for values in scores.T]
     chosen = int(np.argmax(counts))
     if metric is not None and counts[names.index(metric)]:
         chosen = names.index(metric)
+    name = names[chosen]
+    values = score_of(name).sign * scores[:, chosen]
+    wrong = impossible(values, name) & ~table.diverged[indices]
+    left = np.flatnonzero(~wrong & ~np.isnan(values))
+    if len(left):
+        _, first = np.unique(settings[left], return_index=True)
+        means = _means(values[left], settings[left])
+        lowest = np.argsort(means, kind="stable")[:_MOST_COMPARED]
+        low = lowest[far_below(table.rows[indices[left[first[lowest]]]], means[lowest], name)]
+        wrong[left] = np.isin(settings[left], settings[left[first[low]]])
+    return indices[wrong], indices[~wrong], chosen
+
+
+def _group(
+    table: TrialTable, indices: NDArray[np.intp], metric: str | None
+) -> ScenarioTrials | None:
+    _, indices, chosen = _doubted(table, indices, metric)
+    names, scores = score_names(), table.scores[indices]
+    settings = _settings(table, indices)
     known = table.diverged[indices] | ~np.isnan(scores[:, chosen])
-    if not counts[chosen]:
+    if np.isnan(scores[:, chosen]).all():
         return None
     indices, scores = indices[known], scores[known, chosen]
     settings = settings[known]
@@ -210,13 +243,22 @@ def _group(
     return ScenarioTrials(
         table.rows[indices[first]], _means(regrets, settings),
         np.minimum(count, _MAX_COUNT).astype(float), indices[first], 1.0 - _means(scored, settings),
-        spread, best, float(table.column("group")[indices[0]]),
+        table.sources[indices[first]], spread, best, float(table.column("group")[indices[0]]),
     )  # fmt: skip
 
 
-def _settings(rows: Array) -> NDArray[np.intp]:
-    """Return a number for each row, the same for equal rows."""
+def _source(record: TrialRecord) -> float:
+    """Return the code of where a trial comes from."""
+    imported = record.scenario.get("source")
+    if record.scenario.get("reference") is True:
+        return code(f"reference {imported}")
+    return code(f"{imported} {record.sweep_id}") if imported else 0.0
+
+
+def _settings(table: TrialTable, indices: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Return a number for each trial, the same for those of one setting and source."""
     numbers: dict[bytes, int] = {}
+    rows = np.column_stack([table.rows[indices], table.sources[indices]])
     alike = np.round(rows, 6) + 0.0  # -0.0 has other bytes than 0.0
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in alike])
 
@@ -290,5 +332,5 @@ def _scores(record: TrialRecord, prefix: str) -> list[float]:
         sign = score_of(name).sign
         if isinstance(value, bool) or not isinstance(value, int | float):
             value = np.nan
-        found.append(sign * float(value) if 0 <= value <= _LARGEST else np.nan)
+        found.append(sign * float(value) if abs(value) <= _LARGEST else np.nan)
     return found

@@ -33,6 +33,15 @@ CHINESE = {
     "{times:.3g} times larger": "比它大 {times:.3g} 倍",
     "{here}: the nearest, {nearest}, is {far}, and settings carry over within a factor of "
     "{factor:g}": "{here}：最接近的是 {nearest}，{far}，而设置只在 {factor:g} 倍以内可以沿用",
+    "set aside: {trials}; a score that can't be, or far below all near it": (
+        "已搁置：{trials}；其得分不可能，或远低于附近的所有试验"
+    ),
+    "count for little: {trials}; they contradict the trials around them": (
+        "几乎不计：{trials}；它们与周围的试验相矛盾"
+    ),
+    "count for less: {trials}; the trials of their source scatter more than their settings "
+    "explain": "权重降低：{trials}；其来源的试验离散程度超出设置所能解释的范围",
+    "{count} trial{plural} ({named})": "{count} 个试验（{named}）",
     "a trial that is gone from the history": "已不在历史中的试验",
     "gone from the history": "已不在历史中",
     "a trial": "试验",
