@@ -86,7 +86,7 @@ def excess_noise(
     variance: Array = expected
     inverse: Array = np.eye(len(rows))
     for _ in range(_ROUNDS):
-        inverse = np.linalg.inv(kernel + np.diag(variance + _JITTER))
+        inverse = np.asarray(np.linalg.inv(kernel + np.diag(variance + _JITTER)), np.float64)
         explained = kernel @ inverse
         left = values - explained @ values
         squares = left**2 + (kernel - explained @ kernel).diagonal()
