@@ -185,7 +185,7 @@ def recommend(
     return answer.model_copy(
         update={
             "choices": [choice(number, at) for number, at in enumerate(chosen)],
-            "notes": [*known.notes, *notes],
+            "notes": [*answer.notes, *notes],
             "alternatives": alternatives(options[chosen[0]].candidate, base, known),
             "points": _trade_offs(options, ranges[1]),
         }
