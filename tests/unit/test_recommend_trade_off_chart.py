@@ -41,7 +41,8 @@ def answer(seconds, choices=3, methods=tuple(METHODS)):
     )
     feasible = Feasibility(memory=None, budget=None, latency=None)
     return Recommendation(
-        lang="en", source="rules", relevance=0.5, explanation="", notes=[], doubted=[], rule="", scenario={},
+        lang="en", source="rules", relevance=0.5, explanation="", notes=[], doubted=[],
+        rule="", scenario={},
         trials=0, nothing_fits=None if choices else "None fits 1 GiB.",
         points=points, alternatives=[],
         choices=[
