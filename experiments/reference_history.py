@@ -19,7 +19,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rayfin.advisor.knowledge import LEARNED
+from rayfin.advisor.knowledge import LEARNED, REFERENCES
 from rayfin.advisor.quality_model import QualityModel
 from rayfin.advisor.trial_table import TrialTable
 from rayfin.config import load_config
@@ -140,10 +140,17 @@ def pack(rows: list[TrialRecord], names: dict[str, str], out: Path) -> None:
         lines.append(json.dumps(kept.model_dump(mode="json"), sort_keys=True))
     with write_whole(out) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
         file.write("".join(f"{line}\n" for line in sorted(lines)).encode())
-    table = TrialTable.of(rows)
-    learned = {"parameters": QualityModel.of(table).parameters.values}
-    write_json(out.with_name(LEARNED), learned)
     print(f"{len(lines)} trials, {out.stat().st_size / 1024:.0f} KiB: {out}")
+    learn(out.parent)
+
+
+def learn(folder: Path) -> None:
+    """Learns the hyperparameters from the references in a folder, for whatever they are used."""
+    rows = [row for name in REFERENCES for row in read(folder / name)]
+    table = TrialTable.of(sorted(rows, key=lambda row: row.trial_id))
+    learned = {"parameters": QualityModel.of(table).parameters.values}
+    write_json(folder / LEARNED, learned)
+    print(f"learned from {len(table)} of {len(rows)} trials: {folder / LEARNED}")
 
 
 if __name__ == "__main__":

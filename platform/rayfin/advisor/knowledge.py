@@ -35,8 +35,9 @@ from rayfin.metrics import score_names
 from rayfin.paths import cache_dir, write_text
 from rayfin.version import __version__
 
-REFERENCE = "reference.jsonl.gz"
-"""The trials that come with rayfin; experiments/reference_history.py made them."""
+REFERENCES = ("reference.jsonl.gz", "public.jsonl.gz")
+"""The trials that come with rayfin: its own, which experiments/reference_history.py ran, and public
+ones, which experiments/public_reference.py packed with their origin and licence."""
 LEARNED = "reference.json"
 """The hyperparameters that were learned from them: {parameters}."""
 _MEASURED_EACH = 12
@@ -44,7 +45,7 @@ _MEASURED_EACH = 12
 _MEASURED = 600
 _NEWEST = 2000
 """The most trials of a history that an estimate rests on."""
-_FORMAT = 9
+_FORMAT = 10
 """The version of the cache; raise it whenever the same trials would give other columns."""
 
 
@@ -74,7 +75,7 @@ class Knowledge:
         """Learn from these trials and, with `reference`, from those that come with rayfin."""
         own = list(records)
         shipped = list(reference_trials()) if reference else []
-        rows = [*own, *shipped]
+        rows = _once(own, shipped)
         table = TrialTable.of(_in_order(rows))
         return cls(
             QualityModel(
@@ -128,12 +129,16 @@ def _summary(record: TrialRecord) -> str:
         if isinstance(value := record.metrics.get(name), int | float)
     )
     what = f"{method.get('type') or localized('a trial')} {shown}".rstrip()
-    return localized(
+    trial = localized(
         "{what}, {where}: {score}",
         what=what,
         where=_where(record),
         score=next(scores, record.error or record.status),
     )
+    origin, licence = (record.scenario.get(name) for name in ("origin", "licence"))
+    if not origin or not licence:
+        return trial
+    return localized("{trial} ({origin}, {licence})", trial=trial, origin=origin, licence=licence)
 
 
 def _where(record: TrialRecord) -> str:
@@ -148,22 +153,39 @@ def _section(record: TrialRecord, name: str) -> dict[str, Any]:
     return section if isinstance(section, dict) else {}
 
 
-def reference_trials() -> Iterator[TrialRecord]:
-    """Yield the trials that come with rayfin, none where the file was left out."""
-    packed = _reference()
-    for line in gzip.decompress(packed).splitlines() if packed else ():
-        yield TrialRecord.parse(json.loads(line))
+def reference_trials(*, public: bool = True) -> Iterator[TrialRecord]:
+    """Yield the trials that come with rayfin, without `public` only those that it ran itself."""
+    for values in _reference_rows():
+        if public or "origin" not in values["scenario"]:
+            yield TrialRecord.parse(values)
 
 
 def measured_trials(history: History | None) -> list[MeasuredTrial]:
     """Return what a history's newest trials took, and those that come with rayfin."""
     newest = [] if history is None else history.trials(newest_first=True, limit=_NEWEST)
-    return measured_from([*newest, *reference_trials()])
+    return measured_from([*newest, *reference_trials(public=False)])
+
+
+def _reference_rows() -> list[dict[str, Any]]:
+    """Return the trials that come with rayfin as they are packed, none where they were left out."""
+    packed = _reference()
+    return [json.loads(line) for line in gzip.decompress(packed).splitlines()] if packed else []
+
+
+def _once(own: Iterable[TrialRecord], shipped: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the trials of both, without those of a history that come with rayfin too.
+
+    Whoever imports a public table has its trials under the ids that they have here.
+    """
+    known = {row.trial_id for row in shipped}
+    return [*(row for row in own if row.trial_id not in known), *shipped]
 
 
 def _reference() -> bytes:
-    packed = resources.files("rayfin.advisor").joinpath(REFERENCE)
-    return packed.read_bytes() if packed.is_file() else b""
+    folder = resources.files("rayfin.advisor")
+    files = [folder.joinpath(name) for name in REFERENCES]
+    # Compressed files one after the other are one compressed file.
+    return b"".join(file.read_bytes() for file in files if file.is_file())
 
 
 def knowledge_of(history: History, *, cache: Path | None = None) -> Knowledge:
@@ -220,7 +242,7 @@ class _CachedKnowledge:
 
     def renew(self, history: History, mark: list[Any], served: Sequence[TrialRecord]) -> Knowledge:
         """Learn from the history in its current state, and cache the result."""
-        every = [*history.trials(), *reference_trials()]
+        every = _once(history.trials(), list(reference_trials()))
         table = TrialTable.of(_in_order(every))
         telling = _informative(every)
         self._write(
@@ -268,11 +290,12 @@ def _knowledge(
     served: Sequence[TrialRecord],
     trials: int,
 ) -> Knowledge:
-    shipped = {row.trial_id: row for row in reference_trials()}
+    # Of hundreds an answer names a few, and to check them all takes longer than to answer.
+    shipped = {values["trial_id"]: values for values in _reference_rows()}
 
     def look_up(trial_id: str) -> TrialRecord | None:
         if trial_id in shipped:
-            return shipped[trial_id]
+            return TrialRecord.parse(shipped[trial_id])
         try:
             return history.get(trial_id)
         except HistoryError:

@@ -90,22 +90,17 @@ def published_model(name: str) -> tuple[ModelFacts, str] | None:
     said = facts_from_name(name)
     if said.size_b is None or not LEAST_B <= said.size_b <= _MOST_B:
         return None
-    dense = said.active_b == said.size_b
-    text_alone = _MORE_THAN_TEXT.search(name.lower()) is None
-    for (generation, billions), shape in _PUBLISHED.items():
-        same = abs(math.log(said.size_b / billions)) <= math.log(_SAME_SIZE)
-        if same and dense and text_alone and generation == said.generation:
-            sizes = _sizes(shape)
-            return _facts(name, sizes), localized(
-                "the sizes of {model} are those published for {family} of {size}; its files are "
-                "not here",
-                model=name,
-                family=said.generation,
-                size=format_size(sizes.parameters),
-            )
+    if (facts := known_model(name)) is not None:
+        return facts, localized(
+            "the sizes of {model} are those published for {family} of {size}; its files are "
+            "not here",
+            model=name,
+            family=said.generation,
+            size=format_size(facts.parameters),
+        )
     facts, like = usual_model(said.size_b, name)
     guess = _guess(facts, like)
-    if dense:
+    if said.active_b == said.size_b:
         return facts, localized(
             "by its name {model} has {guess}; its files are not here", model=name, guess=guess
         )
@@ -115,6 +110,19 @@ def published_model(name: str) -> tuple[ModelFacts, str] | None:
         model=name,
         guess=guess,
     )
+
+
+def known_model(name: str) -> ModelFacts | None:
+    """Return the facts of a model whose family and size are in the table, or None."""
+    said = facts_from_name(name)
+    dense, text_alone = said.active_b == said.size_b, not _MORE_THAN_TEXT.search(name.lower())
+    if said.size_b is None or not dense or not text_alone:
+        return None
+    for (generation, billions), shape in _PUBLISHED.items():
+        same = abs(math.log(said.size_b / billions)) <= math.log(_SAME_SIZE)
+        if same and generation == said.generation:
+            return _facts(name, _sizes(shape))
+    return None
 
 
 def usual_model(size_b: float, name: str | None = None) -> tuple[ModelFacts, str]:

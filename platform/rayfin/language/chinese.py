@@ -48,6 +48,7 @@ CHINESE = {
     "a model": "某模型",
     "a model of {size}B": "{size}B 模型",
     "{model} on {data}": "{data} 上的 {model}",
+    "{trial} ({origin}, {licence})": "{trial}（{origin}，{licence}）",
     "{what}, {where}: {score}": "{what}，{where}：{score}",
     # --- as it is printed
     "Train {what}": "训练 {what}",
