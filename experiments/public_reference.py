@@ -37,8 +37,10 @@ SWEEP: dict[str, Any] = {
     "licence": "Apache-2.0",
     "data": {"path": "tulu3"},
     "train": {"per_device_train_batch_size": 128, "max_steps": 780},
+    "method": {"target_modules": "all-linear", "lora_dropout": 0.0},
 }
-"""What the page of the sweep's results says of all its trials."""
+"""What the page of the sweep's results says of all its trials, and, under `method`, what `LoraConfig`
+of the tinker package does: it adapts attention, feed-forward and output layers, without dropout."""
 PEFT: dict[str, Any] = {
     "origin": "huggingface/peft, method_comparison/MetaMathQA",
     "licence": "Apache-2.0",
@@ -71,7 +73,8 @@ def sweep_trials(path: Path) -> Iterator[TrialRecord]:
             raise SystemExit(row)
         spec = dict(row.spec)
         spec["data"] = SWEEP["data"]
-        spec["train"] = row.spec["train"] | SWEEP["train"]
+        for section in ("train", "method"):
+            spec[section] = row.spec[section] | SWEEP[section]
         metrics = {name: value for name, value in row.metrics.items() if name not in LEFT_OUT}
         yield public(row, SWEEP, spec=spec, metrics=metrics, sweep_id="tinker-cookbook-sft-sweep")
 
