@@ -3,8 +3,8 @@
     python experiments/public_reference.py --sweep SWEEP.csv --peft DIRECTORY [--out FILE.jsonl.gz]
 
 - `--sweep`: the table of tinker-cookbook's sweep over learning rates and LoRA ranks, one line a
-  trial: model, learning_rate, lora_rank, test_nll, train_nll, wall_minutes, diverged. Its page names
-  the rest of the setting (`SWEEP`).
+  trial: model, learning_rate, lora_rank, test_nll, train_nll, wall_minutes, diverged. Its page
+  names the rest of the setting (`SWEEP`).
 - `--peft`: the directory of the result files of PEFT's method comparison.
 
 Each is read as `rayfin history import` reads it, so that its trials have the ids that they have in
@@ -39,8 +39,8 @@ SWEEP: dict[str, Any] = {
     "train": {"per_device_train_batch_size": 128, "max_steps": 780},
     "method": {"target_modules": "all-linear", "lora_dropout": 0.0},
 }
-"""What the page of the sweep's results says of all its trials, and, under `method`, what `LoraConfig`
-of the tinker package does: it adapts attention, feed-forward and output layers, without dropout."""
+"""What the page of the sweep's results says of all its trials, and, under `method`, what the class
+`LoraConfig` of the package tinker does: attention, feed-forward and output layers, no dropout."""
 PEFT: dict[str, Any] = {
     "origin": "huggingface/peft, method_comparison/MetaMathQA",
     "licence": "Apache-2.0",

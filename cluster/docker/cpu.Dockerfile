@@ -5,7 +5,7 @@
 FROM python:3.11.13-slim-bookworm AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 DS_BUILD_OPS=0
 WORKDIR /opt/rayfin
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+COPY constraints.txt pyproject.toml README.md LICENSE NOTICE ./
 COPY platform platform
 RUN python -m venv /opt/venv && \
     /opt/venv/bin/pip install -c constraints.txt \

@@ -2,7 +2,8 @@
 
 - `run_info.train_config` and `peft_config` become spec.model, data, method and train under rayfin's
   names; settings that rayfin has no name for stay under `spec.extra`. LORA with use_dora or
-  use_rslora is dora or rslora, in 4 bit it is qlora; a method that rayfin lacks keeps its name.
+  use_rslora is dora or rslora, in 4 bit it is qlora; a method that rayfin lacks keeps its name, and
+  LORA with another `use_NAME` is NAME. An optimiser other than AdamW is train.optim.
 - `train_info` becomes the metrics: exact_match is `test accuracy`, train_seconds the sum of the
   `train time`s (without evaluation), wall_seconds `train_time`, peak_memory_bytes
   `accelerator_memory_max`; there is no eval_loss. Measurements along the way are the curve.
@@ -47,6 +48,7 @@ _NOT_SETTINGS = {
     *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "auto_mapping", "rank_pattern", "megatron_core"),
 }
+_KNOWN_VARIANTS = ("use_dora", "use_rslora")
 _STATUS: dict[str, Status] = {"success": "finished", "failed": "failed", "canceled": "stopped"}
 
 
@@ -108,6 +110,9 @@ def _spec(run: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, Any]:
         for theirs, ours in (("lr", "learning_rate"), ("weight_decay", "weight_decay"))
         if theirs in optimizer
     }
+    optim = str(config.get("optimizer_type") or "AdamW")
+    if optim.lower() != "adamw":  # a rate for one optimiser says nothing of another's
+        train["optim"] = optim
     method, peft_rest = _method(run.get("peft_config"), str(config.get("dtype")))
     others = {
         name: value
@@ -136,6 +141,10 @@ def _method(config: Mapping[str, Any] | None, dtype: str) -> tuple[dict[str, Any
         return {"type": "full", **quantised}, {}
     named = method_name(config["peft_type"])
     kind = next((own for own, it in METHODS.items() if it.is_pefts(named, config, bits)), named)
+    others = (name for name in config if name.startswith("use_") and name not in _KNOWN_VARIANTS)
+    variant = next((name for name in others if named == "lora" and not _empty(config[name])), None)
+    if variant is not None:
+        kind = method_name(variant.removeprefix("use_"))
     known = METHODS[kind].model_fields if kind in METHODS else config.keys() - _NOT_SETTINGS
     settings = {
         # PEFT writes sets, in no fixed order.
