@@ -219,8 +219,16 @@ def test_large_models_get_about_practices_rate(which: str, source: str, tmp_path
         assert_honest(answer, knowledge, facts_of(name).parameters)
         if which in ("reference", "tiny"):
             assert answer.source == "rules"
-            assert "the nearest, smollm2-135m on " in answer.explanation
-            assert "times smaller" in answer.explanation
+
+
+def test_an_answer_says_how_far_the_nearest_trials_are() -> None:
+    """Beside trials of small models alone, without the public ones that come with rayfin."""
+    small = Knowledge.of(reference_trials(public=False), reference=False)
+    for name in LARGE:
+        answer = recommend(place(name), small)
+        assert answer.source == "rules"
+        assert "the nearest, smollm2-135m on " in answer.explanation
+        assert "times smaller" in answer.explanation
 
 
 def assert_honest(answer: Recommendation, knowledge: Knowledge, parameters: float) -> None:
@@ -238,7 +246,7 @@ def assert_honest(answer: Recommendation, knowledge: Knowledge, parameters: floa
 
 
 def test_the_task_and_size_of_a_published_table_are_learned_from_it(tmp_path: Path) -> None:
-    knowledge = Knowledge.of(history("all", tmp_path))
+    knowledge = Knowledge.of(history("all", tmp_path), reference=False)
     answer = recommend(place("llama-3.1-8b", source="public"), knowledge)
     assert answer.source == "learned"
     assert "settings tried with 4 models of about this size" in answer.explanation
