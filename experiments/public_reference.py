@@ -60,8 +60,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = [*sweep_trials(args.sweep), *peft_trials(args.peft)]
     lines = sorted(json.dumps(row.model_dump(mode="json"), sort_keys=True) for row in rows)
-    with write_whole(args.out) as temporary, gzip.GzipFile(temporary, "wb", mtime=0) as file:
-        file.write("".join(f"{line}\n" for line in lines).encode())
+    packed = gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0)
+    with write_whole(args.out) as temporary:
+        temporary.write_bytes(packed)
     print(f"{len(lines)} trials, {args.out.stat().st_size / 1024:.0f} KiB: {args.out}")
     learn(args.out.parent)
 
