@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from rayfin.advisor.doubt import PRIOR, excess_noise
+from rayfin.advisor.doubt import PRIOR
 from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.gaussian_process import (
     GaussianProcess,
@@ -26,6 +26,7 @@ from rayfin.advisor.gaussian_process import (
 )
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.model_sizes import is_comparable, is_toy
+from rayfin.advisor.observed import SMALL_GROUP, observations_of
 from rayfin.advisor.prior import prior_divergence, prior_mean
 from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
 
@@ -35,8 +36,6 @@ MAX_FITTED, MAX_OBSERVED = 400, 500
 The time of both grows with the cube, and the most related scenarios say nearly all there is to say.
 """
 _MAX_FITTED_OF_GROUP, _MAX_OBSERVED_OF_GROUP = 30, 60
-_SMALL_GROUP = 4.0
-"""The number of trials from which a group's best is known about as well as a setting's regret."""
 SAMPLES = 1024
 LEARNED = 0.2
 """The relevance of past trials from which they decide rather than the rules.
@@ -79,7 +78,7 @@ class QualityModel:
         chosen = [self.groups[code] for code in nearest]
         if own is not None:
             chosen = [own, *(group for group in chosen if group.code != scenario["group"])]
-        seen, first_trials, diverged, outliers, scatter = _observations(
+        seen, first_trials, diverged, outliers, scatter = observations_of(
             chosen, MAX_OBSERVED, _MAX_OBSERVED_OF_GROUP, self.parameters
         )
         return ScenarioPosterior(
@@ -169,7 +168,7 @@ def relevance(process: GaussianProcess, rows: Array, sets: NDArray[Any] | None =
 
 def regret_observations(rows: Array, regrets: Array) -> Observations:
     """Return one scenario's trials as observations, the more precise the more trials there are."""
-    small = np.full(len(regrets), 1.0 + _SMALL_GROUP / max(1, len(regrets)))
+    small = np.full(len(regrets), 1.0 + SMALL_GROUP / max(1, len(regrets)))
     return Observations(rows, regrets - prior_mean(rows), small, small)
 
 
@@ -220,7 +219,7 @@ def fit_hyperparameters(
     if not telling:
         return Hyperparameters.expected(COLUMNS)
     order = np.random.default_rng(0).permutation(sorted(telling))
-    seen, *_ = _observations(
+    seen, *_ = observations_of(
         [groups[code] for code in order], MAX_FITTED, _MAX_FITTED_OF_GROUP, PRIOR
     )
     return fit(COLUMNS, seen, start)
@@ -239,7 +238,7 @@ def sample_regrets(
     random = np.random.default_rng(seed)
     regrets = prior_mean(rows) + mean + random.standard_normal((SAMPLES, len(rows))) @ root.T
     if measured:
-        small = np.sqrt(1.0 + 1.0 / _SMALL_GROUP)
+        small = np.sqrt(1.0 + 1.0 / SMALL_GROUP)
         level = process.parameters["offset"] * small * random.standard_normal((SAMPLES, 1))
         noise = process.parameters["noise"] * small * random.standard_normal(regrets.shape)
         regrets = regrets + level + noise
@@ -253,7 +252,7 @@ def regret_quantiles(process: GaussianProcess, rows: Array, shares: Sequence[flo
     They are those of `sample_regrets` with `measured`, without the scatter of samples.
     """
     mean, covariance = process.predict(rows)
-    small = 1.0 + 1.0 / _SMALL_GROUP
+    small = 1.0 + 1.0 / SMALL_GROUP
     new = small * (process.parameters["offset"] ** 2 + process.parameters["noise"] ** 2)
     deviation = np.sqrt(covariance.diagonal() + new)
     z = np.array([[NormalDist().inv_cdf(share)] for share in shares])
@@ -315,51 +314,3 @@ def _by_relatedness(
     order = np.argsort(-relatedness(COLUMNS, parameters, here, rows), kind="stable")
     codes = list(groups)
     return [codes[index] for index in order]
-
-
-def _observations(
-    groups: Sequence[ScenarioTrials], most: int, most_of_group: int, parameters: Hyperparameters
-) -> tuple[Observations, NDArray[np.intp], Array, NDArray[np.bool_], Array]:
-    """Return the observations of the first groups, at most `most`, spread evenly over their
-    regrets.
-
-    The other results are the index of each observation's first trial in the table, the share of
-    its trials that diverged, whether it is an outlier, and its source's scatter.
-    """
-    parts = []
-    left = most
-    for group in groups:
-        chosen = _subsample(group, min(most_of_group, left))
-        left -= len(chosen)
-        small = np.full(len(chosen), 1.0 + _SMALL_GROUP / len(group))
-        rows, usual = group.rows[chosen], small / group.counts[chosen]
-        values = group.regrets[chosen] - prior_mean(rows)
-        excess, outliers, scatter = excess_noise(rows, values, usual, group.sources[chosen])
-        parts.append(
-            (
-                rows,
-                values,
-                usual + excess / parameters["noise"] ** 2,
-                small,
-                group.first[chosen],
-                group.diverged[chosen],
-                outliers,
-                scatter,
-            )
-        )
-        if left <= 0:
-            break
-    if not parts:
-        none = np.zeros(0, dtype=np.intp)
-        return Observations.none(COLUMNS), none, np.zeros(0), none.astype(bool), np.zeros(0)
-    *seen, first_trials, diverged, outliers, scatter = map(np.concatenate, zip(*parts, strict=True))
-    return Observations(*seen), first_trials, diverged, outliers, scatter
-
-
-def _subsample(group: ScenarioTrials, most: int) -> NDArray[np.intp]:
-    """Return the indices of at most `most` of a group's settings, from the best to the worst."""
-    if len(group) <= most:
-        return np.arange(len(group))
-    order = np.argsort(group.regrets, kind="stable")
-    chosen: NDArray[np.intp] = order[np.unique(np.linspace(0, len(order) - 1, most).astype(int))]
-    return chosen

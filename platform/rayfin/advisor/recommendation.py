@@ -17,7 +17,6 @@ from rayfin.advisor.answer import (
     PredictionInterval,
     Predictions,
     Recommendation,
-    TradeOffPoint,
 )
 from rayfin.advisor.candidates import (
     ScenarioFacts,
@@ -50,6 +49,7 @@ from rayfin.advisor.quality_model import (
 from rayfin.advisor.rules import recommend_text, rule_for
 from rayfin.advisor.scenario import Scenario
 from rayfin.advisor.steps import cut_risk, length_notes
+from rayfin.advisor.trade_offs import trade_offs
 from rayfin.advisor.wording import deployment, explanation, reasons, risks
 from rayfin.config import Config, format_value
 from rayfin.errors import ConfigError
@@ -187,7 +187,7 @@ def recommend(
             "choices": [choice(number, at) for number, at in enumerate(chosen)],
             "notes": [*answer.notes, *notes],
             "alternatives": alternatives(options[chosen[0]].candidate, base, known),
-            "points": _trade_offs(options, ranges[1]),
+            "points": trade_offs(options, ranges[1]),
         }
     )
 
@@ -329,28 +329,3 @@ def _as_written(config: Config) -> dict[str, Any]:
 
 def _interval(interval: Any) -> PredictionInterval:
     return PredictionInterval(low=interval.low, expected=interval.expected, high=interval.high)
-
-
-def _trade_offs(options: Sequence[AssessedCandidate], regrets: Array) -> list[TradeOffPoint]:
-    """Return all feasible candidates, with the Pareto front of shortfall and time marked."""
-    seconds = [option.estimate.seconds.expected for option in options]
-    best, front = math.inf, set()
-    for at in sorted(range(len(options)), key=lambda at: (seconds[at], regrets[at])):
-        if regrets[at] < best:
-            best = float(regrets[at])
-            front.add(at)
-    return [
-        TradeOffPoint(
-            method=option.candidate.method,
-            settings={
-                name: value
-                for name, value in option.candidate.settings.items()
-                if name == "train.learning_rate" or name.startswith("method.")
-            },
-            shortfall=float(regrets[at]),
-            train_seconds=seconds[at],
-            memory_bytes=option.estimate.memory.expected,
-            front=at in front,
-        )
-        for at, option in enumerate(options)
-    ]
