@@ -213,14 +213,14 @@ def nothing_fits(
     fastest = min(fitting, key=lambda one: one.estimate.seconds.high)
     quickest = fastest.estimate
     length, _ = duration(fastest.candidate.config.train.model_dump())
-    least = quickest.seconds.high
+    allowed = quickest.seconds.high
     if not is_given(given_settings(base)):  # it is cut to what the budget allows
-        least *= min(SHORTEST, quickest.steps) / quickest.steps
+        allowed *= min(SHORTEST, quickest.steps) / quickest.steps
     return localized(
         "nothing ends in time: the fastest takes {low:.2g} to {high:.2g} hours for {steps} steps, "
         "more than --budget-hours {budget:g}; use fewer {length}, a smaller model or a faster "
         "machine, or allow {least:.2g} hours",
-        least=least / 3600,
+        least=allowed / 3600,
         low=quickest.seconds.low / 3600,
         high=quickest.seconds.high / 3600,
         steps=quickest.steps,

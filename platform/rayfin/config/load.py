@@ -127,8 +127,8 @@ def saved(config: Config) -> dict[str, Any]:
     written = config.method.model_dump(mode="json", exclude_unset=True)
     found = config.model_dump(mode="json") | {"method": {"type": config.method.type} | written}
     swept = "train.num_train_epochs" in config.sweep.parameters
-    written = "max_steps" in config.train.model_fields_set
-    if config.train.num_train_epochs is not None or (swept and not written):
+    given = "max_steps" in config.train.model_fields_set
+    if config.train.num_train_epochs is not None or (swept and not given):
         del found["train"]["max_steps"]
     return found
 
