@@ -158,7 +158,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> list[TrialRecord]:
 @pytest.fixture(scope="module")
 def clean(sweep: list[TrialRecord]) -> Recommendation:
     answer = answered(sweep)
-    assert answer.source == "learned" and answer.doubted == [] and answer.notes == []
+    assert answer.source == "learned" and answer.doubted == []
     assert 2e-4 <= rate_of(answer) <= 4e-4
     return answer
 
@@ -185,7 +185,7 @@ def test_losses_that_can_not_be_are_named(
     answer = answered([*sweep, *wrong])
     assert {one.trial_id for one in answer.doubted} == {row.trial_id for row in wrong}
     assert {one.doubt for one in answer.doubted} == {"impossible"}
-    (note,) = answer.notes
+    (note,) = (note for note in answer.notes if note.startswith("set aside: "))
     assert note.startswith("set aside: 2 trials (") and wrong[0].trial_id in note
     assert answer.model_dump(exclude={"doubted", "notes", "explanation", "trials"}) == (
         clean.model_dump(exclude={"doubted", "notes", "explanation", "trials"})
