@@ -391,3 +391,12 @@ def test_only_some_trials_of_a_kind_are_kept_for_the_estimates() -> None:
     rows.append(trial(200, scenario=trial(1).scenario | {"source": "csv"}))
     kept = module._informative(rows)
     assert [row.trial_id for row in kept] == [f"t{n}" for n in range(39, 27, -1)]
+
+
+def test_before_a_history_is_begun_the_reference_is_read_once(
+    cache: Path, readings: list[int]
+) -> None:
+    first, again = (module.knowledge_of(None, cache=cache) for _ in range(2))
+    assert len(readings) == 1
+    assert equal(first, again)
+    assert first.trials == again.trials == 0

@@ -48,6 +48,8 @@ _NEWEST = 2000
 _FORMAT = 10
 """The version of the cache; raise it whenever the same trials would give other columns."""
 
+_Records = Sequence[TrialRecord]
+
 
 @dataclass(frozen=True)
 class Knowledge:
@@ -182,24 +184,23 @@ def _once(own: Iterable[TrialRecord], shipped: Sequence[TrialRecord]) -> list[Tr
 
 
 def _reference() -> bytes:
-    folder = resources.files("rayfin.advisor")
-    files = [folder.joinpath(name) for name in REFERENCES]
-    # Compressed files one after the other are one compressed file.
-    return b"".join(file.read_bytes() for file in files if file.is_file())
+    files = map(resources.files("rayfin.advisor").joinpath, REFERENCES)
+    return b"".join(file.read_bytes() for file in files if file.is_file())  # also one gzip file
 
 
-def knowledge_of(history: History, *, cache: Path | None = None) -> Knowledge:
+def knowledge_of(history: History | None, *, cache: Path | None = None) -> Knowledge:
     """Return what is learned from a history, from the cache if it is up to date.
 
-    Raises HistoryError where the history can't be read. A cache that can't be read is renewed, and
-    one that can't be written is done without.
+    None is a history that has not been begun. Raises HistoryError where one can't be read. A cache
+    that can't be read is renewed, and one that can't be written is done without.
     """
     folder = (cache or cache_dir()) / "advisor"
-    kept = _CachedKnowledge(folder / hashlib.sha256(history.shown_url.encode()).hexdigest()[:16])
+    name = "" if history is None else history.shown_url
+    kept = _CachedKnowledge(folder / hashlib.sha256(name.encode()).hexdigest()[:16])
+    served = [] if history is None else history.served()
     # What another version cached rests on other trials, or on other columns of them.
-    mark = [*history.mark(), __version__, _FORMAT, zlib.crc32(_reference())]
-    served = history.served()
-    mark.append(_digest_without_serving(served))
+    mark = [0] if history is None else [*history.mark()]
+    mark += [__version__, _FORMAT, zlib.crc32(_reference()), _digest_without_serving(served)]
     return kept.read(history, mark, served) or kept.renew(history, mark, served)
 
 
@@ -223,9 +224,7 @@ class _CachedKnowledge:
     def __init__(self, folder: Path) -> None:
         self._folder, self._learned = folder, folder / "learned.json"
 
-    def read(
-        self, history: History, mark: list[Any], served: Sequence[TrialRecord]
-    ) -> Knowledge | None:
+    def read(self, history: History | None, mark: list[Any], served: _Records) -> Knowledge | None:
         """Return the cached knowledge if it is of this very state of the history, or else None.
 
         `served` are the trials that serving has measured, as they are now.
@@ -240,9 +239,9 @@ class _CachedKnowledge:
             return None
         return _knowledge(history, table, measured, served, mark[0])
 
-    def renew(self, history: History, mark: list[Any], served: Sequence[TrialRecord]) -> Knowledge:
+    def renew(self, history: History | None, mark: list[Any], served: _Records) -> Knowledge:
         """Learn from the history in its current state, and cache the result."""
-        every = _once(history.trials(), list(reference_trials()))
+        every = _once([] if history is None else history.trials(), list(reference_trials()))
         table = TrialTable.of(_in_order(every))
         telling = _informative(every)
         self._write(
@@ -284,7 +283,7 @@ def _in_order(records: Iterable[TrialRecord]) -> list[TrialRecord]:
 
 
 def _knowledge(
-    history: History,
+    history: History | None,
     table: TrialTable,
     measured: Sequence[MeasuredTrial],
     served: Sequence[TrialRecord],
@@ -297,7 +296,7 @@ def _knowledge(
         if trial_id in shipped:
             return TrialRecord.parse(shipped[trial_id])
         try:
-            return history.get(trial_id)
+            return None if history is None else history.get(trial_id)
         except HistoryError:
             return None
 

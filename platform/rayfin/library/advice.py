@@ -216,11 +216,11 @@ def _scenario(
 
 def _knowledge(config: Config) -> Knowledge:
     """Return what the history knows; only the reference where it has not been begun yet."""
-    from rayfin.advisor.knowledge import Knowledge, knowledge_of
+    from rayfin.advisor.knowledge import knowledge_of
 
     history = begun_history(config)
     if history is None:
-        return Knowledge.of([])
+        return knowledge_of(None)
     with history:
         return knowledge_of(history)
 
