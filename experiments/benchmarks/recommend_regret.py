@@ -49,7 +49,7 @@ from rayfin.advisor.features import COLUMNS
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.knowledge import reference_trials
 from rayfin.advisor.model_sizes import is_toy
-from rayfin.advisor.trial_table import TrialTable
+from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
 from rayfin.history import TrialRecord
 from rayfin.history.csv_table import read_csv
 
@@ -83,6 +83,9 @@ class Model:
     def fact(self, name: str) -> float | str:
         """The code of the model's brand, generation or task, or of the model on the task."""
         return self.name if name == "model" else float(self.rows[0, COLUMNS.names.index(name)])
+
+    own: ScenarioTrials
+    """The cells with the regrets that the advisor gives them."""
 
     @property
     def cells(self) -> Array:
@@ -206,13 +209,13 @@ def _read(path: Path) -> tuple[TrialTable, list[Model]]:
 
 def _models(table: TrialTable, records: Sequence[TrialRecord]) -> list[Model]:
     names = {record.trial_id: str(record.spec["model"]["name"]) for record in records}
-    models = []
+    models, groups = [], group_by_scenario(table)
     for code in dict.fromkeys(table.column("group").tolist()):
         own = table.take(table.column("group") == code)
         nll = np.where(own.diverged, np.nan, own.scores[:, 0])
         best, worst = np.nanmin(nll), np.nanmax(nll)
         regrets = np.where(np.isnan(nll), 1.0, (nll - best) / max(worst - best, 1e-12))
-        models.append(Model(names[str(own.ids[0])], own.rows, regrets))
+        models.append(Model(names[str(own.ids[0])], own.rows, regrets, groups[code]))
     return models
 
 
@@ -325,15 +328,20 @@ def _chosen(learned: quality.QualityModel, model: Model) -> list[int]:
     scenario = dict(zip(COLUMNS.names, model.rows[0].tolist(), strict=True))
     posterior = learned.posterior(scenario)
     regrets = quality.sample_regrets(posterior.process, model.rows)
-    return quality.choose_complementary(regrets, K, past=posterior.past_regrets(model.rows))
+    past = posterior.past_regrets(model.rows)
+    return quality.choose_complementary(regrets, K, past=past, relative=posterior.relative)
 
 
 def _inside(learned: quality.QualityModel, model: Model) -> float:
-    """Return the share of the model's cells whose regret lies in its 80 % interval."""
+    """Return the share of the model's cells whose regret lies in its 80 % interval.
+
+    The regret is the advisor's own, which the interval is about, of cells that did not diverge.
+    """
     scenario = dict(zip(COLUMNS.names, model.rows[0].tolist(), strict=True))
     process = learned.posterior(scenario).process
-    low, high = quality.regret_quantiles(process, model.rows, (0.1, 0.9))
-    return float(((model.regrets >= low) & (model.regrets <= high)).mean())
+    low, high = quality.regret_quantiles(process, model.own.rows, (0.1, 0.9))
+    inside = (model.own.regrets >= low) & (model.own.regrets <= high)
+    return float(inside[model.own.diverged < 1.0].mean())
 
 
 def _print(regrets: dict[str, list[list[float]]]) -> None:

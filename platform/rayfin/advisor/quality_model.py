@@ -27,6 +27,7 @@ from rayfin.advisor.gaussian_process import (
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.model_sizes import is_comparable, is_toy
 from rayfin.advisor.observed import SMALL_GROUP, observations_of
+from rayfin.advisor.past_scenarios import has_relative, past_regrets, past_scenarios
 from rayfin.advisor.prior import prior_divergence, prior_mean
 from rayfin.advisor.trial_table import ScenarioTrials, TrialTable, group_by_scenario
 
@@ -43,9 +44,16 @@ LEARNED = 0.2
 A sweep of twenty settings with one model leaves more than that to a sibling's; five trials with
 losses drawn at random take away less. It was set on the public sweep of LoRA's rates.
 """
-_PAST_SCENARIOS, _PAST_SHARE = 12, 0.9
-"""The most past scenarios that later choices cover for, and how much that counts beside the
-samples; chosen on the public sweep's given models, left out one by one."""
+_PAST_SHARE = 0.6
+"""How much past scenarios count in a choice, beside the samples; anything from 0.5 to 0.75 chose
+the same on the public sweep's given models, left out one by one, by generation and by brand."""
+_SCALE = 0.5
+"""The deviation of the factor between a scenario's regrets and what its relatives' say.
+
+A regret is a share of the difference to the worst score that was seen, and how bad that is varies
+from one scenario to the next. Chosen on the public sweep's given models, so that the intervals of
+the worst one hold most of its settings.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,15 @@ class QualityModel:
         seen, first_trials, diverged, outliers, scatter = observations_of(
             chosen, MAX_OBSERVED, _MAX_OBSERVED_OF_GROUP, self.parameters
         )
+        past = past_scenarios(self.groups.values(), scenario)
         return ScenarioPosterior(
             GaussianProcess(COLUMNS, self.parameters, seen),
             first_trials,
             diverged,
             outliers,
             scatter,
+            past,
+            has_relative(past, scenario),
         )
 
 
@@ -103,6 +114,10 @@ class ScenarioPosterior:
     """Which observations contradict those around them, and count for little."""
     scatter: Array
     """How many times the usual deviation of noise each observation's source has."""
+    past: Sequence[ScenarioTrials] = ()
+    """The past scenarios that a choice covers for."""
+    relative: bool = True
+    """Whether one of them has a model of the same generation."""
 
     def weights(self, rows: Array) -> Array:
         """Return each observation's share in all that moves the predictions at m rows (m x n)."""
@@ -132,17 +147,11 @@ class ScenarioPosterior:
         )
 
     def past_regrets(self, rows: Array) -> Array:
-        """Return what the settings of n rows come to in the most related scenarios (m x n)."""
-        observed = self.process.observations
-        groups = observed.rows[:, COLUMNS.names.index("group")]
-        _, first = np.unique(groups, return_index=True)
-        found = []
-        for at in sorted(first.tolist())[:_PAST_SCENARIOS]:
-            there = rows.copy()
-            there[:, len(COLUMNS.setting) :] = observed.rows[at, len(COLUMNS.setting) :]
-            expected = prior_mean(there) + self.process.posterior_mean(observed.values, there)
-            found.append(np.clip(expected, 0.0, 1.0))
-        return np.array(found).reshape(len(found), len(rows))
+        """Return what the settings of n rows come to in the past scenarios (m x n)."""
+        expected = prior_mean(rows) + self.process.posterior_mean(
+            self.process.observations.values, rows
+        )
+        return past_regrets(self.past, rows, np.clip(expected, 0.0, 1.0))
 
 
 def relevance(process: GaussianProcess, rows: Array, sets: NDArray[Any] | None = None) -> Array:
@@ -238,10 +247,9 @@ def sample_regrets(
     random = np.random.default_rng(seed)
     regrets = prior_mean(rows) + mean + random.standard_normal((SAMPLES, len(rows))) @ root.T
     if measured:
-        small = np.sqrt(1.0 + 1.0 / SMALL_GROUP)
-        level = process.parameters["offset"] * small * random.standard_normal((SAMPLES, 1))
-        noise = process.parameters["noise"] * small * random.standard_normal(regrets.shape)
-        regrets = regrets + level + noise
+        expected = np.clip(prior_mean(rows) + mean, 0.0, 1.0)
+        deviation = np.sqrt(_new_variance(process, expected))
+        regrets = regrets + deviation * random.standard_normal(regrets.shape)
     clipped: Array = np.clip(regrets, 0.0, 1.0)
     return clipped
 
@@ -252,11 +260,20 @@ def regret_quantiles(process: GaussianProcess, rows: Array, shares: Sequence[flo
     They are those of `sample_regrets` with `measured`, without the scatter of samples.
     """
     mean, covariance = process.predict(rows)
-    small = 1.0 + 1.0 / SMALL_GROUP
-    new = small * (process.parameters["offset"] ** 2 + process.parameters["noise"] ** 2)
-    deviation = np.sqrt(covariance.diagonal() + new)
+    expected = np.clip(prior_mean(rows) + mean, 0.0, 1.0)
+    deviation = np.sqrt(covariance.diagonal() + _new_variance(process, expected))
     z = np.array([[NormalDist().inv_cdf(share)] for share in shares])
     found: Array = np.clip(prior_mean(rows) + mean + z * deviation, 0.0, 1.0)
+    return found
+
+
+def _new_variance(process: GaussianProcess, expected: Array) -> Array:
+    """Return the variance of new measurements about regrets that are `expected` (n).
+
+    It is that of the noise, and of the factor that `_SCALE` is the deviation of.
+    """
+    noise = (1.0 + 1.0 / SMALL_GROUP) * process.parameters["noise"] ** 2
+    found: Array = noise + (_SCALE * expected) ** 2
     return found
 
 
@@ -271,15 +288,20 @@ def _square_root(covariance: Array) -> Array:
 
 
 def choose_complementary(
-    regrets: Array, k: int, cost: Array | None = None, past: Array | None = None
+    regrets: Array,
+    k: int,
+    cost: Array | None = None,
+    past: Array | None = None,
+    *,
+    relative: bool = True,
 ) -> list[int]:
     """Choose k rows greedily so that the expected minimum of their regrets is smallest.
 
     Each next row covers for the cases in which those before it go wrong, rather than repeat them.
     `regrets` are samples (samples x rows); `cost` (rows) is added to them. `past` are the regrets
     in other scenarios (scenarios x rows): a new one is rarely between two of them, as samples are,
-    but much like one or the other, so that rows after the first cover for those. Returns indices
-    of rows.
+    but much like one or the other, so that rows after the first cover for those. So does the first
+    where no `relative` of the scenario's model was seen. Returns indices of rows.
     """
     chosen: list[int] = []
     paid = regrets if cost is None else regrets + cost
@@ -290,7 +312,7 @@ def choose_complementary(
     for number in range(min(k, regrets.shape[1])):
         # Of two that cover the same, the better one.
         gain = 1e-6 * paid.mean(axis=0)
-        for sampled, left, share in cases if number else cases[:1]:
+        for sampled, left, share in cases if number or not relative else cases[:1]:
             gain += share * np.minimum(sampled, left).mean(axis=0)
         gain[chosen] = np.inf
         chosen.append(int(gain.argmin()))

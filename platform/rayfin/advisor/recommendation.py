@@ -124,12 +124,12 @@ def recommend(
     tried = _tried(options, rows, posterior, known)
     options, rows, relevances = [options[at] for at in tried], rows[tried], relevances[tried]
     regrets = sample_regrets(posterior.process, rows)
-    past = posterior.past_regrets(rows)
+    predicted = regrets, posterior.past_regrets(rows), posterior.relative
     unusual = (1.0 - relevances) * _unusual(options, known)  # as far as trials leave it open
 
     def choose(scenario: Scenario) -> list[int]:
         costs = preference_costs(options, scenario) + unusual
-        return _choose((regrets, past), costs, options, k, None if learned else scenario)
+        return _choose(predicted, costs, options, k, None if learned else scenario)
 
     chosen = choose(known.scenario)
     fixed = given_settings(base)
@@ -290,7 +290,7 @@ def _unusual(options: Sequence[AssessedCandidate], known: ScenarioFacts) -> Arra
 
 
 def _choose(
-    predicted: tuple[Array, Array],
+    predicted: tuple[Array, Array, bool],
     costs: Array,
     options: Sequence[AssessedCandidate],
     k: int,
@@ -300,9 +300,10 @@ def _choose(
 
     Of those that differ in capacity or precision alone the best one is taken, as the difference is
     small beside that of another rate or method; the others only where nothing else is left.
-    `predicted` are samples of the options' regrets, and those in past scenarios.
+    `predicted` are samples of the options' regrets, those in past scenarios, and whether one of
+    them is a relative of this one.
     """
-    regrets, past = predicted
+    regrets, past, relative = predicted
     order = np.argsort(regrets.mean(axis=0) + costs, kind="stable").tolist()
     preferred = () if by_rules is None else preferred_methods(by_rules)
     kinds: dict[tuple[str, float], int] = {}
@@ -312,9 +313,8 @@ def _choose(
         if not preferred or option.method in preferred:
             kinds.setdefault((kind, option.config.train.learning_rate), at)
     best = sorted(kinds.values()) or order
-    chosen = [
-        best[at] for at in choose_complementary(regrets[:, best], k, costs[best], past[:, best])
-    ]
+    found = choose_complementary(regrets[:, best], k, costs[best], past[:, best], relative=relative)
+    chosen = [best[at] for at in found]
     rest = [at for at in order if at not in best]
     return chosen + rest[: k - len(chosen)]
 
