@@ -119,7 +119,7 @@ def test_a_size_alone_is_like_the_nearest_published_model() -> None:
 def test_a_size_is_answered_without_files_or_network(capfd: pytest.CaptureFixture[str]) -> None:
     answer = printed(capfd, "recommend", *SIZE, *GPU)
     first = answer["choices"][0]
-    assert answer["source"] == "rules" and len(answer["notes"]) == 3
+    assert answer["source"] == "rules" and len(answer["notes"]) == 4
     assert answer["scenario"]["dataset_rows"] == 5000
     assert 1e-4 <= first["settings"]["train.learning_rate"] <= 5e-4
     assert first["feasibility"]["memory"] and first["config"]["data"]["max_length"] == 960
@@ -152,11 +152,12 @@ def test_what_is_assumed_of_hardware_and_lengths_is_told(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     notes = printed(capfd, "recommend", *SIZE, "--hardware", "multi_gpu")["notes"]
-    assert notes[2:4] == [
+    assert notes[2:-1] == [
         "2 GPUs are assumed; num_gpus says how many",
         "each GPU is taken to have 12 GiB; gpu_memory_gb says how many",
         "each GPU is taken to be as fast as NVIDIA's T4",
     ]
+    assert notes[-1].startswith("3 epochs over ")
     rows = [json.dumps({"prompt": f"q {n}", "completion": "a"}) for n in range(20)]
     Path("my.jsonl").write_text("\n".join(rows))
     given = ("data.path=my.jsonl", "method.type=lora", "scaling.use_gpu=true", *GPU)

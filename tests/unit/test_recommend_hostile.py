@@ -388,7 +388,16 @@ def test_a_scenario_unlike_anything_gets_the_rules_or_wide_intervals(
     facts = replace(SMOLLM2, name="llama-3.1-70b", identity="x@1", parameters=size)
     far = ScenarioFacts(
         Scenario(hardware="multi_gpu", num_gpus=8, data_scale="large", model_size_b=70.0),
-        replace(facts, hidden_size=8192, num_layers=80, linear_parameters=size),
+        replace(
+            facts,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            head_dim=128,
+            linear_parameters=size,
+        ),
         Hardware("cuda", "NVIDIA H100", 8, 80 * 2**30, 64, 2**40, True),
         {
             "digest": "another task",
