@@ -70,6 +70,33 @@ def test_the_best_is_the_one_with_the_best_score_and_none_where_all_failed() -> 
     assert best_probe([]) is None
 
 
+def test_no_rate_is_probed_twice() -> None:
+    def train(rate: float) -> Curve:
+        return Curve("t", (0.1,), (abs(math.log(rate / 2.5e-4)),))
+
+    rates = [probe.rate for probe in probe_rates(2e-4, train, BANK, lambda count: count < 40)]
+    assert len(rates) == len(set(rates)) < 20
+
+
+def test_a_longer_probe_counts_up_to_the_length_of_the_others() -> None:
+    curve = Curve("t", (0.1, 0.2), (2.0, 1.0), base=4.0)
+    assert curve.up_to(0.2) == curve and curve.up_to(0.1).values == (2.0,)
+    assert curve.up_to(0.15).values == (2.0,)
+    assert curve.up_to(0.05).values == (3.0,)  # on the line from the untrained model's
+
+
+def test_probes_are_a_share_of_the_advised_epochs(
+    places: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = [each for each in GIVEN if not each.startswith("train.max_steps")]
+    assert main(["recommend", *given, "-k", "1", "--json", "--probe", "2"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    (choice,) = answer["choices"]
+    assert choice["config"]["train"]["num_train_epochs"] > 1
+    assert answer["probes"]["of_steps"] == choice["predictions"]["steps"]
+    assert len(answer["probes"]["rates"]) == 2
+
+
 def test_a_probe_that_has_not_moved_has_a_score_and_no_prediction() -> None:
     standing = Curve("t", (0.05, 0.1), (3.0, 3.0), base=3.0)
     (probe,) = probe_rates(1e-3, lambda rate: standing, BANK, lambda count: count < 1)

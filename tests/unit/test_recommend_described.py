@@ -148,6 +148,26 @@ def test_an_estimate_is_that_of_the_recommendation(capfd: pytest.CaptureFixture[
     assert (whole["memory"], whole["seconds"]) == (same["memory"], same["seconds"])
 
 
+def test_lengths_of_data_are_told_where_the_models_tokenizer_is_not_here(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """And `recommend` and `estimate` take them alike."""
+    rows = [
+        json.dumps({"prompt": f"{n:04} " + "word " * 19, "completion": "a"}) for n in range(2000)
+    ]
+    Path("my.jsonl").write_text("\n".join(rows))
+    asked = ("model.name=Qwen/Qwen2.5-7B", "data.path=my.jsonl", *GPU)
+    answer = printed(capfd, "recommend", *asked)
+    assert any("57 tokens in the mean" in note for note in answer["notes"])
+    choice = answer["choices"][0]
+    assert choice["config"]["data"]["max_length"] == 64
+    settings = [f"{name}={value}" for name, value in choice["settings"].items()]
+    again = printed(capfd, "estimate", *asked, *settings)
+    predicted = choice["predictions"]
+    assert again["memory"]["expected"] == pytest.approx(predicted["memory_bytes"]["expected"])
+    assert again["seconds"]["expected"] == pytest.approx(predicted["train_seconds"]["expected"])
+
+
 def test_what_is_assumed_of_hardware_and_lengths_is_told(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -162,7 +182,7 @@ def test_what_is_assumed_of_hardware_and_lengths_is_told(
     Path("my.jsonl").write_text("\n".join(rows))
     given = ("data.path=my.jsonl", "method.type=lora", "scaling.use_gpu=true", *GPU)
     assert main(["estimate", "model.name=Qwen/Qwen2.5-7B", *given]) == 0
-    assert "taken to have data.max_length=256 tokens" in capfd.readouterr().err
+    assert "95 % of them at most 19, by the bytes of their text" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="must be one of cpu, single_gpu, multi_gpu"):
         rayfin.estimate(hardware="gpu")  # type: ignore[arg-type]
 

@@ -54,9 +54,10 @@ def test_more_rows_are_never_passed_more_often_nor_trained_on_less() -> None:
 
 
 def test_a_budget_leaves_the_steps_that_end_in_it_or_all() -> None:
-    assert within_budget(900, 1000.0, 500.0) == 450
-    assert within_budget(900, 1000.0, 1000.0) is None
-    assert within_budget(900, 1000.0, 10.0) is None  # 9 steps are no training
+    assert within_budget(900, 200.0, 1000.0, 500.0) == (450, True)
+    assert within_budget(900, 200.0, 1000.0, 1000.0) == (900, True)
+    assert within_budget(900, 200.0, 1000.0, 10.0) == (30, True)  # expected: 45
+    assert within_budget(900, 200.0, 1000.0, 5.0) == (900, False)  # expected: 22, no training
     assert advised_length(None, {}) == {}
     assert advised_length(100, {"train.max_steps": 60}) == {}
 

@@ -74,16 +74,17 @@ def assess_candidates(
 
     Candidates that differ only in the learning rate share an estimate.
     """
-    takes: dict[str, tuple[Candidate, Estimate]] = {}
+    takes: dict[str, tuple[Candidate, Estimate, bool]] = {}
     options = []
     for candidate in found:
         key = candidate.with_rate(1.0).config.model_dump_json()
         if key not in takes:
             takes[key] = _in_time(*fitted(candidate, known, measured, fixed), known, fixed)
-        changed, taken = takes[key]
+        changed, taken, in_time = takes[key]
+        budget = _within(taken.seconds, _seconds(known.scenario.budget_hours))
         feasibility = Feasibility(
             memory=taken.fits,
-            budget=_within(taken.seconds, _seconds(known.scenario.budget_hours)),
+            budget=budget if in_time else False,
             latency=_within(first_token, known.scenario.latency_target_ms),
         )
         own = changed.with_rate(candidate.config.train.learning_rate)
@@ -143,22 +144,23 @@ def _estimate(
 
 def _in_time(
     candidate: Candidate, taken: Estimate, known: ScenarioFacts, fixed: Mapping[str, Any]
-) -> tuple[Candidate, Estimate]:
+) -> tuple[Candidate, Estimate, bool]:
     """Return the candidate with as many of the advised steps as end within the budget.
 
-    The upper bound of the estimate keeps to it. Given lengths are kept, and where too few steps
-    would be left for a training (`steps.within_budget`) so is the advised one.
+    The last result is whether so few are still a training (`steps.within_budget`). Given lengths
+    are kept.
     """
     budget = _seconds(known.scenario.budget_hours)
     if budget is None or not known.rows or is_given(fixed):
-        return candidate, taken
-    steps = within_budget(taken.steps, taken.seconds.high, budget)
-    if steps is None:
-        return candidate, taken
+        return candidate, taken, True
+    took = taken.seconds
+    steps, possible = within_budget(taken.steps, took.expected, took.high, budget)
+    if steps == taken.steps:
+        return candidate, taken, possible
     changed = with_changes(candidate, {"train.num_train_epochs": None, "train.max_steps": steps})
     seconds = taken.seconds.times(steps / taken.steps)
     cost = taken.cost and taken.cost.times(steps / taken.steps)
-    return changed, replace(taken, steps=steps, seconds=seconds, cost=cost)
+    return changed, replace(taken, steps=steps, seconds=seconds, cost=cost), possible
 
 
 def _seconds(hours: float | None) -> float | None:
@@ -215,7 +217,7 @@ def nothing_fits(
     length, _ = duration(fastest.candidate.config.train.model_dump())
     allowed = quickest.seconds.high
     if not is_given(given_settings(base)):  # it is cut to what the budget allows
-        allowed *= min(SHORTEST, quickest.steps) / quickest.steps
+        allowed = quickest.seconds.expected * min(SHORTEST, quickest.steps) / quickest.steps
     return localized(
         "nothing ends in time: the fastest takes {low:.2g} to {high:.2g} hours for {steps} steps, "
         "more than --budget-hours {budget:g}; use fewer {length}, a smaller model or a faster "

@@ -69,6 +69,9 @@ COLUMNS = Columns(
 """The columns of a row: sizes and rows in decades, tokens per sample in octaves, width in octaves
 beyond the usual one. Their names are part of the cache's format."""
 
+RATES, CAPACITIES = (1e-8, 1.0), (1, 4096)
+"""The least and the largest learning rate, and rank or number of virtual tokens, of a trial that
+says something; others are mistakes in a table."""
 _LINEAR_LAYERS = 7  # of a Llama-like block: query, key, value, output, gate, up, down
 
 
@@ -107,9 +110,9 @@ def setting_row(spec: Mapping[str, Any]) -> dict[str, float] | None:
     kind = method.get("type")
     if not isinstance(kind, str) or kind not in METHODS:
         return None
-    rate = _within(train.get("learning_rate"), 1e-8, 1.0)
+    rate = _within(train.get("learning_rate"), *RATES)
     named = next((method[name] for name in capacities() if name in method), None)
-    capacity = _within(named, 1, 4096)
+    capacity = _within(named, *CAPACITIES)
     dropout = _within(method.get("lora_dropout"), 0.0, 1.0)
     if rate is None or capacity is None or dropout is None:
         return None

@@ -180,7 +180,7 @@ def _once(own: Iterable[TrialRecord], shipped: Sequence[TrialRecord]) -> list[Tr
     Whoever imports a public table has its trials under the ids that they have here.
     """
     known = {row.trial_id for row in shipped}
-    return [*(row for row in own if row.trial_id not in known), *shipped]
+    return [*shipped, *(row for row in own if row.trial_id not in known)]
 
 
 def _reference() -> bytes:

@@ -43,11 +43,14 @@ def probe_rates(
     """Probe one rate after the other, and return them all, in the order in which they were tried.
 
     `train` returns the curve of the first steps at a rate, None where it failed or diverged;
-    `another` is told how many probes there are and returns whether to make one more.
+    `another` is told how many probes there are and returns whether to make one more. None is made
+    of a rate that was probed already, which ends them.
     """
     probes: list[Probe] = []
     while another(len(probes)):
         rate = next_rate(advised, probes)
+        if any(probe.rate == rate for probe in probes):
+            break
         curve = train(rate)
         if curve is None:
             probes.append(Probe(rate, math.inf, None))

@@ -90,6 +90,8 @@ class QualityModel:
             chosen, MAX_OBSERVED, _MAX_OBSERVED_OF_GROUP, self.parameters
         )
         past = past_scenarios(self.groups.values(), scenario)
+        # Trials of the scenario itself are the nearest relatives.
+        tried = own is not None or scenario.get("group") in self.groups
         return ScenarioPosterior(
             GaussianProcess(COLUMNS, self.parameters, seen),
             first_trials,
@@ -97,7 +99,7 @@ class QualityModel:
             outliers,
             scatter,
             past,
-            has_relative(past, scenario),
+            tried or has_relative(past, scenario),
         )
 
 
@@ -117,7 +119,8 @@ class ScenarioPosterior:
     past: Sequence[ScenarioTrials] = ()
     """The past scenarios that a choice covers for."""
     relative: bool = True
-    """Whether one of them has a model of the same generation."""
+    """Whether the scenario itself was tried, or one of them has a model of its brand and
+    generation."""
 
     def weights(self, rows: Array) -> Array:
         """Return each observation's share in all that moves the predictions at m rows (m x n)."""

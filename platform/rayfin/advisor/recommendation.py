@@ -27,7 +27,7 @@ from rayfin.advisor.candidates import (
 from rayfin.advisor.commands import training_command
 from rayfin.advisor.doubted import doubt_notes, doubted_trials
 from rayfin.advisor.feasibility import AssessedCandidate, assess_candidates, feasible, nothing_fits
-from rayfin.advisor.features import COLUMNS, setting_row, unlearned
+from rayfin.advisor.features import CAPACITIES, COLUMNS, RATES, setting_row, unlearned
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.knowledge import Knowledge, knowledge_of
 from rayfin.advisor.latency import first_token
@@ -86,6 +86,7 @@ def recommend(
             f"train.{other}={format_value(getattr(base.train, other))}: the advisor knows trials "
             f"of AdamW as it comes, whose rates don't suit it; leave train.{other} out"
         )
+    _check_known(given_settings(base))
     columns = _columns(known, knowledge.quality_model)
     latency = first_token(known.facts, known.hardware, knowledge.served)
     every = assess_candidates(
@@ -202,6 +203,21 @@ def _of_the_rules(
     preferred = preferred_methods(known.scenario)
     found = [option for option in options if option.candidate.method in preferred]
     return options if "method.type" in given_settings(base) or not found else found
+
+
+def _check_known(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a given setting with which no trial can have run."""
+    ranges = {
+        "train.learning_rate": RATES,
+        **{f"method.{name}": CAPACITIES for name in capacities()},
+    }
+    for name, (least, most) in ranges.items():
+        value = given.get(name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(
+                f"{name}={format_value(value)}: the advisor knows values from {least:g} to "
+                f"{most:g}; give one of them, or leave {name} out"
+            )
 
 
 def _columns(known: ScenarioFacts, model: QualityModel) -> dict[str, float]:

@@ -65,13 +65,19 @@ def advised_length(rows: int | None, fixed: Mapping[str, Any]) -> dict[str, Any]
     return {} if rows is None or is_given(fixed) else {EPOCHS: advised_epochs(rows)}
 
 
-def within_budget(steps: int, seconds: float, budget: float) -> int | None:
-    """Return how many of `steps`, which take `seconds` at most, end within `budget` seconds.
+def within_budget(steps: int, expected: float, longest: float, budget: float) -> tuple[int, bool]:
+    """Return how many of `steps` to train within `budget` seconds, and whether that is possible.
 
-    None stands for all of them, and for fewer than 30, which are no training.
+    `expected` and `longest` are the seconds of all steps, as estimated and at most. The steps end
+    in time at the longest; where that would be fewer than 30, which are no training, it is 30 if
+    they are expected to end in time, and otherwise not possible.
     """
-    left = math.floor(steps * budget / seconds)
-    return left if min(SHORTEST, steps) <= left < steps else None
+    least = min(SHORTEST, steps)
+    left = min(steps, math.floor(steps * budget / longest))
+    if left >= least:
+        return left, True
+    possible = math.floor(steps * budget / expected) >= least
+    return (least if possible else steps), possible
 
 
 def length_notes(rows: int | None, fixed: Mapping[str, Any]) -> list[str]:

@@ -186,6 +186,11 @@ CHINESE = {
     "time; its files are not here": (
         "按名称推断，{model} 有 {guess}，并按稠密模型计算，时间会高估；其文件不在本机"
     ),
+    "the samples are taken to have {mean:.0f} tokens in the mean, 95 % of them at most {most}, "
+    "by the bytes of their text (2.5 a token); the model's tokenizer is not here to count them": (
+        "按文本字节数（每个 token 2.5 字节）估计，样本平均 {mean:.0f} 个 token，"
+        "95 % 不超过 {most} 个；本机没有该模型的分词器，无法实际统计"
+    ),
     "95 % of the samples are taken to have at most {most:g} tokens, the longest {longest:g}; "
     "data.path=FILE counts them": (
         "假定 95 % 的样本不超过 {most:g} 个 token，最长 {longest:g} 个；data.path=FILE 可实际统计"

@@ -114,6 +114,8 @@ def scenario_of(
     told. Raises UsageErrors.
     """
     from rayfin.advisor.candidates import ScenarioFacts, given_settings
+    from rayfin.advisor.lengths import estimated_lengths, length_to_keep, lengths_note
+    from rayfin.models import lacks_weights
 
     prepare_process()
     told, known = _told(config, known)
@@ -122,9 +124,14 @@ def scenario_of(
     elif told.max_length is not None:
         known["sequence_length"] = told.max_length
     facts, guessed = told.model(config)
+    lengths, counted = told.lengths, told.note
     if told.rows is None:
         corpus = read_data(config, notes_to(progress))
         known["dataset_rows"] = len(corpus.train)
+        if corpus.stream is None and (guessed is not None or lacks_weights(config.model)):
+            lengths = estimated_lengths(corpus)
+            known.setdefault("sequence_length", length_to_keep(lengths))
+            counted = lengths_note(lengths)
         profile: dict[str, Any] = {
             "rows_train": len(corpus.train),
             "digest": corpus.digest,
@@ -135,10 +142,8 @@ def scenario_of(
     scenario, hardware, assumed = _scenario(
         config, known, model_name=facts.name, model_size_b=facts.parameters / 1e9
     )
-    notes = tuple(note for note in (guessed, told.note, *assumed) if note is not None)
-    return told.applied(config), ScenarioFacts(
-        scenario, facts, hardware, profile, told.lengths, notes
-    )
+    notes = tuple(note for note in (guessed, counted, *assumed) if note is not None)
+    return told.applied(config), ScenarioFacts(scenario, facts, hardware, profile, lengths, notes)
 
 
 def _told(config: Config, known: Mapping[str, Any]) -> tuple[Description, dict[str, Any]]:
@@ -273,6 +278,7 @@ def estimate_on(
     """
     from rayfin.advisor import estimate as estimates
     from rayfin.advisor.candidates import given_settings
+    from rayfin.advisor.lengths import estimated_lengths, lengths_note
     from rayfin.advisor.memory_check import sampled_profile
     from rayfin.config import with_values
     from rayfin.models import lacks_weights
@@ -308,12 +314,16 @@ def estimate_on(
         corpus = read_data(config, note)
         if guessed is None and not lacks_weights(config.model):
             profile = sampled_profile(config, corpus)
-        else:
+        elif corpus.stream is not None:
             profile = None
             note(
                 f"all samples are taken to have data.max_length={config.data.max_length} tokens, "
                 "as the model's tokenizer is not here to count them"
             )
+        else:
+            estimated = estimated_lengths(corpus)
+            note(lengths_note(estimated))
+            profile = estimated.cut(config.data.max_length)
         config = config.with_rows(corpus.rows)
     check_combination(config)  # now that its steps are known
     found = estimates.estimate(

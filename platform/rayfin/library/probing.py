@@ -85,7 +85,7 @@ def probed(
     line for each. Raises UsageErrors.
     """
     from rayfin.advisor.probes import SHARE, best_probe, probe_rates
-    from rayfin.config import Config, with_values
+    from rayfin.config import build_config, with_values
     from rayfin.library.experiment import Experiment
     from rayfin.tuning.curve_bank import CurveBank
     from rayfin.tuning.curves import Curve, past_curves, reference_curves
@@ -94,9 +94,11 @@ def probed(
     if not answer.choices:
         return answer
     first = answer.choices[0]
-    whole = Config.model_validate(first.config)
-    metric = main_metric(whole.train.stage)
-    advised, total = whole.train.learning_rate, whole.train.max_steps
+    total = first.predictions.steps
+    # The steps that the epochs come to: a probe is a share of them, on their schedule.
+    train_section = first.config["train"] | {"num_train_epochs": None, "max_steps": total}
+    whole = build_config(first.config | {"train": train_section}, {})
+    metric, advised = main_metric(whole.train.stage), whole.train.learning_rate
     share = budget.share(first.predictions.train_seconds.expected, SHARE)
     steps = probe_steps(total, share)
     made: list[ProbedTrial] = []
@@ -112,8 +114,12 @@ def probed(
         def train(rate: float) -> Curve | None:
             made.append(prober.probe(with_values(whole, {"train.learning_rate": rate}), steps))
             row = made[-1].row
-            say(_line(row.metrics.get(metric), metric, rate, steps, total, made[-1].recalled))
-            return Curve.of(row, metric, ended=False) if row.status in SCORED else None
+            found = Curve.of(row, metric, ended=False) if row.status in SCORED else None
+            # One that the history has may be longer than those that it is compared with.
+            curve = None if found is None else found.up_to(steps / total)
+            score = None if curve is None else score_of(metric).sign * curve.values[-1]
+            say(_line(score, metric, rate, steps, total, made[-1].recalled))
+            return curve
 
         def another(count: int) -> bool:
             if budget.count is not None:
@@ -212,7 +218,7 @@ def _report(
             ProbedRate(
                 learning_rate=probe.rate,
                 trial_id=one.row.trial_id,
-                score=one.row.metrics.get(metric),
+                score=sign * probe.score if math.isfinite(probe.score) else None,
                 predicted=interval(probe),
                 recalled=one.recalled,
                 seconds=one.seconds,

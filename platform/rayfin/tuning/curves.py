@@ -83,6 +83,13 @@ class Curve:
             values=tuple(self.values[at] for at in places),
         )
 
+    def up_to(self, share: float) -> Curve:
+        """Return its points up to a share, or the one at that share where the first is later."""
+        count = sum(own <= share + 1e-9 for own in self.shares)
+        if count:
+            return self.until(count)
+        return replace(self, shares=(share,), values=(self.at(share),))
+
     def at(self, share: float) -> float:
         """Return the score at a share, between points on the line that joins them."""
         import numpy as np
