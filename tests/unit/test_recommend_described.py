@@ -148,6 +148,22 @@ def test_an_estimate_is_that_of_the_recommendation(capfd: pytest.CaptureFixture[
     assert (whole["memory"], whole["seconds"]) == (same["memory"], same["seconds"])
 
 
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"hardware": "cpu", "gpu_memory_gb": 24}, "hardware=cpu has no GPU, and gpu_memory_gb=24"),
+        ({"hardware": "cpu", "num_gpus": 2}, "hardware=cpu has no GPU, and num_gpus=2"),
+        ({"hardware": "single_gpu", "num_gpus": 2}, "use hardware=multi_gpu"),
+        ({"hardware": "multi_gpu", "num_gpus": 1}, "use hardware=single_gpu"),
+        ({"hardware": "single_gpu", "num_gpus": 0}, "use hardware=cpu"),
+    ],
+)
+def test_gpus_that_the_hardware_does_not_have_are_refused(told: dict[str, Any], why: str) -> None:
+    for ask in (rayfin.recommend, rayfin.estimate):
+        with pytest.raises(ConfigError, match=re.escape(why)):
+            ask(model_size_b=8, rows=100, tokens_per_sample=50, progress=False, **told)
+
+
 def test_lengths_of_data_are_told_where_the_models_tokenizer_is_not_here(
     capfd: pytest.CaptureFixture[str],
 ) -> None:

@@ -188,8 +188,7 @@ CHINESE = {
     ),
     "the samples are taken to have {mean:.0f} tokens in the mean, 95 % of them at most {most}, "
     "by the bytes of their text (2.5 a token); the model's tokenizer is not here to count them": (
-        "按文本字节数（每个 token 2.5 字节）估计，样本平均 {mean:.0f} 个 token，"
-        "95 % 不超过 {most} 个；本机没有该模型的分词器，无法实际统计"
+        "没有该模型的分词器，按每个 token 2.5 字节估计：平均 {mean:.0f} 个，95 % 不超过 {most} 个"
     ),
     "95 % of the samples are taken to have at most {most:g} tokens, the longest {longest:g}; "
     "data.path=FILE counts them": (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rayfin.errors import ConfigError, did_you_mean
-from rayfin.language import Language, answering_in, check_language, localized
+from rayfin.language import Language, answering_in, check_language
+from rayfin.library.described_scenario import described_scenario, use_gpu_of
 from rayfin.library.experiment import ConfigSource, configuration, read_data
 from rayfin.library.messages import notes_to, progress_to
 from rayfin.library.probing import ProbeBudget, check_here, probed
@@ -22,14 +23,11 @@ if TYPE_CHECKING:
     from rayfin.advisor.estimate import Estimate
     from rayfin.advisor.knowledge import Knowledge
     from rayfin.advisor.measurements import LengthFacts, MeasuredTrial
-    from rayfin.advisor.scenario import HardwareClass, Latency, Priority, Scenario
+    from rayfin.advisor.scenario import HardwareClass, Latency, Priority
     from rayfin.config import Config
     from rayfin.data import DataProfile
     from rayfin.hardware import Hardware
     from rayfin.models import ModelFacts
-
-_ASSUMED_GIB = 12.0
-"""The memory of a GPU of which nobody says it: the smallest class of `rayfin.advisor.practice`."""
 
 
 def recommend(
@@ -139,7 +137,7 @@ def scenario_of(
         }
     else:
         known["dataset_rows"], profile = told.rows, dict(told.profile)
-    scenario, hardware, assumed = _scenario(
+    scenario, hardware, assumed = described_scenario(
         config, known, model_name=facts.name, model_size_b=facts.parameters / 1e9
     )
     notes = tuple(note for note in (guessed, counted, *assumed) if note is not None)
@@ -159,15 +157,9 @@ def _told(config: Config, known: Mapping[str, Any]) -> tuple[Description, dict[s
     told = Description(**{each.name: rest.pop(each.name, None) for each in fields(Description)})
     told.check(config)
     if "gpu_memory_gb" in rest and "hardware" not in rest:
-        here = describe_hardware(_use_gpu(config, rest)).device_count
+        here = describe_hardware(use_gpu_of(config, rest)).device_count
         rest.setdefault("num_gpus", max(1, here))
     return told, rest
-
-
-def _use_gpu(config: Config, told: Mapping[str, Any]) -> bool | Literal["auto"]:
-    """Return whether this machine's GPUs are looked at; none has to be here for another machine."""
-    elsewhere = {"hardware", "gpu_memory_gb", "num_gpus"} & told.keys()
-    return "auto" if elsewhere else config.scaling.use_gpu
 
 
 def answer(config: Config, facts: ScenarioFacts, k: int = 3) -> Recommendation:
@@ -177,46 +169,6 @@ def answer(config: Config, facts: ScenarioFacts, k: int = 3) -> Recommendation:
     if k < 1:
         raise ConfigError(f"k={k} must be 1 or more: it is the number of configurations")
     return recommendation.recommend(facts, _knowledge(config), k, config=config)
-
-
-def _scenario(
-    config: Config, told: Mapping[str, Any], **found: Any
-) -> tuple[Scenario, Hardware, list[str]]:
-    """Return the scenario and its hardware, with lines on what is assumed of the hardware."""
-    from rayfin.advisor.scenario import Scenario
-    from rayfin.advisor.step_time import DESCRIBED_GPU, usual_gpu
-    from rayfin.hardware import describe_hardware
-
-    use_gpu = _use_gpu(config, told)
-    machine = describe_hardware(use_gpu)
-    notes = []
-    if told.get("hardware") == "multi_gpu" and "num_gpus" not in told:
-        found["num_gpus"] = max(2, machine.device_count)
-        count = found["num_gpus"]
-        notes.append(localized("{count} GPUs are assumed; num_gpus says how many", count=count))
-    scenario = Scenario.detect(use_gpu=use_gpu, **found, **told)
-    if scenario.hardware == "cpu":
-        memory = machine.host_memory
-        return scenario, replace(machine, device="cpu", device_memory=memory, device_count=0), notes
-    if scenario.gpu_memory_gb is None:
-        scenario = replace(scenario, gpu_memory_gb=_ASSUMED_GIB)
-        notes.append(
-            localized(
-                "each GPU is taken to have {size:g} GiB; gpu_memory_gb says how many",
-                size=_ASSUMED_GIB,
-            )
-        )
-    hardware = replace(
-        machine,
-        device="cuda",
-        device_name=machine.device_name if machine.device == "cuda" else DESCRIBED_GPU,
-        device_count=scenario.num_gpus or 1,
-        device_memory=int((scenario.gpu_memory_gb or _ASSUMED_GIB) * 2**30),
-    )
-    if hardware.device_name == DESCRIBED_GPU:
-        like = usual_gpu(hardware.device_memory)
-        notes.append(localized("each GPU is taken to be as fast as NVIDIA's {like}", like=like))
-    return scenario, hardware, notes
 
 
 def _knowledge(config: Config) -> Knowledge:
@@ -292,7 +244,7 @@ def estimate_on(
     check_combination(config)
     note = notes_to(progress)
     told, known = _told(config, known)
-    _, machine, assumed = _scenario(config, known)
+    _, machine, assumed = described_scenario(config, known)
     facts, guessed = told.model(config)
     if told.max_length is not None and "data.max_length" not in given_settings(config):
         config = with_values(config, {"data.max_length": told.max_length})
