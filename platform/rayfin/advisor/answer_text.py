@@ -40,7 +40,7 @@ def _lines(answer: Mapping[str, Any], why: bool) -> Iterator[str]:
     first = choices[0]
     yield from wrapped(localized("Train {what}", what=summary(answer)), indent=4)
     yield from command_lines(first["command"])
-    if (probes := answer.get("probes")) is not None:
+    if (probes := answer["probes"]) is not None:
         yield from wrapped(probes["summary"])
     yield ""
     yield from _table(choices)
@@ -193,9 +193,7 @@ def _evidence(choice: Mapping[str, Any]) -> Iterator[str]:
         for line in lines:
             yield from _wrapped_at(3, f"{mark} {line}", 2)
     for trial in choice["trials"]:
-        told = (
-            f"{trial.get('weight', trial['likeness']):4.0%} {trial['trial_id']}: {trial['summary']}"
-        )
+        told = f"{trial['weight']:4.0%} {trial['trial_id']}: {trial['summary']}"
         yield from _wrapped_at(3, told, 5)
     yield from _wrapped_at(3, localized("served as {how}", how=choice["deployment"]))
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rayfin.advisor import practice
-from rayfin.advisor.candidates import Candidate, ScenarioFacts, given_settings
+from rayfin.advisor.candidates import SECTIONS, Candidate, ScenarioFacts, given_settings
 from rayfin.advisor.feasibility import fitted
+from rayfin.advisor.lengths import SAMPLED, max_length_within
 from rayfin.advisor.rules import rule_for
 from rayfin.advisor.scaffold import TRIALS, axes
 from rayfin.advisor.scenario import Scenario
@@ -36,13 +37,8 @@ if TYPE_CHECKING:
 
     from rayfin.data import Corpus
 
-_SAMPLED = 2000
-"""The number of samples that are tokenised: the first ones, as their order is random."""
-_STEP = 32
-"""max_length is a multiple of this, so that a few more words don't change the setting."""
 _FEWEST_STEPS, _MOST_STEPS = 30, 500
 _VIRTUAL = "method.num_virtual_tokens"
-_SECTIONS = ("model", "data", "method", "train", "scaling")
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,8 @@ class SampleLengths:
         return cls(len(ordered), ordered[last // 2], ordered[round(0.95 * last)], ordered[-1])
 
     def within(self, most: int) -> int:
-        """Return the max_length that cuts no sample, if `most` tokens are enough for that.
-
-        Otherwise it is `most`, or the 95th percentile if that is more.
-        """
-        wanted = self.longest if self.longest <= most else max(self.p95, most)
-        return max(_STEP, math.ceil(wanted / _STEP) * _STEP)
+        """Return the max_length for these lengths: see `max_length_within`."""
+        return max_length_within(most, self.p95, self.longest)
 
 
 def draft(config: Config, corpus: Corpus, *, name: str) -> str:
@@ -147,7 +139,7 @@ def _lengths(config: Config, corpus: Corpus) -> SampleLengths:
     from rayfin.data.token_settings import TokenSettings
     from rayfin.data.tokenization import tokenize_examples
 
-    some = [*corpus.train[:_SAMPLED], *corpus.eval[: _SAMPLED // 4]]
+    some = [*corpus.train[:SAMPLED], *corpus.eval[: SAMPLED // 4]]
     settings = TokenSettings.of(config.data, config.train)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     encode = partial(tokenize_examples, tokenizer=tokenizer)
@@ -173,7 +165,7 @@ def _lines(settings: Mapping[str, Any], notes: Mapping[str, str]) -> Iterator[st
     yield "# A sweep to start from, made by `rayfin init`. Run it:  rayfin sweep THIS_FILE"
     yield "# All settings there are, each with its default:         rayfin sweep --settings"
     method = METHODS[settings["method.type"]]
-    for section in (*_SECTIONS, "sweep", "publish"):
+    for section in (*SECTIONS, "sweep", "publish"):
         named = [key for key in settings if key.startswith(f"{section}.")]
         if not named:
             continue

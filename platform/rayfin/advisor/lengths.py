@@ -1,26 +1,34 @@
-"""The lengths of samples where the model's tokenizer is not here to count them."""
+"""How long the samples of data are, and where they are cut.
+
+Where the model's tokenizer is not here to count them, their text tells about how long they are.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rayfin.advisor.measurements import LengthFacts
-from rayfin.data import Corpus
 from rayfin.language import localized
 from rayfin.samples import ChatTurn, Example
+
+if TYPE_CHECKING:
+    from rayfin.data import Corpus
 
 _BYTES_A_TOKEN = 2.5
 """UTF-8 bytes of a token, on the safe side: a token of SmolLM2's has 4.1 of CLINC150's intents and
 2.8 of GSM8K's problems, whose digits are tokens of their own."""
 _TOKENS_A_TURN = 8
 """Tokens that a chat template adds to each turn: ChatML's are 5, and many add a system turn."""
-_SAMPLES = 2000
-_STEP = 64
-_MOST = 2048
-"""The tokens up to which no sample is cut for the sake of memory."""
+SAMPLED = 2000
+"""The number of samples whose lengths are looked at: the first ones, as their order is random."""
+_STEP = 32
+"""max_length is a multiple of this, so that a few more words don't change the setting."""
+UNCUT = 2048
+"""The tokens up to which no sample is cut for the sake of memory: a convention."""
 
 
 def estimated_lengths(corpus: Corpus) -> LengthFacts:
@@ -28,7 +36,7 @@ def estimated_lengths(corpus: Corpus) -> LengthFacts:
 
     `corpus` is not streamed and has a sample.
     """
-    some = [*corpus.train[:_SAMPLES], *corpus.eval[: _SAMPLES // 4]]
+    some = [*corpus.train[:SAMPLED], *corpus.eval[: SAMPLED // 4]]
     counted = [_tokens(example) for example in some]
     lengths = np.array([sum(each) for each in counted])
     learned = sum(each[-1] for each in counted)
@@ -40,11 +48,19 @@ def estimated_lengths(corpus: Corpus) -> LengthFacts:
     )
 
 
-def length_to_keep(lengths: LengthFacts) -> int:
-    """Return the max_length that cuts no sample, or, of longer ones than 2048, 5 % at most."""
-    longest, usual = lengths.tokens_per_sample_max, lengths.tokens_per_sample_p95
-    wanted = longest if longest <= _MOST else max(usual, _MOST)
-    return _STEP * math.ceil(wanted / _STEP)
+def max_length_within(most: int, p95: int, longest: int) -> int:
+    """Return the max_length that cuts no sample, if `most` tokens are enough for that.
+
+    Otherwise it is `most`, or the 95th percentile of the lengths if that is more.
+    """
+    wanted = longest if longest <= most else max(p95, most)
+    return max(_STEP, _STEP * math.ceil(wanted / _STEP))
+
+
+def kept_length(lengths: LengthFacts) -> int:
+    """Return the max_length that cuts no sample, or 5 % of them where some are beyond `UNCUT`."""
+    longest, p95 = lengths.tokens_per_sample_max, lengths.tokens_per_sample_p95
+    return max_length_within(UNCUT, p95, longest)
 
 
 def lengths_note(lengths: LengthFacts) -> str:

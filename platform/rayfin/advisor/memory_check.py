@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rayfin.advisor.estimate import Estimate, estimate
 from rayfin.advisor.knowledge import measured_trials
+from rayfin.advisor.lengths import SAMPLED
 from rayfin.advisor.measurements import MeasuredTrial
 from rayfin.config import Config, with_values
 from rayfin.data.token_settings import TokenSettings
@@ -21,9 +22,6 @@ from rayfin.tuning.plan import PlannedTrial, SweepPlan
 
 if TYPE_CHECKING:
     from rayfin.data import Corpus, DataProfile
-
-_SAMPLES = 2000
-"""The number of samples that are tokenised to tell how long they are."""
 
 
 class MemoryCheck:
@@ -87,7 +85,7 @@ def sampled_profile(config: Config, corpus: Corpus) -> DataProfile:
     from rayfin.data import tokenize_corpus
     from rayfin.models import load_tokenizer
 
-    some = replace(corpus, train=corpus.train[:_SAMPLES], eval=corpus.eval[: _SAMPLES // 4])
+    some = replace(corpus, train=corpus.train[:SAMPLED], eval=corpus.eval[: SAMPLED // 4])
     length, objective = config.data.max_length, objective_of(config.train)
     tokenizer = load_tokenizer(config.model, config.data.chat_template)
     settings = TokenSettings.of(config.data, config.train)

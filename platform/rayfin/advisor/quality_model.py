@@ -237,22 +237,16 @@ def fit_hyperparameters(
     return fit(COLUMNS, seen, start)
 
 
-def sample_regrets(
-    process: GaussianProcess, rows: Array, *, measured: bool = False, seed: int = 0
-) -> Array:
+def sample_regrets(process: GaussianProcess, rows: Array, *, seed: int = 0) -> Array:
     """Return joint samples of the regrets at n rows from the posterior (`SAMPLES` x n).
 
-    With `measured`, they are what a new trial would measure: with noise, and relative to a best
-    score that is not known yet. That is right for intervals, and wrong for comparing settings.
+    They have no noise, which is right for comparing settings, and wrong for the interval of what a
+    trial will measure (`regret_quantiles`).
     """
     mean, covariance = process.predict(rows)
     root = _square_root(covariance)
     random = np.random.default_rng(seed)
     regrets = prior_mean(rows) + mean + random.standard_normal((SAMPLES, len(rows))) @ root.T
-    if measured:
-        expected = np.clip(prior_mean(rows) + mean, 0.0, 1.0)
-        deviation = np.sqrt(_new_variance(process, expected))
-        regrets = regrets + deviation * random.standard_normal(regrets.shape)
     clipped: Array = np.clip(regrets, 0.0, 1.0)
     return clipped
 
@@ -260,23 +254,15 @@ def sample_regrets(
 def regret_quantiles(process: GaussianProcess, rows: Array, shares: Sequence[float]) -> Array:
     """Return quantiles of what a new trial would measure at n rows (shares x n).
 
-    They are those of `sample_regrets` with `measured`, without the scatter of samples.
+    To the variance of the regrets is added that of the noise, and that of the factor that `_SCALE`
+    is the deviation of.
     """
     mean, covariance = process.predict(rows)
     expected = np.clip(prior_mean(rows) + mean, 0.0, 1.0)
-    deviation = np.sqrt(covariance.diagonal() + _new_variance(process, expected))
+    noise = (1.0 + 1.0 / SMALL_GROUP) * process.parameters["noise"] ** 2
+    deviation = np.sqrt(covariance.diagonal() + noise + (_SCALE * expected) ** 2)
     z = np.array([[NormalDist().inv_cdf(share)] for share in shares])
     found: Array = np.clip(prior_mean(rows) + mean + z * deviation, 0.0, 1.0)
-    return found
-
-
-def _new_variance(process: GaussianProcess, expected: Array) -> Array:
-    """Return the variance of new measurements about regrets that are `expected` (n).
-
-    It is that of the noise, and of the factor that `_SCALE` is the deviation of.
-    """
-    noise = (1.0 + 1.0 / SMALL_GROUP) * process.parameters["noise"] ** 2
-    found: Array = noise + (_SCALE * expected) ** 2
     return found
 
 

@@ -57,7 +57,7 @@ from rayfin.history import History
 from rayfin.language import current_language
 from rayfin.methods import capacities
 
-__all__ = ["LEARNED", "ScenarioFacts", "recommend"]
+__all__ = ["ScenarioFacts", "recommend"]
 
 _SUPPORTING = 5
 _PER_OCTAVE = 0.03

@@ -23,6 +23,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from rayfin.advisor.practice import STEP_SAMPLES
 from rayfin.language import localized
 
 EPOCHS = "train.num_train_epochs"
@@ -35,8 +36,6 @@ _MANY_ROWS, _VERY_MANY_ROWS = 60_000, 150_000
 epochs differ there."""
 _FEWEST_STEPS = 100
 """Steps below which a small data set is passed more often: a convention, nothing measured."""
-_SAMPLES_A_STEP = 16
-"""The samples of an optimizer step, `rayfin.advisor.practice.STEP_SAMPLES`."""
 SHORTEST = 30
 """The steps that a budget has to leave: fewer are the rise of the learning rate and little else."""
 
@@ -48,7 +47,7 @@ def advised_epochs(rows: int) -> int:
     """
     if rows > _MANY_ROWS:
         return 2 if rows <= _VERY_MANY_ROWS else 1
-    each = math.ceil(rows / _SAMPLES_A_STEP)
+    each = math.ceil(rows / STEP_SAMPLES)
     return min(_MOST, max(_USUAL, math.ceil(_FEWEST_STEPS / each)))
 
 

@@ -31,12 +31,12 @@ from rayfin.advisor.gaussian_process import GaussianProcess, Observations
 from rayfin.advisor.kernel import Array, Hyperparameters
 from rayfin.advisor.knowledge import Knowledge, knowledge_of
 from rayfin.advisor.quality_model import (
+    LEARNED,
     conditioned_on,
     regret_observations,
     relevance,
     sample_regrets,
 )
-from rayfin.advisor.recommendation import LEARNED
 from rayfin.advisor.trial_table import regrets_of
 from rayfin.errors import ConfigError
 from rayfin.history import History

@@ -112,7 +112,7 @@ def scenario_of(
     told. Raises UsageErrors.
     """
     from rayfin.advisor.candidates import ScenarioFacts, given_settings
-    from rayfin.advisor.lengths import estimated_lengths, length_to_keep, lengths_note
+    from rayfin.advisor.lengths import estimated_lengths, kept_length, lengths_note
     from rayfin.models import lacks_weights
 
     prepare_process()
@@ -128,7 +128,7 @@ def scenario_of(
         known["dataset_rows"] = len(corpus.train)
         if corpus.stream is None and (guessed is not None or lacks_weights(config.model)):
             lengths = estimated_lengths(corpus)
-            known.setdefault("sequence_length", length_to_keep(lengths))
+            known.setdefault("sequence_length", kept_length(lengths))
             counted = lengths_note(lengths)
         profile: dict[str, Any] = {
             "rows_train": len(corpus.train),

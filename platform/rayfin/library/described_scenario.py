@@ -61,6 +61,8 @@ def described_scenario(
 
 def _check_hardware(told: Mapping[str, Any]) -> None:
     """Raise ConfigError where the GPUs that are told aren't those of the hardware that is told."""
+    from rayfin.advisor.scenario import hardware_class
+
     hardware, gpus = told.get("hardware"), told.get("num_gpus")
     memory = told.get("gpu_memory_gb")
     if hardware == "cpu" and (gpus or memory is not None):
@@ -68,12 +70,10 @@ def _check_hardware(told: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"hardware=cpu has no GPU, and {name}={value:g} is given too; leave one of them out"
         )
-    if gpus is not None and (
-        (hardware == "single_gpu" and gpus != 1) or (hardware == "multi_gpu" and gpus < 2)
-    ):
-        usual = "cpu" if gpus == 0 else "single_gpu" if gpus == 1 else "multi_gpu"
+    if hardware is not None and gpus is not None and hardware != hardware_class(gpus):
         raise ConfigError(
-            f"hardware={hardware} and num_gpus={gpus} contradict each other; use hardware={usual}"
+            f"hardware={hardware} and num_gpus={gpus} contradict each other; use "
+            f"hardware={hardware_class(gpus)}"
         )
 
 

@@ -50,7 +50,7 @@ class Ending:
     values: Array
     """Rising."""
     weights: Array
-    """Of the sum 1."""
+    """The probability of each value; they sum to 1."""
     curves: float
     """The number of equally like curves that would say as much (Kish's effective sample size)."""
 

@@ -18,7 +18,7 @@ from rayfin.paths import write_whole
 REFERENCE = Path(__file__).with_name("curves.jsonl.gz")
 """Curves that come with rayfin; experiments/reference_curves.py made them."""
 _LEARNED = 400
-"""So many of the history's newest finished trials lend their curves."""
+"""The number of the history's newest finished trials whose curves are used."""
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ class ProbedTrial:
 class Prober:
     """Trains probes of variants of one configuration.
 
-    A probe that the history has, of the same computation and as long, is returned as it is; one
-    that was interrupted goes on from its checkpoint.
+    A probe that the history has, of the same computation and at least as long, is returned as it
+    is; one that was interrupted goes on from its checkpoint.
     """
 
     history: History
